@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11+, make and a package index; they set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-long lint bench clean
+
+demo: $(READY)
+	$(BIN)/python -m bench.demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long --timeout 7200
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m bench.storage --shape paper,short --mode warm,cold
+
+clean:
+	rm -rf $(VENV) build dist
+
+# torch first and alone: see .ci/constraints.txt
+$(READY): pyproject.toml .ci/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' .ci/constraints.txt)"
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[dev]'
+	touch $(READY)

@@ -1,0 +1,30 @@
+"""actcache: an activation cache storage engine.
+
+A transformer's activations after an intermediate layer are computed once per document and stored; every later run over
+the same text starts at the next layer. ``docs/`` says more; ``README.md`` begins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from actcache import errors
+from actcache.key import document_key
+from actcache.recipe import Recipe
+from actcache.windows import windows
+
+if TYPE_CHECKING:
+    from actcache.recycler import Recycler
+
+__version__ = "0.1.0"
+
+__all__ = ["Recipe", "Recycler", "document_key", "errors", "windows"]
+
+
+def __getattr__(name: str) -> Any:
+    # The recycler needs torch and transformers; the store does not.
+    if name == "Recycler":
+        from actcache.recycler import Recycler
+
+        return Recycler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

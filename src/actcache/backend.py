@@ -1,0 +1,249 @@
+"""The plug-in surface: all that a backend imports from the core.
+
+A backend is an object behind an entry point of the group ``actcache.backends`` whose name is the scheme of its URLs. It
+is one of two things:
+
+- a ``SegmentFormat``: writes one immutable ragged block to a file or directory and says where its arrays lie. The core
+  brings naming, publication, the index, tombstones and the reading of extents. The hdf5 backend is one.
+- a ``Backend``: brings a whole store of its own (``StoreDriver``, ``SpaceDriver``, ``Snapshot``). The in-memory oracle
+  ``actcache.testing.memory`` is one.
+
+``actcache.testing.conformance`` is the suite that either has to pass.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import FormatError
+from actcache.ragged import EXTRAS, TOKEN_IDS, VALUES, Block
+
+__all__ = [
+    "EXTRAS",
+    "TOKEN_IDS",
+    "VALUES",
+    "Backend",
+    "Block",
+    "Extent",
+    "FormatError",
+    "Located",
+    "SegmentFormat",
+    "Snapshot",
+    "SpaceDriver",
+    "StoreDriver",
+    "Usage",
+]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where one array of a segment lies: bytes that can be read without the storage library.
+
+    ``path`` is relative to the segment and empty for the segment's own file; the array is C-contiguous, little-endian.
+    """
+
+    path: str
+    offset: int  # bytes from the start of the file
+    dtype: str  # NumPy dtype string
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+
+class SegmentFormat(ABC):
+    """Writes and describes one kind of segment. Stateless and thread-safe."""
+
+    name: str  # the backend's name, recorded in the store
+    suffix: str  # of segment names, with the dot
+
+    @abstractmethod
+    def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
+        """Write a block and its metadata to ``path``, which does not exist yet.
+
+        The core has the files synced and the name published afterwards; a crash in between leaves nothing visible. Where
+        the arrays of a segment are files of their own, ``path`` becomes a directory.
+
+        Raises:
+            OSError: as the operating system reports it (ENOSPC, EROFS, ...).
+        """
+
+    @abstractmethod
+    def layout(self, path: Path) -> dict[str, Extent]:
+        """Return where each array of the segment at ``path`` lies, by the names of ``Block.arrays``.
+
+        Trusts nothing it reads: no memory is allocated by a size that the file declares. The core checks the extents
+        against the size of the file.
+
+        Raises:
+            FormatError: ``path`` is no segment of this format, or is damaged.
+            FileNotFoundError: there is nothing at ``path``.
+        """
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the entries of a batch of keys are; arrays aligned with the request, ``[n]`` each.
+
+    ``segment`` and ``row`` are the backend's own; the core only hands them back.
+    """
+
+    tokens: NDArray[np.int64]  # 0 where the key is absent
+    checksums: NDArray[np.uint64]
+    segment: NDArray[np.int64]
+    row: NDArray[np.int64]
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        return self.tokens > 0
+
+    def __getitem__(self, which: slice | NDArray[np.generic]) -> Located:
+        return Located(self.tokens[which], self.checksums[which], self.segment[which], self.row[which])
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a space holds."""
+
+    entries: int
+    tokens: int
+    nbytes: int
+    segments: int
+
+
+class Snapshot(ABC):
+    """An immutable view of a space. Thread-safe; stays valid until its space is closed."""
+
+    @abstractmethod
+    def locate(self, keys: NDArray[np.uint8]) -> Located:
+        """Look up ``[n, 32]`` keys in one go."""
+
+    @abstractmethod
+    def columns(self, located: Located) -> list[frozenset[str]]:
+        """Return which ragged arrays each entry has; an empty set where the key is absent."""
+
+    @abstractmethod
+    def gather(
+        self,
+        located: Located,
+        out: Mapping[str, NDArray[np.generic]],
+        width: int | None,
+        done: Callable[[int, int], None],
+    ) -> None:
+        """Read the rows of ``located``'s entries into the buffers of ``out``.
+
+        Args:
+            out: name of a ragged array -> C-contiguous buffer in the stored dtype. With ``width`` None, entry i's rows
+                follow those of entry i-1 (packed); else they begin at row ``i * width`` and are followed by zeros.
+            done: called as ``done(i, j)``, from any thread, once entries i..j-1 are in place; it checks them while they
+                are in the processor's cache. Its exceptions pass through.
+
+        Raises:
+            FormatError: a segment is gone or too small for what the index says.
+            KeyError: an entry has no array of that name.
+        """
+
+    @abstractmethod
+    def read_ahead(self, located: Located) -> None:
+        """Ask the operating system to load the rows of these entries soon; a hint, returns at once."""
+
+    @abstractmethod
+    def keys(self) -> NDArray[np.uint8]:
+        """Return the distinct live keys, ``[n, 32]``, in the order of their bytes."""
+
+    @abstractmethod
+    def usage(self) -> Usage: ...
+
+    @abstractmethod
+    def damaged(self) -> dict[str, str]:
+        """Return segments that could not be read, name -> what is wrong; their entries are absent."""
+
+
+class SpaceDriver(ABC):
+    """One space of a store. ``append`` and ``delete`` are called from one thread at a time, ``snapshot`` from any."""
+
+    @abstractmethod
+    def append(self, block: Block) -> None:
+        """Make a block visible, all of it or nothing; it is durable when this returns.
+
+        Where a key stands already, the new entry is the one that later snapshots serve.
+        """
+
+    @abstractmethod
+    def delete(self, keys: NDArray[np.uint8]) -> int:
+        """Delete every stored copy of these keys, durably; return how many of the keys were there."""
+
+    @abstractmethod
+    def snapshot(self) -> Snapshot:
+        """Return a view of all that is visible now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release files and memory; may tidy up. Does nothing the second time."""
+
+
+class StoreDriver(ABC):
+    """A root that holds spaces and small named blobs (recipes, canaries, collections). Thread-safe."""
+
+    @abstractmethod
+    def read_blob(self, name: str) -> bytes | None:
+        """Return a blob, None where there is none."""
+
+    @abstractmethod
+    def write_blob(self, name: str, data: bytes, *, replace: bool) -> bool:
+        """Write a blob durably, all or nothing; return False, and leave it, where it stands and ``replace`` is False."""
+
+    @abstractmethod
+    def delete_blob(self, name: str) -> bool:
+        """Delete a blob durably; return whether it was there."""
+
+    @abstractmethod
+    def blobs(self, prefix: str) -> list[str]:
+        """Return the names of the blobs in the folder ``prefix`` (without subfolders), sorted."""
+
+    @abstractmethod
+    def spaces(self) -> list[str]:
+        """Return the fingerprints of the spaces, sorted."""
+
+    @abstractmethod
+    def space(self, fingerprint: str, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> SpaceDriver:
+        """Open a space whose recipe blob was written.
+
+        Args:
+            columns: the dtype and trailing shape that each ragged array has in this space.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Does nothing the second time."""
+
+
+class Backend(ABC):
+    """A plug-in with a store of its own."""
+
+    name: str
+
+    @abstractmethod
+    def open(self, location: str, *, mode: str, options: Mapping[str, Any]) -> StoreDriver:
+        """Open the store at ``location`` (the URL without its scheme).
+
+        Args:
+            mode: ``"r"`` reads an existing store, ``"a"`` also writes and creates it.
+            options: the caller's keyword options, for this backend alone.
+
+        Raises:
+            StoreNotFoundError, NotAStoreError, ReadOnlyError, FormatVersionError.
+        """

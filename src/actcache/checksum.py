@@ -1,0 +1,66 @@
+"""Checksums that bind an entry's rows to its key and its space.
+
+Over rows alone, two entries that swapped their keys would pass. An entry's checksum is a chain of XXH3-64 one-shot
+digests, each the seed of the next: token ids (where there are any), then rows. The first seed mixes the space's
+fingerprint, stored dtype and hidden size with the whole key, the number of tokens and whether there are token ids.
+docs/format.md gives the chain in a form that needs no actcache, and a test implements it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+_digest = xxhash.xxh3_64_intdigest
+
+# Odd 64-bit constants (the primes of XXH64), one for each word that is mixed in.
+_PRIMES = np.array(
+    [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
+)
+_HAS_TOKEN_IDS = 0x5851F42D4C957F2D
+
+
+def space_seed(fingerprint: str, dtype: str, hidden_size: int) -> int:
+    """Return the seed that binds entries to their space."""
+    return int(_digest(f"{fingerprint} {dtype} {hidden_size}".encode()))
+
+
+def entry_seeds(
+    space: int, keys: NDArray[np.uint8], lengths: NDArray[np.int64], *, has_token_ids: bool
+) -> NDArray[np.uint64]:
+    """Return the first seed of each entry's chain, ``[n]``, from ``[n, 32]`` keys and ``[n]`` lengths."""
+    words = np.ascontiguousarray(keys).view("<u8").astype(np.uint64, copy=False)
+    mixed = np.bitwise_xor.reduce(words * _PRIMES[:4], axis=1)
+    mixed ^= lengths.astype(np.uint64) * _PRIMES[4]
+    mixed ^= np.uint64(space ^ (_HAS_TOKEN_IDS if has_token_ids else 0))
+    return mixed
+
+
+def chain(
+    seeds: Sequence[int], columns: Sequence[NDArray[np.generic]], starts: Sequence[int], lengths: Sequence[int]
+) -> list[int]:
+    """Return each entry's digest over its rows of ``columns``, in their order.
+
+    Args:
+        seeds: the first seed of each entry.
+        columns: C-contiguous arrays that share their first axis.
+        starts, lengths: which rows of them are the entry's.
+
+    Frees the GIL while it digests rows of a kilobyte or more, so threads can share a batch.
+    """
+    views = [(memoryview(column.reshape(-1).view(np.uint8)), column.nbytes // max(len(column), 1)) for column in columns]
+    digests = list(seeds)
+    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        digest = digests[i]
+        for view, row in views:
+            digest = _digest(view[start * row : (start + length) * row], digest)
+        digests[i] = digest
+    return digests
+
+
+def extra_seeds(checksums: NDArray[np.uint64]) -> list[int]:
+    """Return the first seeds of the chain over an entry's optional arrays: its main checksum, so that both belong."""
+    return [int(seed) for seed in checksums]

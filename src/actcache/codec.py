@@ -1,0 +1,102 @@
+"""Codecs: how rows of activations become stored bytes and come back.
+
+A codec turns one document's ``[tokens, hidden]`` rows into an array of the same shape in the stored dtype, and back. It
+never stores an infinity or a NaN. NumPy has no bfloat16: its rows are kept as their bits in uint16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from actcache.errors import CodecOverflowError, NonFiniteError, RecipeError
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to store rows.
+
+    ``encode`` and ``decode`` are pure and thread-safe.
+    """
+
+    name: str
+    stored: np.dtype[np.generic]  # dtype of the stored rows
+    delivered: np.dtype[np.generic]  # dtype of the rows that ``decode`` returns
+
+    def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
+        """Write ``rows`` into ``out``, both ``[tokens, hidden]``, ``out`` in the stored dtype.
+
+        Args:
+            rows: floating point, or already in the stored dtype.
+            what: how an error names the document.
+
+        Raises:
+            NonFiniteError: ``rows`` holds NaN or infinity.
+            CodecOverflowError: a finite value is too large for the stored dtype.
+        """
+        with np.errstate(over="ignore"):
+            np.copyto(out, rows, casting="unsafe")
+        self._check(rows, np.isfinite(out), what)
+
+    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Return stored rows as floating point; the same array where the stored dtype is one."""
+        return stored
+
+    def _check(self, rows: NDArray[np.generic], finite: NDArray[np.bool_], what: str) -> None:
+        if finite.all():
+            return
+        token, column = (int(i) for i in np.argwhere(~finite)[0])
+        value = float(rows[token, column])
+        where = f"{what} holds {value:g} at token {token}, column {column}"
+        if np.isfinite(value):
+            raise CodecOverflowError(
+                f"{where}, too large for {self.name}: store it as bfloat16 or float32 (another recipe, another space)"
+            )
+        raise NonFiniteError(f"{where}: the model computed no number there; nothing of this call was stored")
+
+
+class _Bfloat16(Codec):
+    """The upper 16 bits of a float32, rounded to nearest even."""
+
+    def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
+        wide = np.ascontiguousarray(rows, np.float32)
+        bits = wide.view(np.uint32)
+        np.copyto(out, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16, casting="unsafe")
+        # exponent all ones: infinity, NaN, or a float32 that rounded up to infinity
+        self._check(rows, np.isfinite(wide) & ((out & 0x7F80) != 0x7F80), what)
+
+    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def _codec(kind: type[Codec], name: str, stored: DTypeLike, delivered: DTypeLike) -> Codec:
+    return kind(name, np.dtype(stored), np.dtype(delivered))
+
+
+_CODECS = {
+    codec.name: codec
+    for codec in (
+        _codec(Codec, "float16", "<f2", "<f2"),
+        _codec(Codec, "float32", "<f4", "<f4"),
+        _codec(_Bfloat16, "bfloat16", "<u2", "<f4"),
+    )
+}
+
+
+def names() -> list[str]:
+    """Return the names of the codecs."""
+    return list(_CODECS)
+
+
+def get(name: str) -> Codec:
+    """Return the codec of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    try:
+        return _CODECS[name]
+    except KeyError:
+        raise RecipeError(f"there is no codec {name!r}; there are {', '.join(_CODECS)}") from None

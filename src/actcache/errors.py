@@ -1,0 +1,163 @@
+"""Every exception that actcache raises on purpose, arranged by what the person who catches it would do.
+
+``ActcacheError``
+    - ``UsageError`` (also ``ValueError``): change the call.
+    - ``StoreError``: look at the store or the place where it lies.
+    - ``DataError``: something that was read back is not what was stored.
+    - ``ModelError``: the transformer, its tokenizer or its canaries do not fit the recipe.
+
+Messages say what is wrong and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ActcacheError(Exception):
+    """Base of all exceptions of this package."""
+
+
+# --- change the call ------------------------------------------------------------------------------------------------
+
+
+class UsageError(ActcacheError, ValueError):
+    """An argument is wrong; nothing was stored or changed."""
+
+
+class KeyFormatError(UsageError):
+    """A key is not 32 bytes, or the same key stands twice in one ``put``."""
+
+
+class DocumentError(UsageError):
+    """A document is empty, too long for the model, or of a kind that has no key."""
+
+
+class DocumentTooLongError(DocumentError):
+    """A document is longer than the model takes and the caller said to refuse such documents."""
+
+
+class ShapeError(UsageError):
+    """An array has another shape, dtype or length than the space stores or the caller's buffer holds."""
+
+
+class NonFiniteError(UsageError):
+    """Activations hold NaN or infinity, before or after the conversion to the stored dtype."""
+
+
+class CodecOverflowError(NonFiniteError):
+    """A finite activation is too large for the stored dtype and would have become infinite."""
+
+
+class LayerError(UsageError):
+    """The layer to cut at lies outside 1..N-1."""
+
+
+class RecipeError(UsageError):
+    """A recipe's field has a value that no recipe can have."""
+
+
+class BackendError(UsageError):
+    """A URL names a backend that is not installed or not known."""
+
+
+class MissingExtraError(BackendError):
+    """A backend is known but the library that it needs is not installed; the message says which to install."""
+
+
+# --- look at the store ----------------------------------------------------------------------------------------------
+
+
+class StoreError(ActcacheError):
+    """The store, or the place where it lies, does not allow what was asked."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no store at the path, and the mode does not create one."""
+
+
+class NotAStoreError(StoreError):
+    """Something that is no store lies at the path."""
+
+
+class SpaceNotFoundError(StoreError, KeyError):
+    """The store has no space for the recipe; the message lists the nearest ones and what differs."""
+
+    __str__ = Exception.__str__  # KeyError would print the message's repr
+
+
+class CollectionNotFoundError(StoreError, KeyError):
+    """The store has no collection of that name."""
+
+    __str__ = Exception.__str__
+
+
+class ReadOnlyError(StoreError, PermissionError):
+    """A write to a store that was opened, or lies, read-only."""
+
+
+class OutOfSpaceError(StoreError, OSError):
+    """The disk or quota is full. What was flushed before is safe; what was not is still held by the writer."""
+
+
+class StorageIOError(StoreError, OSError):
+    """The operating system refused a read or write for another reason."""
+
+
+class ClosedError(StoreError):
+    """The store, space or reader was closed before this call."""
+
+
+class MissingEntryError(StoreError, KeyError):
+    """Documents that a read needs are not in the space. ``keys`` holds their keys."""
+
+    __str__ = Exception.__str__
+
+    def __init__(self, message: str, keys: Sequence[bytes] = ()) -> None:
+        super().__init__(message)
+        self.keys = list(keys)
+
+
+# --- what was read back is not what was stored ------------------------------------------------------------------------
+
+
+class DataError(ActcacheError):
+    """Bytes of the store are damaged, foreign, or of a version that this release cannot read."""
+
+
+class FormatError(DataError):
+    """A file of the store is truncated, foreign, or says impossible things about itself."""
+
+
+class FormatVersionError(FormatError):
+    """The store was written by a newer release."""
+
+
+class CorruptEntryError(DataError):
+    """Entries failed their checksum, or their bytes cannot be read. ``keys`` holds their keys.
+
+    Every other entry is unaffected. ``space.delete(error.keys)`` turns them into misses that a fill recomputes.
+    """
+
+    def __init__(self, message: str, keys: Sequence[bytes] = ()) -> None:
+        super().__init__(message)
+        self.keys = list(keys)
+
+
+# --- the transformer does not fit the recipe --------------------------------------------------------------------------
+
+
+class ModelError(ActcacheError):
+    """The model or its tokenizer cannot be used as asked."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture is not in the table of families (``actcache.models.family``)."""
+
+
+class LowerHalfMismatchError(ModelError):
+    """The task model's lower half is not the one whose activations are stored."""
+
+
+class CanaryError(ModelError):
+    """Recomputed canary documents differ from the stored ones by more than the tolerance: the numbers have changed."""

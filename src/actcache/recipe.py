@@ -1,0 +1,157 @@
+"""Recipes: what decides the numbers of a space (identity) and where they came from (provenance).
+
+The identity names the space: two runs share entries exactly when every field of it is equal. The provenance is recorded
+beside it and compared only by way of canary documents (``actcache.models.canary``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actcache import codec
+from actcache.errors import FormatError, RecipeError
+
+#: What a document longer than ``max_length`` becomes.
+TOO_LONG = ("refuse", "truncate", "windows")
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text that equal values have: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def is_fingerprint(name: str) -> bool:
+    return _FINGERPRINT.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the entries of a space are made. Immutable and hashable by its identity.
+
+    Args:
+        model: model id or path. Part of the identity only where ``weights`` is not given.
+        layer: the entries are the output of this layer, 1-based.
+        hidden_size: columns of an entry.
+        dtype: how rows are stored, the name of a codec: ``float16``, ``float32`` or ``bfloat16``.
+        weights: digest of the lower half's weights (embeddings and layers 1..``layer``); None where it is not known.
+        config: the model's configuration values that change the lower half's numbers.
+        compute_dtype: what the lower half computes in.
+        tokenizer: digest of the tokenizer's canonical form.
+        special_tokens: whether the tokenizer adds its special tokens.
+        max_length: tokens that a document may have, special tokens included; None for no limit.
+        too_long: what a longer document becomes: ``refuse``, ``truncate`` or ``windows``.
+        provenance: model id, revision, library versions, device, ...: recorded, not part of the identity.
+
+    Raises:
+        RecipeError: a field has a value that no recipe can have.
+    """
+
+    model: str
+    layer: int
+    hidden_size: int
+    dtype: str = "float16"
+    weights: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    compute_dtype: str = "float32"
+    tokenizer: str | None = None
+    special_tokens: bool = True
+    max_length: int | None = None
+    too_long: str = "refuse"
+    provenance: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        def check(good: bool, what: str) -> None:
+            if not good:
+                raise RecipeError(what)
+
+        check(isinstance(self.model, str) and bool(self.model), "model must be a model id or path")
+        check(_is_int(self.layer) and self.layer >= 1, f"layer is 1-based: {self.layer!r} is none")
+        check(_is_int(self.hidden_size) and self.hidden_size >= 1, f"hidden_size {self.hidden_size!r} is not positive")
+        check(
+            self.max_length is None or (_is_int(self.max_length) and self.max_length >= 1),
+            f"max_length {self.max_length!r} is neither None nor positive",
+        )
+        check(self.dtype in codec.names(), f"dtype {self.dtype!r} is not one of {', '.join(codec.names())}")
+        check(
+            self.compute_dtype in COMPUTE_DTYPES,
+            f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}",
+        )
+        check(self.too_long in TOO_LONG, f"too_long {self.too_long!r} is not one of {', '.join(TOO_LONG)}")
+        try:
+            canonical_json(dict(self.config))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"config must hold JSON values only: {error}") from None
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.fingerprint == other.fingerprint
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the numbers, as JSON values."""
+        return {
+            "weights": self.weights if self.weights is not None else {"model": self.model},
+            "config": dict(self.config),
+            "layer": self.layer,
+            "hidden_size": self.hidden_size,
+            "compute_dtype": self.compute_dtype,
+            "tokenizer": self.tokenizer,
+            "special_tokens": self.special_tokens,
+            "max_length": self.max_length,
+            "too_long": self.too_long,
+            "dtype": self.dtype,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: the BLAKE2b digest of the identity. It is the name of the space."""
+        text = canonical_json(self.identity())
+        return hashlib.blake2b(text.encode(), digest_size=16, person=b"actcache/recipe").hexdigest()
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Return the identity fields in which this recipe and another differ, as ``field -> (this, other)``."""
+        mine, theirs = _flat(self.identity()), _flat(other.identity())
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return identity and provenance as JSON values; ``from_json`` is the inverse."""
+        return {"identity": self.identity(), "provenance": {"model": self.model, **self.provenance}}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Recipe:
+        """Rebuild a recipe from ``to_json``.
+
+        Raises:
+            FormatError: the value is not what ``to_json`` returns.
+        """
+        try:
+            identity, provenance = dict(value["identity"]), dict(value["provenance"])
+            if not all(isinstance(item, str) for item in provenance.values()):
+                raise TypeError("a provenance value is no text")
+            if isinstance(identity["weights"], dict):
+                identity["weights"] = None
+            return cls(model=provenance["model"], provenance=provenance, **identity)
+        except (KeyError, TypeError, ValueError, RecipeError) as error:
+            raise FormatError(f"not a recipe of this format version: {error}") from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    flat = {name: value for name, value in identity.items() if name != "config"}
+    return flat | {f"config.{name}": value for name, value in identity["config"].items()}

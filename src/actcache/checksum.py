@@ -51,7 +51,9 @@ def chain(
 
     Frees the GIL while it digests rows of a kilobyte or more, so threads can share a batch.
     """
-    views = [(memoryview(column.reshape(-1).view(np.uint8)), column.nbytes // max(len(column), 1)) for column in columns]
+    views = [
+        (memoryview(column.reshape(-1).view(np.uint8)), column.nbytes // max(len(column), 1)) for column in columns
+    ]
     digests = list(seeds)
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         digest = digests[i]
@@ -59,8 +61,3 @@ def chain(
             digest = _digest(view[start * row : (start + length) * row], digest)
         digests[i] = digest
     return digests
-
-
-def extra_seeds(checksums: NDArray[np.uint64]) -> list[int]:
-    """Return the first seeds of the chain over an entry's optional arrays: its main checksum, so that both belong."""
-    return [int(seed) for seed in checksums]

@@ -67,7 +67,9 @@ def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: 
     Raises:
         FormatError: naming ``where``.
     """
-    good = len(offsets) == entries + 1 and offsets[0] == 0 and offsets[-1] == tokens and bool((np.diff(offsets) > 0).all())
+    good = (
+        len(offsets) == entries + 1 and offsets[0] == 0 and offsets[-1] == tokens and bool((np.diff(offsets) > 0).all())
+    )
     if not good:
         raise FormatError(f"{where}: its offsets do not cut {tokens} rows into {entries} entries")
 

@@ -9,16 +9,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from actcache import errors
+from actcache.batch import Batch
+from actcache.collection import Collection
 from actcache.key import document_key
+from actcache.reader import Reader
 from actcache.recipe import Recipe
-from actcache.windows import windows
+from actcache.space import Entry, ReadReport, Space
+from actcache.store import Store
+from actcache.store import open_store as open
+from actcache.windows import Windows, windows
 
 if TYPE_CHECKING:
     from actcache.recycler import Recycler
 
 __version__ = "0.1.0"
 
-__all__ = ["Recipe", "Recycler", "document_key", "errors", "windows"]
+__all__ = [
+    "Batch",
+    "Collection",
+    "Entry",
+    "ReadReport",
+    "Reader",
+    "Recipe",
+    "Recycler",
+    "Space",
+    "Store",
+    "Windows",
+    "document_key",
+    "errors",
+    "open",
+    "windows",
+]
 
 
 def __getattr__(name: str) -> Any:

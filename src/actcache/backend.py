@@ -132,8 +132,12 @@ class Snapshot(ABC):
         """Look up ``[n, 32]`` keys in one go."""
 
     @abstractmethod
-    def columns(self, located: Located) -> list[frozenset[str]]:
-        """Return which ragged arrays each entry has; an empty set where the key is absent."""
+    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+        """Return which entries have that ragged array, ``[n]``; False where the key is absent."""
+
+    @abstractmethod
+    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+        """Return the checksums of the optional arrays, ``[n]``; 0 where there are none."""
 
     @abstractmethod
     def gather(

@@ -33,7 +33,7 @@ def entry_seeds(
 ) -> NDArray[np.uint64]:
     """Return the first seed of each entry's chain, ``[n]``, from ``[n, 32]`` keys and ``[n]`` lengths."""
     words = np.ascontiguousarray(keys).view("<u8").astype(np.uint64, copy=False)
-    mixed = np.bitwise_xor.reduce(words * _PRIMES[:4], axis=1)
+    mixed: NDArray[np.uint64] = np.bitwise_xor.reduce(words * _PRIMES[:4], axis=1)
     mixed ^= lengths.astype(np.uint64) * _PRIMES[4]
     mixed ^= np.uint64(space ^ (_HAS_TOKEN_IDS if has_token_ids else 0))
     return mixed
@@ -51,9 +51,7 @@ def chain(
 
     Frees the GIL while it digests rows of a kilobyte or more, so threads can share a batch.
     """
-    views = [
-        (memoryview(column.reshape(-1).view(np.uint8)), column.nbytes // max(len(column), 1)) for column in columns
-    ]
+    views = [(column.reshape(-1).view(np.uint8).data, column.nbytes // max(len(column), 1)) for column in columns]
     digests = list(seeds)
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         digest = digests[i]

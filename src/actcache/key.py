@@ -20,6 +20,10 @@ KEY_BYTES = 32
 Document = str | tuple[str, str] | Sequence[str] | Sequence[int] | NDArray[np.integer]
 
 
+#: A batch of keys: a list of ``bytes``, or a ``[n, 32]`` uint8 array.
+Keys = Sequence[bytes] | NDArray[np.uint8]
+
+
 def _digest(kind: str, parts: Iterable[bytes]) -> bytes:
     digest = hashlib.blake2b(digest_size=KEY_BYTES, person=f"actcache/{kind}".encode())
     for part in parts:
@@ -84,7 +88,7 @@ def window_key(key: bytes, max_length: int, stride: int, number: int, last: bool
     return _digest("window", [key, spec])
 
 
-def key_array(keys: Sequence[bytes] | NDArray[np.uint8]) -> NDArray[np.uint8]:
+def key_array(keys: Keys) -> NDArray[np.uint8]:
     """Return keys as one ``[n, 32]`` uint8 array (an array of that shape is returned as it is).
 
     Raises:

@@ -1,0 +1,174 @@
+"""Recording: run the lower half of a model and take the rows that go into layer k+1."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from actcache.errors import ModelError, UsageError
+from actcache.models.family import Family
+
+
+class _Reached(Exception):
+    """Ends the forward pass at layer k+1, whose input it carries."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class LowerHalf:
+    """Layers 1..``layer`` of a base model, as a function from token ids to rows.
+
+    It uses the model as it is, with its own forward: weights that change later change the numbers. Not thread-safe.
+
+    Args:
+        base_model: in eval mode, on any device.
+        compute_dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; None for the dtype of the parameters. Where
+            it differs from that, the lower half runs under autocast.
+
+    Raises:
+        LayerError: ``layer`` is not in 1..N-1.
+        ModelError: autocast cannot compute in ``compute_dtype``.
+    """
+
+    def __init__(
+        self, base_model: PreTrainedModel, family: Family, layer: int, compute_dtype: str | None = None
+    ) -> None:
+        family.check_layer(base_model, layer)
+        self.base_model, self.family, self.layer = base_model, family, layer
+        self.parameter_dtype = _name(_first_parameter(family.layers_of(base_model)[0]).dtype)
+        self.compute_dtype = compute_dtype or self.parameter_dtype
+        if self.compute_dtype not in (self.parameter_dtype, "bfloat16", "float16"):
+            raise ModelError(
+                f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load the "
+                f"model with dtype=torch.{self.compute_dtype}"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.base_model.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return _first_parameter(self.family.layers_of(self.base_model)[0]).device
+
+    def run(
+        self, token_ids: Sequence[NDArray[np.integer]], type_ids: Sequence[NDArray[np.integer]] | None = None
+    ) -> list[NDArray[np.generic]]:
+        """Return the rows of some documents, computed as one padded batch but as if each were alone.
+
+        Args:
+            token_ids: one ``[tokens]`` array per document, special tokens included, none empty.
+            type_ids: token type ids of the same lengths; None where they are all 0.
+
+        Returns:
+            One ``[tokens, hidden]`` array per document, float32, or float16 or float64 where it computes in that. They
+            are views of one array, in the caller's order.
+
+        Raises:
+            ModelError: the lower half is in train mode, so its dropout would be stored.
+        """
+        self._check_eval()
+        if not token_ids:
+            return []
+        lengths = torch.tensor([len(ids) for ids in token_ids])
+        # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
+        # in a lone document too) are what they are without it.
+        inputs = {
+            "input_ids": _pad(token_ids, int(self.base_model.config.pad_token_id or 0)),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        }
+        if type_ids is not None and any(ids.any() for ids in type_ids):
+            inputs["token_type_ids"] = _pad(type_ids, 0)
+        device = self.device
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        hidden = self._forward(inputs)
+        rows = hidden[inputs["attention_mask"].bool()].cpu()
+        if rows.dtype == torch.bfloat16:  # NumPy has none; float32 holds it exactly
+            rows = rows.float()
+        return list(np.split(rows.numpy(), np.cumsum(lengths.numpy())[:-1]))
+
+    def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        next_layer = self.family.layers_of(self.base_model)[self.layer]
+        handle = next_layer.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            # Autocast is always entered: an ambient one would otherwise decide the numbers.
+            with torch.inference_mode(), self._autocast():
+                self.base_model(**inputs)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise ModelError(f"the forward pass of {type(self.base_model).__name__} never reached layer {self.layer + 1}")
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        kind = self.device.type
+        if self.compute_dtype == self.parameter_dtype:
+            return torch.autocast(kind, enabled=False)
+        return torch.autocast(kind, dtype=getattr(torch, self.compute_dtype))
+
+    def _check_eval(self) -> None:
+        lower = self.family.lower_of(self.base_model, self.layer)
+        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
+        if self.base_model.training or training:
+            where = training[0] if training else "the base model"
+            raise ModelError(
+                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
+                "model.eval() first"
+            )
+
+
+def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int) -> list[NDArray[np.int64]]:
+    """Cut documents into batches that compute little padding.
+
+    Documents are taken in descending order of length (ties in the caller's order), so that what needs the most memory
+    comes first. A batch holds ``count * longest <= token_budget`` padded tokens; a document above the budget is alone.
+
+    Args:
+        lengths: ``[n]`` tokens of each document.
+
+    Returns:
+        Arrays of positions in ``lengths``, each position in exactly one.
+
+    Raises:
+        UsageError: the budget is not positive.
+    """
+    if token_budget < 1:
+        raise UsageError(f"a token budget of {token_budget} computes nothing; the default is 8192")
+    tokens = np.asarray(lengths, np.int64)
+    order = np.argsort(-tokens, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        count = max(1, token_budget // max(1, int(tokens[order[start]])))
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
+def _pad(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:
+    out = np.full((len(arrays), max(len(array) for array in arrays)), value, np.int64)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(out)
+
+
+def _first_parameter(module: nn.Module) -> torch.Tensor:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    raise ModelError(f"{type(module).__name__} has no floating point parameter")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,166 @@
+"""The digest of a lower half's weights, which is the heart of a space's identity.
+
+Every byte is looked at each time, because nothing cheaper is certain: optimizers, ``param.data`` and NumPy views change
+weights in ways that version counters do not show. What is remembered is the cryptographic digest, by a checksum that runs
+ten times as fast (xxh3) or, across processes, by the weight files' path, size and time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from actcache.errors import ModelError
+from actcache.models.family import Family
+from actcache.recipe import canonical_json
+
+_CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
+_MEMO_VERSION = 1
+_MEMO_ENTRIES = 1000
+_RACY_SECONDS = 2.0
+
+_digests: dict[str, str] = {}  # quick checksum -> digest, of lower halves seen in this process
+
+
+def lower_digest(base_model: nn.Module, family: Family, layer: int) -> str:
+    """Return the digest of the embeddings and layers 1..``layer``: 64 hexadecimal digits.
+
+    It covers the names (relative to the part or layer), dtypes, shapes and bytes of all parameters and persistent
+    buffers, of modules that were added (adapters) too. Upper layers, pooler and heads are not looked at. Thread-safe;
+    hashes in as many threads as there are processors.
+
+    Raises:
+        ModelError: the weights are not in memory (``meta`` device).
+    """
+    quick = _checksum(base_model, family, layer, _quick)
+    if quick not in _digests:
+        _digests[quick] = _checksum(base_model, family, layer, _strong)
+    return _digests[quick]
+
+
+def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, files: list[Path]) -> str:
+    """Return ``lower_digest`` of a model just loaded from ``files``, from a small file of memos where they are known.
+
+    Files that changed in size or time are hashed again, and files that were written less than two seconds ago are not
+    remembered, for another write could leave their time as it is. A memo that cannot be read or written is ignored.
+    """
+    name = _memo_name(base_model, layer, files)
+    if name is None:
+        return lower_digest(base_model, family, layer)
+    memo = _read_memo()
+    known = memo.get(name)
+    if isinstance(known, str) and len(known) == 64:
+        # Later checks that these are still the weights need only the quick checksum.
+        return _digests.setdefault(_checksum(base_model, family, layer, _quick), known)
+    digest = lower_digest(base_model, family, layer)
+    if all(time.time() - file.stat().st_mtime > _RACY_SECONDS for file in files):
+        _write_memo(memo | {name: digest})
+    return digest
+
+
+def weight_files(name_or_path: str, revision: str | None = None) -> list[Path]:
+    """Return the resolved weight files that ``from_pretrained`` reads; empty where that cannot be told."""
+    try:
+        config = cached_file(name_or_path, "config.json", revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return []
+    if config is None:
+        return []
+    folder = Path(config).parent
+    if (folder / "adapter_config.json").exists():  # the base model's weights lie elsewhere
+        return []
+    return sorted(path.resolve() for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+
+
+def _quick(data: memoryview) -> bytes:
+    return xxhash.xxh3_128_digest(data)
+
+
+def _strong(data: memoryview) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
+def _checksum(base_model: nn.Module, family: Family, layer: int, hash_chunk: Callable[[memoryview], bytes]) -> str:
+    # Both functions free the GIL while they run.
+    whole = hashlib.blake2b(digest_size=32, person=b"actcache/weights")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, tensor in sorted(_tensors(base_model, family, layer), key=lambda item: item[0]):
+            header = canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode()
+            whole.update(len(header).to_bytes(8, "little") + header)
+            for digest in pool.map(hash_chunk, _chunks(name, tensor)):
+                whole.update(digest)
+    return whole.hexdigest()
+
+
+def _tensors(base_model: nn.Module, family: Family, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+    layers = family.layers_of(base_model)
+    parts = itertools.chain(
+        ((f"embeddings/{path}", part) for path, part in family.embeddings_of(base_model).items()),
+        ((f"layers/{i + 1}", layers[i]) for i in range(layer)),
+    )
+    for prefix, part in parts:
+        for name, tensor in part.state_dict().items():
+            if isinstance(tensor, torch.Tensor):
+                yield f"{prefix}/{name}", tensor
+
+
+def _chunks(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
+    if tensor.is_meta:
+        raise ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+    data = memoryview(flat.numpy())
+    return (data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK))
+
+
+def _memo_path() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actcache" / "weights.json"
+
+
+def _memo_name(base_model: PreTrainedModel, layer: int, files: list[Path]) -> str | None:
+    if not files:
+        return None
+    try:
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:
+        return None
+    library = transformers.__version__.partition(".")[0]
+    what = [_MEMO_VERSION, stats, layer, str(base_model.dtype), type(base_model).__name__, library]
+    return hashlib.blake2b(canonical_json(what).encode(), digest_size=16).hexdigest()
+
+
+def _read_memo() -> dict[str, Any]:
+    try:
+        memo = json.loads(_memo_path().read_text())
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home directory
+        return {}
+    return memo if isinstance(memo, dict) else {}
+
+
+def _write_memo(memo: dict[str, Any]) -> None:
+    newest = dict(list(memo.items())[-_MEMO_ENTRIES:])
+    temporary = None
+    try:
+        path = _memo_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".weights-", delete=False) as file:
+            temporary = file.name
+            json.dump(newest, file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError):
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

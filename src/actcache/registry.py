@@ -1,0 +1,79 @@
+"""The registry: from a URL to a backend, by entry points. Nothing here knows a backend's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from actcache.backend import Backend, SegmentFormat, StoreDriver
+from actcache.errors import BackendError, MissingExtraError
+from actcache.storage.store import open_store, read_marker
+
+GROUP = "actcache.backends"
+DEFAULT = "default"  # the entry point that serves a bare path where no store stands yet
+
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(.*)", re.DOTALL)
+
+
+def backends() -> list[str]:
+    """Return the names (URL schemes) of the installed backends, sorted."""
+    return sorted({point.name for point in entry_points(group=GROUP)} - {DEFAULT})
+
+
+def parse(url: str) -> tuple[str | None, str]:
+    """Split ``"scheme:rest"``; the scheme is None for a bare path, ``./a:b`` and ``C:\\x`` among them."""
+    match = _SCHEME.fullmatch(url)
+    if match is None or "/" in match[1]:
+        return None, url
+    rest = match[2]
+    # "lmdb:///abs" and "lmdb:/abs" are the same place; "s3://bucket" keeps its bucket
+    return match[1].lower(), rest.removeprefix("//") if rest.startswith("///") else rest
+
+
+def load(name: str) -> Backend | SegmentFormat:
+    """Import a backend.
+
+    Raises:
+        BackendError: none of that name is installed.
+        MissingExtraError: its storage library is not installed.
+    """
+    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not points:
+        raise BackendError(f"there is no backend {name!r}; installed are {', '.join(backends())}")
+    try:
+        plugin = points[0].load()
+    except ImportError as error:
+        raise MissingExtraError(f"the {name} backend cannot be imported ({error}): {_remedy(points[0])}") from error
+    if not isinstance(plugin, Backend | SegmentFormat):
+        raise BackendError(f"{points[0].value} is neither a Backend nor a SegmentFormat; see actcache.backend")
+    return plugin
+
+
+def _remedy(point: EntryPoint) -> str:
+    distribution = point.dist.name if point.dist is not None else "actcache"
+    extras = f"[{','.join(point.extras)}]" if point.extras else ""
+    return f"pip install '{distribution}{extras}'"
+
+
+def open_driver(url: str | Path, mode: str, options: Mapping[str, Any]) -> StoreDriver:
+    """Open the store at a URL or path. A store that stands at a bare path says itself which backend it is of.
+
+    Raises:
+        BackendError: the scheme, or an option, is not known.
+        StoreNotFoundError, NotAStoreError, ReadOnlyError, FormatVersionError: see ``Backend.open``.
+    """
+    if mode not in ("r", "a"):
+        raise BackendError(f"mode is 'r' (read) or 'a' (read, write, create), not {mode!r}")
+    scheme, location = parse(str(url)) if isinstance(url, str) else (None, str(url))
+    if not location:
+        raise BackendError(f"{url!r} names no place; write a path, or scheme:path")
+    if scheme is None:
+        marker = read_marker(Path(location).expanduser())
+        scheme = marker["backend"] if marker is not None else DEFAULT
+    plugin = load(scheme)
+    if isinstance(plugin, SegmentFormat):
+        return open_store(plugin, location, mode=mode, options=options)
+    return plugin.open(location, mode=mode, options=options)

@@ -1,0 +1,135 @@
+"""One batched read: where a batch of keys lies, and its rows, verified while they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache import checksum
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Snapshot
+from actcache.errors import FormatError
+from actcache.key import key_list
+from actcache.ragged import offsets_of
+from actcache.writer import Writer
+
+Rows = dict[str, NDArray[np.generic]]
+
+
+class Request:
+    """The entries of ``[n, 32]`` keys in a snapshot and in the writer's unpublished blocks, which come first.
+
+    Attributes:
+        lengths: ``[n]`` int64 tokens of each entry, 0 where it is absent.
+    """
+
+    def __init__(
+        self, snapshot: Callable[[], Snapshot], writer: Writer | None, space_seed: int, keys: NDArray[np.uint8]
+    ) -> None:
+        self._keys = keys
+        self._seed = space_seed
+        # The writer first, then the snapshot: a block that is published in between is found twice, not missed.
+        self._pending: dict[int, Rows] = {}
+        if writer is not None and len(writer):
+            found = ((i, writer.rows(key)) for i, key in enumerate(key_list(keys)))
+            self._pending = {i: rows for i, rows in found if rows is not None}
+        self._snapshot = snapshot()
+        self._located = self._snapshot.locate(keys)
+        self.lengths = self._located.tokens.copy()
+        for i, rows in self._pending.items():
+            self.lengths[i] = len(rows[VALUES])
+
+    def has(self, column: str) -> NDArray[np.bool_]:
+        """Return which entries have a ragged array, ``[n]``."""
+        has = self._snapshot.has(column, self._located)
+        for i, rows in self._pending.items():
+            has[i] = column in rows
+        return has
+
+    def read(self, out: Mapping[str, NDArray[np.generic]], width: int | None, *, verify: bool) -> list[int]:
+        """Read rows into buffers; return the positions of entries that are corrupt, whose rows mean nothing.
+
+        Args:
+            out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``. With ``values``, ``token_ids``
+                has to be there too (what an entry has no token ids for is left as it is).
+            width: None for packed rows, else the rows that each entry takes up.
+        """
+        count = len(self._keys)
+        starts = offsets_of(self.lengths if width is None else np.full(count, width, np.int64))
+        with_ids = self.has(TOKEN_IDS)
+        kinds = with_ids.astype(np.int8)
+        kinds[list(self._pending)] = 2
+        kinds[self.lengths == 0] = -1 if (kinds == 0).any() else 1  # absent entries break no run that has ids
+        corrupt: list[int] = []
+        cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
+        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+            here = {name: buffer[starts[first] : starts[last]] for name, buffer in out.items()}
+            if kinds[first] == 2:
+                self._copy(first, last, here, width)
+                continue
+            if kinds[first] != 1:
+                here.pop(TOKEN_IDS, None)
+            corrupt += self._gather(first, last, here, width, verify)
+        return corrupt
+
+    def _copy(self, first: int, last: int, out: Rows, width: int | None) -> None:
+        position = 0
+        for i in range(first, last):
+            end = position + int(self.lengths[i])
+            following = end if width is None else position + width
+            for name, buffer in out.items():
+                if name in self._pending[i]:
+                    buffer[position:end] = self._pending[i][name]
+                    buffer[end:following] = 0
+            position = following
+
+    def _gather(self, first: int, last: int, out: Rows, width: int | None, verify: bool) -> list[int]:
+        """Gather the entries first..last-1, which the snapshot has; return which are corrupt."""
+        located = self._located[first:last]
+        lengths = located.tokens
+        starts = offsets_of(lengths if width is None else np.full(last - first, width, np.int64))
+        corrupt: list[int] = []
+
+        def check(begin: int, end: int) -> None:
+            corrupt.extend(first + i for i in self._mismatches(first, begin, end, out, starts))
+
+        done = check if verify else lambda begin, end: None
+        try:
+            self._snapshot.gather(located, out, width, done)
+        except FormatError:
+            # A segment is gone or truncated. One by one, so that only its own entries are lost.
+            if last - first == 1:
+                return [first]
+            corrupt.clear()
+            for i in range(last - first):
+                alone = {name: buffer[starts[i] : starts[i + 1]] for name, buffer in out.items()}
+                corrupt += self._gather(first + i, first + i + 1, alone, width, verify)
+        return sorted(corrupt)
+
+    def _mismatches(self, first: int, begin: int, end: int, out: Rows, starts: NDArray[np.int64]) -> list[int]:
+        """Return which of the gathered entries begin..end-1 fail their checksum."""
+        located = self._located[first + begin : first + end]
+        lengths = located.tokens.tolist()
+        if VALUES in out:
+            keys = self._keys[first + begin : first + end]
+            seeds = checksum.entry_seeds(self._seed, keys, located.tokens, has_token_ids=TOKEN_IDS in out).tolist()
+            columns, expected = [out[name] for name in (TOKEN_IDS, VALUES) if name in out], located.checksums.tolist()
+        else:
+            seeds, columns = located.checksums.tolist(), [out[name] for name in sorted(out)]
+            expected = self._snapshot.extra_checksums(located).tolist()
+        digests = checksum.chain(seeds, columns, starts[begin:end].tolist(), lengths)
+        return [
+            begin + i
+            for i, (digest, sum) in enumerate(zip(digests, expected, strict=True))
+            if digest != sum and lengths[i]
+        ]
+
+    def read_extras(self, i: int) -> tuple[Rows, bool]:
+        """Return the optional arrays of entry ``i``, and whether they are intact."""
+        if i in self._pending:
+            return {name: rows for name, rows in self._pending[i].items() if name in EXTRAS}, True
+        located = self._located[i : i + 1]
+        names: Sequence[str] = [name for name in sorted(EXTRAS) if self._snapshot.has(name, located)[0]]
+        out: Rows = {n: np.empty((int(self.lengths[i]), *EXTRAS[n][1]), EXTRAS[n][0]) for n in names}
+        return out, not names or not self._gather(i, i + 1, out, None, True)

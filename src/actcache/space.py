@@ -1,0 +1,358 @@
+"""A space: all entries of one recipe."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache import checksum, codec
+from actcache.arrays import to_buffer, to_numpy
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Usage
+from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
+from actcache.key import Keys, key_array, key_list
+from actcache.ragged import offsets_of
+from actcache.reader import Reader
+from actcache.recipe import Recipe
+from actcache.request import Request
+from actcache.writer import Columns, Writer
+
+if TYPE_CHECKING:
+    from actcache.store import Store
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One document's activations, ``[tokens, hidden]``; bfloat16 entries as float32, others in the stored dtype.
+
+    The arrays are views into the memory of the whole ``get``.
+    """
+
+    activations: NDArray[Any]
+    token_ids: NDArray[np.int32] | None = None  # [tokens]
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)  # spans, word_ids, type_ids where they were stored
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What ``read_into`` found: ``lengths`` [n] int64 tokens of each entry, 0 where it is absent."""
+
+    lengths: NDArray[np.int64]
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """``[n]``: which keys were there."""
+        return self.lengths > 0
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """``[n + 1]``: where each entry's rows begin in a packed buffer."""
+        return offsets_of(self.lengths)
+
+
+def columns_of(recipe: Recipe) -> Columns:
+    """Return dtype and trailing shape of each ragged array of a recipe's space."""
+    return {VALUES: (codec.get(recipe.dtype).stored.str, (recipe.hidden_size,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
+
+
+class Space:
+    """Made by ``Store.space``. Any number of threads may read and write; writes take turns.
+
+    Reads see what this object has put, flushed or not, and what other processes had flushed when the space was opened,
+    last flushed, or last refreshed.
+    """
+
+    def __init__(
+        self, store: Store, driver: SpaceDriver, recipe: Recipe, *, created: bool, segment_bytes: int, seconds: float
+    ) -> None:
+        self.recipe = recipe  #: as stored by whoever created the space
+        self.created = created  #: whether this call created it
+        self._store = store
+        self._driver = driver
+        self._codec = codec.get(recipe.dtype)
+        self._columns = columns_of(recipe)
+        self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
+        self._writer: Writer | None = None
+        if store.writable:
+            self._writer = Writer(
+                self._append, self._columns, self._seed, segment_bytes=segment_bytes, segment_seconds=seconds
+            )
+        self._closed = False
+        self._write_lock = threading.RLock()
+        self._snapshot = driver.snapshot()
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        arrays: Sequence[Any],
+        token_ids: Sequence[Any] | None = None,
+        *,
+        spans: Sequence[Any] | None = None,
+        word_ids: Sequence[Any] | None = None,
+        type_ids: Sequence[Any] | None = None,
+        overwrite: bool = False,
+    ) -> int:
+        """Store entries: all that are new, or, where anything is wrong with one of them, none.
+
+        Args:
+            keys: of the documents, each once.
+            arrays: one ``[tokens, hidden]`` floating point array or tensor a key, on any device.
+            token_ids: one ``[tokens]`` array a key.
+            spans, word_ids, type_ids: optional arrays, ``[tokens, 2]``, ``[tokens]`` and ``[tokens]``.
+            overwrite: whether to replace what is there; else keys that are present are skipped.
+
+        Returns:
+            How many were stored. They are durable after ``flush``.
+
+        Raises:
+            KeyFormatError: a key is none, or stands twice.
+            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe.
+            NonFiniteError, CodecOverflowError: an array holds NaN or infinity, or a value too large for the codec.
+            StoreError: read-only, disk full, ...
+        """
+        writer = self._writing()
+        given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
+        lists = {VALUES: arrays, **{name: rows for name, rows in given.items() if rows is not None}}
+        all_keys = key_array(keys)
+        if len(set(key_list(all_keys))) != len(all_keys):
+            raise KeyFormatError("the same key stands twice in one put; drop the second copy")
+        for name, rows in lists.items():
+            if len(rows) != len(all_keys):
+                raise ShapeError(f"{len(all_keys)} keys and {len(rows)} arrays of {name}: give one a key")
+        with self._write_lock:
+            wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
+            encoded = [
+                (keys[i], {name: self._encode(keys[i], name, rows[i], arrays[i]) for name, rows in lists.items()})
+                for i in np.flatnonzero(wanted).tolist()
+            ]
+            for key, stored in encoded:
+                writer.add(key, stored)
+        return len(encoded)
+
+    def _encode(self, key: bytes, name: str, rows: Any, values: Any) -> NDArray[Any]:
+        """Return one array of one entry in stored form, checked."""
+        what = f"document {key.hex()}"
+        array = to_numpy(rows)
+        dtype, trailing = self._columns[name]
+        tokens = len(values) if getattr(values, "ndim", 1) else 0
+        if array.shape != (tokens, *trailing) or not tokens:
+            expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
+            raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")
+        if name != VALUES:
+            if array.dtype.kind not in "iu":
+                raise ShapeError(f"{what}: {name} must be integers, not {array.dtype}")
+            limits = np.iinfo(dtype)
+            if array.min() < limits.min or array.max() > limits.max:
+                raise ShapeError(f"{what}: {name} must fit {np.dtype(dtype)}")
+            return array.astype(dtype)
+        if array.dtype.kind != "f":
+            raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
+        out = np.empty(array.shape, dtype)
+        self._codec.encode(array, out, what=what)
+        return out
+
+    def _append(self, block: Block) -> None:
+        self._driver.append(block)
+        self._snapshot = self._driver.snapshot()  # before the writer forgets the block
+
+    def flush(self) -> None:
+        """Make everything that was put durable, and visible to others.
+
+        Raises:
+            StoreError: the disk is full, ...; nothing is lost, a later flush tries again.
+        """
+        self._writing().flush()
+        self.refresh()
+
+    def delete(self, keys: Keys) -> int:
+        """Delete entries, durably; return how many of the keys were there."""
+        wanted = key_array(keys)
+        with self._write_lock:
+            self._writing().flush()
+            count = self._driver.delete(wanted)
+            self.refresh()
+        return count
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
+        """Return the entries of the keys, in their order; None where there is none.
+
+        Raises:
+            CorruptEntryError: entries fail their checksums; it names them.
+        """
+        wanted = key_array(keys)
+        request = self._request(wanted)
+        total = int(request.lengths.sum())
+        values = np.empty((total, self.recipe.hidden_size), self._codec.stored)
+        ids = np.empty(total, np.int32)
+        corrupt = set(request.read({VALUES: values, TOKEN_IDS: ids}, None, verify=verify))
+        offsets, has_ids = offsets_of(request.lengths).tolist(), request.has(TOKEN_IDS)
+        entries: list[Entry | None] = []
+        for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+            if begin == end:
+                entries.append(None)
+                continue
+            extras, intact = request.read_extras(i)
+            if not intact:
+                corrupt.add(i)
+            entries.append(Entry(self._codec.decode(values[begin:end]), ids[begin:end] if has_ids[i] else None, extras))
+        self._refuse_corrupt(wanted, corrupt)
+        return entries
+
+    def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
+        """Read rows in the stored dtype straight into the caller's buffer.
+
+        Args:
+            out: NumPy array or CPU tensor, C-contiguous: ``[rows, hidden]`` to have the entries packed one after another
+                (absent ones take no rows), or ``[n, length, hidden]`` to have each padded with zeros.
+            token_ids: int32, ``[rows]`` or ``[n, length]``: filled alike.
+            verify: whether to check the entries' checksums.
+
+        Raises:
+            ShapeError: a buffer is too small or of the wrong dtype. Nothing was read.
+            CorruptEntryError: it names the entries; the rows of all others are in place.
+        """
+        wanted = key_array(keys)
+        buffer = to_buffer(out, self._codec.stored, "out")
+        ids = None if token_ids is None else to_buffer(token_ids, np.dtype(np.int32), "token_ids")
+        hidden = self.recipe.hidden_size
+        if buffer.ndim not in (2, 3) or buffer.shape[-1] != hidden:
+            raise ShapeError(f"out must be [rows, {hidden}] or [n, length, {hidden}], not {list(buffer.shape)}")
+        if ids is not None and ids.shape != buffer.shape[:-1]:
+            raise ShapeError(f"token_ids must be {list(buffer.shape[:-1])} beside this out, not {list(ids.shape)}")
+        request = self._request(wanted)
+        width = buffer.shape[1] if buffer.ndim == 3 else None
+        longest, total = int(request.lengths.max(initial=0)), int(request.lengths.sum())
+        if width is None and total > len(buffer):
+            raise ShapeError(f"these entries have {total} rows and out has {len(buffer)}")
+        if width is not None and (longest > width or len(wanted) > len(buffer)):
+            raise ShapeError(
+                f"{len(wanted)} entries of up to {longest} tokens do not fit an out of {list(buffer.shape)}"
+            )
+        flat_ids = np.empty(buffer.size // hidden, np.int32) if ids is None else ids.reshape(-1)
+        if ids is not None and not request.has(TOKEN_IDS)[request.lengths > 0].all():
+            raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
+        rows = {VALUES: buffer.reshape(-1, hidden), TOKEN_IDS: flat_ids}
+        self._refuse_corrupt(wanted, request.read(rows, width, verify=verify))
+        return ReadReport(request.lengths)
+
+    def read_ahead(self, keys: Keys) -> None:
+        """Ask the operating system to load these entries soon; returns at once."""
+        self._check_open()
+        self._snapshot.read_ahead(self._snapshot.locate(key_array(keys)))
+
+    def lengths(self, keys: Keys) -> NDArray[np.int64]:
+        """Return the tokens of each entry, ``[n]`` int64, 0 where it is absent."""
+        return self._request(key_array(keys)).lengths
+
+    def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
+        """Return which entries have a ragged array (``token_ids``, ``spans``, ``word_ids``, ``type_ids``), ``[n]``."""
+        return self._request(key_array(keys)).has(column)
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Return which keys are there, ``[n]``."""
+        return self.lengths(keys) > 0
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, bytes) and bool(self.contains([key])[0])
+
+    def keys(self) -> Iterator[bytes]:
+        """Iterate over the keys, unpublished ones included."""
+        return iter(key_list(self.key_array()))
+
+    def key_array(self) -> NDArray[np.uint8]:
+        """Return all keys as ``[n, 32]`` uint8, sorted."""
+        self._check_open()
+        pending = self._writer.keys() if self._writer is not None else []
+        return np.unique(np.concatenate([self._snapshot.keys(), key_array(pending)]), axis=0)
+
+    def __len__(self) -> int:
+        return len(self.key_array())
+
+    def refresh(self) -> None:
+        """See what other processes have flushed or deleted since."""
+        self._check_open()
+        self._snapshot = self._driver.snapshot()
+
+    def usage(self) -> Usage:
+        """Return how many entries, tokens, bytes and segments are published."""
+        self._check_open()
+        return self._snapshot.usage()
+
+    def damaged(self) -> dict[str, str]:
+        """Return segments that could not be read, name -> what is wrong; their entries are absent."""
+        self._check_open()
+        return self._snapshot.damaged()
+
+    def reader(self, keys: Keys, **options: Any) -> Reader:
+        """Iterate over entries in batches; see ``actcache.reader.Reader`` for the options."""
+        return Reader(self, keys, **options)
+
+    # --- blobs, closing ----------------------------------------------------------------------------------------------
+
+    def blob(self, name: str) -> bytes | None:
+        """Return a small named file of the space (its canaries, say), None where there is none."""
+        return self._store.driver.read_blob(f"spaces/{self.recipe.fingerprint}/{name}")
+
+    def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        """Write a small named file of the space, durably; return False where it stands and ``replace`` is False."""
+        return self._store.driver.write_blob(f"spaces/{self.recipe.fingerprint}/{name}", data, replace=replace)
+
+    def close(self) -> None:
+        """Flush and release everything. Does nothing the second time."""
+        if self._closed:
+            return
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            self._closed = True
+            self._driver.close()
+
+    def __enter__(self) -> Space:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reopen, (self._store, self.recipe)
+
+    def __repr__(self) -> str:
+        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
+
+    def _request(self, keys: NDArray[np.uint8]) -> Request:
+        self._check_open()
+        return Request(lambda: self._snapshot, self._writer, self._seed, keys)
+
+    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:
+        if corrupt:
+            bad = key_list(keys[sorted(corrupt)])
+            raise CorruptEntryError(
+                f"{len(bad)} of {len(keys)} entries fail their checksum, the first is {bad[0].hex()}: "
+                "space.delete(error.keys) makes them misses, fill computes them again",
+                bad,
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the space is closed; open it again with store.space(recipe)")
+
+    def _writing(self) -> Writer:
+        self._check_open()
+        if self._writer is None:
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
+        return self._writer
+
+
+def reopen(store: Store, recipe: Recipe) -> Space:
+    """Rebuild a pickled space: what travels is the store's URL and the recipe, never a handle."""
+    return store.space(recipe)

@@ -1,0 +1,149 @@
+"""An arena: rows that lie in many files, addressable as one array.
+
+Files are mapped side by side into one reserved range of addresses, each placed so that its first row falls on a whole
+row of the range. A batch that is spread over a thousand segments is then one native gather over one array, and no
+document costs any Python. Row 0 of the range is zeros; it stands for padding.
+
+Python's ``mmap`` cannot choose addresses, so the system call is made through ``ctypes``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import FormatError, StorageIOError
+
+_PAGE = mmap.PAGESIZE
+_MAP_FIXED = 0x10  # Linux and macOS
+_MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0x40
+_PROT_NONE = 0
+_FAILED = ctypes.c_void_p(-1).value
+_FIRST_RESERVATION = 64 << 30
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+)
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _mmap(address: int | None, length: int, protection: int, flags: int, descriptor: int = -1, offset: int = 0) -> int:
+    result = _libc.mmap(address, length, protection, flags, descriptor, offset)
+    if result == _FAILED or result is None:
+        code = ctypes.get_errno()
+        hint = "; compact the space: it has more segments than the process may map" if code == errno.ENOMEM else ""
+        raise StorageIOError(f"cannot map {length} bytes: {os.strerror(code)}{hint}")
+    return int(result)
+
+
+class _Range:
+    """A reserved range of addresses; given back when nothing refers to it any more."""
+
+    def __init__(self, length: int) -> None:
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.length = length
+        self.address = _mmap(None, length, _PROT_NONE, anonymous | _MAP_NORESERVE)
+        self.buffer = (ctypes.c_char * length).from_address(self.address)
+        # Arrays made over the buffer keep it alive, and the buffer keeps the mapping.
+        weakref.finalize(self.buffer, _libc.munmap, self.address, length)
+
+
+class Arena:
+    """The rows of one array of every segment of a space, ``[N, *trailing]``.
+
+    Thread-safe. An array that ``rows`` returned stays valid, with all that was placed before, while it is referred to.
+
+    Args:
+        dtype, trailing: of a row.
+    """
+
+    def __init__(self, dtype: str, trailing: tuple[int, ...], reserve: int = _FIRST_RESERVATION) -> None:
+        self._dtype = np.dtype(dtype)
+        self._trailing = trailing
+        self.row_bytes = self._dtype.itemsize * int(np.prod(trailing))
+        self._lock = threading.Lock()
+        self._placed: list[tuple[Path, int, int, int]] = []  # path, file offset, rows, first row in the range
+        self._end = 0
+        self._grow(reserve)
+
+    def _grow(self, length: int) -> None:
+        """Move to a longer range. Old arrays keep the old one alive; the new one shows only when all is mapped."""
+        grown = _Range(length)
+        zeros = -(-self.row_bytes // _PAGE) * _PAGE
+        _mmap(grown.address, zeros, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED)
+        for path, offset, rows, first in self._placed:
+            self._map(grown, path, offset, rows, first)
+        usable = length // self.row_bytes
+        rows_of_range = np.frombuffer(memoryview(grown.buffer).cast("B"), np.uint8, usable * self.row_bytes).view(
+            self._dtype
+        )
+        rows_of_range = rows_of_range.reshape(usable, *self._trailing)
+        rows_of_range.flags.writeable = False
+        self._end = max(self._end, zeros)
+        self._range = grown
+        self._rows: NDArray[np.generic] = rows_of_range
+
+    def rows(self) -> NDArray[np.generic]:
+        """Return the whole range as one array. Only row 0 and rows that were placed may be touched."""
+        return self._rows
+
+    def place(self, path: Path, offset: int, rows: int) -> int:
+        """Map the ``rows`` rows at ``offset`` of a file and return the number of their first row.
+
+        Raises:
+            FormatError: the file is shorter than that.
+            FileNotFoundError: there is none.
+        """
+        with self._lock:
+            base = -(-self._end // _PAGE) * _PAGE  # where the page that holds the file's first row will go
+            shift = offset % _PAGE
+            for _ in range(self.row_bytes):
+                if (base + shift) % self.row_bytes == 0:
+                    break
+                base += _PAGE
+            else:
+                raise FormatError(f"{path}: rows of {self.row_bytes} bytes at offset {offset} cannot be aligned")
+            first = (base + shift) // self.row_bytes
+            end = base + shift + rows * self.row_bytes
+            if end > self._range.length:
+                self._grow(max(2 * self._range.length, 2 * end))
+            self._map(self._range, path, offset, rows, first)
+            self._end = end
+            self._placed.append((path, offset, rows, first))
+            return first
+
+    def _map(self, target: _Range, path: Path, offset: int, rows: int, first: int) -> None:
+        nbytes = rows * self.row_bytes
+        shift = offset % _PAGE
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Beyond the end of the file a mapping kills the process with SIGBUS.
+            if os.fstat(descriptor).st_size < offset + nbytes:
+                raise FormatError(f"{path} is truncated: it should hold {offset + nbytes} bytes or more")
+            address = target.address + first * self.row_bytes - shift
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            _mmap(address, nbytes + shift, mmap.PROT_READ, flags, descriptor, offset - shift)
+        finally:
+            os.close(descriptor)
+
+    def will_need(self, first: int, rows: int) -> None:
+        """Ask the kernel to load these placed rows; returns at once."""
+        begin = first * self.row_bytes // _PAGE * _PAGE
+        end = (first + rows) * self.row_bytes
+        _libc.madvise(self._range.address + begin, end - begin, mmap.MADV_WILLNEED)

@@ -1,0 +1,209 @@
+"""The one seam through which every local file of a store is published, replaced or removed.
+
+A name appears in a store only after all bytes behind it are on the medium: write to a temporary file, sync it, rename
+it, sync the folder. Nothing else in the core or in a backend makes a name visible. ``Disk`` holds the primitive steps, so
+that a test can put a file system under them that forgets whatever was not synced.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, StoreError
+
+_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Disk:
+    """The primitive steps. Thread-safe. All raise ``OSError`` as the operating system does."""
+
+    def sync_file(self, path: Path) -> None:
+        """Force the bytes of a file to the medium."""
+        self._sync(path, os.O_RDONLY)
+
+    def sync_folder(self, path: Path) -> None:
+        """Force the names in a folder to the medium."""
+        self._sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; ``FileExistsError`` where the name is taken."""
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def _sync(self, path: Path, flags: int) -> None:
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Files:
+    """Publication below one root. Temporary files live in ``root/tmp``, outside every folder that is ever listed.
+
+    Thread-safe, and safe beside other processes: names that must not be replaced are claimed by ``link``.
+    """
+
+    def __init__(self, root: Path, disk: Disk | None = None) -> None:
+        self.root = root
+        self.disk = disk or Disk()
+        self._tmp = root / "tmp"
+
+    def make_folders(self, path: Path) -> None:
+        """Make a folder and its parents, each name durable before the next."""
+        with translated(f"cannot make the folder {path}"):
+            missing = list(itertools.takewhile(lambda folder: not folder.is_dir(), (path, *path.parents)))
+            for folder in reversed(missing):
+                try:
+                    self.disk.make_folder(folder)
+                except FileExistsError:
+                    if not folder.is_dir():
+                        raise StorageIOError(f"{folder} is a file where the store needs a folder") from None
+                self.disk.sync_folder(folder.parent)
+
+    def publish(self, target: Path, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+        """Have ``write(path)`` write a file or folder, then give it its name.
+
+        Returns:
+            False where ``target`` stands already and ``replace`` is False; it is left as it is.
+
+        Raises:
+            OutOfSpaceError, ReadOnlyError, StorageIOError: nothing became visible and the temporary file is gone.
+        """
+        self.make_folders(self._tmp)
+        self.make_folders(target.parent)
+        # After a failed sync the kernel may have dropped the dirty pages: a retry writes a new file, it never syncs again.
+        temporary = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{target.suffix}"
+        with translated(f"cannot write {target}"):
+            try:
+                write(temporary)
+                self._sync_tree(temporary)
+                if replace:
+                    self.disk.rename(temporary, target)
+                else:
+                    self._claim(temporary, target)
+            except FileExistsError:
+                return False
+            finally:
+                _discard(temporary)
+            self.disk.sync_folder(target.parent)
+        return True
+
+    def publish_bytes(self, target: Path, data: bytes, *, replace: bool) -> bool:
+        """Publish a small file."""
+        return self.publish(target, lambda path: _write_bytes(path, data), replace=replace)
+
+    def remove(self, path: Path) -> bool:
+        """Remove a file, durably; return whether it was there."""
+        with translated(f"cannot remove {path}"):
+            try:
+                self.disk.unlink(path)
+            except FileNotFoundError:
+                return False
+            self.disk.sync_folder(path.parent)
+        return True
+
+    def _claim(self, temporary: Path, target: Path) -> None:
+        """Name a file unless the name is taken (``FileExistsError``)."""
+        try:
+            self.disk.link(temporary, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # File systems without hard links: two processes that race here write equal bytes.
+            if target.exists():
+                raise FileExistsError(target) from None
+            self.disk.rename(temporary, target)
+
+    def _sync_tree(self, path: Path) -> None:
+        if path.is_dir():
+            for folder, _, names in os.walk(path, topdown=False):
+                for name in names:
+                    self.disk.sync_file(Path(folder, name))
+                self.disk.sync_folder(Path(folder))
+        else:
+            self.disk.sync_file(path)
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn an ``OSError`` into the exception that says what to do; ``FileExistsError`` is the caller's own business."""
+    try:
+        yield
+    except (StoreError, FileExistsError):
+        raise
+    except OSError as error:
+        code = error.errno
+        if code in _SPACE:
+            raise OutOfSpaceError(f"{what}: the disk or quota is full; free some space and flush again") from error
+        if code in _DENIED:
+            raise ReadOnlyError(
+                f"{what}: {os.strerror(code or 0)}; check the permissions, or read only with mode='r'"
+            ) from error
+        raise StorageIOError(f"{what}: {error}") from error
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _discard(path: Path) -> None:
+    """Remove a temporary file or folder; a leftover is harmless, so nothing is raised over it."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
+#: File systems whose files can change size or vanish under a mapping, which is a SIGBUS: their rows are read instead.
+_REMOTE = (
+    "nfs",
+    "cifs",
+    "smb",
+    "fuse",
+    "ceph",
+    "lustre",
+    "9p",
+    "afs",
+    "gfs",
+    "gpfs",
+    "beegfs",
+    "virtiofs",
+    "glusterfs",
+)
+
+
+def is_local(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Return whether ``path`` lies on a local file system; True where the operating system does not tell."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return True
+    best, kind = "", ""
+    resolved = f"{path.resolve()}/"
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point = before.split()[4].encode().decode("unicode_escape")  # blanks in mount points are octal escapes
+        if resolved.startswith(f"{point.rstrip('/')}/") and len(point) >= len(best):
+            best, kind = point, after.split()[0]
+    return not kind.startswith(_REMOTE)

@@ -1,0 +1,211 @@
+"""The index of a space: a table of entries sorted by key, searched for a whole batch in one vectorized pass.
+
+A table covers some segments. On disk it is a safetensors file that is mapped, not read: ten million entries open in
+milliseconds and cost no memory of their own. It can be rebuilt from the segments at any time, so it is never trusted: a
+wrong row or length is out of bounds or fails the entry's checksum, and a wrong key is a miss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import FormatError, FormatVersionError
+from actcache.ragged import row_indices
+from actcache.storage import tensorfile
+from actcache.storage.segment import Columns, Segment, dumps
+
+VERSION = "1"
+
+_ARRAYS = {
+    "prefix": ("<u8", ()),  # first 8 bytes of the key, as a big-endian number
+    "row": ("<i8", ()),  # first row of the entry in its segment
+    "checksum": ("<u8", ()),
+    "rest": ("|u1", (24,)),  # the other bytes of the key
+    "segment": ("<u4", ()),  # position in ``segments``
+    "entry": ("<u4", ()),  # number of the entry in its segment
+    "tokens": ("<u4", ()),
+}
+
+
+def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Return the prefixes ``[n]`` and rests ``[n, 24]`` of ``[n, 32]`` keys."""
+    keys = np.ascontiguousarray(keys)
+    return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64), keys[:, 8:]
+
+
+def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return ``[n, 32]`` keys; the inverse of ``split_keys``."""
+    keys = np.empty((len(prefix), 32), np.uint8)
+    keys[:, :8] = prefix.astype(">u8").view(np.uint8).reshape(-1, 8)
+    keys[:, 8:] = rest
+    return keys
+
+
+@dataclass(frozen=True)
+class Table:
+    """Entries of some segments, sorted by key prefix; among equal prefixes, later segments first. Immutable."""
+
+    segments: tuple[Segment, ...]
+    prefix: NDArray[np.uint64]
+    rest: NDArray[np.uint8]
+    segment: NDArray[np.uint32]
+    entry: NDArray[np.uint32]
+    row: NDArray[np.int64]
+    tokens: NDArray[np.uint32]
+    checksum: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.prefix)
+
+    def find(
+        self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8], alive: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int64]:
+        """Return the position of each key's served copy, ``[n]``, -1 where there is none.
+
+        Args:
+            prefix, rest: the keys that are looked up.
+            alive: which positions count; None for all.
+        """
+        found = np.full(len(prefix), -1, np.int64)
+        if not len(self):
+            return found
+        # Sorted queries walk the table once instead of jumping about in it: 15 times faster on 5 million keys.
+        open_queries = np.argsort(prefix)
+        position = np.searchsorted(self.prefix, prefix[open_queries])
+        while len(open_queries):
+            inside = position < len(self)
+            open_queries, position = open_queries[inside], position[inside]
+            same = self.prefix[position] == prefix[open_queries]
+            open_queries, position = open_queries[same], position[same]
+            hit = (self.rest[position] == rest[open_queries]).all(axis=1)
+            if alive is not None:
+                hit &= alive[position]
+            found[open_queries[hit]] = position[hit]
+            # What is left shares its prefix with another key, or its latest copy is deleted.
+            open_queries, position = open_queries[~hit], position[~hit] + 1
+        return found
+
+    def copies(self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Return the positions of all copies of the keys, served or not."""
+        first: NDArray[np.int64] = np.searchsorted(self.prefix, prefix, "left")
+        count = np.searchsorted(self.prefix, prefix, "right") - first
+        position = row_indices(first, count, None)
+        same = (self.rest[position] == np.repeat(rest, count, axis=0)).all(axis=1)
+        copies: NDArray[np.int64] = position[same]
+        return copies
+
+    @classmethod
+    def of_segments(cls, segments: Sequence[Segment]) -> Table:
+        """Read the keys of segments.
+
+        Raises:
+            FormatError: a segment is truncated or contradicts itself; the table has to be made without it.
+        """
+        parts = []
+        for number, segment in enumerate(segments):
+            offsets = segment.offsets()
+            prefix, rest = split_keys(segment.read("keys"))
+            count = len(prefix)
+            parts.append(
+                cls(
+                    (segment,),
+                    prefix,
+                    rest,
+                    np.full(count, number, np.uint32),
+                    np.arange(count, dtype=np.uint32),
+                    offsets[:-1],
+                    np.diff(offsets).astype(np.uint32),
+                    segment.read("checksums"),
+                )
+            )
+        return cls._sorted(tuple(segments), parts)
+
+    @classmethod
+    def merged(cls, tables: Sequence[Table], keep: frozenset[str]) -> Table:
+        """Join tables, leaving out segments whose names are not in ``keep``."""
+        segments = [segment for table in tables for segment in table.segments]
+        parts, first = [], 0
+        for table in tables:
+            kept = np.array([segment.name in keep for segment in table.segments], bool)
+            which = kept[table.segment] if not kept.all() else slice(None)
+            renumbered = table.segment[which] + np.uint32(first)
+            parts.append(
+                cls(
+                    table.segments,
+                    table.prefix[which],
+                    table.rest[which],
+                    renumbered,
+                    table.entry[which],
+                    table.row[which],
+                    table.tokens[which],
+                    table.checksum[which],
+                )
+            )
+            first += len(table.segments)
+        return cls._sorted(tuple(segments), parts)._without_strangers(keep)
+
+    def _without_strangers(self, keep: frozenset[str]) -> Table:
+        """Drop the descriptions of segments that have no entries any more."""
+        kept = [number for number, segment in enumerate(self.segments) if segment.name in keep]
+        if len(kept) == len(self.segments):
+            return self
+        renumber = np.zeros(len(self.segments), np.uint32)
+        renumber[kept] = np.arange(len(kept), dtype=np.uint32)
+        arrays = {name: getattr(self, name) for name in _ARRAYS} | {"segment": renumber[self.segment]}
+        return Table(tuple(self.segments[number] for number in kept), **arrays)
+
+    @classmethod
+    def _sorted(cls, segments: tuple[Segment, ...], parts: Sequence[Table]) -> Table:
+        def joined(name: str) -> NDArray[np.generic]:
+            dtype, trailing = _ARRAYS[name]
+            return np.concatenate([np.empty((0, *trailing), dtype), *(getattr(part, name) for part in parts)])
+
+        arrays = {name: joined(name) for name in _ARRAYS}
+        ranks = np.empty(len(segments), np.int64)  # later names first
+        ranks[sorted(range(len(segments)), key=lambda n: segments[n].name, reverse=True)] = np.arange(len(segments))
+        order = np.argsort(ranks[arrays["segment"].astype(np.int64)], kind="stable")
+        order = order[np.argsort(arrays["prefix"][order], kind="stable")]
+        return cls(segments, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
+
+    def write(self, path: Path) -> None:
+        """Write the table as an index file of format version 1."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        tensorfile.write(path, arrays, {"actcache_index": VERSION, "segments": dumps(list(self.segments))})
+
+    @classmethod
+    def open(cls, path: Path, folder: Path, columns: Columns) -> Table:
+        """Map an index file.
+
+        Args:
+            folder: where the segments that it describes lie.
+            columns: the ragged arrays of the space.
+
+        Raises:
+            FormatError: the file is truncated or foreign; it can be removed, the segments have all that it says.
+            FormatVersionError: a newer release wrote it.
+            FileNotFoundError: another process has replaced it.
+        """
+        metadata, arrays = tensorfile.mapped(path)
+        version = metadata.get("actcache_index", "")
+        if version != VERSION:
+            newer = version.isdigit() and int(version) > int(VERSION)
+            raise (FormatVersionError if newer else FormatError)(f"{path} is an index of version {version!r}")
+        try:
+            descriptions = json.loads(metadata["segments"])
+            segments = tuple(Segment.from_json(folder, value, columns) for value in descriptions)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise FormatError(f"{path} is damaged: {error}") from None
+        count = len(arrays.get("prefix", ()))
+        for name, (dtype, trailing) in _ARRAYS.items():
+            array = arrays.get(name)
+            if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
+                raise FormatError(f"{path} is damaged: {name} is missing or of another shape")
+        if count and int(arrays["segment"].max()) >= len(segments):
+            raise FormatError(f"{path} is damaged: it counts more segments than it describes")
+        return cls(segments, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]

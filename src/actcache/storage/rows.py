@@ -1,0 +1,180 @@
+"""Row sources: how the rows of entries come from the files of segments into a buffer.
+
+``MappedRows`` gathers from arenas; ``ReadRows`` reads with ``pread`` where a mapping would not be safe (network file
+systems). Both fill the caller's buffer in as few native calls as they can.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import FormatError
+from actcache.ragged import row_indices
+from actcache.storage.arena import Arena
+from actcache.storage.segment import Segment
+
+
+class RowSource(ABC):
+    """Reads rows of segments, which are named by their number in the space. Thread-safe."""
+
+    @abstractmethod
+    def take(
+        self,
+        column: str,
+        segments: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        out: NDArray[np.generic],
+        width: int | None,
+    ) -> None:
+        """Copy each entry's rows of ``column`` into ``out``, packed or padded with zeros (see ``row_indices``).
+
+        Raises:
+            FormatError: a segment is gone or shorter than it was.
+            KeyError: a segment has no such column.
+        """
+
+    @abstractmethod
+    def will_need(
+        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> None:
+        """Hint that these rows are read soon."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class MappedRows(RowSource):
+    """Rows of local files, gathered from one arena a column."""
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self._segments = segments  # grows; the number of a segment is its position
+        self._arenas: dict[str, Arena] = {}
+        self._firsts: dict[str, NDArray[np.int64]] = {}  # column -> first row of each segment in the arena, -1 unmapped
+        self._lock = threading.Lock()
+
+    def _first_rows(self, column: str, numbers: NDArray[np.int64]) -> tuple[Arena, NDArray[np.int64]]:
+        """Return the arena of a column and each entry's segment's first row in it; map what is not mapped yet."""
+        firsts = self._firsts.get(column)
+        if firsts is None or (len(numbers) and int(numbers.max()) >= len(firsts)) or bool((firsts[numbers] < 0).any()):
+            with self._lock:
+                self._map(column, np.unique(numbers))
+                firsts = self._firsts[column]
+        return self._arenas[column], firsts[numbers]
+
+    def _map(self, column: str, numbers: NDArray[np.int64]) -> None:
+        old = self._firsts.get(column, np.empty(0, np.int64))
+        firsts = np.full(len(self._segments), -1, np.int64)
+        firsts[: len(old)] = old
+        for number in numbers.tolist():
+            if firsts[number] < 0:
+                segment = self._segments[number]
+                extent = segment.extents[column]
+                if column not in self._arenas:
+                    self._arenas[column] = Arena(extent.dtype, extent.shape[1:])
+                try:
+                    firsts[number] = self._arenas[column].place(segment.file(column), extent.offset, extent.shape[0])
+                except FileNotFoundError:
+                    raise FormatError(f"{segment.path} is gone; refresh the space") from None
+        self._firsts[column] = firsts
+
+    def take(
+        self,
+        column: str,
+        segments: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        out: NDArray[np.generic],
+        width: int | None,
+    ) -> None:
+        arena, firsts = self._first_rows(column, segments)
+        rows = row_indices(firsts + starts, lengths, width)
+        # "clip" is the mode that writes straight into ``out``; the snapshot has checked the bounds.
+        np.take(arena.rows(), rows, axis=0, out=out, mode="clip")
+
+    def will_need(
+        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> None:
+        arena, firsts = self._first_rows(column, segments)
+        order = np.argsort(firsts + starts)
+        begins = (firsts + starts)[order]
+        ends = begins + lengths[order]
+        cuts = np.flatnonzero(begins[1:] != ends[:-1]) + 1  # neighbours on disk become one hint
+        for begin, end in zip(begins[np.r_[0, cuts]], ends[np.r_[cuts - 1, -1]], strict=True):
+            arena.will_need(int(begin), int(end - begin))
+
+    def close(self) -> None:
+        self._arenas.clear()
+        self._firsts.clear()
+
+
+class ReadRows(RowSource):
+    """Rows read with ``preadv``, one call an entry; keeps at most ``most_files`` files open."""
+
+    def __init__(self, segments: list[Segment], most_files: int = 64) -> None:
+        self._segments = segments
+        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._most = most_files
+        self._lock = threading.Lock()
+
+    def take(
+        self,
+        column: str,
+        segments: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        out: NDArray[np.generic],
+        width: int | None,
+    ) -> None:
+        position = 0
+        for number, start, length in zip(segments.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+            end = position + length
+            if length:
+                self._read(self._segments[number], column, start, out[position:end])
+            position = end if width is None else position + width
+            out[end:position] = 0
+
+    def _read(self, segment: Segment, column: str, start: int, out: NDArray[np.generic]) -> None:
+        extent = segment.extents[column]
+        view = out.reshape(-1).view(np.uint8).data
+        offset = extent.offset + start * extent.row_bytes
+        descriptor = self._open(segment.file(column))
+        try:
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if not count:
+                    raise FormatError(f"{segment.path} is truncated")
+                view, offset = view[count:], offset + count
+        finally:
+            os.close(descriptor)
+
+    def _open(self, path: Path) -> int:
+        """Return a descriptor of the file that is the caller's to close, so that eviction never pulls it away."""
+        with self._lock:
+            try:
+                descriptor = self._files.pop(path, None)
+                if descriptor is None:
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise FormatError(f"{path} is gone; refresh the space") from None
+            self._files[path] = descriptor
+            while len(self._files) > self._most:
+                os.close(self._files.popitem(last=False)[1])
+            return os.dup(descriptor)
+
+    def will_need(
+        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> None:
+        """Do nothing: network file systems read ahead by themselves."""
+
+    def close(self) -> None:
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])

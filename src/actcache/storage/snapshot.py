@@ -1,0 +1,177 @@
+"""A snapshot of a segmented space: the tables that find its entries and the source that reads their rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import VALUES, Located, Snapshot, Usage
+from actcache.ragged import offsets_of
+from actcache.storage.index import Table, join_keys, split_keys
+from actcache.storage.rows import RowSource
+from actcache.storage.segment import Segment
+from actcache.storage.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache (docs/decisions/0002)
+
+
+class SegmentedSnapshot(Snapshot):
+    """What was visible at one moment.
+
+    Args:
+        segments: all segments that the space ever knew, by number.
+        tables: disjoint tables, the mapped index first.
+        numbers: for each table, the number of each of its segments, -1 where the segment is gone.
+        dead: entries that tombstones name, as sorted ``number << 32 | entry``.
+        damaged: segments that could not be read, name -> what is wrong.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        tables: Sequence[Table],
+        numbers: Sequence[NDArray[np.int64]],
+        dead: NDArray[np.int64],
+        rows: RowSource,
+        workers: Workers,
+        damaged: Mapping[str, str],
+    ) -> None:
+        self._segments = segments
+        self._tables = tables
+        self._numbers = numbers
+        self._rows = rows
+        self._workers = workers
+        self._damaged = dict(damaged)
+        self._alive = [self._alive_in(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
+        self._ranks = np.zeros(len(segments), np.int64)
+        self._ranks[sorted(range(len(segments)), key=lambda number: segments[number].name)] = np.arange(len(segments))
+        self._limits = np.array([segment.tokens for segment in segments], np.int64)
+
+    @staticmethod
+    def _alive_in(table: Table, numbers: NDArray[np.int64], dead: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        if not len(dead) and (not len(numbers) or numbers.min() >= 0):
+            return None
+        number = numbers[table.segment]
+        code = number << 32 | table.entry
+        return (number >= 0) & ~np.isin(code, dead)
+
+    def locate(self, keys: NDArray[np.uint8]) -> Located:
+        prefix, rest = split_keys(keys)
+        count = len(keys)
+        located = Located(np.zeros(count, np.int64), np.zeros(count, np.uint64), *np.full((2, count), -1, np.int64))
+        rank = np.full(count, -1, np.int64)
+        for table, numbers, alive in zip(self._tables, self._numbers, self._alive, strict=True):
+            position = table.find(prefix, rest, alive)
+            which = np.flatnonzero(position >= 0)
+            if not len(which):
+                continue
+            position = position[which]
+            number = numbers[table.segment[position]]
+            row, tokens = table.row[position], table.tokens[position].astype(np.int64)
+            inside = (row >= 0) & (tokens > 0) & (row <= self._limits[number] - tokens)
+            if not inside.all():
+                logger.warning("the index points outside of %d segments: rebuild it", (~inside).sum())
+            better = inside & (self._ranks[number] > rank[which])
+            which, position, number = which[better], position[better], number[better]
+            located.tokens[which] = tokens[better]
+            located.checksums[which] = table.checksum[position]
+            located.segment[which] = number
+            located.row[which] = row[better]
+            rank[which] = self._ranks[number]
+        return located
+
+    def copies(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Return ``(segment number, entry)`` of every live copy of these keys, ``[m, 2]``."""
+        prefix, rest = split_keys(keys)
+        pairs = [np.empty((0, 2), np.int64)]
+        for table, numbers, alive in zip(self._tables, self._numbers, self._alive, strict=True):
+            position = table.copies(prefix, rest)
+            position = position if alive is None else position[alive[position]]
+            pairs.append(np.stack([numbers[table.segment[position]], table.entry[position].astype(np.int64)], axis=1))
+        return np.concatenate(pairs)
+
+    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+        having = np.array([column in segment.extents for segment in self._segments], bool)
+        return having[located.segment] & located.found if len(having) else located.found
+
+    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+        sums = np.zeros(len(located.tokens), np.uint64)
+        for i, (number, row) in enumerate(zip(located.segment.tolist(), located.row.tolist(), strict=True)):
+            segment = self._segments[number] if number >= 0 else None
+            if segment is not None and "extra_checksums" in segment.extents:
+                sums[i] = segment.read("extra_checksums")[np.searchsorted(segment.read("offsets"), row)]
+        return sums
+
+    def gather(
+        self,
+        located: Located,
+        out: Mapping[str, NDArray[np.generic]],
+        width: int | None,
+        done: Callable[[int, int], None],
+    ) -> None:
+        count = len(located.tokens)
+        lengths = located.tokens if width is None else np.full(count, width, np.int64)
+        starts = offsets_of(lengths)
+        segment = np.where(located.found, located.segment, self._any_of(located))
+        row = np.where(located.found, located.row, 0)
+        row_bytes = max(1, out[VALUES].nbytes // max(len(out[VALUES]), 1)) if VALUES in out else 1
+        # Chunks of whole entries; the threads take the next one as they become free.
+        cuts = np.unique(np.searchsorted(starts * row_bytes, np.arange(0, starts[-1] * row_bytes, _CHUNK_BYTES)))
+        cuts = np.r_[cuts, count] if not len(cuts) or cuts[-1] < count else cuts
+        cuts[0] = 0
+
+        def job(number: int) -> None:
+            first, last = int(cuts[number]), int(cuts[number + 1])
+            for column, buffer in out.items():
+                self._rows.take(
+                    column,
+                    segment[first:last],
+                    row[first:last],
+                    located.tokens[first:last],
+                    buffer[starts[first] : starts[last]],
+                    width,
+                )
+            done(first, last)
+
+        if located.found.any():
+            self._workers.run(job, len(cuts) - 1)
+        else:
+            for buffer in out.values():
+                buffer[: starts[-1]] = 0
+            done(0, count)
+
+    def _any_of(self, located: Located) -> int:
+        """Return a segment number that an absent entry can stand under; none of its rows are read."""
+        found = located.segment[located.found]
+        return int(found[0]) if len(found) else 0
+
+    def read_ahead(self, located: Located) -> None:
+        found = located[located.found]
+        if len(found.tokens):
+            self._rows.will_need(VALUES, found.segment, found.row, found.tokens)
+
+    def keys(self) -> NDArray[np.uint8]:
+        live = [
+            join_keys(*((table.prefix, table.rest) if alive is None else (table.prefix[alive], table.rest[alive])))
+            for table, alive in zip(self._tables, self._alive, strict=True)
+        ]
+        keys = np.concatenate([np.empty((0, 32), np.uint8), *live])
+        words = keys.view(">u8")
+        keys = keys[np.lexsort(words.T[::-1])]
+        fresh = np.ones(len(keys), bool)
+        fresh[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+        return keys[fresh]
+
+    def usage(self) -> Usage:
+        keys = self.keys()
+        present = {number for numbers in self._numbers for number in numbers.tolist() if number >= 0}
+        nbytes = sum(self._segments[number].nbytes for number in present)
+        return Usage(len(keys), int(self.locate(keys).tokens.sum()), nbytes, len(present))
+
+    def damaged(self) -> dict[str, str]:
+        return dict(self._damaged)

@@ -1,0 +1,75 @@
+"""A few threads that share the native calls of one batch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+_MOST = 8  # gathering is bound by memory bandwidth, which a few cores use up
+
+
+def available_cpus() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Workers:
+    """Runs numbered jobs on the calling thread and some others. Thread-safe; usable after a fork."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._helpers = min(threads or available_cpus(), _MOST) - 1
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = -1
+
+    def run(self, job: Callable[[int], None], count: int) -> None:
+        """Call ``job(0)`` ... ``job(count - 1)``, in any order; return when all have ended.
+
+        The first exception of a job is raised here, after the jobs that run have ended; jobs not yet begun are dropped.
+        """
+        if count <= 1 or not self._helpers:
+            for number in range(count):
+                job(number)
+            return
+        numbers = iter(range(count))
+        lock = threading.Lock()
+        failed = threading.Event()
+
+        def work() -> None:
+            while not failed.is_set():
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                try:
+                    job(number)
+                except BaseException:
+                    failed.set()
+                    raise
+
+        futures = [self._executor().submit(work) for _ in range(min(self._helpers, count - 1))]
+        try:
+            work()
+        finally:
+            errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None or self._pid != os.getpid():  # threads do not survive a fork
+                self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix="actcache-read")
+                self._pid = os.getpid()
+            return self._pool
+
+    def close(self) -> None:
+        """End the threads, after the jobs that run."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            if pool is not None and self._pid == os.getpid():
+                pool.shutdown()

@@ -1,0 +1,222 @@
+"""A store: a root that holds spaces and collections."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache import registry
+from actcache.backend import StoreDriver
+from actcache.collection import Collection
+from actcache.errors import (
+    ClosedError,
+    CollectionNotFoundError,
+    FormatError,
+    FormatVersionError,
+    ReadOnlyError,
+    SpaceNotFoundError,
+    UsageError,
+)
+from actcache.recipe import Recipe
+from actcache.space import Space, columns_of
+from actcache.writer import SEGMENT_BYTES, SEGMENT_SECONDS
+
+SPACE_VERSION = 1
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_NEAREST = 3
+
+
+def open_store(url: str | Path, mode: str = "a", **options: Any) -> Store:
+    """Open the store at a path or URL.
+
+    Args:
+        url: a path, or ``scheme:place`` with the scheme of a backend (``hdf5:./activations``). A path where a store stands
+            opens whatever backend made it; where none stands, the default backend makes one.
+        mode: ``"a"`` to read and write, creating the store where it is absent; ``"r"`` to read.
+        options: the backend's own.
+
+    Raises:
+        BackendError, MissingExtraError: the scheme is not known, or its library is not installed.
+        StoreNotFoundError, NotAStoreError, FormatVersionError, ReadOnlyError: what lies there cannot be opened.
+    """
+    return Store(url, mode, options)
+
+
+class Store:
+    """Made by ``actcache.open``. Thread-safe; pickles as its URL."""
+
+    def __init__(self, url: str | Path, mode: str, options: dict[str, Any]) -> None:
+        self.url = str(url)
+        self.writable = mode == "a"
+        self._reopen = (url, mode, options)
+        self._driver: StoreDriver | None = registry.open_driver(url, mode, options)
+        self._spaces: list[Space] = []
+
+    @property
+    def driver(self) -> StoreDriver:
+        """The backend's side of the store."""
+        if self._driver is None:
+            raise ClosedError(f"the store {self.url} is closed; open it again with actcache.open")
+        return self._driver
+
+    # --- spaces ------------------------------------------------------------------------------------------------------
+
+    def space(
+        self, recipe: Recipe, *, segment_bytes: int = SEGMENT_BYTES, segment_seconds: float = SEGMENT_SECONDS
+    ) -> Space:
+        """Open the space of a recipe, creating it where it is absent.
+
+        Args:
+            segment_bytes, segment_seconds: a writer publishes what it holds when it is so large, or, at the next ``put``,
+                so old.
+
+        Raises:
+            SpaceNotFoundError: it is absent and the store is read-only; the message lists the nearest ones.
+            FormatError, FormatVersionError: the space's own description is damaged or newer than this release.
+        """
+        fingerprint = recipe.fingerprint
+        stored = self._recipe(fingerprint)
+        created = False
+        if stored is None:
+            if not self.writable:
+                raise SpaceNotFoundError(self._explain(recipe))
+            description = {"format_version": SPACE_VERSION, **recipe.to_json()}
+            data = json.dumps(description, indent=1).encode() + b"\n"
+            created = self.driver.write_blob(_recipe_blob(fingerprint), data, replace=False)
+            stored = self._recipe(fingerprint) or recipe
+        space = Space(
+            self,
+            self.driver.space(fingerprint, columns_of(stored)),
+            stored,
+            created=created,
+            segment_bytes=segment_bytes,
+            seconds=segment_seconds,
+        )
+        self._spaces.append(space)
+        return space
+
+    def recipes(self) -> list[Recipe]:
+        """Return the recipes of all spaces, in the order of their fingerprints.
+
+        Raises:
+            FormatError, FormatVersionError: a space's description is damaged or newer than this release.
+        """
+        found = (self._recipe(fingerprint) for fingerprint in self.driver.spaces())
+        return [recipe for recipe in found if recipe is not None]
+
+    def nearest(self, recipe: Recipe) -> list[tuple[Recipe, dict[str, tuple[Any, Any]]]]:
+        """Return the other recipes of the store, those with the fewest differences first, each with its differences
+        as ``field -> (the given recipe's, the other's)``."""
+        others = [(other, recipe.differences(other)) for other in self.recipes() if other != recipe]
+        return sorted(others, key=lambda pair: len(pair[1]))
+
+    def _recipe(self, fingerprint: str) -> Recipe | None:
+        data = self.driver.read_blob(_recipe_blob(fingerprint))
+        if data is None:
+            return None
+        where = f"{self.url}: {_recipe_blob(fingerprint)}"
+        try:
+            description = json.loads(data)
+            version = int(description["format_version"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FormatError(f"{where} is damaged: {error}") from None
+        if version > SPACE_VERSION:
+            raise FormatVersionError(f"{where} has format version {version}, newer than this release: upgrade actcache")
+        recipe = Recipe.from_json(description)
+        if recipe.fingerprint != fingerprint:
+            raise FormatError(f"{where} describes another space ({recipe.fingerprint}); restore it from a copy")
+        return recipe
+
+    def _explain(self, recipe: Recipe) -> str:
+        lines = [f"{self.url} has no space for {recipe.model} layer {recipe.layer} as {recipe.dtype}"]
+        for other, differences in self.nearest(recipe)[:_NEAREST]:
+            fields = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in differences.items())
+            lines.append(f"{other.fingerprint} ({other.model} layer {other.layer}) differs in {fields}")
+        return "; nearest: ".join([lines[0], " | ".join(lines[1:])]) if lines[1:] else f"{lines[0]}, nor any other"
+
+    # --- collections -------------------------------------------------------------------------------------------------
+
+    def put_collection(
+        self, name: str, keys: Sequence[bytes] | NDArray[np.uint8], ids: Sequence[str] | None = None
+    ) -> None:
+        """Store a named, ordered list of keys, durably; one of that name is replaced.
+
+        Raises:
+            UsageError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``.
+            KeyFormatError, ShapeError: see ``Collection.of``.
+        """
+        self._check_writable()
+        self.driver.write_blob(_collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
+
+    def collection(self, name: str) -> Collection:
+        """Return a collection.
+
+        Raises:
+            CollectionNotFoundError: there is none of that name.
+            FormatError: its file is damaged.
+        """
+        data = self.driver.read_blob(_collection_blob(name))
+        if data is None:
+            known = ", ".join(self.collections()) or "none"
+            raise CollectionNotFoundError(f"{self.url} has no collection {name!r}; it has {known}")
+        return Collection.from_bytes(data, f"{self.url}: collection {name!r}")
+
+    def collections(self) -> list[str]:
+        """Return the names of all collections, sorted."""
+        names = (blob.rpartition("/")[2] for blob in self.driver.blobs("collections"))
+        return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
+
+    def delete_collection(self, name: str) -> bool:
+        """Delete a collection, not its entries; return whether it was there."""
+        self._check_writable()
+        return self.driver.delete_blob(_collection_blob(name))
+
+    # --- closing -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Flush and close all spaces that were opened through this object. Does nothing the second time."""
+        if self._driver is None:
+            return
+        try:
+            for space in self._spaces:
+                space.close()
+        finally:
+            self._driver.close()
+            self._driver = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, self._reopen
+
+    def __repr__(self) -> str:
+        return f"<Store {self.url}>"
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise ReadOnlyError(f"{self.url} was opened with mode='r'; open it with mode='a' to write")
+
+
+_SUFFIX = ".safetensors"
+
+
+def _recipe_blob(fingerprint: str) -> str:
+    return f"spaces/{fingerprint}/recipe.json"
+
+
+def _collection_blob(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name for a collection: use letters, digits, '.', '_' and '-'")
+    return f"collections/{name}{_SUFFIX}"

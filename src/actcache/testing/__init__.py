@@ -1,0 +1,1 @@
+"""For authors of backends: the conformance suite, and the in-memory backend that serves as its oracle."""

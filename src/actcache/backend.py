@@ -152,7 +152,7 @@ class Snapshot(ABC):
         Args:
             out: name of a ragged array -> C-contiguous buffer in the stored dtype. With ``width`` None, entry i's rows
                 follow those of entry i-1 (packed); else they begin at row ``i * width`` and are followed by zeros.
-            done: called as ``done(i, j)``, from any thread, once entries i..j-1 are in place; it checks them while they
+            done: called as ``done(i, j)``, from any thread, once entries i..j-1 are in place: it checks them while they
                 are in the processor's cache. Its exceptions pass through.
 
         Raises:

@@ -40,22 +40,25 @@ def entry_seeds(
 
 
 def chain(
-    seeds: Sequence[int], columns: Sequence[NDArray[np.generic]], starts: Sequence[int], lengths: Sequence[int]
+    seeds: Sequence[int],
+    columns: Sequence[NDArray[np.generic]],
+    begins: NDArray[np.int64],
+    lengths: NDArray[np.int64],
 ) -> list[int]:
     """Return each entry's digest over its rows of ``columns``, in their order.
 
     Args:
         seeds: the first seed of each entry.
         columns: C-contiguous arrays that share their first axis.
-        starts, lengths: which rows of them are the entry's.
+        begins, lengths: which rows of them are the entry's.
 
-    Frees the GIL while it digests rows of a kilobyte or more, so threads can share a batch.
+    The digests free the GIL, so threads can share a batch.
     """
-    views = [(column.reshape(-1).view(np.uint8).data, column.nbytes // max(len(column), 1)) for column in columns]
     digests = list(seeds)
-    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        digest = digests[i]
-        for view, row in views:
-            digest = _digest(view[start * row : (start + length) * row], digest)
-        digests[i] = digest
+    for column in columns:
+        data = column.reshape(-1).view(np.uint8).data
+        row_bytes = column.strides[0]
+        starts, ends = (begins * row_bytes).tolist(), ((begins + lengths) * row_bytes).tolist()
+        # One comprehension a column: for short documents the loop around the digest is what costs.
+        digests = [_digest(data[i:j], seed) for i, j, seed in zip(starts, ends, digests, strict=True)]
     return digests

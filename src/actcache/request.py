@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import checksum
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Snapshot
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Located, Snapshot
 from actcache.errors import FormatError
 from actcache.key import key_list
 from actcache.ragged import offsets_of
@@ -87,43 +87,54 @@ class Request:
     def _gather(self, first: int, last: int, out: Rows, width: int | None, verify: bool) -> list[int]:
         """Gather the entries first..last-1, which the snapshot has; return which are corrupt."""
         located = self._located[first:last]
-        lengths = located.tokens
-        starts = offsets_of(lengths if width is None else np.full(last - first, width, np.int64))
-        corrupt: list[int] = []
-
-        def check(begin: int, end: int) -> None:
-            corrupt.extend(first + i for i in self._mismatches(first, begin, end, out, starts))
-
-        done = check if verify else lambda begin, end: None
+        starts = offsets_of(located.tokens if width is None else np.full(last - first, width, np.int64))
         try:
-            self._snapshot.gather(located, out, width, done)
+            corrupt = self._gather_checked(first, located, out, width, starts, verify)
         except FormatError:
             # A segment is gone or truncated. One by one, so that only its own entries are lost.
             if last - first == 1:
                 return [first]
-            corrupt.clear()
+            corrupt = []
             for i in range(last - first):
                 alone = {name: buffer[starts[i] : starts[i + 1]] for name, buffer in out.items()}
                 corrupt += self._gather(first + i, first + i + 1, alone, width, verify)
         return sorted(corrupt)
 
-    def _mismatches(self, first: int, begin: int, end: int, out: Rows, starts: NDArray[np.int64]) -> list[int]:
-        """Return which of the gathered entries begin..end-1 fail their checksum."""
-        located = self._located[first + begin : first + end]
-        lengths = located.tokens.tolist()
-        if VALUES in out:
-            keys = self._keys[first + begin : first + end]
-            seeds = checksum.entry_seeds(self._seed, keys, located.tokens, has_token_ids=TOKEN_IDS in out).tolist()
-            columns, expected = [out[name] for name in (TOKEN_IDS, VALUES) if name in out], located.checksums.tolist()
+    def _gather_checked(
+        self, first: int, located: Located, out: Rows, width: int | None, starts: NDArray[np.int64], verify: bool
+    ) -> list[int]:
+        # The small arrays in one go, then the rows, each chunk of which is checked by the thread that brought it.
+        small = {name: buffer for name, buffer in out.items() if name != VALUES}
+        large = {name: buffer for name, buffer in out.items() if name == VALUES}
+        begins, lengths = starts[:-1], located.tokens
+        if small:
+            self._snapshot.gather(located, small, width, lambda begin, end: None)
+        if not verify:
+            if large:
+                self._snapshot.gather(located, large, width, lambda begin, end: None)
+            return []
+        if large:
+            keys = self._keys[first : first + len(lengths)]
+            seeds = checksum.entry_seeds(self._seed, keys, located.tokens, has_token_ids=bool(small)).tolist()
+            expected = located.checksums.tolist()
         else:
-            seeds, columns = located.checksums.tolist(), [out[name] for name in sorted(out)]
-            expected = self._snapshot.extra_checksums(located).tolist()
-        digests = checksum.chain(seeds, columns, starts[begin:end].tolist(), lengths)
-        return [
-            begin + i
-            for i, (digest, sum) in enumerate(zip(digests, expected, strict=True))
-            if digest != sum and lengths[i]
-        ]
+            seeds, expected = located.checksums.tolist(), self._snapshot.extra_checksums(located).tolist()
+        digests = checksum.chain(seeds, [small[name] for name in sorted(small)], begins, lengths)
+        corrupt: list[int] = []
+
+        def check(begin: int, end: int) -> None:
+            part = slice(begin, end)
+            found = checksum.chain(digests[part], list(large.values()), begins[part], lengths[part])
+            if found != expected[part]:
+                for i, digest in enumerate(found, begin):
+                    if digest != expected[i] and lengths[i]:
+                        corrupt.append(first + i)
+
+        if large:
+            self._snapshot.gather(located, large, width, check)
+        else:
+            check(0, len(lengths))
+        return corrupt
 
     def read_extras(self, i: int) -> tuple[Rows, bool]:
         """Return the optional arrays of entry ``i``, and whether they are intact."""

@@ -70,12 +70,11 @@ class Builder:
             columns = {name: array[kept] for name, array in self._columns.items()}
         keys = np.frombuffer(b"".join(self._places), np.uint8).reshape(-1, KEY_BYTES)
         offsets = offsets_of(lengths)
-        starts, counts = offsets[:-1].tolist(), lengths.tolist()
         seeds = checksum.entry_seeds(space_seed, keys, lengths, has_token_ids=TOKEN_IDS in columns)
         main = [columns[name] for name in (TOKEN_IDS, VALUES) if name in columns]
-        sums = checksum.chain(seeds.tolist(), main, starts, counts)
+        sums = checksum.chain(seeds.tolist(), main, offsets[:-1], lengths)
         extras = [columns[name] for name in sorted(EXTRAS) if name in columns]
-        extra_sums = checksum.chain(sums, extras, starts, counts) if extras else None
+        extra_sums = checksum.chain(sums, extras, offsets[:-1], lengths) if extras else None
         return Block(
             keys,
             offsets,

@@ -39,8 +39,8 @@ class Family:
         model_types: the ``config.model_type`` of its members.
         layers: dotted path of the ``ModuleList`` of layers within the base model.
         embeddings: dotted paths of the modules that come before the layers and that a reduced model needs no more.
-        numeric_config: configuration values that change the lower half's numbers, with the value that stands for a field
-            that the configuration does not have.
+        numeric_config: configuration values that change the lower half's numbers, with the value that stands for a
+            field that the configuration does not have.
         padding_shifts_positions: positions are numbered from ``pad_token_id + 1`` (the RoBERTa convention).
         tuple_arity: None where a layer returns the bare tensor, else the length of the tuple that it returns.
     """
@@ -65,8 +65,8 @@ class Family:
             layers = base_model
         if not isinstance(layers, nn.ModuleList):
             raise UnsupportedModelError(
-                f"family {self.name!r} looks for the layers of a {type(base_model).__name__} at {self.layers!r}; there is "
-                "no list of layers"
+                f"family {self.name!r} looks for the layers of a {type(base_model).__name__} at {self.layers!r}; there "
+                "is no list of layers"
             )
         return layers
 
@@ -93,8 +93,9 @@ class Family:
             )
 
     def numbers_of(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Return the configuration values that change the lower half's numbers."""
-        return {name: getattr(config, name, absent) for name, absent in self.numeric_config.items()}
+        """Return the configuration values that change the lower half's numbers, and the family's name."""
+        values = {name: getattr(config, name, absent) for name, absent in self.numeric_config.items()}
+        return {"family": self.name, **values}
 
     def max_tokens(self, config: PreTrainedConfig) -> int | None:
         """Return how many tokens the model's positions allow; None where there is no limit."""
@@ -111,8 +112,8 @@ def register_family(family: Family) -> None:
     """Add a family to the table; a later registration of a ``model_type`` replaces the earlier one.
 
     What to check for a new family: that a reduced model's outputs equal the full model's on padded batches, at every
-    layer (``tests/models/test_replay.py`` shows how), and that every configuration value that changes the numbers of the
-    lower half is named in ``numeric_config``. Not thread-safe: register at import time.
+    layer (``tests/models/test_replay.py`` shows how), and that every configuration value that changes the numbers of
+    the lower half is named in ``numeric_config``. Not thread-safe: register at import time.
     """
     for model_type in family.model_types:
         _FAMILIES[model_type] = family
@@ -138,7 +139,7 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"a {type(model).__name__} is no transformers model; give a PreTrainedModel (AutoModel.from_pretrained(...))"
+            f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
         )
     base = model.base_model
     return base if isinstance(base, PreTrainedModel) else model

@@ -31,8 +31,8 @@ class LowerHalf:
 
     Args:
         base_model: in eval mode, on any device.
-        compute_dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; None for the dtype of the parameters. Where
-            it differs from that, the lower half runs under autocast.
+        compute_dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; None for the dtype of the parameters.
+            Where it differs from that, the lower half runs under autocast.
 
     Raises:
         LayerError: ``layer`` is not in 1..N-1.
@@ -48,8 +48,8 @@ class LowerHalf:
         self.compute_dtype = compute_dtype or self.parameter_dtype
         if self.compute_dtype not in (self.parameter_dtype, "bfloat16", "float16"):
             raise ModelError(
-                f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load the "
-                f"model with dtype=torch.{self.compute_dtype}"
+                f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load "
+                f"the model with dtype=torch.{self.compute_dtype}"
             )
 
     @property

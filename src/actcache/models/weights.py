@@ -1,8 +1,8 @@
 """The digest of a lower half's weights, which is the heart of a space's identity.
 
 Every byte is looked at each time, because nothing cheaper is certain: optimizers, ``param.data`` and NumPy views change
-weights in ways that version counters do not show. What is remembered is the cryptographic digest, by a checksum that runs
-ten times as fast (xxh3) or, across processes, by the weight files' path, size and time.
+weights in ways that version counters do not show. What is remembered is the cryptographic digest, by a checksum that
+runs ten times as fast (xxh3) or, across processes, by the weight files' path, size and time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import transformers
 import xxhash
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from actcache.errors import ModelError
 from actcache.models.family import Family
@@ -68,8 +68,7 @@ def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, f
         # Later checks that these are still the weights need only the quick checksum.
         return _digests.setdefault(_checksum(base_model, family, layer, _quick), known)
     digest = lower_digest(base_model, family, layer)
-    if all(time.time() - file.stat().st_mtime > _RACY_SECONDS for file in files):
-        _write_memo(memo | {name: digest})
+    _write_memo(memo | {name: digest})
     return digest
 
 
@@ -99,10 +98,16 @@ def _checksum(base_model: nn.Module, family: Family, layer: int, hash_chunk: Cal
     # Both functions free the GIL while they run.
     whole = hashlib.blake2b(digest_size=32, person=b"actcache/weights")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, tensor in sorted(_tensors(base_model, family, layer), key=lambda item: item[0]):
-            header = canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode()
+        jobs = [
+            (
+                canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode(),
+                pool.map(hash_chunk, _chunks(name, tensor)),
+            )
+            for name, tensor in sorted(_tensors(base_model, family, layer), key=lambda item: item[0])
+        ]
+        for header, digests in jobs:
             whole.update(len(header).to_bytes(8, "little") + header)
-            for digest in pool.map(hash_chunk, _chunks(name, tensor)):
+            for digest in digests:
                 whole.update(digest)
     return whole.hexdigest()
 
@@ -123,7 +128,7 @@ def _chunks(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
     if tensor.is_meta:
         raise ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
-    data = memoryview(flat.numpy())
+    data = memoryview(flat.numpy())  # type: ignore[arg-type]
     return (data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK))
 
 
@@ -135,11 +140,14 @@ def _memo_name(base_model: PreTrainedModel, layer: int, files: list[Path]) -> st
     if not files:
         return None
     try:
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        stats = [(file, file.stat()) for file in files]
     except OSError:
         return None
+    if any(time.time() - stat.st_mtime < _RACY_SECONDS for _, stat in stats):
+        return None
     library = transformers.__version__.partition(".")[0]
-    what = [_MEMO_VERSION, stats, layer, str(base_model.dtype), type(base_model).__name__, library]
+    named = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    what = [_MEMO_VERSION, named, layer, str(base_model.dtype), type(base_model).__name__, library]
     return hashlib.blake2b(canonical_json(what).encode(), digest_size=16).hexdigest()
 
 

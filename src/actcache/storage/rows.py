@@ -10,13 +10,14 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError
-from actcache.ragged import row_indices
+from actcache.ragged import offsets_of, row_indices
 from actcache.storage.arena import Arena
 from actcache.storage.segment import Segment
 
@@ -25,7 +26,7 @@ class RowSource(ABC):
     """Reads rows of segments, which are named by their number in the space. Thread-safe."""
 
     @abstractmethod
-    def take(
+    def plan(
         self,
         column: str,
         segments: NDArray[np.int64],
@@ -33,10 +34,15 @@ class RowSource(ABC):
         lengths: NDArray[np.int64],
         out: NDArray[np.generic],
         width: int | None,
-    ) -> None:
-        """Copy each entry's rows of ``column`` into ``out``, packed or padded with zeros (see ``row_indices``).
+    ) -> Callable[[int, int], None]:
+        """Return a function that reads entries first..last-1 of the batch; several threads may call it.
 
-        Raises:
+        Args:
+            segments, starts, lengths: ``[n]``, where each entry's rows are.
+            out: the whole batch's buffer; an entry's rows go where they belong in it, packed or padded with zeros (see
+                ``row_indices``).
+
+        Raises (also the function):
             FormatError: a segment is gone or shorter than it was.
             KeyError: a segment has no such column.
         """
@@ -85,7 +91,7 @@ class MappedRows(RowSource):
                     raise FormatError(f"{segment.path} is gone; refresh the space") from None
         self._firsts[column] = firsts
 
-    def take(
+    def plan(
         self,
         column: str,
         segments: NDArray[np.int64],
@@ -93,11 +99,18 @@ class MappedRows(RowSource):
         lengths: NDArray[np.int64],
         out: NDArray[np.generic],
         width: int | None,
-    ) -> None:
+    ) -> Callable[[int, int], None]:
         arena, firsts = self._first_rows(column, segments)
-        rows = row_indices(firsts + starts, lengths, width)
-        # "clip" is the mode that writes straight into ``out``; the snapshot has checked the bounds.
-        np.take(arena.rows(), rows, axis=0, out=out, mode="clip")
+        # All planning is done here, once a batch: what a thread does for a chunk is one native call.
+        rows, source = row_indices(firsts + starts, lengths, width), arena.rows()
+        ends = offsets_of(lengths) if width is None else np.arange(len(lengths) + 1) * width
+
+        def read(first: int, last: int) -> None:
+            begin, end = ends[first], ends[last]
+            # "clip" is the mode that writes straight into ``out``; the snapshot has checked the bounds.
+            np.take(source, rows[begin:end], axis=0, out=out[begin:end], mode="clip")
+
+        return read
 
     def will_need(
         self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
@@ -124,7 +137,7 @@ class ReadRows(RowSource):
         self._most = most_files
         self._lock = threading.Lock()
 
-    def take(
+    def plan(
         self,
         column: str,
         segments: NDArray[np.int64],
@@ -132,14 +145,17 @@ class ReadRows(RowSource):
         lengths: NDArray[np.int64],
         out: NDArray[np.generic],
         width: int | None,
-    ) -> None:
-        position = 0
-        for number, start, length in zip(segments.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            end = position + length
-            if length:
-                self._read(self._segments[number], column, start, out[position:end])
-            position = end if width is None else position + width
-            out[end:position] = 0
+    ) -> Callable[[int, int], None]:
+        begins = offsets_of(lengths if width is None else np.full(len(lengths), width)).tolist()
+
+        def read(first: int, last: int) -> None:
+            for i in range(first, last):
+                end = begins[i] + int(lengths[i])
+                if lengths[i]:
+                    self._read(self._segments[segments[i]], column, int(starts[i]), out[begins[i] : end])
+                out[end : begins[i + 1]] = 0
+
+        return read
 
     def _read(self, segment: Segment, column: str, start: int, out: NDArray[np.generic]) -> None:
         extent = segment.extents[column]

@@ -115,40 +115,28 @@ class SegmentedSnapshot(Snapshot):
         done: Callable[[int, int], None],
     ) -> None:
         count = len(located.tokens)
-        lengths = located.tokens if width is None else np.full(count, width, np.int64)
-        starts = offsets_of(lengths)
-        segment = np.where(located.found, located.segment, self._any_of(located))
+        if not located.found.any():
+            for buffer in out.values():
+                buffer[: count * (width or 0)] = 0
+            done(0, count)
+            return
+        # An absent entry stands under some segment's number; none of its rows are read.
+        segment = np.where(located.found, located.segment, located.segment[located.found][0])
         row = np.where(located.found, located.row, 0)
-        row_bytes = max(1, out[VALUES].nbytes // max(len(out[VALUES]), 1)) if VALUES in out else 1
+        reads = [self._rows.plan(c, segment, row, located.tokens, buffer, width) for c, buffer in out.items()]
+        starts = offsets_of(located.tokens if width is None else np.full(count, width))
+        row_bytes = max(buffer.strides[0] for buffer in out.values())
         # Chunks of whole entries; the threads take the next one as they become free.
-        cuts = np.unique(np.searchsorted(starts * row_bytes, np.arange(0, starts[-1] * row_bytes, _CHUNK_BYTES)))
-        cuts = np.r_[cuts, count] if not len(cuts) or cuts[-1] < count else cuts
-        cuts[0] = 0
+        wanted = np.arange(0, int(starts[-1]) * row_bytes, _CHUNK_BYTES)
+        cuts = np.unique(np.r_[np.searchsorted(starts * row_bytes, wanted), count])
 
         def job(number: int) -> None:
             first, last = int(cuts[number]), int(cuts[number + 1])
-            for column, buffer in out.items():
-                self._rows.take(
-                    column,
-                    segment[first:last],
-                    row[first:last],
-                    located.tokens[first:last],
-                    buffer[starts[first] : starts[last]],
-                    width,
-                )
+            for read in reads:
+                read(first, last)
             done(first, last)
 
-        if located.found.any():
-            self._workers.run(job, len(cuts) - 1)
-        else:
-            for buffer in out.values():
-                buffer[: starts[-1]] = 0
-            done(0, count)
-
-    def _any_of(self, located: Located) -> int:
-        """Return a segment number that an absent entry can stand under; none of its rows are read."""
-        found = located.segment[located.found]
-        return int(found[0]) if len(found) else 0
+        self._workers.run(job, len(cuts) - 1)
 
     def read_ahead(self, located: Located) -> None:
         found = located[located.found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 _MOST = 8  # gathering is bound by memory bandwidth, which a few cores use up
 
@@ -18,7 +18,7 @@ def available_cpus() -> int:
 
 
 class Workers:
-    """Runs numbered jobs on the calling thread and some others. Thread-safe; usable after a fork."""
+    """Runs the numbered jobs of a batch on the calling thread and some others. Thread-safe; usable after a fork."""
 
     def __init__(self, threads: int | None = None) -> None:
         self._helpers = min(threads or available_cpus(), _MOST) - 1
@@ -27,23 +27,16 @@ class Workers:
         self._pid = -1
 
     def run(self, job: Callable[[int], None], count: int) -> None:
-        """Call ``job(0)`` ... ``job(count - 1)``, in any order; return when all have ended.
+        """Call ``job(0)`` ... ``job(count - 1)``, a run of neighbours on each thread; return when all have ended.
 
         The first exception of a job is raised here, after the jobs that run have ended; jobs not yet begun are dropped.
         """
-        if count <= 1 or not self._helpers:
-            for number in range(count):
-                job(number)
-            return
-        numbers = iter(range(count))
-        lock = threading.Lock()
+        threads = min(self._helpers + 1, count)
         failed = threading.Event()
 
-        def work() -> None:
-            while not failed.is_set():
-                with lock:
-                    number = next(numbers, None)
-                if number is None:
+        def work(thread: int) -> None:
+            for number in range(count * thread // threads, count * (thread + 1) // threads):
+                if failed.is_set():
                     return
                 try:
                     job(number)
@@ -51,14 +44,14 @@ class Workers:
                     failed.set()
                     raise
 
-        futures = [self._executor().submit(work) for _ in range(min(self._helpers, count - 1))]
+        futures = [self._executor().submit(work, thread) for thread in range(1, threads)]
         try:
-            work()
+            if threads:
+                work(0)
         finally:
-            errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise error
+            wait(futures)
+        for future in futures:
+            future.result()
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

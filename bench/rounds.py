@@ -1,0 +1,59 @@
+"""Interleaved rounds: contestants take turns, and what counts are ratios within one round.
+
+Machines are noisy and drift; two contestants that run within the same second see the same machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some figures, and the interval that holds the true median with 95 % confidence (order statistics)."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> Spread:
+        ordered = np.sort(np.asarray(figures, float))
+        count = len(ordered)
+        half = 0.98 * np.sqrt(count)  # normal approximation of the binomial at p = 1/2
+        low, high = int(max(0, np.floor(count / 2 - half))), int(min(count - 1, np.ceil(count / 2 + half)))
+        return cls(float(np.median(ordered)), float(ordered[low]), float(ordered[high]))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def run(
+    contestants: Mapping[str, Callable[[int], float]], rounds: int, before: Callable[[], None] = lambda: None
+) -> dict[str, np.ndarray]:
+    """Time ``contestant(round)`` for every contestant in every round, each round in another order.
+
+    Args:
+        contestants: name -> function that does the round's work. What it returns, if positive, is its own count of
+            seconds; else the call is timed.
+        before: called, untimed, before every turn.
+
+    Returns:
+        name -> seconds, ``[rounds]``.
+    """
+    names = list(contestants)
+    seconds = {name: np.zeros(rounds) for name in names}
+    order = np.random.default_rng(0)
+    for number in range(-1, rounds):  # round -1 warms up and does not count
+        for name in order.permutation(names).tolist():
+            before()
+            start = time.perf_counter()
+            own = contestants[name](max(number, 0))
+            elapsed = time.perf_counter() - start
+            if number >= 0:
+                seconds[name][number] = own if own > 0 else elapsed
+    return seconds

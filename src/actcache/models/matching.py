@@ -1,0 +1,39 @@
+"""Whether a model's lower half is the one whose activations are stored."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from actcache.errors import LowerHalfMismatchError
+from actcache.models.family import Family, base_model_of, family_of
+from actcache.models.weights import lower_digest
+from actcache.recipe import Recipe
+
+
+def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
+    """Return the family of a base or task model that has the recipe's lower half.
+
+    Raises:
+        LowerHalfMismatchError: weights or configuration of the lower half are others; it names the fields.
+        LayerError, UnsupportedModelError: the model cannot be cut at the recipe's layer.
+    """
+    base = base_model_of(model)
+    family = family_of(base)
+    family.check_layer(base, recipe.layer)
+    theirs, ours = family.numbers_of(base.config), recipe.config
+    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if different:
+        fields = "; ".join(f"{name}: {theirs.get(name)!r}, recorded {ours.get(name)!r}" for name in different)
+        raise LowerHalfMismatchError(
+            f"the lower half of this {type(model).__name__} computes other numbers than the recorded one: its "
+            f"configuration differs ({fields}). Record its activations with a recycler of its own"
+        )
+    if lower_digest(base, family, recipe.layer) != recipe.weights:
+        dtype, recorded = str(base.dtype).removeprefix("torch."), recipe.provenance.get("weights_dtype")
+        hint = "" if recorded in (None, dtype) else f" (they are {dtype}, load the model with dtype {recorded})"
+        raise LowerHalfMismatchError(
+            f"the embeddings or layers 1..{recipe.layer} of this {type(model).__name__} have other weights than those "
+            f"that were recorded{hint}: they were fine-tuned, adapted, or are another model's. Keep the lower half "
+            "frozen, or record its activations with a recycler of its own"
+        )
+    return family

@@ -1,0 +1,43 @@
+"""Where a space's numbers come from: recorded with it, and compared by way of canaries when it differs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+from transformers import PreTrainedModel
+
+from actcache.models.record import LowerHalf
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "actcache")
+
+
+def setup_of(lower: LowerHalf) -> dict[str, str]:
+    """Return what may change the numbers of one identity: library versions, device, kernels."""
+    device = lower.device
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
+    return {
+        **{name: _version(name) for name in _LIBRARIES},
+        "python": platform.python_version(),
+        "device": f"{device.type} {hardware}".strip(),
+        "attention": str(getattr(lower.base_model.config, "_attn_implementation", "")),
+        "weights_dtype": lower.parameter_dtype,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def revision_of(base_model: PreTrainedModel) -> dict[str, str]:
+    """Return the model's commit on the hub, where it is known."""
+    revision = getattr(base_model.config, "_commit_hash", None)
+    return {"revision": str(revision)} if revision else {}
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,279 @@
+"""From documents to token ids: the tokenizer's identity, and what becomes of documents that are too long."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from actcache.errors import DocumentError, DocumentTooLongError, RecipeError
+from actcache.key import Document
+from actcache.recipe import canonical_json
+from actcache.windows import Windows
+
+TooLong = Literal["refuse", "truncate"] | Windows
+
+_NO_LIMIT = 1_000_000  # transformers gives tokenizers without a limit one of 10**30
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document, or one window of it, as the model takes it. All arrays have one element per token."""
+
+    token_ids: NDArray[np.int32]
+    type_ids: NDArray[np.int8]
+    spans: NDArray[np.int32] | None = None  # [tokens, 2] characters [start, end) within its text (or word)
+    word_ids: NDArray[np.int32] | None = None  # -1 for special tokens
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of all that decides a tokenizer's token ids: 64 hexadecimal digits.
+
+    It is the same after any kind of call: truncation and padding, which a fast tokenizer keeps as state, are left out.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else _slow_state(tokenizer)
+    for name in ("truncation", "padding"):
+        state.pop(name, None)
+    what = {
+        "state": state,
+        "truncation_side": tokenizer.truncation_side,
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+    }
+    return hashlib.blake2b(canonical_json(what).encode(), digest_size=32, person=b"actcache/tokens").hexdigest()
+
+
+def _slow_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def matters(name: str, value: object) -> bool:
+        paths = name == "name_or_path" or name.endswith("_file")
+        return not paths and name not in ("padding_side", "model_max_length") and isinstance(value, str | int | float)
+
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": tokenizer.get_vocab(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "arguments": {name: value for name, value in tokenizer.init_kwargs.items() if matters(name, value)},
+    }
+
+
+class DocumentEncoder:
+    """Turns documents into token ids under one length policy. Holds its own copy of the tokenizer; not thread-safe.
+
+    Args:
+        tokenizer: not changed.
+        max_length: tokens that a document may have, special tokens included; None for no limit.
+        too_long: ``"refuse"`` raises, ``"truncate"`` cuts, and ``Windows`` makes several entries of every document (one
+            of a short one). A pair's second text is what windows cut; its first text stands in each.
+        special_tokens: whether the tokenizer adds its special tokens. Documents of token ids are taken as they are.
+        vocabulary: token ids that the model knows are below this; None for what the tokenizer has.
+        extras: ``spans`` and ``word_ids`` where they are wanted; only fast tokenizers know them.
+
+    Raises:
+        RecipeError: the lengths leave no room for a token, or the tokenizer cannot do what is asked.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        too_long: TooLong = "refuse",
+        special_tokens: bool = True,
+        *,
+        vocabulary: int | None = None,
+        extras: Sequence[str] = (),
+    ) -> None:
+        if isinstance(too_long, Windows):
+            if max_length is not None and too_long.max_length > max_length:
+                raise RecipeError(f"windows of {too_long.max_length} tokens are longer than the {max_length} possible")
+            max_length = too_long.max_length
+        elif too_long not in ("refuse", "truncate"):
+            raise RecipeError(
+                f"too_long {too_long!r} is not 'refuse', 'truncate' or actcache.windows(max_length, stride)"
+            )
+        self.tokenizer = copy.deepcopy(tokenizer)  # calls change a fast tokenizer's truncation and padding
+        self.tokenizer.model_max_length = int(1e30)  # or it warns of documents that this class is about to handle
+        self.max_length, self.too_long, self.special_tokens = max_length, too_long, special_tokens
+        self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
+        self.extras = tuple(name for name in ("spans", "word_ids") if name in extras)
+        self._added = [
+            self.tokenizer.num_special_tokens_to_add(pair) if special_tokens else 0 for pair in (False, True)
+        ]
+        stride = too_long.stride if isinstance(too_long, Windows) else 0
+        if max_length is not None and max_length - self._added[0] <= stride:
+            raise RecipeError(
+                f"max_length {max_length} leaves no room: {self._added[0]} are special tokens"
+                + (f" and {stride} are stride" if stride else "")
+            )
+        if not self.tokenizer.is_fast and (self.extras or isinstance(too_long, Windows)):
+            raise RecipeError(
+                f"{type(tokenizer).__name__} is slow and knows no windows, spans or word ids: load the fast tokenizer"
+            )
+
+    @property
+    def windows(self) -> Windows | None:
+        """The spec by which documents are cut, None under another policy."""
+        return self.too_long if isinstance(self.too_long, Windows) else None
+
+    def truncating(self) -> DocumentEncoder:
+        """Return an encoder that differs in that it truncates whatever is too long."""
+        return DocumentEncoder(
+            self.tokenizer, self.max_length, "truncate", self.special_tokens, vocabulary=self.vocabulary
+        )
+
+    def encode(self, documents: Sequence[Document], positions: Sequence[int] | None = None) -> list[list[Encoded]]:
+        """Return each document's windows, in the order of the documents; one, where the policy is not ``Windows``.
+
+        Args:
+            positions: of the documents in the caller's own sequence, for errors; 0, 1, ... by default.
+
+        Raises:
+            DocumentError: a document makes no tokens, or holds ids outside the vocabulary.
+            DocumentTooLongError: a document is too long and the policy is to refuse.
+        """
+        names = range(len(documents)) if positions is None else positions
+        kinds: dict[str, list[int]] = {}
+        for i, document in enumerate(documents):
+            kinds.setdefault(_kind(document), []).append(i)
+        result: list[list[Encoded]] = [[] for _ in documents]
+        for kind, members in kinds.items():
+            encode = self._encode_ids if kind == "ids" else self._encode_texts
+            encoded = encode([documents[i] for i in members], kind, [names[i] for i in members])
+            for i, windows in zip(members, encoded, strict=True):
+                result[i] = windows
+        for document, windows, name in zip(documents, result, names, strict=True):
+            self._check(windows, document, name)
+        return result
+
+    def _encode_texts(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
+        cut: dict[str, Any] = {}
+        if isinstance(self.too_long, Windows):
+            cut = {"truncation": True, "return_overflowing_tokens": True, "stride": self.too_long.stride}
+            if kind == "pair":
+                self._check_first_texts(documents, positions)
+                cut["truncation"] = "only_second"
+        elif self.too_long == "truncate" and self.max_length is not None:
+            cut = {"truncation": True}
+        if cut:
+            cut["max_length"] = self.max_length
+        if self.extras:
+            cut["return_offsets_mapping"] = True
+        firsts, seconds = [list(part) for part in zip(*documents, strict=True)] if kind == "pair" else (documents, None)
+        batch = self.tokenizer(
+            firsts,
+            seconds,
+            add_special_tokens=self.special_tokens,
+            is_split_into_words=kind == "words",
+            return_attention_mask=False,
+            **cut,
+        )
+        owners = batch.get("overflow_to_sample_mapping", range(len(documents)))
+        result: list[list[Encoded]] = [[] for _ in documents]
+        for i, owner in enumerate(owners):
+            result[owner].append(self._encoded(batch, i))
+        return result
+
+    def _encoded(self, batch: Any, i: int) -> Encoded:
+        ids = np.array(batch["input_ids"][i], np.int32)
+        types = batch.get("token_type_ids")
+        return Encoded(
+            ids,
+            np.zeros(len(ids), np.int8) if types is None else np.array(types[i], np.int8),
+            np.array(batch["offset_mapping"][i], np.int32).reshape(-1, 2) if "spans" in self.extras else None,
+            np.array([-1 if word is None else word for word in batch.word_ids(i)], np.int32)
+            if "word_ids" in self.extras
+            else None,
+        )
+
+    def _encode_ids(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
+        result = []
+        for document, position in zip(documents, positions, strict=True):
+            ids = np.asarray(document)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise DocumentError(f"document {position} is neither text, pair, words nor a sequence of token ids")
+            windows = [ids]
+            if isinstance(self.too_long, Windows):
+                length, step = self.too_long.max_length, self.too_long.max_length - self.too_long.stride
+                windows = [ids[i : i + length] for i in range(0, max(1, len(ids) - self.too_long.stride), step)]
+            elif self.too_long == "truncate":
+                windows = [ids[: self.max_length]]
+            result.append([self._plain(window, position) for window in windows])
+        return result
+
+    def _plain(self, ids: NDArray[np.integer], position: int) -> Encoded:
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
+            raise self._outside(ids, position)
+        unknown = np.full(len(ids), -1, np.int32)
+        return Encoded(
+            ids.astype(np.int32),
+            np.zeros(len(ids), np.int8),
+            np.zeros((len(ids), 2), np.int32) if "spans" in self.extras else None,
+            unknown if "word_ids" in self.extras else None,
+        )
+
+    def _check(self, windows: list[Encoded], document: Document, position: int) -> None:
+        longest = max((len(window.token_ids) for window in windows), default=0)
+        if longest == 0:
+            raise DocumentError(f"document {position} ({document!r:.60}) makes no tokens; leave it out")
+        if self.max_length is not None and longest > self.max_length:
+            raise DocumentTooLongError(
+                f"document {position} ({document!r:.60}...) has {longest} tokens, more than {self.max_length}: give "
+                'too_long="truncate" or too_long=actcache.windows(max_length, stride), or leave it out'
+            )
+        for window in windows:
+            if window.token_ids.max() >= self.vocabulary:
+                raise self._outside(window.token_ids, position)
+
+    def _outside(self, ids: NDArray[np.integer], position: int) -> DocumentError:
+        worst = int(ids.min() if ids.min() < 0 else ids.max())
+        return DocumentError(
+            f"document {position} holds token id {worst}, and the model's vocabulary is 0..{self.vocabulary - 1}: is "
+            "it the tokenizer of another model?"
+        )
+
+    def _check_first_texts(self, documents: list[tuple[str, str]], positions: Sequence[int]) -> None:
+        # Only the second text is cut; the tokenizers' own check of this is a panic.
+        if not isinstance(self.too_long, Windows):
+            return
+        room = self.too_long.max_length - self._added[1] - self.too_long.stride
+        ids = self.tokenizer([first for first, _ in documents], add_special_tokens=False)["input_ids"]
+        for document, position, tokens in zip(documents, positions, ids, strict=True):
+            if len(tokens) >= room:
+                raise DocumentTooLongError(
+                    f"the first text of document {position} ({document[0]!r:.60}...) has {len(tokens)} tokens and "
+                    "stands in every window, which leaves no room for the second: give longer windows"
+                )
+
+
+def _kind(document: Document) -> str:
+    if isinstance(document, str):
+        return "text"
+    if isinstance(document, tuple) and len(document) == 2 and all(isinstance(part, str) for part in document):
+        return "pair"
+    if isinstance(document, Sequence) and document and isinstance(document[0], str):
+        return "words"
+    return "ids"
+
+
+def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int | None:
+    """Return a document's largest length; by default what tokenizer and model allow, None where neither has a limit.
+
+    Args:
+        positions: tokens that the model has positions for; None for any number.
+
+    Raises:
+        RecipeError: ``max_length`` is more than that.
+    """
+    if max_length is None:
+        limit = tokenizer.model_max_length
+        limits = [limit] if limit is not None and limit < _NO_LIMIT else []
+        return min([*limits, *([] if positions is None else [positions])], default=None)
+    if positions is not None and max_length > positions:
+        raise RecipeError(f"max_length {max_length} is more than the {positions} tokens that the model takes")
+    return max_length

@@ -1,0 +1,303 @@
+"""The recycler: one pretrained model, cut after one layer, and the space where its activations are kept."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.arrays import to_numpy
+from actcache.errors import (
+    DataError,
+    ModelError,
+    ReadOnlyError,
+    ShapeError,
+    UsageError,
+)
+from actcache.key import Document
+from actcache.models import canary, replay, weights
+from actcache.models.entries import check_found, document_keys, find_entries, listed
+from actcache.models.family import base_model_of, family_of
+from actcache.models.filling import Filler, FillReport
+from actcache.models.matching import check_same_lower_half
+from actcache.models.provenance import revision_of, setup_of
+from actcache.models.record import LowerHalf
+from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
+from actcache.ragged import EXTRAS
+from actcache.reader import Reader
+from actcache.recipe import Recipe
+from actcache.store import Store, open_store
+from actcache.windows import Windows
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
+_GROUP = 8  # batches whose rows are held before they are put
+
+
+class Recycler:
+    """Records the activations of a model after one layer, and serves them to reduced models. Not thread-safe.
+
+    Args:
+        model: a base or task model of transformers, in eval mode. It is used as it is, never changed.
+        tokenizer: its tokenizer; not changed.
+        layer: record the output of this layer, 1-based, 1..N-1.
+        store: a ``Store``, or a URL or path of one, which the recycler then opens and closes.
+        dtype: how rows are stored: ``float16``, ``float32`` or ``bfloat16``.
+        compute_dtype: what the lower half computes in, where that is not its parameters' dtype: ``bfloat16``,
+            ``float16`` (by autocast).
+        max_length: tokens that a document may have, special tokens included; by default what model and tokenizer allow.
+        too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, or cut all into
+            ``actcache.windows(max_length, stride)``.
+        special_tokens: whether texts get the tokenizer's special tokens.
+        extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
+        provenance: the caller's own notes, recorded with a space that this creates.
+
+    Attributes:
+        recipe: what decides the numbers.
+        space: where they are; created where it was absent.
+
+    Raises:
+        LayerError, RecipeError, UnsupportedModelError, ModelError: model and options do not fit.
+        CanaryError: the space's canary documents come out differently in this set-up.
+        StoreError: the store cannot be opened, or is read-only and has no such space.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layer: int,
+        store: Store | str | Path,
+        dtype: str = "float16",
+        compute_dtype: str | None = None,
+        max_length: int | None = None,
+        too_long: TooLong = "refuse",
+        special_tokens: bool = True,
+        extras: Sequence[str] = (),
+        provenance: Mapping[str, str] | None = None,
+    ) -> None:
+        base = base_model_of(model)
+        family = family_of(base)
+        self._lower = LowerHalf(base, family, layer, compute_dtype)
+        stored_extras = _check_extras(extras)
+        self._encoder = DocumentEncoder(
+            tokenizer,
+            check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
+            too_long,
+            special_tokens,
+            vocabulary=base.config.vocab_size,
+            extras=stored_extras,
+        )
+        self._setup = setup_of(self._lower)
+        self.recipe = Recipe(
+            model=str(base.config.name_or_path or type(base).__name__),
+            layer=layer,
+            hidden_size=self._lower.hidden_size,
+            dtype=dtype,
+            weights=weights.lower_digest(base, family, layer),
+            config=family.numbers_of(base.config),
+            compute_dtype=self._lower.compute_dtype,
+            tokenizer=tokenizer_digest(tokenizer),
+            special_tokens=special_tokens,
+            max_length=self._encoder.max_length,
+            too_long="windows" if isinstance(too_long, Windows) else too_long,
+            provenance={**self._setup, **revision_of(base), **(provenance or {})},
+        )
+        self._store = store if isinstance(store, Store) else open_store(store)
+        self._owns_store = self._store is not store
+        self._canaries_agree = False
+        try:
+            self.space = self._store.space(self.recipe)
+            self._filler = Filler(self.space, self._lower, self._encoder, stored_extras)
+            self._check_canaries()
+        except BaseException:
+            self.close()
+            raise
+        if self.space.created:
+            self._log_nearest()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        layer: int,
+        store: Store | str | Path,
+        dtype: str = "float16",
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Recycler:
+        """Load base model and tokenizer, and return their recycler.
+
+        Args:
+            device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
+            revision: of the model on the hub.
+            options: the other arguments of ``Recycler``.
+
+        Raises:
+            ModelError: they cannot be loaded.
+        """
+        name = str(name_or_path)
+        try:
+            model = AutoModel.from_pretrained(name, revision=revision).eval()
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{name} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from error
+        base = base_model_of(model)
+        family = family_of(base)
+        family.check_layer(base, layer)
+        # The digest stays known within the process, so that the constructor does not compute it again.
+        weights.pretrained_digest(base, family, layer, weights.weight_files(name, revision))
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, tokenizer, layer=layer, store=store, dtype=dtype, **options)
+
+    # --- recording ---------------------------------------------------------------------------------------------------
+
+    def fill(self, texts: Iterable[Document], *, token_budget: int = 8192, progress: bool = True) -> FillReport:
+        """Compute and store the documents that are not in the space; durable when it returns.
+
+        A fill that was interrupted (Ctrl-C) or killed goes on where it was when it is called again: what is stored is
+        skipped. All windows of a document are stored together.
+
+        Args:
+            texts: any iterable of documents; it is streamed.
+            token_budget: padded tokens of a batch. Documents of similar length are computed together.
+            progress: whether to show a bar (a line now and then where stderr is no terminal).
+
+        Raises:
+            DocumentError, DocumentTooLongError: a document cannot be stored; it names its position.
+            NonFiniteError, CodecOverflowError: a document's rows do not fit the stored dtype; it names its position.
+            LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
+            ModelError: the model is in train mode.
+            StoreError: read-only, disk full, ...; what was stored before stays.
+        """
+        if isinstance(texts, str | bytes):
+            raise UsageError("fill takes a list or an iterable of documents, not one text")
+        if not self._store.writable:
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to fill it")
+        check_same_lower_half(self._lower.base_model, self.recipe)
+        self._check_canaries(create=True)
+        return self._filler.fill(texts, token_budget, progress)
+
+    # --- replay ------------------------------------------------------------------------------------------------------
+
+    def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
+        """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
+
+        Raises:
+            LowerHalfMismatchError: the task model's lower half is not the one that was recorded.
+        """
+        family = check_same_lower_half(task_model, self.recipe)
+        return replay.reduce(task_model, self.recipe.layer, family)
+
+    def reader(
+        self,
+        texts: Iterable[Document],
+        *,
+        labels: Any = None,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: Any = "cpu",
+        on_missing: str = "raise",
+        drop_last: bool = False,
+    ) -> Reader:
+        """Return a reader of these documents' entries; see ``actcache.reader.Reader``.
+
+        Where documents are cut into windows, each window is an entry of the batches: it has its document's label, and
+        ``Batch.documents`` says whose it is, as a position in ``texts``.
+
+        Raises:
+            MissingEntryError: documents are not (or, of windows, not wholly) in the space.
+        """
+        self._check_canaries()
+        keys = document_keys(listed(texts))
+        found = find_entries(self.space, keys, self._encoder.windows)
+        if on_missing == "raise":
+            check_found(keys, found)
+        documents = np.repeat(np.arange(len(keys)), [len(entries) for entries in found])
+        wanted = None if labels is None else to_numpy(labels)
+        if wanted is not None and (not wanted.ndim or len(wanted) != len(keys)):
+            raise ShapeError(f"{len(keys)} documents and labels of shape {list(wanted.shape)}: give one a document")
+        return self.space.reader(
+            list(itertools.chain.from_iterable(found)),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            labels=None if wanted is None else wanted[documents],
+            documents=documents,
+            device=device,
+            on_missing=on_missing,
+            drop_last=drop_last,
+        )
+
+    def keys(self, texts: Iterable[Document]) -> list[bytes]:
+        """Return the keys of these documents' entries, in order.
+
+        Where documents are cut into windows, those are their windows' keys, and documents must be in the space.
+
+        Raises:
+            MissingEntryError: a document's windows are not, or not all, in the space.
+        """
+        keys = document_keys(listed(texts))
+        if self._encoder.windows is None:
+            return keys
+        found = find_entries(self.space, keys, self._encoder.windows)
+        check_found(keys, found)
+        return list(itertools.chain.from_iterable(found))
+
+    # --- the rest ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the space, and the store where the recycler opened it. Does nothing the second time."""
+        if hasattr(self, "space"):
+            self.space.close()
+        if self._owns_store:
+            self._store.close()
+
+    def __enter__(self) -> Recycler:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Recycler of {self.recipe.model} layer {self.recipe.layer}, space {self.recipe.fingerprint}>"
+
+    def _check_canaries(self, *, create: bool = False) -> None:
+        self._canaries_agree = self._canaries_agree or canary.settle(
+            self.space, self._encoder, self._lower, self._setup, create=create
+        )
+
+    def _log_nearest(self) -> None:
+        try:
+            nearest = self._store.nearest(self.recipe)
+        except DataError as error:
+            logger.warning("the other spaces of %s cannot be compared: %s", self._store.url, error)
+            return
+        if nearest:
+            other, fields = nearest[0]
+            differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())
+            logger.info(
+                "created an empty space; the nearest is %s (%s), which differs in %s",
+                other.fingerprint,
+                other.model,
+                differ,
+            )
+
+
+def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in extras if name not in EXTRAS]
+    if unknown or isinstance(extras, str):
+        raise UsageError(f"extras are of {', '.join(EXTRAS)}, not {extras!r}")
+    return tuple(dict.fromkeys(extras))

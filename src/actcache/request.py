@@ -57,10 +57,9 @@ class Request:
         """
         count = len(self._keys)
         starts = offsets_of(self.lengths if width is None else np.full(count, width, np.int64))
-        with_ids = self.has(TOKEN_IDS)
-        kinds = with_ids.astype(np.int8)
+        kinds = np.ones(count, np.int8)  # 1: with token ids, or absent; 0: without; 2: not published yet
+        kinds[~self.has(TOKEN_IDS) & (self.lengths > 0)] = 0
         kinds[list(self._pending)] = 2
-        kinds[self.lengths == 0] = -1 if (kinds == 0).any() else 1  # absent entries break no run that has ids
         corrupt: list[int] = []
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
         for first, last in zip(cuts[:-1], cuts[1:], strict=True):
@@ -68,7 +67,7 @@ class Request:
             if kinds[first] == 2:
                 self._copy(first, last, here, width)
                 continue
-            if kinds[first] != 1:
+            if kinds[first] == 0:
                 here.pop(TOKEN_IDS, None)
             corrupt += self._gather(first, last, here, width, verify)
         return corrupt

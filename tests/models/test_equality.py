@@ -81,7 +81,9 @@ def test_recorded_rows_are_the_models_own_hidden_states(
     minilm: PreTrainedModel, tokenizer: Any, docstrings: list[str], tmp_path: Path
 ) -> None:
     texts = docstrings[:30]
-    with Recycler(minilm, tokenizer, layer=2, store=tmp_path, dtype="float32", max_length=128, too_long="truncate") as r:
+    with Recycler(
+        minilm, tokenizer, layer=2, store=tmp_path, dtype="float32", max_length=128, too_long="truncate"
+    ) as r:
         r.fill(texts, progress=False)
         for text, entry in zip(texts, r.space.get(r.keys(texts)), strict=True):
             inputs = tokenizer(text, truncation=True, max_length=128, return_tensors="pt")
@@ -119,7 +121,7 @@ def test_training_gives_the_frozen_full_models_losses(
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                losses.append([float(loss) for loss in pair])
+                losses.append([loss.item() for loss in pair])
     assert len(losses) == 12
     np.testing.assert_allclose(*np.array(losses).T, atol=1e-4)
     assert losses[-1][0] < losses[0][0] - 0.05  # it did train

@@ -1,0 +1,457 @@
+"""The suite that every backend has to pass, a third party's too.
+
+    class TestMine(BackendConformance):
+        @pytest.fixture
+        def url(self, tmp_path):
+            return f"mine:{tmp_path}/store"
+
+The oracle is a dictionary. Nothing here knows how a backend stores.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import actcache
+from actcache.errors import (
+    ClosedError,
+    CodecOverflowError,
+    CollectionNotFoundError,
+    KeyFormatError,
+    MissingEntryError,
+    NonFiniteError,
+    ReadOnlyError,
+    ShapeError,
+    SpaceNotFoundError,
+    StoreNotFoundError,
+)
+
+HIDDEN = 24
+
+
+def recipe(**changes: Any) -> actcache.Recipe:
+    return actcache.Recipe(**{"model": "conformance", "layer": 1, "hidden_size": HIDDEN, "dtype": "float32", **changes})
+
+
+class Documents:
+    """Documents by number: key, rows and token ids, always the same for a (number, version)."""
+
+    def key(self, number: int) -> bytes:
+        return actcache.document_key(f"document {number}")
+
+    def rows(self, number: int, version: int = 0) -> NDArray[np.float32]:
+        rng = np.random.default_rng([number, version])
+        return rng.standard_normal((int(rng.integers(1, 30)), HIDDEN)).astype(np.float32)
+
+    def ids(self, number: int, version: int = 0) -> NDArray[np.int64]:
+        return np.random.default_rng([number, version, 1]).integers(0, 30000, len(self.rows(number, version)))
+
+    def put(self, space: actcache.Space, numbers: Any, version: int = 0, **options: Any) -> int:
+        numbers = list(numbers)
+        keys, rows = [self.key(n) for n in numbers], [self.rows(n, version) for n in numbers]
+        return space.put(keys, rows, [self.ids(n, version) for n in numbers], **options)
+
+    def check(self, space: actcache.Space, versions: dict[int, int], numbers: Any) -> None:
+        """Compare a ``get`` of ``numbers`` with the oracle ``number -> version``."""
+        numbers = list(numbers)
+        for number, entry in zip(numbers, space.get([self.key(n) for n in numbers]), strict=True):
+            if number not in versions:
+                assert entry is None
+                continue
+            assert entry is not None
+            np.testing.assert_array_equal(entry.activations, self.rows(number, versions[number]))
+            np.testing.assert_array_equal(entry.token_ids, self.ids(number, versions[number]))
+
+
+class BackendConformance:
+    """Subclass it and give it a ``url`` fixture: the URL of a store that does not exist yet."""
+
+    documents = Documents()
+    #: options for ``actcache.open``
+    options: dict[str, Any] = {}
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise NotImplementedError("a subclass of BackendConformance has a fixture 'url'")
+
+    @pytest.fixture
+    def store(self, url: str) -> Iterator[actcache.Store]:
+        with actcache.open(url, **self.options) as store:
+            yield store
+
+    @pytest.fixture
+    def space(self, store: actcache.Store) -> actcache.Space:
+        return store.space(recipe(), segment_bytes=8192)
+
+    def reopened(self, url: str, mode: str = "r") -> actcache.Space:
+        return actcache.open(url, mode, **self.options).space(recipe())
+
+    # --- entries -----------------------------------------------------------------------------------------------------
+
+    def test_get_returns_what_was_put(self, space: actcache.Space) -> None:
+        assert self.documents.put(space, range(50)) == 50
+        self.documents.check(space, dict.fromkeys(range(50), 0), range(50))
+        space.flush()
+        self.documents.check(space, dict.fromkeys(range(50), 0), range(50))
+
+    def test_results_are_aligned_and_misses_explicit(self, space: actcache.Space) -> None:
+        self.documents.put(space, range(0, 40, 2))
+        space.flush()
+        self.documents.put(space, range(40, 50))  # not flushed: reads see it all the same
+        held = dict.fromkeys([*range(0, 40, 2), *range(40, 50)], 0)
+        for seed in range(5):
+            numbers = np.random.default_rng(seed).integers(0, 60, 80).tolist()  # keys may repeat in a request
+            self.documents.check(space, held, numbers)
+            keys = [self.documents.key(n) for n in numbers]
+            np.testing.assert_array_equal(space.contains(keys), [n in held for n in numbers])
+        assert space.get([]) == []
+        assert self.documents.key(0) in space
+        assert self.documents.key(1) not in space
+
+    def test_flushed_entries_are_seen_by_others(self, url: str, space: actcache.Space) -> None:
+        self.documents.put(space, range(30))
+        space.flush()
+        other = self.reopened(url)
+        self.documents.check(other, dict.fromkeys(range(30), 0), range(35))
+        self.documents.put(space, range(30, 35))
+        space.flush()
+        self.documents.check(other, dict.fromkeys(range(30), 0), range(35))  # its snapshot stands
+        other.refresh()
+        self.documents.check(other, dict.fromkeys(range(35), 0), range(35))
+
+    def test_closing_flushes(self, url: str) -> None:
+        with actcache.open(url, **self.options) as store, store.space(recipe()) as space:
+            self.documents.put(space, range(10))
+        self.documents.check(self.reopened(url), dict.fromkeys(range(10), 0), range(12))
+
+    def test_present_keys_are_skipped_unless_overwritten(self, url: str, space: actcache.Space) -> None:
+        self.documents.put(space, range(10))
+        assert self.documents.put(space, range(12), version=1) == 2
+        space.flush()
+        assert self.documents.put(space, range(12), version=2) == 0
+        held = {**dict.fromkeys(range(10), 0), 10: 1, 11: 1}
+        self.documents.check(space, held, range(12))
+        assert self.documents.put(space, [3, 11], version=3, overwrite=True) == 2
+        held.update({3: 3, 11: 3})
+        self.documents.check(space, held, range(12))
+        space.flush()
+        self.documents.check(space, held, range(12))
+        self.documents.check(self.reopened(url), held, range(12))
+        assert len(space) == 12
+
+    def test_delete(self, url: str, space: actcache.Space) -> None:
+        self.documents.put(space, range(20))
+        space.flush()
+        self.documents.put(space, [4], version=1, overwrite=True)  # a second copy, which must go as well
+        self.documents.put(space, range(20, 25))
+        gone = [0, 4, 19, 22]
+        assert space.delete([self.documents.key(n) for n in [*gone, 99]]) == len(gone)
+        held = {n: 0 for n in range(25) if n not in gone}
+        self.documents.check(space, held, range(25))
+        self.documents.check(self.reopened(url), held, range(25))
+        assert len(space) == len(held)
+        self.documents.put(space, [4], version=5)  # and what is put again stays
+        space.flush()
+        self.documents.check(self.reopened(url), {**held, 4: 5}, range(25))
+        assert space.delete([]) == 0
+
+    def test_two_writers(self, url: str, space: actcache.Space) -> None:
+        other = self.reopened(url, "a")
+        self.documents.put(space, range(0, 20))
+        self.documents.put(other, range(10, 30))
+        space.flush()
+        other.flush()
+        space.refresh()
+        for one in (space, other):
+            self.documents.check(one, dict.fromkeys(range(30), 0), range(30))
+            assert len(one) == 30
+        other.close()
+
+    def test_random_operations_against_a_dictionary(self, url: str) -> None:
+        rng = np.random.default_rng(11)
+        store = actcache.open(url, **self.options)
+        space = store.space(recipe(), segment_bytes=4096)
+        held: dict[int, int] = {}
+        for step in range(150):
+            numbers = rng.choice(60, int(rng.integers(1, 8)), replace=False).tolist()
+            match rng.choice(["put", "overwrite", "delete", "flush", "reopen", "read"], p=[0.3, 0.2, 0.1, 0.2, 0.1, 0.1]):
+                case "put":
+                    self.documents.put(space, numbers, version=step)
+                    held = {**dict.fromkeys(numbers, step), **held}
+                case "overwrite":
+                    self.documents.put(space, numbers, version=step, overwrite=True)
+                    held.update(dict.fromkeys(numbers, step))
+                case "delete":
+                    assert space.delete([self.documents.key(n) for n in numbers]) == len(held.keys() & set(numbers))
+                    held = {n: version for n, version in held.items() if n not in numbers}
+                case "flush":
+                    space.flush()
+                case "reopen":
+                    store.close()
+                    store = actcache.open(url, **self.options)
+                    space = store.space(recipe(), segment_bytes=4096)
+                case "read":
+                    self.documents.check(space, held, rng.integers(0, 60, 100).tolist())
+        self.documents.check(space, held, range(60))
+        assert sorted(space.keys()) == sorted(self.documents.key(n) for n in held)
+        store.close()
+
+    def test_an_entry_larger_than_a_segment(self, url: str, space: actcache.Space) -> None:
+        rows = np.random.default_rng(0).standard_normal((5000, HIDDEN)).astype(np.float32)
+        self.documents.put(space, range(3))
+        space.put([self.documents.key(100)], [rows])
+        self.documents.put(space, range(3, 6))
+        space.flush()
+        entry = self.reopened(url).get([self.documents.key(100)])[0]
+        assert entry is not None
+        np.testing.assert_array_equal(entry.activations, rows)
+
+    def test_optional_arrays(self, url: str, space: actcache.Space) -> None:
+        rows = [self.documents.rows(n) for n in range(6)]
+        extras = {
+            "spans": [np.arange(2 * len(r)).reshape(-1, 2) for r in rows],
+            "word_ids": [np.arange(len(r)) - 1 for r in rows],
+            "type_ids": [np.arange(len(r)) % 2 for r in rows],
+        }
+        keys = [self.documents.key(n) for n in range(6)]
+        ids = [self.documents.ids(n) for n in range(6)]
+        space.put(keys[:2], rows[:2])
+        space.put(keys[2:4], rows[2:4], ids[2:4])
+        space.put(keys[4:], rows[4:], ids[4:], **{name: values[4:] for name, values in extras.items()})
+        for one in (space, space.flush() or self.reopened(url)):
+            np.testing.assert_array_equal(one.has("token_ids", keys), [False, False, True, True, True, True])
+            np.testing.assert_array_equal(one.has("spans", keys), [False, False, False, False, True, True])
+            for i in (5, 2, 0, 4, 1, 3):
+                entry = one.get([keys[i], self.documents.key(77), keys[(i + 3) % 6]])[0]
+                assert entry is not None
+                np.testing.assert_array_equal(entry.activations, rows[i])
+                assert (entry.token_ids is None) == (i < 2)
+                assert set(entry.extras) == (set(extras) if i > 3 else set())
+                for name, array in entry.extras.items():
+                    np.testing.assert_array_equal(array, extras[name][i])
+
+    @pytest.mark.parametrize(("dtype", "relative"), [("float32", 0.0), ("float16", 2**-11), ("bfloat16", 2**-8)])
+    def test_codecs(self, store: actcache.Store, dtype: str, relative: float) -> None:
+        space = store.space(recipe(dtype=dtype))
+        self.documents.put(space, range(10))
+        space.flush()
+        for number, entry in enumerate(space.get([self.documents.key(n) for n in range(10)])):
+            assert entry is not None
+            np.testing.assert_allclose(entry.activations, self.documents.rows(number), rtol=relative, atol=1e-7)
+
+    # --- buffers -----------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("flushed", [True, False])
+    def test_read_into(self, space: actcache.Space, flushed: bool) -> None:
+        self.documents.put(space, range(0, 30))
+        space.flush()
+        self.documents.put(space, range(30, 40))
+        if flushed:
+            space.flush()
+        numbers = [39, 2, 77, 3, 31, 30, 0, 2, 88]
+        keys = [self.documents.key(n) for n in numbers]
+        rows = [self.documents.rows(n) if n < 40 else np.empty((0, HIDDEN), np.float32) for n in numbers]
+        ids = [self.documents.ids(n) if n < 40 else np.empty(0, np.int64) for n in numbers]
+        lengths = [len(r) for r in rows]
+
+        packed, packed_ids = np.full((sum(lengths) + 5, HIDDEN), 7, np.float32), np.full(sum(lengths) + 5, 7, np.int32)
+        report = space.read_into(keys, packed, token_ids=packed_ids)
+        np.testing.assert_array_equal(report.lengths, lengths)
+        np.testing.assert_array_equal(report.found, [n < 40 for n in numbers])
+        np.testing.assert_array_equal(report.offsets, np.cumsum([0, *lengths]))
+        np.testing.assert_array_equal(packed[: sum(lengths)], np.concatenate(rows))
+        np.testing.assert_array_equal(packed_ids[: sum(lengths)], np.concatenate(ids))
+        assert (packed[sum(lengths) :] == 7).all()
+
+        padded, padded_ids = np.full((len(keys), 30, HIDDEN), 7, np.float32), np.full((len(keys), 30), 7, np.int32)
+        space.read_into(keys, padded, token_ids=padded_ids)
+        for i, length in enumerate(lengths):
+            np.testing.assert_array_equal(padded[i, :length], rows[i])
+            np.testing.assert_array_equal(padded_ids[i, :length], ids[i])
+            assert not padded[i, length:].any()
+            assert not padded_ids[i, length:].any()
+
+    def test_buffers_that_do_not_fit_are_refused(self, space: actcache.Space) -> None:
+        self.documents.put(space, range(3))
+        keys = [self.documents.key(n) for n in range(3)]
+        tokens = int(space.lengths(keys).sum())
+        for bad in (
+            np.empty((tokens - 1, HIDDEN), np.float32),
+            np.empty((tokens, HIDDEN), np.float16),
+            np.empty((tokens, HIDDEN + 1), np.float32),
+            np.empty((3, 1, HIDDEN), np.float32),
+            np.empty((2, 40, HIDDEN), np.float32),
+            np.empty((HIDDEN, tokens), np.float32).T,
+            np.empty(tokens * HIDDEN, np.float32),
+        ):
+            with pytest.raises(ShapeError):
+                space.read_into(keys, bad)
+        with pytest.raises(ShapeError):
+            space.read_into(keys, np.empty((tokens, HIDDEN), np.float32), token_ids=np.empty(tokens, np.int64))
+
+    def test_reader(self, space: actcache.Space) -> None:
+        self.documents.put(space, range(23))
+        keys = [self.documents.key(n) for n in range(23)]
+        reader = space.reader(keys, batch_size=5, shuffle=True, seed=3, labels=np.arange(23) * 10)
+        assert len(reader) == 5
+        epochs = [list(reader) for _ in range(2)]  # batches that are kept stay right
+        orders = []
+        for batches in epochs:
+            order = np.concatenate([batch.documents for batch in batches]).tolist()
+            assert sorted(order) == list(range(23))
+            orders.append(order)
+            for batch in batches:
+                np.testing.assert_array_equal(batch.labels, batch.documents * 10)
+                for i, number in enumerate(batch.documents.tolist()):
+                    length = int(batch.lengths[i])
+                    assert batch.keys[i] == keys[number]
+                    np.testing.assert_array_equal(batch.activations[i, :length], self.documents.rows(number))
+                    np.testing.assert_array_equal(batch.token_ids[i, :length], self.documents.ids(number))
+                    assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.activations.shape[1] - length)
+        assert orders[0] != orders[1]
+        with pytest.raises(MissingEntryError) as caught:
+            space.reader([*keys, self.documents.key(50)])
+        assert caught.value.keys == [self.documents.key(50)]
+        skipping = space.reader([self.documents.key(50), *keys], on_missing="skip", batch_size=100)
+        assert next(iter(skipping)).documents.tolist() == list(range(1, 24))
+
+    # --- refusals ----------------------------------------------------------------------------------------------------
+
+    def test_a_bad_put_stores_nothing(self, space: actcache.Space) -> None:
+        good = self.documents.rows(0)
+        key, other = self.documents.key(0), self.documents.key(1)
+        nan, huge = good.copy(), good.astype(np.float64)
+        nan[0, 3], huge[0, 2] = np.nan, 1e300
+        for bad, error in [
+            (nan, NonFiniteError),
+            (huge, CodecOverflowError),
+            (good[:, 1:], ShapeError),
+            (good[0], ShapeError),
+            (good[:0], ShapeError),
+            (good.astype(np.int32), ShapeError),
+        ]:
+            with pytest.raises(error):
+                space.put([other, key], [good, bad])
+            assert len(space) == 0
+        with pytest.raises(KeyFormatError):
+            space.put([key, key], [good, good])
+        with pytest.raises(KeyFormatError):
+            space.put([b"short"], [good])
+        with pytest.raises(ShapeError):
+            space.put([key], [good, good])
+        with pytest.raises(ShapeError):
+            space.put([key], [good], [np.arange(len(good) + 1)])
+        with pytest.raises(ShapeError):
+            space.put([key], [good], [np.full(len(good), 2**40)])
+        assert len(space) == 0
+        assert self.documents.put(space, [0]) == 1
+
+    def test_overflow_names_document_and_value(self, store: actcache.Store) -> None:
+        space = store.space(recipe(dtype="float16"))
+        rows = np.ones((2, HIDDEN), np.float32)
+        rows[1, 5] = 70000
+        with pytest.raises(CodecOverflowError, match=rf"{self.documents.key(0).hex()}.*70000.*token 1, column 5"):
+            space.put([self.documents.key(0)], [rows])
+
+    def test_read_only(self, url: str, space: actcache.Space) -> None:
+        self.documents.put(space, range(3))
+        space.flush()
+        reading = self.reopened(url)
+        with pytest.raises(ReadOnlyError):
+            self.documents.put(reading, [5])
+        with pytest.raises(ReadOnlyError):
+            reading.delete([self.documents.key(0)])
+        with pytest.raises(ReadOnlyError):
+            reading.flush()
+        self.documents.check(reading, dict.fromkeys(range(3), 0), range(4))
+
+    def test_absent_stores_and_spaces(self, url: str) -> None:
+        with pytest.raises(StoreNotFoundError):
+            actcache.open(url, "r", **self.options)
+        actcache.open(url, **self.options).close()
+        reading = actcache.open(url, "r", **self.options)
+        with pytest.raises(SpaceNotFoundError):
+            reading.space(recipe())
+        writing = actcache.open(url, **self.options)
+        writing.space(recipe(layer=4)).close()
+        with pytest.raises(SpaceNotFoundError, match="differs in layer: 1 here, 4 there"):
+            reading.space(recipe())
+
+    def test_closed(self, url: str) -> None:
+        store = actcache.open(url, **self.options)
+        space = store.space(recipe())
+        self.documents.put(space, [1])
+        store.close()
+        store.close()
+        for call in (lambda: space.get([]), space.flush, lambda: self.documents.put(space, [1]), space.usage):
+            with pytest.raises(ClosedError):
+                call()
+        with pytest.raises(ClosedError):
+            store.space(recipe())
+
+    # --- the store ---------------------------------------------------------------------------------------------------
+
+    def test_spaces_are_apart(self, store: actcache.Store) -> None:
+        first, second = store.space(recipe()), store.space(recipe(layer=2))
+        assert first.created
+        assert not store.space(recipe()).created
+        self.documents.put(first, range(5))
+        first.flush()
+        assert len(second) == 0
+        assert {r.fingerprint for r in store.recipes()} == {first.recipe.fingerprint, second.recipe.fingerprint}
+        assert store.nearest(recipe(layer=3))[0][1] == {"layer": (3, 1)} or store.nearest(recipe(layer=3))[0][1] == {
+            "layer": (3, 2)
+        }
+
+    def test_blobs(self, url: str, space: actcache.Space) -> None:
+        assert space.blob("canaries.npz") is None
+        assert space.put_blob("canaries.npz", b"one")
+        assert not space.put_blob("canaries.npz", b"two")
+        assert space.blob("canaries.npz") == b"one"
+        assert space.put_blob("canaries.npz", b"three", replace=True)
+        assert self.reopened(url).blob("canaries.npz") == b"three"
+
+    def test_collections(self, url: str, store: actcache.Store) -> None:
+        keys = [self.documents.key(n) for n in (3, 1, 2, 1)]
+        store.put_collection("train", keys, ids=["c", "a", "b", "ä"])
+        store.put_collection("dev", keys[:0])
+        with actcache.open(url, "r", **self.options) as reading:
+            assert reading.collections() == ["dev", "train"]
+            train = reading.collection("train")
+            assert [key.tobytes() for key in train.keys] == keys
+            assert train.ids == ["c", "a", "b", "ä"]
+            assert reading.collection("dev").ids is None
+            assert len(reading.collection("dev")) == 0
+            with pytest.raises(CollectionNotFoundError, match="dev, train"):
+                reading.collection("test")
+            with pytest.raises(ReadOnlyError):
+                reading.delete_collection("train")
+        store.put_collection("train", keys[:1])
+        assert len(store.collection("train")) == 1
+        assert store.delete_collection("train")
+        assert not store.delete_collection("train")
+        for bad in ("", "../up", "a/b", ".hidden"):
+            with pytest.raises(ValueError):
+                store.put_collection(bad, keys)
+
+    def test_pickling_carries_the_url_and_the_recipe(self, space: actcache.Space) -> None:
+        self.documents.put(space, range(4))
+        space.flush()
+        travelled = pickle.loads(pickle.dumps(space))  # noqa: S301 - our own bytes
+        assert len(pickle.dumps(space)) < 2000
+        self.documents.check(travelled, dict.fromkeys(range(4), 0), range(5))
+
+    def test_usage(self, space: actcache.Space) -> None:
+        self.documents.put(space, range(20))
+        space.flush()
+        usage = space.usage()
+        assert usage.entries == 20
+        assert usage.tokens == sum(len(self.documents.rows(n)) for n in range(20))
+        assert usage.nbytes >= usage.tokens * HIDDEN * 4
+        assert space.damaged() == {}

@@ -1,0 +1,34 @@
+"""The conformance suite on every backend that is installed, and on both ways of reading rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from actcache.testing.conformance import BackendConformance
+from actcache.testing.memory import backend as memory
+
+
+class TestMemory(BackendConformance):
+    @pytest.fixture
+    def url(self, request):
+        name = request.node.name
+        yield f"ram:{name}"
+        memory.forget(name)
+
+
+class TestHDF5(BackendConformance):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return f"hdf5:{tmp_path}/store"
+
+
+class TestHDF5ByReading(TestHDF5):
+    """As on a network file system, where a mapping would not be safe."""
+
+    options = {"mapped": False}
+
+
+class TestDefault(BackendConformance):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return str(tmp_path / "store")

@@ -1,7 +1,7 @@
 """What the machine itself can do with the same rows: the limits that storage is held against.
 
-Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``preadv``, NumPy ``take``, each at one and
-more threads, into the same reused buffer. Cold: direct reads of the same extents, 8 and 16 at a time.
+Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``preadv``, NumPy ``take``, each at one
+and more threads, into the same reused buffer. Cold: direct reads of the same extents, 8 and 16 at a time.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ class FlatFile:
             at += length
 
     def _memcpy(self, which: np.ndarray, at: int) -> None:
-        for start, length, at in self._extents(which, at):  # noqa: B020
-            self._out[at : at + length] = self._rows[start : start + length]
+        for start, length, begin in self._extents(which, at):
+            self._out[begin : begin + length] = self._rows[start : start + length]
 
     def _preadv(self, which: np.ndarray, at: int) -> None:
         data = self._out.reshape(-1).view(np.uint8).data
         size = self._row_bytes
-        for start, length, at in self._extents(which, at):  # noqa: B020
-            os.preadv(self._descriptor, [data[at * size : (at + length) * size]], start * size)
+        for start, length, begin in self._extents(which, at):
+            os.preadv(self._descriptor, [data[begin * size : (begin + length) * size]], start * size)
 
     def _direct_reads(self, which: np.ndarray, at: int) -> None:
         longest = int(self._lengths.max()) * self._row_bytes + 2 * _PAGE

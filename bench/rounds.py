@@ -14,7 +14,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some figures, and the interval that holds the true median with 95 % confidence (order statistics)."""
+    """The median of some figures, and the interval that holds the true median with 95 % confidence (order
+    statistics)."""
 
     median: float
     low: float

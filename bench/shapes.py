@@ -39,7 +39,4 @@ class Shape:
         return rows
 
 
-SHAPES = {
-    shape.name: shape
-    for shape in (Shape("paper", 60, 512, 768, 128), Shape("short", 8, 48, 384, 1024))
-}
+SHAPES = {shape.name: shape for shape in (Shape("paper", 60, 512, 768, 128), Shape("short", 8, 48, 384, 1024))}

@@ -2,9 +2,10 @@
 
     python -m bench.storage --shape paper,short --mode warm,cold
 
-Contestants read the same random batches, turn by turn. ``ratio`` is the time of the limit over the time of the backend in
-the same round: the median, and its 95 % interval. The limit of a warm read is the fastest raw way to get the rows into the
-buffer plus the fastest xxh3 pass over them; of a cold read, direct reads of the same extents.
+Contestants read the same random batches, turn by turn. ``ratio`` is the time of the limit over the time of the backend
+in
+the same round: the median, and its 95 % interval. The limit of a warm read is the fastest raw way to get the rows into
+the buffer plus the fastest xxh3 pass over them; of a cold read, direct reads of the same extents.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def _print(
 ) -> None:
     payload = np.array([sum(int(corpus.lengths[which].sum()) for which in turn) for turn in turns])
     payload = payload * corpus.shape.row_bytes
-    table = Table(title=f"{corpus.shape.name}, {mode}: {len(corpus.lengths)} documents, {corpus.nbytes / 2**30:.1f} GiB")
+    title = f"{corpus.shape.name}, {mode}: {len(corpus.lengths)} documents, {corpus.nbytes / 2**30:.1f} GiB"
+    table = Table(title=title)
     for column in ("", "GB/s", "ratio to the limit"):
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds, limit in rows:

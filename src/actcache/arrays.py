@@ -41,10 +41,8 @@ def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any
         if array.device.type != "cpu":
             raise ShapeError(f"{what} is on {array.device}; read into host memory and copy it over")
         tensor = array.detach()
-        if _is_bfloat16(tensor):
-            buffer = tensor.view(tensor.short().dtype).numpy().view(np.uint16)
-        else:
-            buffer = tensor.numpy()
+        bits = tensor.new_empty(0).short().dtype  # torch.int16, without importing torch
+        buffer = tensor.view(bits).numpy().view(np.uint16) if _is_bfloat16(tensor) else tensor.numpy()
     if not isinstance(buffer, np.ndarray) or buffer.dtype != dtype:
         found = getattr(buffer, "dtype", type(buffer).__name__)
         raise ShapeError(f"{what} must hold {dtype}, the stored dtype, not {found}; decode after reading")

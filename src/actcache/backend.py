@@ -74,8 +74,8 @@ class SegmentFormat(ABC):
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
         """Write a block and its metadata to ``path``, which does not exist yet.
 
-        The core has the files synced and the name published afterwards; a crash in between leaves nothing visible. Where
-        the arrays of a segment are files of their own, ``path`` becomes a directory.
+        The core has the files synced and the name published afterwards; a crash in between leaves nothing visible.
+        Where the arrays of a segment are files of their own, ``path`` becomes a directory.
 
         Raises:
             OSError: as the operating system reports it (ENOSPC, EROFS, ...).
@@ -208,7 +208,7 @@ class StoreDriver(ABC):
 
     @abstractmethod
     def write_blob(self, name: str, data: bytes, *, replace: bool) -> bool:
-        """Write a blob durably, all or nothing; return False, and leave it, where it stands and ``replace`` is False."""
+        """Write a blob durably, all or nothing; return False where it stands and ``replace`` is False."""
 
     @abstractmethod
     def delete_blob(self, name: str) -> bool:

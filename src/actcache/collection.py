@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Collection:
         if len(offsets) != len(keys) + 1 or offsets[0] != 0 or offsets[-1] != len(text) or sorted(offsets) != offsets:
             raise FormatError(f"{where} holds ids that do not fit its keys")
         try:
-            ids = [text[begin:end].decode() for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+            ids = [text[begin:end].decode() for begin, end in itertools.pairwise(offsets)]
         except UnicodeDecodeError as error:
             raise FormatError(f"{where} holds an id that is no UTF-8: {error}") from None
         return cls(keys.astype(np.uint8), ids)

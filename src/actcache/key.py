@@ -1,7 +1,7 @@
 """Keys: the name of a document is a digest of its kind and content.
 
-Format version 1. Each kind has its own domain, so that no text, pair, word list or id sequence shares a key with another
-kind's, and every part is length-prefixed, so that ``("ab", "c")`` and ``("a", "bc")`` differ.
+Format version 1. Each kind has its own domain, so that no text, pair, word list or id sequence shares a key with
+another kind's, and every part is length-prefixed, so that ``("ab", "c")`` and ``("a", "bc")`` differ.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def document_key(document: Document) -> bytes:
     """Return the 32-byte BLAKE2b key of a document.
 
     Args:
-        document: a text (``str``), a pair of texts (``tuple`` of two ``str``), words (``list`` of ``str``), or token ids
+        document: a text (``str``), a pair of texts (``tuple`` of two ``str``), words (``list`` of ``str``), or token
+            ids
             (a sequence or array of integers in [0, 2**63)). Two documents with the same kind and content have the same
             key, whatever model reads them; text is taken as it is, without Unicode normalization.
 
@@ -65,7 +66,7 @@ def document_key(document: Document) -> bytes:
         raise DocumentError("the document is bytes; decode it to a text first")
     if not isinstance(document, Sequence | np.ndarray):
         raise DocumentError(
-            f"a {type(document).__name__} is no document; give a text, a tuple of two texts, a list of words or token ids"
+            f"a {type(document).__name__} is no document; give a text, two texts (tuple), a list of words or token ids"
         )
     if len(document) == 0:
         raise DocumentError("the document is an empty sequence; leave it out")
@@ -76,7 +77,7 @@ def document_key(document: Document) -> bytes:
     except ValueError:
         ids = np.empty(0, object)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise DocumentError("the document mixes kinds; give a text, a tuple of two texts, a list of words or token ids")
+        raise DocumentError("the document mixes kinds; give a text, two texts (tuple), a list of words or token ids")
     if ids.min() < 0 or ids.max() >= 2**63:
         raise DocumentError("token ids must lie in [0, 2**63)")
     return _digest("token_ids", [ids.astype("<i8").tobytes()])

@@ -29,8 +29,8 @@ EXTRAS: Mapping[str, tuple[str, tuple[int, ...]]] = {
 class Block:
     """Entries in stored form. ``columns`` always has ``values`` [T, hidden] in the stored dtype.
 
-    ``checksums`` binds values, token ids and key (``actcache.checksum``); ``extra_checksums`` the optional arrays, and is
-    None where there are none.
+    ``checksums`` binds values, token ids and key (``actcache.checksum``); ``extra_checksums`` the optional arrays, and
+    is None where there are none.
     """
 
     keys: NDArray[np.uint8]  # [n, 32]

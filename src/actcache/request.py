@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -62,7 +63,7 @@ class Request:
         kinds[list(self._pending)] = 2
         corrupt: list[int] = []
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
-        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        for first, last in itertools.pairwise(cuts):
             here = {name: buffer[starts[first] : starts[last]] for name, buffer in out.items()}
             if kinds[first] == 2:
                 self._copy(first, last, here, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from actcache import checksum, codec
 from actcache.arrays import to_buffer, to_numpy
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Usage
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block, SpaceDriver, Usage
 from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
 from actcache.ragged import offsets_of
@@ -196,7 +197,7 @@ class Space:
         corrupt = set(request.read({VALUES: values, TOKEN_IDS: ids}, None, verify=verify))
         offsets, has_ids = offsets_of(request.lengths).tolist(), request.has(TOKEN_IDS)
         entries: list[Entry | None] = []
-        for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
             if begin == end:
                 entries.append(None)
                 continue
@@ -211,8 +212,8 @@ class Space:
         """Read rows in the stored dtype straight into the caller's buffer.
 
         Args:
-            out: NumPy array or CPU tensor, C-contiguous: ``[rows, hidden]`` to have the entries packed one after another
-                (absent ones take no rows), or ``[n, length, hidden]`` to have each padded with zeros.
+            out: NumPy array or CPU tensor, C-contiguous: ``[rows, hidden]`` to have the entries packed one after
+                another (absent ones take no rows), or ``[n, length, hidden]`` to have each padded with zeros.
             token_ids: int32, ``[rows]`` or ``[n, length]``: filled alike.
             verify: whether to check the entries' checksums.
 

@@ -38,8 +38,8 @@ def open_store(url: str | Path, mode: str = "a", **options: Any) -> Store:
     """Open the store at a path or URL.
 
     Args:
-        url: a path, or ``scheme:place`` with the scheme of a backend (``hdf5:./activations``). A path where a store stands
-            opens whatever backend made it; where none stands, the default backend makes one.
+        url: a path, or ``scheme:place`` with the scheme of a backend (``hdf5:./activations``). A path where a store
+            stands opens whatever backend made it; where none stands, the default backend makes one.
         mode: ``"a"`` to read and write, creating the store where it is absent; ``"r"`` to read.
         options: the backend's own.
 
@@ -75,8 +75,8 @@ class Store:
         """Open the space of a recipe, creating it where it is absent.
 
         Args:
-            segment_bytes, segment_seconds: a writer publishes what it holds when it is so large, or, at the next ``put``,
-                so old.
+            segment_bytes, segment_seconds: a writer publishes what it holds when it is so large, or, at the next
+                ``put``, so old.
 
         Raises:
             SpaceNotFoundError: it is absent and the store is read-only; the message lists the nearest ones.

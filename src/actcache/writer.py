@@ -51,7 +51,7 @@ class Builder:
         self._places.pop(key, None)
         self._places[key] = (begin, self._end)
 
-    def keys(self) -> list[bytes]:
+    def held(self) -> list[bytes]:
         return list(self._places)
 
     def rows(self, key: bytes) -> dict[str, NDArray[np.generic]] | None:
@@ -95,8 +95,8 @@ class Writer:
         append: makes a block durable and visible.
         columns: dtype and trailing shape of each ragged array.
         space_seed: see ``checksum.space_seed``.
-        segment_bytes, segment_seconds: a block is published when it holds so many bytes of rows, or at the first ``add``
-            when its first entry is so old.
+        segment_bytes, segment_seconds: a block is published when it holds so many bytes of rows, or at the first
+            ``add`` when its first entry is so old.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Writer:
     def keys(self) -> list[bytes]:
         """Return the keys of unpublished entries; one may stand twice."""
         with self._lock:
-            return [key for builder in (self._filling, self._leaving) if builder is not None for key in builder.keys()]
+            return [key for builder in (self._filling, self._leaving) if builder is not None for key in builder.held()]
 
     def rows(self, key: bytes) -> dict[str, NDArray[np.generic]] | None:
         """Return an unpublished entry's stored rows; None where the writer does not hold it."""

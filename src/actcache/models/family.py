@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -49,7 +48,7 @@ class Family:
     model_types: tuple[str, ...]
     layers: str = "encoder.layer"
     embeddings: tuple[str, ...] = ("embeddings",)
-    numeric_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType(dict(_BERT_CONFIG)))
+    numeric_config: Mapping[str, Any] = field(default_factory=lambda: dict(_BERT_CONFIG))
     padding_shifts_positions: bool = False
     tuple_arity: int | None = None
 
@@ -125,7 +124,7 @@ register_family(
         "roberta",
         ("roberta", "xlm-roberta", "camembert"),
         # pad_token_id: positions are counted from it, over the tokens that are not it
-        numeric_config=MappingProxyType({**_BERT_CONFIG, "pad_token_id": None}),
+        numeric_config={**_BERT_CONFIG, "pad_token_id": None},
         padding_shifts_positions=True,
     )
 )

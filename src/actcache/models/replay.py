@@ -90,6 +90,8 @@ class _Embeddings(nn.Module):
         self.register_buffer("zero", torch.zeros((), dtype=like.dtype, device=like.device), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.ndim != 2:
+            raise ShapeError(f"token_ids do not fit the model, which takes [batch, tokens]: {list(input_ids.shape)}")
         return self.zero.expand(*input_ids.shape, self.hidden_size)
 
     @property
@@ -197,7 +199,7 @@ def _check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_
 
 
 def _check_options(model: Any, layers: nn.ModuleList, kwargs: dict[str, Any]) -> None:
-    unusable = [name for name in _DROPPED if kwargs.get(name) not in (None, False)]
+    unusable = [name for name in _DROPPED if kwargs.get(name) is not None and kwargs[name] is not False]
     if unusable:
         raise ModelError(f"a reduced model starts from activations and takes no {', '.join(unusable)}")
     selected = kwargs.get("output_hidden_states", model.config.output_hidden_states)

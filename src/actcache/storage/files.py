@@ -1,8 +1,8 @@
 """The one seam through which every local file of a store is published, replaced or removed.
 
 A name appears in a store only after all bytes behind it are on the medium: write to a temporary file, sync it, rename
-it, sync the folder. Nothing else in the core or in a backend makes a name visible. ``Disk`` holds the primitive steps, so
-that a test can put a file system under them that forgets whatever was not synced.
+it, sync the folder. Nothing else in the core or in a backend makes a name visible. ``Disk`` holds the primitive steps,
+so that a test can put a file system under them that forgets whatever was not synced.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Files:
         """
         self.make_folders(self._tmp)
         self.make_folders(target.parent)
-        # After a failed sync the kernel may have dropped the dirty pages: a retry writes a new file, it never syncs again.
+        # After a failed sync the kernel may have dropped the dirty pages: a retry writes a new file, it never syncs
+        # again.
         temporary = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{target.suffix}"
         with translated(f"cannot write {target}"):
             try:

@@ -86,7 +86,7 @@ class SegmentedStore(StoreDriver):
             self._create()
         elif marker["backend"] != format.name:
             raise BackendError(
-                f"{self._root} is a {marker['backend']} store: open it as '{marker['backend']}:{location}' or by its path"
+                f"{self._root} is a {marker['backend']} store: open it as {marker['backend']}:{location} or by its path"
             )
         self._mapped = is_local(self._root) if mapped is None else mapped
 

@@ -1,7 +1,7 @@
 """Small files of named arrays in the safetensors format: the index and collections.
 
-Written and read here, and not by the safetensors library, because the index is mapped in place and its header is checked
-before any memory is allocated by what it says. Any safetensors reader opens the files.
+Written and read here, and not by the safetensors library, because the index is mapped in place and its header is
+checked before any memory is allocated by what it says. Any safetensors reader opens the files.
 """
 
 from __future__ import annotations

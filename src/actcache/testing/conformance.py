@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -33,6 +33,8 @@ from actcache.errors import (
 )
 
 HIDDEN = 24
+
+_ACTIONS = {"put": 0.3, "overwrite": 0.2, "delete": 0.1, "flush": 0.2, "reopen": 0.1, "read": 0.1}
 
 
 def recipe(**changes: Any) -> actcache.Recipe:
@@ -74,7 +76,7 @@ class BackendConformance:
 
     documents = Documents()
     #: options for ``actcache.open``
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture
     def url(self) -> str:
@@ -163,7 +165,7 @@ class BackendConformance:
 
     def test_two_writers(self, url: str, space: actcache.Space) -> None:
         other = self.reopened(url, "a")
-        self.documents.put(space, range(0, 20))
+        self.documents.put(space, range(20))
         self.documents.put(other, range(10, 30))
         space.flush()
         other.flush()
@@ -180,7 +182,7 @@ class BackendConformance:
         held: dict[int, int] = {}
         for step in range(150):
             numbers = rng.choice(60, int(rng.integers(1, 8)), replace=False).tolist()
-            match rng.choice(["put", "overwrite", "delete", "flush", "reopen", "read"], p=[0.3, 0.2, 0.1, 0.2, 0.1, 0.1]):
+            match rng.choice(list(_ACTIONS), p=list(_ACTIONS.values())):
                 case "put":
                     self.documents.put(space, numbers, version=step)
                     held = {**dict.fromkeys(numbers, step), **held}
@@ -224,7 +226,12 @@ class BackendConformance:
         space.put(keys[:2], rows[:2])
         space.put(keys[2:4], rows[2:4], ids[2:4])
         space.put(keys[4:], rows[4:], ids[4:], **{name: values[4:] for name, values in extras.items()})
-        for one in (space, space.flush() or self.reopened(url)):
+        reopened = None
+        for flushed in (False, True):
+            if flushed:
+                space.flush()
+                reopened = self.reopened(url)
+            one = reopened or space
             np.testing.assert_array_equal(one.has("token_ids", keys), [False, False, True, True, True, True])
             np.testing.assert_array_equal(one.has("spans", keys), [False, False, False, False, True, True])
             for i in (5, 2, 0, 4, 1, 3):
@@ -249,7 +256,7 @@ class BackendConformance:
 
     @pytest.mark.parametrize("flushed", [True, False])
     def test_read_into(self, space: actcache.Space, flushed: bool) -> None:
-        self.documents.put(space, range(0, 30))
+        self.documents.put(space, range(30))
         space.flush()
         self.documents.put(space, range(30, 40))
         if flushed:
@@ -313,7 +320,7 @@ class BackendConformance:
                     assert batch.keys[i] == keys[number]
                     np.testing.assert_array_equal(batch.activations[i, :length], self.documents.rows(number))
                     np.testing.assert_array_equal(batch.token_ids[i, :length], self.documents.ids(number))
-                    assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.activations.shape[1] - length)
+                    assert batch.attention_mask[i].tolist() == [j < length for j in range(batch.activations.shape[1])]
         assert orders[0] != orders[1]
         with pytest.raises(MissingEntryError) as caught:
             space.reader([*keys, self.documents.key(50)])

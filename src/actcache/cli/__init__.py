@@ -1,0 +1,67 @@
+"""``cachectl``: the store from the shell. One file a command; what a command does is a function of the library.
+
+Exit codes: 0 done, 2 a wrong argument, 3 the store or its place, 4 damaged data, 5 the model, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from actcache.cli.fill import fill
+from actcache.cli.inspect import inspect
+from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
+
+app = typer.Typer(
+    name="cachectl",
+    help="Activation caches: compute a transformer's lower layers once, replay them for ever.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(fill)
+app.command()(inspect)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps the commands' names also where there is only one."""
+
+
+_CODES = ((UsageError, 2), (StoreError, 3), (DataError, 4), (ModelError, 5))
+
+
+def main() -> None:
+    """Run ``cachectl``: one line and an exit code for whatever goes wrong, never a traceback."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("cachectl: %(message)s"))
+    logger = logging.getLogger("actcache")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except ActcacheError as error:
+        code = _fail(str(error), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail("interrupted; what was flushed is safe, run it again to go on", 130)
+    except BrokenPipeError:
+        # whoever read our output has gone; so that the interpreter does not complain about it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = _fail(str(error), 3)
+    except Exception as error:
+        # Wrong usage. Some releases of typer bring click's exceptions, some have their own of the same form.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()  # empty where the help was shown instead
+        code = _fail(f"{message.rstrip('.')}; see cachectl --help", 2) if message else 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"cachectl: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

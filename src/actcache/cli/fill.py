@@ -1,0 +1,119 @@
+"""``cachectl fill``: record a corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+from rich.console import Console
+
+from actcache.errors import DocumentError, MissingExtraError
+from actcache.windows import Windows
+
+_STANDARD_INPUT = Path("-")
+
+
+class TooLong(StrEnum):
+    refuse = "refuse"
+    truncate = "truncate"
+    windows = "windows"
+
+
+def fill(
+    store: Annotated[str, typer.Argument(help="Path or URL of the store; made where it is absent.")],
+    source: Annotated[
+        Path, typer.Argument(help="Text file (a document a line), JSON lines (with --field), or - for standard input.")
+    ],
+    model: Annotated[str, typer.Option(help="Model id or folder.")],
+    layer: Annotated[int, typer.Option(help="Record the output of this layer, 1 to N-1.")],
+    dtype: Annotated[str, typer.Option(help="float16, float32 or bfloat16.")] = "float16",
+    field: Annotated[str | None, typer.Option(help="Lines are JSON objects; take this field.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
+    too_long: Annotated[TooLong, typer.Option(help="What becomes of longer documents.")] = TooLong.refuse,
+    stride: Annotated[int, typer.Option(help="With --too-long windows: tokens that neighbours share.")] = 0,
+    token_budget: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 8192,
+    device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Compute and store what is missing of a corpus.
+
+    What is stored already is skipped: an interrupted fill goes on where it was when it is run again.
+
+    Example: cachectl fill ./activations corpus.txt --model bert-base-uncased --layer 6
+    """
+    try:
+        from actcache.recycler import Recycler
+    except ImportError as error:
+        raise MissingExtraError(
+            f"fill needs torch and transformers: pip install 'actcache[models]' ({error})"
+        ) from None
+    _quieten_transformers()
+    limit: str | Windows = too_long.value
+    if too_long is TooLong.windows:
+        if max_length is None:
+            raise DocumentError("--too-long windows needs --max-length, the tokens of a window")
+        limit = Windows(max_length, stride)
+    with (
+        _opened(source) as file,
+        Recycler.from_pretrained(
+            model, layer=layer, store=store, dtype=dtype, device=device, max_length=max_length, too_long=limit
+        ) as recycler,
+    ):
+        report = recycler.fill(documents(file, field), token_budget=token_budget, progress=not quiet)
+        fingerprint = recycler.recipe.fingerprint
+    result = {"space": fingerprint, **dataclasses.asdict(report)}
+    if as_json:
+        print(json.dumps(result))
+        return
+    rate = report.tokens / report.seconds if report.seconds else 0.0
+    Console().print(
+        f"{report.documents:,} documents: {report.computed:,} computed ({report.tokens:,} tokens, "
+        f"{rate:,.0f} tokens/s), {report.present:,} were there; space {fingerprint}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def documents(file: TextIO, field: str | None) -> Iterator[str]:
+    """Yield the documents of a file, one a line; blank lines and, in JSON lines, empty texts are none.
+
+    Raises:
+        DocumentError: a line is not JSON, or has no text under ``field``.
+    """
+    for number, line in enumerate(file, 1):
+        text = line.strip()
+        if text and field is not None:
+            try:
+                value = json.loads(text)
+                text = value[field]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DocumentError(f"line {number}: no JSON object with a field {field!r} ({error!r})") from None
+            if not isinstance(text, str):
+                raise DocumentError(f"line {number}: field {field!r} holds {type(text).__name__}, not a text")
+        if text:
+            yield text
+
+
+def _opened(source: Path) -> TextIO:
+    if source == _STANDARD_INPUT:
+        return open(os.dup(sys.stdin.fileno()), encoding="utf-8")
+    try:
+        return open(source, encoding="utf-8")
+    except OSError as error:
+        raise DocumentError(f"cannot read {source}: {error.strerror}") from None
+
+
+def _quieten_transformers() -> None:
+    """The command's own messages are few; the library's would bury them."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

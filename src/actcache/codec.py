@@ -61,11 +61,12 @@ class _Bfloat16(Codec):
     """The upper 16 bits of a float32, rounded to nearest even."""
 
     def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
-        wide = np.ascontiguousarray(rows, np.float32)
+        with np.errstate(over="ignore"):
+            wide = np.ascontiguousarray(rows, np.float32)
         bits = wide.view(np.uint32)
         np.copyto(out, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16, casting="unsafe")
         # exponent all ones: infinity, NaN, or a float32 that rounded up to infinity
-        self._check(rows, np.isfinite(wide) & ((out & 0x7F80) != 0x7F80), what)
+        self._check(rows, np.isfinite(wide) & ((out.view(np.uint16) & 0x7F80) != 0x7F80), what)
 
     def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
         return (stored.astype(np.uint32) << 16).view(np.float32)

@@ -216,7 +216,7 @@ class BackendConformance:
 
     def test_optional_arrays(self, url: str, space: actcache.Space) -> None:
         rows = [self.documents.rows(n) for n in range(6)]
-        extras = {
+        extras: dict[str, Any] = {
             "spans": [np.arange(2 * len(r)).reshape(-1, 2) for r in rows],
             "word_ids": [np.arange(len(r)) - 1 for r in rows],
             "type_ids": [np.arange(len(r)) % 2 for r in rows],
@@ -226,12 +226,10 @@ class BackendConformance:
         space.put(keys[:2], rows[:2])
         space.put(keys[2:4], rows[2:4], ids[2:4])
         space.put(keys[4:], rows[4:], ids[4:], **{name: values[4:] for name, values in extras.items()})
-        reopened = None
         for flushed in (False, True):
             if flushed:
                 space.flush()
-                reopened = self.reopened(url)
-            one = reopened or space
+            one = self.reopened(url) if flushed else space
             np.testing.assert_array_equal(one.has("token_ids", keys), [False, False, True, True, True, True])
             np.testing.assert_array_equal(one.has("spans", keys), [False, False, False, False, True, True])
             for i in (5, 2, 0, 4, 1, 3):

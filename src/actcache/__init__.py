@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from actcache import errors
 from actcache.batch import Batch
 from actcache.collection import Collection
+from actcache.entry import Entry, ReadReport
 from actcache.key import document_key
 from actcache.reader import Reader
 from actcache.recipe import Recipe
-from actcache.space import Entry, ReadReport, Space
+from actcache.space import Space
 from actcache.store import Store
 from actcache.store import open_store as open
 from actcache.windows import Windows, windows

@@ -19,9 +19,16 @@ def _is_bfloat16(array: Any) -> bool:
 
 
 def to_numpy(array: Any) -> NDArray[Any]:
-    """Return an array or tensor (on any device) as NumPy; bfloat16 becomes float32, which holds it exactly."""
+    """Return an array or tensor (on any device) as NumPy; bfloat16 becomes float32, which holds it exactly.
+
+    Raises:
+        ShapeError: nested lists of unequal lengths, or something that is no array at all.
+    """
     if not _is_tensor(array):
-        return np.asarray(array)
+        try:
+            return np.asarray(array)
+        except (ValueError, TypeError) as error:
+            raise ShapeError(f"a {type(array).__name__} is no array: {error}") from None
     tensor = array.detach()
     if _is_bfloat16(tensor):
         tensor = tensor.float()

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from actcache.errors import FormatError, ShapeError
+from actcache.errors import FormatError, ShapeError, UsageError
 from actcache.key import KEY_BYTES, key_array
 from actcache.ragged import offsets_of
 from actcache.storage import tensorfile
 
 _VERSION = "1"
+
+
+def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
+    """Return the XXH3-64 of the arrays' bytes, in the order of their names."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,17 @@ class Collection:
         Raises:
             KeyFormatError: a key is none.
             ShapeError: there are more or fewer ids than keys.
+            UsageError: an id has no UTF-8 form.
         """
         if ids is not None and len(ids) != len(keys):
             raise ShapeError(f"{len(keys)} keys and {len(ids)} ids: give one a key")
-        return cls(key_array(keys), None if ids is None else [str(name) for name in ids])
+        texts = None if ids is None else [str(name) for name in ids]
+        for text in texts or []:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"the id {text!r:.80} holds a lone surrogate and has no UTF-8 form") from None
+        return cls(key_array(keys), texts)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -46,7 +62,7 @@ class Collection:
             texts = [name.encode() for name in self.ids]
             arrays["ids"] = np.frombuffer(b"".join(texts), np.uint8)
             arrays["id_offsets"] = offsets_of(np.array([len(text) for text in texts], np.int64))
-        return tensorfile.dumps(arrays, {"actcache_collection": _VERSION})
+        return tensorfile.dumps(arrays, {"actcache_collection": _VERSION, "checksum": _checksum(arrays)})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Collection:
@@ -61,6 +77,8 @@ class Collection:
             raise FormatError(f"{where} is no collection of format version {_VERSION}")
         if keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
             raise FormatError(f"{where} holds keys of another length")
+        if metadata.get("checksum") != _checksum(arrays):
+            raise FormatError(f"{where} is damaged: it fails its checksum; store it again")
         if "ids" not in arrays:
             return cls(keys.astype(np.uint8))
         offsets, text = arrays.get("id_offsets", np.empty(0, np.int64)).tolist(), arrays["ids"].tobytes()

@@ -62,12 +62,14 @@ def document_key(document: Document) -> bytes:
         if not any(document):
             raise DocumentError("both texts of the pair are empty; leave it out")
         return _digest("pair", [_utf8(str(part)) for part in document])
-    if isinstance(document, bytes | bytearray):
+    if isinstance(document, bytes | bytearray | memoryview):
         raise DocumentError("the document is bytes; decode it to a text first")
     if not isinstance(document, Sequence | np.ndarray):
         raise DocumentError(
             f"a {type(document).__name__} is no document; give a text, two texts (tuple), a list of words or token ids"
         )
+    if isinstance(document, np.ndarray) and document.ndim != 1:
+        raise DocumentError(f"token ids are one-dimensional; this array is {list(document.shape)}")
     if len(document) == 0:
         raise DocumentError("the document is an empty sequence; leave it out")
     if all(isinstance(word, str) for word in document):
@@ -80,7 +82,7 @@ def document_key(document: Document) -> bytes:
         raise DocumentError("the document mixes kinds; give a text, two texts (tuple), a list of words or token ids")
     if ids.min() < 0 or ids.max() >= 2**63:
         raise DocumentError("token ids must lie in [0, 2**63)")
-    return _digest("token_ids", [ids.astype("<i8").tobytes()])
+    return _digest("ids", [ids.astype("<i8").tobytes()])
 
 
 def window_key(key: bytes, max_length: int, stride: int, number: int, last: bool) -> bytes:
@@ -101,6 +103,7 @@ def key_array(keys: Keys) -> NDArray[np.uint8]:
         return np.ascontiguousarray(keys)
     if isinstance(keys, bytes | str):
         raise KeyFormatError("give a list of keys, not one key")
+    keys = list(keys)  # an iterator would be used up by the check
     for key in keys:
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise KeyFormatError(f"{key!r:.80} is no key; make keys with actcache.document_key(document)")

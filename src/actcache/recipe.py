@@ -84,11 +84,22 @@ class Recipe:
             self.compute_dtype in COMPUTE_DTYPES,
             f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}",
         )
+        for name, value in (("weights", self.weights), ("tokenizer", self.tokenizer)):
+            good = value is None or (isinstance(value, str) and bool(value))
+            check(good, f"{name} is a digest or None, not {value!r}")
+        check(isinstance(self.special_tokens, bool), f"special_tokens is True or False, not {self.special_tokens!r}")
+        check(
+            isinstance(self.provenance, Mapping)
+            and all(isinstance(text, str) for item in self.provenance.items() for text in item),
+            "provenance must map names to texts: make other values texts with str()",
+        )
         check(self.too_long in TOO_LONG, f"too_long {self.too_long!r} is not one of {', '.join(TOO_LONG)}")
         try:
-            canonical_json(dict(self.config))
-        except (TypeError, ValueError) as error:
+            config = json.loads(canonical_json(dict(self.config)))
+        except (TypeError, ValueError, RecursionError) as error:
             raise RecipeError(f"config must hold JSON values only: {error}") from None
+        object.__setattr__(self, "config", config)  # the caller's own may change after this
+        object.__setattr__(self, "provenance", dict(self.provenance))
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -144,7 +155,7 @@ class Recipe:
             if isinstance(identity["weights"], dict):
                 identity["weights"] = None
             return cls(model=provenance["model"], provenance=provenance, **identity)
-        except (KeyError, TypeError, ValueError, RecipeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"not a recipe of this format version: {error}") from None
 
 

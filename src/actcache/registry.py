@@ -10,7 +10,7 @@ from typing import Any
 
 from actcache.backend import Backend, SegmentFormat, StoreDriver
 from actcache.errors import BackendError, MissingExtraError
-from actcache.storage.store import open_store, read_marker
+from actcache.storage.store import local_path, open_store, read_marker
 
 GROUP = "actcache.backends"
 DEFAULT = "default"  # the entry point that serves a bare path where no store stands yet
@@ -47,6 +47,8 @@ def load(name: str) -> Backend | SegmentFormat:
         plugin = points[0].load()
     except ImportError as error:
         raise MissingExtraError(f"the {name} backend cannot be imported ({error}): {_remedy(points[0])}") from error
+    except AttributeError as error:
+        raise BackendError(f"the {name} backend is broken: {error}; its entry point is {points[0].value}") from error
     if not isinstance(plugin, Backend | SegmentFormat):
         raise BackendError(f"{points[0].value} is neither a Backend nor a SegmentFormat; see actcache.backend")
     return plugin
@@ -67,11 +69,13 @@ def open_driver(url: str | Path, mode: str, options: Mapping[str, Any]) -> Store
     """
     if mode not in ("r", "a"):
         raise BackendError(f"mode is 'r' (read) or 'a' (read, write, create), not {mode!r}")
-    scheme, location = parse(str(url)) if isinstance(url, str) else (None, str(url))
-    if not location:
+    if not isinstance(url, str | Path):
+        raise BackendError(f"a store is opened by a URL or path, not by {url!r:.80}")
+    scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
+    if not location or "\0" in location:
         raise BackendError(f"{url!r} names no place; write a path, or scheme:path")
     if scheme is None:
-        marker = read_marker(Path(location).expanduser())
+        marker = read_marker(local_path(location))
         scheme = marker["backend"] if marker is not None else DEFAULT
     plugin = load(scheme)
     if isinstance(plugin, SegmentFormat):

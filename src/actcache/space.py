@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,52 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import checksum, codec
-from actcache.arrays import to_buffer, to_numpy
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block, SpaceDriver, Usage
+from actcache.arrays import to_buffer
+from actcache.backend import TOKEN_IDS, VALUES, Block, SpaceDriver, Usage
+from actcache.entry import Entry, ReadReport, columns_of, encode
 from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
 from actcache.ragged import offsets_of
 from actcache.reader import Reader
 from actcache.recipe import Recipe
 from actcache.request import Request
-from actcache.writer import Columns, Writer
+from actcache.writer import Writer
 
 if TYPE_CHECKING:
     from actcache.store import Store
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One document's activations, ``[tokens, hidden]``; bfloat16 entries as float32, others in the stored dtype.
-
-    The arrays are views into the memory of the whole ``get``.
-    """
-
-    activations: NDArray[Any]
-    token_ids: NDArray[np.int32] | None = None  # [tokens]
-    extras: dict[str, NDArray[Any]] = field(default_factory=dict)  # spans, word_ids, type_ids where they were stored
-
-
-@dataclass(frozen=True)
-class ReadReport:
-    """What ``read_into`` found: ``lengths`` [n] int64 tokens of each entry, 0 where it is absent."""
-
-    lengths: NDArray[np.int64]
-
-    @property
-    def found(self) -> NDArray[np.bool_]:
-        """``[n]``: which keys were there."""
-        return self.lengths > 0
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """``[n + 1]``: where each entry's rows begin in a packed buffer."""
-        return offsets_of(self.lengths)
-
-
-def columns_of(recipe: Recipe) -> Columns:
-    """Return dtype and trailing shape of each ragged array of a recipe's space."""
-    return {VALUES: (codec.get(recipe.dtype).stored.str, (recipe.hidden_size,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
 
 
 class Space:
@@ -74,24 +42,46 @@ class Space:
         self.recipe = recipe  #: as stored by whoever created the space
         self.created = created  #: whether this call created it
         self._store = store
-        self._driver = driver
         self._codec = codec.get(recipe.dtype)
         self._columns = columns_of(recipe)
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
-        self._writer: Writer | None = None
-        if store.writable:
-            self._writer = Writer(
-                self._append, self._columns, self._seed, segment_bytes=segment_bytes, segment_seconds=seconds
-            )
+        self._segment_bytes = segment_bytes
+        self._seconds = seconds
         self._closed = False
+        self._open(driver)
+        _SPACES.add(self)
+
+    def _open(self, driver: SpaceDriver) -> None:
+        self._driver = driver
         self._write_lock = threading.RLock()
+        self._snapshot_lock = threading.Lock()
+        self._writer: Writer | None = None
+        if self._store.writable:
+            self._writer = Writer(
+                self._append,
+                self._columns,
+                self._seed,
+                segment_bytes=self._segment_bytes,
+                segment_seconds=self._seconds,
+            )
         self._snapshot = driver.snapshot()
+        self._forked = False
+
+    def _take_snapshot(self) -> None:
+        # One after the other: the older of two would hide what the writer has published and forgotten meanwhile.
+        with self._snapshot_lock:
+            self._snapshot = self._driver.snapshot()
+
+    def after_fork(self) -> None:
+        """Have a fork's child open everything anew: the parent's threads, locks and pending entries are not its."""
+        self._write_lock = threading.RLock()
+        self._forked = True
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def put(
         self,
-        keys: Sequence[bytes],
+        keys: Keys,
         arrays: Sequence[Any],
         token_ids: Sequence[Any] | None = None,
         *,
@@ -122,46 +112,28 @@ class Space:
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
         lists = {VALUES: arrays, **{name: rows for name, rows in given.items() if rows is not None}}
         all_keys = key_array(keys)
-        if len(set(key_list(all_keys))) != len(all_keys):
+        names = key_list(all_keys)
+        if len(set(names)) != len(names):
             raise KeyFormatError("the same key stands twice in one put; drop the second copy")
         for name, rows in lists.items():
             if len(rows) != len(all_keys):
                 raise ShapeError(f"{len(all_keys)} keys and {len(rows)} arrays of {name}: give one a key")
         with self._write_lock:
             wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
-            encoded = [
-                (keys[i], {name: self._encode(keys[i], name, rows[i], arrays[i]) for name, rows in lists.items()})
-                for i in np.flatnonzero(wanted).tolist()
-            ]
+            encoded = []
+            for i in np.flatnonzero(wanted).tolist():
+                what = f"document {names[i].hex()}"
+                stored = {
+                    n: encode(n, rows[i], arrays[i], self._columns, self._codec, what) for n, rows in lists.items()
+                }
+                encoded.append((names[i], stored))
             for key, stored in encoded:
                 writer.add(key, stored)
         return len(encoded)
 
-    def _encode(self, key: bytes, name: str, rows: Any, values: Any) -> NDArray[Any]:
-        """Return one array of one entry in stored form, checked."""
-        what = f"document {key.hex()}"
-        array = to_numpy(rows)
-        dtype, trailing = self._columns[name]
-        tokens = len(values) if getattr(values, "ndim", 1) else 0
-        if array.shape != (tokens, *trailing) or not tokens:
-            expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
-            raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")
-        if name != VALUES:
-            if array.dtype.kind not in "iu":
-                raise ShapeError(f"{what}: {name} must be integers, not {array.dtype}")
-            limits = np.iinfo(dtype)
-            if array.min() < limits.min or array.max() > limits.max:
-                raise ShapeError(f"{what}: {name} must fit {np.dtype(dtype)}")
-            return array.astype(dtype)
-        if array.dtype.kind != "f":
-            raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
-        out = np.empty(array.shape, dtype)
-        self._codec.encode(array, out, what=what)
-        return out
-
     def _append(self, block: Block) -> None:
         self._driver.append(block)
-        self._snapshot = self._driver.snapshot()  # before the writer forgets the block
+        self._take_snapshot()  # before the writer forgets the block
 
     def flush(self) -> None:
         """Make everything that was put durable, and visible to others.
@@ -281,7 +253,7 @@ class Space:
     def refresh(self) -> None:
         """See what other processes have flushed or deleted since."""
         self._check_open()
-        self._snapshot = self._driver.snapshot()
+        self._take_snapshot()
 
     def usage(self) -> Usage:
         """Return how many entries, tokens, bytes and segments are published."""
@@ -310,6 +282,10 @@ class Space:
     def close(self) -> None:
         """Flush and release everything. Does nothing the second time."""
         if self._closed:
+            return
+        self._store.forget(self)
+        if self._forked:  # nothing was done with it in this process
+            self._closed = True
             return
         try:
             if self._writer is not None:
@@ -346,12 +322,27 @@ class Space:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the space is closed; open it again with store.space(recipe)")
+        if self._forked:
+            with self._write_lock:
+                if self._forked:
+                    self._open(self._store.driver.space(self.recipe.fingerprint, self._columns))
 
     def _writing(self) -> Writer:
         self._check_open()
         if self._writer is None:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
         return self._writer
+
+
+_SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for space in list(_SPACES):
+        space.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def reopen(store: Store, recipe: Recipe) -> Space:

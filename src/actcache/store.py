@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from actcache import registry
 from actcache.backend import StoreDriver
 from actcache.collection import Collection
+from actcache.entry import columns_of
 from actcache.errors import (
     ClosedError,
     CollectionNotFoundError,
@@ -25,7 +27,7 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.recipe import Recipe
-from actcache.space import Space, columns_of
+from actcache.space import Space
 from actcache.writer import SEGMENT_BYTES, SEGMENT_SECONDS
 
 SPACE_VERSION = 1
@@ -125,7 +127,9 @@ class Store:
         where = f"{self.url}: {_recipe_blob(fingerprint)}"
         try:
             description = json.loads(data)
-            version = int(description["format_version"])
+            version = description["format_version"]
+            if not isinstance(version, int):
+                raise TypeError(f"its format version is {version!r}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"{where} is damaged: {error}") from None
         if version > SPACE_VERSION:
@@ -185,12 +189,16 @@ class Store:
         """Flush and close all spaces that were opened through this object. Does nothing the second time."""
         if self._driver is None:
             return
-        try:
-            for space in self._spaces:
-                space.close()
-        finally:
-            self._driver.close()
-            self._driver = None
+        with ExitStack() as stack:  # all of it, also where one of them fails
+            stack.callback(setattr, self, "_driver", None)
+            stack.callback(self._driver.close)
+            for space in list(self._spaces):
+                stack.callback(space.close)
+
+    def forget(self, space: Space) -> None:
+        """Drop a space that was closed."""
+        if space in self._spaces:
+            self._spaces.remove(space)
 
     def __enter__(self) -> Store:
         return self

@@ -201,7 +201,11 @@ class Writer:
             return
         if self._publishing is None:
             self._start()
-        publishing, self._publishing = self._publishing, None
+        publishing = self._publishing
         if publishing is not None:
-            publishing.result()  # raises what publishing raised; the block stays in ``_leaving``
+            try:
+                publishing.result()  # raises what publishing raised; the block stays in ``_leaving``
+            finally:
+                if publishing.done():  # else an interrupt ended the wait, not the work
+                    self._publishing = None
         self._leaving = None

@@ -28,6 +28,7 @@ _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0x40
 _PROT_NONE = 0
 _FAILED = ctypes.c_void_p(-1).value
 _FIRST_RESERVATION = 64 << 30
+_LEAST_RESERVATION = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -43,11 +44,21 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+_NO_MEMORY = (
+    ": the process has too many mappings (compact the space) or too little address space (ulimit -v); "
+    "a store that is opened with mapped=False needs neither"
+)
+if hasattr(_libc, "mremap"):
+    _libc.mremap.restype = ctypes.c_void_p
+    _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_MREMAP_MAYMOVE_FIXED = 3
+
+
 def _mmap(address: int | None, length: int, protection: int, flags: int, descriptor: int = -1, offset: int = 0) -> int:
     result = _libc.mmap(address, length, protection, flags, descriptor, offset)
     if result == _FAILED or result is None:
         code = ctypes.get_errno()
-        hint = "; compact the space: it has more segments than the process may map" if code == errno.ENOMEM else ""
+        hint = _NO_MEMORY if code == errno.ENOMEM else ""
         raise StorageIOError(f"cannot map {length} bytes: {os.strerror(code)}{hint}")
     return int(result)
 
@@ -61,7 +72,8 @@ class _Range:
         self.address = _mmap(None, length, _PROT_NONE, anonymous | _MAP_NORESERVE)
         self.buffer = (ctypes.c_char * length).from_address(self.address)
         # Arrays made over the buffer keep it alive, and the buffer keeps the mapping.
-        weakref.finalize(self.buffer, _libc.munmap, self.address, length)
+        # Not at the interpreter's exit: threads that still read would crash it.
+        weakref.finalize(self.buffer, _libc.munmap, self.address, length).atexit = False
 
 
 class Arena:
@@ -80,7 +92,14 @@ class Arena:
         self._lock = threading.Lock()
         self._placed: list[tuple[Path, int, int, int]] = []  # path, file offset, rows, first row in the range
         self._end = 0
-        self._grow(reserve)
+        while True:
+            try:
+                self._grow(reserve)
+                break
+            except StorageIOError:
+                if reserve <= _LEAST_RESERVATION:
+                    raise
+                reserve //= 8  # the address space is limited
 
     def _grow(self, length: int) -> None:
         """Move to a longer range. Old arrays keep the old one alive; the new one shows only when all is mapped."""
@@ -88,7 +107,10 @@ class Arena:
         zeros = -(-self.row_bytes // _PAGE) * _PAGE
         _mmap(grown.address, zeros, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED)
         for path, offset, rows, first in self._placed:
-            self._map(grown, path, offset, rows, first)
+            if hasattr(_libc, "mremap"):
+                self._map_again(grown, offset, rows, first)
+            else:
+                self._map(grown, path, offset, rows, first)
         usable = length // self.row_bytes
         rows_of_range = np.frombuffer(memoryview(grown.buffer).cast("B"), np.uint8, usable * self.row_bytes).view(
             self._dtype
@@ -141,6 +163,17 @@ class Arena:
             _mmap(address, nbytes + shift, mmap.PROT_READ, flags, descriptor, offset - shift)
         finally:
             os.close(descriptor)
+
+    def _map_again(self, target: _Range, offset: int, rows: int, first: int) -> None:
+        """Give the mapping of placed rows a second place. The file may have lost its name since."""
+        shift = offset % _PAGE
+        begin = first * self.row_bytes - shift
+        old, new = self._range.address + begin, target.address + begin
+        # An old size of zero leaves the old mapping, which arrays in use refer to, where it is.
+        if _libc.mremap(old, 0, rows * self.row_bytes + shift, _MREMAP_MAYMOVE_FIXED, new) != new:
+            code = ctypes.get_errno()
+            hint = _NO_MEMORY if code == errno.ENOMEM else ""
+            raise StorageIOError(f"cannot move a mapping of {rows} rows: {os.strerror(code)}{hint}")
 
     def will_need(self, first: int, rows: int) -> None:
         """Ask the kernel to load these placed rows; returns at once."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -65,18 +66,31 @@ class Files:
         self.root = root
         self.disk = disk or Disk()
         self._tmp = root / "tmp"
+        self._durable: set[Path] = set()  # folders below the root whose names this object has synced
 
     def make_folders(self, path: Path) -> None:
-        """Make a folder and its parents, each name durable before the next."""
+        """Make a folder and its parents, each name durable before the next.
+
+        The root, or a folder below it, that stands is synced once as well: who made it may have died before that.
+        """
+
+        def unsettled(folder: Path) -> bool:
+            ours = self.root in (folder, *folder.parents)
+            return not folder.is_dir() or (ours and folder not in self._durable)
+
         with translated(f"cannot make the folder {path}"):
-            missing = list(itertools.takewhile(lambda folder: not folder.is_dir(), (path, *path.parents)))
-            for folder in reversed(missing):
-                try:
-                    self.disk.make_folder(folder)
-                except FileExistsError:
-                    if not folder.is_dir():
-                        raise StorageIOError(f"{folder} is a file where the store needs a folder") from None
+            for folder in reversed(list(itertools.takewhile(unsettled, (path, *path.parents)))):
+                if folder == self.root and folder.is_dir() and not os.access(folder.parent, os.R_OK):
+                    self._durable.add(folder)  # somebody made it for us where we cannot even look
+                    continue
+                if not folder.is_dir():
+                    try:
+                        self.disk.make_folder(folder)
+                    except FileExistsError:
+                        if not folder.is_dir():
+                            raise StorageIOError(f"{folder} is a file where the store needs a folder") from None
                 self.disk.sync_folder(folder.parent)
+                self._durable.add(folder)
 
     def publish(self, target: Path, write: Callable[[Path], None], *, replace: bool = False) -> bool:
         """Have ``write(path)`` write a file or folder, then give it its name.
@@ -85,7 +99,8 @@ class Files:
             False where ``target`` stands already and ``replace`` is False; it is left as it is.
 
         Raises:
-            OutOfSpaceError, ReadOnlyError, StorageIOError: nothing became visible and the temporary file is gone.
+            OutOfSpaceError, ReadOnlyError, StorageIOError: the temporary file is gone, and nothing became visible; only
+                where the very last sync is what failed, all of it is visible, but may not outlast a power loss.
         """
         self.make_folders(self._tmp)
         self.make_folders(target.parent)
@@ -100,12 +115,14 @@ class Files:
                     self.disk.rename(temporary, target)
                 else:
                     self._claim(temporary, target)
+                published = True
             except FileExistsError:
-                return False
+                published = False
             finally:
                 _discard(temporary)
+            # Also where the name stood: the process that gave it may have died before its own sync.
             self.disk.sync_folder(target.parent)
-        return True
+        return published
 
     def publish_bytes(self, target: Path, data: bytes, *, replace: bool) -> bool:
         """Publish a small file."""
@@ -197,14 +214,15 @@ _REMOTE = (
 def is_local(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
     """Return whether ``path`` lies on a local file system; True where the operating system does not tell."""
     try:
-        lines = mounts.read_text().splitlines()
+        lines = mounts.read_bytes().splitlines()
     except OSError:
         return True
     best, kind = "", ""
     resolved = f"{path.resolve()}/"
     for line in lines:
-        before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")  # blanks in mount points are octal escapes
+        before, _, after = line.partition(b" - ")
+        # blanks in mount points are octal escapes
+        point = os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), before.split()[4]))
         if resolved.startswith(f"{point.rstrip('/')}/") and len(point) >= len(best):
-            best, kind = point, after.split()[0]
+            best, kind = point, after.split()[0].decode()
     return not kind.startswith(_REMOTE)

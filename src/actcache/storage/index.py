@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError, FormatVersionError
@@ -176,7 +177,9 @@ class Table:
     def write(self, path: Path) -> None:
         """Write the table as an index file of format version 1."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        tensorfile.write(path, arrays, {"actcache_index": VERSION, "segments": dumps(list(self.segments))})
+        segments = dumps(list(self.segments))
+        checksum = xxhash.xxh3_64_hexdigest(segments.encode())
+        tensorfile.write(path, arrays, {"actcache_index": VERSION, "segments": segments, "checksum": checksum})
 
     @classmethod
     def open(cls, path: Path, folder: Path, columns: Columns) -> Table:
@@ -197,6 +200,8 @@ class Table:
             newer = version.isdigit() and int(version) > int(VERSION)
             raise (FormatVersionError if newer else FormatError)(f"{path} is an index of version {version!r}")
         try:
+            if metadata["checksum"] != xxhash.xxh3_64_hexdigest(metadata["segments"].encode()):
+                raise ValueError("what it says of the segments fails its checksum")
             descriptions = json.loads(metadata["segments"])
             segments = tuple(Segment.from_json(folder, value, columns) for value in descriptions)
         except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -10,7 +10,8 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,18 @@ from numpy.typing import NDArray
 from actcache.errors import FormatError
 from actcache.ragged import offsets_of, row_indices
 from actcache.storage.arena import Arena
+from actcache.storage.files import translated
 from actcache.storage.segment import Segment
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the failures of reading a segment into exceptions of this package."""
+    with translated(f"cannot read {path}"):
+        try:
+            yield
+        except FileNotFoundError:
+            raise FormatError(f"{path} is gone; refresh the space") from None
 
 
 class RowSource(ABC):
@@ -79,17 +91,15 @@ class MappedRows(RowSource):
         old = self._firsts.get(column, np.empty(0, np.int64))
         firsts = np.full(len(self._segments), -1, np.int64)
         firsts[: len(old)] = old
+        self._firsts[column] = firsts  # filled as it goes: what is mapped stays so when a later one fails
         for number in numbers.tolist():
             if firsts[number] < 0:
                 segment = self._segments[number]
                 extent = segment.extents[column]
                 if column not in self._arenas:
                     self._arenas[column] = Arena(extent.dtype, extent.shape[1:])
-                try:
+                with _reading(segment.path):
                     firsts[number] = self._arenas[column].place(segment.file(column), extent.offset, extent.shape[0])
-                except FileNotFoundError:
-                    raise FormatError(f"{segment.path} is gone; refresh the space") from None
-        self._firsts[column] = firsts
 
     def plan(
         self,
@@ -161,29 +171,29 @@ class ReadRows(RowSource):
         extent = segment.extents[column]
         view = out.reshape(-1).view(np.uint8).data
         offset = extent.offset + start * extent.row_bytes
-        descriptor = self._open(segment.file(column))
-        try:
-            while view:
-                count = os.preadv(descriptor, [view], offset)
-                if not count:
-                    raise FormatError(f"{segment.path} is truncated")
-                view, offset = view[count:], offset + count
-        finally:
-            os.close(descriptor)
+        with _reading(segment.path):
+            descriptor = self._open(segment.file(column))
+            try:
+                while view:
+                    count = os.preadv(descriptor, [view], offset)
+                    if not count:
+                        raise FormatError(f"{segment.path} is truncated")
+                    view, offset = view[count:], offset + count
+            finally:
+                os.close(descriptor)
 
     def _open(self, path: Path) -> int:
         """Return a descriptor of the file that is the caller's to close, so that eviction never pulls it away."""
         with self._lock:
-            try:
-                descriptor = self._files.pop(path, None)
-                if descriptor is None:
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise FormatError(f"{path} is gone; refresh the space") from None
+            descriptor = self._files.pop(path, None)
+            if descriptor is None:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._files[path] = descriptor
-            while len(self._files) > self._most:
-                os.close(self._files.popitem(last=False)[1])
-            return os.dup(descriptor)
+            try:
+                return os.dup(descriptor)
+            finally:
+                while len(self._files) > self._most:
+                    os.close(self._files.popitem(last=False)[1])
 
     def will_need(
         self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
@@ -192,5 +202,6 @@ class ReadRows(RowSource):
 
     def close(self) -> None:
         with self._lock:
+            self._most = 0  # a read that still runs keeps nothing open
             while self._files:
                 os.close(self._files.popitem()[1])

@@ -29,11 +29,18 @@ _FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
     "extra_checksums": ("<u8", ()),
 }
 _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
+_LAST_SEQUENCE = (1 << 48) - 1
 
 
 def new_name(sequence: int) -> str:
     """Return a unique segment name. Names sort by their sequence number, and of two copies of a key the later one is
-    served: a sequence number above all that the writer saw works without synchronized clocks."""
+    served: a sequence number above all that the writer saw works without synchronized clocks.
+
+    Raises:
+        FormatError: there is no higher number; only a file that is not ours can have brought us there.
+    """
+    if sequence > _LAST_SEQUENCE:
+        raise FormatError(f"a file is named as if it came after all others ({_LAST_SEQUENCE:012x}-...): move it away")
     return f"{sequence:012x}-{secrets.token_hex(8)}"
 
 
@@ -111,7 +118,7 @@ class Segment:
                 for name, (path, offset, dtype, shape) in value["extents"].items()
             }
             name, nbytes = str(value["name"]), int(value["nbytes"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"the index of {folder} describes a segment wrongly: {error}") from None
         _check(folder / name, extents, columns)
         return cls(folder / name, extents, nbytes)
@@ -124,17 +131,30 @@ class Segment:
             FormatError: it is truncated, foreign, or of another hidden size or dtype than the space.
             FileNotFoundError: there is none.
         """
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise FormatError(f"{path} is neither a file nor a folder; this is no segment")
         extents = format.layout(path)
         _check(path, extents, columns)
+        return cls(path, extents, cls(path, extents, 0).measure())
+
+    def measure(self) -> int:
+        """Return the bytes that the segment takes up.
+
+        Raises:
+            FormatError: a file is shorter than what should lie in it.
+            FileNotFoundError: the segment is gone.
+        """
+        ends: dict[str, int] = {}
+        for extent in self.extents.values():
+            ends[extent.path] = max(ends.get(extent.path, 0), extent.offset + extent.nbytes)
         nbytes = 0
-        for relative in sorted({extent.path for extent in extents.values()}):
-            file = path / relative if relative else path
+        for relative, end in ends.items():
+            file = self.path / relative if relative else self.path
             size = os.path.getsize(file)
             nbytes += size
-            for name, extent in extents.items():
-                if extent.path == relative and extent.offset + extent.nbytes > size:
-                    raise FormatError(f"{file} is truncated: {name} does not fit its {size} bytes")
-        return cls(path, extents, nbytes)
+            if end > size:
+                raise FormatError(f"{file} is truncated: it has {size} bytes and should have {end} or more")
+        return nbytes
 
 
 def _check(path: Path, extents: Mapping[str, Extent], columns: Columns) -> None:

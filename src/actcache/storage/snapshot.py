@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import VALUES, Located, Snapshot, Usage
+from actcache.errors import FormatError
 from actcache.ragged import offsets_of
 from actcache.storage.index import Table, join_keys, split_keys
 from actcache.storage.rows import RowSource
@@ -104,7 +106,12 @@ class SegmentedSnapshot(Snapshot):
         for i, (number, row) in enumerate(zip(located.segment.tolist(), located.row.tolist(), strict=True)):
             segment = self._segments[number] if number >= 0 else None
             if segment is not None and "extra_checksums" in segment.extents:
-                sums[i] = segment.read("extra_checksums")[np.searchsorted(segment.read("offsets"), row)]
+                try:
+                    sums[i] = segment.read("extra_checksums")[np.searchsorted(segment.offsets()[:-1], row)]
+                except FileNotFoundError:
+                    raise FormatError(f"{segment.path} is gone; refresh the space") from None
+                except IndexError:
+                    raise FormatError(f"{segment.path} has no entry that begins at row {row}") from None
         return sums
 
     def gather(
@@ -141,7 +148,8 @@ class SegmentedSnapshot(Snapshot):
     def read_ahead(self, located: Located) -> None:
         found = located[located.found]
         if len(found.tokens):
-            self._rows.will_need(VALUES, found.segment, found.row, found.tokens)
+            with suppress(FormatError):  # the read itself will say which entries are lost
+                self._rows.will_need(VALUES, found.segment, found.row, found.tokens)
 
     def keys(self) -> NDArray[np.uint8]:
         live = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
 import os
 import threading
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from actcache.backend import Block, SegmentFormat, SpaceDriver
 from actcache.errors import FormatError, ReadOnlyError, StoreError
+from actcache.storage import tombstone
 from actcache.storage.files import Files, translated
 from actcache.storage.index import Table
 from actcache.storage.rows import MappedRows, ReadRows, RowSource
@@ -26,6 +27,10 @@ SEGMENT_VERSION = 1
 
 #: A new index is written when the segments that it does not cover hold this many entries and a quarter of the covered.
 _UNCOVERED = 1 << 16
+
+
+#: Failures that are one segment's own; after others (too many open files, no memory, no network) none can be read.
+_OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 
 
 class SegmentedSpace(SpaceDriver):
@@ -47,6 +52,7 @@ class SegmentedSpace(SpaceDriver):
         self._base_name = ""
         self._recent = Table.of_segments([])  # segments that the index does not cover
         self._listed: frozenset[str] = frozenset()  # readable segments at the last snapshot
+        self._settled: set[str] = set()  # segments whose names this object has synced
         self._closed = False
         self._lock = threading.RLock()
 
@@ -59,6 +65,7 @@ class SegmentedSpace(SpaceDriver):
             names = self._list("segments", self._format.suffix)
             self._load_index()
             damaged = self._cover(names)
+            self._settle(names)
             listed = self._listed = frozenset(names) - damaged.keys()
             tables = [table for table in (self._base, self._recent) if table is not None]
             numbers = [
@@ -119,19 +126,24 @@ class SegmentedSpace(SpaceDriver):
 
     def _cover(self, names: list[str]) -> dict[str, str]:
         """Read the keys of segments that no table has yet; return those that cannot be read."""
-        base = {segment.name for segment in self._base.segments} if self._base is not None else set()
+        base = {segment.name: segment for segment in self._base.segments} if self._base is not None else {}
         recent = {segment.name for segment in self._recent.segments}
         damaged: dict[str, str] = {}
         fresh = []
         for name in names:
-            if name in base or name in recent:
+            if name in recent or (name in base and name in self._numbers):
                 continue
             try:
+                if name in base:  # the index says where its arrays lie; they are mapped without another look
+                    base[name].measure()
+                    continue
                 segment = Segment.open(self._format, self._segment_path(name), self._columns)
                 fresh.append(Table.of_segments([segment]))
             except FileNotFoundError:  # retired by another process since it was listed
                 continue
-            except FormatError as error:
+            except (FormatError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
+                    raise
                 logger.warning("leaving out a damaged segment, its entries are absent: %s", error)
                 damaged[name] = str(error)
         gone = recent - set(names)
@@ -140,17 +152,22 @@ class SegmentedSpace(SpaceDriver):
             self._recent = Table.merged([self._recent, *fresh], keep)
         return damaged
 
+    def _settle(self, names: list[str]) -> None:
+        """Sync names that other writers gave: ``put`` skips keys that stand, and ``flush`` vouches for them."""
+        if self._writable and not self._settled.issuperset(names):
+            self._files.disk.sync_folder(self._folder / "segments")
+            self._settled.update(names)
+
     def _tombstones(self) -> dict[str, set[int]]:
         dead: dict[str, set[int]] = {}
         for name in self._list("tombstones", ".json"):
             path = self._folder / "tombstones" / f"{name}.json"
             try:
-                value = json.loads(path.read_bytes())
-                for segment, entries in value.items():
-                    dead.setdefault(segment, set()).update(int(entry) for entry in entries)
+                for segment, entries in tombstone.loads(path.read_bytes()).items():
+                    dead.setdefault(segment, set()).update(entries)
             except FileNotFoundError:
                 continue
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 # Passing over it would serve deleted entries again.
                 raise FormatError(f"{path} is damaged ({error}); move it away to see its deletions undone") from None
         return dead
@@ -166,6 +183,7 @@ class SegmentedSpace(SpaceDriver):
         self._files.publish(
             self._segment_path(name), lambda path: self._format.write(path, block, metadata), replace=True
         )
+        self._settled.add(name)
         self._index_if_due()
 
     def delete(self, keys: NDArray[np.uint8]) -> int:
@@ -178,18 +196,27 @@ class SegmentedSpace(SpaceDriver):
             for number, entry in snapshot.copies(keys).tolist():
                 deleted.setdefault(self._segments[number].name, []).append(entry)
         if deleted:
-            sequence = 1 + max(map(sequence_of, self._list("tombstones", ".json")), default=0)
-            path = self._folder / "tombstones" / f"{new_name(sequence)}.json"
-            self._files.publish_bytes(path, json.dumps(deleted).encode(), replace=True)
+            with translated(f"cannot list {self._folder}"):
+                names = self._list("tombstones", ".json")
+            name = new_name(1 + max(map(sequence_of, names), default=0))
+            self._files.publish_bytes(
+                self._folder / "tombstones" / f"{name}.json", tombstone.dumps(deleted), replace=True
+            )
         return count
 
     def _index_if_due(self, *, closing: bool = False) -> None:
-        """Write an index when enough is not covered by one, so that all the writing stays linear in the entries."""
-        with self._lock:
-            self.snapshot()
-            covered = len(self._base) if self._base is not None else 0
-            if len(self._recent) > max(_UNCOVERED, covered // 4) or (closing and len(self._recent.segments) > 1):
-                self._write_index()
+        """Write an index when enough is not covered by one, so that all the writing stays linear in the entries.
+
+        A failure is only logged: the index saves time, and what was published is safe without it.
+        """
+        try:
+            with self._lock:
+                self.snapshot()
+                covered = len(self._base) if self._base is not None else 0
+                if len(self._recent) > max(_UNCOVERED, covered // 4) or (closing and len(self._recent.segments) > 1):
+                    self._write_index()
+        except (StoreError, FormatError) as error:
+            logger.warning("could not write the index of %s: %s", self._folder, error)
 
     def _write_index(self) -> None:
         """Publish an index that covers all readable segments, and remove the ones that it replaces."""
@@ -202,10 +229,7 @@ class SegmentedSpace(SpaceDriver):
 
     def close(self) -> None:
         if self._writable and not self._closed:
-            try:
-                self._index_if_due(closing=True)
-            except StoreError as error:  # the index only saves time; what was flushed is safe without it
-                logger.warning("could not write the index of %s: %s", self._folder, error)
+            self._index_if_due(closing=True)
         self._closed = True
         self._workers.close()
         self._rows.close()

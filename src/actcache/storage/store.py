@@ -36,6 +36,18 @@ FORMAT_VERSION = 1
 MARKER = "actcache.json"
 
 
+def local_path(location: str) -> Path:
+    """Return the folder that a location names.
+
+    Raises:
+        BackendError: it begins with the home of a user that is not known.
+    """
+    try:
+        return Path(location).expanduser()
+    except RuntimeError as error:
+        raise BackendError(f"{location}: {error} Write ./~name for a folder of that name") from None
+
+
 def read_marker(root: Path) -> dict[str, Any] | None:
     """Return what a folder says about itself; None where it is no store.
 
@@ -78,7 +90,7 @@ class SegmentedStore(StoreDriver):
 
     def __init__(self, format: SegmentFormat, location: str, *, mode: str, mapped: bool | None = None) -> None:
         self._format = format
-        self._root = Path(location).expanduser()
+        self._root = local_path(location)
         self._writable = mode == "a"
         self._files = Files(self._root)
         marker = read_marker(self._root)
@@ -94,17 +106,19 @@ class SegmentedStore(StoreDriver):
         if self._root.exists() and not self._root.is_dir():
             raise NotAStoreError(f"{self._root} is a file; a store is a folder")
         with translated(f"cannot list {self._root}"):
-            strangers = [name for name in os.listdir(self._root) if name != "tmp"] if self._root.is_dir() else []
-        if strangers:
+            names = os.listdir(self._root) if self._root.is_dir() else []
+        created = MARKER in names  # by another process, a moment ago
+        strangers = [name for name in names if name != "tmp"]
+        if strangers and not created:
             raise NotAStoreError(
                 f"{self._root} holds other files ({strangers[0]}, ...) and no {MARKER}: it is no store"
             )
-        if not self._writable:
+        if not created and not self._writable:
             raise StoreNotFoundError(f"there is no store at {self._root}; open it with mode='a' to create one")
         marker = {"format": "actcache", "format_version": FORMAT_VERSION, "backend": self._format.name}
-        self._files.make_folders(self._root)
-        # Another process may be creating the same store: whichever marker came first stands, and ours is equal.
-        self._files.publish_bytes(self._root / MARKER, json.dumps(marker).encode() + b"\n", replace=False)
+        if not created:
+            # Another process may be creating the same store: whichever marker came first stands, and ours is equal.
+            self._files.publish_bytes(self._root / MARKER, json.dumps(marker).encode() + b"\n", replace=False)
         settled = read_marker(self._root)
         if settled is None or settled["backend"] != self._format.name:
             raise NotAStoreError(f"{self._root} became a store of another backend meanwhile; open it by its path")

@@ -1,0 +1,82 @@
+"""What a space takes and gives: entries, checked and converted on their way in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache import codec
+from actcache.arrays import to_numpy
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES
+from actcache.errors import ShapeError
+from actcache.ragged import offsets_of
+from actcache.recipe import Recipe
+from actcache.writer import Columns
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One document's activations, ``[tokens, hidden]``; bfloat16 entries as float32, others in the stored dtype.
+
+    The arrays are views into the memory of the whole ``get``.
+    """
+
+    activations: NDArray[Any]
+    token_ids: NDArray[np.int32] | None = None  # [tokens]
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)  # spans, word_ids, type_ids where they were stored
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What ``read_into`` found: ``lengths`` [n] int64 tokens of each entry, 0 where it is absent."""
+
+    lengths: NDArray[np.int64]
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """``[n]``: which keys were there."""
+        return self.lengths > 0
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """``[n + 1]``: where each entry's rows begin in a packed buffer."""
+        return offsets_of(self.lengths)
+
+
+def columns_of(recipe: Recipe) -> Columns:
+    """Return dtype and trailing shape of each ragged array of a recipe's space."""
+    return {VALUES: (codec.get(recipe.dtype).stored.str, (recipe.hidden_size,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
+
+
+def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec.Codec, what: str) -> NDArray[Any]:
+    """Return one array of one entry in stored form, checked.
+
+    Args:
+        name, rows: the array.
+        values: the entry's activations, which ``rows`` has to be as long as.
+        what: how an error names the document.
+
+    Raises:
+        ShapeError, NonFiniteError, CodecOverflowError: see ``Space.put``.
+    """
+    array = to_numpy(rows)
+    dtype, trailing = columns[name]
+    tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
+    if array.shape != (tokens, *trailing) or not tokens:
+        expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
+        raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")
+    if name != VALUES:
+        if array.dtype.kind not in "iu":
+            raise ShapeError(f"{what}: {name} must be integers, not {array.dtype}")
+        limits = np.iinfo(dtype)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise ShapeError(f"{what}: {name} must fit {np.dtype(dtype)}")
+        return array.astype(dtype)
+    if array.dtype.kind != "f":
+        raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
+    out = np.empty(array.shape, dtype)
+    stored_as.encode(array, out, what=what)
+    return out

@@ -117,8 +117,7 @@ def test_inspect(filled):
         assert fact in table.stdout
 
 
-def test_bad_input_is_one_line_and_an_exit_code(corpus, filled, tmp_path):
-    store, _ = filled
+def test_bad_input_is_one_line_and_an_exit_code(corpus, tmp_path):
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "todo.txt").write_text("no store")

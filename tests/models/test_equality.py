@@ -31,7 +31,7 @@ def full(task: PreTrainedModel, tokenizer: Any, docstrings: list[str]) -> tuple[
     with torch.no_grad():
         for start in range(0, len(docstrings), 40):
             texts = docstrings[start : start + 40]
-            inputs = tokenizer(texts, truncation=True, max_length=64, padding=True, return_tensors="pt")
+            inputs = tokenizer(texts, truncation=True, max_length=48, padding=True, return_tensors="pt")
             outputs = task(**inputs, output_hidden_states=True)
             logits.append(outputs.logits)
             lengths = inputs["attention_mask"].sum(1)
@@ -53,7 +53,7 @@ def test_reduced_equals_full(
     tmp_path: Path,
 ) -> None:
     want_logits, want_states = full
-    options: dict[str, Any] = {"layer": layer, "dtype": dtype, "max_length": 64, "too_long": "truncate"}
+    options: dict[str, Any] = {"layer": layer, "dtype": dtype, "max_length": 48, "too_long": "truncate"}
     with Recycler(minilm, tokenizer, store=tmp_path / "store", **options) as recycler:
         report = recycler.fill(docstrings, progress=False)
         assert (report.documents, report.computed) == (520, 520)

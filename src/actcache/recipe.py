@@ -134,7 +134,7 @@ class Recipe:
         return {
             name: (mine.get(name), theirs.get(name))
             for name in sorted(mine.keys() | theirs.keys())
-            if mine.get(name) != theirs.get(name)
+            if (name in mine, mine.get(name)) != (name in theirs, theirs.get(name))
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Imports run one way, the core names no backend, and importing it costs little."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, run
+
+SOURCE = ROOT / "src" / "actcache"
+
+#: A module imports only from layers before its own, or from its own package. ``testing`` is for test suites.
+LAYERS = [
+    {"errors"},
+    {"key", "windows", "codec", "ragged", "checksum", "recipe", "arrays"},
+    {"backend"},
+    {"storage"},
+    {"registry", "collection", "writer", "request", "order", "batch", "entry"},
+    {"reader"},
+    {"space"},
+    {"store"},
+    {"inspection"},
+    {"models"},
+    {"recycler"},
+    {"cli"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+#: Inside a layer, too, imports make no circles.
+ALLOWED_INSIDE = {
+    ("windows", "key"),
+    ("recipe", "codec"),
+    ("request", "writer"),
+    ("entry", "writer"),
+}
+OTHER_PACKAGES = {"zarr", "lmdb", "s3fs", "fsspec", "h5py", "safetensors"}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def unit(path: Path) -> str:
+    """The part of the package that a file belongs to."""
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def imports(tree: ast.AST, inside: bool = False):
+    """Yield (module or module.name, whether inside of a function) of every import that runs."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from (found for child in node.orelse for found in imports(child, inside))
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module}"
+            if node.module == "actcache":
+                yield from ((f"actcache.{alias.name}", inside) for alias in node.names)
+            else:
+                yield str(node.module), inside
+        else:
+            yield from imports(node, inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+
+def of(path: Path):
+    return list(imports(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_one_way(path):
+    own = unit(path)
+    if own in ("__init__", "testing", "__main__"):
+        return
+    assert own in RANK, f"{path} belongs to no layer: add it to LAYERS where it belongs"
+    for name, inside in of(path):
+        package, _, rest = name.partition(".")
+        if package != "actcache":
+            continue
+        other = rest.partition(".")[0]
+        lazy = (str(path.relative_to(SOURCE)), name) in LAZY
+        assert lazy or not inside, f"{path} imports {name} inside of a function"
+        assert other in RANK, f"{path} imports {name}"
+        fine = RANK[other] < RANK[own] or other == own or (own, other) in ALLOWED_INSIDE
+        assert fine, f"{path}: {own} may not import {other}"
+
+
+def test_the_package_itself_imports_lazily_only_the_recycler():
+    inside = [name for name, inside in of(SOURCE / "__init__.py") if inside]
+    assert inside == ["actcache.recycler"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_the_core_knows_no_backend(path):
+    for name, _ in of(path):
+        package = name.partition(".")[0]
+        assert package not in OTHER_PACKAGES or (package == "safetensors" and unit(path) == "models"), name
+        assert package == "actcache" or not package.startswith("actcache"), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "backends").rglob("*.py")), ids=lambda path: path.parent.name)
+def test_backends_use_the_plugin_surface_alone(path):
+    allowed = {"actcache.backend", "actcache.errors", path.parent.name}
+    assert {name for name, _ in of(path) if name.startswith("actcache")} <= allowed
+
+
+def test_nobody_catches_everything_silently():
+    """``except: pass`` and its kin hide what reaches nobody."""
+    for path in [*MODULES, *(ROOT / "backends").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+                raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+                assert raises or not broad, f"{path}:{node.lineno}"
+
+
+def test_importing_actcache_loads_no_heavy_library():
+    heavy = "torch transformers tokenizers h5py zarr lmdb fsspec rich typer pytest numpy.f2py".split()
+    out = run("import sys, actcache; print(*sorted(sys.modules))")
+    loaded = set(out.split())
+    assert "numpy" in loaded
+    assert not loaded & set(heavy)
+    assert not [name for name in loaded if name.startswith("actcache_")]
+
+
+def test_opening_a_store_loads_its_backend_alone(tmp_path):
+    out = run("import sys, actcache; actcache.open(sys.argv[1]).close(); print(*sys.modules)", tmp_path / "store")
+    assert {"h5py", "actcache_hdf5"} <= set(out.split())
+    assert not {"torch", "zarr", "lmdb", "rich"} & set(out.split())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= (500 if unit(path) == "testing" else 350)

@@ -15,11 +15,15 @@ from actcache.errors import CodecOverflowError, NonFiniteError, RecipeError
 
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
+
+def _hex(words):
+    return np.array([int(word, 16) for word in words.split()], np.uint32)
+
+
 #: Bit patterns of float32 where roundings go wrong: subnormals, ties, both sides of each overflow, zeros.
-_EDGES = np.array(
-    [0, 1, 2, 0x7FFFFF, 0x800000, 0x3F7F8000, 0x3F808000, 0x3F818000, 0x3F808001, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF]
-    + [0x477FE000, 0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001, 0x33800000, 0x387FC000, 0x387FE000, 0x38800000],
-    np.uint32,
+_EDGES = _hex(
+    "00000000 00000001 00000002 007fffff 00800000 3f7f8000 3f808000 3f818000 3f808001 7f7f7fff 7f7f8000 7f7fffff "
+    "477fe000 477fefff 477ff000 33000000 33000001 33800000 387fc000 387fe000 38800000"
 )
 _BITS = st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([*_EDGES.tolist(), *(_EDGES | 2**31).tolist()]))
 
@@ -89,7 +93,7 @@ def test_the_edge_of_overflow(name, largest, smallest_lost):
     assert np.isfinite(codec.get(name).decode(encoded(name, rows))).all()
     for sign in (1, -1):
         rows[1, 2] = sign * smallest_lost
-        with pytest.raises(CodecOverflowError, match=r"the document holds .* at token 1, column 2.*bfloat16 or float32"):
+        with pytest.raises(CodecOverflowError, match=r"the document holds .* at token 1, column 2"):
             encoded(name, rows)
 
 
@@ -99,7 +103,7 @@ def test_no_nan_payload_and_no_infinity_slips_through(name, bits):
     rows = np.zeros((2, 2), np.float32)
     rows.view(np.uint32)[1, 0] = bits
     stored = np.empty(rows.shape, codec.get(name).stored)
-    with pytest.raises(NonFiniteError, match="entry 7 holds .* at token 1, column 0") as caught:
+    with pytest.raises(NonFiniteError, match=r"entry 7 holds .* at token 1, column 0") as caught:
         codec.get(name).encode(rows, stored, what="entry 7")
     assert type(caught.value) is NonFiniteError
 
@@ -120,5 +124,5 @@ def test_tensors():
 
 
 def test_unknown_codec():
-    with pytest.raises(RecipeError, match="int3.*float16"):
+    with pytest.raises(RecipeError, match=r"int3.*float16"):
         codec.get("int3")

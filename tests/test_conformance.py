@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
 from actcache.testing.conformance import BackendConformance
@@ -25,7 +27,7 @@ class TestHDF5(BackendConformance):
 class TestHDF5ByReading(TestHDF5):
     """As on a network file system, where a mapping would not be safe."""
 
-    options = {"mapped": False}
+    options: ClassVar = {"mapped": False}
 
 
 class TestDefault(BackendConformance):

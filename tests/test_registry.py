@@ -15,7 +15,7 @@ from actcache.errors import BackendError, MissingExtraError, NotAStoreError
 from tests.support import check, put, recipe
 
 #: A segment format that a third party might write: each array a file of its own, in a folder, with a JSON table.
-PLUGIN = '''
+PLUGIN = """
 import json, os
 import numpy as np
 from actcache.backend import Extent, FormatError, SegmentFormat
@@ -40,7 +40,7 @@ class RawFormat(SegmentFormat):
             raise FormatError(f"{path}: {error}")
 
 backend = RawFormat()
-'''
+"""
 
 
 @pytest.fixture

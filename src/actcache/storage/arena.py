@@ -63,6 +63,11 @@ def _mmap(address: int | None, length: int, protection: int, flags: int, descrip
     return int(result)
 
 
+def _check_size(path: Path, size: int, needed: int) -> None:
+    if size < needed:
+        raise FormatError(f"{path} is truncated: it has {size} bytes and should have {needed} or more")
+
+
 class _Range:
     """A reserved range of addresses; given back when nothing refers to it any more."""
 
@@ -132,6 +137,7 @@ class Arena:
             FormatError: the file is shorter than that.
             FileNotFoundError: there is none.
         """
+        _check_size(path, os.path.getsize(path), offset + rows * self.row_bytes)  # before a range is made for it
         with self._lock:
             base = -(-self._end // _PAGE) * _PAGE  # where the page that holds the file's first row will go
             shift = offset % _PAGE
@@ -156,8 +162,7 @@ class Arena:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # Beyond the end of the file a mapping kills the process with SIGBUS.
-            if os.fstat(descriptor).st_size < offset + nbytes:
-                raise FormatError(f"{path} is truncated: it should hold {offset + nbytes} bytes or more")
+            _check_size(path, os.fstat(descriptor).st_size, offset + nbytes)
             address = target.address + first * self.row_bytes - shift
             flags = mmap.MAP_SHARED | _MAP_FIXED
             _mmap(address, nbytes + shift, mmap.PROT_READ, flags, descriptor, offset - shift)

@@ -1,14 +1,18 @@
 """The hdf5 backend: one HDF5 file a segment, ``values`` contiguous, so that an entry is one extent of the file.
 
 h5py lays the file out and writes the small arrays. The rows, nearly all of the bytes, are written at ``values``' offset
-with ``pwrite``: errors of the disk then arrive as they are, and no second copy is made.
+with ``pwrite``, so that no second copy is made. h5py gets a file object of ours to write to: when a disk fills up under
+the HDF5 library itself, it leaves the file open for ever and raises something else than the operating system said.
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,6 +22,8 @@ from numpy.typing import NDArray
 from actcache.backend import VALUES, Block, Extent, FormatError, SegmentFormat
 
 _ALIGN = 4096
+# locking=False: files are written before they have a name and never again, and network file systems lock badly.
+_LAYOUT = {"libver": "v110", "locking": False, "alignment_threshold": 1, "alignment_interval": _ALIGN}
 _SHOWN = 200  # characters of an h5py message in ours
 
 
@@ -29,17 +35,16 @@ class HDF5Format(SegmentFormat):
 
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
         arrays = block.arrays()
-        # locking=False: files are written before they have a name and never again, and network file systems lock badly.
-        with h5py.File(
-            path, "x", libver="v110", locking=False, alignment_threshold=1, alignment_interval=_ALIGN
-        ) as file:
-            offsets = {name: _allocate(file, name, array) for name, array in arrays.items()}
-            for name, array in arrays.items():
-                if name != VALUES:
-                    file[name][...] = array
-            for name, text in metadata.items():
-                file.attrs[name] = text
-        _write_at(path, offsets[VALUES], arrays[VALUES])
+        with _Output(path) as output:
+            with output.failures_kept(), h5py.File(output, "w", **_LAYOUT) as file:
+                offsets = {name: _allocate(file, name, array) for name, array in arrays.items()}
+                for name, array in arrays.items():
+                    if name != VALUES:
+                        file[name][...] = array
+                for name, text in metadata.items():
+                    file.attrs[name] = text
+            output.seek(offsets[VALUES])
+            output.write(np.ascontiguousarray(arrays[VALUES]).reshape(-1).view(np.uint8).data)
 
     def layout(self, path: Path) -> dict[str, Extent]:
         try:
@@ -63,15 +68,70 @@ def _allocate(file: h5py.File, name: str, array: NDArray[np.generic]) -> int:
     return int(h5d.create(file.id, name.encode(), h5t.py_create(array.dtype), space, dcpl=properties).get_offset())
 
 
-def _write_at(path: Path, offset: int, array: NDArray[np.generic]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        while view:
-            count = os.pwrite(descriptor, view, offset)
-            view, offset = view[count:], offset + count
-    finally:
-        os.close(descriptor)
+class _Output(io.RawIOBase):
+    """A new file. While failures are kept, writing pretends to succeed, and the failure is raised in the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._position = 0
+        self._keeping = False
+        self._failure: OSError | None = None
+
+    @contextmanager
+    def failures_kept(self) -> Iterator[None]:
+        self._keeping = True
+        try:
+            yield
+        except Exception:
+            if self._failure is None:
+                raise
+        finally:
+            self._keeping = False
+        if self._failure is not None:
+            raise self._failure
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        length = len(view)
+        with self._kept():
+            while view:
+                count = os.pwrite(self._descriptor, view, self._position)
+                view, self._position = view[count:], self._position + count
+        self._position += len(view)
+        return length
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self._position if size is None else size
+        with self._kept():
+            os.ftruncate(self._descriptor, size)
+        return size
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._keeping:
+                raise
+            self._failure = self._failure or error
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self._descriptor, [buffer], self._position)
+        self._position += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
+        self._position = offset + (os.fstat(self._descriptor).st_size if start is None else start)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
 
 
 def _extent(path: Path, file: h5py.File, name: str) -> Extent:

@@ -19,9 +19,10 @@ _VERSION = "1"
 
 
 def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
-    """Return the XXH3-64 of the arrays' bytes, in the order of their names."""
+    """Return the XXH3-64 of the arrays, each by its name and its bytes, in the order of their names."""
     digest = xxhash.xxh3_64()
     for name in sorted(arrays):
+        digest.update(name.encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()
 

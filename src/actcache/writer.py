@@ -176,10 +176,10 @@ class Writer:
     def abandon(self) -> None:
         """End the thread; what is not published is dropped."""
         with self._lock:
-            self._filling = None
             thread, self._thread = self._thread, None
             if thread is not None:
                 thread.shutdown()
+            self._filling = self._leaving = self._publishing = None
 
     def _hand_over(self) -> None:
         """Start publishing the block that was being filled, after the one before it."""

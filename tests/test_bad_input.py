@@ -462,7 +462,7 @@ def mount(kind, place, *options):
 
 
 def unmount(place):
-    subprocess.run(["umount", str(place)], check=False, capture_output=True)
+    subprocess.run(["umount", "--lazy", str(place)], check=True, capture_output=True)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -141,8 +142,9 @@ class Segment:
         """Return the bytes that the segment takes up.
 
         Raises:
-            FormatError: a file is shorter than what should lie in it.
+            FormatError: a file is missing, or shorter than what should lie in it.
             FileNotFoundError: the segment is gone.
+            PermissionError: a file may not be read.
         """
         ends: dict[str, int] = {}
         for extent in self.extents.values():
@@ -150,7 +152,14 @@ class Segment:
         nbytes = 0
         for relative, end in ends.items():
             file = self.path / relative if relative else self.path
-            size = os.path.getsize(file)
+            try:
+                size = os.path.getsize(file)
+            except FileNotFoundError:
+                if relative and self.path.is_dir():  # a part is lost; the segment is not gone
+                    raise FormatError(f"{file} is missing; the segment is damaged") from None
+                raise
+            if not os.access(file, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
             nbytes += size
             if end > size:
                 raise FormatError(f"{file} is truncated: it has {size} bytes and should have {end} or more")

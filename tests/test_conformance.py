@@ -30,6 +30,16 @@ class TestHDF5ByReading(TestHDF5):
     options: ClassVar = {"mapped": False}
 
 
+class TestZarr(BackendConformance):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return f"zarr:{tmp_path}/store"
+
+
+class TestZarrByReading(TestZarr):
+    options: ClassVar = {"mapped": False}
+
+
 class TestDefault(BackendConformance):
     @pytest.fixture
     def url(self, tmp_path):

@@ -152,7 +152,7 @@ class Files:
 
     def _sync_tree(self, path: Path) -> None:
         if path.is_dir():
-            for folder, _, names in os.walk(path, topdown=False):
+            for folder, _, names in os.walk(path, topdown=False, onerror=_raise):
                 for name in names:
                     self.disk.sync_file(Path(folder, name))
                 self.disk.sync_folder(Path(folder))
@@ -176,6 +176,10 @@ def translated(what: str) -> Iterator[None]:
                 f"{what}: {os.strerror(code or 0)}; check the permissions, or read only with mode='r'"
             ) from error
         raise StorageIOError(f"{what}: {error}") from error
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -1,9 +1,9 @@
 """The zarr backend: one zarr v3 group a segment, in a folder; every array is one shard of uncompressed row blocks.
 
 The blocks of a shard lie one after another from the first byte of its file, so an entry is one extent of it and the
-core reads it without zarr. zarr-python writes the metadata. The shards are written here: zarr-python takes 6 to 12 times
-as long as a plain write with fsync, and twice the rows' memory (3.1.6, 256 MiB); it also leaves out blocks of zeros
-unless it is told otherwise.
+core reads it without zarr. zarr-python writes the metadata. The shards are written here: zarr-python takes 6 to 12
+times as long as a plain write with fsync and nearly twice the rows' memory (3.1.6, 256 MiB), leaves out blocks of zeros
+unless it is told otherwise, and does not promise the order of the blocks (3.1.0 has another).
 
 Segments are described without zarr-python, which would load whatever codec a stranger's metadata name.
 """

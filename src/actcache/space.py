@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actcache import checksum, codec
 from actcache.arrays import to_buffer
-from actcache.backend import TOKEN_IDS, VALUES, Block, SpaceDriver, Usage
+from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Usage
 from actcache.entry import Entry, ReadReport, columns_of, encode
 from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
@@ -27,6 +27,10 @@ from actcache.writer import Writer
 
 if TYPE_CHECKING:
     from actcache.store import Store
+
+
+_SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
+_CLOSED = "the space is closed; open it again with store.space(recipe)"
 
 
 class Space:
@@ -45,8 +49,7 @@ class Space:
         self._codec = codec.get(recipe.dtype)
         self._columns = columns_of(recipe)
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
-        self._segment_bytes = segment_bytes
-        self._seconds = seconds
+        self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": seconds}
         self._closed = False
         self._open(driver)
         _SPACES.add(self)
@@ -57,14 +60,8 @@ class Space:
         self._snapshot_lock = threading.Lock()
         self._writer: Writer | None = None
         if self._store.writable:
-            self._writer = Writer(
-                self._append,
-                self._columns,
-                self._seed,
-                segment_bytes=self._segment_bytes,
-                segment_seconds=self._seconds,
-            )
-        self._snapshot = driver.snapshot()
+            self._writer = Writer(self._append, self._columns, self._seed, **self._segments)
+        self._snapshot: Snapshot | None = driver.snapshot()
         self._forked = False
 
     def _take_snapshot(self) -> None:
@@ -219,8 +216,8 @@ class Space:
 
     def read_ahead(self, keys: Keys) -> None:
         """Ask the operating system to load these entries soon; returns at once."""
-        self._check_open()
-        self._snapshot.read_ahead(self._snapshot.locate(key_array(keys)))
+        snapshot = self._view()
+        snapshot.read_ahead(snapshot.locate(key_array(keys)))
 
     def lengths(self, keys: Keys) -> NDArray[np.int64]:
         """Return the tokens of each entry, ``[n]`` int64, 0 where it is absent."""
@@ -245,7 +242,7 @@ class Space:
         """Return all keys as ``[n, 32]`` uint8, sorted."""
         self._check_open()
         pending = self._writer.keys() if self._writer is not None else []
-        return np.unique(np.concatenate([self._snapshot.keys(), key_array(pending)]), axis=0)
+        return np.unique(np.concatenate([self._view().keys(), key_array(pending)]), axis=0)
 
     def __len__(self) -> int:
         return len(self.key_array())
@@ -257,13 +254,11 @@ class Space:
 
     def usage(self) -> Usage:
         """Return how many entries, tokens, bytes and segments are published."""
-        self._check_open()
-        return self._snapshot.usage()
+        return self._view().usage()
 
     def damaged(self) -> dict[str, str]:
         """Return segments that could not be read, name -> what is wrong; their entries are absent."""
-        self._check_open()
-        return self._snapshot.damaged()
+        return self._view().damaged()
 
     def reader(self, keys: Keys, **options: Any) -> Reader:
         """Iterate over entries in batches; see ``actcache.reader.Reader`` for the options."""
@@ -284,14 +279,15 @@ class Space:
         if self._closed:
             return
         self._store.forget(self)
-        if self._forked:  # nothing was done with it in this process
-            self._closed = True
+        self._closed = self._forked  # in a fork's child that has done nothing with it, there is nothing to close
+        if self._closed:
             return
         try:
             if self._writer is not None:
                 self._writer.close()
         finally:
             self._closed = True
+            self._snapshot = None
             self._driver.close()
 
     def __enter__(self) -> Space:
@@ -307,8 +303,8 @@ class Space:
         return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
 
     def _request(self, keys: NDArray[np.uint8]) -> Request:
-        self._check_open()
-        return Request(lambda: self._snapshot, self._writer, self._seed, keys)
+        self._check_open()  # before the writer is looked at: a fork has another
+        return Request(self._view, self._writer, self._seed, keys)
 
     def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:
         if corrupt:
@@ -319,9 +315,15 @@ class Space:
                 bad,
             )
 
+    def _view(self) -> Snapshot:
+        self._check_open()
+        if (snapshot := self._snapshot) is None:  # another thread closed it just now
+            raise ClosedError(_CLOSED)
+        return snapshot
+
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("the space is closed; open it again with store.space(recipe)")
+            raise ClosedError(_CLOSED)
         if self._forked:
             with self._write_lock:
                 if self._forked:
@@ -332,9 +334,6 @@ class Space:
         if self._writer is None:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
         return self._writer
-
-
-_SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
 
 
 def _after_fork() -> None:

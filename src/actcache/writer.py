@@ -190,7 +190,11 @@ class Writer:
     def _start(self) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="actcache-write")
-        self._publishing = self._thread.submit(self._publish, self._leaving)
+        try:
+            self._publishing = self._thread.submit(self._publish, self._leaving)
+        except RuntimeError:  # the interpreter is ending and starts nothing any more
+            self._publish(self._leaving)
+            self._leaving = None
 
     def _publish(self, builder: Any) -> None:
         self._append(builder.block(self._seed))

@@ -192,9 +192,8 @@ from tests.support import *
 space = actcache.open(sys.argv[1], "r", mapped=True).space(recipe())
 keys = [key(n) for n in range(50)] * 20
 space.get(keys)
-arenas = space._driver._rows._arenas
-rows, spare = arenas["values"].rows(), np.empty((1000, HIDDEN), np.float32)
-first = space._driver._rows._firsts["values"][0]
+arena, firsts = space._driver._rows._columns["values"]
+rows, first, spare = arena.rows(), firsts[0], np.empty((1000, HIDDEN), np.float32)
 def hammer():
     while True:
         np.take(rows, np.full(1000, first), axis=0, out=spare, mode="clip")

@@ -34,6 +34,9 @@ def _reading(path: Path) -> Iterator[None]:
             raise FormatError(f"{path} is gone; refresh the space") from None
 
 
+_NONE = np.empty(0, np.int64)
+
+
 class RowSource(ABC):
     """Reads rows of segments, which are named by their number in the space. Thread-safe."""
 
@@ -74,32 +77,35 @@ class MappedRows(RowSource):
 
     def __init__(self, segments: list[Segment]) -> None:
         self._segments = segments  # grows; the number of a segment is its position
-        self._arenas: dict[str, Arena] = {}
-        self._firsts: dict[str, NDArray[np.int64]] = {}  # column -> first row of each segment in the arena, -1 unmapped
+        # column -> its arena, and the first row of each segment in it, -1 where it is not mapped
+        self._columns: dict[str, tuple[Arena, NDArray[np.int64]]] = {}
         self._lock = threading.Lock()
 
     def _first_rows(self, column: str, numbers: NDArray[np.int64]) -> tuple[Arena, NDArray[np.int64]]:
         """Return the arena of a column and each entry's segment's first row in it; map what is not mapped yet."""
-        firsts = self._firsts.get(column)
-        if firsts is None or (len(numbers) and int(numbers.max()) >= len(firsts)) or bool((firsts[numbers] < 0).any()):
+        arena, firsts = self._columns.get(column, (None, _NONE))
+        if arena is None or (len(numbers) and int(numbers.max()) >= len(firsts)) or bool((firsts[numbers] < 0).any()):
             with self._lock:
-                self._map(column, np.unique(numbers))
-                firsts = self._firsts[column]
-        return self._arenas[column], firsts[numbers]
+                arena, firsts = self._map(column, np.unique(numbers))
+        return arena, firsts[numbers]
 
-    def _map(self, column: str, numbers: NDArray[np.int64]) -> None:
-        old = self._firsts.get(column, np.empty(0, np.int64))
+    def _map(self, column: str, numbers: NDArray[np.int64]) -> tuple[Arena, NDArray[np.int64]]:
+        arena, old = self._columns.get(column, (None, _NONE))
         firsts = np.full(len(self._segments), -1, np.int64)
         firsts[: len(old)] = old
-        self._firsts[column] = firsts  # filled as it goes: what is mapped stays so when a later one fails
         for number in numbers.tolist():
             if firsts[number] < 0:
                 segment = self._segments[number]
                 extent = segment.extents[column]
-                if column not in self._arenas:
-                    self._arenas[column] = Arena(extent.dtype, extent.shape[1:])
+                if arena is None:
+                    arena = Arena(extent.dtype, extent.shape[1:])
+                self._columns[column] = arena, firsts  # as it goes: what is mapped stays so when a later one fails
                 with _reading(segment.path):
-                    firsts[number] = self._arenas[column].place(segment.file(column), extent.offset, extent.shape[0])
+                    firsts[number] = arena.place(segment.file(column), extent.offset, extent.shape[0])
+        if arena is None:
+            raise KeyError(column)
+        self._columns[column] = arena, firsts
+        return arena, firsts
 
     def plan(
         self,
@@ -134,8 +140,8 @@ class MappedRows(RowSource):
             arena.will_need(int(begin), int(end - begin))
 
     def close(self) -> None:
-        self._arenas.clear()
-        self._firsts.clear()
+        with self._lock:
+            self._columns.clear()
 
 
 class ReadRows(RowSource):

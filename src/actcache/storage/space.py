@@ -230,7 +230,9 @@ class SegmentedSpace(SpaceDriver):
     def close(self) -> None:
         if self._writable and not self._closed:
             self._index_if_due(closing=True)
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            self._base, self._base_name, self._recent = None, "", Table.of_segments([])
         self._workers.close()
         self._rows.close()
 

@@ -97,7 +97,7 @@ def _layout(file: BinaryIO, where: str) -> tuple[dict[str, str], dict[str, Exten
 
 
 def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
-    """Return a file's metadata and its arrays, read-only, mapped in place (empty ones are not mapped).
+    """Return a file's metadata and its arrays, read-only, mapped in place.
 
     Raises:
         FormatError: the file is truncated or foreign.
@@ -105,14 +105,12 @@ def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
     """
     with open(path, "rb") as file:
         metadata, extents = _layout(file, str(path))
-    arrays: dict[str, NDArray[np.generic]] = {}
-    for name, extent in extents.items():
-        if extent.nbytes:
-            whole = np.memmap(path, extent.dtype, "r", extent.offset, extent.shape)
-            arrays[name] = whole.view(np.ndarray)
-        else:
-            arrays[name] = np.empty(extent.shape, extent.dtype)
-    return metadata, arrays
+        # One mapping for all: each of Python's keeps a file descriptor for as long as it lives.
+        whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    return metadata, {
+        name: whole[extent.offset : extent.offset + extent.nbytes].view(extent.dtype).reshape(extent.shape)
+        for name, extent in extents.items()
+    }
 
 
 def loads(data: bytes, where: str) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:

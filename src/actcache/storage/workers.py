@@ -44,10 +44,15 @@ class Workers:
                     failed.set()
                     raise
 
-        futures = [self._executor().submit(work, thread) for thread in range(1, threads)]
+        futures, mine = [], [0] if threads else []
+        for thread in range(1, threads):
+            try:
+                futures.append(self._executor().submit(work, thread))
+            except RuntimeError:  # closed by another thread just now, or the interpreter is ending
+                mine.append(thread)
         try:
-            if threads:
-                work(0)
+            for thread in mine:
+                work(thread)
         finally:
             wait(futures)
         for future in futures:

@@ -57,11 +57,14 @@ def kill_rounds(root, rounds, seed, deleting):
     for _ in range(rounds):
         process = start(WRITER, root, number, deleting)
         assert process.stdout.readline() == f"ready {number}\n", process.stderr.read()
-        time.sleep(rng.random() * 0.1)
+        heard = [process.stdout.readline() for _ in range(rng.randrange(9))]  # however slow the machine is
+        time.sleep(rng.random() * 0.03)
         process.send_signal(signal.SIGKILL)
-        out, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL, err
-        said = [line.split() for line in out.split("\n")[:-1]]  # a line that was cut off counts for nothing
+        heard += process.stdout.read().splitlines(keepends=True)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        process.stdout.close()
+        process.stderr.close()
+        said = [line.split() for line in heard if line.endswith("\n")]  # one that was cut off counts for nothing
         for kind, text in said:
             n = int(text)
             if kind == "flushed":
@@ -95,7 +98,7 @@ def finish(root, sure, gone):
 def test_killed_writers(tmp_path, deleting):
     sure, gone, late = kill_rounds(tmp_path / "store", 10, 1, deleting)
     assert len(sure) > 50
-    assert late >= 5
+    assert late >= 7
     assert bool(gone) == deleting
     finish(tmp_path / "store", sure, gone)
 

@@ -207,7 +207,11 @@ def _with_metadata(path, good, **changes):
             header.update(value)
         else:
             header["__metadata__"][name] = value
-    header["__metadata__"]["checksum"] = xxhash.xxh3_64_hexdigest(header["__metadata__"]["segments"].encode())
+    data = header["__metadata__"]["segments"].encode()
+    for name in ("segment", "entry"):
+        begin, end = header[name]["data_offsets"]
+        data += good[8 + length + begin : 8 + length + end]
+    header["__metadata__"]["checksum"] = xxhash.xxh3_64_hexdigest(data)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + good[8 + length :])
 
@@ -253,6 +257,9 @@ def test_an_index_that_lies_about_segments(indexed, segments):
         {"prefix": {"dtype": "U64", "shape": [20], "data_offsets": [160, 0]}},
         {"prefix": {"dtype": "U64", "shape": [20], "data_offsets": [-160, 0]}},
         {"prefix": {"dtype": "U64", "shape": [20]}},
+        {"prefix": {"dtype": "U64", "shape": [], "data_offsets": [0, 8]}},
+        {"entry": {"dtype": "U32", "shape": [], "data_offsets": [0, 4]}},
+        {"entry": {"dtype": "U32", "shape": [0], "data_offsets": [0, 0]}},
         {"prefix": 5},
         {"__metadata__": 5},
         {"__metadata__": {}},
@@ -283,7 +290,7 @@ def test_rows_outside_of_their_segments_are_absent(indexed, caplog):
         for options in ({}, {"mapped": False}):
             with actcache.open(indexed.parent.parent, "r", **options) as store, store.space(recipe()) as space:
                 assert space.get([key(n) for n in range(20)]) == [None] * 20
-    for name, lie in (("row", 1), ("checksum", 1), ("segment", -1)):
+    for name, lie in (("row", 1), ("checksum", 1)):
         bad = {n: np.array(array) for n, array in arrays.items()}
         bad[name] += np.array(lie).astype(bad[name].dtype)
         path.unlink()
@@ -294,6 +301,23 @@ def test_rows_outside_of_their_segments_are_absent(indexed, caplog):
                     check(space, HELD if space.get([key(n)])[0] is not None else {}, [n])
                 except actcache.errors.CorruptEntryError:
                     continue
+
+
+def test_an_index_with_wrong_numbers_of_entries_is_passed_over(indexed):
+    """Tombstones name entries by number: a wrong one would serve what was deleted, and delete what was not."""
+    with actcache.open(indexed.parent.parent) as store, store.space(recipe()) as space:
+        space.delete([key(3), key(12)])
+    (path,) = (indexed / "index").iterdir()
+    metadata, arrays = tensorfile.mapped(path)
+    for name in ("entry", "segment"):
+        for i in range(20):
+            bad = {n: np.array(array) for n, array in arrays.items()}
+            bad[name][i] ^= 1
+            path.unlink()
+            tensorfile.write(path, bad, metadata)
+            with actcache.open(indexed.parent.parent, "r") as store, store.space(recipe()) as space:
+                check(space, {n: 0 for n in range(20) if n not in (3, 12)}, range(20))
+                assert space._driver._base is None
 
 
 def test_newer_versions(indexed):

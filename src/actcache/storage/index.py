@@ -2,7 +2,8 @@
 
 A table covers some segments. On disk it is a safetensors file that is mapped, not read: ten million entries open in
 milliseconds and cost no memory of their own. It can be rebuilt from the segments at any time, so it is never trusted: a
-wrong row or length is out of bounds or fails the entry's checksum, and a wrong key is a miss.
+wrong row or length is out of bounds or fails the entry's checksum, and a wrong key is a miss. The numbers of entries,
+by which tombstones name them, have a checksum of their own: a wrong one would bring back what was deleted.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class Table:
         """Write the table as an index file of format version 1."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         segments = dumps(list(self.segments))
-        checksum = xxhash.xxh3_64_hexdigest(segments.encode())
+        checksum = _checksum(segments, self.segment, self.entry)
         tensorfile.write(path, arrays, {"actcache_index": VERSION, "segments": segments, "checksum": checksum})
 
     @classmethod
@@ -200,13 +201,13 @@ class Table:
             newer = version.isdigit() and int(version) > int(VERSION)
             raise (FormatVersionError if newer else FormatError)(f"{path} is an index of version {version!r}")
         try:
-            if metadata["checksum"] != xxhash.xxh3_64_hexdigest(metadata["segments"].encode()):
+            if metadata["checksum"] != _checksum(metadata["segments"], arrays["segment"], arrays["entry"]):
                 raise ValueError("what it says of the segments fails its checksum")
             descriptions = json.loads(metadata["segments"])
             segments = tuple(Segment.from_json(folder, value, columns) for value in descriptions)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path} is damaged: {error}") from None
-        count = len(arrays.get("prefix", ()))
+        count = arrays["entry"].size
         for name, (dtype, trailing) in _ARRAYS.items():
             array = arrays.get(name)
             if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
@@ -214,3 +215,11 @@ class Table:
         if count and int(arrays["segment"].max()) >= len(segments):
             raise FormatError(f"{path} is damaged: it counts more segments than it describes")
         return cls(segments, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
+
+
+def _checksum(segments: str, segment: NDArray[np.generic], entry: NDArray[np.generic]) -> str:
+    """Return the XXH3-64 of the description of the segments and of where in them each entry stands."""
+    digest = xxhash.xxh3_64(segments.encode())
+    for array in (segment, entry):
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -28,11 +28,11 @@ def examine(golden, work, first, last):
 
 
 @pytest.mark.timeout(200)
-def test_three_hundred_damages(golden, tmp_path):
-    counts = examine(golden, tmp_path / "work", 0, 300)
+def test_damages(golden, tmp_path):
+    counts = examine(golden, tmp_path / "work", 0, 240)
     # The damages did something, and mostly left the rest alone.
-    assert counts["right"] > 300 * 2 * 12
-    assert counts["absent"] > 200
+    assert counts["right"] > 240 * 2 * 12
+    assert counts["absent"] > 150
     assert counts["corrupt"] > 10
     assert counts["store refused"] > 5
     assert counts["space refused"] > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,52 @@ def test_bad_input_is_one_line_and_an_exit_code(corpus, tmp_path):
     refused(cachectl("fill", tmp_path / "s"), 2)
     refused(cachectl("bogus"), 2)
     assert not (notes / "actcache.json").exists()
+
+
+def test_text_files_of_all_kinds(tmp_path):
+    """A document is its line as it stands: what Python reads from the file is found in the store."""
+    options = ["--layer", 1, "--json"]
+    for name, data, texts in (
+        ("bom.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\r\n", ["one", "two"]),
+        ("spaces.txt", b"  indented \n \n\ttab", ["  indented ", "\ttab"]),
+    ):
+        (tmp_path / name).write_bytes(data)
+        report = json.loads(fill(tmp_path / "store", tmp_path / name, *options).stdout)
+        assert (report["documents"], report["computed"]) == (2, 2)
+        with actcache.open(tmp_path / "store", mode="r") as store, store.space(store.recipes()[0]) as space:
+            assert space.contains([actcache.document_key(text) for text in texts]).all()
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"t": "one"}\n')
+    assert json.loads(fill(tmp_path / "store", tmp_path / "bom.jsonl", "--field", "t", *options).stdout)["present"] == 1
+    (tmp_path / "latin.txt").write_bytes("fine\nna\xefve\n".encode("latin-1"))
+    assert "line 2 is not UTF-8" in refused(fill(tmp_path / "store", tmp_path / "latin.txt", *options), 2)
+
+
+def test_no_standard_input(tmp_path):
+    command = [*COMMAND, "fill", str(tmp_path / "s"), "-", "--model", str(get_model_path()), "--layer", "1"]
+    closed = ["bash", "-c", 'exec "$@" <&-', "bash", *command]
+    assert "cannot read" in refused(subprocess.run(closed, capture_output=True, text=True, env=ENVIRONMENT), 2)
+
+
+def test_models_that_cannot_be_used(corpus, tmp_path):
+    model = shutil.copytree(get_model_path(), tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"truncated")
+    arguments = ["fill", tmp_path / "s", corpus, "--model", model, "--layer", 1]
+    assert "cannot be loaded" in refused(cachectl(*arguments), 5)
+    assert "cannot be moved" in refused(fill(tmp_path / "s", corpus, "--device", "potato"), 5)
+    assert "--too-long windows" in refused(fill(tmp_path / "s", corpus, "--stride", 5), 2)
+
+
+def test_a_reader_that_goes_away_is_no_failure(filled):
+    store, _ = filled
+    for options in ((), ("--json",)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            command = [*COMMAND, "inspect", str(store), *options]
+            result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        finally:
+            os.close(writing)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_help_has_an_example():

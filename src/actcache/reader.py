@@ -38,14 +38,16 @@ class Source(Protocol):
 class Reader:
     """Iterates over the entries of keys in batches; each iteration is one epoch, and the next has the next order.
 
-    One thread at a time; several readers of one space are fine. Absent entries are found when the reader is made.
+    One thread at a time; several readers of one space are fine. Absent entries are found when the reader is made; one
+    that is deleted after that is a ``MissingEntryError`` when its turn comes.
 
     Args:
         space: where the entries are.
         keys: of the documents, in the given order; a key may stand more than once.
         batch_size: documents of a batch.
         shuffle: whether each epoch has a random order, decided by ``seed`` and the number of the epoch.
-        labels: one label a key (numbers, or arrays of one shape), or None.
+        labels: one label a key (numbers, or arrays of one shape), or None. Whole numbers and truth values are delivered
+            as int64, which losses want.
         documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
         device: a torch device for the batches; None for NumPy arrays.
         on_missing: ``"raise"`` or ``"skip"`` documents that are absent.
@@ -82,6 +84,11 @@ class Reader:
                 raise ShapeError(
                     f"{len(wanted)} documents and labels or documents of shape {list(values.shape)} ({name})"
                 )
+        if wanted_labels is not None:
+            if wanted_labels.dtype.kind not in "biuf":
+                raise ShapeError(f"labels are numbers, not {wanted_labels.dtype}: give each class a number")
+            if wanted_labels.dtype.kind != "f":
+                wanted_labels = wanted_labels.astype(np.int64)
         found = space.lengths(wanted) > 0
         if on_missing == "raise" and not found.all():
             missing = key_list(wanted[~found])
@@ -136,7 +143,15 @@ class Reader:
         values = np.empty((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
         has_ids = bool(self._space.has(TOKEN_IDS, keys).all())
         ids = np.empty(shape, np.int32) if has_ids else None
-        self._space.read_into(keys, values, token_ids=ids)
+        # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
+        lengths = self._space.read_into(keys, values, token_ids=ids).lengths
+        if not lengths.all():
+            missing = key_list(keys[lengths == 0])
+            raise MissingEntryError(
+                f"{len(missing)} documents of this batch were deleted since the reader was made, the first at position "
+                f"{self._documents[which][int(np.argmin(lengths))]}: fill them again and make a new reader",
+                missing,
+            )
         mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
         arrays = {
             "attention_mask": mask,

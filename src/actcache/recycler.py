@@ -23,10 +23,10 @@ from actcache.errors import (
 )
 from actcache.key import Document
 from actcache.models import canary, replay, weights
-from actcache.models.entries import check_found, document_keys, find_entries, listed
+from actcache.models.entries import check_found, check_texts, document_keys, find_entries, listed
 from actcache.models.family import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
-from actcache.models.matching import check_same_lower_half
+from actcache.models.matching import check_same_lower_half, check_same_numbers
 from actcache.models.provenance import revision_of, setup_of
 from actcache.models.record import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
@@ -37,9 +37,6 @@ from actcache.store import Store, open_store
 from actcache.windows import Windows
 
 logger = logging.getLogger(__name__)
-
-_CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
-_GROUP = 8  # batches whose rows are held before they are put
 
 
 class Recycler:
@@ -114,7 +111,7 @@ class Recycler:
         )
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
-        self._canaries_agree = False
+        self._canaries: bytes | None = None  # those of the space, where they agree
         try:
             self.space = self._store.space(self.recipe)
             self._filler = Filler(self.space, self._lower, self._encoder, stored_extras)
@@ -151,14 +148,17 @@ class Recycler:
         try:
             model = AutoModel.from_pretrained(name, revision=revision).eval()
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{name} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from error
+        except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
+            raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
         base = base_model_of(model)
         family = family_of(base)
         family.check_layer(base, layer)
         # The digest stays known within the process, so that the constructor does not compute it again.
         weights.pretrained_digest(base, family, layer, weights.weight_files(name, revision))
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+            raise ModelError(f"{name} cannot be moved to the device {device}: {_first_line(error)}") from error
         return cls(model, tokenizer, layer=layer, store=store, dtype=dtype, **options)
 
     # --- recording ---------------------------------------------------------------------------------------------------
@@ -179,15 +179,15 @@ class Recycler:
             NonFiniteError, CodecOverflowError: a document's rows do not fit the stored dtype; it names its position.
             LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
             ModelError: the model is in train mode.
+            CanaryError: the lower half computes other numbers than those of the space (a hook, an adapter, ...).
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
-        if isinstance(texts, str | bytes):
-            raise UsageError("fill takes a list or an iterable of documents, not one text")
+        check_texts(texts)
         if not self._store.writable:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to fill it")
         check_same_lower_half(self._lower.base_model, self.recipe)
         self._check_canaries(create=True)
-        return self._filler.fill(texts, token_budget, progress)
+        return self._filler.fill(texts, token_budget, progress, self._compute_canaries)
 
     # --- replay ------------------------------------------------------------------------------------------------------
 
@@ -195,9 +195,12 @@ class Recycler:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
 
         Raises:
-            LowerHalfMismatchError: the task model's lower half is not the one that was recorded.
+            LowerHalfMismatchError: the task model's lower half is not the one that was recorded, or, with the same
+                weights and configuration, computes other numbers.
         """
         family = check_same_lower_half(task_model, self.recipe)
+        if self._canaries is not None:
+            check_same_numbers(task_model, self.recipe, self._encoder, self._canaries)
         return replay.reduce(task_model, self.recipe.layer, family)
 
     def reader(
@@ -275,9 +278,12 @@ class Recycler:
         return f"<Recycler of {self.recipe.model} layer {self.recipe.layer}, space {self.recipe.fingerprint}>"
 
     def _check_canaries(self, *, create: bool = False) -> None:
-        self._canaries_agree = self._canaries_agree or canary.settle(
-            self.space, self._encoder, self._lower, self._setup, create=create
-        )
+        if self._canaries is None:
+            self._canaries = canary.settle(self.space, self._encoder, self._lower, self._setup, create=create)
+
+    def _compute_canaries(self) -> None:
+        if self._canaries is not None:
+            canary.check(self._canaries, self._encoder, self._lower, self._setup, always=True)
 
     def _log_nearest(self) -> None:
         try:
@@ -294,6 +300,10 @@ class Recycler:
                 other.model,
                 differ,
             )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:

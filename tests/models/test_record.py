@@ -74,6 +74,16 @@ def test_ambient_modes_do_not_change_the_numbers(make_model: Make) -> None:
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_a_default_device_does_not_matter(make_model: Make) -> None:
+    model = make_model(AutoModel)
+    lower = LowerHalf(model, family_of(model), 2)
+    want = lower.run(documents())
+    with torch.device("meta"):
+        got = lower.run(documents())
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_compute_dtypes(make_model: Make) -> None:
     model = make_model(AutoModel)
     exact = np.concatenate(LowerHalf(model, family_of(model), 2).run(documents()))

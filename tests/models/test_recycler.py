@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from actcache.errors import (
     SpaceNotFoundError,
     UsageError,
 )
-from actcache.models import canary, filling
+from actcache.models import base_model_of, canary, filling
 from actcache.models.record import LowerHalf
 from actcache.recycler import Recycler
 from actcache.store import Store
@@ -222,7 +224,7 @@ def test_filling_twice_computes_nothing(
         assert (again.documents, again.present, again.computed, again.tokens) == (60, 60, 0, 0)
         assert not counts
         assert recycler.fill([*TEXTS, "new"], progress=False).computed == 1
-        assert counts == [1]
+        assert counts == [len(canary.TEXTS), 1]  # the canaries, before anything is added
         assert recycler.fill([], progress=False).documents == 0
 
 
@@ -317,9 +319,11 @@ def test_documents_that_cannot_be_stored(store: Store, model: PreTrainedModel, t
         for method in (recycler.fill, recycler.reader, recycler.keys):
             with pytest.raises(UsageError, match="not one text"):
                 method("a text")
+            with pytest.raises(UsageError, match="not a dict"):
+                method({"text": ["a", "b"]})
 
 
-def test_arguments_that_cannot_be(store: Store, model: PreTrainedModel, tokenizer: Any) -> None:
+def test_arguments_that_cannot_be(store: Store, model: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
     def recycler(**options: Any) -> None:
         Recycler(model, tokenizer, **{"layer": 2, "store": store, **options}).close()
 
@@ -336,6 +340,13 @@ def test_arguments_that_cannot_be(store: Store, model: PreTrainedModel, tokenize
         recycler(extras=("lemmas",))
     with pytest.raises(ModelError, match="cannot be loaded"):
         Recycler.from_pretrained("/no/such/model", layer=1, store=store)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="cannot be moved to the device potato"):
+        Recycler.from_pretrained(tmp_path / "model", layer=1, store=store, device="potato")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"truncated")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Recycler.from_pretrained(tmp_path / "model", layer=1, store=store)
 
 
 def test_a_read_only_store(tmp_path: Path, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -361,6 +372,23 @@ def test_progress_without_a_terminal(
         assert "tokens/s" in err
         recycler.fill(TEXTS, progress=False)
         assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("gone", ["pipe", "/dev/full"])
+def test_progress_that_nobody_reads(
+    gone: str, store: Store, model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gone == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(gone, os.O_WRONLY)
+    raw = io.FileIO(writing, "w")
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(raw, write_through=True))
+    monkeypatch.setattr("actcache.models.progress._LINE_SECONDS", 0.0)
+    with raw, Recycler(model, tokenizer, layer=2, store=store) as recycler:
+        assert recycler.fill(TEXTS).computed == 60
+        assert len(recycler.space) == 60
 
 
 # --- canaries --------------------------------------------------------------------------------------------------------
@@ -419,6 +447,31 @@ def test_canaries_that_appear_later_are_checked_too(
                 method(TEXTS)
 
 
+def hooked(model: PreTrainedModel) -> PreTrainedModel:
+    base_model_of(model).encoder.layer[0].register_forward_hook(lambda module, inputs, output: output * 1.1)
+    return model
+
+
+def retuned(model: PreTrainedModel) -> PreTrainedModel:
+    base_model_of(model).encoder.layer[0].output.LayerNorm.eps = 0.1  # the configuration does not know
+    return model
+
+
+@pytest.mark.parametrize("change", [hooked, retuned])
+def test_changes_that_no_recipe_sees(change: Any, store: Store, make_model: Make, tokenizer: Any) -> None:
+    with Recycler(make_model(AutoModel), tokenizer, layer=2, store=store) as recycler:
+        recycler.fill(TEXTS[:5], progress=False)
+        task = change(make_model(AutoModelForSequenceClassification)).train()
+        with pytest.raises(LowerHalfMismatchError, match=r"BertForSequenceClassification .*is it a hook"):
+            recycler.reduce(task)
+        assert all(module.training for module in task.modules())
+        recycler.reduce(make_model(AutoModelForSequenceClassification).train())
+    with Recycler(change(make_model(AutoModel)), tokenizer, layer=2, store=store) as recycler:
+        with pytest.raises(CanaryError, match="is it a hook"):
+            recycler.fill(TEXTS[:6], progress=False)
+        assert len(recycler.space) == 5
+
+
 # --- reading and windows ---------------------------------------------------------------------------------------------
 
 
@@ -433,6 +486,31 @@ def test_missing_documents(store: Store, model: PreTrainedModel, tokenizer: Any)
         assert batch.documents.tolist() == [0, 1]
         with pytest.raises(ShapeError, match="labels"):
             recycler.reader(TEXTS[:3], labels=[1])
+
+
+def test_labels_are_what_losses_take(store: Store, model: PreTrainedModel, tokenizer: Any) -> None:
+    with Recycler(model, tokenizer, layer=2, store=store) as recycler:
+        recycler.fill(TEXTS[:3], progress=False)
+        for labels in ([1, 0, 1], np.array([1, 0, 1], np.int32), [True, False, True], torch.tensor([1, 0, 1]).byte()):
+            (batch,) = recycler.reader(TEXTS[:3], labels=labels)
+            assert batch.labels.tolist() == [1, 0, 1]
+            assert batch.labels.dtype == torch.int64
+        (batch,) = recycler.reader(TEXTS[:3], labels=np.array([0.5, 1, 2], np.float32))
+        assert batch.labels.dtype == torch.float32
+        for bad in (["a", "b", "c"], [None] * 3):
+            with pytest.raises(ShapeError, match="each class a number"):
+                recycler.reader(TEXTS[:3], labels=bad)
+
+
+def test_entries_that_are_deleted_under_a_reader(store: Store, model: PreTrainedModel, tokenizer: Any) -> None:
+    with Recycler(model, tokenizer, layer=2, store=store) as recycler:
+        recycler.fill(TEXTS[:6], progress=False)
+        batches = iter(recycler.reader(TEXTS[:6], batch_size=3))
+        next(batches)
+        recycler.space.delete(recycler.keys(TEXTS[4:5]))
+        with pytest.raises(MissingEntryError, match=r"1 documents of this batch .*position 4") as caught:
+            next(batches)
+        assert caught.value.keys == recycler.keys(TEXTS[4:5])
 
 
 def test_windows_end_to_end(

@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from actcache.errors import LayerError, ModelError, ShapeError, UnsupportedModelError
-from actcache.models import Family, base_model_of, reduce, register_family
+from actcache.models import Family, base_model_of, reduce, register_family, replay
 from actcache.models.family import _FAMILIES
 
 Make = Callable[..., PreTrainedModel]
@@ -203,7 +204,33 @@ def test_rows_are_not_kept_after_a_forward(make_model: Make) -> None:
     reduced(**batch)
     with pytest.raises(ShapeError):
         reduced(**{**batch, "attention_mask": MASK[:, :3]})
-    assert all(getattr(module, "rows", None) is None for module in reduced.modules())
+    assert replay._handed.rows is None
+    assert replay._handed.to is None
+
+
+def test_threads_that_share_a_model_get_their_own_rows(make_model: Make) -> None:
+    model = make_model(AutoModelForSequenceClassification)
+    batch, reduced = example(model), reduce(model, LAYER)
+    other = {**batch, "activations": batch["activations"].flip(0)}
+    with torch.no_grad():
+        want, other_want = reduced(**batch).logits, reduced(**other).logits
+    assert not torch.allclose(want, other_want)
+
+    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return reduced(**inputs).logits
+
+    between: list[torch.Tensor] = []
+
+    def another_thread_runs_it(*_: Any) -> None:
+        handle.remove()
+        between.append(pool.submit(run, other).result())
+
+    with ThreadPoolExecutor(1) as pool:
+        handle = reduced.bert.embeddings.register_forward_hook(another_thread_runs_it)
+        got = run(batch)
+    assert torch.equal(got, want)
+    assert torch.equal(between[0], other_want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

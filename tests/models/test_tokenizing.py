@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import actcache
-from actcache.errors import DocumentError, DocumentTooLongError, RecipeError
+from actcache.errors import DocumentError, DocumentTooLongError, ModelError, RecipeError
 from actcache.models import DocumentEncoder, tokenizer_digest
 
 LONG = "the quick brown fox jumps over the lazy dog " * 5  # 45 tokens
@@ -51,6 +52,7 @@ def test_settings_change_the_digest(tokenizer: Any, tmp_path: Path) -> None:
         changed(lambda one: one.add_tokens(["actcache"])),
         changed(lambda one: setattr(one, "truncation_side", "left")),
         changed(lambda one: setattr(one, "split_special_tokens", True)),
+        changed(lambda one: setattr(one, "model_input_names", ["input_ids", "attention_mask"])),
     ]
     assert len(set(seen)) == len(seen)
     assert changed(lambda one: setattr(one, "padding_side", "left")) == seen[0]
@@ -151,6 +153,13 @@ def test_documents_without_tokens_or_outside_the_vocabulary(tokenizer: Any) -> N
         small.encode(["hello world"])
     with pytest.raises(DocumentError, match="neither text"):
         bare.encode([[1.5]])  # type: ignore[list-item]
+
+
+def test_a_tokenizer_without_a_vocabulary(tmp_path: Path, minilm_path: str) -> None:
+    shutil.copy(Path(minilm_path) / "config.json", tmp_path)
+    empty = AutoTokenizer.from_pretrained(tmp_path)  # transformers makes one up
+    with pytest.raises(ModelError, match="lacks the tokenizer's files"):
+        DocumentEncoder(empty, 16)
 
 
 def test_a_byte_level_tokenizer(roberta_tokenizer: Any) -> None:

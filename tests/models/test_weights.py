@@ -160,6 +160,37 @@ def test_an_edited_weight_file_is_hashed_again(
     assert pretrained(folder) != first
 
 
+def test_what_a_checkpoint_lacks_is_not_remembered_by_its_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, strong_calls: list[int]
+) -> None:
+    """It is initialized at random at each load: the same files, other weights."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.0.attention.self.query.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    make_old(folder)
+    seen = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        monkeypatch.setattr(weights, "_digests", {})  # as in another process
+        seen.add(pretrained(folder))
+    assert len(seen) == 2
+
+
+def test_a_file_that_was_replaced_without_a_trace_is_hashed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, strong_calls: list[int]
+) -> None:
+    file = folder / "model.safetensors"
+    stat = file.stat()
+    first = pretrained(folder)
+    tensors = load_file(file)
+    tensors["encoder.layer.0.output.dense.weight"][0, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+    monkeypatch.setattr(weights, "_digests", {})
+    assert pretrained(folder) != first
+
+
 def test_a_damaged_or_unwritable_memo_is_ignored(
     folder: Path, strong_calls: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -44,14 +44,18 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what fails here would otherwise fail in the interpreter's last moments
     except ActcacheError as error:
         code = _fail(str(error), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except BrokenPipeError:
-        # whoever read our output has gone; so that the interpreter does not complain about it when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = _unread()
+    except SystemExit as stop:  # rich and typer make one of a broken pipe
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        code = _unread()
     except OSError as error:
         code = _fail(str(error), 3)
     except Exception as error:
@@ -63,6 +67,12 @@ def main() -> None:
     if code == _INTERRUPTED:  # some releases of typer return it, some raise
         _fail("interrupted; what was flushed is safe, run it again to go on", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unread() -> int:
+    """Whoever read our output has gone (``| head``), which is no failure."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter does not complain when it ends
+    return 0
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, BinaryIO
 
 import typer
 from rich.console import Console
 
-from actcache.errors import DocumentError, MissingExtraError
+from actcache.errors import DocumentError, MissingExtraError, UsageError
 from actcache.windows import Windows
 
 _STANDARD_INPUT = Path("-")
@@ -57,6 +56,8 @@ def fill(
         ) from None
     _quieten_transformers()
     limit: str | Windows = too_long.value
+    if stride and too_long is not TooLong.windows:
+        raise UsageError("--stride is for --too-long windows")
     if too_long is TooLong.windows:
         if max_length is None:
             raise DocumentError("--too-long windows needs --max-length, the tokens of a window")
@@ -82,15 +83,24 @@ def fill(
     )
 
 
-def documents(file: TextIO, field: str | None) -> Iterator[str]:
+def documents(file: BinaryIO, field: str | None) -> Iterator[str]:
     """Yield the documents of a file, one a line; blank lines and, in JSON lines, empty texts are none.
 
+    A text is its line as it stands, spaces included, without the line's end and the file's byte order mark.
+
     Raises:
-        DocumentError: a line is not JSON, or has no text under ``field``.
+        DocumentError: a line is not UTF-8, not JSON, or has no text under ``field``.
     """
     for number, line in enumerate(file, 1):
-        text = line.strip()
-        if text and field is not None:
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DocumentError(
+                f"line {number} is not UTF-8 ({error.reason}, byte {error.start} of it): convert the file with iconv"
+            ) from None
+        if not text.strip():
+            continue
+        if field is not None:
             try:
                 value = json.loads(text)
                 text = value[field]
@@ -102,11 +112,9 @@ def documents(file: TextIO, field: str | None) -> Iterator[str]:
             yield text
 
 
-def _opened(source: Path) -> TextIO:
-    if source == _STANDARD_INPUT:
-        return open(os.dup(sys.stdin.fileno()), encoding="utf-8")
+def _opened(source: Path) -> BinaryIO:
     try:
-        return open(source, encoding="utf-8")
+        return open(os.dup(0) if source == _STANDARD_INPUT else source, "rb")
     except OSError as error:
         raise DocumentError(f"cannot read {source}: {error.strerror}") from None
 

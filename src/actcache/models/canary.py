@@ -1,7 +1,9 @@
 """Canaries: fixed texts whose rows are kept with a space, to tell whether another set-up computes the same numbers.
 
 Provenance (library versions, device, attention implementation) is not part of a space's identity, so that an upgrade
-costs nobody their cache. Where it differs, the canaries are computed again and compared.
+costs nobody their cache. Where it differs, the canaries are computed again and compared. So they are before a model
+adds to a space or replays it: neither identity nor provenance sees hooks, an adapter's scale, or attributes that were
+changed after loading.
 """
 
 from __future__ import annotations
@@ -61,8 +63,13 @@ def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, st
     return out.getvalue()
 
 
-def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str]) -> float | None:
+def check(
+    blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str], *, always: bool = False
+) -> float | None:
     """Compare stored canaries with what this model computes now.
+
+    Args:
+        always: whether to compute them where the stored provenance equals the given one, too.
 
     Returns:
         The relative error; None where the stored provenance equals the given one, so that nothing was computed.
@@ -71,6 +78,7 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
         CanaryError: the error is above the tolerance of the compute dtype, or the texts make other tokens. It names the
             provenance fields that differ.
         FormatError: the blob is no such thing.
+        ModelError: the lower half is in train mode.
     """
     stored_ids, stored_lengths, stored_rows, theirs = _read(blob, lower.hidden_size)
     changed = {
@@ -78,10 +86,12 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
         for name in sorted(theirs.keys() | provenance.keys())
         if theirs.get(name) != provenance.get(name)
     }
-    if not changed:
+    if not (changed or always):
         return None
     ids, lengths, rows = _compute(encoder, lower)
-    where = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changed.items())
+    where = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changed.items()) or (
+        "nothing that is recorded: is it a hook, an adapter, an attribute of a module that was changed after loading?"
+    )
     if not (np.array_equal(stored_ids, ids) and np.array_equal(stored_lengths, lengths)):
         raise CanaryError(f"the space's canary texts make other tokens here, though its recipe is the same ({where})")
     norm = float(np.linalg.norm(stored_rows))
@@ -90,7 +100,7 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
     if not error <= tolerance:  # NaN is no agreement
         raise CanaryError(
             f"the space's canary documents come out differently here: relative error {error:.2g}, more than the "
-            f"{tolerance:g} that other kernels explain in {lower.compute_dtype}. What differs: {where}. Fill "
+            f"{tolerance:g} that other kernels explain in {lower.compute_dtype}. What differs: {where}. Use "
             "another store, or go back to that set-up"
         )
     return error
@@ -98,26 +108,27 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
 
 def settle(
     space: Blobs, encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str], *, create: bool
-) -> bool:
+) -> bytes | None:
     """Check a space's canaries, or make them where there are none and ``create`` is set.
 
     Returns:
-        Whether the space has canaries, which then agree.
+        The canaries, which agree; None where the space has none.
 
     Raises:
         CanaryError, FormatError: as ``check``.
     """
     blob = space.blob(BLOB_NAME)
     if blob is None and create:
-        if space.put_blob(BLOB_NAME, make(encoder, lower, provenance)):
-            return True
+        made = make(encoder, lower, provenance)
+        if space.put_blob(BLOB_NAME, made):
+            return made
         blob = space.blob(BLOB_NAME)  # another process was first
     if blob is None:
-        return False
+        return None
     error = check(blob, encoder, lower, provenance)
     if error is not None:
         logger.info("%r was recorded in another set-up; its canaries agree (relative error %.2g)", space, error)
-    return True
+    return blob
 
 
 def _compute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,14 +20,25 @@ class Container(Protocol):
     def contains(self, keys: Keys) -> NDArray[np.bool_]: ...
 
 
+def check_texts(texts: object) -> None:
+    """Refuse what can be iterated over but is not documents.
+
+    Raises:
+        UsageError: it is one text, whose characters would be taken for documents, or a mapping, whose keys would be.
+    """
+    if isinstance(texts, str | bytes):
+        raise UsageError("give a list or an iterable of documents, not one text")
+    if isinstance(texts, Mapping):
+        raise UsageError(f"give a list or an iterable of documents, not a {type(texts).__name__}: one of its values?")
+
+
 def listed(texts: Iterable[Document]) -> list[Document]:
     """Return documents as a list.
 
     Raises:
-        UsageError: it is one text, whose characters would be taken for documents.
+        UsageError: see ``check_texts``.
     """
-    if isinstance(texts, str | bytes):
-        raise UsageError("give a list or an iterable of documents, not one text")
+    check_texts(texts)
     return list(texts)
 
 

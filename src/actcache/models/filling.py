@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,14 @@ class Filler:
     def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, extras: Sequence[str]) -> None:
         self._space, self._lower, self._encoder, self._extras = space, lower, encoder, tuple(extras)
 
-    def fill(self, texts: Iterable[Document], token_budget: int, progress: bool) -> FillReport:
-        """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
+    def fill(
+        self, texts: Iterable[Document], token_budget: int, progress: bool, before_first: Callable[[], object]
+    ) -> FillReport:
+        """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``.
+
+        Args:
+            before_first: called before anything is computed, and not where nothing is.
+        """
         start = time.monotonic()
         documents = computed = tokens = 0
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
@@ -63,6 +69,8 @@ class Filler:
                 for chunk in _chunks(texts):
                     work = self._missing(chunk, documents)
                     bar.advance(len(chunk) - len(work))
+                    if work and not computed:
+                        before_first()
                     for group in _groups(work, _GROUP * token_budget):
                         done = self._record(group, token_budget)
                         bar.advance(len(group), len(group), done)

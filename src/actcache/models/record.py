@@ -79,12 +79,12 @@ class LowerHalf:
         self._check_eval()
         if not token_ids:
             return []
-        lengths = torch.tensor([len(ids) for ids in token_ids])
+        lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
         # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
         # in a lone document too) are what they are without it.
         inputs = {
             "input_ids": _pad(token_ids, int(self.base_model.config.pad_token_id or 0)),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "attention_mask": (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long(),
         }
         if type_ids is not None and any(ids.any() for ids in type_ids):
             inputs["token_type_ids"] = _pad(type_ids, 0)

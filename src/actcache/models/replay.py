@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import logging
+import threading
 from typing import Any
 
 import torch
@@ -100,28 +101,41 @@ class _Embeddings(nn.Module):
         return self
 
 
+class _Handed(threading.local):
+    """The rows of the forward that is running in this thread, and the pass-through that takes them.
+
+    Not the module's state, which threads that use one model at once would share: one would get the other's rows.
+    """
+
+    def __init__(self) -> None:  # in each thread
+        self.rows: torch.Tensor | None = None
+        self.to: nn.Module | None = None
+
+
+_handed = _Handed()
+
+
 class _PassThrough(nn.Module):
     """Stands where a layer of the lower half stood: returns its input, or the rows that were put in."""
 
     def __init__(self, tuple_arity: int | None) -> None:
         super().__init__()
         self.tuple_arity = tuple_arity
-        # Module state and not a closure, so that copies and replicas of the model each have their own.
-        self.rows: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if self.rows is not None:
-            if self.rows.shape != hidden.shape:
+        rows = _handed.rows
+        if rows is not None and _handed.to is self:
+            if rows.shape != hidden.shape:
                 raise ShapeError(
-                    f"activations {list(self.rows.shape)} do not fit the model, which expects {list(hidden.shape)}"
+                    f"activations {list(rows.shape)} do not fit the model, which expects {list(hidden.shape)}"
                 )
-            hidden = self.rows.to(hidden.dtype)
+            hidden = rows.to(hidden.dtype)
         return hidden if self.tuple_arity is None else (hidden, *[None] * (self.tuple_arity - 1))
 
 
 class _Reduced:
-    """What a reduced model adds to its task class. Not thread-safe, like any module that is in use."""
+    """What a reduced model adds to its task class. As thread-safe as the task class's own forward."""
 
     main_input_name = "token_ids"
 
@@ -132,11 +146,12 @@ class _Reduced:
         _check_options(self, layers, kwargs)
         last = layers[self.actcache_layer - 1]  # type: ignore[attr-defined]
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
-        last.rows = activations.flatten(0, -3)
+        before = _handed.rows, _handed.to
+        _handed.rows, _handed.to = activations.flatten(0, -3), last
         try:
             return forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
         finally:
-            last.rows = None
+            _handed.rows, _handed.to = before
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class has no importable name

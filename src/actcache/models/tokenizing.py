@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from actcache.errors import DocumentError, DocumentTooLongError, RecipeError
+from actcache.errors import DocumentError, DocumentTooLongError, ModelError, RecipeError
 from actcache.key import Document
 from actcache.recipe import canonical_json
 from actcache.windows import Windows
@@ -46,6 +46,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         "state": state,
         "truncation_side": tokenizer.truncation_side,
         "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+        "type_ids": "token_type_ids" in tokenizer.model_input_names,  # whether a pair's second text has others
     }
     return hashlib.blake2b(canonical_json(what).encode(), digest_size=32, person=b"actcache/tokens").hexdigest()
 
@@ -76,6 +77,7 @@ class DocumentEncoder:
         extras: ``spans`` and ``word_ids`` where they are wanted; only fast tokenizers know them.
 
     Raises:
+        ModelError: the tokenizer knows no tokens but special ones.
         RecipeError: the lengths leave no room for a token, or the tokenizer cannot do what is asked.
     """
 
@@ -96,6 +98,12 @@ class DocumentEncoder:
         elif too_long not in ("refuse", "truncate"):
             raise RecipeError(
                 f"too_long {too_long!r} is not 'refuse', 'truncate' or actcache.windows(max_length, stride)"
+            )
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            # what transformers makes of a folder without a tokenizer's files; every word would be the unknown one
+            raise ModelError(
+                f"the {type(tokenizer).__name__} knows {len(tokenizer)} special tokens and no others: the model's "
+                "folder lacks the tokenizer's files; save the tokenizer there, or load it from where it is"
             )
         self.tokenizer = copy.deepcopy(tokenizer)  # calls change a fast tokenizer's truncation and padding
         self.tokenizer.model_max_length = int(1e30)  # or it warns of documents that this class is about to handle

@@ -2,7 +2,9 @@
 
 Every byte is looked at each time, because nothing cheaper is certain: optimizers, ``param.data`` and NumPy views change
 weights in ways that version counters do not show. What is remembered is the cryptographic digest, by a checksum that
-runs ten times as fast (xxh3) or, across processes, by the weight files' path, size and time.
+runs ten times as fast (xxh3) and, across processes, by that checksum and the weight files' path, size and time. The
+files alone do not say what was loaded: what a checkpoint lacks is initialized at random, and a file can be replaced
+meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import xxhash
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ from actcache.models.family import Family
 from actcache.recipe import canonical_json
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
-_MEMO_VERSION = 1
+_MEMO_VERSION = 2
 _MEMO_ENTRIES = 1000
 _RACY_SECONDS = 2.0
 
@@ -59,14 +60,14 @@ def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, f
     Files that changed in size or time are hashed again, and files that were written less than two seconds ago are not
     remembered, for another write could leave their time as it is. A memo that cannot be read or written is ignored.
     """
-    name = _memo_name(base_model, layer, files)
+    quick = _checksum(base_model, family, layer, _quick)
+    name = _memo_name(quick, layer, files)
     if name is None:
         return lower_digest(base_model, family, layer)
     memo = _read_memo()
     known = memo.get(name)
     if isinstance(known, str) and len(known) == 64:
-        # Later checks that these are still the weights need only the quick checksum.
-        return _digests.setdefault(_checksum(base_model, family, layer, _quick), known)
+        return _digests.setdefault(quick, known)
     digest = lower_digest(base_model, family, layer)
     _write_memo(memo | {name: digest})
     return digest
@@ -136,7 +137,7 @@ def _memo_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actcache" / "weights.json"
 
 
-def _memo_name(base_model: PreTrainedModel, layer: int, files: list[Path]) -> str | None:
+def _memo_name(quick: str, layer: int, files: list[Path]) -> str | None:
     if not files:
         return None
     try:
@@ -145,9 +146,8 @@ def _memo_name(base_model: PreTrainedModel, layer: int, files: list[Path]) -> st
         return None
     if any(time.time() - stat.st_mtime < _RACY_SECONDS for _, stat in stats):
         return None
-    library = transformers.__version__.partition(".")[0]
     named = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-    what = [_MEMO_VERSION, named, layer, str(base_model.dtype), type(base_model).__name__, library]
+    what = [_MEMO_VERSION, named, layer, quick]
     return hashlib.blake2b(canonical_json(what).encode(), digest_size=16).hexdigest()
 
 

@@ -138,6 +138,19 @@ def test_the_recipe_says_where_it_came_from(store: Store, model: PreTrainedModel
     )
 
 
+def test_a_precision_that_was_set_the_newer_way(store: Store, model: PreTrainedModel, tokenizer: Any) -> None:
+    matmul = torch.backends.mkldnn.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("an older torch")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        with Recycler(model, tokenizer, layer=2, store=store) as recycler:
+            assert recycler.space.recipe.provenance["matmul_precision"] == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_an_empty_space_says_what_is_near(
     store: Store, model: PreTrainedModel, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,7 +26,7 @@ def setup_of(lower: LowerHalf) -> dict[str, str]:
         "device": f"{device.type} {hardware}".strip(),
         "attention": str(getattr(lower.base_model.config, "_attn_implementation", "")),
         "weights_dtype": lower.parameter_dtype,
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": _matmul_precision(device.type),
     }
 
 
@@ -34,6 +34,14 @@ def revision_of(base_model: PreTrainedModel) -> dict[str, str]:
     """Return the model's commit on the hub, where it is known."""
     revision = getattr(base_model.config, "_commit_hash", None)
     return {"revision": str(revision)} if revision else {}
+
+
+def _matmul_precision(device_type: str) -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the newer way, for each kind of device, which this one cannot express
+        backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+        return str(backend.matmul.fp32_precision)
 
 
 def _version(library: str) -> str:

@@ -407,6 +407,18 @@ with actcache.open(sys.argv[1]) as store, store.space(recipe()) as space:
     reader.close()
 
 
+def test_an_index_is_due_after_so_many_segments(tmp_path):
+    """Also for a writer that never closes: without an index each of its segments has to be opened."""
+    with actcache.open(tmp_path / "s") as store, store.space(recipe()) as space:
+        for number in range(70):
+            put(space, [number])
+            space.flush()
+        with actcache.open(tmp_path / "s", "r") as other, other.space(recipe()) as reader:
+            check(reader, dict.fromkeys(range(70), 0), range(72))
+            assert len(reader._driver._base.segments) > 60
+            assert len(reader._driver._recent.segments) < 10
+
+
 def test_many_dead_copies_of_one_key(tmp_path):
     with actcache.open(tmp_path / "s") as store, store.space(recipe()) as space:
         for version in range(40):

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 SEGMENT_VERSION = 1
 
-#: A new index is written when the segments that it does not cover hold this many entries and a quarter of the covered.
+#: A new index is written when what it does not cover is so many entries, or segments, and a quarter of what it covers.
 _UNCOVERED = 1 << 16
+_UNCOVERED_SEGMENTS = 64  # a segment takes a millisecond to open without an index
 
 
 #: Failures that are one segment's own; after others (too many open files, no memory, no network) none can be read.
@@ -212,8 +213,11 @@ class SegmentedSpace(SpaceDriver):
         try:
             with self._lock:
                 self.snapshot()
-                covered = len(self._base) if self._base is not None else 0
-                if len(self._recent) > max(_UNCOVERED, covered // 4) or (closing and len(self._recent.segments) > 1):
+                covered, segments = (len(self._base), len(self._base.segments)) if self._base is not None else (0, 0)
+                uncovered = len(self._recent.segments)
+                due = len(self._recent) > max(_UNCOVERED, covered // 4)
+                due |= uncovered > max(_UNCOVERED_SEGMENTS, segments // 4)
+                if due or (closing and uncovered > 1):
                     self._write_index()
         except (StoreError, FormatError) as error:
             logger.warning("could not write the index of %s: %s", self._folder, error)

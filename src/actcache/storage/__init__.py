@@ -1,5 +1,5 @@
 """How segments lie on local disks: files, arenas, the index, snapshots.
 
-``files`` publishes, ``segment`` describes one segment, ``index`` finds keys, ``rows`` reads them, ``snapshot`` joins
-the three, ``driver`` is the store that the core builds around any ``SegmentFormat``.
+``files`` publishes, ``segment`` describes one segment, ``index`` finds keys, ``rows`` reads them from ``arena``, and
+``snapshot`` joins the three. ``space`` and ``store`` are the drivers that the core builds around any ``SegmentFormat``.
 """

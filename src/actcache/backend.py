@@ -8,7 +8,7 @@ is one of two things:
 - a ``Backend``: brings a whole store of its own (``StoreDriver``, ``SpaceDriver``, ``Snapshot``). The in-memory oracle
   ``actcache.testing.memory`` is one.
 
-``actcache.testing.conformance`` is the suite that either has to pass.
+``actcache.testing.conformance`` is the suite that each has to pass.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ __all__ = [
     "Block",
     "Extent",
     "FormatError",
+    "Layout",
     "Located",
+    "SegmentFiles",
     "SegmentFormat",
     "Snapshot",
     "SpaceDriver",
+    "SpaceEngine",
     "StoreDriver",
     "Usage",
 ]
@@ -64,11 +67,54 @@ class Extent:
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a segment says about itself."""
+
+    extents: Mapping[str, Extent]  # by the names of ``Block.arrays``
+    metadata: Mapping[str, str]  # what ``SegmentFormat.write`` was given
+
+
+class SegmentFiles(ABC):
+    """The files of one segment, for reading, wherever it lies. Thread-safe.
+
+    Attributes:
+        where: how an error names the segment.
+        path: its path, None on an object store.
+    """
+
+    where: str
+    path: Path | None
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of its files relative to the segment, sorted; ``[""]`` where it is one file.
+
+        Raises:
+            FormatError: it holds links or pipes, or more files than a segment has.
+            FileNotFoundError: the segment is gone.
+        """
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return the bytes of a file.
+
+        Raises:
+            FormatError: the segment has no such file, or it is a link or pipe.
+            FileNotFoundError: the segment is gone.
+        """
+
+    @abstractmethod
+    def read(self, name: str, offset: int, nbytes: int) -> bytes:
+        """Return ``nbytes`` bytes of a file, fewer where it ends before. Raises as ``size`` does."""
+
+
 class SegmentFormat(ABC):
     """Writes and describes one kind of segment. Stateless and thread-safe."""
 
     name: str  # the backend's name, recorded in the store
     suffix: str  # of segment names, with the dot
+    commit: str = ""  # where a segment is several files: the one that an object store is given last
 
     @abstractmethod
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
@@ -82,15 +128,15 @@ class SegmentFormat(ABC):
         """
 
     @abstractmethod
-    def layout(self, path: Path) -> dict[str, Extent]:
-        """Return where each array of the segment at ``path`` lies, by the names of ``Block.arrays``.
+    def layout(self, files: SegmentFiles) -> Layout:
+        """Return where each array of a segment lies, and its metadata.
 
         Trusts nothing it reads: no memory is allocated by a size that the file declares. The core checks the extents
         against the size of the file.
 
         Raises:
-            FormatError: ``path`` is no segment of this format, or is damaged.
-            FileNotFoundError: there is nothing at ``path``.
+            FormatError: this is no segment of this format, or it is damaged.
+            FileNotFoundError: the segment is gone.
         """
 
 
@@ -233,6 +279,36 @@ class StoreDriver(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release everything. Does nothing the second time."""
+
+
+class SpaceEngine(ABC):
+    """A plug-in that keeps each space in a local folder in its own way; marker and blobs are the core's. Thread-safe."""
+
+    name: str  # the backend's name, recorded in the store
+    options: frozenset[str] = frozenset()  # names of the keyword options that ``actcache.open`` takes for it
+
+    def check_folder(self, root: Path) -> None:
+        """Refuse a root where this engine cannot work (a network file system, say). Called when a store is opened.
+
+        Raises:
+            StoreError: saying what to use instead.
+        """
+
+    @abstractmethod
+    def open(
+        self,
+        folder: Path,
+        columns: Mapping[str, tuple[str, tuple[int, ...]]],
+        *,
+        writable: bool,
+        options: Mapping[str, Any],
+    ) -> SpaceDriver:
+        """Open the space that is kept in ``folder``; an empty one where the folder has nothing of this engine's.
+
+        Args:
+            folder: of the space; it may hold files of the core too (``recipe.json``) and may not exist yet.
+            columns: the dtype and trailing shape that each ragged array has in this space.
+        """
 
 
 class Backend(ABC):

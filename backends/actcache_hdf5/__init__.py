@@ -11,19 +11,20 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 from h5py import h5d, h5p, h5s, h5t
-from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Block, Extent, FormatError, SegmentFormat
+from actcache.backend import VALUES, Block, Column, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
 
 _ALIGN = 4096
 # locking=False: files are written before they have a name and never again, and network file systems lock badly.
 _LAYOUT = {"libver": "v110", "locking": False, "alignment_threshold": 1, "alignment_interval": _ALIGN}
+_MOST_ATTRIBUTES = 16
+_MOST_TEXT = 1 << 12  # bytes of an attribute
 _SHOWN = 200  # characters of an h5py message in ours
 
 
@@ -44,12 +45,18 @@ class HDF5Format(SegmentFormat):
                 for name, text in metadata.items():
                     file.attrs[name] = text
             output.seek(offsets[VALUES])
-            output.write(np.ascontiguousarray(arrays[VALUES]).reshape(-1).view(np.uint8).data)
+            for piece in pieces(arrays[VALUES]):
+                output.write(piece)
 
-    def layout(self, path: Path) -> dict[str, Extent]:
+    def layout(self, files: SegmentFiles) -> Layout:
+        path = files.path
+        if path is None:
+            raise FormatError(f"{files.where}: HDF5 is read from a file system; on an object store use s3: or zarr:")
+        files.size("")  # neither a folder nor a pipe
         try:
             with h5py.File(path, "r", locking=False) as file:
-                return {name: _extent(path, file, name) for name in file}
+                metadata = {name: _text(path, file, name) for name in islice(file.attrs, _MOST_ATTRIBUTES)}
+                return Layout({name: _extent(path, file, name) for name in file}, metadata)
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -58,7 +65,14 @@ class HDF5Format(SegmentFormat):
             raise FormatError(f"{path} is truncated or no HDF5 file: {str(error)[:_SHOWN]}") from None
 
 
-def _allocate(file: h5py.File, name: str, array: NDArray[np.generic]) -> int:
+def _text(path: Path, file: h5py.File, name: str) -> str:
+    attribute = file.attrs.get_id(name)
+    if attribute.get_storage_size() > _MOST_TEXT:
+        raise FormatError(f"{path}: its attribute {name!r:.60} is no short text; this is no segment")
+    return str(file.attrs[name])
+
+
+def _allocate(file: h5py.File, name: str, array: Column) -> int:
     """Create a dataset with its space in the file, not filled; return its offset."""
     properties = h5p.create(h5p.DATASET_CREATE)
     properties.set_layout(h5d.CONTIGUOUS)

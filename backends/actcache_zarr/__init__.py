@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
-from actcache.backend import Block, Extent, FormatError, SegmentFormat
+from actcache.backend import Block, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
 
 _BLOCK_BYTES = 1 << 20  # what zarr reads at least for a row
 _MOST_BLOCKS = 1 << 16  # of a shard: bounds the index that is read and compared
 _MOST_METADATA = 1 << 16  # bytes of a zarr.json
-_MOST_NAMES = 64  # in a segment's folder
 _CHECKSUM_BYTES = 4
 _KEYS = {"name": "default", "configuration": {"separator": "."}}  # "/" would add two folders to sync an array
 _DTYPES = {
@@ -47,11 +41,12 @@ class ZarrFormat(SegmentFormat):
 
     name = "zarr"
     suffix = ".zarr"
+    commit = "zarr.json"
 
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
         group = zarr.create_group(LocalStore(path), zarr_format=3, attributes=dict(metadata))
         for name, array in block.arrays().items():
-            rows, trailing = len(array), array.shape[1:]
+            rows, trailing = array.shape[0], array.shape[1:]
             target = max(_BLOCK_BYTES, -(-array.nbytes // _MOST_BLOCKS))
             # Blocks of equal size: only whole ones can be stored, and this pads by less than a row each.
             block_rows = max(1, -(-rows // max(1, -(-array.nbytes // target))))
@@ -67,32 +62,26 @@ class ZarrFormat(SegmentFormat):
                 fill_value=0,
                 chunk_key_encoding=_KEYS,  # type: ignore[arg-type]
             )
-            row_bytes = array.itemsize * math.prod(trailing)
-            with open(path / _shard(name, array.ndim), "xb") as file:
-                file.write(_bytes(array))
+            row_bytes = array.dtype.itemsize * math.prod(trailing)
+            with open(path / _shard(name, len(array.shape)), "xb") as file:
+                for piece in pieces(array):
+                    file.write(piece)
                 file.write(bytes((blocks * block_rows - rows) * row_bytes))
                 file.write(_index(blocks, block_rows * row_bytes))
 
-    def layout(self, path: Path) -> dict[str, Extent]:
-        try:
-            group = _metadata(path, path)
-            if (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
-                raise FormatError(f"{path} is no zarr v3 group; this is no segment")
-            return {name: _extent(path, name) for name in _names(path)}
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if path.is_dir():  # else the segment was removed as a whole
-                raise FormatError(f"{path} is damaged: {error.filename} is missing") from None
-            if path.exists():
-                raise FormatError(f"{path} is a file; a zarr segment is a folder") from None
-            raise FileNotFoundError(path) from None
+    def layout(self, files: SegmentFiles) -> Layout:
+        group = _metadata(files, "")
+        if (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
+            raise FormatError(f"{files.where} is no zarr v3 group; this is no segment")
+        attributes = group.get("attributes", {})
+        if not (isinstance(attributes, dict) and all(isinstance(text, str) for text in attributes.values())):
+            raise FormatError(f"{files.where} is damaged: its attributes are no texts")
+        names = sorted({name.partition("/")[0] for name in files.names() if "/" in name})
+        return Layout({name: _extent(files, name) for name in names}, attributes)
 
 
 def _shard(name: str, dimensions: int) -> str:
     return f"{name}/{'.'.join(['c', *'0' * dimensions])}"
-
-
-def _bytes(array: NDArray[np.generic]) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _index(blocks: int, block_bytes: int) -> bytes:
@@ -123,60 +112,38 @@ def _crc32c(data: bytes) -> int:
 # --- describing what a stranger may have written ---------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(segment: Path, path: Path) -> Iterator[tuple[int, int]]:
-    """Open a regular file of a segment; yield its descriptor and size. A link leads elsewhere, a pipe would block."""
-    if path.is_symlink():
-        raise FormatError(f"{segment}: {path.name} is a link to another place; this is no segment")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{segment}: {path.name} is no file; this is no segment")
-        yield descriptor, status.st_size
-    finally:
-        os.close(descriptor)
-
-
-def _metadata(segment: Path, folder: Path) -> dict[str, Any]:
+def _metadata(files: SegmentFiles, folder: str) -> dict[str, Any]:
     """Return what the zarr.json of a group or array says."""
-    with _opened(segment, folder / "zarr.json") as (descriptor, size):
-        if size > _MOST_METADATA:
-            raise FormatError(f"{segment}: a zarr.json of {size} bytes; this is no segment")
-        text = os.pread(descriptor, _MOST_METADATA, 0)
+    name = f"{folder}/zarr.json" if folder else "zarr.json"
+    text = files.read(name, 0, _MOST_METADATA + 1)
+    if len(text) > _MOST_METADATA:
+        raise FormatError(f"{files.where}: {name} has more than {_MOST_METADATA} bytes; this is no segment")
     try:
         metadata = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{segment} is damaged: {folder.name}/zarr.json is no JSON ({error})") from None
+        raise FormatError(f"{files.where} is damaged: {name} is no JSON ({error})") from None
     if not isinstance(metadata, dict):
-        raise FormatError(f"{segment} is damaged: {folder.name}/zarr.json is no object")
+        raise FormatError(f"{files.where} is damaged: {name} is no object")
     return metadata
 
 
-def _names(path: Path) -> list[str]:
-    """Return the names of a group's arrays. Names with a dot in front are notes of operating systems."""
-    with os.scandir(path) as scan:
-        entries = [e for e in islice(scan, _MOST_NAMES + 1) if e.name != "zarr.json" and not e.name.startswith(".")]
-    if len(entries) >= _MOST_NAMES or not all(entry.is_dir(follow_symlinks=False) for entry in entries):
-        raise FormatError(f"{path} holds what is no array; this is no segment")
-    return [entry.name for entry in entries]
-
-
-def _extent(path: Path, name: str) -> Extent:
-    metadata = _metadata(path, path / name)
+def _extent(files: SegmentFiles, name: str) -> Extent:
+    metadata = _metadata(files, name)
     try:
         dtype, shape, block_rows, shard_rows = _parsed(metadata)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: {name!r} is no array of one shard of plain row blocks ({error!r:.200})") from None
+        raise FormatError(
+            f"{files.where}: {name!r} is no array of one shard of plain row blocks ({error!r:.200})"
+        ) from None
     extent = Extent(_shard(name, len(shape)), 0, dtype, shape)
     blocks, block_bytes = shard_rows // block_rows, block_rows * extent.row_bytes
     index_bytes = 16 * blocks + _CHECKSUM_BYTES
-    with _opened(path, path / extent.path) as (descriptor, size):
-        # The size first: then all that is allocated below is bounded by it, and by the most blocks.
-        if size != blocks * block_bytes + index_bytes:
-            raise FormatError(f"{path}: the shard of {name!r} has {size} bytes; it is truncated or of another shape")
-        if os.pread(descriptor, index_bytes, size - index_bytes) != _index(blocks, block_bytes):
-            raise FormatError(f"{path}: the index of {name!r} is damaged, or its blocks are not one after another")
+    # The size first: then all that is allocated below is bounded by it, and by the most blocks.
+    size = files.size(extent.path)
+    if size != blocks * block_bytes + index_bytes:
+        raise FormatError(f"{files.where}: the shard of {name!r} has {size} bytes; it is truncated or of another shape")
+    if files.read(extent.path, size - index_bytes, index_bytes) != _index(blocks, block_bytes):
+        raise FormatError(f"{files.where}: the index of {name!r} is damaged, or its blocks are not one after another")
     return extent
 
 

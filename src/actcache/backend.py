@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import FormatError
-from actcache.ragged import EXTRAS, TOKEN_IDS, VALUES, Block
+from actcache.errors import FormatError, SegmentGoneError
+from actcache.ragged import EXTRAS, TOKEN_IDS, VALUES, Block, Column, pieces
 
 __all__ = [
     "EXTRAS",
@@ -32,17 +32,20 @@ __all__ = [
     "VALUES",
     "Backend",
     "Block",
+    "Column",
     "Extent",
     "FormatError",
     "Layout",
     "Located",
     "SegmentFiles",
     "SegmentFormat",
+    "SegmentGoneError",
     "Snapshot",
     "SpaceDriver",
     "SpaceEngine",
     "StoreDriver",
     "Usage",
+    "pieces",
 ]
 
 
@@ -202,7 +205,8 @@ class Snapshot(ABC):
                 are in the processor's cache. Its exceptions pass through.
 
         Raises:
-            FormatError: a segment is gone or too small for what the index says.
+            SegmentGoneError: what was located is no longer there; a new snapshot will know more.
+            FormatError: a segment is too small for what the index says.
             KeyError: an entry has no array of that name.
         """
 
@@ -282,12 +286,12 @@ class StoreDriver(ABC):
 
 
 class SpaceEngine(ABC):
-    """A plug-in that keeps each space in a local folder in its own way; marker and blobs are the core's. Thread-safe."""
+    """A plug-in that keeps each space in a local folder in its own way; the rest is the core's. Thread-safe."""
 
     name: str  # the backend's name, recorded in the store
     options: frozenset[str] = frozenset()  # names of the keyword options that ``actcache.open`` takes for it
 
-    def check_folder(self, root: Path) -> None:
+    def check_folder(self, root: Path) -> None:  # noqa: B027 (most can work anywhere)
         """Refuse a root where this engine cannot work (a network file system, say). Called when a store is opened.
 
         Raises:

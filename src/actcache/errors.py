@@ -129,6 +129,10 @@ class FormatError(DataError):
     """A file of the store is truncated, foreign, or says impossible things about itself."""
 
 
+class SegmentGoneError(FormatError):
+    """A segment is no longer there: compaction has replaced it, or somebody removed it. Refresh and look again."""
+
+
 class FormatVersionError(FormatError):
     """The store was written by a newer release."""
 

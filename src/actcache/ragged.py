@@ -6,8 +6,10 @@ The one schema that every backend stores (docs/format.md). All arrays of ``colum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +28,75 @@ EXTRAS: Mapping[str, tuple[str, tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """A column that is made while it is written, so that a block of any size fits into little memory."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[NDArray[np.generic]]]  # C-contiguous pieces along the first axis, in order
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+Column = NDArray[np.generic] | Pieces
+
+
+def pieces(column: Column) -> Iterator[memoryview]:
+    """Yield the bytes of a column, piece by piece."""
+    for array in column.make() if isinstance(column, Pieces) else (column,):
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where the entries of a compacted block come from.
+
+    An entry is born in the segment that it was first written to, as its so-manieth entry. That never changes, however
+    often it is copied: deletions name it, and of two copies of a key the one born later is served.
+    """
+
+    births: tuple[str, ...]  # names of segments
+    birth: NDArray[np.uint32]  # [n] position in ``births``
+    birth_entries: NDArray[np.uint32]  # [n] number of the entry in the segment of its birth
+    sources: tuple[str, ...]  # names of the segments that the block replaces
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays by their stored names."""
+        return {
+            "births": names_to_array(self.births),
+            "birth": self.birth,
+            "birth_entries": self.birth_entries,
+            "sources": names_to_array(self.sources),
+        }
+
+
+def names_to_array(names: Sequence[str]) -> NDArray[np.uint8]:
+    """Return names of segments as ``[n, 14]`` bytes, which their hexadecimal digits stand for."""
+    return np.frombuffer(bytes.fromhex("".join(names).replace("-", "")), np.uint8).reshape(len(names), 14)
+
+
+def names_from_array(array: NDArray[np.uint8]) -> tuple[str, ...]:
+    """Return the names of segments from ``[n, 14]`` bytes."""
+    digits = [row.tobytes().hex() for row in array]
+    return tuple(f"{text[:12]}-{text[12:]}" for text in digits)
+
+
+@dataclass(frozen=True)
 class Block:
     """Entries in stored form. ``columns`` always has ``values`` [T, hidden] in the stored dtype.
 
     ``checksums`` binds values, token ids and key (``actcache.checksum``); ``extra_checksums`` the optional arrays, and
-    is None where there are none.
+    is None where there are none. Only ``values`` may be ``Pieces``.
     """
 
     keys: NDArray[np.uint8]  # [n, 32]
     offsets: NDArray[np.int64]  # [n + 1]
     checksums: NDArray[np.uint64]  # [n]
-    columns: Mapping[str, NDArray[np.generic]]
+    columns: Mapping[str, Column]
     extra_checksums: NDArray[np.uint64] | None = None
+    lineage: Lineage | None = None  # None where the entries are born here
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -46,9 +105,16 @@ class Block:
     def tokens(self) -> int:
         return int(self.offsets[-1])
 
-    def arrays(self) -> dict[str, NDArray[np.generic]]:
+    def arrays(self) -> dict[str, Column]:
         """Return all arrays by their stored names, ``values`` first."""
-        arrays = {VALUES: self.columns[VALUES], "offsets": self.offsets, "keys": self.keys, "checksums": self.checksums}
+        arrays: dict[str, Column] = {
+            VALUES: self.columns[VALUES],
+            "offsets": self.offsets,
+            "keys": self.keys,
+            "checksums": self.checksums,
+        }
+        if self.lineage is not None:
+            arrays |= self.lineage.arrays()
         if self.extra_checksums is not None:
             arrays["extra_checksums"] = self.extra_checksums
         return arrays | {name: column for name, column in self.columns.items() if name != VALUES}

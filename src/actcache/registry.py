@@ -8,13 +8,19 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from actcache.backend import Backend, SegmentFormat, StoreDriver
+from actcache.backend import Backend, SegmentFormat, SpaceEngine, StoreDriver
 from actcache.errors import BackendError, MissingExtraError
-from actcache.storage.store import local_path, open_store, read_marker
+from actcache.storage import marker
+from actcache.storage.folder import LocalPlace, local_path
+from actcache.storage.place import Place
+from actcache.storage.store import check_folder, check_options, open_engine, open_segmented
 
 GROUP = "actcache.backends"
 DEFAULT = "default"  # the entry point that serves a bare path where no store stands yet
 
+Plugin = Backend | SegmentFormat | SpaceEngine
+
+_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(.*)", re.DOTALL)
 
 
@@ -33,7 +39,7 @@ def parse(url: str) -> tuple[str | None, str]:
     return match[1].lower(), rest.removeprefix("//") if rest.startswith("///") else rest
 
 
-def load(name: str) -> Backend | SegmentFormat:
+def load(name: str) -> Plugin:
     """Import a backend.
 
     Raises:
@@ -49,8 +55,8 @@ def load(name: str) -> Backend | SegmentFormat:
         raise MissingExtraError(f"the {name} backend cannot be imported ({error}): {_remedy(points[0])}") from error
     except AttributeError as error:
         raise BackendError(f"the {name} backend is broken: {error}; its entry point is {points[0].value}") from error
-    if not isinstance(plugin, Backend | SegmentFormat):
-        raise BackendError(f"{points[0].value} is neither a Backend nor a SegmentFormat; see actcache.backend")
+    if not isinstance(plugin, Plugin):
+        raise BackendError(f"{points[0].value} is no Backend, SpaceEngine or SegmentFormat; see actcache.backend")
     return plugin
 
 
@@ -74,10 +80,48 @@ def open_driver(url: str | Path, mode: str, options: Mapping[str, Any]) -> Store
     scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
     if not location or "\0" in location:
         raise BackendError(f"{url!r} names no place; write a path, or scheme:path")
+    if scheme is not None and location.startswith("//"):  # of an object store: "s3://bucket/prefix"
+        location = f"{scheme}:{location}"
+        plugin = load(scheme)
+        if isinstance(plugin, SegmentFormat):
+            return _open_standing(plugin, location, mode, options)
+        return _open(plugin, location, mode, options)
     if scheme is None:
-        marker = read_marker(local_path(location))
-        scheme = marker["backend"] if marker is not None else DEFAULT
-    plugin = load(scheme)
-    if isinstance(plugin, SegmentFormat):
-        return open_store(plugin, location, mode=mode, options=options)
-    return plugin.open(location, mode=mode, options=options)
+        place = LocalPlace(local_path(location))
+        check_folder(place.root)
+        standing = marker.read(place)
+        scheme = standing.backend if standing is not None else DEFAULT
+    return _open(load(scheme), location, mode, options)
+
+
+def _open(plugin: Plugin, location: str, mode: str, options: Mapping[str, Any]) -> StoreDriver:
+    if isinstance(plugin, Backend):
+        return plugin.open(location, mode=mode, options=options)
+    if isinstance(plugin, SpaceEngine):
+        if _REMOTE.match(location):
+            raise BackendError(f"a {plugin.name} store lies in a folder of this machine, not at {location}")
+        return open_engine(plugin, local_path(location), mode=mode, options=options)
+    return open_segmented(plugin, _place(plugin, location, options), mode=mode)
+
+
+def _open_standing(default: SegmentFormat, location: str, mode: str, options: Mapping[str, Any]) -> StoreDriver:
+    """Open whatever store of segments stands at a URL; where none does, one of the default format is made."""
+    place = _place(default, location, options)
+    standing = marker.read(place)
+    if standing is None or standing.backend == default.name:
+        return open_segmented(default, place, mode=mode)
+    place.close()
+    return _open(load(standing.backend), location, mode, options)
+
+
+def _place(format: SegmentFormat, location: str, options: Mapping[str, Any]) -> Place:
+    if not _REMOTE.match(location):
+        check_options(format.name, options, frozenset({"mapped"}))
+        root = local_path(location)
+        check_folder(root)
+        return LocalPlace(root, mapped=options.get("mapped"))
+    try:
+        from actcache.storage.objects import ObjectPlace  # fsspec is an extra
+    except ImportError as error:
+        raise MissingExtraError(f"{location} needs fsspec ({error}): pip install 'actcache[s3]'") from error
+    return ObjectPlace(location, format.commit, options)

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actcache
-from actcache.errors import ClosedError, FormatError, StorageIOError
+from actcache.errors import ClosedError, FormatError, SegmentGoneError, StorageIOError
 from actcache.storage.arena import Arena
+from actcache.storage.folder import LocalSegment
 from actcache.storage.rows import MappedRows, ReadRows
 from actcache.storage.segment import Segment
 from tests.support import HIDDEN, key, make_store, recipe, rows, run, segment_files
@@ -209,19 +210,20 @@ def segments_of(folder):
     from actcache.entry import columns_of
     from actcache_hdf5 import backend
 
-    return [Segment.open(backend, path, columns_of(recipe())) for path in segment_files(folder)]
+    columns = columns_of(recipe())
+    return [Segment.open(backend, LocalSegment(p), p.stem, folder.name, columns) for p in segment_files(folder)]
 
 
 @pytest.mark.parametrize("source", [MappedRows, ReadRows])
 def test_row_sources_name_the_segment_that_is_gone(tmp_path, source):
     folder = make_store(tmp_path / "store", range(20), segments=4)
     segments = segments_of(folder)
-    segments[1].path.unlink()
-    os.truncate(segments[2].path, 5000)
+    segments[1].files.path.unlink()
+    os.truncate(segments[2].files.path, 5000)
     opened = source(segments)
     where = np.array([0, 3, 1]), np.zeros(3, np.int64), np.ones(3, np.int64)
     out = np.empty((3, HIDDEN), np.float32)
-    with pytest.raises(FormatError, match=re.escape(str(segments[1].path))):
+    with pytest.raises(SegmentGoneError, match=re.escape(segments[1].files.where)):
         opened.plan("values", *where, out, None)(0, 3)
     with pytest.raises(FormatError, match=r"truncated"):
         opened.plan("values", np.array([2]), np.array([0]), np.array([1]), out, None)(0, 1)

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +107,7 @@ class Files:
         self.make_folders(target.parent)
         # After a failed sync the kernel may have dropped the dirty pages: a retry writes a new file, it never syncs
         # again.
-        temporary = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{target.suffix}"
+        temporary = self._new_temporary(target.suffix)
         with translated(f"cannot write {target}"):
             try:
                 write(temporary)
@@ -129,7 +130,14 @@ class Files:
         return self.publish(target, lambda path: _write_bytes(path, data), replace=replace)
 
     def remove(self, path: Path) -> bool:
-        """Remove a file, durably; return whether it was there."""
+        """Remove a file or folder, durably and at once; return whether it was there."""
+        if path.is_dir() and not path.is_symlink():
+            # A folder loses its name first: half of one would be damage.
+            doomed = self._new_temporary("")
+            if not self.move(path, doomed):
+                return False
+            _discard(doomed)
+            return True
         with translated(f"cannot remove {path}"):
             try:
                 self.disk.unlink(path)
@@ -137,6 +145,51 @@ class Files:
                 return False
             self.disk.sync_folder(path.parent)
         return True
+
+    def move(self, path: Path, target: Path) -> bool:
+        """Give a file or folder another name below the root, durably; return whether it was there."""
+        self.make_folders(target.parent)
+        with translated(f"cannot move {path}"):
+            try:
+                self.disk.rename(path, target)
+            except FileNotFoundError:
+                return False
+            self.disk.sync_folder(target.parent)  # the new name before the old one is gone for good
+            self.disk.sync_folder(path.parent)
+        return True
+
+    def now(self) -> float:
+        """Return the time in seconds by the clock that stamps the files here, which a network's server may keep."""
+        probe = self._new_temporary(".clock")
+        try:
+            probe.touch(exist_ok=False)
+            return probe.stat().st_mtime
+        except OSError:  # read-only, or there is no store yet
+            return time.time()
+        finally:
+            _discard(probe)
+
+    def sweep(self, older_than: float) -> int:
+        """Remove temporary files that nobody has touched for so many seconds; return how many."""
+        swept = 0
+        with translated(f"cannot list {self._tmp}"):
+            try:
+                found = list(os.scandir(self._tmp))
+            except FileNotFoundError:
+                return 0
+            oldest = self.now() - older_than
+            for entry in found:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if max(status.st_mtime, status.st_ctime) <= oldest:
+                    _discard(Path(entry.path))
+                    swept += 1
+        return swept
+
+    def _new_temporary(self, suffix: str) -> Path:
+        return self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{suffix}"
 
     def _claim(self, temporary: Path, target: Path) -> None:
         """Name a file unless the name is taken (``FileExistsError``)."""

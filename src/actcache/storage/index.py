@@ -9,7 +9,7 @@ by which tombstones name them, have a checksum of their own: a wrong one would b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from actcache.errors import FormatError, FormatVersionError
 from actcache.ragged import row_indices
 from actcache.storage import tensorfile
-from actcache.storage.segment import Columns, Segment, dumps
+from actcache.storage.segment import Access, Columns, Segment, dumps, is_name
 
 VERSION = "1"
 
@@ -30,7 +30,8 @@ _ARRAYS = {
     "checksum": ("<u8", ()),
     "rest": ("|u1", (24,)),  # the other bytes of the key
     "segment": ("<u4", ()),  # position in ``segments``
-    "entry": ("<u4", ()),  # number of the entry in its segment
+    "birth": ("<u4", ()),  # position in ``births`` of the segment where it was born
+    "entry": ("<u4", ()),  # number of the entry in that segment
     "tokens": ("<u4", ()),
 }
 
@@ -51,12 +52,17 @@ def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np
 
 @dataclass(frozen=True)
 class Table:
-    """Entries of some segments, sorted by key prefix; among equal prefixes, later segments first. Immutable."""
+    """Entries of some segments, sorted by key prefix; among equal prefixes, later born ones first. Immutable.
+
+    In compacted segments, where an entry lies (``segment``, ``row``) is not where it was born (``birth``, ``entry``).
+    """
 
     segments: tuple[Segment, ...]
+    births: tuple[str, ...]  # names of segments, each once
     prefix: NDArray[np.uint64]
     rest: NDArray[np.uint8]
     segment: NDArray[np.uint32]
+    birth: NDArray[np.uint32]
     entry: NDArray[np.uint32]
     row: NDArray[np.int64]
     tokens: NDArray[np.uint32]
@@ -111,16 +117,17 @@ class Table:
         """
         parts = []
         for number, segment in enumerate(segments):
-            offsets = segment.offsets()
+            offsets, lineage = segment.offsets(), segment.lineage()
             prefix, rest = split_keys(segment.read("keys"))
-            count = len(prefix)
             parts.append(
                 cls(
                     (segment,),
+                    lineage.births,
                     prefix,
                     rest,
-                    np.full(count, number, np.uint32),
-                    np.arange(count, dtype=np.uint32),
+                    np.full(len(prefix), number, np.uint32),
+                    lineage.birth,
+                    lineage.birth_entries,
                     offsets[:-1],
                     np.diff(offsets).astype(np.uint32),
                     segment.read("checksums"),
@@ -136,58 +143,61 @@ class Table:
         for table in tables:
             kept = np.array([segment.name in keep for segment in table.segments], bool)
             which = kept[table.segment] if not kept.all() else slice(None)
-            renumbered = table.segment[which] + np.uint32(first)
-            parts.append(
-                cls(
-                    table.segments,
-                    table.prefix[which],
-                    table.rest[which],
-                    renumbered,
-                    table.entry[which],
-                    table.row[which],
-                    table.tokens[which],
-                    table.checksum[which],
-                )
-            )
+            arrays = {name: getattr(table, name)[which] for name in _ARRAYS}
+            arrays["segment"] = arrays["segment"] + np.uint32(first)
+            parts.append(cls(table.segments, table.births, **arrays))
             first += len(table.segments)
         return cls._sorted(tuple(segments), parts)._without_strangers(keep)
 
     def _without_strangers(self, keep: frozenset[str]) -> Table:
-        """Drop the descriptions of segments that have no entries any more."""
+        """Drop the descriptions of segments that have no entries any more, and births of none."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
         kept = [number for number, segment in enumerate(self.segments) if segment.name in keep]
-        if len(kept) == len(self.segments):
+        born = np.unique(self.birth)
+        if len(kept) == len(self.segments) and len(born) == len(self.births):
             return self
-        renumber = np.zeros(len(self.segments), np.uint32)
-        renumber[kept] = np.arange(len(kept), dtype=np.uint32)
-        arrays = {name: getattr(self, name) for name in _ARRAYS} | {"segment": renumber[self.segment]}
-        return Table(tuple(self.segments[number] for number in kept), **arrays)
+        for name, numbers, count in (
+            ("segment", kept, len(self.segments)),
+            ("birth", born.tolist(), len(self.births)),
+        ):
+            renumber = np.zeros(count, np.uint32)
+            renumber[numbers] = np.arange(len(numbers), dtype=np.uint32)
+            arrays[name] = renumber[arrays[name]]
+        return Table(
+            tuple(self.segments[number] for number in kept),
+            tuple(self.births[number] for number in born.tolist()),
+            **arrays,
+        )
 
     @classmethod
     def _sorted(cls, segments: tuple[Segment, ...], parts: Sequence[Table]) -> Table:
+        births = tuple(sorted({birth for part in parts for birth in part.births}))  # names sort by their sequence
+        numbers = {birth: number for number, birth in enumerate(births)}
+
         def joined(name: str) -> NDArray[np.generic]:
             dtype, trailing = _ARRAYS[name]
             return np.concatenate([np.empty((0, *trailing), dtype), *(getattr(part, name) for part in parts)])
 
-        arrays = {name: joined(name) for name in _ARRAYS}
-        ranks = np.empty(len(segments), np.int64)  # later names first
-        ranks[sorted(range(len(segments)), key=lambda n: segments[n].name, reverse=True)] = np.arange(len(segments))
-        order = np.argsort(ranks[arrays["segment"].astype(np.int64)], kind="stable")
+        arrays = {name: joined(name) for name in _ARRAYS if name != "birth"}
+        renumbered = [np.array([numbers[birth] for birth in part.births], np.uint32)[part.birth] for part in parts]
+        arrays["birth"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
+        order = np.argsort(-arrays["birth"].astype(np.int64), kind="stable")  # later births first
         order = order[np.argsort(arrays["prefix"][order], kind="stable")]
-        return cls(segments, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
+        return cls(segments, births, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
 
     def write(self, path: Path) -> None:
         """Write the table as an index file of format version 1."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        segments = dumps(list(self.segments))
-        checksum = _checksum(segments, self.segment, self.entry)
-        tensorfile.write(path, arrays, {"actcache_index": VERSION, "segments": segments, "checksum": checksum})
+        texts = {"segments": dumps(list(self.segments)), "births": json.dumps(self.births, separators=(",", ":"))}
+        checksum = _checksum(texts, arrays)
+        tensorfile.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": checksum})
 
     @classmethod
-    def open(cls, path: Path, folder: Path, columns: Columns) -> Table:
+    def open(cls, path: Path, access: Access, columns: Columns) -> Table:
         """Map an index file.
 
         Args:
-            folder: where the segments that it describes lie.
+            access: gives the files of the segments that it describes.
             columns: the ragged arrays of the space.
 
         Raises:
@@ -201,10 +211,12 @@ class Table:
             newer = version.isdigit() and int(version) > int(VERSION)
             raise (FormatVersionError if newer else FormatError)(f"{path} is an index of version {version!r}")
         try:
-            if metadata["checksum"] != _checksum(metadata["segments"], arrays["segment"], arrays["entry"]):
+            if metadata["checksum"] != _checksum(metadata, arrays):
                 raise ValueError("what it says of the segments fails its checksum")
-            descriptions = json.loads(metadata["segments"])
-            segments = tuple(Segment.from_json(folder, value, columns) for value in descriptions)
+            segments = tuple(Segment.from_json(access, value, columns) for value in json.loads(metadata["segments"]))
+            births = tuple(json.loads(metadata["births"]))
+            if not all(isinstance(birth, str) and is_name(birth) for birth in births):
+                raise ValueError("births in what is no segment")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path} is damaged: {error}") from None
         count = arrays["entry"].size
@@ -212,14 +224,16 @@ class Table:
             array = arrays.get(name)
             if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
                 raise FormatError(f"{path} is damaged: {name} is missing or of another shape")
-        if count and int(arrays["segment"].max()) >= len(segments):
-            raise FormatError(f"{path} is damaged: it counts more segments than it describes")
-        return cls(segments, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
+        for name, known in (("segment", len(segments)), ("birth", len(births))):
+            if count and int(arrays[name].max()) >= known:
+                raise FormatError(f"{path} is damaged: it counts more segments than it describes")
+        return cls(segments, births, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
 
 
-def _checksum(segments: str, segment: NDArray[np.generic], entry: NDArray[np.generic]) -> str:
-    """Return the XXH3-64 of the description of the segments and of where in them each entry stands."""
-    digest = xxhash.xxh3_64(segments.encode())
-    for array in (segment, entry):
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _checksum(texts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]) -> str:
+    """Return the XXH3-64 of the description of the segments and of where each entry lies and was born."""
+    digest = xxhash.xxh3_64(texts["segments"].encode())
+    digest.update(texts["births"].encode())
+    for name in ("segment", "birth", "entry"):
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

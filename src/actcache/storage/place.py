@@ -31,7 +31,7 @@ class Place(ABC):
     where: str
 
     @abstractmethod
-    def list(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """Return the names of the files and complete segments in a folder (``""`` is the root), without the folder's
         own name, sorted; subfolders count as names. Empty where there is no such folder."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import FormatError
+from actcache.errors import FormatError, SegmentGoneError
 from actcache.ragged import offsets_of, row_indices
 from actcache.storage.arena import Arena
 from actcache.storage.files import translated
@@ -25,13 +25,13 @@ from actcache.storage.segment import Segment
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(where: str) -> Iterator[None]:
     """Turn the failures of reading a segment into exceptions of this package."""
-    with translated(f"cannot read {path}"):
+    with translated(f"cannot read {where}"):
         try:
             yield
         except FileNotFoundError:
-            raise FormatError(f"{path} is gone; refresh the space") from None
+            raise SegmentGoneError(f"{where} is gone; refresh the space") from None
 
 
 _NONE = np.empty(0, np.int64)
@@ -58,7 +58,8 @@ class RowSource(ABC):
                 ``row_indices``).
 
         Raises (also the function):
-            FormatError: a segment is gone or shorter than it was.
+            SegmentGoneError: a segment is gone.
+            FormatError: it is shorter than it was.
             KeyError: a segment has no such column.
         """
 
@@ -100,7 +101,7 @@ class MappedRows(RowSource):
                 if arena is None:
                     arena = Arena(extent.dtype, extent.shape[1:])
                 self._columns[column] = arena, firsts  # as it goes: what is mapped stays so when a later one fails
-                with _reading(segment.path):
+                with reading(segment.files.where):
                     firsts[number] = arena.place(segment.file(column), extent.offset, extent.shape[0])
         if arena is None:
             raise KeyError(column)
@@ -177,13 +178,13 @@ class ReadRows(RowSource):
         extent = segment.extents[column]
         view = out.reshape(-1).view(np.uint8).data
         offset = extent.offset + start * extent.row_bytes
-        with _reading(segment.path):
+        with reading(segment.files.where):
             descriptor = self._open(segment.file(column))
             try:
                 while view:
                     count = os.preadv(descriptor, [view], offset)
                     if not count:
-                        raise FormatError(f"{segment.path} is truncated")
+                        raise FormatError(f"{segment.files.where} is truncated")
                     view, offset = view[count:], offset + count
             finally:
                 os.close(descriptor)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Extent, SegmentFormat
-from actcache.errors import FormatError
+from actcache.backend import Extent, SegmentFiles, SegmentFormat
+from actcache.errors import FormatError, FormatVersionError
 from actcache.key import KEY_BYTES
-from actcache.ragged import VALUES, check_offsets
+from actcache.ragged import VALUES, Lineage, check_offsets, names_from_array
+
+VERSION = 1
 
 #: Ragged array -> (dtype, trailing shape), as a space stores them.
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
+#: From the name of a segment to its files.
+Access = Callable[[str], SegmentFiles]
 
 _FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
     "offsets": ("<i8", ()),
     "keys": ("|u1", (KEY_BYTES,)),
     "checksums": ("<u8", ()),
     "extra_checksums": ("<u8", ()),
+    "births": ("|u1", (14,)),
+    "birth": ("<u4", ()),
+    "birth_entries": ("<u4", ()),
+    "sources": ("|u1", (14,)),
 }
 _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
 _LAST_SEQUENCE = (1 << 48) - 1
@@ -57,13 +63,11 @@ def is_name(name: str) -> bool:
 class Segment:
     """A segment that is known to fit its space: arrays present, of the right dtypes and shapes, inside their files."""
 
-    path: Path
+    files: SegmentFiles = field(compare=False)
+    name: str
     extents: Mapping[str, Extent]
     nbytes: int = field(compare=False)
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
+    sources: tuple[str, ...] = ()  # names of the segments that it replaces
 
     @property
     def entries(self) -> int:
@@ -78,8 +82,11 @@ class Segment:
         return frozenset(self.extents) - frozenset(_FIXED)
 
     def file(self, array: str) -> Path:
-        relative = self.extents[array].path
-        return self.path / relative if relative else self.path
+        """Return the local file that has an array."""
+        relative, path = self.extents[array].path, self.files.path
+        if path is None:
+            raise FormatError(f"{self.files.where} is no local file")
+        return path / relative if relative else path
 
     def read(self, array: str) -> NDArray[Any]:
         """Return one whole array, in memory. Meant for the small ones.
@@ -89,25 +96,39 @@ class Segment:
             FileNotFoundError: the segment is gone.
         """
         extent = self.extents[array]
-        count = extent.nbytes // np.dtype(extent.dtype).itemsize
-        data = np.fromfile(self.file(array), extent.dtype, count, offset=extent.offset)
-        if len(data) != count:
-            raise FormatError(f"{self.path} is truncated")
-        return data.reshape(extent.shape)
+        data = self.files.read(extent.path, extent.offset, extent.nbytes)
+        if len(data) != extent.nbytes:
+            raise FormatError(f"{self.files.where} is truncated")
+        return np.frombuffer(data, extent.dtype).reshape(extent.shape)
 
     def offsets(self) -> NDArray[np.int64]:
         """Return the entries' offsets, checked against the rows."""
         offsets = self.read("offsets")
-        check_offsets(offsets, self.entries, self.tokens, str(self.path))
+        check_offsets(offsets, self.entries, self.tokens, self.files.where)
         return offsets
+
+    def lineage(self) -> Lineage:
+        """Return where the entries were born: here, unless this is a compacted segment.
+
+        Raises:
+            FormatError: what it says of that is impossible.
+        """
+        if "births" not in self.extents:
+            entries = np.arange(self.entries, dtype=np.uint32)
+            return Lineage((self.name,), np.zeros(self.entries, np.uint32), entries, ())
+        births, birth = names_from_array(self.read("births")), self.read("birth")
+        if len(birth) and int(birth.max()) >= len(births):
+            raise FormatError(f"{self.files.where} is damaged: entries are born in segments that it does not name")
+        return Lineage(births, birth, self.read("birth_entries"), self.sources)
 
     def to_json(self) -> dict[str, Any]:
         """Return what the index needs to find the arrays without opening the segment."""
         extents = {name: [e.path, e.offset, e.dtype, list(e.shape)] for name, e in self.extents.items()}
-        return {"name": self.path.name, "nbytes": self.nbytes, "extents": extents}
+        described = {"name": self.name, "nbytes": self.nbytes, "extents": extents}
+        return described | ({"sources": list(self.sources)} if self.sources else {})
 
     @classmethod
-    def from_json(cls, folder: Path, value: Any, columns: Columns) -> Segment:
+    def from_json(cls, access: Access, value: Any, columns: Columns) -> Segment:
         """Rebuild a segment from the index.
 
         Raises:
@@ -118,25 +139,35 @@ class Segment:
                 str(name): Extent(str(path), int(offset), str(dtype), tuple(int(size) for size in shape))
                 for name, (path, offset, dtype, shape) in value["extents"].items()
             }
-            name, nbytes = str(value["name"]), int(value["nbytes"])
+            name, nbytes, sources = str(value["name"]), int(value["nbytes"]), tuple(value.get("sources", ()))
+            if not all(isinstance(known, str) and is_name(known) for known in (name, *sources)):
+                raise ValueError("names that are none")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise FormatError(f"the index of {folder} describes a segment wrongly: {error}") from None
-        _check(folder / name, extents, columns)
-        return cls(folder / name, extents, nbytes)
+            raise FormatError(f"the index describes a segment wrongly: {error}") from None
+        files = access(name)
+        _check(files.where, extents, columns)
+        return cls(files, name, extents, nbytes, sources)
 
     @classmethod
-    def open(cls, format: SegmentFormat, path: Path, columns: Columns) -> Segment:
-        """Describe the segment at ``path``.
+    def open(cls, format: SegmentFormat, files: SegmentFiles, name: str, space: str, columns: Columns) -> Segment:
+        """Describe a segment.
+
+        Args:
+            name, space: its own name and its space's, which it has to confirm.
 
         Raises:
-            FormatError: it is truncated, foreign, or of another hidden size or dtype than the space.
+            FormatError: it is truncated, foreign, in another's place, or does not fit the space.
+            FormatVersionError: a newer release wrote it.
             FileNotFoundError: there is none.
         """
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise FormatError(f"{path} is neither a file nor a folder; this is no segment")
-        extents = format.layout(path)
-        _check(path, extents, columns)
-        return cls(path, extents, cls(path, extents, 0).measure())
+        layout = format.layout(files)
+        _check_metadata(files.where, layout.metadata, name, space)
+        _check(files.where, layout.extents, columns)
+        segment = cls(files, name, layout.extents, 0)
+        segment = replace(segment, nbytes=segment.measure())
+        if "sources" in layout.extents:
+            segment = replace(segment, sources=names_from_array(segment.read("sources")))
+        return segment
 
     def measure(self) -> int:
         """Return the bytes that the segment takes up.
@@ -150,42 +181,59 @@ class Segment:
         for extent in self.extents.values():
             ends[extent.path] = max(ends.get(extent.path, 0), extent.offset + extent.nbytes)
         nbytes = 0
-        for relative, end in ends.items():
-            file = self.path / relative if relative else self.path
-            try:
-                size = os.path.getsize(file)
-            except FileNotFoundError:
-                if relative and self.path.is_dir():  # a part is lost; the segment is not gone
-                    raise FormatError(f"{file} is missing; the segment is damaged") from None
-                raise
-            if not os.access(file, os.R_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        for name, end in ends.items():
+            size = self.files.size(name)
             nbytes += size
             if end > size:
-                raise FormatError(f"{file} is truncated: it has {size} bytes and should have {end} or more")
+                where = f"{self.files.where}/{name}" if name else self.files.where
+                raise FormatError(f"{where} is truncated: it has {size} bytes and should have {end} or more")
         return nbytes
 
 
-def _check(path: Path, extents: Mapping[str, Extent], columns: Columns) -> None:
+def metadata(name: str, space: str) -> dict[str, str]:
+    """Return what a segment says about itself beside its arrays."""
+    return {"actcache_segment": str(VERSION), "space": space, "segment": name}
+
+
+def _check_metadata(where: str, found: Mapping[str, str], name: str, space: str) -> None:
+    version = found.get("actcache_segment", "")
+    if version.isdigit() and len(version) < 9 and int(version) > VERSION:
+        raise FormatVersionError(f"{where} was written by a newer release (version {version}): upgrade actcache")
+    for field_name, expected in metadata(name, space).items():
+        if found.get(field_name) != expected:
+            # Tombstones name segments: one under another's name would bring back what was deleted, and lose others.
+            raise FormatError(
+                f"{where} says {field_name} {found.get(field_name)!r:.60} and should say {expected!r}: "
+                "it is not where it was written"
+            )
+
+
+def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
     """Refuse arrays that a segment of this space cannot have."""
     known = {**_FIXED, **columns}
     missing = {"offsets", "keys", "checksums", VALUES} - extents.keys()
+    if "births" in extents or "sources" in extents:
+        missing |= {"births", "birth", "birth_entries", "sources"} - extents.keys()
     if missing:
-        raise FormatError(f"{path} is no segment: it has no {', '.join(sorted(missing))}")
+        raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
     entries, tokens = extents["keys"].shape[:1], extents[VALUES].shape[:1]
     for name, extent in extents.items():
         if name not in known:
-            raise FormatError(f"{path} has an array {name!r} that this release does not know")
+            raise FormatError(f"{where} has an array {name!r} that this release does not know")
         dtype, trailing = known[name]
-        length = {"offsets": (entries[0] + 1,) if entries else ()}.get(name, entries if name in _FIXED else tokens)
+        length = entries if name in _FIXED else tokens
+        if name == "offsets":
+            length = (entries[0] + 1,) if entries else ()
+        elif name in ("births", "sources"):
+            length = extent.shape[:1]
         if extent.dtype != dtype or extent.shape != (*length, *trailing) or len(length) != 1:
             raise FormatError(
-                f"{path} does not fit its space: {name} is {extent.dtype} {list(extent.shape)}, "
+                f"{where} does not fit its space: {name} is {extent.dtype} {list(extent.shape)}, "
                 f"not {dtype} {[*length, *trailing]}"
             )
         parts = Path(extent.path).parts
         if extent.offset < 0 or min(extent.shape) < 0 or Path(extent.path).is_absolute() or ".." in parts:
-            raise FormatError(f"{path} says that {name} lies outside of it")
+            raise FormatError(f"{where} says that {name} lies outside of it")
 
 
 def dumps(segments: list[Segment]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import VALUES, Located, Snapshot, Usage
-from actcache.errors import FormatError
+from actcache.errors import FormatError, SegmentGoneError
 from actcache.ragged import offsets_of
 from actcache.storage.index import Table, join_keys, split_keys
 from actcache.storage.rows import RowSource
@@ -28,8 +28,8 @@ class SegmentedSnapshot(Snapshot):
     Args:
         segments: all segments that the space ever knew, by number.
         tables: disjoint tables, the mapped index first.
-        numbers: for each table, the number of each of its segments, -1 where the segment is gone.
-        dead: entries that tombstones name, as sorted ``number << 32 | entry``.
+        numbers: for each table, the number of each of its segments, -1 where the segment is gone or replaced.
+        dead: entries that tombstones name, segment of birth -> numbers.
         damaged: segments that could not be read, name -> what is wrong.
     """
 
@@ -38,7 +38,7 @@ class SegmentedSnapshot(Snapshot):
         segments: Sequence[Segment],
         tables: Sequence[Table],
         numbers: Sequence[NDArray[np.int64]],
-        dead: NDArray[np.int64],
+        dead: Mapping[str, Collection[int]],
         rows: RowSource,
         workers: Workers,
         damaged: Mapping[str, str],
@@ -49,25 +49,19 @@ class SegmentedSnapshot(Snapshot):
         self._rows = rows
         self._workers = workers
         self._damaged = dict(damaged)
-        self._alive = [self._alive_in(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
-        self._ranks = np.zeros(len(segments), np.int64)
-        self._ranks[sorted(range(len(segments)), key=lambda number: segments[number].name)] = np.arange(len(segments))
+        self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
+        births = sorted({birth for table in tables for birth in table.births})
+        rank = {birth: number for number, birth in enumerate(births)}
+        self._ranks = [np.array([rank[birth] for birth in table.births], np.int64) for table in tables]
         self._limits = np.array([segment.tokens for segment in segments], np.int64)
-
-    @staticmethod
-    def _alive_in(table: Table, numbers: NDArray[np.int64], dead: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        if not len(dead) and (not len(numbers) or numbers.min() >= 0):
-            return None
-        number = numbers[table.segment]
-        code = number << 32 | table.entry
-        return (number >= 0) & ~np.isin(code, dead)
 
     def locate(self, keys: NDArray[np.uint8]) -> Located:
         prefix, rest = split_keys(keys)
         count = len(keys)
         located = Located(np.zeros(count, np.int64), np.zeros(count, np.uint64), *np.full((2, count), -1, np.int64))
         rank = np.full(count, -1, np.int64)
-        for table, numbers, alive in zip(self._tables, self._numbers, self._alive, strict=True):
+        parts = zip(self._tables, self._numbers, self._alive, self._ranks, strict=True)
+        for table, numbers, alive, ranks in parts:
             position = table.find(prefix, rest, alive)
             which = np.flatnonzero(position >= 0)
             if not len(which):
@@ -78,24 +72,26 @@ class SegmentedSnapshot(Snapshot):
             inside = (row >= 0) & (tokens > 0) & (row <= self._limits[number] - tokens)
             if not inside.all():
                 logger.warning("the index points outside of %d segments: rebuild it", (~inside).sum())
-            better = inside & (self._ranks[number] > rank[which])
+            born = ranks[table.birth[position]]
+            better = inside & (born > rank[which])
             which, position, number = which[better], position[better], number[better]
             located.tokens[which] = tokens[better]
             located.checksums[which] = table.checksum[position]
             located.segment[which] = number
             located.row[which] = row[better]
-            rank[which] = self._ranks[number]
+            rank[which] = born[better]
         return located
 
-    def copies(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return ``(segment number, entry)`` of every live copy of these keys, ``[m, 2]``."""
+    def copies(self, keys: NDArray[np.uint8]) -> dict[str, list[int]]:
+        """Return every live copy of these keys by its birth: segment -> numbers of entries."""
         prefix, rest = split_keys(keys)
-        pairs = [np.empty((0, 2), np.int64)]
-        for table, numbers, alive in zip(self._tables, self._numbers, self._alive, strict=True):
+        copies: dict[str, set[int]] = {}
+        for table, alive in zip(self._tables, self._alive, strict=True):
             position = table.copies(prefix, rest)
             position = position if alive is None else position[alive[position]]
-            pairs.append(np.stack([numbers[table.segment[position]], table.entry[position].astype(np.int64)], axis=1))
-        return np.concatenate(pairs)
+            for birth, entry in zip(table.birth[position].tolist(), table.entry[position].tolist(), strict=True):
+                copies.setdefault(table.births[birth], set()).add(entry)
+        return {birth: sorted(entries) for birth, entries in copies.items()}
 
     def has(self, column: str, located: Located) -> NDArray[np.bool_]:
         having = np.array([column in segment.extents for segment in self._segments], bool)
@@ -109,9 +105,9 @@ class SegmentedSnapshot(Snapshot):
                 try:
                     sums[i] = segment.read("extra_checksums")[np.searchsorted(segment.offsets()[:-1], row)]
                 except FileNotFoundError:
-                    raise FormatError(f"{segment.path} is gone; refresh the space") from None
+                    raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
                 except IndexError:
-                    raise FormatError(f"{segment.path} has no entry that begins at row {row}") from None
+                    raise FormatError(f"{segment.files.where} has no entry that begins at row {row}") from None
         return sums
 
     def gather(
@@ -171,3 +167,14 @@ class SegmentedSnapshot(Snapshot):
 
     def damaged(self) -> dict[str, str]:
         return dict(self._damaged)
+
+
+def _alive(table: Table, numbers: NDArray[np.int64], dead: Mapping[str, Collection[int]]) -> NDArray[np.bool_] | None:
+    """Return which entries of a table are served, ``[n]``; None for all."""
+    codes = [birth << 32 | entry for birth, name in enumerate(table.births) if name in dead for entry in dead[name]]
+    if not codes and (not len(numbers) or numbers.min() >= 0):
+        return None
+    alive: NDArray[np.bool_] = numbers[table.segment] >= 0
+    if codes:
+        alive &= ~np.isin(table.birth.astype(np.int64) << 32 | table.entry, np.array(codes, np.int64))
+    return alive

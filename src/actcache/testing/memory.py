@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,9 +99,10 @@ class _MemorySpace(SpaceDriver):
     def append(self, block: Block) -> None:
         _check(self._writable)
         fresh = {}
+        columns = cast(Mapping[str, NDArray[np.generic]], block.columns)  # only compaction makes others
         for i, key in enumerate(block.keys):
             begin, end = int(block.offsets[i]), int(block.offsets[i + 1])
-            rows = {name: column[begin:end].copy() for name, column in block.columns.items()}
+            rows = {name: column[begin:end].copy() for name, column in columns.items()}
             extra = 0 if block.extra_checksums is None else int(block.extra_checksums[i])
             fresh[key.tobytes()] = _Entry(int(block.checksums[i]), extra, rows)
         with self._lock:

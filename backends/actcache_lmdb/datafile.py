@@ -1,0 +1,71 @@
+"""What ``data.mdb`` says before LMDB maps it: a file that is shorter than its meta pages say would be a SIGBUS."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.backend import FormatError
+
+_META = struct.Struct("<IIQQ48s48sQQ")  # magic, version, address, map size, free db, main db, last page, transaction
+_PAGE = struct.Struct("<QHHI")  # number, padding, flags, bounds
+_DB = struct.Struct("<IHHQQQQQ")  # page size or key size, flags, depth, branch, leaf, overflow pages, entries, root
+_MAGIC = 0xBEEFC0DE
+_P_META = 0x08
+_NO_PAGE = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What the newer meta page says."""
+
+    page_size: int
+    last_page: int
+    transaction: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the file has to have."""
+        return (self.last_page + 1) * self.page_size
+
+
+def read_meta(path: Path) -> Meta:
+    """Parse both meta pages.
+
+    Raises:
+        FormatError: they are damaged, or of an LMDB format other than 1.
+        OSError: as the operating system reports it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        first = _parse(path, os.pread(descriptor, _PAGE.size + _META.size, 0), 0)
+        second = _parse(path, os.pread(descriptor, _PAGE.size + _META.size, first.page_size), 1)
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    if second.page_size != first.page_size:
+        raise FormatError(f"{path}: its meta pages contradict each other")
+    meta = max(first, second, key=lambda meta: meta.transaction)
+    if meta.last_page < 1 or size < meta.nbytes:
+        raise FormatError(f"{path} is truncated: it has {size} bytes and its pages end at {meta.nbytes}")
+    return meta
+
+
+def _parse(path: Path, data: bytes, number: int) -> Meta:
+    if len(data) < _PAGE.size + _META.size:
+        raise FormatError(f"{path} is truncated: {len(data)} bytes of meta page {number}")
+    page, _, flags, _ = _PAGE.unpack_from(data)
+    magic, version, _, _, free, main, last, transaction = _META.unpack_from(data, _PAGE.size)
+    if page != number or not flags & _P_META or magic != _MAGIC:
+        raise FormatError(f"{path}: meta page {number} is damaged, or this is no LMDB file of this kind of machine")
+    if version != 1:
+        raise FormatError(f"{path} is of LMDB's data format {version}; actcache writes and reads format 1 (LMDB 0.9)")
+    page_size = _DB.unpack(free)[0]
+    if page_size & (page_size - 1) or not 512 <= page_size <= 65536:
+        raise FormatError(f"{path}: meta page {number} is damaged: pages of {page_size} bytes")
+    for root in (_DB.unpack(free)[-1], _DB.unpack(main)[-1]):
+        if root != _NO_PAGE and not 2 <= root <= last:
+            raise FormatError(f"{path}: meta page {number} is damaged: a root at page {root} of {last}")
+    return Meta(page_size, last, transaction)

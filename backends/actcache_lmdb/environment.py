@@ -1,0 +1,285 @@
+"""One open LMDB environment: its transactions, its map, and what a map that grows asks for.
+
+Every transaction of the backend begins here, behind the gate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import FormatError
+from actcache.errors import ClosedError, ReadOnlyError, StoreError
+from actcache_lmdb.datafile import read_meta
+from actcache_lmdb.failures import translated
+from actcache_lmdb.gate import Gate
+from actcache_lmdb.record import PAGE_HEADER
+
+T = TypeVar("T")
+
+DATABASES = ("state", "heads", "entries", "retired")
+_MAP_SIZE = 64 << 30  # of addresses, not of memory; it grows by itself
+_LEAST_MAP = 1 << 20
+_READERS = 2048
+
+GATE = Gate()
+
+
+class Environment:
+    """One environment, shared by all of this process that use its file. Thread-safe. Made by ``registry`` alone.
+
+    Raises (all that does something):
+        ClosedError: it is closed, or the process was forked since.
+        FormatError, StorageIOError, ...: see ``failures``.
+    """
+
+    def __init__(self, folder: Path, map_size: int | None) -> None:
+        self.folder = folder
+        self.data = folder / "data.mdb"
+        self._map_size = map_size
+        self._writing = threading.Lock()
+        self._base = 0  # address of the map, 0 where it is not known yet
+        self._lmdb: lmdb.Environment | None = None
+        self._descriptor = -1
+        self._open()
+
+    def _open(self) -> None:
+        meta = read_meta(self.data)
+        size = max(self._map_size or _MAP_SIZE, meta.nbytes)
+        modes = _modes(self.folder)
+        self.page_size = meta.page_size
+        self.writable, self.locked = not modes["readonly"], modes["lock"]
+        while True:
+            try:
+                self._lmdb = lmdb.open(
+                    str(self.folder),
+                    map_size=size,
+                    max_dbs=len(DATABASES),
+                    max_readers=_READERS,
+                    create=False,
+                    sync=True,
+                    metasync=True,
+                    **modes,
+                )
+                break
+            except lmdb.MemoryError:  # the address space is limited
+                if size <= max(meta.nbytes, _LEAST_MAP):
+                    raise
+                size = max(size // 4, meta.nbytes, _LEAST_MAP)
+        try:
+            if self.locked:
+                self._lmdb.reader_check()  # slots that killed readers left
+            self.dbs = {name: self._lmdb.open_db(name.encode(), create=False, **_FLAGS[name]) for name in DATABASES}
+            self._descriptor = os.open(self.data, os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def file(self) -> int:
+        """A descriptor of ``data.mdb``, for hints about its bytes."""
+        return self._descriptor
+
+    def abandon(self) -> None:
+        """Forget everything, in a fork's child; nothing is closed."""
+        self._lmdb, self._descriptor, self._base = None, -1, 0
+
+    def close(self) -> None:
+        """Unmap; nobody may be using it."""
+        env, self._lmdb, self._base = self._lmdb, None, 0
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+        if env is not None:
+            env.close()
+
+    def check_size(self) -> int:
+        """Return the size of the data file.
+
+        Raises:
+            FormatError: it is shorter than its meta page says: touching the map would kill the process.
+        """
+        env = self._lmdb
+        if env is None:
+            raise ClosedError(f"{self.folder} was closed, or opened before a fork; open the store again")
+        size = os.fstat(self._descriptor).st_size
+        if size < 2 * self.page_size or size < (env.info()["last_pgno"] + 1) * self.page_size:
+            raise FormatError(f"{self.data} was truncated to {size} bytes")
+        return size
+
+    # --- transactions ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self) -> Iterator[lmdb.Transaction[memoryview]]:
+        """A short read transaction; its buffers, and ``memory``, mean nothing afterwards."""
+        GATE.enter()
+        try:
+            with translated(f"cannot read {self.data}"):
+                while True:
+                    self.check_size()
+                    try:
+                        txn = self._begin(write=False)
+                        break
+                    except lmdb.MapResizedError:
+                        self._outside(self._adopt)
+                    except lmdb.ReadersFullError:
+                        if self._lmdb is None or not self._lmdb.reader_check():
+                            raise
+                try:
+                    yield txn
+                finally:
+                    txn.abort()
+        finally:
+            GATE.leave()
+
+    def write(self, work: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+        """Run ``work`` in a write transaction and commit it durably; again from its start where the map had to grow.
+
+        Raises:
+            OutOfSpaceError, StorageIOError, FormatError: nothing of it is visible, nothing else was lost.
+            What ``work`` raises: likewise.
+        """
+        if not self.writable:
+            raise ReadOnlyError(f"{self.data} cannot be written; check its permissions, or read only with mode='r'")
+        what = f"cannot write {self.data}"
+        while True:
+            with self._writing:
+                try:
+                    with translated(what), self._inside():
+                        self.check_size()
+                        txn = self._begin(write=True)
+                        try:
+                            result = work(txn)
+                            txn.commit()
+                        except BaseException:
+                            txn.abort()
+                            raise
+                        return result
+                except _Again as again:
+                    again.mend()
+                except StoreError as error:
+                    if isinstance(error.__cause__, lmdb.PanicError):
+                        with GATE.alone(), translated(what):
+                            self.close()
+                            self._open()
+                    raise
+
+    def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:
+        if self._lmdb is None:
+            raise ClosedError(f"{self.folder} was closed, or opened before a fork; open the store again")
+        return self._lmdb.begin(write=write, buffers=True)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        GATE.enter()
+        try:
+            yield
+        except lmdb.MapFullError:
+            raise _Again(self._grow) from None
+        except lmdb.MapResizedError:
+            raise _Again(self._adopt) from None
+        finally:
+            GATE.leave()
+
+    def _outside(self, mend: Callable[[], None]) -> None:
+        """Leave the gate for ``mend``, which needs to be alone."""
+        GATE.leave()
+        try:
+            mend()
+        finally:
+            GATE.enter()
+
+    def _grow(self) -> None:
+        self._resize(lambda env: max(2 * env.info()["map_size"], _LEAST_MAP))
+
+    def _adopt(self) -> None:
+        """Make room for what another process has written."""
+        # Not to what the file says: its maker may have had more address space than this process.
+        self._resize(lambda env: max(env.info()["map_size"], 2 * read_meta(self.data).nbytes))
+
+    def _resize(self, size: Callable[[lmdb.Environment], int]) -> None:
+        with GATE.alone(), translated(f"cannot grow the map of {self.data}"):
+            if self._lmdb is None:
+                return
+            self._base = 0
+            try:
+                self._lmdb.set_mapsize(size(self._lmdb))
+            except lmdb.Error:  # too little address space, and now it has no map at all
+                self.close()
+                self._open()
+                raise
+
+    # --- the map -----------------------------------------------------------------------------------------------------
+
+    def memory(self, txn: lmdb.Transaction[memoryview], entry: int, size: int) -> NDArray[np.uint8]:
+        """Return the first ``size`` bytes of the file as LMDB maps them, read-only, valid inside of the transaction.
+
+        Args:
+            entry: number of an entry that is there.
+            size: at most what ``check_size`` returned in this transaction.
+
+        Raises:
+            FormatError: there is no such entry.
+        """
+        if not self._base:
+            value = self._value(txn, entry)
+            self._base = address(value) - PAGE_HEADER - page_of(value) * self.page_size
+        mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
+        return np.frombuffer(mapped.toreadonly(), np.uint8)
+
+    def find_page(self, txn: lmdb.Transaction[memoryview], entry: int) -> int:
+        """Return the number of an entry's first page as the B-tree has it. Raises as ``memory`` does."""
+        return page_of(self._value(txn, entry))
+
+    def _value(self, txn: lmdb.Transaction[memoryview], entry: int) -> memoryview:
+        value = txn.get(entry.to_bytes(8, "big"), db=self.dbs["entries"])
+        if value is None or len(value) < self.page_size // 2:
+            raise FormatError(f"{self.data}: entry {entry} is not there, though a head names it")
+        return value
+
+
+class _Again(Exception):
+    """The map has to be mended before a transaction can be tried again."""
+
+    def __init__(self, mend: Callable[[], None]) -> None:
+        super().__init__()
+        self.mend = mend
+
+
+_FLAGS: Mapping[str, Mapping[str, Any]] = {
+    "state": {},
+    "heads": {"dupsort": True, "dupfixed": True},
+    "entries": {},
+    "retired": {},
+}
+
+
+def create_databases(env: lmdb.Environment) -> dict[str, Any]:
+    """Make the named databases of a new environment."""
+    return {name: env.open_db(name.encode(), **_FLAGS[name]) for name in DATABASES}
+
+
+def address(value: memoryview) -> int:
+    return int(np.frombuffer(value, np.uint8).__array_interface__["data"][0])
+
+
+def page_of(value: memoryview) -> int:
+    """Return the page number of a value that has pages of its own, written or about to be: they begin with it."""
+    return int.from_bytes(ctypes.string_at(address(value) - PAGE_HEADER, 8), "little")
+
+
+def _modes(folder: Path) -> dict[str, bool]:
+    """Return LMDB's ``readonly`` and ``lock`` for what the file system allows."""
+    lock = folder / "lock.mdb"
+    unwritable_media = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    locked = not unwritable_media and (os.access(lock, os.W_OK) if lock.exists() else os.access(folder, os.W_OK))
+    return {"readonly": not (locked and os.access(folder / "data.mdb", os.W_OK)), "lock": locked}

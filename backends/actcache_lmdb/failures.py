@@ -1,0 +1,59 @@
+"""LMDB's exceptions, turned into those of actcache at this edge only."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lmdb
+
+from actcache.backend import FormatError
+from actcache.errors import ActcacheError, OutOfSpaceError, ReadOnlyError, StorageIOError, StoreError
+
+_DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.InvalidError,
+    lmdb.VersionMismatchError,
+    lmdb.IncompatibleError,
+    lmdb.BadValsizeError,
+    lmdb.NotFoundError,
+    lmdb.CursorFullError,
+    lmdb.PageFullError,
+    lmdb.BadDbiError,
+)
+_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn the failures of LMDB and the operating system into exceptions that say what to do."""
+    try:
+        yield
+    except ActcacheError:
+        raise
+    except lmdb.Error as error:
+        raise _translate(what, error) from error
+    except OSError as error:
+        raise _of_code(what, error.errno or 0, error) from error
+
+
+def _translate(what: str, error: lmdb.Error) -> ActcacheError:
+    if isinstance(error, _DAMAGE):
+        return FormatError(f"{what}: the LMDB file is damaged ({error}); remove the space and fill again")
+    if isinstance(error, lmdb.MemoryError):
+        return StorageIOError(f"{what}: too little memory or address space (ulimit -v); see the option map_size")
+    if isinstance(error, lmdb.ReadersFullError):
+        return StoreError(f"{what}: too many readers at once on one space; close some processes, then try again")
+    if isinstance(error, lmdb.ReadonlyError):
+        return _of_code(what, errno.EACCES, error)
+    return _of_code(what, int(getattr(error, "code", 0) or 0), error)
+
+
+def _of_code(what: str, code: int, error: BaseException) -> ActcacheError:
+    if code in _SPACE or "No space left" in str(error):
+        return OutOfSpaceError(f"{what}: the disk or quota is full; free some space and flush again")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ReadOnlyError(f"{what}: {error}; check the permissions, or read only with mode='r'")
+    return StorageIOError(f"{what}: {error}")

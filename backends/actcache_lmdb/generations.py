@@ -1,0 +1,156 @@
+"""The generations of a space: one LMDB environment after another, each made whole under another name, then renamed.
+
+``<folder>/lmdb/00000001``, ``00000002``, ...; the greatest is the one that counts. Older ones are left to those who
+still read them, and removed later.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from actcache_lmdb.environment import create_databases
+from actcache_lmdb.failures import translated
+from actcache_lmdb.record import State
+
+_NAME = re.compile(r"[0-9]{8}")
+_LEAST_MAP = 1 << 26
+_FORGOTTEN = 3600.0  # seconds after which what a killed process was building is removed
+
+
+Fill = Callable[[lmdb.Environment, Mapping[str, Any]], None]
+
+
+def name_of(number: int) -> str:
+    return f"{number:08d}"
+
+
+class Generations:
+    """The generations below ``<folder>/lmdb``. Thread-safe, and safe beside other processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "lmdb"
+
+    def path(self, number: int) -> Path:
+        return self.folder / name_of(number)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the generations that are there, ascending."""
+        try:
+            return sorted(int(name) for name in os.listdir(self.folder) if _NAME.fullmatch(name))
+        except FileNotFoundError:
+            return []
+
+    def newest(self) -> int:
+        """Return the number of the one that counts, 0 where there is none."""
+        return max(self.numbers(), default=0)
+
+    def create(self) -> None:
+        """Make the first, empty one where there is none."""
+        if not self.newest():
+            self.publish(1, lambda env, databases: None)
+
+    def publish(self, number: int, fill: Fill, map_size: int = _LEAST_MAP) -> bool:
+        """Make a generation, have ``fill`` fill it, and give it its name: whole, and durable when this returns.
+
+        Args:
+            fill: is given the new environment and its databases; its transactions need not be synced.
+            map_size: what it fits into, bytes.
+
+        Returns:
+            False where somebody else made it meanwhile.
+        """
+        with translated(f"cannot make {self.path(number)}"):
+            _make_folders(self.folder)
+            building = self.folder / f"tmp-{os.getpid()}-{secrets.token_hex(8)}"
+            building.mkdir()
+            try:
+                env = _open_new(building, map_size)
+                try:
+                    databases = create_databases(env)
+                    with env.begin(write=True) as txn:
+                        txn.put(State.KEY, State(created=int(time.time() * 1e6)).pack(), db=databases["state"])
+                    fill(env, databases)
+                    env.sync(True)
+                finally:
+                    env.close()
+                for path in (building / "data.mdb", building / "made", building):
+                    _sync(path)
+                try:
+                    os.rename(building, self.path(number))
+                except OSError:
+                    if not self.path(number).exists():
+                        raise
+                    return False
+                finally:
+                    # Also where it stood: who made it may have died before its own sync.
+                    _sync(self.folder)
+                    _sync(self.folder.parent)
+                return True
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+
+    def remove_old(self, grace: float) -> int:
+        """Remove the generations before the newest, once it is ``grace`` seconds old; return how many.
+
+        Whoever still maps an old one keeps what it maps.
+        """
+        *old, newest = self.numbers() or [0]
+        removed = 0
+        with translated(f"cannot remove old generations of {self.folder}"):
+            if old and _age(self.path(newest) / "made") >= grace:
+                for number in old:
+                    # First out of sight, at once; the bytes then go one by one.
+                    away = self.folder / f"tmp-{os.getpid()}-{secrets.token_hex(8)}"
+                    try:
+                        os.rename(self.path(number), away)
+                    except FileNotFoundError:
+                        continue  # another process was faster
+                    shutil.rmtree(away, ignore_errors=True)
+                    removed += 1
+            for name in os.listdir(self.folder) if self.folder.is_dir() else []:
+                if name.startswith("tmp-") and _age(self.folder / name) > _FORGOTTEN:
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+        return removed
+
+
+def _open_new(folder: Path, map_size: int) -> lmdb.Environment:
+    # LMDB 0.9's format, which every release reads
+    options: dict[str, Any] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
+    (folder / "made").touch()  # when: its age decides when older generations go
+    return lmdb.open(str(folder), map_size=map_size, max_dbs=8, create=False, sync=False, lock=False, **options)
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and its parents, each name durable before the next."""
+    missing = []
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            break
+        missing.append(path)
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,167 @@
+"""The records of a space in LMDB; docs/format.md gives them in a form that needs no actcache.
+
+Four named databases in one environment:
+
+- ``state``: one record, the space's sequence number and totals.
+- ``heads``: entry key -> one head a version, newest first (sorted duplicates of one size). A deletion is a head too.
+- ``entries``: entry number -> header, rows and the other arrays. Never so small that it would lie inside of a page of
+  the B-tree, so an entry is one extent of ``data.mdb`` for as long as it lives, and its head names the first page.
+- ``retired``: what later transactions may remove, by the sequence number that superseded it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, FormatError
+from actcache.errors import FormatVersionError
+
+FORMAT_VERSION = 1
+KEY_BYTES = 32
+PAGE_HEADER = 16  # bytes that LMDB puts before a value that has pages of its own
+HEADER_BYTES = 112  # of an entry, so that rows begin 128 bytes into their page
+ROWS_AT = PAGE_HEADER + HEADER_BYTES
+OVERFLOW = 0x04  # LMDB's flag of such pages
+ENTRY_MAGIC = 0x45544341  # "ACTE"
+
+#: Ragged arrays by their bit in ``columns``.
+COLUMNS = (VALUES, TOKEN_IDS, *EXTRAS)
+
+HEAD = np.dtype(
+    [
+        ("age", ">u8"),  # 2**64 - 1 - sequence: duplicates are sorted by their bytes, so the newest comes first
+        ("id", "<u8"),  # number of the entry; 0: deleted
+        ("page", "<u8"),  # first page in data.mdb
+        ("tokens", "<u4"),
+        ("columns", "<u4"),  # bits of COLUMNS
+        ("checksum", "<u8"),
+        ("extra", "<u8"),  # checksum of the optional arrays
+        ("check", "<u8"),  # of the key and the fields before
+    ]
+)
+RECORD = np.dtype([("key", "u1", KEY_BYTES), ("head", HEAD)])
+RETIRED = struct.Struct("<Q32s56s")  # microseconds since 1970, key, head
+HEADER = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("version", "<u4"),
+        ("id", "<u8"),
+        ("tokens", "<u4"),
+        ("columns", "<u4"),
+        ("sequence", "<u8"),
+        ("key", "u1", KEY_BYTES),
+        ("checksum", "<u8"),
+        ("extra", "<u8"),
+        ("zeros", "u1", 32),
+    ]
+)
+_STATE = struct.Struct("<4sI7QQ")
+_NEWEST = np.uint64(2**64 - 1)
+_WORDS = (KEY_BYTES + HEAD.itemsize) // 8
+_PRIMES = np.array(
+    [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
+)
+with np.errstate(over="ignore"):
+    _FACTORS = np.resize(_PRIMES, _WORDS - 1) * np.arange(1, 2 * _WORDS - 2, 2, dtype=np.uint64)
+
+
+def checks(records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """Return what ``check`` has to be in each of these records, ``[n]``."""
+    words: NDArray[np.uint64] = records.view(np.uint64).reshape(-1, _WORDS)[:, :-1]
+    mixed: NDArray[np.uint64] = words.astype(np.uint64) * _FACTORS
+    mixed = mixed ^ (mixed >> np.uint64(32))
+    total: NDArray[np.uint64] = mixed.sum(axis=1, dtype=np.uint64)
+    return total
+
+
+def sequences(records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """Return the sequence numbers of these records."""
+    ages: NDArray[np.uint64] = records["head"]["age"].astype(np.uint64)
+    return _NEWEST - ages
+
+
+@dataclass(frozen=True)
+class State:
+    """The record of ``state``.
+
+    Attributes:
+        sequence: number of the last transaction that changed entries.
+        next_id: number that the next entry gets.
+        horizon: a snapshot older than this sequence number may have lost entries to removal.
+        entries, tokens, nbytes: of the live entries.
+        created: when this generation was made, microseconds since 1970.
+    """
+
+    sequence: int = 0
+    next_id: int = 1
+    horizon: int = 0
+    entries: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+    created: int = 0
+
+    KEY = b"state"
+
+    def pack(self) -> bytes:
+        fields = (self.sequence, self.next_id, self.horizon, self.entries, self.tokens, self.nbytes, self.created)
+        data = _STATE.pack(b"ACTL", FORMAT_VERSION, *fields, 0)[:-8]
+        return data + struct.pack("<Q", xxhash.xxh3_64_intdigest(data))
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview | None, where: object) -> State:
+        """Raises ``FormatError``, ``FormatVersionError``."""
+        if data is None or len(data) != _STATE.size:
+            raise FormatError(f"{where} has no record of its state: it is no space of actcache, or damaged")
+        magic, version, *fields, check = _STATE.unpack(data)
+        if magic != b"ACTL" or xxhash.xxh3_64_intdigest(data[:-8]) != check:
+            raise FormatError(f"the record of {where}'s state is damaged")
+        if version > FORMAT_VERSION:
+            raise FormatVersionError(f"{where} has format version {version}; this release reads {FORMAT_VERSION}")
+        return cls(*fields)
+
+    def changed(self, **fields: int) -> State:
+        return replace(self, **fields)
+
+
+def bits(names: Sequence[str] | Mapping[str, object]) -> int:
+    """Return the ``columns`` of an entry that has these arrays."""
+    return sum(1 << COLUMNS.index(name) for name in names)
+
+
+class Shapes:
+    """Where each array of an entry lies in its value. Immutable.
+
+    Args:
+        columns: the dtype and trailing shape of each ragged array of the space.
+    """
+
+    def __init__(self, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self.row_bytes = {
+            name: np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=np.int64))
+            for name, (dtype, trailing) in columns.items()
+        }
+
+    def places(self, tokens: NDArray[np.int64], columns: int) -> dict[str, NDArray[np.int64]]:
+        """Return where arrays begin after the page's first byte, by name and for each entry, and their ``"end"``.
+
+        Every array after the rows begins at a multiple of 8.
+        """
+        places: dict[str, NDArray[np.int64]] = {}
+        position = np.full(len(tokens), ROWS_AT, np.int64)
+        for number, name in enumerate(COLUMNS):
+            if columns >> number & 1:
+                position = (position + 7) & ~7
+                places[name] = position
+                position = position + tokens * self.row_bytes[name]
+        places["end"] = position
+        return places
+
+    def nbytes(self, tokens: int, columns: int) -> int:
+        """Return the bytes of an entry's arrays, without header and padding."""
+        return sum(tokens * self.row_bytes[name] for i, name in enumerate(COLUMNS) if columns >> i & 1)

@@ -1,0 +1,217 @@
+"""A snapshot of a space in LMDB: a sequence number, and the reading of what was newest then."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import VALUES, FormatError, Located, SegmentGoneError, Snapshot, Usage, Workers, offsets_of
+from actcache.errors import StoreError
+from actcache_lmdb.copying import copier
+from actcache_lmdb.environment import Environment
+from actcache_lmdb.lookup import find, latest, scan
+from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
+from actcache_lmdb.registry import release, retain
+
+_CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache
+_BITS = 8  # of ``Located.row``, below the entry's number: its columns
+
+
+class LMDBSnapshot(Snapshot):
+    """See ``Snapshot``. Thread-safe. ``Located.segment`` is an entry's first page, ``row`` its number and columns.
+
+    Every call is one short read transaction of its own: between them, nothing is pinned. What this snapshot shows stays
+    where it is until a later transaction has removed what was superseded after it; from then on calls raise
+    ``SegmentGoneError``.
+    """
+
+    def __init__(self, environment: Environment, state: State, shapes: Shapes, workers: Workers) -> None:
+        self._environment = retain(environment)
+        self._state = state
+        self._shapes = shapes
+        self._workers = workers
+        self._keys: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()
+        weakref.finalize(self, release, environment).atexit = False
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @contextmanager
+    def _reading(self) -> Iterator[lmdb.Transaction[memoryview]]:
+        """A transaction in which all that this snapshot shows is still there."""
+        with self._environment.reading() as txn:
+            data = txn.get(State.KEY, db=self._environment.dbs["state"])
+            horizon = State.unpack(data, self._environment.data).horizon
+            if horizon > self._state.sequence:
+                raise SegmentGoneError(f"{self._environment.folder}: what was replaced is gone; refresh the space")
+            yield txn
+
+    def locate(self, keys: NDArray[np.uint8]) -> Located:
+        with self._reading() as txn:
+            heads = find(txn, self._environment.dbs["heads"], keys, self._state.sequence)
+        live = heads["id"] > 0
+        return Located(
+            np.where(live, heads["tokens"], 0).astype(np.int64),
+            np.where(live, heads["checksum"], 0).astype(np.uint64),
+            np.where(live, heads["page"], 0).astype(np.int64),
+            np.where(live, heads["id"] << np.uint64(_BITS) | heads["columns"], 0).astype(np.int64),
+        )
+
+    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+        bit = 1 << COLUMNS.index(column)
+        return (located.row & bit > 0) & located.found
+
+    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+        sums = np.zeros(len(located.tokens), np.uint64)
+        which = np.flatnonzero(located.found)
+        if len(which):
+            with self._memory(located[which]) as (memory, pages):
+                for i, page in zip(which.tolist(), pages.tolist(), strict=True):
+                    begin = page * self._environment.page_size + PAGE_HEADER
+                    sums[i] = memory[begin : begin + HEADER.itemsize].view(HEADER)["extra"][0]
+        return sums
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _memory(self, located: Located) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """The mapped file, and the first page of each of these entries, which are all there.
+
+        Raises:
+            FormatError: the pages are not those of the entries, or say impossible things.
+        """
+        environment = self._environment
+        with self._reading() as txn:
+            size = environment.check_size()
+            memory = environment.memory(txn, int(located.row[0]) >> _BITS, size)
+            pages = located.segment
+            good = self._fit(memory, located, pages)
+            if not good.all():
+                # A copy by LMDB's own tools has other page numbers: the B-tree knows them.
+                pages = pages.copy()
+                for i in np.flatnonzero(~good).tolist():
+                    page = environment.find_page(txn, int(located.row[i]) >> _BITS)
+                    pages[i] = page
+                if not self._fit(memory, located, pages).all():
+                    raise FormatError(f"{environment.data}: pages are damaged that should hold entries")
+            yield memory, pages
+
+    def _fit(self, memory: NDArray[np.uint8], located: Located, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which pages begin entries of these numbers, of this size, ``[n]``."""
+        page_size = self._environment.page_size
+        words = memory[: len(memory) & ~7].view("<u8")
+        last = len(memory) // page_size - 1
+        inside = (pages >= 2) & (pages <= last)
+        first = np.where(inside, pages, 0) * (page_size // 8)
+        number, flags, magic, entry, shape = (words[first + i].astype(np.int64) for i in range(5))
+        ids, columns = located.row >> _BITS, located.row & ((1 << _BITS) - 1)
+        nbytes = np.zeros(len(pages), np.int64)
+        for kind in np.unique(columns).tolist():
+            if kind >> len(COLUMNS):
+                raise FormatError(f"{self._environment.data} holds arrays that this release does not know")
+            nbytes = np.where(columns == kind, self._shapes.places(located.tokens, kind)["end"], nbytes)
+        count = flags >> 32  # pages of the value
+        good: NDArray[np.bool_] = (
+            inside
+            & (number == pages)
+            & (flags >> 16 & 0xFFFF == OVERFLOW)
+            & (count * page_size >= nbytes)
+            & (pages + count - 1 <= last)
+            & (magic == (FORMAT_VERSION << 32 | ENTRY_MAGIC))
+            & (entry == ids)
+            & (shape == (columns << 32 | located.tokens))
+        )
+        return good
+
+    def gather(
+        self,
+        located: Located,
+        out: Mapping[str, NDArray[np.generic]],
+        width: int | None,
+        done: Callable[[int, int], None],
+    ) -> None:
+        count = len(located.tokens)
+        if not located.found.any():
+            for buffer in out.values():
+                buffer[: count * (width or 0)] = 0
+            done(0, count)
+            return
+        for name in out:
+            if not self.has(name, located)[located.found].all():
+                raise KeyError(name)
+        found = np.flatnonzero(located.found)
+        with self._memory(located[found]) as (memory, pages):
+            first = np.zeros(count, np.int64)
+            first[found] = pages
+            columns = located.row & ((1 << _BITS) - 1)
+            copies = []
+            for name, buffer in out.items():
+                places = np.zeros(count, np.int64)
+                for kind in np.unique(columns[found]).tolist():
+                    here = self._shapes.places(located.tokens, kind)[name]
+                    places = np.where(columns == kind, here, places)
+                begins = first * self._environment.page_size + places
+                copies.append(copier(memory, begins, located.tokens, buffer, width))
+            starts = offsets_of(located.tokens if width is None else np.full(count, width))
+            row_bytes = max(buffer.strides[0] for buffer in out.values())
+            # Chunks of whole entries; the threads take the next one as they become free.
+            wanted = np.arange(0, int(starts[-1]) * row_bytes, _CHUNK_BYTES)
+            cuts = np.unique(np.r_[np.searchsorted(starts * row_bytes, wanted), count])
+
+            def job(number: int) -> None:
+                begin, end = int(cuts[number]), int(cuts[number + 1])
+                for copy in copies:
+                    copy(begin, end)
+                done(begin, end)
+
+            self._workers.run(job, len(cuts) - 1)
+
+    def read_ahead(self, located: Located) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        found = located[located.found]
+        begins = found.segment * self._environment.page_size
+        nbytes = found.tokens * (self._shapes.row_bytes[VALUES] + 8) + self._environment.page_size
+        order = np.argsort(begins)
+        try:
+            for begin, length in zip(begins[order].tolist(), nbytes[order].tolist(), strict=True):
+                os.posix_fadvise(self._environment.file, begin, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # a hint; the read itself will say what is wrong
+
+    # --- all of it ---------------------------------------------------------------------------------------------------
+
+    def live(self) -> Iterator[NDArray[np.void]]:
+        """Yield the records of all live entries, a step at a time, in the order of their keys."""
+        with self._reading() as txn:
+            for records in scan(txn, self._environment.dbs["heads"]):
+                newest = latest(records, self._state.sequence)
+                yield newest[newest["head"]["id"] > 0]
+
+    def keys(self) -> NDArray[np.uint8]:
+        with self._lock:
+            if self._keys is None:
+                parts = [np.empty((0, 32), np.uint8), *(records["key"] for records in self.live())]
+                self._keys = np.concatenate(parts)
+                self._keys.flags.writeable = False
+            return self._keys
+
+    def usage(self) -> Usage:
+        state = self._state
+        return Usage(state.entries, state.tokens, state.nbytes, 1 if state.entries else 0)
+
+    def damaged(self) -> dict[str, str]:
+        try:
+            with self._reading():
+                return {}
+        except (FormatError, StoreError) as error:
+            return {self._environment.folder.name: str(error)}

@@ -1,0 +1,163 @@
+"""One space in LMDB: writes, snapshots, and the change over to a new generation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import Block, Columns, Snapshot, SpaceDriver, Workers
+from actcache.errors import ClosedError, ReadOnlyError, StorageIOError
+from actcache_lmdb import compaction, writing
+from actcache_lmdb.environment import Environment
+from actcache_lmdb.failures import translated
+from actcache_lmdb.generations import Generations
+from actcache_lmdb.nothing import NothingYet
+from actcache_lmdb.record import Shapes, State
+from actcache_lmdb.registry import acquire, release
+from actcache_lmdb.snapshot import LMDBSnapshot
+
+T = TypeVar("T")
+
+_TRIES = 20  # to open a generation that others replace meanwhile
+
+
+if TYPE_CHECKING:
+    Txn = lmdb.Transaction[memoryview]
+    Work = Callable[[Txn, Environment], T]
+
+
+class _Retired(Exception):
+    """The generation that a transaction belongs to is no longer the newest."""
+
+
+class LMDBSpace(SpaceDriver):
+    """See ``SpaceDriver``. Thread-safe throughout; safe beside other processes.
+
+    Args:
+        folder: of the space.
+        grace: seconds that what was superseded stays for older snapshots, and an old generation for its readers.
+        map_size: bytes of addresses to start with, None for plenty; it grows by itself.
+    """
+
+    def __init__(
+        self, folder: Path, columns: Columns, *, writable: bool, grace: float, map_size: int | None = None
+    ) -> None:
+        self._generations = Generations(folder)
+        self._shapes = Shapes(columns)
+        self._writable = writable
+        self._grace = grace
+        self._map_size = map_size
+        self._workers = Workers()
+        self._lock = threading.Lock()
+        self._number = 0  # of the generation that is open, 0: none yet
+        self._environment: Environment | None = None
+        self._closed = False
+        if writable:
+            with translated(f"cannot make a space in {folder}"):
+                self._generations.create()
+                self._generations.remove_old(grace)
+        self._current()
+
+    # --- generations -------------------------------------------------------------------------------------------------
+
+    def _current(self) -> tuple[int, Environment | None]:
+        """Return the newest generation's number and environment; 0 and None where nobody has made one yet."""
+        with self._lock, translated(f"cannot open {self._generations.folder}"):
+            if self._closed:
+                raise ClosedError(f"{self._generations.folder} is closed; open the space again")
+            for _ in range(_TRIES):
+                number = self._generations.newest()
+                if number == self._number and (self._environment is not None or not number):
+                    return number, self._environment
+                if not number:
+                    break  # somebody has removed the space: what is open is still readable
+                try:
+                    environment = acquire(self._generations.path(number), self._map_size)
+                except FileNotFoundError:
+                    continue  # it was replaced by yet another one, and removed
+                old, self._environment, self._number = self._environment, environment, number
+                if old is not None:
+                    release(old)  # snapshots of it keep it open
+                return number, environment
+        raise StorageIOError(f"{self._generations.folder}: generations come and go; was the space removed?")
+
+    def _write(self, work: Work[T]) -> T:
+        """Run ``work`` in a write transaction of the newest generation, once, or again where the map had to grow."""
+        if not self._writable:
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
+        while True:
+            number, environment = self._current()
+            if environment is None:
+                raise StorageIOError(f"{self._generations.folder} is gone; open the store again")
+            with suppress(_Retired):
+                return environment.write(partial(self._checked, work, number, environment))
+
+    def _checked(self, work: Work[T], number: int, environment: Environment, txn: Txn) -> T:
+        # Whoever compacts publishes the new generation while it holds the write lock of the old one.
+        if self._generations.newest() != number:
+            raise _Retired
+        return work(txn, environment)
+
+    # --- SpaceDriver -------------------------------------------------------------------------------------------------
+
+    def append(self, block: Block) -> None:
+        _, environment = self._current()
+        page_size = environment.page_size if environment is not None else 4096
+        records = writing.Blocks(block, self._shapes, page_size)
+
+        def work(txn: Txn, environment: Environment) -> None:
+            writing.remove_retired(txn, environment.dbs, environment.data, self._grace)
+            writing.append(txn, environment.dbs, records, self._shapes, environment.data)
+
+        self._write(work)
+
+    def delete(self, keys: NDArray[np.uint8]) -> int:
+        def work(txn: Txn, environment: Environment) -> int:
+            return writing.delete(txn, environment.dbs, keys, self._shapes, environment.data)
+
+        return self._write(work)
+
+    def snapshot(self) -> Snapshot:
+        _, environment = self._current()
+        if environment is None:
+            return NothingYet()
+        with environment.reading() as txn:
+            state = State.unpack(txn.get(State.KEY, db=environment.dbs["state"]), environment.data)
+        return LMDBSnapshot(environment, state, self._shapes, self._workers)
+
+    def compact(self) -> bool:
+        """Copy the live entries into a new generation, and have everybody move over to it.
+
+        Writers wait meanwhile, readers do not. The old generation is removed by a later call, or opening for writing,
+        once the grace period is over. A crash leaves the old one or the new one, whole.
+
+        Returns:
+            False where another process has made a new generation first.
+        """
+
+        def work(txn: Txn, environment: Environment) -> bool:
+            return compaction.copy(txn, environment, self._generations, self._shapes)
+
+        copied = self._write(work)
+        self._current()
+        with translated(f"cannot remove old generations of {self._generations.folder}"):
+            self._generations.remove_old(self._grace)
+        return copied
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            environment, self._environment = self._environment, None
+        self._workers.close()
+        if environment is not None:
+            release(environment)

@@ -24,7 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError, SegmentGoneError
-from actcache.ragged import EXTRAS, TOKEN_IDS, VALUES, Block, Column, pieces
+from actcache.ragged import EXTRAS, TOKEN_IDS, VALUES, Block, Column, offsets_of, pieces
+from actcache.storage.files import is_local
+from actcache.storage.workers import Workers
 
 __all__ = [
     "EXTRAS",
@@ -33,6 +35,7 @@ __all__ = [
     "Backend",
     "Block",
     "Column",
+    "Columns",
     "Extent",
     "FormatError",
     "Layout",
@@ -45,8 +48,15 @@ __all__ = [
     "SpaceEngine",
     "StoreDriver",
     "Usage",
+    "Workers",
+    "is_local",
+    "offsets_of",
     "pieces",
 ]
+
+
+#: The dtype and trailing shape that each ragged array of a space has, by name.
+Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)

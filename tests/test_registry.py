@@ -16,13 +16,13 @@ from tests.support import check, put, recipe
 
 #: A segment format that a third party might write: each array a file of its own, in a folder, with a JSON table.
 PLUGIN = """
-import json, os
-import numpy as np
-from actcache.backend import Extent, FormatError, SegmentFormat
+import json
+from actcache.backend import Extent, FormatError, Layout, SegmentFormat
 
 class RawFormat(SegmentFormat):
     name = "rawdir"
     suffix = ".raw"
+    commit = "table.json"
 
     def write(self, path, block, metadata):
         path.mkdir()
@@ -30,14 +30,15 @@ class RawFormat(SegmentFormat):
         for name, array in block.arrays().items():
             array.tofile(path / f"{name}.bin")
             table[name] = [array.dtype.str, list(array.shape)]
-        (path / "table.json").write_text(json.dumps(table))
+        (path / "table.json").write_text(json.dumps([table, dict(metadata)]))
 
-    def layout(self, path):
+    def layout(self, files):
         try:
-            table = json.loads((path / "table.json").read_bytes())
-            return {n: Extent(f"{n}.bin", 0, dtype, tuple(shape)) for n, (dtype, shape) in table.items()}
+            table, metadata = json.loads(files.read("table.json", 0, 1 << 16))
+            extents = {n: Extent(f"{n}.bin", 0, dtype, tuple(shape)) for n, (dtype, shape) in table.items()}
+            return Layout(extents, metadata)
         except (ValueError, TypeError, AttributeError) as error:
-            raise FormatError(f"{path}: {error}")
+            raise FormatError(f"{files.where}: {error}")
 
 backend = RawFormat()
 """

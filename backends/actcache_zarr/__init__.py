@@ -26,6 +26,7 @@ _BLOCK_BYTES = 1 << 20  # what zarr reads at least for a row
 _MOST_BLOCKS = 1 << 16  # of a shard: bounds the index that is read and compared
 _MOST_METADATA = 1 << 16  # bytes of a zarr.json
 _CHECKSUM_BYTES = 4
+_METADATA = "zarr.json"
 _KEYS = {"name": "default", "configuration": {"separator": "."}}  # "/" would add two folders to sync an array
 _DTYPES = {
     dtype.name: dtype.newbyteorder("<").str for dtype in map(np.dtype, ("f2", "f4", "i1", "u1", "u2", "i4", "i8", "u8"))
@@ -41,7 +42,7 @@ class ZarrFormat(SegmentFormat):
 
     name = "zarr"
     suffix = ".zarr"
-    commit = "zarr.json"
+    commit = _METADATA
 
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
         group = zarr.create_group(LocalStore(path), zarr_format=3, attributes=dict(metadata))
@@ -76,8 +77,8 @@ class ZarrFormat(SegmentFormat):
         attributes = group.get("attributes", {})
         if not (isinstance(attributes, dict) and all(isinstance(text, str) for text in attributes.values())):
             raise FormatError(f"{files.where} is damaged: its attributes are no texts")
-        names = sorted({name.partition("/")[0] for name in files.names() if "/" in name})
-        return Layout({name: _extent(files, name) for name in names}, attributes)
+        names = {name.partition("/")[0] for name in files.names()} - {_METADATA}
+        return Layout({name: _extent(files, name) for name in sorted(names)}, attributes)
 
 
 def _shard(name: str, dimensions: int) -> str:
@@ -114,7 +115,7 @@ def _crc32c(data: bytes) -> int:
 
 def _metadata(files: SegmentFiles, folder: str) -> dict[str, Any]:
     """Return what the zarr.json of a group or array says."""
-    name = f"{folder}/zarr.json" if folder else "zarr.json"
+    name = f"{folder}/{_METADATA}" if folder else _METADATA
     text = files.read(name, 0, _MOST_METADATA + 1)
     if len(text) > _MOST_METADATA:
         raise FormatError(f"{files.where}: {name} has more than {_MOST_METADATA} bytes; this is no segment")

@@ -17,6 +17,7 @@ import xxhash
 
 import actcache
 from actcache.errors import FormatError
+from actcache.storage.folder import LocalSegment
 from actcache_hdf5 import backend
 from tests.support import HIDDEN, check, ids, key, make_store, put, recipe, rows, run, segment_files
 
@@ -50,6 +51,7 @@ def read_space(space):
         with h5py.File(path, "r") as file:
             assert file.attrs["actcache_segment"] == "1"
             assert file.attrs["space"] == space.name
+            assert file.attrs["segment"] == path.stem
             arrays = {name: file[name][...] for name in file}
         offsets = arrays["offsets"].tolist()
         for i, name in enumerate(arrays["keys"]):
@@ -82,6 +84,11 @@ def verify(fingerprint, identity, name, entry, checksum, arrays, i):
 
 
 # --- what actcache writes --------------------------------------------------------------------------------------------
+
+
+def extents_of(path):
+    """Where the arrays lie, as the backend tells the core."""
+    return backend.layout(LocalSegment(path)).extents
 
 
 def test_a_whole_store_read_by_others(tmp_path):
@@ -144,7 +151,8 @@ def test_a_segment_is_what_the_schema_says(tmp_path, dtype, stored):
     data = path.read_bytes()
     with h5py.File(path, "r") as file:
         assert set(file) == set(schema)
-        assert dict(file.attrs) == {"actcache_segment": "1", "space": recipe(dtype=dtype).fingerprint}
+        here = {"space": recipe(dtype=dtype).fingerprint, "segment": path.stem}
+        assert dict(file.attrs) == {"actcache_segment": "1", **here}
         ends = []
         for name, (kind, shape) in schema.items():
             dataset = file[name]
@@ -164,7 +172,7 @@ def test_a_segment_is_what_the_schema_says(tmp_path, dtype, stored):
         assert file["keys"][i].tobytes() == key(3)
         if dtype != "bfloat16":
             np.testing.assert_array_equal(file["values"][begin:end], rows(3))
-    layout = backend.layout(path)
+    layout = extents_of(path)
     assert {name: (np.dtype(e.dtype), e.shape) for name, e in layout.items()} == {
         name: (np.dtype(kind), shape) for name, (kind, shape) in schema.items()
     }
@@ -209,7 +217,7 @@ def test_a_golden_store_of_version_1(tmp_path):
             file["keys"] = np.frombuffer(b"".join(map(key, numbers)), np.uint8).reshape(-1, 32)
             file["checksums"] = np.array(sums, np.uint64)
             file["token_ids"] = np.concatenate([ids(n, version) for n in numbers]).astype("<i4")
-            file.attrs["actcache_segment"], file.attrs["space"] = "1", golden.fingerprint
+            file.attrs.update({"actcache_segment": "1", "space": golden.fingerprint, "segment": name})
     deleted = {names[1]: [2]}
     tombstone = {"deleted": deleted, "checksum": xxhash.xxh3_64_hexdigest(canonical(deleted))}
     (space / "tombstones" / f"{1:012x}-{'ef' * 8}.json").write_text(json.dumps(tombstone))
@@ -371,7 +379,7 @@ def test_what_is_no_hdf5_file(tmp_path, content):
     path.write_bytes(content)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FormatError, match=r"truncated or no HDF5 file"):
-        backend.layout(path)
+        extents_of(path)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -382,24 +390,53 @@ def test_every_truncation_of_a_segment(segment):
     for size in [*range(0, 2000, 89), *range(2000, len(good), 997), len(good) - 1]:
         segment.write_bytes(good[:size])
         try:
-            layout = backend.layout(segment)
+            layout = extents_of(segment)
         except FormatError:
             continue
         assert any(extent.offset + extent.nbytes > size for extent in layout.values())
     segment.write_bytes(good)
-    assert set(backend.layout(segment)) == set(ARRAYS)
+    assert set(extents_of(segment)) == set(ARRAYS)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_segment_of_another_space(tmp_path):
-    """Copied over: shapes fit, but every entry's checksum binds it to its own space."""
+    """Copied over: it says where it belongs. Where it lies about that, every entry's checksum binds it to its space."""
     mine = make_store(tmp_path / "store", [1])
     other = make_store(tmp_path / "store", [2], layer=2)
-    shutil.copy(segment_files(other)[0], mine / "segments" / f"{9:012x}-{'ab' * 8}.h5")
+    copy = mine / "segments" / f"{9:012x}-{'ab' * 8}.h5"
+    shutil.copy(segment_files(other)[0], copy)
+    for field in ("space", "segment"):
+        with actcache.open(tmp_path / "store", "r") as store, store.space(recipe()) as space:
+            check(space, {1: 0}, [1, 2])
+            assert list(space.damaged()) == [copy.stem]
+            assert f"says {field}" in space.damaged()[copy.stem]
+        lie(copy, field)
     with actcache.open(tmp_path / "store", "r") as store, store.space(recipe()) as space:
         check(space, {1: 0}, [1])
         with pytest.raises(actcache.errors.CorruptEntryError):
             space.get([key(2)])
+
+
+def lie(path, *fields):
+    """Have a segment say that it belongs where it lies."""
+    place = {"space": path.parents[1].name, "segment": path.stem}
+    with h5py.File(path, "r+") as file:
+        file.attrs.update({field: place[field] for field in fields})
+
+
+def test_a_segment_under_the_name_of_another(tmp_path):
+    """Tombstones name segments: what changes places would bring back what was deleted, and lose others."""
+    folder = make_store(tmp_path / "store", range(20), segments=2)
+    with actcache.open(tmp_path / "store") as store, store.space(recipe()) as space:
+        space.delete([key(3)])
+    shutil.rmtree(folder / "index")
+    first, second = segment_files(folder)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    with actcache.open(tmp_path / "store", "r") as store, store.space(recipe()) as space:
+        assert list(space.damaged()) == [first.stem, second.stem]
+        check(space, {}, range(20))
 
 
 def test_segments_of_another_width_or_dtype(tmp_path):
@@ -410,6 +447,7 @@ def test_segments_of_another_width_or_dtype(tmp_path):
             space.put([key(5)], [values])
         (path,) = (tmp_path / f"other{number}").glob("spaces/*/segments/*.h5")
         shutil.copy(path, mine / "segments" / path.name)
+        lie(mine / "segments" / path.name, "space", "segment")
     with actcache.open(tmp_path / "store", "r") as store, store.space(recipe()) as space:
         assert len(space.damaged()) == 2
         assert all("does not fit its space" in what for what in space.damaged().values())

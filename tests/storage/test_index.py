@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import actcache
 from actcache.errors import FormatError, FormatVersionError
 from actcache.storage import tensorfile
+from actcache.storage.folder import LocalSegment
 from actcache.storage.index import Table, join_keys, split_keys
-from actcache.storage.segment import Segment
+from actcache.storage.segment import Access, Segment
 from tests.support import check, key, make_store, put, recipe, run, segment_files
 
 COLUMNS = {"values": ("<f4", (2,))}
@@ -34,17 +35,30 @@ def a_segment(name: str, tokens: int) -> Segment:
         "offsets": Extent("", 0, "<i8", (2,)),
         "checksums": Extent("", 0, "<u8", (1,)),
     }
-    return Segment(Path(f"/nowhere/{name}.h5"), extents, 1)
+    return Segment(nowhere(name), name, extents, 1)
+
+
+def nowhere(name: str) -> LocalSegment:
+    return LocalSegment(Path(f"/nowhere/{name}.h5"))
+
+
+def inside(folder: Path) -> Access:
+    """The segments of a space."""
+    return lambda name: LocalSegment(folder / "segments" / f"{name}.h5")
 
 
 def a_table(contents: dict[str, list[bytes]]) -> Table:
-    """A table over segments with these names and keys; entry i of a segment is row 3 i, and has i + 1 tokens."""
+    """A table over segments with these names and keys; entry i of a segment is row 3 i, and has i + 1 tokens.
+
+    All are born where they lie.
+    """
     tables = []
     for name, keys in contents.items():
         prefix, rest = split_keys(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32))
         numbers = np.arange(len(keys))
-        arrays = (np.zeros(len(keys), "u4"), numbers.astype("u4"), numbers * 3, (numbers + 1).astype("u4"))
-        tables.append(Table((a_segment(name, 100),), prefix, rest, *arrays, numbers.astype("u8")))
+        zeros = np.zeros(len(keys), "u4")
+        arrays = (zeros, zeros, numbers.astype("u4"), numbers * 3, (numbers + 1).astype("u4"))
+        tables.append(Table((a_segment(name, 100),), (name,), prefix, rest, *arrays, numbers.astype("u8")))
     return Table.merged(tables, frozenset(contents))
 
 
@@ -108,6 +122,23 @@ def test_merging_is_making_anew(first, second, keep):
             )
 
 
+def test_the_later_born_copy_is_served_wherever_it_lies():
+    """A compacted segment has a later name than its sources, and its entries are as old as they were there."""
+    wanted, other = bytes(32), bytes([1]) * 32
+    prefix, rest = split_keys(np.frombuffer(wanted + other, np.uint8).reshape(-1, 32))
+    zeros, numbers = np.zeros(2, "u4"), np.arange(2)
+    arrays = (zeros, zeros, np.array([7, 9], "u4"), numbers * 3, (numbers + 1).astype("u4"), numbers.astype("u8"))
+    compacted = Table((a_segment("d", 100),), ("a",), prefix, rest, *arrays)
+    for tables in ([compacted, a_table({"b": [wanted]})], [a_table({"b": [wanted]}), compacted]):
+        table = Table.merged(tables, frozenset("bd"))
+        found = table.find(prefix, rest)
+        assert [table.segments[table.segment[i]].name for i in found] == ["b", "d"]
+        assert [(table.births[table.birth[i]], table.entry[i]) for i in found] == [("b", 0), ("a", 9)]
+        assert len(table.copies(prefix[:1], rest[:1])) == 2
+        without = Table.merged([table], frozenset("d"))
+        assert (without.births, len(without)) == (("a",), 2)
+
+
 @given(st.lists(st.binary(min_size=32, max_size=32), max_size=20))
 def test_keys_split_and_join(keys):
     array = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
@@ -120,17 +151,18 @@ def test_keys_split_and_join(keys):
 def test_a_file_holds_the_table(tmp_path):
     table = a_table({"000000000001-0123456789abcdef": [bytes([i]) * 32 for i in range(9)]})
     table.write(tmp_path / "one.index")
-    again = Table.open(tmp_path / "one.index", Path("/nowhere"), COLUMNS)
-    for name in ("prefix", "rest", "segment", "entry", "row", "tokens", "checksum"):
+    again = Table.open(tmp_path / "one.index", nowhere, COLUMNS)
+    for name in ("prefix", "rest", "segment", "birth", "entry", "row", "tokens", "checksum"):
         np.testing.assert_array_equal(getattr(again, name), getattr(table, name))
     assert again.segments == table.segments
+    assert again.births == table.births == ("000000000001-0123456789abcdef",)
     # It is a safetensors file for anybody else.
     arrays = safetensors.numpy.load_file(tmp_path / "one.index")
     np.testing.assert_array_equal(arrays["rest"], table.rest)
-    assert (tmp_path / "one.index").stat().st_size < 60 * 9 + 2000
+    assert (tmp_path / "one.index").stat().st_size < 64 * 9 + 2000
     empty = Table.of_segments([])
     empty.write(tmp_path / "empty.index")
-    assert len(Table.open(tmp_path / "empty.index", Path("/nowhere"), COLUMNS)) == 0
+    assert len(Table.open(tmp_path / "empty.index", nowhere, COLUMNS)) == 0
 
 
 @pytest.fixture
@@ -169,7 +201,7 @@ def test_an_index_with_a_damaged_header_is_passed_over(indexed):
         for flip in (1, 0x80):
             path.write_bytes(good[:position] + bytes([good[position] ^ flip]) + good[position + 1 :])
             try:
-                Table.open(path, indexed / "segments", {**COLUMNS, **_columns()})
+                Table.open(path, inside(indexed), {**COLUMNS, **_columns()})
             except FormatError:
                 continue
             # What still opens says the same, but for the blanks at the end.
@@ -191,7 +223,7 @@ def test_a_truncated_index_is_passed_over(indexed):
     for size in [*range(16), *range(16, len(good), 97), len(good) - 1]:
         path.write_bytes(good[:size])
         with pytest.raises(FormatError):
-            Table.open(path, indexed / "segments", _columns())
+            Table.open(path, inside(indexed), _columns())
         if size % 5 == 0:
             assert not read_all(indexed)
 
@@ -207,8 +239,8 @@ def _with_metadata(path, good, **changes):
             header.update(value)
         else:
             header["__metadata__"][name] = value
-    data = header["__metadata__"]["segments"].encode()
-    for name in ("segment", "entry"):
+    data = (header["__metadata__"]["segments"] + header["__metadata__"]["births"]).encode()
+    for name in ("segment", "birth", "entry"):
         begin, end = header[name]["data_offsets"]
         data += good[8 + length + begin : 8 + length + end]
     header["__metadata__"]["checksum"] = xxhash.xxh3_64_hexdigest(data)
@@ -237,7 +269,20 @@ def test_an_index_that_lies_about_segments(indexed, segments):
     (path,) = (indexed / "index").iterdir()
     _with_metadata(path, path.read_bytes(), segments=segments)
     with pytest.raises(FormatError):
-        Table.open(path, indexed / "segments", _columns())
+        Table.open(path, inside(indexed), _columns())
+    assert not read_all(indexed)
+
+
+@pytest.mark.parametrize(
+    "births",
+    ["", "null", "5", "[]", "[" * 100_000, "[5]", '["../../x"]', '["x"]', '{"a": 1}', "[Infinity]", "[[]]"],
+    ids=lambda text: text[:20],
+)
+def test_an_index_that_lies_about_births(indexed, births):
+    (path,) = (indexed / "index").iterdir()
+    _with_metadata(path, path.read_bytes(), births=births)
+    with pytest.raises(FormatError):
+        Table.open(path, inside(indexed), _columns())
     assert not read_all(indexed)
 
 
@@ -274,7 +319,7 @@ def test_an_index_that_lies_about_its_arrays(indexed, lie):
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + good[8 + length :])
     with pytest.raises(FormatError):
-        Table.open(path, indexed / "segments", _columns())
+        Table.open(path, inside(indexed), _columns())
     assert not read_all(indexed)
 
 
@@ -309,7 +354,7 @@ def test_an_index_with_wrong_numbers_of_entries_is_passed_over(indexed):
         space.delete([key(3), key(12)])
     (path,) = (indexed / "index").iterdir()
     metadata, arrays = tensorfile.mapped(path)
-    for name in ("entry", "segment"):
+    for name in ("entry", "segment", "birth"):
         for i in range(20):
             bad = {n: np.array(array) for n, array in arrays.items()}
             bad[name][i] ^= 1
@@ -324,11 +369,11 @@ def test_newer_versions(indexed):
     (path,) = (indexed / "index").iterdir()
     _with_metadata(path, path.read_bytes(), actcache_index="2")
     with pytest.raises(FormatVersionError):
-        Table.open(path, indexed / "segments", _columns())
+        Table.open(path, inside(indexed), _columns())
     assert not read_all(indexed), "the segments have all that it says"
     _with_metadata(path, path.read_bytes(), actcache_index="x")
     with pytest.raises(FormatError):
-        Table.open(path, indexed / "segments", _columns())
+        Table.open(path, inside(indexed), _columns())
 
 
 def test_an_index_of_segments_that_are_gone(indexed):
@@ -443,9 +488,8 @@ def big_index(tmp_path_factory):
     numbers = np.arange(BIG)
     prefix, rest = split_keys(keys)
     segment = a_segment("000000000001-0123456789abcdef", BIG)
-    part = Table(
-        (segment,), prefix, rest, np.zeros(BIG, "u4"), numbers.astype("u4"), numbers, np.ones(BIG, "u4"), prefix
-    )
+    zeros, ones = np.zeros(BIG, "u4"), np.ones(BIG, "u4")
+    part = Table((segment,), (segment.name,), prefix, rest, zeros, zeros, numbers.astype("u4"), numbers, ones, prefix)
     path = tmp_path_factory.mktemp("big") / "big.index"
     Table.merged([part], frozenset([segment.name])).write(path)
     np.save(path.with_suffix(".npy"), keys[:100_000])
@@ -460,12 +504,12 @@ import sys, time
 from pathlib import Path
 import numpy as np, psutil
 from actcache.storage.index import Table, split_keys
-from tests.storage.test_index import COLUMNS
+from tests.storage.test_index import COLUMNS, nowhere
 path = Path(sys.argv[1])
 private = lambda: (lambda m: m.rss - m.shared)(psutil.Process().memory_info())
 keys = np.load(path.with_suffix(".npy"))
 before, start = private(), time.perf_counter()
-table = Table.open(path, Path("/nowhere"), COLUMNS)
+table = Table.open(path, nowhere, COLUMNS)
 opened, memory = time.perf_counter() - start, private() - before
 assert len(table) == 2_000_000
 prefix, rest = split_keys(keys)
@@ -484,7 +528,7 @@ print(opened, found, memory / len(table), (private() - before) / len(table))
 
 
 def test_lookups_of_absent_keys_and_of_equal_prefixes(big_index):
-    table = Table.open(big_index, Path("/nowhere"), COLUMNS)
+    table = Table.open(big_index, nowhere, COLUMNS)
     keys = np.load(big_index.with_suffix(".npy"))[:5000].copy()
     keys[:, 31] ^= 1  # the same prefixes, other keys
     start = time.perf_counter()

@@ -1,0 +1,61 @@
+"""The safetensors backend: one safetensors file a segment, which is what ``s3://`` and its like store.
+
+The small arrays come first, behind the header, so that one request for the head of an object opens a segment. The rows
+begin on a page; the arrays whose lengths are odd stand behind them, or nothing could be aligned: safetensors has no
+holes. The core brings the object store; this format needs no library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from actcache.backend import VALUES, Block, Column, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
+from actcache.backend import tensorheader as header
+
+_PAGE = 4096
+_MOST_HEADER = 1 << 20
+#: What is looked for first stands first; two numbers a row (spans) just before the rows, on a multiple of eight.
+_ORDER = ("offsets", "checksums", "extra_checksums", "keys", "birth", "birth_entries", "token_ids", "word_ids", "spans")
+
+
+class SafetensorsFormat(SegmentFormat):
+    """See ``SegmentFormat``; docs/format.md describes the file."""
+
+    name = "safetensors"
+    suffix = ".safetensors"
+
+    def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
+        arrays = _ordered(block.arrays())
+        lead = 0
+        for name, column in arrays.items():
+            if name == VALUES:
+                break
+            lead += column.nbytes
+        described = [(name, column.dtype, tuple(column.shape)) for name, column in arrays.items()]
+        with open(path, "xb") as file:
+            file.write(header.dumps(described, metadata, align=_PAGE, lead=lead))
+            for column in arrays.values():
+                for piece in pieces(column):
+                    file.write(piece)
+
+    def layout(self, files: SegmentFiles) -> Layout:
+        head = files.read("", 0, header.LENGTH_BYTES)
+        size = files.size("")
+        try:
+            length = header.length(head, size, _MOST_HEADER)
+            text = files.read("", header.LENGTH_BYTES, length)
+            if len(text) != length:
+                raise ValueError("it ends inside of its header")
+            metadata, spans = header.loads(text, size)
+        except ValueError as error:
+            raise FormatError(f"{files.where} is truncated or no safetensors file: {error}") from None
+        return Layout({name: Extent("", span.offset, span.dtype, span.shape) for name, span in spans.items()}, metadata)
+
+
+def _ordered(arrays: Mapping[str, Column]) -> dict[str, Column]:
+    first = {name: arrays[name] for name in _ORDER if name in arrays}
+    return first | {VALUES: arrays[VALUES]} | arrays
+
+
+backend = SafetensorsFormat()

@@ -1,0 +1,142 @@
+"""The seam between a place in an object store and the library that talks to it.
+
+Every exception that fsspec, botocore, aiohttp or obstore raises is translated behind this seam: into one of the three
+below, or into an exception of ``actcache.errors``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from actcache.errors import StorageIOError
+
+#: Bytes that are only read.
+Data: TypeAlias = bytes | memoryview
+
+
+class AbsentError(Exception):
+    """There is no such object, or no such upload."""
+
+
+class StandsError(Exception):
+    """An object that must not be replaced stands already."""
+
+
+class TransientError(StorageIOError):
+    """The same request may succeed a moment later. Nobody knows whether this one was carried out."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A range of an object."""
+
+    data: Data
+    size: int  # bytes of the whole object
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a store tells about an object."""
+
+    size: int
+    age: float  # seconds since it was written, by the server's clock
+    token: str | None  # what ``put`` or ``begin`` was given; None where the store keeps none
+
+
+@dataclass(frozen=True)
+class Listed:
+    size: int
+    age: float
+
+
+@dataclass(frozen=True)
+class Listing:
+    files: Mapping[str, Listed]  # key -> size and age
+    folders: frozenset[str]  # keys with a slash at the end
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An unfinished multipart upload."""
+
+    key: str
+    id: str
+    age: float  # seconds since it was begun, by the server's clock
+
+
+class Client(ABC):
+    """Objects below one root, by keys relative to it. Thread-safe; each call is one attempt and blocks.
+
+    Raises (every method):
+        TransientError: the request may be repeated.
+        AbsentError: there is no such object; listing never raises it.
+        StoreNotFoundError: there is no such bucket.
+        ReadOnlyError, OutOfSpaceError, StorageIOError: repeating it does not help; the message says what does.
+
+    Attributes:
+        where: the root, for messages.
+        multipart: whether large files are uploaded by ``begin``, ``part`` and ``complete``; else by ``put_file``.
+    """
+
+    where: str
+    multipart: bool
+
+    @abstractmethod
+    def get(self, key: str, offset: int, nbytes: int) -> Body:
+        """Return a range of an object: exactly ``nbytes`` bytes, or as many as the object has from ``offset`` on."""
+
+    @abstractmethod
+    def head(self, key: str) -> Head: ...
+
+    @abstractmethod
+    def listing(self, prefix: str, *, recursive: bool) -> Listing:
+        """Return all objects whose key begins with ``prefix``; those behind a further slash as their folder unless
+        ``recursive``."""
+
+    @abstractmethod
+    def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
+        """Write an object, all or nothing.
+
+        Args:
+            token: kept with the object, so that after a lost response ``head`` tells whose it is.
+            create: raise ``StandsError`` where it stands.
+        """
+
+    @abstractmethod
+    def put_file(self, key: str, path: Path) -> None:
+        """Write an object from a file of any size, all or nothing."""
+
+    @abstractmethod
+    def begin(self, key: str, token: str) -> str:
+        """Begin a multipart upload; return its id."""
+
+    @abstractmethod
+    def part(self, key: str, upload: str, number: int, data: Data) -> str:
+        """Upload a part, numbered from 1; return its etag."""
+
+    @abstractmethod
+    def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
+        """Make an object of the parts, all or nothing; ``token`` is what ``begin`` was given."""
+
+    @abstractmethod
+    def abort(self, key: str, upload: str) -> None: ...
+
+    @abstractmethod
+    def uploads(self) -> list[Upload]:
+        """Return the unfinished uploads below the root."""
+
+    @abstractmethod
+    def copy(self, key: str, target: str) -> None:
+        """Copy an object on the server."""
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Remove an object; it need not be there."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections within a few seconds. Does nothing the second time."""

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache import tensorheader
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.ragged import EXTRAS, TOKEN_IDS, VALUES, Block, Column, offsets_of, pieces
 from actcache.storage.files import is_local
@@ -52,6 +53,7 @@ __all__ = [
     "is_local",
     "offsets_of",
     "pieces",
+    "tensorheader",
 ]
 
 

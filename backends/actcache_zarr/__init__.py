@@ -29,7 +29,8 @@ _CHECKSUM_BYTES = 4
 _METADATA = "zarr.json"
 _KEYS = {"name": "default", "configuration": {"separator": "."}}  # "/" would add two folders to sync an array
 _DTYPES = {
-    dtype.name: dtype.newbyteorder("<").str for dtype in map(np.dtype, ("f2", "f4", "i1", "u1", "u2", "i4", "i8", "u8"))
+    dtype.name: dtype.newbyteorder("<").str
+    for dtype in map(np.dtype, ("f2", "f4", "i1", "u1", "u2", "u4", "i4", "i8", "u8"))
 }
 _KNOWN = {  # members of an array's zarr.json; others may change what its bytes mean
     *("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs"),

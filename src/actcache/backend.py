@@ -31,6 +31,7 @@ from actcache.storage.workers import Workers
 
 __all__ = [
     "EXTRAS",
+    "GRACE_SECONDS",
     "TOKEN_IDS",
     "VALUES",
     "Backend",
@@ -185,6 +186,20 @@ class Usage:
     segments: int
 
 
+#: How long a replaced segment stays for readers that have it in a snapshot.
+GRACE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did."""
+
+    segments_merged: int = 0
+    segments_written: int = 0
+    segments_removed: int = 0  # after their grace period
+    bytes_freed: int = 0
+
+
 class Snapshot(ABC):
     """An immutable view of a space. Thread-safe; stays valid until its space is closed."""
 
@@ -256,6 +271,26 @@ class SpaceDriver(ABC):
     def snapshot(self) -> Snapshot:
         """Return a view of all that is visible now."""
 
+    def compact(self, *, target_bytes: int, waste: float, grace: float) -> Compaction:
+        """Give back space and join what is scattered; readers, writers and other compactors may be at work.
+
+        Args:
+            target_bytes: of rows, about what a merged segment gets at most.
+            waste: the share of deleted or overwritten rows from which on a segment is rewritten.
+            grace: seconds for which what was replaced stays, for readers that still use it.
+
+        A backend that has nothing to compact need not implement it.
+        """
+        return Compaction()
+
+    def quarantine(self, keys: NDArray[np.uint8]) -> int:
+        """Take corrupt entries out of the space, their bytes kept aside where the backend can; return how many."""
+        return self.delete(keys)
+
+    def set_aside(self) -> list[str]:
+        """Move segments that cannot be read (``Snapshot.damaged``) out of the way; return their names."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Release files and memory; may tidy up. Does nothing the second time."""
@@ -291,6 +326,10 @@ class StoreDriver(ABC):
         Args:
             columns: the dtype and trailing shape that each ragged array has in this space.
         """
+
+    def sweep(self, older_than: float) -> int:
+        """Remove what killed writers left behind that is older than so many seconds; return how many things."""
+        return 0
 
     @abstractmethod
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,3 +81,11 @@ def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec
     out = np.empty(array.shape, dtype)
     stored_as.encode(array, out, what=what)
     return out
+
+
+def encode_entry(
+    key: bytes, lists: Mapping[str, Sequence[Any]], i: int, columns: Columns, stored_as: codec.Codec
+) -> dict[str, NDArray[Any]]:
+    """Return all arrays of the ``i``-th of some entries in stored form, checked; raises as ``encode`` does."""
+    what = f"document {key.hex()}"
+    return {name: encode(name, rows[i], lists[VALUES][i], columns, stored_as, what) for name, rows in lists.items()}

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache import checksum
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Located, Snapshot
-from actcache.errors import FormatError
+from actcache.errors import FormatError, SegmentGoneError
 from actcache.key import key_list
 from actcache.ragged import offsets_of
 from actcache.writer import Writer
 
 Rows = dict[str, NDArray[np.generic]]
+
+_LOOKS = 5  # each finds what compaction had published by then
+
+
+class _Refreshed(Protocol):
+    def refresh(self) -> None: ...
+
+
+S = TypeVar("S", bound=_Refreshed)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def looking_again(read: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """Have a read of a space begin again with a new snapshot where a segment of its snapshot is gone."""
+
+    @functools.wraps(read)
+    def attempt(space: S, /, *args: P.args, **options: P.kwargs) -> T:
+        for _ in range(_LOOKS - 1):
+            try:
+                return read(space, *args, **options)
+            except SegmentGoneError:
+                space.refresh()
+        return read(space, *args, **options)
+
+    return attempt
 
 
 class Request:
@@ -90,8 +118,10 @@ class Request:
         starts = offsets_of(located.tokens if width is None else np.full(last - first, width, np.int64))
         try:
             corrupt = self._gather_checked(first, located, out, width, starts, verify)
+        except SegmentGoneError:
+            raise  # compaction took it: a new snapshot has these entries elsewhere
         except FormatError:
-            # A segment is gone or truncated. One by one, so that only its own entries are lost.
+            # A segment is truncated. One by one, so that only its own entries are lost.
             if last - first == 1:
                 return [first]
             corrupt = []

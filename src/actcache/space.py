@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from actcache import checksum, codec
 from actcache.arrays import to_buffer
 from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Usage
-from actcache.entry import Entry, ReadReport, columns_of, encode
+from actcache.entry import Entry, ReadReport, columns_of, encode_entry
 from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
+from actcache.maintenance import Maintained
 from actcache.ragged import offsets_of
 from actcache.reader import Reader
 from actcache.recipe import Recipe
-from actcache.request import Request
+from actcache.request import Request, looking_again
 from actcache.writer import Writer
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
 _CLOSED = "the space is closed; open it again with store.space(recipe)"
 
 
-class Space:
+class Space(Maintained):
     """Made by ``Store.space``. Any number of threads may read and write; writes take turns.
 
     Reads see what this object has put, flushed or not, and what other processes had flushed when the space was opened,
@@ -117,15 +118,10 @@ class Space:
                 raise ShapeError(f"{len(all_keys)} keys and {len(rows)} arrays of {name}: give one a key")
         with self._write_lock:
             wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
-            encoded = []
-            for i in np.flatnonzero(wanted).tolist():
-                what = f"document {names[i].hex()}"
-                stored = {
-                    n: encode(n, rows[i], arrays[i], self._columns, self._codec, what) for n, rows in lists.items()
-                }
-                encoded.append((names[i], stored))
-            for key, stored in encoded:
-                writer.add(key, stored)
+            which = np.flatnonzero(wanted).tolist()
+            encoded = [encode_entry(names[i], lists, i, self._columns, self._codec) for i in which]
+            for i, stored in zip(which, encoded, strict=True):
+                writer.add(names[i], stored)
         return len(encoded)
 
     def _append(self, block: Block) -> None:
@@ -152,6 +148,7 @@ class Space:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
+    @looking_again
     def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
         """Return the entries of the keys, in their order; None where there is none.
 
@@ -177,6 +174,7 @@ class Space:
         self._refuse_corrupt(wanted, corrupt)
         return entries
 
+    @looking_again
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
         """Read rows in the stored dtype straight into the caller's buffer.
 

@@ -52,6 +52,9 @@ def open_store(url: str | Path, mode: str = "a", **options: Any) -> Store:
     return Store(url, mode, options)
 
 
+SWEEP_SECONDS = 86_400.0
+
+
 class Store:
     """Made by ``actcache.open``. Thread-safe; pickles as its URL."""
 
@@ -182,6 +185,18 @@ class Store:
         """Delete a collection, not its entries; return whether it was there."""
         self._check_writable()
         return self.driver.delete_blob(_collection_blob(name))
+
+    def sweep(self, older_than: float = SWEEP_SECONDS) -> int:
+        """Remove what killed writers left behind: temporary files, unfinished uploads.
+
+        Args:
+            older_than: seconds without a change; less than a live writer takes for one segment endangers its work.
+
+        Returns:
+            How many were removed.
+        """
+        self._check_writable()
+        return self.driver.sweep(older_than)
 
     # --- closing -----------------------------------------------------------------------------------------------------
 

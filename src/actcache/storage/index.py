@@ -181,7 +181,10 @@ class Table:
         arrays = {name: joined(name) for name in _ARRAYS if name != "birth"}
         renumbered = [np.array([numbers[birth] for birth in part.births], np.uint32)[part.birth] for part in parts]
         arrays["birth"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
-        order = np.argsort(-arrays["birth"].astype(np.int64), kind="stable")  # later births first
+        # Later births first, and of equal ones the segment of the last name.
+        ranks = np.empty(len(segments), np.int64)
+        ranks[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
+        order = np.lexsort((-ranks[arrays["segment"].astype(np.int64)], -arrays["birth"].astype(np.int64)))
         order = order[np.argsort(arrays["prefix"][order], kind="stable")]
         return cls(segments, births, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
 

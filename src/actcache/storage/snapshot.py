@@ -49,10 +49,14 @@ class SegmentedSnapshot(Snapshot):
         self._rows = rows
         self._workers = workers
         self._damaged = dict(damaged)
+        self._dead = dead
         self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
         births = sorted({birth for table in tables for birth in table.births})
         rank = {birth: number for number, birth in enumerate(births)}
         self._ranks = [np.array([rank[birth] for birth in table.births], np.int64) for table in tables]
+        # Of copies that were born as one, the one in the segment of the last name: whoever looks finds the same.
+        self._names = np.zeros(len(segments), np.int64)
+        self._names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
         self._limits = np.array([segment.tokens for segment in segments], np.int64)
 
     def locate(self, keys: NDArray[np.uint8]) -> Located:
@@ -72,26 +76,33 @@ class SegmentedSnapshot(Snapshot):
             inside = (row >= 0) & (tokens > 0) & (row <= self._limits[number] - tokens)
             if not inside.all():
                 logger.warning("the index points outside of %d segments: rebuild it", (~inside).sum())
-            born = ranks[table.birth[position]]
-            better = inside & (born > rank[which])
+            place = ranks[table.birth[position]] * len(self._segments) + self._names[number]
+            better = inside & (place > rank[which])
             which, position, number = which[better], position[better], number[better]
             located.tokens[which] = tokens[better]
             located.checksums[which] = table.checksum[position]
             located.segment[which] = number
             located.row[which] = row[better]
-            rank[which] = born[better]
+            rank[which] = place[better]
         return located
 
     def copies(self, keys: NDArray[np.uint8]) -> dict[str, list[int]]:
-        """Return every live copy of these keys by its birth: segment -> numbers of entries."""
+        """Return every copy of these keys that is not deleted, by its birth: segment -> numbers of entries.
+
+        Those in replaced segments too: they are served again should the segment be lost that replaces them.
+        """
         prefix, rest = split_keys(keys)
         copies: dict[str, set[int]] = {}
-        for table, alive in zip(self._tables, self._alive, strict=True):
+        for table in self._tables:
             position = table.copies(prefix, rest)
-            position = position if alive is None else position[alive[position]]
             for birth, entry in zip(table.birth[position].tolist(), table.entry[position].tolist(), strict=True):
-                copies.setdefault(table.births[birth], set()).add(entry)
+                if entry not in self._dead.get(table.births[birth], ()):
+                    copies.setdefault(table.births[birth], set()).add(entry)
         return {birth: sorted(entries) for birth, entries in copies.items()}
+
+    def served(self) -> dict[int, Segment]:
+        """Return the segments whose entries are served, by number."""
+        return {int(n): self._segments[n] for numbers in self._numbers for n in numbers[numbers >= 0]}
 
     def has(self, column: str, located: Located) -> NDArray[np.bool_]:
         having = np.array([column in segment.extents for segment in self._segments], bool)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Block, SegmentFiles, SegmentFormat, SpaceDriver
-from actcache.errors import FormatError, ReadOnlyError, SegmentGoneError, StoreError
-from actcache.storage import tombstone
+from actcache.backend import GRACE_SECONDS, Block, Compaction, SegmentFiles, SegmentFormat, SpaceDriver
+from actcache.errors import DataError, FormatError, ReadOnlyError, SegmentGoneError, StoreError
+from actcache.storage import compactor, quarantine, tombstone
 from actcache.storage.files import translated
+from actcache.storage.folder import LocalSegment
 from actcache.storage.index import Table
 from actcache.storage.place import Place
 from actcache.storage.segment import Columns, Segment, is_name, metadata, new_name, sequence_of
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 _UNCOVERED = 1 << 16
 _UNCOVERED_SEGMENTS = 64  # a segment takes a millisecond to open without an index
 _LISTINGS = 5  # while other processes replace what was listed
+_MERGED_AT_ONCE = 16  # small segments of one writer
 
 #: Failures that are one segment's own; after others (too many open files, no memory, no network) none can be read.
 _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
@@ -37,11 +41,11 @@ class SegmentedSpace(SpaceDriver):
         self, format: SegmentFormat, place: Place, fingerprint: str, columns: Columns, *, writable: bool
     ) -> None:
         self._format = format
-        self._place = place
+        self.place = place
         self._fingerprint = fingerprint
-        self._folder = f"spaces/{fingerprint}"
-        self._where = f"{place.where}/{self._folder}"
-        self._columns = columns
+        self.folder = f"spaces/{fingerprint}"
+        self._where = f"{place.where}/{self.folder}"
+        self.columns = columns
         self._writable = writable
         self._segments: list[Segment] = []  # every segment ever seen; the position is its number
         self._numbers: dict[str, int] = {}  # name -> number
@@ -50,8 +54,12 @@ class SegmentedSpace(SpaceDriver):
         self._base: Table | None = None  # the mapped index
         self._base_name = ""
         self._recent = Table.of_segments([])  # segments that the index does not cover
-        self._listed: frozenset[str] = frozenset()  # readable segments at the last snapshot
-        self._replaced: frozenset[str] = frozenset()  # those of them that compacted ones replace
+        self._mine: dict[str, int] = {}  # segments that this object has made and not merged -> their tokens
+        # As of the last snapshot:
+        self.listed: frozenset[str] = frozenset()  # readable segments
+        self.replaced: frozenset[str] = frozenset()  # those of them that compacted ones replace
+        self.damaged: dict[str, str] = {}  # segments that cannot be read, and why
+        self.tombstones: dict[str, dict[str, list[int]]] = {}  # name -> segment of birth -> deleted entries
         self._settled: set[str] = set()  # segments whose names this object has synced
         self._closed = False
         self._lock = threading.RLock()
@@ -61,7 +69,7 @@ class SegmentedSpace(SpaceDriver):
     def snapshot(self) -> SegmentedSnapshot:
         with self._lock, translated(f"cannot read {self._where}"):
             # Tombstones first: one that comes later names an entry of a segment that is listed below.
-            tombstones = self._tombstones()
+            self.tombstones = self._read_tombstones()
             for _ in range(_LISTINGS):
                 names = self._list("segments", self._format.suffix)
                 self._load_index()
@@ -70,23 +78,42 @@ class SegmentedSpace(SpaceDriver):
                 if not gone:
                     break
             self._settle(names)
-            listed = frozenset(names) - damaged.keys() - gone
-            tables = [table for table in (self._base, self._recent) if table is not None]
-            described = [segment for table in tables for segment in table.segments if segment.name in listed]
-            replaced = frozenset(source for segment in described for source in segment.sources)
-            self._listed, self._replaced = listed, replaced & listed
-            served = listed - replaced
+            self.damaged, self.listed = damaged, frozenset(names) - damaged.keys() - gone
+            tables = self._tables()
+            replaced = frozenset(source for segment in self.described() for source in segment.sources)
+            self.replaced = replaced & self.listed
+            served = self.listed - replaced
             numbers = [
                 np.array([self._number(s) if s.name in served else -1 for s in table.segments], np.int64)
                 for table in tables
             ]
-            return SegmentedSnapshot(
-                list(self._segments), tables, numbers, tombstones, self._rows, self._workers, damaged
-            )
+            dead: dict[str, set[int]] = {}
+            for deleted in self.tombstones.values():
+                for birth, entries in deleted.items():
+                    dead.setdefault(birth, set()).update(entries)
+            return SegmentedSnapshot(list(self._segments), tables, numbers, dead, self._rows, self._workers, damaged)
+
+    def _tables(self) -> list[Table]:
+        return [table for table in (self._base, self._recent) if table is not None]
+
+    def described(self) -> list[Segment]:
+        """Return the readable segments of the last snapshot, replaced ones among them."""
+        return [segment for table in self._tables() for segment in table.segments if segment.name in self.listed]
+
+    def still_there(self, deleted: Mapping[str, Collection[int]]) -> dict[str, set[int]]:
+        """Return those of some entries, named by their births, that lie in a readable segment."""
+        found: dict[str, set[int]] = {}
+        for table in self._tables():
+            listed = np.array([segment.name in self.listed for segment in table.segments], bool)
+            for birth, name in enumerate(table.births):
+                if name in deleted:
+                    there = table.entry[(table.birth == birth) & listed[table.segment]].tolist()
+                    found.setdefault(name, set()).update(set(there).intersection(deleted[name]))
+        return {name: entries for name, entries in found.items() if entries}
 
     def _list(self, kind: str, suffix: str) -> list[str]:
         """Return the names in a folder without their suffix, sorted; foreign names are not ours to read."""
-        names = self._place.names(f"{self._folder}/{kind}")
+        names = self.place.names(f"{self.folder}/{kind}")
         return sorted(stem for name in names if name.endswith(suffix) and is_name(stem := name.removesuffix(suffix)))
 
     def _number(self, segment: Segment) -> int:
@@ -103,8 +130,8 @@ class SegmentedSpace(SpaceDriver):
                 if name == self._base_name:
                     return
                 try:
-                    path = self._place.local_copy(self._index_name(name))
-                    self._base = Table.open(path, self._files_of, self._columns)
+                    path = self.place.local_copy(self._index_name(name))
+                    self._base = Table.open(path, self._files_of, self.columns)
                 except FileNotFoundError:
                     break
                 except FormatError as error:
@@ -132,8 +159,7 @@ class SegmentedSpace(SpaceDriver):
                 if name in base:  # the index says where its arrays lie; they are mapped without another look
                     base[name].measure()
                     continue
-                segment = Segment.open(self._format, self._files_of(name), name, self._fingerprint, self._columns)
-                fresh.append(Table.of_segments([segment]))
+                fresh.append(Table.of_segments([self._open_segment(name, self._files_of(name))]))
             except (FileNotFoundError, SegmentGoneError):  # retired by another process since it was listed
                 vanished.add(name)
             except (FormatError, OSError) as error:
@@ -148,37 +174,57 @@ class SegmentedSpace(SpaceDriver):
     def _settle(self, names: list[str]) -> None:
         """Sync names that other writers gave: ``put`` skips keys that stand, and ``flush`` vouches for them."""
         if self._writable and not self._settled.issuperset(names):
-            self._place.settle(f"{self._folder}/segments")
+            self.place.settle(f"{self.folder}/segments")
             self._settled.update(names)
 
-    def _tombstones(self) -> dict[str, set[int]]:
-        dead: dict[str, set[int]] = {}
-        for name in self._list("tombstones", ".json"):
-            path = f"{self._folder}/tombstones/{name}.json"
-            data = self._place.read(path)
-            if data is None:  # removed since it was listed: nothing has the entries any more
-                continue
-            try:
-                for segment, entries in tombstone.loads(data).items():
-                    dead.setdefault(segment, set()).update(entries)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                # Passing over it would serve deleted entries again.
-                raise FormatError(
-                    f"{self._place.where}/{path} is damaged ({error}); move it away to see its deletions undone"
-                ) from None
-        return dead
+    def _read_tombstones(self) -> dict[str, dict[str, list[int]]]:
+        """Return what each tombstone deletes: name -> segment of birth -> numbers of entries."""
+        for _ in range(_LISTINGS):
+            names = self._list("tombstones", ".json")
+            found = {name: self._read_tombstone(name) for name in names}
+            if None not in found.values():
+                break  # else one was joined with others, in a new one that the listing may have missed
+        return {name: deleted for name, deleted in found.items() if deleted is not None}
+
+    def _read_tombstone(self, name: str) -> dict[str, list[int]] | None:
+        if name in self.tombstones:
+            return self.tombstones[name]
+        data = self.place.read(self.tombstone_name(name))
+        try:
+            return None if data is None else tombstone.loads(data)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # Passing over it would serve deleted entries again.
+            raise FormatError(
+                f"{self.place.where}/{self.tombstone_name(name)} is damaged ({error}); "
+                "move it away to see its deletions undone"
+            ) from None
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def append(self, block: Block) -> None:
         self._check_writable()
-        name = new_name(1 + max(map(sequence_of, self._list("segments", self._format.suffix)), default=0))
-        described = metadata(name, self._fingerprint)
-        self._place.publish(
-            self._segment_name(name), lambda path: self._format.write(path, block, described), replace=True
-        )
-        self._settled.add(name)
+        name = self.publish(block)
+        self._mine[name] = block.tokens
+        self._merge_mine()
         self._index_if_due()
+
+    def publish(self, block: Block, verify: Callable[[Segment], None] | None = None) -> str:
+        """Publish a block as a segment and return its name.
+
+        Args:
+            verify: looks at the segment before anybody else can, and raises what it has against it.
+        """
+        names = self._list("segments", self._format.suffix)
+        name = new_name(1 + max(map(sequence_of, names), default=0))
+
+        def write(path: Path) -> None:
+            self._format.write(path, block, metadata(name, self._fingerprint))
+            if verify is not None:
+                verify(self._open_segment(name, LocalSegment(path)))
+
+        self.place.publish(self.segment_name(name), write, replace=True)
+        self._settled.add(name)
+        return name
 
     def delete(self, keys: NDArray[np.uint8]) -> int:
         self._check_writable()
@@ -187,10 +233,53 @@ class SegmentedSpace(SpaceDriver):
         count = int(snapshot.locate(keys).found.sum())
         deleted = snapshot.copies(keys)
         if deleted:
-            name = new_name(1 + max(map(sequence_of, self._list("tombstones", ".json")), default=0))
-            target = f"{self._folder}/tombstones/{name}.json"
-            self._place.publish_bytes(target, tombstone.dumps(deleted), replace=True)
+            self.publish_tombstone(deleted)
         return count
+
+    def publish_tombstone(self, deleted: Mapping[str, Collection[int]]) -> None:
+        """Delete entries, named by their births: segment -> numbers."""
+        name = new_name(1 + max(map(sequence_of, self._list("tombstones", ".json")), default=0))
+        data = tombstone.dumps({birth: sorted(entries) for birth, entries in deleted.items()})
+        self.place.publish_bytes(self.tombstone_name(name), data, replace=True)
+
+    def compact(self, *, target_bytes: int, waste: float, grace: float) -> Compaction:
+        self._check_writable()
+        with self._lock:
+            done = compactor.compact(self, target_bytes=target_bytes, waste=waste, grace=grace)
+            if done.segments_merged or done.segments_removed:
+                self.snapshot()
+                self._write_index()
+        return done
+
+    def quarantine(self, keys: NDArray[np.uint8]) -> int:
+        self._check_writable()
+        return quarantine.quarantine(self, keys)
+
+    def set_aside(self) -> list[str]:
+        self._check_writable()
+        return quarantine.set_aside(self)
+
+    def quarantined(self) -> list[str]:
+        """Return the names of what lies in quarantine."""
+        return self._list("quarantine", ".safetensors")
+
+    def _merge_mine(self) -> None:
+        """Merge small segments that this writer has made: sixteen of about one size into one.
+
+        A failure is only logged: what was published is safe, in more segments than it need be.
+        """
+        for tier in {_tier(tokens) for tokens in self._mine.values()}:
+            small = {name for name, tokens in self._mine.items() if _tier(tokens) == tier}
+            if len(small) < _MERGED_AT_ONCE:
+                continue
+            try:
+                with self._lock:
+                    compactor.merge_some(self, small)
+                    compactor.remove_replaced(self, GRACE_SECONDS)
+            except (StoreError, DataError) as error:
+                logger.warning("could not merge small segments of %s: %s", self._where, error)
+            for name in small:
+                del self._mine[name]
 
     def _index_if_due(self, *, closing: bool = False) -> None:
         """Write an index when enough is not covered by one, so that all the writing stays linear in the entries.
@@ -211,12 +300,12 @@ class SegmentedSpace(SpaceDriver):
 
     def _write_index(self) -> None:
         """Publish an index that covers all readable segments, and remove the ones that it replaces."""
-        table = Table.merged([t for t in (self._base, self._recent) if t is not None], self._listed)
+        table = Table.merged([t for t in (self._base, self._recent) if t is not None], self.listed)
         old = self._list("index", ".index")
         name = new_name(1 + max(map(sequence_of, old), default=0))
-        self._place.publish(self._index_name(name), table.write, replace=True)
+        self.place.publish(self._index_name(name), table.write, replace=True)
         for replaced in old:
-            self._place.remove(self._index_name(replaced))
+            self.place.remove(self._index_name(replaced))
 
     def close(self) -> None:
         if self._writable and not self._closed:
@@ -227,15 +316,26 @@ class SegmentedSpace(SpaceDriver):
         self._workers.close()
         self._rows.close()
 
-    def _segment_name(self, name: str) -> str:
-        return f"{self._folder}/segments/{name}{self._format.suffix}"
+    def segment_name(self, name: str) -> str:
+        return f"{self.folder}/segments/{name}{self._format.suffix}"
+
+    def tombstone_name(self, name: str) -> str:
+        return f"{self.folder}/tombstones/{name}.json"
+
+    def _open_segment(self, name: str, files: SegmentFiles) -> Segment:
+        return Segment.open(self._format, files, name, self._fingerprint, self.columns)
 
     def _files_of(self, name: str) -> SegmentFiles:
-        return self._place.segment(self._segment_name(name))
+        return self.place.segment(self.segment_name(name))
 
     def _index_name(self, name: str) -> str:
-        return f"{self._folder}/index/{name}.index"
+        return f"{self.folder}/index/{name}.index"
 
     def _check_writable(self) -> None:
         if not self._writable:
             raise ReadOnlyError(f"{self._where} was opened with mode='r'; open the store with mode='a' to write")
+
+
+def _tier(tokens: int) -> int:
+    """Return the order of magnitude of a segment, so that merging costs each row a few copies at most."""
+    return max(tokens, 1).bit_length() // 4

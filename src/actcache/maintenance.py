@@ -1,0 +1,144 @@
+"""Looking after a space: whether all of it is intact, what to do where it is not, and giving back space."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import GRACE_SECONDS, TOKEN_IDS, VALUES, Compaction, Snapshot, SpaceDriver
+from actcache.codec import Codec
+from actcache.key import key_array, key_list
+from actcache.ragged import offsets_of
+from actcache.recipe import Recipe
+from actcache.request import Request, looking_again
+from actcache.storage.workers import available_cpus
+from actcache.writer import Writer
+
+COMPACT_BYTES = 2 << 30
+_PART_BYTES = 16 << 20  # read and checked at once by a thread
+
+#: Called with the entries that have been checked and how many there are.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found."""
+
+    entries: int  # that were read and checked
+    nbytes: int  # of their activations
+    corrupt: list[bytes] = field(default_factory=list)  # keys of entries that fail their checksums
+    damaged: dict[str, str] = field(default_factory=dict)  # segments that cannot be read, name -> what is wrong
+
+    @property
+    def intact(self) -> bool:
+        return not self.corrupt and not self.damaged
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What ``repair`` did."""
+
+    quarantined: list[bytes]  # keys of corrupt entries, which are misses now
+    set_aside: list[str]  # segments that could not be read, which are out of the way now
+
+
+class Maintained:
+    """The part of ``Space`` that looks after it."""
+
+    recipe: Recipe
+    _codec: Codec
+    _seed: int
+    _driver: SpaceDriver
+    _write_lock: threading.RLock
+
+    def verify(self, progress: Progress | None = None) -> Verification:
+        """Read every stored entry and compare it with its checksum, on all processors; changes nothing."""
+        self.refresh()
+        keys = self._view().keys()
+        located = self._view().locate(keys)
+        order = np.lexsort((located.row, located.segment))  # as they lie
+        keys, lengths = keys[order], located.tokens[order]
+        starts = offsets_of(lengths) * self._codec.stored.itemsize * self.recipe.hidden_size
+        wanted = np.arange(0, int(starts[-1]), _PART_BYTES)
+        cuts = np.unique(np.r_[np.searchsorted(starts, wanted), len(keys)]).tolist() if len(keys) else [0]
+        parts = [keys[first:last] for first, last in itertools.pairwise(cuts)]
+        corrupt: list[bytes] = []
+        checked = 0
+        with ThreadPoolExecutor(available_cpus(), thread_name_prefix="actcache-verify") as pool:
+            futures = [pool.submit(self._corrupt, part) for part in parts]
+            try:
+                for part, future in zip(parts, futures, strict=True):
+                    corrupt += key_list(part[future.result()])
+                    checked += len(part)
+                    if progress is not None:
+                        progress(checked, len(keys))
+            finally:
+                for future in futures:
+                    future.cancel()
+        return Verification(len(keys), int(starts[-1]), corrupt, self._view().damaged())
+
+    def repair(self, found: Verification | None = None) -> Repair:
+        """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.
+
+        Args:
+            found: what ``verify`` said; None verifies first.
+
+        Raises:
+            StoreError: read-only, disk full, ...; nothing is lost.
+        """
+        self._writing()
+        found = self.verify() if found is None else found
+        with self._write_lock:
+            if found.corrupt:
+                self._driver.quarantine(key_array(found.corrupt))
+            repair = Repair(found.corrupt, self._driver.set_aside() if found.damaged else [])
+            self.refresh()
+        return repair
+
+    def compact(
+        self, *, target_bytes: int = COMPACT_BYTES, waste: float = 0.1, grace: float = GRACE_SECONDS
+    ) -> Compaction:
+        """Join small segments, and give back the space of deleted and overwritten entries.
+
+        Others may read, write and compact at the same time. Memory: some tens of MiB, and 200 bytes an entry.
+
+        Args:
+            target_bytes: of activations, about what a merged segment gets at most.
+            waste: the share of deleted or overwritten rows from which on a segment is rewritten.
+            grace: seconds for which what was replaced stays, for readers that still use it; a later compaction
+                removes it.
+
+        Raises:
+            StoreError: read-only, disk full, ...; nothing is lost.
+        """
+        with self._write_lock:
+            self._writing().flush()
+            done = self._driver.compact(target_bytes=target_bytes, waste=waste, grace=grace)
+            self.refresh()
+        return done
+
+    @looking_again
+    def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
+        """Return the positions of published entries that fail their checksums; absent ones do not."""
+        request = Request(self._view, None, self._seed, keys)
+        total = int(request.lengths.sum())
+        rows = {VALUES: np.empty((total, self.recipe.hidden_size), self._codec.stored)}
+        found = set(request.read({**rows, TOKEN_IDS: np.empty(total, np.int32)}, None, verify=True))
+        present = np.flatnonzero(request.lengths).tolist()
+        return sorted(found.union(i for i in present if i not in found and not request.read_extras(i)[1]))
+
+    def refresh(self) -> None:
+        raise NotImplementedError
+
+    def _view(self) -> Snapshot:
+        raise NotImplementedError
+
+    def _writing(self) -> Writer:
+        raise NotImplementedError

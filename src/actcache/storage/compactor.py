@@ -1,0 +1,138 @@
+"""What a space does with compaction: publish merged segments, remove what they replace, forget settled deletions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from actcache.backend import Compaction
+from actcache.errors import DataError, SegmentGoneError
+from actcache.storage.compaction import SECONDS, Live, Merger, plan, survey
+from actcache.storage.snapshot import SegmentedSnapshot
+
+if TYPE_CHECKING:
+    from actcache.storage.space import SegmentedSpace
+
+logger = logging.getLogger(__name__)
+
+_NO_LIMIT, _ANY_WASTE = 1 << 62, 2.0
+
+
+def compact(space: SegmentedSpace, *, target_bytes: int, waste: float, grace: float) -> Compaction:
+    """Merge what is small or wasteful, and remove what has long been replaced. See ``SpaceDriver.compact``."""
+    snapshot = space.snapshot()
+    groups = plan(survey(snapshot), target_bytes, waste)
+    merged = [group for group in groups if merge(space, snapshot, group)]
+    removed, freed = remove_replaced(space, grace)
+    more, bytes_more = remove_dead(space, grace)
+    settle_tombstones(space, grace)
+    return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
+
+
+def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Live]) -> bool:
+    """Publish one segment in the place of some; return whether that was done.
+
+    Where another compactor has removed a source, or one is damaged, everything stays as it is.
+
+    Raises:
+        StoreError: the disk is full, ...; nothing has changed.
+    """
+    try:
+        merger = Merger(snapshot, group, space.columns, space.listed)
+        space.publish(merger.block, merger.verify)
+        return True
+    except SegmentGoneError as error:
+        logger.info("another process has compacted the same segments: %s", error)
+    except (DataError, FileNotFoundError) as error:
+        logger.warning("some segments are left as they are; verify says more: %s", error)
+    return False
+
+
+def merge_some(space: SegmentedSpace, names: Collection[str]) -> None:
+    """Merge the segments of these names, those that can be."""
+    snapshot = space.snapshot()
+    for group in plan(survey(snapshot, names), _NO_LIMIT, _ANY_WASTE):
+        merge(space, snapshot, group)
+
+
+def remove_replaced(space: SegmentedSpace, grace: float) -> tuple[int, int]:
+    """Remove segments that others have replaced so many seconds ago; return how many, and their bytes."""
+    removed = freed = 0
+    space.snapshot()
+    if not space.replaced:
+        return 0, 0
+    replacing: dict[str, list[str]] = {}
+    for segment in space.described():
+        for source in segment.sources:
+            replacing.setdefault(source, []).append(segment.name)
+    sizes = {segment.name: segment.nbytes for segment in space.described()}
+    ages = _Ages(space)
+    for name in sorted(space.replaced):
+        if any(ages.segment(by) >= grace for by in replacing[name]) and space.place.remove(space.segment_name(name)):
+            removed, freed = removed + 1, freed + sizes[name]
+    return removed, freed
+
+
+def remove_dead(space: SegmentedSpace, grace: float) -> tuple[int, int]:
+    """Remove segments all of whose entries were deleted or overwritten so many seconds ago."""
+    removed = freed = 0
+    snapshot = space.snapshot()
+    ages = _Ages(space)
+    for live in survey(snapshot):
+        if live.tokens:
+            continue
+        segment = live.segment
+        try:
+            keys, births = segment.read("keys"), segment.lineage().births
+        except (DataError, FileNotFoundError):
+            continue
+        numbers = snapshot.locate(keys).segment
+        newer = {snapshot.served()[n].name for n in numbers[numbers >= 0].tolist()}
+        deleters = [file for file, deleted in space.tombstones.items() if not deleted.keys().isdisjoint(births)]
+        youngest = min([*map(ages.segment, newer), *map(ages.tombstone, deleters)], default=0.0)
+        if youngest >= grace and space.place.remove(space.segment_name(segment.name)):
+            removed, freed = removed + 1, freed + segment.nbytes
+    return removed, freed
+
+
+def settle_tombstones(space: SegmentedSpace, grace: float) -> None:
+    """Join the tombstones into one, without entries that no segment has any more."""
+    space.snapshot()
+    if space.damaged:  # one that comes back from a copy brings its deleted entries with it
+        return
+    ages = _Ages(space)
+    settled = [name for name in space.tombstones if ages.tombstone(name) >= max(grace, 2 * SECONDS)]
+    if not settled:
+        return
+    deleted: dict[str, set[int]] = {}
+    for name in settled:
+        for segment, entries in space.tombstones[name].items():
+            deleted.setdefault(segment, set()).update(entries)
+    needed = space.still_there(deleted)
+    if len(settled) == 1 and needed == deleted:
+        return
+    if needed:
+        space.publish_tombstone(needed)
+    for name in settled:
+        space.place.remove(space.tombstone_name(name))
+
+
+class _Ages:
+    """Ages in seconds, each asked for once; what is gone is of no age."""
+
+    def __init__(self, space: SegmentedSpace) -> None:
+        self._space = space
+        self._known: dict[str, float] = {}
+
+    def segment(self, name: str) -> float:
+        return self._age(self._space.segment_name(name))
+
+    def tombstone(self, name: str) -> float:
+        return self._age(self._space.tombstone_name(name))
+
+    def _age(self, name: str) -> float:
+        if name not in self._known:
+            age = self._space.place.age(name)
+            self._known[name] = -1.0 if age is None else max(0.0, age)
+        return self._known[name]

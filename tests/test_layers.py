@@ -18,7 +18,7 @@ LAYERS = [
     {"backend"},
     {"storage"},
     {"registry", "collection", "writer", "request", "order", "batch", "entry"},
-    {"reader"},
+    {"reader", "maintenance"},
     {"space"},
     {"store"},
     {"inspection"},

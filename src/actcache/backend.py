@@ -287,8 +287,12 @@ class SpaceDriver(ABC):
         """Take corrupt entries out of the space, their bytes kept aside where the backend can; return how many."""
         return self.delete(keys)
 
+    def examine(self) -> dict[str, str]:
+        """Look at every segment anew, trusting no index; return which are damaged, name -> what is wrong."""
+        return self.snapshot().damaged()
+
     def set_aside(self) -> list[str]:
-        """Move segments that cannot be read (``Snapshot.damaged``) out of the way; return their names."""
+        """Move damaged segments (see ``examine``) out of the way, after saving what can be; return their names."""
         return []
 
     @abstractmethod

@@ -59,7 +59,10 @@ class Maintained:
     _write_lock: threading.RLock
 
     def verify(self, progress: Progress | None = None) -> Verification:
-        """Read every stored entry and compare it with its checksum, on all processors; changes nothing."""
+        """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
+
+        Segments are looked at without the help of an index, too.
+        """
         self.refresh()
         keys = self._view().keys()
         located = self._view().locate(keys)
@@ -82,7 +85,7 @@ class Maintained:
             finally:
                 for future in futures:
                     future.cancel()
-        return Verification(len(keys), int(starts[-1]), corrupt, self._view().damaged())
+        return Verification(len(keys), int(starts[-1]), corrupt, self._driver.examine())
 
     def repair(self, found: Verification | None = None) -> Repair:
         """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from actcache.errors import DataError
 from actcache.ragged import offsets_of
 from actcache.storage import tensorfile
+from actcache.storage.compaction import survey
+from actcache.storage.compactor import merge
 from actcache.storage.segment import new_name, sequence_of
 
 if TYPE_CHECKING:
@@ -54,11 +56,31 @@ def quarantine(space: SegmentedSpace, keys: NDArray[np.uint8]) -> int:
     return space.delete(keys)
 
 
-def set_aside(space: SegmentedSpace) -> list[str]:
-    """Move the segments that cannot be read; return their names."""
+def examine(space: SegmentedSpace) -> dict[str, str]:
+    """Open every segment by its own description, which the index spares a reader; return which cannot be, and why."""
     space.snapshot()
-    names = sorted(space.damaged)
-    for name in names:
+    found = dict(space.damaged)
+    for name in sorted(space.listed):
+        try:
+            space.open_segment(name).lineage()
+        except FileNotFoundError:  # compacted and removed meanwhile
+            continue
+        except DataError as error:
+            found[name] = str(error)
+    return found
+
+
+def set_aside(space: SegmentedSpace) -> list[str]:
+    """Move the segments that cannot be read; return their names.
+
+    Those that can be read only because an index tells where everything lies are written anew first.
+    """
+    found = examine(space)
+    snapshot = space.snapshot()
+    for live in survey(snapshot, found.keys()):
+        if live.tokens and not merge(space, snapshot, [live]):
+            del found[live.segment.name]  # nothing is moved that could not be saved
+    for name in found:
         source = space.segment_name(name)
         space.place.move(source, f"{space.folder}/quarantine/{source.rpartition('/')[2]}")
-    return names
+    return sorted(found)

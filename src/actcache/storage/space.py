@@ -159,7 +159,7 @@ class SegmentedSpace(SpaceDriver):
                 if name in base:  # the index says where its arrays lie; they are mapped without another look
                     base[name].measure()
                     continue
-                fresh.append(Table.of_segments([self._open_segment(name, self._files_of(name))]))
+                fresh.append(Table.of_segments([self.open_segment(name)]))
             except (FileNotFoundError, SegmentGoneError):  # retired by another process since it was listed
                 vanished.add(name)
             except (FormatError, OSError) as error:
@@ -220,7 +220,7 @@ class SegmentedSpace(SpaceDriver):
         def write(path: Path) -> None:
             self._format.write(path, block, metadata(name, self._fingerprint))
             if verify is not None:
-                verify(self._open_segment(name, LocalSegment(path)))
+                verify(self.open_segment(name, LocalSegment(path)))
 
         self.place.publish(self.segment_name(name), write, replace=True)
         self._settled.add(name)
@@ -254,6 +254,9 @@ class SegmentedSpace(SpaceDriver):
     def quarantine(self, keys: NDArray[np.uint8]) -> int:
         self._check_writable()
         return quarantine.quarantine(self, keys)
+
+    def examine(self) -> dict[str, str]:
+        return quarantine.examine(self)
 
     def set_aside(self) -> list[str]:
         self._check_writable()
@@ -322,7 +325,9 @@ class SegmentedSpace(SpaceDriver):
     def tombstone_name(self, name: str) -> str:
         return f"{self.folder}/tombstones/{name}.json"
 
-    def _open_segment(self, name: str, files: SegmentFiles) -> Segment:
+    def open_segment(self, name: str, files: SegmentFiles | None = None) -> Segment:
+        """Describe a segment by what itself says; see ``Segment.open``."""
+        files = self._files_of(name) if files is None else files
         return Segment.open(self._format, files, name, self._fingerprint, self.columns)
 
     def _files_of(self, name: str) -> SegmentFiles:

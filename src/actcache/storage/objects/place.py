@@ -13,7 +13,9 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ class ObjectPlace(Place):
 
     def _is_segment(self, name: str) -> bool:
         """Return whether the last part of a name is a segment's that has several objects."""
-        return bool(self._commit) and is_name(name.rpartition("/")[2].partition(".")[0])
+        return bool(self._commit) and _is_unique(name)
 
     def age(self, name: str) -> float | None:
         with suppress(AbsentError):
@@ -88,6 +90,8 @@ class ObjectPlace(Place):
 
     def read(self, name: str) -> bytes | None:
         try:
+            if _is_unique(name):  # a tombstone, which every snapshot reads again
+                return self._blocks.read(name, 0, self._blocks.size(name))
             return bytes(self._whole(name))
         except AbsentError:
             return None
@@ -133,9 +137,14 @@ class ObjectPlace(Place):
         files.remove(self._commit)
         done: list[str] = []
         try:
-            for file in files:
-                done.append(f"{name}/{file}")
-                upload(client, f"{name}/{file}", path / file)
+            done = [f"{name}/{file}" for file in files]
+            sent = [
+                self._session.submit(partial(upload, client, key, path / file))
+                for key, file in zip(done, files, strict=True)
+            ]
+            wait(sent)
+            for future in sent:
+                future.result()
             return self._created(lambda: upload(client, commit, path / self._commit, create=not replace))
         except BaseException:
             # An answer may have been lost: the commit object goes first. What stays is not listed, and swept later.
@@ -145,9 +154,11 @@ class ObjectPlace(Place):
             raise
 
     def remove(self, name: str) -> bool:
-        there = False
-        for key in self._keys(name):
-            there |= self._remove(key)
+        commit, *rest = self._keys(name)
+        there = self._remove(commit)
+        removals = [self._session.submit(partial(self._remove, key)) for key in rest]
+        wait(removals)
+        there |= any(removal.result() for removal in removals)
         self._blocks.forget(f"{name}/" if self._is_segment(name) else name)
         return there
 
@@ -269,6 +280,11 @@ class ObjectPlace(Place):
             raise OutOfSpaceError(f"{error} (in {folder.parent}; TMPDIR names another folder)") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_unique(name: str) -> bool:
+    """Return whether a name has a random part: such a thing is written once, and never changes."""
+    return is_name(name.rpartition("/")[2].partition(".")[0])
 
 
 def _sweep_local(older_than: float) -> int:

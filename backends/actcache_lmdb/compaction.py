@@ -1,9 +1,12 @@
-"""Compaction: the live entries of a generation, copied into the next one in the order of their numbers."""
+"""Compaction: the live entries of a generation, copied into the next one in the order of their numbers.
+
+Nearly all of it is copied while others write: an entry never changes. Under the write lock, what was added or replaced
+meanwhile is made up for, and the new generation gets its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lmdb
 import numpy as np
@@ -11,63 +14,91 @@ from numpy.typing import NDArray
 
 from actcache.backend import FormatError
 from actcache_lmdb.environment import Environment, page_of
-from actcache_lmdb.generations import Generations
+from actcache_lmdb.generations import Build
 from actcache_lmdb.lookup import latest, scan
-from actcache_lmdb.record import HEADER, RECORD, Shapes, checks
+from actcache_lmdb.record import HEADER, Shapes, checks, joined
 from actcache_lmdb.writing import count, put_heads, read_state, write_state
 
+if TYPE_CHECKING:
+    Txn = lmdb.Transaction[memoryview]
+
 _NEWEST = 2**64 - 1
-_STEP_BYTES = 128 << 20  # of one transaction in the new generation
+_STEP_BYTES = 64 << 20  # copied in one transaction
+_GONE = memoryview(b"")
 
 
-def copy(txn: lmdb.Transaction[memoryview], environment: Environment, generations: Generations, shapes: Shapes) -> bool:
-    """Publish the next generation with what is live in ``txn``, which holds the write lock of the newest one.
+class Compaction:
+    """Fills a build from an environment. Not thread-safe."""
 
-    Returns:
-        False where it was there already.
+    def __init__(self, environment: Environment, build: Build, shapes: Shapes) -> None:
+        self._environment = environment
+        self._build = build
+        self._shapes = shapes
 
-    Raises:
-        FormatError: an entry's value is not there; nothing was published.
-        OutOfSpaceError: likewise.
-    """
-    dbs, number = environment.dbs, generations.newest()
-    records = np.concatenate([np.zeros(0, RECORD), *(_live(step) for step in scan(txn, dbs["heads"]))])
-    records = records[np.argsort(records["head"]["id"], kind="stable")]
-    state = read_state(txn, dbs, environment.data)
+    def copy(self) -> None:
+        """Copy what is live, in short transactions; what goes meanwhile is passed over."""
+        with self._environment.reading() as txn:
+            records = self._live(txn)
+        for step in self._steps(records):
+            with self._environment.reading() as txn:
+                self._copy(txn, step, needed=False)
+        self._build.env.sync(True)
 
-    def fill(env: lmdb.Environment, databases: Mapping[str, Any]) -> None:
-        nbytes = records["head"]["tokens"].astype(np.int64) * max(shapes.row_bytes.values()) + environment.page_size
-        steps = np.flatnonzero(np.diff(np.cumsum(nbytes) // _STEP_BYTES, prepend=-1))
-        for step in np.split(records, steps[1:]):
-            with env.begin(write=True, buffers=True) as target:
-                pages = []
-                for entry in step["head"]["id"].tolist():
-                    name = entry.to_bytes(8, "big")
-                    value = txn.get(name, db=dbs["entries"])
-                    if value is None or len(value) < HEADER.itemsize:
-                        raise FormatError(f"{environment.data}: entry {entry} is missing; delete it, then compact")
-                    target.put(name, value, append=True, db=databases["entries"])
-                    pages.append(page_of(target.get(name, db=databases["entries"]) or memoryview(b"")))
-                step["head"]["page"] = pages
-                step["head"]["check"] = checks(step)
-                put_heads(target, databases, step)
+    def finish(self, txn: Txn) -> None:
+        """Make up for what changed since; ``txn`` holds the write lock.
+
+        Raises:
+            FormatError: the value of a live entry is not there.
+        """
+        databases, env = self._build.databases, self._build.env
+        with env.begin(buffers=True) as copied:
+            done = joined(scan(copied, databases["heads"]))
+        records = self._live(txn)
+        stale = done[~np.isin(done["head"]["id"], records["head"]["id"])]
         with env.begin(write=True, buffers=True) as target:
-            created = read_state(target, databases, generations.path(number + 1)).created
-            tokens, total = count(records, shapes)
-            write_state(
-                target,
-                databases,
-                # Older snapshots keep to the old generation.
-                state.changed(
-                    created=created, horizon=state.sequence, entries=len(records), tokens=tokens, nbytes=total
-                ),
-            )
+            for record in stale:
+                target.delete(record["key"].tobytes(), db=databases["heads"])
+                target.delete(int(record["head"]["id"]).to_bytes(8, "big"), db=databases["entries"])
+        for step in self._steps(records[~np.isin(records["head"]["id"], done["head"]["id"])]):
+            self._copy(txn, step, needed=True)
+        state = read_state(txn, self._environment.dbs, self._environment.data)
+        tokens, nbytes = count(records, self._shapes)
+        with env.begin(write=True, buffers=True) as target:
+            created = read_state(target, databases, self._environment.folder).created
+            totals = {"entries": len(records), "tokens": tokens, "nbytes": nbytes}
+            # Older snapshots keep to the old generation, so nothing of theirs is needed here.
+            write_state(target, databases, state.changed(created=created, horizon=state.sequence, **totals))
 
-    size = environment.check_size()
-    return generations.publish(number + 1, fill, map_size=2 * size + (64 << 20))
+    def _live(self, txn: Txn) -> NDArray[np.void]:
+        """Return the records of all live entries in the order of their numbers."""
+        records = joined(latest(step, _NEWEST) for step in scan(txn, self._environment.dbs["heads"]))
+        records = records[records["head"]["id"] > 0]
+        return records[np.argsort(records["head"]["id"], kind="stable")]
 
+    def _steps(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
+        row_bytes = max(self._shapes.row_bytes.values())
+        nbytes = records["head"]["tokens"].astype(np.int64) * row_bytes + self._environment.page_size
+        cuts = np.flatnonzero(np.diff(np.cumsum(nbytes) // _STEP_BYTES, prepend=0))
+        return [step for step in np.split(records, cuts) if len(step)]
 
-def _live(records: NDArray[np.void]) -> NDArray[np.void]:
-    newest = latest(records, _NEWEST)
-    live: NDArray[np.void] = newest[newest["head"]["id"] > 0]
-    return live
+    def _copy(self, txn: Txn, records: NDArray[np.void], *, needed: bool) -> None:
+        source, databases = self._environment.dbs["entries"], self._build.databases
+        pages = []
+        with self._build.env.begin(write=True, buffers=True) as target:
+            for entry in records["head"]["id"].tolist():
+                name = entry.to_bytes(8, "big")
+                value = txn.get(name, db=source)
+                if value is None or len(value) < HEADER.itemsize:
+                    if needed:
+                        raise FormatError(
+                            f"{self._environment.data}: entry {entry} is missing; delete it, then compact"
+                        )
+                    pages.append(0)
+                    continue
+                target.put(name, value, db=databases["entries"])
+                pages.append(page_of(target.get(name, db=databases["entries"]) or _GONE))
+            there = np.array(pages) > 0
+            copied = records[there]
+            copied["head"]["page"] = np.array(pages)[there]
+            copied["head"]["check"] = checks(copied)
+            put_heads(target, databases, copied)

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import FormatError
-from actcache.errors import ClosedError, ReadOnlyError, StoreError
+from actcache.errors import ClosedError, ReadOnlyError, StorageIOError, StoreError
 from actcache_lmdb.datafile import read_meta
-from actcache_lmdb.failures import translated
+from actcache_lmdb.failures import full, is_full, translated
 from actcache_lmdb.gate import Gate
 from actcache_lmdb.record import PAGE_HEADER
 
@@ -42,9 +42,10 @@ class Environment:
         FormatError, StorageIOError, ...: see ``failures``.
     """
 
-    def __init__(self, folder: Path, map_size: int | None) -> None:
+    def __init__(self, folder: Path, map_size: int | None, *, writable: bool) -> None:
         self.folder = folder
         self.data = folder / "data.mdb"
+        self.wanted = writable
         self._map_size = map_size
         self._writing = threading.Lock()
         self._base = 0  # address of the map, 0 where it is not known yet
@@ -53,29 +54,35 @@ class Environment:
         self._open()
 
     def _open(self) -> None:
-        meta = read_meta(self.data)
-        size = max(self._map_size or _MAP_SIZE, meta.nbytes)
-        modes = _modes(self.folder)
-        self.page_size = meta.page_size
+        size = self._map_size or _MAP_SIZE
+        modes = _modes(self.folder, self.wanted)
         self.writable, self.locked = not modes["readonly"], modes["lock"]
         while True:
+            meta = read_meta(self.data)
+            size = max(size, meta.nbytes)
             try:
-                self._lmdb = lmdb.open(
-                    str(self.folder),
-                    map_size=size,
-                    max_dbs=len(DATABASES),
-                    max_readers=_READERS,
-                    create=False,
-                    sync=True,
-                    metasync=True,
-                    **modes,
-                )
+                self._open_with(size, modes)
                 break
+            except lmdb.MapResizedError:  # another process writes meanwhile
+                size = 2 * size
             except lmdb.MemoryError:  # the address space is limited
                 if size <= max(meta.nbytes, _LEAST_MAP):
                     raise
-                size = max(size // 4, meta.nbytes, _LEAST_MAP)
+                size = max(size // 4, _LEAST_MAP)
+        self.page_size = meta.page_size
+
+    def _open_with(self, size: int, modes: Mapping[str, bool]) -> None:
         try:
+            self._lmdb = lmdb.open(
+                str(self.folder),
+                map_size=size,
+                max_dbs=len(DATABASES),
+                max_readers=_READERS,
+                create=False,
+                sync=True,
+                metasync=True,
+                **modes,
+            )
             if self.locked:
                 self._lmdb.reader_check()  # slots that killed readers left
             self.dbs = {name: self._lmdb.open_db(name.encode(), create=False, **_FLAGS[name]) for name in DATABASES}
@@ -88,6 +95,16 @@ class Environment:
     def file(self) -> int:
         """A descriptor of ``data.mdb``, for hints about its bytes."""
         return self._descriptor
+
+    def upgrade(self) -> None:
+        """Open again, for writing too; the caller is alone in the gate.
+
+        Who only reads does not open for writing: LMDB's library then waits for the write lock to find its databases,
+        and a writer that was stopped in the middle would stop every reader.
+        """
+        self.wanted = True
+        self.close()
+        self._open()
 
     def abandon(self) -> None:
         """Forget everything, in a fork's child; nothing is closed."""
@@ -112,7 +129,13 @@ class Environment:
         if env is None:
             raise ClosedError(f"{self.folder} was closed, or opened before a fork; open the store again")
         size = os.fstat(self._descriptor).st_size
-        if size < 2 * self.page_size or size < (env.info()["last_pgno"] + 1) * self.page_size:
+        if size >= 2 * self.page_size:  # the meta pages at least
+            needed = (env.info()["last_pgno"] + 1) * self.page_size
+            if size < needed:  # another process may have written in between
+                size = os.fstat(self._descriptor).st_size
+        else:
+            needed = 2 * self.page_size
+        if size < needed:
             raise FormatError(f"{self.data} was truncated to {size} bytes")
         return size
 
@@ -167,6 +190,9 @@ class Environment:
                 except _Again as again:
                     again.mend()
                 except StoreError as error:
+                    if isinstance(error, StorageIOError) and is_full(self.folder):
+                        # LMDB reports a write that was cut short, as the last one on a full disk is, as an I/O error.
+                        raise full(what) from error
                     if isinstance(error.__cause__, lmdb.PanicError):
                         with GATE.alone(), translated(what):
                             self.close()
@@ -277,9 +303,9 @@ def page_of(value: memoryview) -> int:
     return int.from_bytes(ctypes.string_at(address(value) - PAGE_HEADER, 8), "little")
 
 
-def _modes(folder: Path) -> dict[str, bool]:
-    """Return LMDB's ``readonly`` and ``lock`` for what the file system allows."""
+def _modes(folder: Path, writable: bool) -> dict[str, bool]:
+    """Return LMDB's ``readonly`` and ``lock`` for what is wanted and what the file system allows."""
     lock = folder / "lock.mdb"
     unwritable_media = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
     locked = not unwritable_media and (os.access(lock, os.W_OK) if lock.exists() else os.access(folder, os.W_OK))
-    return {"readonly": not (locked and os.access(folder / "data.mdb", os.W_OK)), "lock": locked}
+    return {"readonly": not (writable and locked and os.access(folder / "data.mdb", os.W_OK)), "lock": locked}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import lmdb
 
@@ -24,6 +27,7 @@ _DAMAGE = (
     lmdb.BadDbiError,
 )
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE = 1 << 20
 
 
 @contextmanager
@@ -37,6 +41,27 @@ def translated(what: str) -> Iterator[None]:
         raise _translate(what, error) from error
     except OSError as error:
         raise _of_code(what, error.errno or 0, error) from error
+
+
+def full(what: str) -> OutOfSpaceError:
+    return OutOfSpaceError(f"{what}: the disk or quota is full; free some space and flush again")
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether not even a small file can be written there."""
+    probe = folder / f"probe-{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        return error.errno in _SPACE
+    try:
+        data = bytes(_PROBE)
+        return os.write(descriptor, data) < len(data)
+    except OSError as error:
+        return error.errno in _SPACE
+    finally:
+        os.close(descriptor)
+        probe.unlink(missing_ok=True)
 
 
 def _translate(what: str, error: lmdb.Error) -> ActcacheError:
@@ -53,7 +78,7 @@ def _translate(what: str, error: lmdb.Error) -> ActcacheError:
 
 def _of_code(what: str, code: int, error: BaseException) -> ActcacheError:
     if code in _SPACE or "No space left" in str(error):
-        return OutOfSpaceError(f"{what}: the disk or quota is full; free some space and flush again")
+        return full(what)
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ReadOnlyError(f"{what}: {error}; check the permissions, or read only with mode='r'")
     return StorageIOError(f"{what}: {error}")

@@ -11,7 +11,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,6 @@ from actcache_lmdb.record import State
 _NAME = re.compile(r"[0-9]{8}")
 _LEAST_MAP = 1 << 26
 _FORGOTTEN = 3600.0  # seconds after which what a killed process was building is removed
-
-
-Fill = Callable[[lmdb.Environment, Mapping[str, Any]], None]
 
 
 def name_of(number: int) -> str:
@@ -56,47 +54,28 @@ class Generations:
     def create(self) -> None:
         """Make the first, empty one where there is none."""
         if not self.newest():
-            self.publish(1, lambda env, databases: None)
+            with self.building() as build:
+                build.publish(1)
 
-    def publish(self, number: int, fill: Fill, map_size: int = _LEAST_MAP) -> bool:
-        """Make a generation, have ``fill`` fill it, and give it its name: whole, and durable when this returns.
+    @contextmanager
+    def building(self, map_size: int = _LEAST_MAP) -> Iterator[Build]:
+        """Make a generation under another name, which goes again unless it is published.
 
         Args:
-            fill: is given the new environment and its databases; its transactions need not be synced.
             map_size: what it fits into, bytes.
-
-        Returns:
-            False where somebody else made it meanwhile.
         """
-        with translated(f"cannot make {self.path(number)}"):
+        with translated(f"cannot make a generation in {self.folder}"):
             _make_folders(self.folder)
-            building = self.folder / f"tmp-{os.getpid()}-{secrets.token_hex(8)}"
-            building.mkdir()
+            folder = self.folder / f"tmp-{os.getpid()}-{secrets.token_hex(8)}"
+            folder.mkdir()
             try:
-                env = _open_new(building, map_size)
+                build = Build(self, folder, map_size)
                 try:
-                    databases = create_databases(env)
-                    with env.begin(write=True) as txn:
-                        txn.put(State.KEY, State(created=int(time.time() * 1e6)).pack(), db=databases["state"])
-                    fill(env, databases)
-                    env.sync(True)
+                    yield build
                 finally:
-                    env.close()
-                for path in (building / "data.mdb", building / "made", building):
-                    _sync(path)
-                try:
-                    os.rename(building, self.path(number))
-                except OSError:
-                    if not self.path(number).exists():
-                        raise
-                    return False
-                finally:
-                    # Also where it stood: who made it may have died before its own sync.
-                    _sync(self.folder)
-                    _sync(self.folder.parent)
-                return True
+                    build.env.close()
             finally:
-                shutil.rmtree(building, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def remove_old(self, grace: float) -> int:
         """Remove the generations before the newest, once it is ``grace`` seconds old; return how many.
@@ -122,11 +101,42 @@ class Generations:
         return removed
 
 
-def _open_new(folder: Path, map_size: int) -> lmdb.Environment:
-    # LMDB 0.9's format, which every release reads
-    options: dict[str, Any] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
-    (folder / "made").touch()  # when: its age decides when older generations go
-    return lmdb.open(str(folder), map_size=map_size, max_dbs=8, create=False, sync=False, lock=False, **options)
+class Build:
+    """A generation that has no name yet. Not thread-safe.
+
+    Attributes:
+        env, databases: to fill it; its transactions are not synced one by one.
+    """
+
+    def __init__(self, generations: Generations, folder: Path, map_size: int) -> None:
+        self._generations = generations
+        self._folder = folder
+        (folder / "made").touch()  # when: its age decides when older generations go
+        # LMDB 0.9's format, which every release reads
+        options: dict[str, Any] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
+        self.env = lmdb.open(str(folder), map_size=map_size, max_dbs=8, create=False, sync=False, lock=False, **options)
+        self.databases = create_databases(self.env)
+        with self.env.begin(write=True) as txn:
+            txn.put(State.KEY, State(created=int(time.time() * 1e6)).pack(), db=self.databases["state"])
+
+    def publish(self, number: int) -> bool:
+        """Give it its name, durably; return False where another stands there already. It is closed afterwards."""
+        parent, target = self._generations.folder, self._generations.path(number)
+        self.env.sync(True)
+        self.env.close()
+        for path in (self._folder / "data.mdb", self._folder / "made", self._folder):
+            _sync(path)
+        try:
+            os.rename(self._folder, target)
+        except OSError:
+            if not target.exists():
+                raise
+            return False
+        finally:
+            # Also where it stood: who made it may have died before its own sync.
+            _sync(parent)
+            _sync(parent.parent)
+        return True
 
 
 def _age(path: Path) -> float:

@@ -12,7 +12,7 @@ Four named databases in one environment:
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,6 +78,11 @@ def checks(records: NDArray[np.void]) -> NDArray[np.uint64]:
     mixed = mixed ^ (mixed >> np.uint64(32))
     total: NDArray[np.uint64] = mixed.sum(axis=1, dtype=np.uint64)
     return total
+
+
+def joined(parts: Iterable[NDArray[np.void]]) -> NDArray[np.void]:
+    """Return these records one after another. (``np.concatenate`` would turn the big-endian field around.)"""
+    return np.frombuffer(bytearray(b"".join(part.tobytes() for part in parts)), RECORD)
 
 
 def sequences(records: NDArray[np.void]) -> NDArray[np.uint64]:

@@ -11,6 +11,7 @@ import os
 import threading
 from pathlib import Path
 
+from actcache.errors import StoreError
 from actcache_lmdb.environment import GATE, Environment
 from actcache_lmdb.failures import translated
 
@@ -24,7 +25,7 @@ _USERS: dict[Environment, int] = {}
 _LOCK = threading.RLock()  # of both; reentrant, since the garbage collector may release in between
 
 
-def acquire(folder: Path, map_size: int | None) -> Environment:
+def acquire(folder: Path, map_size: int | None, *, writable: bool) -> Environment:
     """Return the process's environment of a folder, for one more user.
 
     Raises:
@@ -34,12 +35,20 @@ def acquire(folder: Path, map_size: int | None) -> Environment:
     status = os.stat(folder / "data.mdb")
     key = (status.st_dev, status.st_ino)
     with _LOCK:
-        if key in _OPEN:
+        if key in _OPEN and (_OPEN[key].wanted or not writable):
             return retain(_OPEN[key])
     # Alone: opening must not run beside a fork, either. The gate before the lock: who is inside may need the lock.
-    with GATE.alone(), _LOCK, translated(f"cannot open {folder}"):
-        if key not in _OPEN:
-            _OPEN[key] = Environment(folder, map_size)
+    with GATE.alone(), _LOCK:
+        try:
+            with translated(f"cannot open {folder}"):
+                if key not in _OPEN:
+                    _OPEN[key] = Environment(folder, map_size, writable=writable)
+                elif writable and not _OPEN[key].wanted:
+                    _OPEN[key].upgrade()
+        except StoreError as error:
+            if not folder.exists():  # a generation that was retired just now
+                raise FileNotFoundError(folder) from error
+            raise
         return retain(_OPEN[key])
 
 

@@ -21,7 +21,7 @@ from actcache_lmdb.failures import translated
 from actcache_lmdb.generations import Generations
 from actcache_lmdb.nothing import NothingYet
 from actcache_lmdb.record import Shapes, State
-from actcache_lmdb.registry import acquire, release
+from actcache_lmdb.registry import acquire, release, retain
 from actcache_lmdb.snapshot import LMDBSnapshot
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class LMDBSpace(SpaceDriver):
                 if not number:
                     break  # somebody has removed the space: what is open is still readable
                 try:
-                    environment = acquire(self._generations.path(number), self._map_size)
+                    environment = acquire(self._generations.path(number), self._map_size, writable=self._writable)
                 except FileNotFoundError:
                     continue  # it was replaced by yet another one, and removed
                 old, self._environment, self._number = self._environment, environment, number
@@ -136,21 +136,36 @@ class LMDBSpace(SpaceDriver):
     def compact(self) -> bool:
         """Copy the live entries into a new generation, and have everybody move over to it.
 
-        Writers wait meanwhile, readers do not. The old generation is removed by a later call, or opening for writing,
+        Nobody waits but for the last moment. The old generation is removed by a later call, or opening for writing,
         once the grace period is over. A crash leaves the old one or the new one, whole.
 
         Returns:
-            False where another process has made a new generation first.
+            False where another process has made a new generation meanwhile.
         """
+        number, environment = self._current()
+        if environment is None or not self._writable:
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to compact")
+        retain(environment)
+        try:
+            size = environment.check_size()
+            with self._generations.building(map_size=3 * size + (256 << 20)) as build:
+                compacting = compaction.Compaction(environment, build, self._shapes)
+                compacting.copy()
 
-        def work(txn: Txn, environment: Environment) -> bool:
-            return compaction.copy(txn, environment, self._generations, self._shapes)
+                def finish(txn: Txn) -> bool:
+                    # Writers look for newer generations once they have the write lock, which is held here.
+                    if self._generations.newest() != number:
+                        return False
+                    compacting.finish(txn)
+                    return build.publish(number + 1)
 
-        copied = self._write(work)
+                published = environment.write(finish)
+        finally:
+            release(environment)
         self._current()
         with translated(f"cannot remove old generations of {self._generations.folder}"):
             self._generations.remove_old(self._grace)
-        return copied
+        return published
 
     def close(self) -> None:
         with self._lock:

@@ -28,6 +28,7 @@ from actcache_lmdb.record import (
     State,
     bits,
     checks,
+    joined,
 )
 
 _NEWEST = 2**64 - 1
@@ -177,7 +178,7 @@ def _supersede(
         put_heads(txn, databases, dead)
         retired.append(dead)
     now = int(time.time() * 1e6)
-    for number, record in enumerate(np.concatenate(retired)):
+    for number, record in enumerate(joined(retired)):
         name = sequence.to_bytes(8, "big") + number.to_bytes(4, "big")
         txn.put(name, RETIRED.pack(now, record["key"].tobytes(), record["head"].tobytes()), db=databases["retired"])
     tokens, nbytes = count(live, shapes)

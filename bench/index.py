@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Extent
+from actcache.storage.folder import LocalSegment
 from actcache.storage.index import Table
 from actcache.storage.segment import Segment, new_name
 
@@ -67,12 +68,15 @@ def table(entries: int, per_segment: int, folder: Path) -> Table:
         "checksums": Extent("", 0, "<u8", (per_segment,)),
         TOKEN_IDS: Extent("", 0, "<i4", (rows,)),
     }
-    segments = tuple(Segment(folder / f"{new_name(n)}.h5", extents, rows * 768) for n in range(count))
+    names = [new_name(n) for n in range(count)]
+    segments = tuple(Segment(LocalSegment(folder / f"{n}.h5"), n, extents, rows * 768) for n in names)
     number = np.arange(entries)
     return Table(
         segments,
+        tuple(names),
         np.sort(rng.integers(0, 2**64, entries, np.uint64)),
         rng.integers(0, 256, (entries, 24), np.uint8),
+        (number // per_segment).astype(np.uint32),
         (number // per_segment).astype(np.uint32),
         (number % per_segment).astype(np.uint32),
         number % per_segment * TOKENS,
@@ -85,7 +89,7 @@ def measure(path: Path) -> dict[str, float]:
     """Open the index at ``path`` and look keys up; return seconds and bytes."""
     before = _resident()
     start = time.perf_counter()
-    opened = Table.open(path, path.parent, COLUMNS)
+    opened = Table.open(path, lambda name: LocalSegment(path.parent / f"{name}.h5"), COLUMNS)
     seconds = {"open": time.perf_counter() - start, "memory_open": _resident() - before}
     which = np.random.default_rng(1).choice(len(opened), min(QUERIES, len(opened)), replace=False)
     prefix, rest = opened.prefix[which], opened.rest[which]

@@ -48,6 +48,11 @@ def put(space: actcache.Space, numbers: Any, version: int = 0, **options: Any) -
     )
 
 
+def compact(space: actcache.Space, **options: Any) -> None:
+    """Join all segments into one and remove what that replaces at once, unless the options say otherwise."""
+    space.compact(**{"waste": 0.0, "grace": 0.0, **options})
+
+
 def check(space: actcache.Space, held: dict[int, int], numbers: Any) -> None:
     """Compare a ``get`` of ``numbers`` with the oracle ``number -> version``."""
     numbers = list(numbers)

@@ -1,0 +1,103 @@
+"""Makes the golden stores of format version 1 anew, all that are installed or those that are named.
+
+    python -m tests.golden.make [backend ...]
+
+Run it only while the format may still change: once a release has written stores, these never change again. Beside each
+store lies what it holds, computed from the documents and not read from it, and the digests of its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import actcache
+from tests.backends import KINDS
+from tests.golden.reader import digests
+from tests.support import compact, ids, key, put, recipe, rows
+
+HERE = Path(__file__).parent
+
+
+def stored(number, version, dtype):
+    """A document as it is stored."""
+    values = rows(number, version)  # small integers: exact in every dtype
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def extras_of(number, version=0):
+    count = len(rows(number, version))
+    spans = np.arange(2 * count, dtype=np.int32).reshape(-1, 2)
+    return {
+        "spans": spans,
+        "word_ids": np.arange(count, dtype=np.int32) - 1,
+        "type_ids": np.arange(count).astype(np.int8) % 2,
+    }
+
+
+def fill(store, dtype):
+    """Overwrite, delete, put again, compact, overwrite and delete once more; return what is then served."""
+    held = {}
+    with store.space(recipe(dtype=dtype)) as space:
+
+        def puts(numbers, version, **options):
+            put(space, numbers, version=version, **options)
+            space.flush()
+            for n in numbers:
+                held[key(n)] = {"values": stored(n, version, dtype), "token_ids": ids(n, version).astype(np.int32)}
+
+        def deletes(numbers):
+            space.delete([key(n) for n in numbers])
+            for n in numbers:
+                del held[key(n)]
+
+        puts(range(12), 0)
+        puts(range(0, 12, 3), 1, overwrite=True)
+        deletes([1, 3])
+        puts([3], 2)
+        compact(space)  # and from here on beside a compacted segment
+        deletes([5])
+        puts(range(12, 16), 0)
+        puts([6, 13], 3, overwrite=True)
+        deletes([0, 14])
+        space.put([key(20)], [rows(20)])  # without token ids
+        held[key(20)] = {"values": stored(20, 0, dtype)}
+        extras = extras_of(21)
+        space.put([key(21)], [rows(21)], [ids(21)], **{name: [array] for name, array in extras.items()})
+        held[key(21)] = {"values": stored(21, 0, dtype), "token_ids": ids(21).astype(np.int32), **extras}
+    return held
+
+
+def make(name):
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    spaces, keys, named = {}, [key(n) for n in (7, 2, 20)], ["seven", "zw\u00f6lf", ""]
+    with actcache.open(KINDS[name].url(folder / "store")) as store:
+        for dtype in ("float32", "float16", "bfloat16"):
+            spaces[recipe(dtype=dtype).fingerprint] = digests(fill(store, dtype))
+        store.put_collection("named", keys, named)
+        store.put_collection("plain", keys[:2])
+    hexed = [k.hex() for k in keys]
+    held = {"spaces": spaces, "collections": {"named": [hexed, named], "plain": [hexed[:2], None]}}
+    (folder / "holds.json").write_text(json.dumps(held, indent=1) + "\n")
+    shutil.rmtree(folder / "store/tmp", ignore_errors=True)
+    (folder / "files.json").write_text(json.dumps(files(folder / "store"), indent=1) + "\n")
+
+
+def files(root):
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or [kind.name for kind in KINDS.values() if kind.installed]:
+        make(chosen)
+        print(chosen, sum(path.stat().st_size for path in (HERE / chosen).rglob("*")), "bytes")

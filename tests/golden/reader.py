@@ -1,0 +1,149 @@
+"""Reads a store as docs/format.md describes it, knowing nothing of actcache.
+
+    python tests/golden/reader.py <store> [dump]
+
+Prints, as JSON, fingerprint -> key -> array -> [dtype, shape, SHA-256 of its bytes] of every entry that is served, and
+the collections. Imports the storage libraries, NumPy and xxhash alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+FIXED = {"offsets", "keys", "checksums", "extra_checksums", "births", "birth", "birth_entries", "sources"}
+P = [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5]
+
+
+def read_hdf5(path):
+    """Return a segment's metadata and arrays."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        return dict(file.attrs), {name: file[name][...] for name in file}
+
+
+def read_zarr(path):
+    import zarr
+
+    group = zarr.open_group(path, mode="r")
+    return dict(group.attrs), {name: array[...] for name, array in group.arrays()}
+
+
+def read_safetensors(path):
+    import safetensors
+
+    with safetensors.safe_open(path, "np") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+SEGMENTS = {"hdf5": (".h5", read_hdf5), "zarr": (".zarr", read_zarr), "safetensors": (".safetensors", read_safetensors)}
+
+
+def canonical(value):
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_store(root):
+    """Return fingerprint -> {key: {array: rows}} of all spaces of a store."""
+    marker = json.loads((root / "actcache.json").read_text())
+    assert (marker["format"], marker["format_version"]) == ("actcache", 1)
+    spaces = {}
+    for folder in sorted((root / "spaces").iterdir()):
+        description = json.loads((folder / "recipe.json").read_text())
+        assert description["format_version"] == 1
+        identity = description["identity"]
+        person = b"actcache/recipe"
+        assert hashlib.blake2b(canonical(identity), digest_size=16, person=person).hexdigest() == folder.name
+        spaces[folder.name] = read_segments(folder, identity, *SEGMENTS[marker["backend"]])
+    return spaces
+
+
+def read_segments(folder, identity, suffix, read):
+    dead = set()
+    for path in sorted((folder / "tombstones").glob("*.json")):
+        tombstone = json.loads(path.read_text())
+        assert tombstone["checksum"] == xxhash.xxh3_64_hexdigest(canonical(tombstone["deleted"]))
+        dead.update((segment, entry) for segment, entries in tombstone["deleted"].items() for entry in entries)
+    segments = {}
+    for path in sorted((folder / "segments").glob(f"*{suffix}")):
+        metadata, arrays = read(path)
+        segments[path.stem] = arrays
+        assert metadata == {"actcache_segment": "1", "space": folder.name, "segment": path.stem}
+    replaced = {source for arrays in segments.values() for source in names(arrays.get("sources", []))}
+    held, born = {}, {}
+    for name, arrays in segments.items():
+        if name in replaced:
+            continue
+        offsets = arrays["offsets"].tolist()
+        births = names(arrays["births"]) if "births" in arrays else [name]
+        for i, row in enumerate(arrays["keys"]):
+            key = row.tobytes()
+            birth = (births[arrays["birth"][i]], int(arrays["birth_entries"][i])) if "birth" in arrays else (name, i)
+            entry = {n: a[offsets[i] : offsets[i + 1]] for n, a in arrays.items() if n not in FIXED}
+            check(folder.name, identity, key, entry, arrays, i)
+            if birth not in dead and birth >= born.get(key, ("", 0)):  # the copy that was born last is served
+                held[key], born[key] = entry, birth
+    return held
+
+
+def names(array):
+    """Return names of segments from their 14 bytes each."""
+    return [f"{(text := row.tobytes().hex())[:12]}-{text[12:]}" for row in array]
+
+
+def check(fingerprint, identity, key, entry, arrays, i):
+    c = xxhash.xxh3_64_intdigest(f"{fingerprint} {identity['dtype']} {identity['hidden_size']}".encode())
+    for n, word in enumerate(np.frombuffer(key, "<u8").tolist()):
+        c ^= word * P[n] % 2**64
+    c ^= len(entry["values"]) * P[4] % 2**64
+    if "token_ids" in entry:
+        c = xxhash.xxh3_64_intdigest(entry["token_ids"].tobytes(), c ^ 0x5851F42D4C957F2D)
+    c = xxhash.xxh3_64_intdigest(entry["values"].tobytes(), c)
+    assert c == arrays["checksums"][i]
+    if "extra_checksums" in arrays:
+        for extra in ("spans", "type_ids", "word_ids"):
+            if extra in entry:
+                c = xxhash.xxh3_64_intdigest(entry[extra].tobytes(), c)
+        assert c == arrays["extra_checksums"][i]
+
+
+def read_collections(root):
+    """Return name -> (keys, ids or None)."""
+    collections = {}
+    for path in sorted((root / "collections").glob("*.safetensors")):
+        metadata, arrays = read_safetensors(path)
+        digest = xxhash.xxh3_64()
+        for name, array in sorted(arrays.items()):
+            digest.update(name.encode())
+            digest.update(array.tobytes())
+        assert (metadata["actcache_collection"], metadata["checksum"]) == ("1", digest.hexdigest())
+        ids = None
+        if "ids" in arrays:
+            text, ends = arrays["ids"].tobytes(), arrays["id_offsets"].tolist()
+            ids = [text[begin:end].decode() for begin, end in itertools.pairwise(ends)]
+        collections[path.stem] = ([row.tobytes().hex() for row in arrays["keys"]], ids)
+    return collections
+
+
+def digests(entries):
+    """Return key -> array -> [dtype, shape, digest], for JSON."""
+    return {
+        key.hex(): {n: [a.dtype.str, list(a.shape), hashlib.sha256(a.tobytes()).hexdigest()] for n, a in entry.items()}
+        for key, entry in sorted(entries.items())
+    }
+
+
+def main(root):
+    spaces = {fingerprint: digests(entries) for fingerprint, entries in read_store(root).items()}
+    print(json.dumps({"spaces": spaces, "collections": read_collections(root)}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""Stores that were written once stay readable, by this package and by anybody who has read docs/format.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import actcache
+from tests.backends import each
+from tests.golden.make import HERE, files
+from tests.golden.reader import digests
+from tests.support import put, recipe
+
+WITHOUT_ACTCACHE = """
+import runpy, sys
+sys.modules["actcache"] = None
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def golden(kind):
+    """A golden store and what it holds."""
+    if not (HERE / kind.name).exists():
+        pytest.skip("python -m tests.golden.make has not been run for it")
+    return HERE / kind.name / "store", json.loads((HERE / kind.name / "holds.json").read_text())
+
+
+@each()
+def test_its_files_are_as_they_were_written(golden, kind):
+    assert files(HERE / kind.name / "store") == json.loads((HERE / kind.name / "files.json").read_text())
+
+
+@each()
+def test_others_read_it(golden):
+    """The independent reader, in a process where actcache cannot be imported."""
+    root, held = golden
+    command = [sys.executable, "-c", WITHOUT_ACTCACHE, str(HERE / "reader.py"), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.sep, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == held
+
+
+@each()
+def test_actcache_reads_it_and_goes_on(golden, kind, tmp_path):
+    root, held = golden
+    shutil.copytree(root, tmp_path / "store")
+    for options in kind.options:
+        with actcache.open(tmp_path / "store", "r", **options) as store:
+            check(store, held)
+    with actcache.open(tmp_path / "store") as store, store.space(recipe()) as space:
+        assert put(space, range(100, 110)) == 10
+        space.flush()
+        assert len(space) == len(held["spaces"][recipe().fingerprint]) + 10
+    with actcache.open(tmp_path / "store", "r") as store:
+        with store.space(recipe()) as space:
+            assert len(space) == len(held["spaces"][recipe().fingerprint]) + 10
+        held["spaces"].pop(recipe().fingerprint)
+        check(store, held)
+
+
+def check(store, held):
+    by_name = {found.fingerprint: found for found in store.recipes()}
+    for fingerprint, entries in held["spaces"].items():
+        dtype = by_name[fingerprint].dtype
+        with store.space(by_name[fingerprint]) as space:
+            assert space.damaged() == {}
+            keys = list(space.keys())
+            assert [key.hex() for key in keys] == sorted(entries)
+            for key, entry in zip(keys, space.get(keys), strict=True):
+                values = entry.activations
+                values = np.asarray(values, np.float32)
+                values = (values.view(np.uint32) >> 16).astype("<u2") if dtype == "bfloat16" else values.astype(dtype)
+                arrays = {"values": values, **dict(entry.extras)}
+                if entry.token_ids is not None:
+                    arrays["token_ids"] = entry.token_ids
+                assert digests({key: arrays}) == {key.hex(): entries[key.hex()]}
+    assert set(store.collections()) == set(held["collections"])
+    for name, (keys, named) in held["collections"].items():
+        collection = store.collection(name)
+        assert [row.tobytes().hex() for row in collection.keys] == keys
+        assert collection.ids == named

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from actcache.backend import Columns, SpaceDriver, SpaceEngine, is_local
+from actcache.backend import GRACE_SECONDS, Columns, SpaceDriver, SpaceEngine, is_local
 from actcache.errors import BackendError, StoreError
 from actcache_lmdb.space import LMDBSpace
 
-_GRACE = 300.0  # seconds
 _LEAST_MAP = 1 << 16
 
 
@@ -22,7 +21,7 @@ class LMDBEngine(SpaceEngine):
     """See ``SpaceEngine``. Thread-safe.
 
     Options:
-        grace: seconds that replaced and deleted entries stay readable for older snapshots (default 300).
+        grace: seconds that replaced and deleted entries stay readable for older snapshots (default 600).
         map_size: bytes of addresses to begin with; only needed where they are scarce. The map grows by itself.
     """
 
@@ -43,7 +42,7 @@ class LMDBEngine(SpaceEngine):
         writable: bool,
         options: Mapping[str, Any],
     ) -> SpaceDriver:
-        grace, map_size = options.get("grace", _GRACE), options.get("map_size")
+        grace, map_size = options.get("grace", GRACE_SECONDS), options.get("map_size")
         if not isinstance(grace, int | float) or not grace >= 0:
             raise BackendError(f"grace is a number of seconds, not {grace!r}")
         if map_size is not None and (not isinstance(map_size, int) or map_size < _LEAST_MAP):

@@ -27,7 +27,7 @@ _STEP_BYTES = 64 << 20  # copied in one transaction
 _GONE = memoryview(b"")
 
 
-class Compaction:
+class Filling:
     """Fills a build from an environment. Not thread-safe."""
 
     def __init__(self, environment: Environment, build: Build, shapes: Shapes) -> None:

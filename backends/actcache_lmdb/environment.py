@@ -83,8 +83,7 @@ class Environment:
                 metasync=True,
                 **modes,
             )
-            if self.locked:
-                self._lmdb.reader_check()  # slots that killed readers left
+            self._clear_dead_readers()
             self.dbs = {name: self._lmdb.open_db(name.encode(), create=False, **_FLAGS[name]) for name in DATABASES}
             self._descriptor = os.open(self.data, os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
@@ -179,6 +178,7 @@ class Environment:
                 try:
                     with translated(what), self._inside():
                         self.check_size()
+                        self._clear_dead_readers()
                         txn = self._begin(write=True)
                         try:
                             result = work(txn)
@@ -198,6 +198,11 @@ class Environment:
                             self.close()
                             self._open()
                     raise
+
+    def _clear_dead_readers(self) -> None:
+        """Free what readers that were killed hold: the file would grow for ever."""
+        if self.locked and self._lmdb is not None:
+            self._lmdb.reader_check()
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:
         if self._lmdb is None:

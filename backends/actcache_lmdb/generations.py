@@ -77,13 +77,14 @@ class Generations:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def remove_old(self, grace: float) -> int:
-        """Remove the generations before the newest, once it is ``grace`` seconds old; return how many.
+    def remove_old(self, grace: float) -> tuple[int, int]:
+        """Remove the generations before the newest, once it is ``grace`` seconds old; return how many, and
+        the bytes they took.
 
         Whoever still maps an old one keeps what it maps.
         """
         *old, newest = self.numbers() or [0]
-        removed = 0
+        removed = freed = 0
         with translated(f"cannot remove old generations of {self.folder}"):
             if old and _age(self.path(newest) / "made") >= grace:
                 for number in old:
@@ -93,12 +94,13 @@ class Generations:
                         os.rename(self.path(number), away)
                     except FileNotFoundError:
                         continue  # another process was faster
+                    freed += (away / "data.mdb").stat().st_size
                     shutil.rmtree(away, ignore_errors=True)
                     removed += 1
             for name in os.listdir(self.folder) if self.folder.is_dir() else []:
                 if name.startswith("tmp-") and _age(self.folder / name) > _FORGOTTEN:
                     shutil.rmtree(self.folder / name, ignore_errors=True)
-        return removed
+        return removed, freed
 
 
 class Build:

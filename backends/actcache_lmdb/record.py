@@ -74,9 +74,9 @@ with np.errstate(over="ignore"):
 def checks(records: NDArray[np.void]) -> NDArray[np.uint64]:
     """Return what ``check`` has to be in each of these records, ``[n]``."""
     words: NDArray[np.uint64] = records.view(np.uint64).reshape(-1, _WORDS)[:, :-1]
-    mixed: NDArray[np.uint64] = words.astype(np.uint64) * _FACTORS
-    mixed = mixed ^ (mixed >> np.uint64(32))
-    total: NDArray[np.uint64] = mixed.sum(axis=1, dtype=np.uint64)
+    mixed: NDArray[np.uint64] = np.multiply(words, _FACTORS)
+    folded: NDArray[np.uint64] = np.right_shift(mixed, np.uint64(32))
+    total: NDArray[np.uint64] = np.bitwise_xor(mixed, folded).sum(axis=1, dtype=np.uint64)
     return total
 
 

@@ -13,7 +13,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Block, Columns, Snapshot, SpaceDriver, Workers
+from actcache.backend import GRACE_SECONDS, Block, Columns, Compaction, Snapshot, SpaceDriver, Workers
 from actcache.errors import ClosedError, ReadOnlyError, StorageIOError
 from actcache_lmdb import compaction, writing
 from actcache_lmdb.environment import Environment
@@ -133,39 +133,51 @@ class LMDBSpace(SpaceDriver):
             state = State.unpack(txn.get(State.KEY, db=environment.dbs["state"]), environment.data)
         return LMDBSnapshot(environment, state, self._shapes, self._workers)
 
-    def compact(self) -> bool:
-        """Copy the live entries into a new generation, and have everybody move over to it.
+    def compact(self, *, target_bytes: int = 0, waste: float = 0.0, grace: float = GRACE_SECONDS) -> Compaction:
+        """Copy the live entries into a new generation, and have everybody move over to it; see ``SpaceDriver``.
 
         Nobody waits but for the last moment. The old generation is removed by a later call, or opening for writing,
-        once the grace period is over. A crash leaves the old one or the new one, whole.
-
-        Returns:
-            False where another process has made a new generation meanwhile.
+        once the grace period is over. A crash leaves the old one or the new one, whole. ``target_bytes`` means nothing
+        here: a generation is one file.
         """
         number, environment = self._current()
         if environment is None or not self._writable:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to compact")
         retain(environment)
         try:
-            size = environment.check_size()
-            with self._generations.building(map_size=3 * size + (256 << 20)) as build:
-                compacting = compaction.Compaction(environment, build, self._shapes)
-                compacting.copy()
-
-                def finish(txn: Txn) -> bool:
-                    # Writers look for newer generations once they have the write lock, which is held here.
-                    if self._generations.newest() != number:
-                        return False
-                    compacting.finish(txn)
-                    return build.publish(number + 1)
-
-                published = environment.write(finish)
+            published = self._wasted(environment) >= waste and self._rewrite(number, environment)
         finally:
             release(environment)
         self._current()
         with translated(f"cannot remove old generations of {self._generations.folder}"):
-            self._generations.remove_old(self._grace)
-        return published
+            removed, freed = self._generations.remove_old(grace)
+        return Compaction(int(published), int(published), removed, freed)
+
+    def _wasted(self, environment: Environment) -> float:
+        """Return the share of the file that a new generation would not have."""
+        page_size = environment.page_size
+        with environment.reading() as txn:
+            size = environment.check_size()
+            state = State.unpack(txn.get(State.KEY, db=environment.dbs["state"]), environment.data)
+            heads = txn.stat(environment.dbs["heads"])
+        # About: an entry's last page is half empty.
+        live = state.nbytes + state.entries * page_size * 3 // 4
+        return 1 - min(1.0, (live + (heads["leaf_pages"] + heads["branch_pages"] + 8) * page_size) / size)
+
+    def _rewrite(self, number: int, environment: Environment) -> bool:
+        size = environment.check_size()
+        with self._generations.building(map_size=3 * size + (256 << 20)) as build:
+            compacting = compaction.Filling(environment, build, self._shapes)
+            compacting.copy()
+
+            def finish(txn: Txn) -> bool:
+                # Writers look for newer generations once they have the write lock, which is held here.
+                if self._generations.newest() != number:
+                    return False
+                compacting.finish(txn)
+                return build.publish(number + 1)
+
+            return environment.write(finish)
 
     def close(self) -> None:
         with self._lock:

@@ -117,7 +117,7 @@ def test_compaction_gives_space_back(url, tmp_path):
         space.delete([key(n) for n in range(50)])
         before = data_file(tmp_path).stat().st_size
         usage = space.usage()
-        assert space._driver.compact()
+        assert space._driver.compact().segments_written == 1
         space.refresh()
         assert generations(tmp_path) == ["00000001", "00000002"]  # the old one has its readers' grace
         assert data_file(tmp_path).stat().st_size < before / 10
@@ -169,7 +169,7 @@ def test_a_copy_by_lmdbs_own_tools_is_read(url, tmp_path):
     path.with_name("lock.mdb").unlink()
     with actcache.open(url) as store, store.space(recipe()) as space:
         check(space, dict.fromkeys(range(50), 2), range(60))
-        assert space._driver.compact()
+        assert space._driver.compact().segments_written == 1
         space.refresh()
         check(space, dict.fromkeys(range(50), 2), range(60))
 
@@ -287,10 +287,8 @@ def test_read_only_media(tmp_path):
         with actcache.open(url, "r") as store, store.space(recipe()) as space:
             check(space, dict.fromkeys(range(20), 0), range(25))
             assert not space._driver._environment.locked
-        with pytest.raises((ReadOnlyError, StoreError)), actcache.open(url) as store:
-            space = store.space(recipe())
-            put(space, [99])
-            space.flush()
+        with pytest.raises(ReadOnlyError):
+            actcache.open(url).space(recipe())
         gc.collect()
 
 

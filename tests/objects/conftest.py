@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ class Bucket:
 def moto() -> Iterator[Server]:
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -97,7 +99,7 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     yield found
     for upload in s3.list_multipart_uploads(Bucket=found.name).get("Uploads", ()):
         s3.abort_multipart_upload(Bucket=found.name, Key=upload["Key"], UploadId=upload["UploadId"])
-    for key in found.keys():
+    for key in found.keys():  # noqa: SIM118
         s3.delete_object(Bucket=found.name, Key=key)
     s3.delete_bucket(Bucket=found.name)
     s3.close()

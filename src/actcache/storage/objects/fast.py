@@ -17,7 +17,7 @@ from obstore.store import S3Store
 from actcache.errors import StorageIOError
 from actcache.storage.objects import failures
 from actcache.storage.objects.client import Body, Data, TransientError
-from actcache.storage.objects.s3 import S3Client
+from actcache.storage.objects.s3 import CREDENTIALS, S3Client
 
 _STATUS = re.compile(r"non-2xx status code: (\d+)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -99,7 +99,7 @@ class FastClient(S3Client):
             return lambda: {**keys, "expires_at": None}
         found = botocore.session.Session(profile=given.get("profile")).get_credentials()
         if found is None:
-            raise StorageIOError(f"there are no credentials for {self.where}")
+            raise StorageIOError(f"there are no credentials for {self.where}; {CREDENTIALS}")
 
         def ask() -> dict[str, Any]:
             frozen = found.get_frozen_credentials()

@@ -40,6 +40,7 @@ _TOKEN = "actcache-upload"
 _CLOSE_SECONDS = 5.0
 _LOADER = create_loader()  # of botocore's tables: 0.1 s to read, 0.01 s a client afterwards
 _SLOWEST = 100_000  # bytes a second; a transfer that is slower is given up
+CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile=..., key= and secret=, or anon=True"
 #: Failures to find credentials or to make sense of the configuration.
 _UNCONFIGURED = (
     boto.NoCredentialsError,
@@ -245,10 +246,7 @@ class S3Client(Client):
         except boto.ClientError as error:
             raise self._answer(error, what, writing) from error
         except _UNCONFIGURED as error:
-            raise StorageIOError(
-                f"{what}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile=..., key= and "
-                "secret=, or anon=True"
-            ) from error
+            raise StorageIOError(f"{what}: {error}; {CREDENTIALS}") from error
         except StorageIOError:
             raise
         except (boto.BotoCoreError, boto.HTTPClientError, HTTPError, FSTimeoutError, TimeoutError, OSError) as error:

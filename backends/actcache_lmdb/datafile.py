@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ _DB = struct.Struct("<IHHQQQQQ")  # page size or key size, flags, depth, branch,
 _MAGIC = 0xBEEFC0DE
 _P_META = 0x08
 _NO_PAGE = 2**64 - 1
+_TRIES = 50
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,28 @@ class Meta:
 
 
 def read_meta(path: Path) -> Meta:
-    """Parse both meta pages.
+    """Parse both meta pages, and compare the newer one with the size of the file.
 
     Raises:
-        FormatError: they are damaged, or of an LMDB format other than 1.
+        FormatError: they are damaged, or of an LMDB format other than 1; the file is truncated.
         OSError: as the operating system reports it.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        first = _parse(path, os.pread(descriptor, _PAGE.size + _META.size, 0), 0)
-        second = _parse(path, os.pread(descriptor, _PAGE.size + _META.size, first.page_size), 1)
+        for _ in range(_TRIES):
+            first = _parse(path, os.pread(descriptor, _PAGE.size + _META.size, 0), 0)
+            second = _parse(path, os.pread(descriptor, _PAGE.size + _META.size, first.page_size), 1)
+            # Transactions write them in turns. LMDB has no checksum there: a damaged number would make the older one
+            # the newer one, and the last transaction would be lost.
+            in_turn = abs(first.transaction - second.transaction) == 1
+            if first.page_size == second.page_size and (in_turn or first == second):
+                break
+            time.sleep(0.001)  # somebody is writing just now
+        else:
+            raise FormatError(f"{path}: its meta pages contradict each other")
         size = os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
-    if second.page_size != first.page_size:
-        raise FormatError(f"{path}: its meta pages contradict each other")
     meta = max(first, second, key=lambda meta: meta.transaction)
     if meta.last_page < 1 or size < meta.nbytes:
         raise FormatError(f"{path} is truncated: it has {size} bytes and its pages end at {meta.nbytes}")
@@ -65,6 +74,8 @@ def _parse(path: Path, data: bytes, number: int) -> Meta:
     page_size = _DB.unpack(free)[0]
     if page_size & (page_size - 1) or not 512 <= page_size <= 65536:
         raise FormatError(f"{path}: meta page {number} is damaged: pages of {page_size} bytes")
+    if transaction % 2 != number and transaction:
+        raise FormatError(f"{path}: meta page {number} is damaged: it is of transaction {transaction}")
     for root in (_DB.unpack(free)[-1], _DB.unpack(main)[-1]):
         if root != _NO_PAGE and not 2 <= root <= last:
             raise FormatError(f"{path}: meta page {number} is damaged: a root at page {root} of {last}")

@@ -22,7 +22,7 @@ from actcache.errors import ClosedError, ReadOnlyError, StorageIOError, StoreErr
 from actcache_lmdb.datafile import read_meta
 from actcache_lmdb.failures import full, is_full, translated
 from actcache_lmdb.gate import Gate
-from actcache_lmdb.record import PAGE_HEADER
+from actcache_lmdb.record import PAGE_HEADER, State
 
 T = TypeVar("T")
 
@@ -262,14 +262,24 @@ class Environment:
             FormatError: there is no such entry.
         """
         if not self._base:
-            value = self._value(txn, entry)
-            self._base = address(value) - PAGE_HEADER - page_of(value) * self.page_size
+            self._base = self._find_base(txn, entry)
         mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
         return np.frombuffer(mapped.toreadonly(), np.uint8)
 
     def find_page(self, txn: lmdb.Transaction[memoryview], entry: int) -> int:
-        """Return the number of an entry's first page as the B-tree has it. Raises as ``memory`` does."""
-        return page_of(self._value(txn, entry))
+        """Return the number of an entry's first page as the B-tree has it, after ``memory``. Raises as that does."""
+        return (address(self._value(txn, entry)) - PAGE_HEADER - self._base) // self.page_size
+
+    def _find_base(self, txn: lmdb.Transaction[memoryview], entry: int) -> int:
+        """Return where the map begins: two pages say their numbers, and have to agree, since they may be damaged."""
+        value = self._value(txn, entry)
+        base = address(value) - PAGE_HEADER - page_of(value) * self.page_size
+        state = txn.get(State.KEY, db=self.dbs["state"])
+        if state is not None:
+            page = address(state) // self.page_size * self.page_size  # of the B-tree, with the record inside
+            if base == page - int.from_bytes(ctypes.string_at(page, 8), "little") * self.page_size:
+                return base
+        raise FormatError(f"{self.data}: the page of entry {entry} is damaged")
 
     def _value(self, txn: lmdb.Transaction[memoryview], entry: int) -> memoryview:
         value = txn.get(entry.to_bytes(8, "big"), db=self.dbs["entries"])

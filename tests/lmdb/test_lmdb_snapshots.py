@@ -287,8 +287,13 @@ def test_read_only_media(tmp_path):
         with actcache.open(url, "r") as store, store.space(recipe()) as space:
             check(space, dict.fromkeys(range(20), 0), range(25))
             assert not space._driver._environment.locked
+        space = actcache.open(url).space(recipe())
+        put(space, [99])
         with pytest.raises(ReadOnlyError):
-            actcache.open(url).space(recipe())
+            space.flush()
+        with pytest.raises(ReadOnlyError):
+            space.close()
+        del space
         gc.collect()
 
 

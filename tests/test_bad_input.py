@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from actcache.errors import (
     KeyFormatError,
     NonFiniteError,
     NotAStoreError,
-    OutOfSpaceError,
     ReadOnlyError,
     ShapeError,
     StorageIOError,
@@ -450,122 +448,6 @@ def test_mode_r_changes_nothing(folder):
                 call()
         check(space, HELD, range(11))
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
-
-
-def mount(kind, place, *options):
-    """Mount something for as long as the test runs; skip where that is not allowed."""
-    place.mkdir(exist_ok=True)
-    try:
-        subprocess.run(["mount", "-t", kind, *options, str(place)], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this machine does not let us mount")
-
-
-def unmount(place):
-    subprocess.run(["umount", "--lazy", str(place)], check=True, capture_output=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    place = tmp_path / "small"
-    mount("tmpfs", place, "-o", "size=2M", "tmpfs")
-    yield place
-    unmount(place)
-
-
-def test_a_read_only_mount(folder, small_disk):
-    root = small_disk / "store"
-    shutil.copytree(folder.parent.parent, root)
-    writer = actcache.open(root)
-    space = writer.space(recipe())
-    put(space, [20])
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(ReadOnlyError):
-        space.flush()
-    check(space, {**HELD, 20: 0}, [*range(10), 20])
-    with pytest.raises(ReadOnlyError):
-        space.delete([key(1)])
-    for mode in ("r", "a"):
-        with actcache.open(root, mode) as store, store.space(recipe()) as other:
-            check(other, HELD, range(11))
-            assert other.damaged() == {}
-    with pytest.raises(ReadOnlyError):
-        actcache.open(small_disk / "new")
-    with actcache.open(root) as store, pytest.raises(ReadOnlyError):
-        store.space(recipe(layer=9))
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    space.flush()
-    writer.close()
-    with actcache.open(root, "r") as store, store.space(recipe()) as other:
-        check(other, {**HELD, 20: 0}, [*range(10), 20])
-
-
-def large(number):
-    return np.full((50, 200), number, np.float32)  # 40,000 bytes
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("segment_bytes", [100_000, 1 << 20])
-def test_a_full_disk(small_disk, segment_bytes):
-    """Flushed entries stay, others wait in memory; after some space is freed, flush publishes all of them."""
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(1_000_000))
-    here = recipe(hidden_size=200)
-    store = actcache.open(small_disk / "store")
-    space = store.space(here, segment_bytes=segment_bytes)
-    flushed, put_at_all, failures = 0, 0, 0
-    for number in range(40):
-        try:
-            space.put([key(number)], [large(number)])
-            put_at_all = number + 1
-            space.flush()
-            flushed = put_at_all
-        except OutOfSpaceError as error:
-            failures += 1
-            said = str(error)
-            assert "free some space" in said
-        if failures == 4:
-            break
-    assert failures == 4
-    assert flushed > 5
-    assert list((small_disk / "store/tmp").iterdir()) == []
-
-    def right(one, numbers):
-        for number, entry in zip(numbers, one.get([key(n) for n in numbers]), strict=True):
-            assert entry is not None, number
-            np.testing.assert_array_equal(entry.activations, large(number))
-
-    held = [n for n in range(number + 1) if key(n) in space]
-    right(space, held)  # reading works all the time, of what is flushed and of what is not
-    with actcache.open(small_disk / "store", "r") as other, other.space(here) as reader:
-        right(reader, range(flushed))
-        assert reader.damaged() == {}
-    with pytest.raises(OutOfSpaceError):
-        store.put_collection("c", [key(0)] * 30_000)
-    with pytest.raises(OutOfSpaceError):
-        space.put_blob("blob", bytes(1_500_000))
-    ballast.unlink()
-    space.flush()
-    with actcache.open(small_disk / "store", "r") as other, other.space(here) as reader:
-        right(reader, held)
-        assert len(reader) == len(held)
-        assert reader.usage().segments <= len(held)
-    store.close()
-
-
-def test_closing_on_a_full_disk(small_disk):
-    """It says so, ends, and every space of the store gets its turn."""
-    store = actcache.open(small_disk / "store")
-    one, two = store.space(recipe(hidden_size=200)), store.space(recipe())
-    put(two, range(5))
-    for number in range(60):
-        one.put([key(number)], [large(number)])
-    with pytest.raises(OutOfSpaceError):
-        store.close()
-    with actcache.open(small_disk / "store", "r") as again, again.space(recipe()) as reader:
-        check(reader, dict.fromkeys(range(5), 0), range(6))
-    with actcache.open(small_disk / "store") as again, again.space(recipe(hidden_size=200)) as writer:
-        assert len(writer) == 0
 
 
 def test_a_full_disk_for_the_index_alone(folder, monkeypatch):

@@ -16,11 +16,13 @@ from actcache.backend import VALUES, FormatError, Located, SegmentGoneError, Sna
 from actcache.errors import StoreError
 from actcache_lmdb.copying import copier
 from actcache_lmdb.environment import Environment
+from actcache_lmdb.index import HeadIndex
 from actcache_lmdb.lookup import find, latest, scan
 from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
 from actcache_lmdb.registry import release, retain
 
 _CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache
+_MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each
 _BITS = 8  # of ``Located.row``, below the entry's number: its columns
 
 
@@ -38,6 +40,9 @@ class LMDBSnapshot(Snapshot):
         self._shapes = shapes
         self._workers = workers
         self._keys: NDArray[np.uint8] | None = None
+        self._index: HeadIndex | None = None
+        self._index_pays = state.entries <= _MOST_INDEXED
+        self._asked = 0  # keys that were looked up
         self._lock = threading.Lock()
         weakref.finalize(self, release, environment).atexit = False
 
@@ -56,8 +61,12 @@ class LMDBSnapshot(Snapshot):
             yield txn
 
     def locate(self, keys: NDArray[np.uint8]) -> Located:
-        with self._reading() as txn:
-            heads = find(txn, self._environment.dbs["heads"], keys, self._state.sequence)
+        index = self._index_if_due(len(keys))
+        if index is not None:
+            heads = index.find(keys)
+        else:
+            with self._reading() as txn:
+                heads = find(txn, self._environment.dbs["heads"], keys, self._state.sequence)
         live = heads["id"] > 0
         return Located(
             np.where(live, heads["tokens"], 0).astype(np.int64),
@@ -65,6 +74,17 @@ class LMDBSnapshot(Snapshot):
             np.where(live, heads["page"], 0).astype(np.int64),
             np.where(live, heads["id"] << np.uint64(_BITS) | heads["columns"], 0).astype(np.int64),
         )
+
+    def _index_if_due(self, count: int) -> HeadIndex | None:
+        """Return an index in memory once so many keys were looked up that it pays."""
+        if self._index is None and self._index_pays:
+            with self._lock:
+                self._asked += count
+                if self._asked >= self._state.entries and self._index is None:
+                    index = HeadIndex(self.live())
+                    self._index_pays = index.usable
+                    self._index = index if index.usable else None
+        return self._index
 
     def has(self, column: str, located: Located) -> NDArray[np.bool_]:
         bit = 1 << COLUMNS.index(column)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+from typing import ClassVar
 
 import lmdb
 import numpy as np
@@ -39,7 +40,7 @@ def head_check(name, head):
 class Space:
     """What docs/format.md says."""
 
-    ROW_BYTES = {"values": HIDDEN * 4, "token_ids": 4, "spans": 8, "word_ids": 4, "type_ids": 1}
+    ROW_BYTES: ClassVar = {"values": HIDDEN * 4, "token_ids": 4, "spans": 8, "word_ids": 4, "type_ids": 1}
 
     def __init__(self, folder):
         newest = sorted(path for path in folder.iterdir() if path.name.isdigit())[-1]

@@ -11,7 +11,6 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class HDF5Format(SegmentFormat):
                     if name != VALUES:
                         file[name][...] = array
                 for name, text in metadata.items():
-                    file.attrs[name] = text
+                    file.attrs.create(name, text.encode(), dtype=h5py.string_dtype(length=max(1, len(text.encode()))))
             output.seek(offsets[VALUES])
             for piece in pieces(arrays[VALUES]):
                 output.write(piece)
@@ -55,7 +54,9 @@ class HDF5Format(SegmentFormat):
         files.size("")  # neither a folder nor a pipe
         try:
             with h5py.File(path, "r", locking=False) as file:
-                metadata = {name: _text(path, file, name) for name in islice(file.attrs, _MOST_ATTRIBUTES)}
+                if len(file.attrs) > _MOST_ATTRIBUTES:
+                    raise FormatError(f"{path} has more attributes than a segment; this is none")
+                metadata = {name: _text(path, file, name) for name in file.attrs}
                 return Layout({name: _extent(path, file, name) for name in file}, metadata)
         except FileNotFoundError:
             raise
@@ -67,9 +68,12 @@ class HDF5Format(SegmentFormat):
 
 def _text(path: Path, file: h5py.File, name: str) -> str:
     attribute = file.attrs.get_id(name)
-    if attribute.get_storage_size() > _MOST_TEXT:
-        raise FormatError(f"{path}: its attribute {name!r:.60} is no short text; this is no segment")
-    return str(file.attrs[name])
+    kind = attribute.get_type()
+    # Texts of variable length lie in a heap of their own, in which a damaged file makes the library loop for ever.
+    fixed = isinstance(kind, h5t.TypeStringID) and not kind.is_variable_str()
+    if not fixed or attribute.shape != () or attribute.get_storage_size() > _MOST_TEXT:
+        raise FormatError(f"{path}: its attribute {name!r:.60} is no short text of fixed length; this is no segment")
+    return bytes(file.attrs[name]).decode()
 
 
 def _allocate(file: h5py.File, name: str, array: Column) -> int:

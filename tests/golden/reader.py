@@ -26,7 +26,7 @@ def read_hdf5(path):
     import h5py
 
     with h5py.File(path, "r") as file:
-        return dict(file.attrs), {name: file[name][...] for name in file}
+        return {name: text.decode() for name, text in file.attrs.items()}, {name: file[name][...] for name in file}
 
 
 def read_zarr(path):

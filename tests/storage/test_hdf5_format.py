@@ -49,9 +49,8 @@ def read_space(space):
     held = {}
     for path in sorted((space / "segments").glob("*.h5")):  # the last name is served
         with h5py.File(path, "r") as file:
-            assert file.attrs["actcache_segment"] == "1"
-            assert file.attrs["space"] == space.name
-            assert file.attrs["segment"] == path.stem
+            claims = {name: text.decode() for name, text in file.attrs.items()}
+            assert claims == {"actcache_segment": "1", "space": space.name, "segment": path.stem}
             arrays = {name: file[name][...] for name in file}
         offsets = arrays["offsets"].tolist()
         for i, name in enumerate(arrays["keys"]):
@@ -152,7 +151,8 @@ def test_a_segment_is_what_the_schema_says(tmp_path, dtype, stored):
     with h5py.File(path, "r") as file:
         assert set(file) == set(schema)
         here = {"space": recipe(dtype=dtype).fingerprint, "segment": path.stem}
-        assert dict(file.attrs) == {"actcache_segment": "1", **here}
+        claims = {name: text.decode() for name, text in file.attrs.items()}
+        assert claims == {"actcache_segment": "1", **here}
         ends = []
         for name, (kind, shape) in schema.items():
             dataset = file[name]
@@ -217,7 +217,8 @@ def test_a_golden_store_of_version_1(tmp_path):
             file["keys"] = np.frombuffer(b"".join(map(key, numbers)), np.uint8).reshape(-1, 32)
             file["checksums"] = np.array(sums, np.uint64)
             file["token_ids"] = np.concatenate([ids(n, version) for n in numbers]).astype("<i4")
-            file.attrs.update({"actcache_segment": "1", "space": golden.fingerprint, "segment": name})
+            claims = {"actcache_segment": "1", "space": golden.fingerprint, "segment": name}
+            file.attrs.update({field: np.bytes_(text) for field, text in claims.items()})
     deleted = {names[1]: [2]}
     tombstone = {"deleted": deleted, "checksum": xxhash.xxh3_64_hexdigest(canonical(deleted))}
     (space / "tombstones" / f"{1:012x}-{'ef' * 8}.json").write_text(json.dumps(tombstone))
@@ -421,7 +422,7 @@ def lie(path, *fields):
     """Have a segment say that it belongs where it lies."""
     place = {"space": path.parents[1].name, "segment": path.stem}
     with h5py.File(path, "r+") as file:
-        file.attrs.update({field: place[field] for field in fields})
+        file.attrs.update({field: np.bytes_(place[field]) for field in fields})
 
 
 def test_a_segment_under_the_name_of_another(tmp_path):
@@ -452,3 +453,50 @@ def test_segments_of_another_width_or_dtype(tmp_path):
         assert len(space.damaged()) == 2
         assert all("does not fit its space" in what for what in space.damaged().values())
         check(space, {1: 0}, [1, 5])
+
+
+def attributes(*texts):
+    def write(file):
+        for number, text in enumerate(texts):
+            file.attrs[f"x{number}"] = text
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        attributes("of variable length"),  # in a heap, where a damaged file makes the library loop for ever
+        attributes(np.bytes_(b"x" * 5000)),
+        attributes(*[np.bytes_(b"x")] * 20),
+        attributes(np.array([b"one", b"two"])),
+        attributes(5),
+        attributes(np.zeros(1 << 20, np.uint8)[:60_000]),
+        attributes(np.bytes_(b"\xff\xfe")),
+        attributes(h5py.Empty("S5")),
+    ],
+    ids=["variable", "long", "many", "array", "number", "large", "no text", "empty"],
+)
+def test_attributes_that_a_segment_has_not(segment, write):
+    with h5py.File(segment, "r+") as file:
+        write(file)
+    with actcache.open(segment.parents[3], "r") as store, store.space(recipe()) as space:
+        assert list(space.damaged()) == [segment.stem]
+
+
+def test_a_damaged_heap_does_not_hang(segment):
+    """The library looks for ever for an object of a heap that was zeroed; no text of ours lies in one."""
+    with h5py.File(segment, "r+") as file:
+        for name in ("space", "segment"):
+            file.attrs[name] = file.attrs[name].decode()
+    data = segment.read_bytes()
+    at = data.index(b"GCOL")
+    segment.write_bytes(data[: at + 16] + bytes(4000) + data[at + 4016 :])
+    code = f"""
+import signal, actcache
+from tests.support import *
+signal.alarm(20)
+with actcache.open({str(segment.parents[3])!r}, "r") as store, store.space(recipe()) as space:
+    assert list(space.damaged()) == [{segment.stem!r}]
+"""
+    run(code)

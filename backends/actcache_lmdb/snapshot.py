@@ -233,5 +233,7 @@ class LMDBSnapshot(Snapshot):
         try:
             with self._reading():
                 return {}
+        except SegmentGoneError:
+            return {}  # old, not damaged
         except (FormatError, StoreError) as error:
             return {self._environment.folder.name: str(error)}

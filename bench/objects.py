@@ -3,9 +3,10 @@
     AWS_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... python -m bench.objects --shape paper,short
 
 ``bare`` contestants fetch one range an entry with a pool of threads and throw it away. ``store`` contestants read
-whole batches through actcache: ranges joined, rows in the caller's buffer, token ids, checksums. They take turns,
-batch by batch, all against the server that ``AWS_ENDPOINT_URL`` names, and the bare ones also against a plain server
-of this file, which only sends files: there the client is what limits. Client CPU is this process's, user and system.
+the same entries of the same object through actcache: ranges joined, rows in the caller's buffer, checksums. They take
+turns, batch by batch, all against the server that ``AWS_ENDPOINT_URL`` names, and the bare ones also against a plain
+server of this file, which only sends files: there the client is what limits. Client CPU is this process's, user and
+system.
 """
 
 from __future__ import annotations
@@ -123,17 +124,25 @@ def compare(shape: Shape, nbytes: int, count: int, size: int, bucket: str) -> No
             data = [rows[offsets[i] : offsets[i + 1]] for i in some]
             space.put([keys[i].tobytes() for i in some], data, [np.zeros(len(d), np.int32) for d in data])
     ranges = [np.stack([offsets[pick], offsets[pick + 1]], axis=1) * shape.row_bytes for pick in picks]
+    looking = target(url, {"client": "s3fs"}).connect()
+    (segment, base), *others = [
+        (key, listed.size - rows.nbytes)  # the rows stand at the end
+        for key, listed in looking.listing("", recursive=True).files.items()
+        if "/segments/" in key
+    ]
+    looking.close()
+    if others:
+        raise SystemExit("--mib is more than one segment takes")
 
     meters: dict[str, Meter] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(IN_FLIGHT) as pool:
         flat = Path(folder) / "flat"
-        flat.write_bytes(rows.tobytes())
+        flat.write_bytes(bytes(base) + rows.tobytes())
         with PlainServer(flat) as plain:
-            places = {"server": f"s3://{bucket}/flat", "plain": f"s3://flat/x?endpoint_url={plain.endpoint}&anon=true"}
+            places = {"server": url, "plain": f"s3://flat/x?endpoint_url={plain.endpoint}&anon=true"}
             clients = {(where, c): target(u, {"client": c}).connect() for where, u in places.items() for c in CLIENTS}
-            clients["server", "s3fs"].fs.pipe_file(f"{bucket}/flat/{shape.name}", rows.tobytes())  # type: ignore[attr-defined]
             for (where, name), client in clients.items():
-                meters[f"{where}: bare {name}"] = bare(client, shape.name, ranges, pool)
+                meters[f"{where}: bare {name}"] = bare(client, segment, [base + r for r in ranges], pool)
             stores = []
             counter = counted()
             for name in CLIENTS:
@@ -219,7 +228,7 @@ def serve(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="paper,short")
-    parser.add_argument("--mib", type=int, default=256, help="stored rows")
+    parser.add_argument("--mib", type=int, default=128, help="of stored rows; one segment")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=32, help="entries of a batch")
     parser.add_argument("--bucket", default="actcache-bench")

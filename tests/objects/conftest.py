@@ -60,7 +60,7 @@ class Bucket:
     def through(self, proxy: Proxy) -> dict[str, Any]:
         return {**self.options, "endpoint_url": proxy.endpoint}
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def listed(self, prefix: str = "") -> list[str]:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
         return [found["Key"] for page in pages for found in page.get("Contents", ())]
 
@@ -99,7 +99,7 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     yield found
     for upload in s3.list_multipart_uploads(Bucket=found.name).get("Uploads", ()):
         s3.abort_multipart_upload(Bucket=found.name, Key=upload["Key"], UploadId=upload["UploadId"])
-    for key in found.keys():  # noqa: SIM118
+    for key in found.listed():
         s3.delete_object(Bucket=found.name, Key=key)
     s3.delete_bucket(Bucket=found.name)
     s3.close()

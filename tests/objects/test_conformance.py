@@ -17,27 +17,17 @@ class TestS3(BackendConformance):
         return bucket.url
 
 
-class TestS3WithS3fs(BackendConformance):
-    """As in a process that was forked, where obstore cannot work."""
-
-    @pytest.fixture
-    def url(self, bucket):
-        self.options = {**bucket.options, "client": "s3fs"}
-        return bucket.url
-
-
 class TestZarrOnS3(BackendConformance):
+    """Many objects a segment, so that the everyday run does without the longest test."""
+
     @pytest.fixture
     def url(self, bucket):
         self.options = bucket.options
         return f"zarr:{bucket.url}"
 
-
-class TestHDF5OnS3(BackendConformance):
-    @pytest.fixture
-    def url(self, bucket):
-        self.options = bucket.options
-        return f"hdf5:{bucket.url}"
+    @pytest.mark.long
+    def test_random_operations_against_a_dictionary(self, url, documents):
+        super().test_random_operations_against_a_dictionary(url, documents)
 
 
 class TestMemory(BackendConformance):

@@ -168,7 +168,7 @@ def test_a_large_write_that_fails_leaves_nothing(bucket, proxy):
     proxy.rule("InternalError", PATTERN_PART, times=10**6, status=500)
     with pytest.raises(StorageIOError):
         publish(place, body(LARGE), replace=True)
-    assert bucket.keys() == []
+    assert bucket.listed() == []
     assert bucket.uploads() == []
     place.close()
 
@@ -200,7 +200,7 @@ ObjectPlace(sys.argv[1], "", json.loads(sys.argv[2])).publish("thing", lambda p:
     assert place.names("") == []
     if bucket.server.name != "moto":  # whose uploads were all begun in 2010
         assert place.sweep(3600) == 0
-    assert place.sweep(-5) >= 1
+    assert place.sweep(0) >= 1
     assert bucket.uploads() == ["elsewhere/thing"]
     place.close()
 
@@ -288,7 +288,7 @@ def test_a_batch_is_right_though_every_fourth_request_fails(filled, proxy, optio
 def test_segments_deleted_under_a_reader(filled, options):
     with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
         assert len(space) == 40
-        gone = [key for key in filled.keys() if "/segments/" in key][1]  # noqa: SIM118
+        gone = [key for key in filled.listed() if "/segments/" in key][1]
         filled.s3.delete_object(Bucket=filled.name, Key=gone)
         entries = []
         begin = time.monotonic()
@@ -306,7 +306,7 @@ def test_segments_deleted_under_a_reader(filled, options):
 
 
 def test_a_segment_truncated_under_a_reader(filled, options):
-    keys = [key for key in filled.keys() if "/segments/" in key]  # noqa: SIM118
+    keys = [key for key in filled.listed() if "/segments/" in key]
     with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
         assert len(space) == 40
         whole = filled.s3.get_object(Bucket=filled.name, Key=keys[2])["Body"].read()

@@ -138,5 +138,9 @@ class Client(ABC):
         """Remove an object; it need not be there."""
 
     @abstractmethod
+    def abandon(self) -> None:
+        """Called in the child of a fork: its connections are the parent's, and may not even be closed here."""
+
+    @abstractmethod
     def close(self) -> None:
         """Close the connections within a few seconds. Does nothing the second time."""

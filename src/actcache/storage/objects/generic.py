@@ -7,6 +7,7 @@ written next), and unfinished uploads are the library's own business.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -126,6 +127,9 @@ class FsspecClient(Client):
         with self._translated("remove", key, writing=True), suppress(FileNotFoundError):
             self._fs.rm_file(self._path(key))
 
+    def abandon(self) -> None:
+        forget_finalizers(self._fs)
+
     def close(self) -> None:
         """fsspec ends its connections when the file system is forgotten."""
 
@@ -156,6 +160,14 @@ class FsspecClient(Client):
             raise TransientError(f"{what}: {error!r:.300}") from error
 
 
+def forget_finalizers(fs: object) -> None:
+    """Have a file system's finalizers do nothing."""
+    for reference in weakref.getweakrefs(fs):
+        finalizer = reference.__callback__
+        if isinstance(finalizer, weakref.finalize):
+            finalizer.detach()
+
+
 def _refused(what: str, error: Exception, writing: bool) -> StoreError:
     if writing:
         return ReadOnlyError(f"{what}: {error}; check what these credentials may do, or read with mode='r'")
@@ -173,7 +185,7 @@ def _age(info: dict[str, Any]) -> float:
                 continue
         if isinstance(written, datetime):
             written = written if written.tzinfo else written.replace(tzinfo=UTC)
-            return (datetime.now(UTC) - written).total_seconds()
+            return max(0.0, (datetime.now(UTC) - written).total_seconds())
         if isinstance(written, int | float):
-            return time.time() - written
+            return max(0.0, time.time() - written)
     return 0.0  # not told: nothing is ever old enough to be swept

@@ -106,7 +106,7 @@ class ObjectPlace(Place):
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def publish(self, name: str, write: Callable[[Path], None], *, replace: bool = False) -> bool:
-        with translated(f"cannot write {self.where}/{name}"), self._temporary() as folder:
+        with self._temporary() as folder, translated(f"cannot write {self.where}/{name}"):
             path = folder / f"file{Path(name).suffix}"
             write(path)
             if path.is_dir():

@@ -130,6 +130,9 @@ class Retrying(Client):
     def remove(self, key: str) -> None:
         self._run(lambda: self._client.remove(key))
 
+    def abandon(self) -> None:
+        self._client.abandon()
+
     def stop(self) -> None:
         """Have calls that wait for their next attempt end with ``ClosedError``."""
         self._closed.set()

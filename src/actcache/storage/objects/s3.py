@@ -6,6 +6,8 @@ s3fs's own retries are switched off, and botocore's: ``Retrying`` decides, and l
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -24,6 +26,7 @@ from fsspec.exceptions import FSTimeoutError
 from actcache.errors import StorageIOError
 from actcache.storage.objects import failures
 from actcache.storage.objects.client import (
+    AbsentError,
     Body,
     Client,
     Data,
@@ -33,11 +36,13 @@ from actcache.storage.objects.client import (
     TransientError,
     Upload,
 )
+from actcache.storage.objects.generic import forget_finalizers
 
 T = TypeVar("T")
 
 _TOKEN = "actcache-upload"
 _CLOSE_SECONDS = 5.0
+_PAGE = 1000  # keys of a listing
 _LOADER = create_loader()  # of botocore's tables: 0.1 s to read, 0.01 s a client afterwards
 _SLOWEST = 100_000  # bytes a second; a transfer that is slower is given up
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile=..., key= and secret=, or anon=True"
@@ -122,7 +127,7 @@ class S3Client(Client):
     def head(self, key: str) -> Head:
         async def ask(s3: Any) -> Head:
             answer = await s3.head_object(**self._object(key))
-            age = (_now(answer) - answer["LastModified"]).total_seconds()
+            age = _seconds(answer["LastModified"], _now(answer))
             return Head(int(answer["ContentLength"]), age, answer.get("Metadata", {}).get(_TOKEN))
 
         return self._do("look at", key, ask)
@@ -131,12 +136,12 @@ class S3Client(Client):
         async def ask(s3: Any) -> Listing:
             files: dict[str, Listed] = {}
             folders: set[str] = set()
-            options = {} if recursive else {"Delimiter": "/"}
+            options: dict[str, Any] = {"MaxKeys": _PAGE} | ({} if recursive else {"Delimiter": "/"})
             while True:
                 page = await s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **options)
                 now = _now(page)
                 for found in page.get("Contents", ()):
-                    age = (now - found["LastModified"]).total_seconds()
+                    age = _seconds(found["LastModified"], now)
                     files[found["Key"].removeprefix(self._prefix)] = Listed(int(found["Size"]), age)
                 folders.update(f["Prefix"].removeprefix(self._prefix) for f in page.get("CommonPrefixes", ()))
                 if not page.get("IsTruncated"):
@@ -194,7 +199,7 @@ class S3Client(Client):
                 page = await s3.list_multipart_uploads(Bucket=self._bucket, Prefix=self._prefix, **after)
                 now = _now(page)
                 for upload in page.get("Uploads", ()):
-                    key, age = upload["Key"].removeprefix(self._prefix), (now - upload["Initiated"]).total_seconds()
+                    key, age = upload["Key"].removeprefix(self._prefix), _seconds(upload["Initiated"], now)
                     found.append(Upload(key, upload["UploadId"], age))
                 if not page.get("IsTruncated"):
                     return found
@@ -214,6 +219,14 @@ class S3Client(Client):
             await s3.delete_object(**self._object(key))
 
         self._do("remove", key, ask, writing=True)
+
+    def abandon(self) -> None:
+        forget_finalizers(self.fs)
+        selector: Any = getattr(self.fs.loop, "_selector", None)
+        if type(selector).__name__ == "EpollSelector":
+            # The parent's epoll is open here, too: a connection that is closed here would fall silent there.
+            with select.epoll() as empty:
+                os.dup2(empty.fileno(), selector.fileno(), inheritable=False)
 
     def close(self) -> None:
         if not self._closed:
@@ -253,6 +266,8 @@ class S3Client(Client):
             answer = error.__cause__  # s3fs's own methods make OSErrors of what botocore raises
             if isinstance(answer, boto.ClientError):
                 raise self._answer(answer, what, writing) from error
+            if isinstance(error, FileNotFoundError):
+                raise AbsentError(what) from error
             raise TransientError(f"{what}: {str(error) or type(error).__name__}") from error
         except RuntimeError as error:  # the session was closed under the request
             raise TransientError(f"{what}: {error!r:.200}") from error
@@ -268,6 +283,10 @@ class S3Client(Client):
 
 def _status(error: boto.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _seconds(begin: datetime, end: datetime) -> float:
+    return max(0.0, (end - begin).total_seconds())  # servers round one up and the other down
 
 
 def _now(answer: dict[str, Any]) -> datetime:

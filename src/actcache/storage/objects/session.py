@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -16,6 +17,20 @@ T = TypeVar("T")
 
 IN_FLIGHT = 32  # requests at a time
 _CLOSE_SECONDS = 5.0
+
+
+_LIVE: weakref.WeakSet[Client] = weakref.WeakSet()
+_INHERITED: list[Client] = []  # clients of the parent: what they hold must not be closed here, so it is kept
+
+
+def _after_fork() -> None:
+    for client in list(_LIVE):
+        _INHERITED.append(client)
+        client.abandon()
+    _LIVE.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class ProcessLock:
@@ -68,6 +83,7 @@ class Session:
                 raise ClosedError(f"{self.where} was closed")
             if self._made is None:
                 self._made = Retrying(self._connect(), self._seconds)
+                _LIVE.add(self._made)
             return self._made
 
     def submit(self, job: Callable[[], T]) -> Future[T]:

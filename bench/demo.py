@@ -31,10 +31,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as transformers_logging
 
 import actcache
-from actcache import order
 from actcache.backend import Usage
 from actcache.cli.inspect import binary
 from actcache.models.filling import FillReport
+from actcache.reading.order import Order
 from bench.docstrings import Corpus, corpus
 
 LAYER = 3
@@ -142,9 +142,9 @@ def _ways(recycler: actcache.Recycler, texts: Corpus, train: np.ndarray, held_ou
 
     def from_text(which: np.ndarray, shuffle: bool) -> Batches:
         def batches(epoch: int) -> Iterator[dict[str, torch.Tensor]]:
-            plan = order.batches(len(which), BATCH, shuffle=shuffle, seed=1, epoch=epoch, drop_last=False)
-            for documents in plan:  # the reader's own order
-                some = which[documents]
+            plan = Order(BATCH, shuffle=shuffle, seed=1).plan(np.ones(len(which), np.int64), epoch)
+            for ((begin, end),) in plan.rounds(1):  # the reader's own order
+                some = which[plan.sequence[begin:end]]
                 inputs = tokenizer.pad({"input_ids": [tokenized[i] for i in some]}, return_tensors="pt")
                 yield {**inputs, "labels": torch.from_numpy(texts.labels[some])}
 

@@ -17,7 +17,8 @@ LAYERS = [
     {"key", "windows", "codec", "ragged", "checksum", "recipe", "arrays", "tensorheader"},
     {"backend"},
     {"storage"},
-    {"registry", "collection", "writer", "request", "order", "batch", "entry"},
+    {"registry", "collection", "writer", "request", "batch", "entry"},
+    {"reading"},
     {"reader", "maintenance"},
     {"space"},
     {"store"},
@@ -38,6 +39,7 @@ ALLOWED_INSIDE = {
 #: Imports inside of functions: what they bring needs the extra ``models``, which not everybody has.
 LAZY = {
     ("cli/fill.py", "actcache.recycler"),
+    ("reading/delivery.py", "actcache.reading.cuda"),
     ("registry.py", "actcache.storage.objects"),  # the extra s3
     ("storage/objects/options.py", "actcache.storage.objects"),
 }

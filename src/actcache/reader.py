@@ -1,57 +1,50 @@
-"""The reader: batches of entries, epoch after epoch.
-
-A plain iterator: it asks the operating system for the next batch's rows while the caller works on this one.
-"""
+"""The reader: batches of entries, epoch after epoch, read ahead by a thread."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from actcache import codec, order
 from actcache.arrays import to_numpy
-from actcache.backend import TOKEN_IDS
-from actcache.batch import Batch
-from actcache.errors import MissingEntryError, ShapeError, UsageError
-from actcache.key import Keys, key_array, key_list
-from actcache.recipe import Recipe
-
-
-class Source(Protocol):
-    """What a reader needs of a space; a wrapper that has it can stand in for one. All calls take keys in batches."""
-
-    @property
-    def recipe(self) -> Recipe: ...
-
-    def has(self, column: str, keys: Keys) -> NDArray[np.bool_]: ...
-
-    def lengths(self, keys: Keys) -> NDArray[np.int64]: ...
-
-    def read_ahead(self, keys: Keys) -> None: ...
-
-    def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None) -> Any: ...
+from actcache.errors import ShapeError, UsageError
+from actcache.key import Keys, key_array
+from actcache.reading.checks import check_choice, check_count, check_present, ranks_of
+from actcache.reading.epoch import Epoch, Supplier, Work
+from actcache.reading.fetch import Source
+from actcache.reading.order import Order, Plan
+from actcache.reading.stats import ReaderStats
 
 
 class Reader:
     """Iterates over the entries of keys in batches; each iteration is one epoch, and the next has the next order.
 
-    One thread at a time; several readers of one space are fine. Absent entries are found when the reader is made; one
-    that is deleted after that is a ``MissingEntryError`` when its turn comes.
+    A thread reads ``depth`` batches ahead. Several readers of one space, and several iterations of one reader, are
+    fine; one thread at a time per iteration. An iteration that is broken off, closed or collected leaves no thread.
+    Batches may be kept: their memory is used again only when nothing refers to it.
 
     Args:
         space: where the entries are.
         keys: of the documents, in the given order; a key may stand more than once.
-        batch_size: documents of a batch.
+        batch_size: documents of a batch, at most.
+        max_tokens: tokens of a batch as it is padded, at most; a longer document is alone.
         shuffle: whether each epoch has a random order, decided by ``seed`` and the number of the epoch.
+        bucket: whether documents of like length share a batch, for less padding; with ``shuffle`` still at random.
+        seed: of the order.
+        drop_last: whether to leave out an epoch's last batch where it is not full.
         labels: one label a key (numbers, or arrays of one shape), or None. Whole numbers and truth values are delivered
             as int64, which losses want.
         documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
+        layout: ``"padded"`` (``Batch``) or ``"packed"`` (``PackedBatch``).
         device: a torch device for the batches; None for NumPy arrays.
-        on_missing: ``"raise"`` or ``"skip"`` documents that are absent.
-        drop_last: whether to leave out an epoch's last batch where it is not full.
+        on_missing: ``"raise"`` or ``"skip"`` documents that are absent when the reader is made; a recycler's reader
+            can also ``"compute"`` them. One that is deleted later is a ``MissingEntryError`` when its turn comes.
+        depth: batches that are read ahead; 0 reads each when it is asked for, without a thread.
+        ranks: ``(rank, how many there are)``: this reader delivers its share of each round of batches. Those of
+            ``torch.distributed`` by default, where it is initialized.
+        supplier: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
 
     Raises:
         MissingEntryError: entries are absent; it names them.
@@ -64,18 +57,26 @@ class Reader:
         keys: Keys,
         *,
         batch_size: int = 32,
+        max_tokens: int | None = None,
         shuffle: bool = False,
+        bucket: bool = False,
         seed: int = 0,
+        drop_last: bool = False,
         labels: Any = None,
         documents: Any = None,
+        layout: str = "padded",
         device: Any = None,
         on_missing: str = "raise",
-        drop_last: bool = False,
+        depth: int = 2,
+        ranks: tuple[int, int] | None = None,
+        supplier: Supplier | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise UsageError(f"batch_size {batch_size} is not positive")
-        if on_missing not in ("raise", "skip"):
-            raise UsageError(f"on_missing is 'raise' or 'skip', not {on_missing!r}")
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("depth", depth, 0)):
+            check_count(name, value, least)
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens, 1)
+        check_choice("layout", layout, ("padded", "packed"))
+        check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
         wanted = key_array(keys)
         positions = np.arange(len(wanted)) if documents is None else np.asarray(documents, np.int64)
         wanted_labels = None if labels is None else to_numpy(labels)
@@ -89,86 +90,98 @@ class Reader:
                 raise ShapeError(f"labels are numbers, not {wanted_labels.dtype}: give each class a number")
             if wanted_labels.dtype.kind != "f":
                 wanted_labels = wanted_labels.astype(np.int64)
-        found = space.lengths(wanted) > 0
-        if on_missing == "raise" and not found.all():
-            missing = key_list(wanted[~found])
-            raise MissingEntryError(
-                f"{len(missing)} of {len(wanted)} documents are not in the space, the first at position "
-                f"{int(np.argmin(found))}: fill them first, or pass on_missing='skip'",
-                missing,
-            )
-        self._space = space
+        lengths = space.lengths(wanted)
+        found = lengths > 0
+        if on_missing == "raise":
+            check_present(wanted, found)
+        elif on_missing == "compute":
+            if not found.all() and (bucket or max_tokens):
+                assert supplier is not None
+                lengths[~found] = supplier.lengths(np.flatnonzero(~found))
+            found[:] = True
         self._keys = wanted[found]
-        self._documents = positions[found]
-        self._labels = None if wanted_labels is None else wanted_labels[found]
-        self._batch_size = batch_size
-        self._shuffle = shuffle
-        self._seed = seed
-        self._drop_last = drop_last
-        self._device = device
+        self._lengths = lengths[found]
+        self._order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        self._work = Work(
+            space,
+            self._keys,
+            positions[found],
+            None if wanted_labels is None else wanted_labels[found],
+            np.flatnonzero(found),
+            packed=layout == "packed",
+            device=device,
+            depth=depth,
+            supplier=supplier if on_missing == "compute" else None,
+        )
+        self._rank, self._world = ranks_of(ranks, self.digest())
         self._epoch = 0
+        self._consumed = 0  # documents of that epoch, on all ranks together, that were delivered
+        self._counting: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
-        full, rest = divmod(len(self._keys), self._batch_size)
-        return full + (rest > 0 and not self._drop_last)
+        """Return the number of batches that a whole epoch has on this rank (with ``max_tokens``, the coming one)."""
+        varies = self._order.max_tokens is not None or self._order.bucket
+        epoch = self._epoch if varies else 0
+        if self._counting is None or self._counting[0] != epoch:
+            plan = self._order.plan(self._lengths, epoch)
+            self._counting = epoch, sum(1 for _ in self._rounds(plan, 0))
+        return self._counting[1]
+
+    def __iter__(self) -> Epoch:
+        epoch, start = self._epoch, self._consumed
+        self._epoch, self._consumed = epoch + 1, 0
+        plan = self._order.plan(self._lengths, epoch)
+        rounds = list(self._rounds(plan, start))
+        batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
+        positions = [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)]
+        return Epoch(self._work, batches, positions, self._moved)
+
+    def _moved(self, position: tuple[int, int], before: int) -> None:
+        """Take note of where an iteration is, unless it has just ended and another one has been begun since."""
+        if position[1] or self._epoch == before:
+            self._epoch, self._consumed = position
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-        self._epoch = epoch
+        """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
+        check_count("epoch", epoch, 0)
+        if epoch != self._epoch:
+            self._epoch, self._consumed = epoch, 0
 
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        plan = order.batches(
-            len(self._keys),
-            self._batch_size,
-            shuffle=self._shuffle,
-            seed=self._seed,
-            epoch=epoch,
-            drop_last=self._drop_last,
-        )
-        return self._deliver(plan)
+    def stats(self) -> ReaderStats:
+        """Return what was read so far and where the time went; the object goes on counting."""
+        return self._work.stats
 
-    def _deliver(self, plan: list[NDArray[np.int64]]) -> Iterator[Batch]:
-        for number, which in enumerate(plan):
-            if number + 1 < len(plan):
-                self._space.read_ahead(self._keys[plan[number + 1]])
-            yield self._read(which)
+    def digest(self) -> str:
+        """Return what identifies the order of this reader's epochs, on all ranks: its keys and options."""
+        digest = hashlib.blake2b(repr(self._order).encode(), digest_size=16, person=b"actcache/reader")
+        digest.update(np.ascontiguousarray(self._keys).data)
+        if self._order.bucket or self._order.max_tokens:
+            digest.update(np.ascontiguousarray(self._lengths).data)
+        return digest.hexdigest()
 
-    def _read(self, which: NDArray[np.int64]) -> Batch:
-        recipe = self._space.recipe
-        keys = self._keys[which]
-        lengths = self._space.lengths(keys)
-        shape = (len(keys), int(lengths.max()))
-        values = np.empty((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
-        has_ids = bool(self._space.has(TOKEN_IDS, keys).all())
-        ids = np.empty(shape, np.int32) if has_ids else None
-        # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
-        lengths = self._space.read_into(keys, values, token_ids=ids).lengths
-        if not lengths.all():
-            missing = key_list(keys[lengths == 0])
-            raise MissingEntryError(
-                f"{len(missing)} documents of this batch were deleted since the reader was made, the first at position "
-                f"{self._documents[which][int(np.argmin(lengths))]}: fill them again and make a new reader",
-                missing,
-            )
-        mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
-        arrays = {
-            "attention_mask": mask,
-            "token_ids": None if ids is None else ids.astype(np.int64),
-            "lengths": lengths,
-            "documents": self._documents[which],
-            "labels": None if self._labels is None else self._labels[which],
-        }
-        if self._device is None:
-            return Batch(codec.get(recipe.dtype).decode(values), keys=key_list(keys), **arrays)
-        return self._on_device(values, key_list(keys), arrays)
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the iteration that was advanced last is: after the batch that it returned last.
 
-    def _on_device(self, values: NDArray[Any], keys: list[bytes], arrays: dict[str, Any]) -> Batch:
-        import torch  # only those who name a device need it
+        The state is the same on all ranks, and another number of ranks can go on from it.
+        """
+        return {"epoch": self._epoch, "consumed": self._consumed, "order": self.digest()}
 
-        activations = torch.from_numpy(values)
-        if self._space.recipe.dtype == "bfloat16":
-            activations = activations.view(torch.bfloat16)
-        tensors = {n: None if a is None else torch.from_numpy(a).to(self._device) for n, a in arrays.items()}
-        return Batch(activations.to(self._device), keys=keys, **tensors)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next iteration go on at a state.
+
+        Raises:
+            UsageError: it is of a reader with other keys or another order.
+        """
+        try:
+            epoch, consumed, order = int(state["epoch"]), int(state["consumed"]), state["order"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"this is no state of a reader: {error!r}") from None
+        if order != self.digest() or epoch < 0 or not 0 <= consumed <= len(self._keys):
+            raise UsageError("the state is of a reader with other keys, batch sizes or another order; start it anew")
+        self._epoch, self._consumed = epoch, consumed
+
+    def _rounds(self, plan: Plan, start: int) -> Iterator[list[tuple[int, int]]]:
+        try:
+            yield from plan.rounds(self._world, start)
+        except ValueError as error:
+            raise UsageError(f"{error}: give more documents, or run fewer ranks") from None

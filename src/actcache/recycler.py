@@ -25,13 +25,15 @@ from actcache.key import Document
 from actcache.models import canary, replay, weights
 from actcache.models.entries import check_found, check_texts, document_keys, find_entries, listed
 from actcache.models.family import base_model_of, family_of
-from actcache.models.filling import Filler, FillReport
+from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
 from actcache.models.matching import check_same_lower_half, check_same_numbers
+from actcache.models.on_the_way import OnTheWay
 from actcache.models.provenance import revision_of, setup_of
 from actcache.models.record import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.ragged import EXTRAS
 from actcache.reader import Reader
+from actcache.reading.epoch import Supplier
 from actcache.recipe import Recipe
 from actcache.store import Store, open_store
 from actcache.windows import Windows
@@ -163,7 +165,7 @@ class Recycler:
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
-    def fill(self, texts: Iterable[Document], *, token_budget: int = 8192, progress: bool = True) -> FillReport:
+    def fill(self, texts: Iterable[Document], *, token_budget: int = TOKEN_BUDGET, progress: bool = True) -> FillReport:
         """Compute and store the documents that are not in the space; durable when it returns.
 
         A fill that was interrupted (Ctrl-C) or killed goes on where it was when it is called again: what is stored is
@@ -209,22 +211,31 @@ class Recycler:
         *,
         labels: Any = None,
         batch_size: int = 32,
-        shuffle: bool = False,
-        seed: int = 0,
         device: Any = "cpu",
         on_missing: str = "raise",
-        drop_last: bool = False,
+        **options: Any,
     ) -> Reader:
-        """Return a reader of these documents' entries; see ``actcache.reader.Reader``.
+        """Return a reader of these documents' entries; see ``actcache.reader.Reader`` for the other options.
 
         Where documents are cut into windows, each window is an entry of the batches: it has its document's label, and
         ``Batch.documents`` says whose it is, as a position in ``texts``.
 
+        Args:
+            on_missing: ``"compute"`` computes and stores the missing documents of each batch when its turn comes (and
+                those that are corrupt), and delivers them as they are stored: the first epoch fills, later ones replay,
+                and both see the same numbers. The lower half is computed where the recycler's model is. They are
+                durable at the end of the epoch.
+
         Raises:
             MissingEntryError: documents are not (or, of windows, not wholly) in the space.
+            UsageError: ``"compute"`` with windows, whose number is not known before: fill them first.
+            ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
+        documents_given = listed(texts)
         self._check_canaries()
-        keys = document_keys(listed(texts))
+        if on_missing == "compute":
+            return self._computing_reader(documents_given, labels, batch_size, device, options)
+        keys = document_keys(documents_given)
         found = find_entries(self.space, keys, self._encoder.windows)
         if on_missing == "raise":
             check_found(keys, found)
@@ -235,14 +246,36 @@ class Recycler:
         return self.space.reader(
             list(itertools.chain.from_iterable(found)),
             batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
             labels=None if wanted is None else wanted[documents],
             documents=documents,
             device=device,
             on_missing=on_missing,
-            drop_last=drop_last,
+            **options,
         )
+
+    def _computing_reader(
+        self, texts: list[Document], labels: Any, batch_size: int, device: Any, options: dict[str, Any]
+    ) -> Reader:
+        if self._encoder.windows is not None:
+            raise UsageError("documents that are cut into windows cannot be computed while they are read: fill them")
+        if not self._store.writable:
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to have documents computed")
+        supplier = OnTheWay(self.space, self._filler, self._encoder, texts, self._prepare)
+        return self.space.reader(
+            document_keys(texts),
+            batch_size=batch_size,
+            labels=labels,
+            device=device,
+            on_missing="compute",
+            supplier=Supplier(supplier.lengths, supplier.supply, self.space.flush),
+            **options,
+        )
+
+    def _prepare(self) -> None:
+        """Make sure, before anything is computed, that the lower half still is the one that was recorded."""
+        check_same_lower_half(self._lower.base_model, self.recipe)
+        self._check_canaries(create=True)
+        self._compute_canaries()
 
     def keys(self, texts: Iterable[Document]) -> list[bytes]:
         """Return the keys of these documents' entries, in order.

@@ -16,6 +16,7 @@ from actcache.models.record import LowerHalf, plan_batches
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.space import Space
 
+TOKEN_BUDGET = 8192  # padded tokens of a batch
 _CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
 
@@ -79,6 +80,11 @@ class Filler:
             finally:
                 self._space.flush()
         return FillReport(documents, documents - computed, computed, tokens, time.monotonic() - start)
+
+    def supply(self, texts: Sequence[Document], token_budget: int) -> None:
+        """Compute and put what is missing of a few documents, not flushed."""
+        for group in _groups(self._missing(list(texts), 0), _GROUP * token_budget):
+            self._record(group, token_budget)
 
     def _missing(self, chunk: list[Document], first: int) -> list[_Work]:
         """Return what is to be computed, tokenized, each document once."""

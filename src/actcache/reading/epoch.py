@@ -1,0 +1,176 @@
+"""One iteration of a reader: its batches, read ahead by a thread and handed over one by one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import CorruptEntryError, MissingEntryError
+from actcache.key import key_list
+from actcache.reading import delivery
+from actcache.reading.delivery import Delivered, Delivery, Which
+from actcache.reading.fetch import Source, fetch
+from actcache.reading.prefetch import Prefetch
+from actcache.reading.stats import ReaderStats
+
+_AHEAD = 2  # batches whose rows the operating system is asked for before they are read
+_COUNTING = threading.Lock()  # several iterations of one reader count together
+
+
+@dataclass(frozen=True)
+class Supplier:
+    """Computes what is missing, for ``on_missing="compute"``. Called by the consumer's thread."""
+
+    lengths: Callable[[NDArray[np.int64]], NDArray[np.int64]]  # positions in the keys given -> tokens
+    supply: Callable[[NDArray[np.int64], Sequence[bytes]], None]  # (positions, corrupt keys): puts their entries
+    settle: Callable[[], None]  # makes them durable
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all iterations of a reader share."""
+
+    source: Source
+    keys: NDArray[np.uint8]  # [n, 32]
+    documents: NDArray[np.int64]  # [n] as delivered
+    labels: NDArray[Any] | None  # [n, ...]
+    origins: NDArray[np.int64]  # [n] positions in the keys that the reader was given
+    packed: bool
+    device: Any
+    depth: int
+    supplier: Supplier | None
+    stats: ReaderStats = field(default_factory=ReaderStats)
+
+
+@dataclass(frozen=True)
+class _Absent:
+    """Takes the place of a batch that cannot be read before some of its documents are computed."""
+
+    which: NDArray[np.int64]
+    corrupt: list[bytes]
+
+
+class Epoch(Iterator[Any]):
+    """Yields ``Batch`` or ``PackedBatch``. ``close`` ends it; so does leaving it to the collector.
+
+    Args:
+        batches: positions of each batch's documents in ``work.keys``.
+        positions: (epoch, documents consumed) after each batch, and after the last of all.
+        moved: called with the position that was reached, and the epoch before it.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        batches: list[NDArray[np.int64]],
+        positions: list[tuple[int, int]],
+        moved: Callable[[tuple[int, int], int], None],
+    ) -> None:
+        self._work, self._positions, self._moved = work, positions, moved
+        self._delivered = 0
+        self._stepping: float | None = None  # since when the consumer has had a batch
+        self._delivery = delivery.make(work.source.recipe.dtype, work.device, packed=work.packed, depth=work.depth)
+        produce = _produce(work, self._delivery, batches)
+        self._items = Prefetch(produce, work.depth, self._waited) if work.depth else produce
+
+    def __next__(self) -> Any:
+        stats = self._work.stats
+        if self._stepping is not None:
+            stats.step_seconds += time.perf_counter() - self._stepping
+        try:
+            item = next(self._items)
+            batch = self._delivery.arrive(self._computed(item) if isinstance(item, _Absent) else item)
+        except StopIteration:
+            self._stepping = None
+            if self._delivered + 1 == len(self._positions):
+                self._delivered += 1
+                self._moved(self._positions[-1], self._positions[-1][0] - 1)
+                if self._work.supplier is not None:
+                    self._work.supplier.settle()
+            raise
+        self._moved(self._positions[self._delivered], self._positions[self._delivered][0])
+        self._delivered += 1
+        stats.batches += 1
+        self._stepping = time.perf_counter()
+        return batch
+
+    def close(self) -> None:
+        """End the iteration; its thread has ended when this returns. Does nothing the second time."""
+        self._items.close()
+
+    def _waited(self, seconds: float, ready: int) -> None:
+        stats = self._work.stats
+        stats.wait_seconds += seconds
+        stats.ready += ready
+        if self._stepping is None:
+            stats.first_seconds += seconds
+
+    def _computed(self, absent: _Absent) -> Delivered:
+        """Have what is missing in a batch computed and stored, then read it like any other."""
+        work = self._work
+        assert work.supplier is not None
+        start = time.perf_counter()
+        keys = work.keys[absent.which]
+        missing = work.source.lengths(keys) == 0
+        corrupt = set(absent.corrupt)
+        missing |= np.array([key in corrupt for key in key_list(keys)], bool)
+        work.supplier.supply(work.origins[absent.which[missing]], absent.corrupt)
+        work.stats.compute_seconds += time.perf_counter() - start
+        return _read(work, self._delivery, absent.which)
+
+
+_Items = Generator[Delivered | _Absent, None, None]
+
+
+def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Items:
+    """Read batches. The thread that reads ahead runs this; it knows no iteration, which can be collected meanwhile."""
+    asked = 0
+    try:
+        for number, which in enumerate(batches):
+            while asked < min(number + 1 + _AHEAD, len(batches)):
+                if asked > number:
+                    work.source.read_ahead(work.keys[batches[asked]])
+                asked += 1
+            if work.supplier is not None and (work.source.lengths(work.keys[which]) == 0).any():
+                yield _Absent(which, [])
+                continue
+            try:
+                item: Delivered | _Absent = _read(work, to, which)
+            except CorruptEntryError as error:
+                if work.supplier is None:
+                    raise
+                item = _Absent(which, error.keys)
+            yield item
+            del item  # or it would hold a buffer for as long as the next is read
+    finally:
+        to.close()
+
+
+def _read(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
+    start, keys = time.perf_counter(), work.keys[which]
+    read = fetch(work.source, keys, to.slots, packed=to.packed)
+    done = time.perf_counter()
+    if not read.lengths.all():
+        gone = key_list(keys[read.lengths == 0])
+        raise MissingEntryError(
+            f"{len(gone)} documents of this batch were deleted since the reader was made, the first at position "
+            f"{work.documents[which][int(np.argmin(read.lengths))]}: fill them again and make a new reader",
+            gone,
+        )
+    labels = None if work.labels is None else work.labels[which]
+    delivered = to.deliver(read, Which(keys, work.documents[which], labels))
+    tokens = int(read.lengths.sum())
+    with _COUNTING:
+        stats = work.stats
+        stats.read_seconds += done - start
+        stats.deliver_seconds += time.perf_counter() - done
+        stats.documents += len(which)
+        stats.tokens += tokens
+        stats.nbytes += tokens * read.values.itemsize * read.values.shape[-1]
+    return delivered

@@ -1,0 +1,66 @@
+"""From keys to host buffers: one batch is looked up, read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache import codec
+from actcache.backend import TOKEN_IDS
+from actcache.key import Keys
+from actcache.recipe import Recipe
+
+
+class Source(Protocol):
+    """What a reader needs of a space; a wrapper that has it can stand in for one. All calls take keys in batches."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def has(self, column: str, keys: Keys) -> NDArray[np.bool_]: ...
+
+    def lengths(self, keys: Keys) -> NDArray[np.int64]: ...
+
+    def read_ahead(self, keys: Keys) -> None: ...
+
+    def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None) -> Any: ...
+
+
+class Buffers(Protocol):
+    """Where host buffers come from."""
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """What was read, in the stored dtype. Absent entries have length 0."""
+
+    values: NDArray[Any]  # [B, L, hidden], or packed [T, hidden]
+    token_ids: NDArray[np.int32] | None  # [B, L] or [T]
+    lengths: NDArray[np.int64]  # [B]
+
+    @property
+    def packed(self) -> bool:
+        return self.values.ndim == 2
+
+
+def fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool) -> HostBatch:
+    """Read the entries of ``[B, 32]`` keys.
+
+    Raises:
+        CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
+    """
+    recipe = source.recipe
+    lengths = source.lengths(keys)
+    longest, total = int(lengths.max(initial=0)), int(lengths.sum())
+    shape = (total,) if packed else (len(keys), longest)
+    values = buffers.take((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
+    has_ids = bool((source.has(TOKEN_IDS, keys) | (lengths == 0)).all())
+    ids = np.empty(shape, np.int32) if has_ids else None
+    # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
+    lengths = source.read_into(keys, values, token_ids=ids).lengths
+    return HostBatch(values, ids, lengths)

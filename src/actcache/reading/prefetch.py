@@ -1,0 +1,142 @@
+"""A thread that works ahead of its consumer, and never leaves it waiting for nothing."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from actcache.errors import ClosedError
+
+T = TypeVar("T")
+
+_JOIN_SECONDS = 10.0  # close() returns by then, also where a dead network file system holds the thread
+
+
+class _Channel(Generic[T]):
+    """A bounded queue between one producer and one consumer, either of which may end it."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._ended = False  # the producer has no more
+        self._failure: BaseException | None = None
+        self.closed = False  # the consumer wants no more
+
+    def wait_for_room(self) -> bool:
+        """Wait until there is room; False where the consumer has left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or len(self._items) < self._depth)
+            return not self.closed
+
+    def put(self, item: T) -> None:
+        with self._changed:
+            if not self.closed:
+                self._items.append(item)
+                self._changed.notify_all()
+
+    def end(self, failure: BaseException | None = None) -> None:
+        with self._changed:
+            self._ended, self._failure = True, failure
+            self._changed.notify_all()
+
+    def get(self) -> T:
+        """Wait for an item. Raises the producer's failure once, then, and at the end, ``StopIteration``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._ended or self.closed)
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        raise StopIteration
+
+    def close(self) -> None:
+        with self._changed:
+            self.closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class Prefetch(Iterator[T]):
+    """Iterates over what ``produce`` yields, which a thread computes up to ``depth`` items ahead.
+
+    An exception of the thread is raised by the ``next`` whose turn it is. The thread ends when the iterator is used up,
+    closed, or collected; a fork's child, which has no such thread, is told so. One consumer at a time.
+
+    Args:
+        produce: a generator; it must not refer to this object. It is closed by the thread that ran it.
+        waited: called with the seconds that a ``next`` waited, and how many items were ready.
+    """
+
+    def __init__(self, produce: Iterator[T], depth: int, waited: Callable[[float, int], None]) -> None:
+        self._channel: _Channel[T] = _Channel(depth)
+        self._waited = waited
+        self._pid = os.getpid()
+        self._thread = threading.Thread(
+            target=_run, args=(produce, self._channel), name="actcache-prefetch", daemon=True
+        )
+        self._finalizer = weakref.finalize(self, _Channel.close, self._channel)
+        _OPEN.add(self)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._pid != os.getpid():
+            raise ClosedError("this iterator belongs to another process; iterate over the reader anew in this one")
+        start, ready = time.perf_counter(), len(self._channel)
+        try:
+            return self._channel.get()
+        except StopIteration:
+            self.close()
+            raise
+        finally:
+            self._waited(time.perf_counter() - start, ready)
+
+    def close(self) -> None:
+        """End the thread; what was read ahead is dropped. Does nothing the second time."""
+        self._channel.close()
+        if self._pid == os.getpid() and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_SECONDS)
+        _OPEN.discard(self)
+
+
+def _run(produce: Iterator[T], channel: _Channel[T]) -> None:
+    """What the thread does. It knows the channel alone, so that the iterator can be collected."""
+    failure: BaseException | None = None
+    try:
+        while channel.wait_for_room():
+            item = next(produce, _NOTHING)
+            if item is _NOTHING:
+                break
+            channel.put(item)  # type: ignore[arg-type]
+            del item  # or it would hold a buffer while it waits
+    except BaseException as error:
+        failure = error
+    finally:
+        close = getattr(produce, "close", None)
+        if close is not None:
+            close()
+        channel.end(failure)
+
+
+_NOTHING = object()
+_OPEN: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for one in list(_OPEN):
+        one.close()
+
+
+atexit.register(_close_all)

@@ -16,7 +16,10 @@ from actcache.backend import tensorheader as header
 _PAGE = 4096
 _MOST_HEADER = 1 << 20
 #: What is looked for first stands first; two numbers a row (spans) just before the rows, on a multiple of eight.
-_ORDER = ("offsets", "checksums", "extra_checksums", "keys", "birth", "birth_entries", "token_ids", "word_ids", "spans")
+_ORDER = (
+    *("offsets", "checksums", "extra_checksums", "lineage_checksum", "keys", "birth", "birth_entries"),
+    *("token_ids", "word_ids", "spans"),
+)
 
 
 class SafetensorsFormat(SegmentFormat):
@@ -55,7 +58,7 @@ class SafetensorsFormat(SegmentFormat):
 
 def _ordered(arrays: Mapping[str, Column]) -> dict[str, Column]:
     first = {name: arrays[name] for name in _ORDER if name in arrays}
-    return first | {VALUES: arrays[VALUES]} | arrays
+    return first | {VALUES: arrays[VALUES]} | dict(arrays)
 
 
 backend = SafetensorsFormat()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError
@@ -69,7 +70,15 @@ class Lineage:
             "birth": self.birth,
             "birth_entries": self.birth_entries,
             "sources": names_to_array(self.sources),
+            "lineage_checksum": np.array([self.checksum()], np.uint64),
         }
+
+    def checksum(self) -> int:
+        """Return the XXH3-64 of the arrays: with a wrong birth, an entry that was deleted would be served again."""
+        digest = xxhash.xxh3_64(names_to_array(self.births).tobytes())
+        for array in (self.birth, self.birth_entries, names_to_array(self.sources)):
+            digest.update(array.tobytes())
+        return digest.intdigest()
 
 
 def names_to_array(names: Sequence[str]) -> NDArray[np.uint8]:

@@ -17,7 +17,17 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-FIXED = {"offsets", "keys", "checksums", "extra_checksums", "births", "birth", "birth_entries", "sources"}
+FIXED = {
+    "offsets",
+    "keys",
+    "checksums",
+    "extra_checksums",
+    "births",
+    "birth",
+    "birth_entries",
+    "sources",
+    "lineage_checksum",
+}
 P = [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5]
 
 
@@ -82,6 +92,9 @@ def read_segments(folder, identity, suffix, read):
         if name in replaced:
             continue
         offsets = arrays["offsets"].tolist()
+        if "births" in arrays:
+            lineage = b"".join(arrays[part].tobytes() for part in ("births", "birth", "birth_entries", "sources"))
+            assert arrays["lineage_checksum"].tolist() == [xxhash.xxh3_64_intdigest(lineage)]
         births = names(arrays["births"]) if "births" in arrays else [name]
         for i, row in enumerate(arrays["keys"]):
             key = row.tobytes()

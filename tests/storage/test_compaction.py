@@ -86,7 +86,9 @@ def test_space_is_given_back(url, folder, space):
     check(space, held, range(25))
     check(another(url), held, range(25))
     assert space.usage().tokens == sum(map(len, (rows(n, v) for n, v in held.items())))
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < before * 0.6
+    assert (
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < before * 0.7
+    )  # small arrays take a page each
 
 
 def test_nothing_is_left_of_a_space_that_was_emptied(folder, space):

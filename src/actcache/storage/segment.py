@@ -34,7 +34,9 @@ _FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
     "birth": ("<u4", ()),
     "birth_entries": ("<u4", ()),
     "sources": ("|u1", (14,)),
+    "lineage_checksum": ("<u8", ()),
 }
+_LINEAGE = frozenset({"births", "birth", "birth_entries", "sources", "lineage_checksum"})
 _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
 _LAST_SEQUENCE = (1 << 48) - 1
 
@@ -119,7 +121,10 @@ class Segment:
         births, birth = names_from_array(self.read("births")), self.read("birth")
         if len(birth) and int(birth.max()) >= len(births):
             raise FormatError(f"{self.files.where} is damaged: entries are born in segments that it does not name")
-        return Lineage(births, birth, self.read("birth_entries"), self.sources)
+        lineage = Lineage(births, birth, self.read("birth_entries"), self.sources)
+        if self.read("lineage_checksum").tolist() != [lineage.checksum()]:
+            raise FormatError(f"{self.files.where} is damaged: what it says of its entries' births fails its checksum")
+        return lineage
 
     def to_json(self) -> dict[str, Any]:
         """Return what the index needs to find the arrays without opening the segment."""
@@ -212,8 +217,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
     """Refuse arrays that a segment of this space cannot have."""
     known = {**_FIXED, **columns}
     missing = {"offsets", "keys", "checksums", VALUES} - extents.keys()
-    if "births" in extents or "sources" in extents:
-        missing |= {"births", "birth", "birth_entries", "sources"} - extents.keys()
+    if not _LINEAGE.isdisjoint(extents):
+        missing |= _LINEAGE - extents.keys()
     if missing:
         raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
     entries, tokens = extents["keys"].shape[:1], extents[VALUES].shape[:1]
@@ -226,6 +231,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
             length = (entries[0] + 1,) if entries else ()
         elif name in ("births", "sources"):
             length = extent.shape[:1]
+        elif name == "lineage_checksum":
+            length = (1,)
         if extent.dtype != dtype or extent.shape != (*length, *trailing) or len(length) != 1:
             raise FormatError(
                 f"{where} does not fit its space: {name} is {extent.dtype} {list(extent.shape)}, "

@@ -26,8 +26,8 @@ class TestZarrOnS3(BackendConformance):
         return f"zarr:{bucket.url}"
 
     @pytest.mark.long
-    def test_random_operations_against_a_dictionary(self, url, documents):
-        super().test_random_operations_against_a_dictionary(url, documents)
+    def test_random_operations_against_a_dictionary(self, url):
+        super().test_random_operations_against_a_dictionary(url)
 
 
 class TestMemory(BackendConformance):

@@ -18,6 +18,9 @@ import pytest
 import actcache
 from actcache.errors import ClosedError, FormatError, OutOfSpaceError, StorageIOError
 from actcache.storage.objects import ObjectPlace, blocks, fast, place, s3, upload
+from actcache.storage.objects.client import StandsError, TransientError
+from actcache.storage.objects.generic import FsspecClient
+from actcache.storage.objects.retry import Retrying
 from actcache.storage.objects.rows import coalesce
 from tests import support
 
@@ -240,6 +243,42 @@ def test_the_ordinary_configuration_of_aws(bucket, tmp_path, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     with actcache.open(url, "r") as store, store.space(support.recipe()) as space:
         support.check(space, dict.fromkeys(range(3), 0), range(3))
+
+
+@pytest.mark.parametrize("client", ["obstore", "s3fs"])
+def test_a_public_bucket_needs_no_credentials(bucket, client, monkeypatch, tmp_path):
+    if bucket.server.name != "moto":
+        pytest.skip("its buckets are not public")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with actcache.open(bucket.url, **bucket.options) as store, store.space(support.recipe()) as space:
+        support.put(space, range(3))
+    bucket.s3.put_bucket_acl(Bucket=bucket.name, ACL="public-read")
+    for found in bucket.listed():
+        bucket.s3.put_object_acl(Bucket=bucket.name, Key=found, ACL="public-read")
+    url = f"{bucket.url}?endpoint_url={bucket.server.endpoint}&region=us-east-1&anon=true&client={client}"
+    with actcache.open(url, "r") as store, store.space(support.recipe()) as space:
+        support.check(space, dict.fromkeys(range(3), 0), range(3))
+
+
+class _Forgetful(FsspecClient):
+    """Carries a write out, and says that it failed."""
+
+    def put(self, key, data, token, *, create):
+        super().put(key, data, token, create=create)
+        if not self.__dict__.setdefault("failed", 0):
+            self.failed = 1
+            raise TransientError("lost")
+
+
+def test_a_lost_answer_where_no_token_is_kept():
+    url = f"memory://{uuid.uuid4().hex}"
+    client = Retrying(_Forgetful(url, {}), 5)
+    client.put("a", b"mine", "token", create=True)
+    with pytest.raises(StandsError):
+        client.put("a", b"mine", "token", create=True)
+    other = Retrying(_Forgetful(url, {}), 5)
+    with pytest.raises(StandsError):
+        other.put("a", b"else", "token", create=True)
 
 
 # --- processes and threads -------------------------------------------------------------------------------------------

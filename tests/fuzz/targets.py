@@ -1,0 +1,245 @@
+"""The targets: what each parser is given, and which exceptions it may raise. Anything else is a finding."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import actcache
+from actcache import registry
+from actcache.collection import Collection
+from actcache.entry import columns_of
+from actcache.errors import ActcacheError, DataError
+from actcache.recipe import Recipe
+from actcache.storage import marker, tombstone
+from actcache.storage.folder import LocalSegment
+from actcache.storage.index import Table
+from actcache.storage.segment import Segment
+from tests.backends import KINDS
+from tests.support import compact, ids, key, put, recipe, rows
+
+#: What ``tombstone.loads`` documents; its caller turns them into a ``FormatError``.
+_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+COLUMNS = columns_of(recipe())
+logging.disable()
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parser.
+
+    Attributes:
+        parse: is given the bytes.
+        seeds: returns good inputs.
+        refusals: exceptions with which it may refuse.
+    """
+
+    parse: Callable[[bytes], object]
+    seeds: Callable[[], Iterable[bytes]]
+    refusals: tuple[type[BaseException], ...] = (DataError,)
+
+    def __call__(self, data: bytes) -> bool:
+        """Return whether the data were taken; raise what is a finding."""
+        try:
+            self.parse(data)
+        except self.refusals:
+            return False
+        return True
+
+
+@functools.cache
+def work() -> Path:
+    return Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None, prefix="fuzz-"))
+
+
+def clean() -> None:
+    """Remove the files that the targets have written."""
+    shutil.rmtree(work(), ignore_errors=True)
+    work.cache_clear()
+
+
+@functools.cache
+def stores(name: str) -> Path:
+    """A small store of a backend with a plain and a compacted segment, a tombstone, an index and a collection."""
+    root = work() / f"seeds-{name}"
+    with actcache.open(KINDS[name].url(root)) as store:
+        with store.space(recipe()) as space:
+            for numbers in (range(3), range(3, 6)):
+                put(space, numbers)
+                space.flush()
+            compact(space)
+            spans = [[[0, 1]] * len(rows(7))]
+            space.put([key(7)], [rows(7)], [ids(7)], spans=spans)
+            space.flush()
+            space.delete([key(1)])
+        store.put_collection("named", [key(1), key(2)], ["one", "two"])
+        store.put_collection("plain", [key(3)])
+    return root
+
+
+def bytes_of(name: str, pattern: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(stores(name).glob(pattern))]
+
+
+def folder_of(name: str) -> Path:
+    return stores(name) / "spaces" / recipe().fingerprint
+
+
+def look_through(backend: str, path: Path, name: str) -> None:
+    """Do all that opening a space does with a segment, and read one of its arrays."""
+    format = registry.load(backend)
+    segment = Segment.open(format, LocalSegment(path), name, recipe().fingerprint, COLUMNS)  # type: ignore[arg-type]
+    Table.of_segments([segment])
+    for array in segment.extents:
+        segment.read(array)
+
+
+def one_file(backend: str) -> Target:
+    """Segments that are a file."""
+
+    def seeds() -> list[bytes]:
+        return [path.read_bytes() for path in sorted((folder_of(backend) / "segments").iterdir())]
+
+    @functools.cache
+    def names() -> list[str]:
+        return sorted(path.stem for path in (folder_of(backend) / "segments").iterdir())
+
+    def parse(data: bytes) -> None:
+        path = work() / f"segment-{backend}"
+        path.write_bytes(data)
+        look_through(backend, path, next((name for name in names() if name.encode() in data), names()[0]))
+
+    return Target(parse, seeds)
+
+
+def zarr_folder() -> Target:
+    """Segments of zarr; the first byte says which of the files holds the rest."""
+
+    @functools.cache
+    def good() -> tuple[Path, list[Path]]:
+        segment = sorted((folder_of("zarr") / "segments").iterdir())[0]
+        copy = work() / "zarr-segment" / segment.name
+        shutil.copytree(segment, copy)
+        return copy, sorted(path for path in copy.rglob("*") if path.is_file())
+
+    def seeds() -> list[bytes]:
+        return [bytes([number]) + path.read_bytes() for number, path in enumerate(good()[1])]
+
+    def parse(data: bytes) -> None:
+        segment, files = good()
+        if not data or data[0] >= len(files):
+            return
+        path = files[data[0]]
+        before = path.read_bytes()
+        path.write_bytes(data[1:])
+        try:
+            look_through("zarr", segment, segment.stem)
+        finally:
+            path.write_bytes(before)
+
+    return Target(parse, seeds)
+
+
+def index() -> Target:
+    def parse(data: bytes) -> None:
+        path = work() / "index"
+        path.unlink(missing_ok=True)  # the one before may be mapped
+        path.write_bytes(data)
+        segments = folder_of("hdf5") / "segments"
+        table = Table.open(path, lambda name: LocalSegment(segments / f"{name}.h5"), COLUMNS)
+        table.find(table.prefix[:9], table.rest[:9])
+
+    return Target(parse, lambda: bytes_of("hdf5", "spaces/*/index/*.index"))
+
+
+def the_marker() -> Target:
+    def parse(data: bytes) -> None:
+        marker.read(SimpleNamespace(read=lambda name: data, where="here"))  # type: ignore[arg-type]
+
+    return Target(parse, lambda: bytes_of("hdf5", "actcache.json"), (ActcacheError,))
+
+
+def the_recipe() -> Target:
+    """As ``Store`` reads it: of a space that says another fingerprint than its name it is refused by name."""
+
+    @functools.cache
+    def store() -> actcache.Store:
+        return actcache.open(stores("hdf5"), "r")
+
+    def parse(data: bytes) -> None:
+        opened = store()
+        driver, opened._driver = (
+            opened._driver,
+            SimpleNamespace(  # type: ignore[assignment]
+                read_blob=lambda name: data, spaces=lambda: [recipe().fingerprint]
+            ),
+        )
+        try:
+            for found in opened.recipes():
+                Recipe.from_json(found.to_json())
+        finally:
+            opened._driver = driver
+
+    return Target(parse, lambda: bytes_of("hdf5", "spaces/*/recipe.json"), (ActcacheError,))
+
+
+def lmdb_meta() -> Target:
+    def parse(data: bytes) -> None:
+        from actcache_lmdb.datafile import read_meta
+
+        path = work() / "data.mdb"
+        path.write_bytes(data)
+        read_meta(path)
+
+    return Target(parse, lambda: bytes_of("lmdb", "spaces/*/lmdb/*/data.mdb"))
+
+
+def lmdb_state() -> Target:
+    from actcache_lmdb.record import State
+
+    return Target(lambda data: State.unpack(data, "here"), lambda: [State(1, 2, 3, 4, 5, 6, 7).pack()])
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "hdf5": lambda: one_file("hdf5"),
+    "safetensors": lambda: one_file("safetensors"),
+    "zarr": zarr_folder,
+    "index": index,
+    "tombstone": lambda: Target(tombstone.loads, lambda: bytes_of("hdf5", "spaces/*/tombstones/*.json"), _JSON),
+    "marker": the_marker,
+    "recipe": the_recipe,
+    "collection": lambda: Target(
+        lambda data: Collection.from_bytes(data, "here"), lambda: bytes_of("hdf5", "collections/*")
+    ),
+    "lmdb-meta": lmdb_meta,
+    "lmdb-state": lmdb_state,
+}
+_NEEDS = {"safetensors": "safetensors", "zarr": "zarr", "lmdb-meta": "lmdb", "lmdb-state": "lmdb"}
+
+
+def available(name: str) -> bool:
+    return KINDS[_NEEDS.get(name, "hdf5")].installed
+
+
+#: Texts that mean something to the parsers.
+WORDS = [json.dumps(word).encode() for word in ("shape", "dtype", "data_offsets", "__metadata__", "codecs", "deleted")]
+WORDS += [
+    b"[" * 2000,
+    b'{"a":' * 500,
+    b"1e999",
+    b"-1",
+    b"9" * 400,
+    b"null",
+    b"NaN",
+    b"18446744073709551615",
+    b"../../x",
+]
+WORDS += [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"\0" * 512]

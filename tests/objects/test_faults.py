@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 
 import numpy as np
@@ -188,7 +190,6 @@ def kill(self, key, upload, number, data):
 S3Client.part = kill
 ObjectPlace(sys.argv[1], "", json.loads(sys.argv[2])).publish("thing", lambda p: p.write_bytes(bytes(40 << 20)))
 """
-    import json
 
     child = support.start(code, bucket.url, json.dumps(bucket.options))
     out, err = child.communicate(timeout=60)
@@ -339,3 +340,29 @@ def test_a_format_error_names_the_object(place):
         place.segment("nothing").read("inside", 0, 1)
     with pytest.raises(FileNotFoundError):
         place.segment("nothing").size("")
+
+
+@pytest.mark.parametrize("client", ["obstore", "s3fs"])
+def test_a_server_that_never_answers_is_given_up(client):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {
+            "endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "key": "a",
+            "secret": "b",
+            "region": "us-east-1",
+            "client": client,
+            "timeout": 0.5,
+            "retry_seconds": 2,
+        }
+        place = ObjectPlace("s3://bucket/store", "", options)
+        calls = (
+            lambda: place.read("thing"),
+            lambda: place.names(""),
+            lambda: place.publish_bytes("thing", b"x", replace=True),
+        )
+        for call in calls:
+            begin = time.monotonic()
+            with pytest.raises(StorageIOError, match="tried"):
+                call()
+            assert time.monotonic() - begin < 10
+        place.close()

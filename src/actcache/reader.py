@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 from actcache.arrays import to_numpy
 from actcache.errors import ShapeError, UsageError
 from actcache.key import Keys, key_array
+from actcache.reading import delivery
 from actcache.reading.checks import check_choice, check_count, check_present, ranks_of
+from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work
 from actcache.reading.fetch import Source
 from actcache.reading.order import Order, Plan
@@ -23,7 +26,8 @@ class Reader:
 
     A thread reads ``depth`` batches ahead. Several readers of one space, and several iterations of one reader, are
     fine; one thread at a time per iteration. An iteration that is broken off, closed or collected leaves no thread.
-    Batches may be kept: their memory is used again only when nothing refers to it.
+    Batches may be kept: their memory is used again only when nothing refers to it. The reader holds memory for
+    ``depth + 3`` batches for as long as it lives.
 
     Args:
         space: where the entries are.
@@ -108,11 +112,11 @@ class Reader:
             positions[found],
             None if wanted_labels is None else wanted_labels[found],
             np.flatnonzero(found),
-            packed=layout == "packed",
-            device=device,
             depth=depth,
             supplier=supplier if on_missing == "compute" else None,
         )
+        self._layout, self._device = layout, device
+        self._delivery: tuple[int, Delivery] | None = None
         self._rank, self._world = ranks_of(ranks, self.digest())
         self._epoch = 0
         self._consumed = 0  # documents of that epoch, on all ranks together, that were delivered
@@ -134,7 +138,18 @@ class Reader:
         rounds = list(self._rounds(plan, start))
         batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
         positions = [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)]
-        return Epoch(self._work, batches, positions, self._moved)
+        return Epoch(self._work, self._to(), batches, positions, self._moved)
+
+    def _to(self) -> Delivery:
+        """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
+        if self._delivery is None or self._delivery[0] != os.getpid():
+            dtype, packed = self._work.source.recipe.dtype, self._layout == "packed"
+            made = delivery.make(dtype, self._device, packed=packed, depth=self._work.depth)
+            self._delivery = os.getpid(), made
+        return self._delivery[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_delivery": None}  # what travels is where to read, never buffers
 
     def _moved(self, position: tuple[int, int], before: int) -> None:
         """Take note of where an iteration is, unless it has just ended and another one has been begun since."""

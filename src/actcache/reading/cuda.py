@@ -35,7 +35,7 @@ class _Pinned:
 
 
 class PinnedSlots(Slots):
-    """Pinned buffers, each the reader's until the copy out of it has ended. For one reading thread at a time."""
+    """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe."""
 
     def __init__(self, most: int) -> None:
         super().__init__(most)
@@ -46,16 +46,17 @@ class PinnedSlots(Slots):
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         with self._guard:
             slot = next((one for one in self._pinned if not one.taken), None)
+            if slot is not None:
+                slot.taken = True
         if slot is not None and slot.copied is not None:
             slot.copied.synchronize()
         if slot is None or slot.array.nbytes < nbytes:
-            fresh = _Pinned(torch.empty(max(1, nbytes + nbytes // 8), dtype=torch.uint8, pin_memory=True))
+            fresh = _Pinned(torch.empty(max(1, nbytes + nbytes // 8), dtype=torch.uint8, pin_memory=True), taken=True)
             with self._guard:
                 if slot is not None:
                     self._pinned.remove(slot)
                 self._pinned.append(fresh)
             slot = fresh
-        slot.taken, slot.copied = True, None
         array: NDArray[Any] = slot.array[:nbytes].view(dtype).reshape(shape)
         return array
 
@@ -65,10 +66,6 @@ class PinnedSlots(Slots):
             for slot in self._pinned:
                 if slot.taken and slot.array.ctypes.data == array.ctypes.data:
                     slot.taken, slot.copied = False, copied
-
-    def clear(self) -> None:
-        with self._guard:
-            self._pinned.clear()
 
 
 class CudaDelivery(Delivery):
@@ -115,10 +112,6 @@ class CudaDelivery(Delivery):
             if isinstance(value, torch.Tensor):
                 value.record_stream(stream)
         return delivered.batch
-
-    def close(self) -> None:
-        self._stream.synchronize()  # no copy reads from a buffer that is let go
-        super().close()
 
     def _move(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self._device, non_blocking=True)

@@ -46,9 +46,6 @@ class Delivery(ABC):
         """Return a batch that the consumer may use from here on."""
         return delivered.batch
 
-    def close(self) -> None:
-        self.slots.clear()
-
 
 class HostDelivery(Delivery):
     """NumPy arrays, or torch tensors of the CPU over the same memory.

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from actcache.errors import CorruptEntryError, MissingEntryError
 from actcache.key import key_list
-from actcache.reading import delivery
 from actcache.reading.delivery import Delivered, Delivery, Which
 from actcache.reading.fetch import Source, fetch
 from actcache.reading.prefetch import Prefetch
@@ -41,8 +40,6 @@ class Work:
     documents: NDArray[np.int64]  # [n] as delivered
     labels: NDArray[Any] | None  # [n, ...]
     origins: NDArray[np.int64]  # [n] positions in the keys that the reader was given
-    packed: bool
-    device: Any
     depth: int
     supplier: Supplier | None
     stats: ReaderStats = field(default_factory=ReaderStats)
@@ -68,6 +65,7 @@ class Epoch(Iterator[Any]):
     def __init__(
         self,
         work: Work,
+        to: Delivery,
         batches: list[NDArray[np.int64]],
         positions: list[tuple[int, int]],
         moved: Callable[[tuple[int, int], int], None],
@@ -75,7 +73,7 @@ class Epoch(Iterator[Any]):
         self._work, self._positions, self._moved = work, positions, moved
         self._delivered = 0
         self._stepping: float | None = None  # since when the consumer has had a batch
-        self._delivery = delivery.make(work.source.recipe.dtype, work.device, packed=work.packed, depth=work.depth)
+        self._delivery = to
         produce = _produce(work, self._delivery, batches)
         self._items = Prefetch(produce, work.depth, self._waited) if work.depth else produce
 
@@ -131,25 +129,22 @@ _Items = Generator[Delivered | _Absent, None, None]
 def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Items:
     """Read batches. The thread that reads ahead runs this; it knows no iteration, which can be collected meanwhile."""
     asked = 0
-    try:
-        for number, which in enumerate(batches):
-            while asked < min(number + 1 + _AHEAD, len(batches)):
-                if asked > number:
-                    work.source.read_ahead(work.keys[batches[asked]])
-                asked += 1
-            if work.supplier is not None and (work.source.lengths(work.keys[which]) == 0).any():
-                yield _Absent(which, [])
-                continue
-            try:
-                item: Delivered | _Absent = _read(work, to, which)
-            except CorruptEntryError as error:
-                if work.supplier is None:
-                    raise
-                item = _Absent(which, error.keys)
-            yield item
-            del item  # or it would hold a buffer for as long as the next is read
-    finally:
-        to.close()
+    for number, which in enumerate(batches):
+        while asked < min(number + 1 + _AHEAD, len(batches)):
+            if asked > number:
+                work.source.read_ahead(work.keys[batches[asked]])
+            asked += 1
+        if work.supplier is not None and (work.source.lengths(work.keys[which]) == 0).any():
+            yield _Absent(which, [])
+            continue
+        try:
+            item: Delivered | _Absent = _read(work, to, which)
+        except CorruptEntryError as error:
+            if work.supplier is None:
+                raise
+            item = _Absent(which, error.keys)
+        yield item
+        del item  # or it would hold a buffer for as long as the next is read
 
 
 def _read(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:

@@ -34,6 +34,8 @@ class Buffers(Protocol):
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]: ...
 
+    def give_back(self, array: NDArray[Any], copied: Any) -> None: ...
+
 
 @dataclass(frozen=True)
 class HostBatch:
@@ -62,5 +64,9 @@ def fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: 
     has_ids = bool((source.has(TOKEN_IDS, keys) | (lengths == 0)).all())
     ids = np.empty(shape, np.int32) if has_ids else None
     # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
-    lengths = source.read_into(keys, values, token_ids=ids).lengths
+    try:
+        lengths = source.read_into(keys, values, token_ids=ids).lengths
+    except BaseException:
+        buffers.give_back(values, None)
+        raise
     return HostBatch(values, ids, lengths)

@@ -22,7 +22,8 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m bench.storage --shape paper,short --mode warm,cold
+	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold
+	$(BIN)/python -m bench.writing --shape paper,short --backends hdf5,zarr,lmdb,s3
 
 clean:
 	rm -rf $(VENV) build dist

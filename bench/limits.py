@@ -2,6 +2,9 @@
 
 Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``preadv``, NumPy ``take``, each at one
 and more threads, into the same reused buffer. Cold: direct reads of the same extents, 8 and 16 at a time.
+
+One coalesced read is what the same number of bytes costs that lie side by side: warm, one copy of the stretch; cold,
+direct reads of it in large pieces.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import xxhash
 from actcache.ragged import offsets_of, row_indices
 
 _PAGE = 4096
+_PIECE = 1 << 20  # of a coalesced direct read
 
 
 class FlatFile:
@@ -63,6 +67,17 @@ class FlatFile:
     def cold(self) -> dict[str, Callable[[np.ndarray], None]]:
         return {f"direct x{depth}": self._spread(self._direct_reads, depth) for depth in (8, 16)}
 
+    def coalesced_warm(self) -> dict[str, Callable[[np.ndarray], None]]:
+        """Return the ways to read as many bytes as a batch has, from one place."""
+        ways: dict[str, Callable[[np.ndarray], None]] = {}
+        for threads in sorted({1, self._threads}):
+            ways[f"one memcpy x{threads}"] = self._together(self._copy_stretch, threads)
+            ways[f"one preadv x{threads}"] = self._together(self._read_stretch, threads)
+        return ways
+
+    def coalesced_cold(self) -> dict[str, Callable[[np.ndarray], None]]:
+        return {f"one direct x{depth}": self._together(self._direct_stretch, depth) for depth in (8, 16)}
+
     def hash_passes(self, which: np.ndarray) -> dict[str, Callable[[], None]]:
         """Return one xxh3 pass over the bytes of a batch, on one thread and shared by all."""
         nbytes = int(self._lengths[which].sum()) * self._row_bytes
@@ -85,6 +100,34 @@ class FlatFile:
                 list(self._pool.map(lambda i: part(which[cuts[i] : cuts[i + 1]], int(offsets[cuts[i]])), jobs))
 
         return read
+
+    def _together(self, part: Callable[[int, int, int], None], threads: int) -> Callable[[np.ndarray], None]:
+        """Have each thread read its part of one stretch: ``part(first, last, at)``, rows."""
+
+        def read(which: np.ndarray) -> None:
+            count = int(self._lengths[which].sum())
+            first = min(int(self._starts[which[0]]), len(self._rows) - count)
+            cuts = [count * i // threads for i in range(threads + 1)]
+            if threads == 1:
+                part(first, first + count, 0)
+            else:
+                jobs = range(threads)
+                list(self._pool.map(lambda i: part(first + cuts[i], first + cuts[i + 1], cuts[i]), jobs))
+
+        return read
+
+    def _copy_stretch(self, first: int, last: int, at: int) -> None:
+        self._out[at : at + last - first] = self._rows[first:last]
+
+    def _read_stretch(self, first: int, last: int, at: int) -> None:
+        view = self._out.reshape(-1).view(np.uint8).data[at * self._row_bytes : (at + last - first) * self._row_bytes]
+        os.preadv(self._descriptor, [view], first * self._row_bytes)
+
+    def _direct_stretch(self, first: int, last: int, at: int) -> None:
+        begin, end = first * self._row_bytes // _PAGE * _PAGE, last * self._row_bytes
+        with _aligned(_PIECE) as buffer:
+            for offset in range(begin, end, _PIECE):
+                os.preadv(self._direct, [buffer[: -(-min(_PIECE, end - offset) // _PAGE) * _PAGE]], offset)
 
     def _index_select(self, which: np.ndarray) -> None:
         rows = torch.from_numpy(row_indices(self._starts[which], self._lengths[which], None))

@@ -1,11 +1,16 @@
 """Shuffled reads of stored entries, checksums on, beside what the machine itself can do.
 
-    python -m bench.storage --shape paper,short --mode warm,cold
+    python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold
 
-Contestants read the same random batches, turn by turn. ``ratio`` is the time of the limit over the time of the backend
-in
-the same round: the median, and its 95 % interval. The limit of a warm read is the fastest raw way to get the rows into
-the buffer plus the fastest xxh3 pass over them; of a cold read, direct reads of the same extents.
+Contestants read the same random batches, turn by turn. A ratio is the time of the limit over the time of the backend in
+the same round: the median, and its 95 % interval.
+
+The limit of a warm read is the fastest raw way to get these documents' rows into the buffer plus the fastest xxh3 pass
+over them; of a cold read, direct reads of the same extents. Beside it stands the limit of one coalesced read, which no
+shuffled batch can be: as many bytes that lie side by side, by the fastest copy (plus the same xxh3 pass), or by direct
+reads of 1 MiB. Where documents are short that is what their smallness and their scattering are held against.
+
+For s3 see ``bench.remote``, and ``bench.server`` for the server that it takes; it has no modes.
 """
 
 from __future__ import annotations
@@ -14,89 +19,76 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import actcache
 from actcache.storage.workers import available_cpus
-from bench import rounds
+from bench import remote, rounds
+from bench.corpus import Corpus, Documents
 from bench.limits import FlatFile
+from bench.server import bucket
 from bench.shapes import SHAPES, Shape
 
 console = Console(width=120)
 
-
-class Corpus:
-    """The same documents as a store of every backend and as one flat file."""
-
-    def __init__(self, folder: Path, shape: Shape, nbytes: int, backends: list[str]) -> None:
-        self.shape = shape
-        self.lengths = shape.lengths(nbytes)
-        self.flat = folder / "rows.bin"
-        self.keys = np.stack(
-            [np.frombuffer(actcache.document_key(f"document {i}"), np.uint8) for i in range(len(self.lengths))]
-        )
-        self._recipe = actcache.Recipe(model=f"bench-{shape.name}", layer=1, hidden_size=shape.hidden)
-        rows = shape.rows(self.lengths)
-        rows.tofile(self.flat)
-        documents = np.split(rows, np.cumsum(self.lengths)[:-1])
-        ids = [np.arange(len(document)) for document in documents]
-        self.urls = {name: f"{name}:{folder / name}" for name in backends}
-        for url in self.urls.values():
-            with actcache.open(url) as store, store.space(self._recipe) as space:
-                for start in range(0, len(documents), 1024):
-                    part = slice(start, start + 1024)
-                    space.put([key.tobytes() for key in self.keys[part]], documents[part], ids[part])
-        self.nbytes = rows.nbytes
-
-    def open(self, backend: str) -> actcache.Space:
-        return actcache.open(self.urls[backend], mode="r").space(self._recipe)
+#: Name, seconds by round, and the seconds of the limit and of one coalesced read, where they are compared.
+Row = tuple[str, np.ndarray, tuple[np.ndarray, np.ndarray] | None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="paper,short", help="paper (60-512 tokens x 768), short (8-48 x 384)")
-    parser.add_argument("--mode", default="warm", help="warm, cold")
-    parser.add_argument("--backends", default="hdf5")
+    parser.add_argument("--mode", default="warm", help="warm, cold (needs root)")
+    parser.add_argument("--backends", default="hdf5", help="hdf5, zarr, lmdb, safetensors, s3")
     parser.add_argument("--gib", type=float, default=2.0, help="size of the corpus")
+    parser.add_argument("--s3-mib", type=float, default=256, help="size of the corpus for s3")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, default=8, help="batches of a turn")
+    parser.add_argument("--s3-batches", type=int, default=1, help="the same for s3")
     parser.add_argument("--dir", type=Path, help="where to put the corpus (removed afterwards)")
     options = parser.parse_args()
-    for name in options.shape.split(","):
-        folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))
-        try:
-            corpus = Corpus(folder, SHAPES[name], int(options.gib * 2**30), options.backends.split(","))
-            for mode in options.mode.split(","):
-                {"warm": warm, "cold": cold}[mode](corpus, options.rounds, options.batches)
-        finally:
-            shutil.rmtree(folder)
+    shapes = [SHAPES[name] for name in options.shape.split(",")]
+    modes = [{"warm": warm, "cold": cold}[name] for name in options.mode.split(",")]
+    names = options.backends.split(",")
+    local = [name for name in names if name != "s3"]
+    for shape in shapes:
+        if local:
+            folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))
+            try:
+                corpus = _local_corpus(folder, shape, int(options.gib * 2**30), local)
+                for mode in modes:
+                    mode(corpus, folder, options.rounds, options.batches)
+            finally:
+                shutil.rmtree(folder)
+        if "s3" in names:
+            with bucket() as made:
+                remote.compare(console, made, shape, int(options.s3_mib * 2**20), options.rounds, options.s3_batches)
 
 
-def plan(corpus: Corpus, count: int, batches: int) -> list[list[np.ndarray]]:
-    """Return the documents of each round's batches, by position."""
-    rng = np.random.default_rng(7)
-    size = corpus.shape.batch
-    return [
-        list(rng.choice(len(corpus.lengths), (batches, size), replace=batches * size > len(corpus.lengths)))
-        for _ in range(count)
-    ]
+def _local_corpus(folder: Path, shape: Shape, nbytes: int, backends: list[str]) -> Corpus:
+    urls = {name: f"{name}:{folder / name}" for name in backends}
+    return Corpus(Documents(shape, nbytes), urls, {}, flat=_flat(folder))
 
 
-def warm(corpus: Corpus, count: int, batches: int) -> None:
-    out = np.empty((corpus.shape.batch * corpus.shape.longest, corpus.shape.hidden), np.float16)
-    out[:] = 0
-    flat = FlatFile(corpus.flat, corpus.lengths, corpus.shape.hidden, out, available_cpus())
-    turns = plan(corpus, count, batches)
+def _flat(folder: Path) -> Path:
+    return folder / "rows.bin"
+
+
+def warm(corpus: Corpus, folder: Path, count: int, batches: int) -> None:
+    out, turns = corpus.buffer(), corpus.turns(count, batches)
+    flat = FlatFile(_flat(folder), corpus.lengths, corpus.shape.hidden, out, available_cpus())
     contestants: dict[str, Callable[[int], float]] = {}
-    for name, read in flat.warm().items():
+    for name, read in (flat.warm() | flat.coalesced_warm()).items():
         contestants[name] = lambda turn, read=read: _each(turns[turn], read)
-    for name in ("one", "shared"):
-        contestants[f"xxh3 {name}"] = lambda turn, name=name: _each(turns[turn], lambda w: flat.hash_passes(w)[name]())
+    for name in ("xxh3 one", "xxh3 shared"):
+        threads = name.removeprefix("xxh3 ")
+        contestants[name] = lambda turn, threads=threads: _each(
+            turns[turn], lambda which: flat.hash_passes(which)[threads]()
+        )
     spaces = {name: corpus.open(name) for name in corpus.urls}
     for name, space in spaces.items():
         for verify in (True, False):
@@ -106,40 +98,46 @@ def warm(corpus: Corpus, count: int, batches: int) -> None:
             )
     # Warm means mapped as well: a page's first touch through a mapping is a fault, for the limit as for a backend.
     for which in np.array_split(np.arange(len(corpus.lengths)), 1 + len(corpus.lengths) // corpus.shape.batch):
-        for read in (
-            flat.warm()["index_select"],
-            *(lambda w, s=s: s.read_into(corpus.keys[w], out) for s in spaces.values()),
-        ):
-            read(which)
+        flat.warm()["index_select"](which)
+        for space in spaces.values():
+            space.read_into(corpus.keys[which], out)
     seconds = rounds.run(contestants, count)
-    raw = min(flat.warm(), key=lambda name: float(np.median(seconds[name])))
-    digest = min(("xxh3 one", "xxh3 shared"), key=lambda name: float(np.median(seconds[name])))
-    limits = {True: seconds[raw] + seconds[digest], False: seconds[raw]}
-    rows = [(name, seconds[name], None) for name in (*flat.warm(), "xxh3 one", "xxh3 shared")]
-    rows += [(f"the limit: {raw}", limits[False], None), (f"the limit: {raw} + {digest}", limits[True], None)]
+    raw, together = _fastest(flat.warm(), seconds), _fastest(flat.coalesced_warm(), seconds)
+    digest = _fastest(("xxh3 one", "xxh3 shared"), seconds)
+    unchecked = seconds[raw], seconds[together]
+    checked = seconds[raw] + seconds[digest], seconds[together] + seconds[digest]
+    rows: list[Row] = [(name, seconds[name], None) for name in (*flat.warm(), *flat.coalesced_warm())]
+    rows += [(name, seconds[name], None) for name in ("xxh3 one", "xxh3 shared")]
+    rows += [(f"the limit: {raw}", unchecked[0], None), (f"the limit: {raw} + {digest}", checked[0], None)]
+    rows += [(f"one coalesced read: {together} + {digest}", checked[1], None)]
     for name in spaces:
-        rows += [(name, seconds[name], limits[True])]
-        rows += [(f"{name}, no checksums", seconds[f"{name}, no checksums"], limits[False])]
+        rows += [(name, seconds[name], checked)]
+        rows += [(f"{name}, no checksums", seconds[f"{name}, no checksums"], unchecked)]
     _print("warm", corpus, rows, turns)
     for space in spaces.values():
         space.close()
     flat.close()
 
 
-def cold(corpus: Corpus, count: int, batches: int) -> None:
-    out = np.empty((corpus.shape.batch * corpus.shape.longest, corpus.shape.hidden), np.float16)
-    out[:] = 0
-    turns = plan(corpus, count, batches)
-    flat = FlatFile(corpus.flat, corpus.lengths, corpus.shape.hidden, out, available_cpus())
+def cold(corpus: Corpus, folder: Path, count: int, batches: int) -> None:
+    out, turns = corpus.buffer(), corpus.turns(count, batches)
+    flat = FlatFile(_flat(folder), corpus.lengths, corpus.shape.hidden, out, available_cpus())
     contestants: dict[str, Callable[[int], float]] = {}
-    for name, read in flat.cold().items():
+    for name, read in (flat.cold() | flat.coalesced_cold()).items():
         contestants[name] = lambda turn, read=read: _each(turns[turn], read)
     for name in corpus.urls:
         contestants[name] = lambda turn, name=name: _cold_turn(corpus, name, turns[turn], out)
-    seconds = rounds.run(contestants, count, before=drop_caches)
-    raw = min(flat.cold(), key=lambda name: float(np.median(seconds[name])))
-    rows = [(name, seconds[name], None) for name in flat.cold()] + [(f"the limit: {raw}", seconds[raw], None)]
-    _print("cold", corpus, rows + [(name, seconds[name], seconds[raw]) for name in corpus.urls], turns)
+
+    def before() -> None:
+        _refuse_mappings([folder / name for name in corpus.urls])
+        drop_caches()
+
+    seconds = rounds.run(contestants, count, before=before)
+    raw, together = _fastest(flat.cold(), seconds), _fastest(flat.coalesced_cold(), seconds)
+    limits = seconds[raw], seconds[together]
+    rows: list[Row] = [(name, seconds[name], None) for name in (*flat.cold(), *flat.coalesced_cold())]
+    rows += [(f"the limit: {raw}", limits[0], None), (f"one coalesced read: {together}", limits[1], None)]
+    _print("cold", corpus, rows + [(name, seconds[name], limits) for name in corpus.urls], turns)
     flat.close()
 
 
@@ -161,24 +159,33 @@ def _each(turn: list[np.ndarray], read: Callable[[np.ndarray], object]) -> float
     return 0.0
 
 
+def _fastest(names: Iterable[str], seconds: dict[str, np.ndarray]) -> str:
+    return min(names, key=lambda name: float(np.median(seconds[name])))
+
+
 def drop_caches() -> None:
-    """Empty the page cache. Needs root; pages that a process maps stay, so spaces are opened anew in every turn."""
+    """Empty the page cache. Needs root."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def _print(
-    mode: str, corpus: Corpus, rows: list[tuple[str, np.ndarray, np.ndarray | None]], turns: list[list[np.ndarray]]
-) -> None:
-    payload = np.array([sum(int(corpus.lengths[which].sum()) for which in turn) for turn in turns])
-    payload = payload * corpus.shape.row_bytes
+def _refuse_mappings(folders: list[Path]) -> None:
+    """Make sure that nothing of a store is still mapped, which would keep its pages in memory."""
+    mapped = Path("/proc/self/maps").read_text()
+    kept = [str(folder) for folder in folders if f"{folder}/" in mapped]
+    if kept:
+        raise RuntimeError(f"{kept[0]} is still mapped; its pages cannot be dropped")
+
+
+def _print(mode: str, corpus: Corpus, rows: list[Row], turns: list[list[np.ndarray]]) -> None:
+    payload = corpus.payload(turns)
     title = f"{corpus.shape.name}, {mode}: {len(corpus.lengths)} documents, {corpus.nbytes / 2**30:.1f} GiB"
     table = Table(title=title)
-    for column in ("", "GB/s", "ratio to the limit"):
+    for column in ("", "GB/s", "ratio to the limit", "to one coalesced read"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, seconds, limit in rows:
-        ratio = "" if limit is None else str(rounds.Spread.of(limit / seconds))
-        table.add_row(name, str(rounds.Spread.of(payload / seconds / 1e9)), ratio)
+    for name, seconds, limits in rows:
+        ratios = [] if limits is None else [str(rounds.Spread.of(limit / seconds)) for limit in limits]
+        table.add_row(name, str(rounds.Spread.of(payload / seconds / 1e9)), *ratios)
     console.print(table)
 
 

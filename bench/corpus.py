@@ -1,0 +1,84 @@
+"""The documents of a benchmark: as a store of every backend, and as one flat file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import actcache
+from bench.shapes import Shape
+
+
+class Documents:
+    """Keys, rows and token ids of documents of one shape."""
+
+    def __init__(self, shape: Shape, nbytes: int) -> None:
+        self.shape = shape
+        self.lengths = shape.lengths(nbytes)
+        self.keys = np.stack(
+            [np.frombuffer(actcache.document_key(f"document {i}"), np.uint8) for i in range(len(self.lengths))]
+        )
+        self.recipe = actcache.Recipe(model=f"bench-{shape.name}", layer=1, hidden_size=shape.hidden)
+        self.rows = shape.rows(self.lengths)
+        self.nbytes = self.rows.nbytes
+        self._documents = np.split(self.rows, np.cumsum(self.lengths)[:-1])
+        self._ids = [np.arange(length) for length in self.lengths]
+
+    def put(self, space: actcache.Space) -> None:
+        """Put all of them, a batch at a time."""
+        for start in range(0, len(self.keys), self.shape.batch):
+            part = slice(start, start + self.shape.batch)
+            space.put([key.tobytes() for key in self.keys[part]], self._documents[part], self._ids[part])
+
+
+class Corpus:
+    """Stores of the same documents.
+
+    Args:
+        urls: of the stores to make, by name.
+        options: of all of them.
+        flat: also written there are the rows, and nothing else.
+    """
+
+    def __init__(
+        self, documents: Documents, urls: Mapping[str, str], options: Mapping[str, Any], flat: Path | None = None
+    ) -> None:
+        self.shape, self.lengths, self.keys = documents.shape, documents.lengths, documents.keys
+        self.nbytes = documents.nbytes
+        self.urls = dict(urls)
+        self._options = options
+        self._recipe = documents.recipe
+        if flat is not None:
+            documents.rows.tofile(flat)
+        for url in self.urls.values():
+            with actcache.open(url, **options) as store, store.space(self._recipe) as space:
+                documents.put(space)
+
+    def open(self, name: str) -> actcache.Space:
+        return actcache.open(self.urls[name], mode="r", **self._options).space(self._recipe)
+
+    def buffer(self) -> np.ndarray:
+        """Return memory for the rows of a batch, mapped already."""
+        out = np.empty((self.shape.batch * self.shape.longest, self.shape.hidden), np.float16)
+        out[:] = 0
+        return out
+
+    def turns(self, count: int, batches: int) -> list[list[np.ndarray]]:
+        """Return the documents of each round's batches, by position: a turn has each once where there are enough."""
+        rng = np.random.default_rng(7)
+        size = self.shape.batch
+
+        def turn() -> list[np.ndarray]:
+            if batches * size <= len(self.lengths):
+                return list(rng.choice(len(self.lengths), (batches, size), replace=False))
+            return [rng.permutation(len(self.lengths))[:size] for _ in range(batches)]
+
+        return [turn() for _ in range(count)]
+
+    def payload(self, turns: list[list[np.ndarray]]) -> np.ndarray:
+        """Return the bytes of rows in each turn."""
+        tokens = np.array([sum(int(self.lengths[which].sum()) for which in turn) for turn in turns])
+        return tokens * self.shape.row_bytes

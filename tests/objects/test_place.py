@@ -222,6 +222,33 @@ def test_one_request_opens_a_segment(bucket, proxy):
         assert len(gets) <= 2  # its head, which has all of so small a segment, and perhaps the rows
 
 
+def test_what_a_reader_announces_is_fetched_once(bucket, proxy):
+    wide = support.recipe(hidden_size=64)  # rows that are read by ranges, not in blocks
+    keys = [support.key(n) for n in range(60)]
+    rows = [np.full((n % 7 + 1, 64), n, np.float32) for n in range(60)]
+    with actcache.open(bucket.url, **bucket.options) as store, store.space(wide) as space:
+        space.put(keys, rows, [np.arange(len(r)) for r in rows])
+    with actcache.open(bucket.url, "r", **bucket.through(proxy)) as store, store.space(wide) as space:
+        batches = [keys[first : first + 10] for first in range(0, 60, 10)]
+        for entries, batch in zip([space.get(b) for b in batches], batches, strict=True):
+            assert len(entries) == len(batch)
+        proxy.clear()
+        for batch in batches:
+            space.read_ahead(batch)  # the first ones are given up for the last
+            space.read_ahead(batch)
+        for number, batch in enumerate(batches):
+            for n, entry in zip(range(number * 10, number * 10 + 10), space.get(batch), strict=True):
+                np.testing.assert_array_equal(entry.activations, rows[n])
+        ranges = [request for request in proxy.requests if "GET" in request and "/segments/" in request]
+        assert 6 <= len(ranges) <= 6 + 3  # once each, and again those that were given up
+        proxy.rule("cut", r"GET .*\.safetensors", times=10)
+        for batch in batches[:3]:
+            space.read_ahead(batch)
+        for n, entry in enumerate(space.get(batches[0])):
+            np.testing.assert_array_equal(entry.activations, rows[n])
+        assert len(list(space.reader(keys, batch_size=4, shuffle=True))) == 15
+
+
 def test_the_ordinary_configuration_of_aws(bucket, tmp_path, monkeypatch):
     (tmp_path / "config").write_text(
         f"[profile lab]\nregion = us-east-1\nendpoint_url = {bucket.server.endpoint}\n"

@@ -6,8 +6,10 @@ caller's buffer once the caller has been told of a failure.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -19,13 +21,14 @@ from actcache.errors import ClosedError, FormatError, SegmentGoneError
 from actcache.ragged import offsets_of
 from actcache.storage.objects.blocks import BLOCK, CACHE_BYTES, Blocks
 from actcache.storage.objects.client import AbsentError, Data
-from actcache.storage.objects.session import Session
+from actcache.storage.objects.session import ProcessLock, Session
 from actcache.storage.rows import RowSource
 from actcache.storage.segment import Segment
 
 _GAP = 64 << 10  # bytes that are read along rather than asked around
 _MOST = 8 << 20  # bytes of one request, unless a single entry is larger
 _WINDOW = 64 << 20  # bytes that are fetched before the caller has taken what came before
+_MOST_AHEAD = 3  # batches that are fetched because somebody said that they will be needed
 _SMALL = 64  # bytes a row: such a column is read in blocks, which are kept
 
 Locate = Callable[[Segment, str], str]
@@ -40,6 +43,10 @@ class Ranges:
     ends: NDArray[np.int64]  # [m]
     of_entry: NDArray[np.int64]  # [n] the range that has the entry; -1 where it has no rows
     users: NDArray[np.int64]  # [m] how many entries want the range
+
+    def digest(self) -> bytes:
+        """Return what is equal for equal ranges."""
+        return b"".join(array.tobytes() for array in (self.segments, self.begins, self.ends))
 
 
 def coalesce(
@@ -93,6 +100,8 @@ class FetchedRows(RowSource):
         self._blocks = blocks
         self._segments = segments
         self._locate = locate
+        self._ahead: OrderedDict[tuple[int, str, bytes], _Fetches] = OrderedDict()
+        self._lock = ProcessLock()
 
     def plan(
         self,
@@ -103,26 +112,46 @@ class FetchedRows(RowSource):
         out: NDArray[np.generic],
         width: int | None,
     ) -> Callable[[int, int], None]:
+        ranges, begins, row_bytes, small = self._ranges(column, segments, starts, lengths)
+        with self._lock:
+            fetches = self._ahead.pop((os.getpid(), column, ranges.digest()), None)
+        if fetches is None:
+            fetches = _Fetches(self, column, ranges, small)
+        places = offsets_of(lengths if width is None else np.full(len(lengths), width, np.int64)) * row_bytes
+        return _Batch(fetches, ranges, begins, lengths * row_bytes, out, places).read
+
+    def _ranges(
+        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[Ranges, NDArray[np.int64], int, bool]:
+        """Return what to fetch, where each entry begins in its file, the bytes of a row, and whether rows are small."""
         numbers, where = np.unique(segments, return_inverse=True)
         extents = [self._segments[number].extents[column] for number in numbers.tolist()]
         row_bytes = extents[0].row_bytes if extents else 0
         offsets = np.array([extent.offset for extent in extents], np.int64)[where]
         begins = offsets + starts * row_bytes
-        ends = begins + lengths * row_bytes
         # Token ids lie some hundred bytes an entry, far apart in a shuffled batch: whole blocks of them are kept.
         total = sum(s.extents[column].nbytes for s in self._segments[:] if column in s.extents)
         small = row_bytes <= _SMALL and total <= CACHE_BYTES // 2
-        ranges = coalesce(segments, begins, ends, gap=BLOCK if small else _GAP)
-        places = offsets_of(lengths if width is None else np.full(len(lengths), width, np.int64)) * row_bytes
-        return _Batch(self, column, ranges, begins, lengths * row_bytes, out, places, small).read
+        ranges = coalesce(segments, begins, begins + lengths * row_bytes, gap=BLOCK if small else _GAP)
+        return ranges, begins, row_bytes, small
 
     def will_need(
         self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> None:
-        """Do nothing: a batch asks for all of its ranges at a time."""
+        """Fetch the rows of a batch that will be planned soon; the one that was announced first is given up for it."""
+        ranges, _, _, small = self._ranges(column, segments, starts, lengths)
+        name = os.getpid(), column, ranges.digest()
+        with self._lock:
+            if name in self._ahead:
+                return
+            self._ahead[name] = _Fetches(self, column, ranges, small)
+            while len(self._ahead) > _MOST_AHEAD:
+                self._ahead.popitem(last=False)
 
     def close(self) -> None:
-        """The session belongs to the place."""
+        """Drop what was fetched and not asked for. The session belongs to the place."""
+        with self._lock:
+            self._ahead.clear()
 
     def kept(self, segment: int, column: str, begin: int, end: int) -> bytes | None:
         """Return a range of a small column that is in memory."""
@@ -144,27 +173,15 @@ class FetchedRows(RowSource):
         return self._segments[segment].files.where
 
 
-class _Batch:
-    """The fetches of one batch. Threads may read different entries at a time."""
+class _Fetches:
+    """The fetches of one batch, in the order in which they are needed. Thread-safe."""
 
-    def __init__(
-        self,
-        rows: FetchedRows,
-        column: str,
-        ranges: Ranges,
-        begins: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-        out: NDArray[np.generic],
-        places: NDArray[np.int64],
-        small: bool,
-    ) -> None:
+    def __init__(self, rows: FetchedRows, column: str, ranges: Ranges, small: bool) -> None:
         self._rows = rows
         self._column = column
         self._small = small
         self._ranges = ranges
-        self._begins, self._sizes, self._places = begins.tolist(), sizes.tolist(), places.tolist()
-        self._of_entry, self._left = ranges.of_entry.tolist(), ranges.users.tolist()
-        self._out = out.reshape(-1).view(np.uint8)
+        self._left = ranges.users.tolist()
         self._lock = threading.Lock()
         self._started: dict[int, Future[Data]] = {}
         self._failure: BaseException | None = None
@@ -195,6 +212,55 @@ class _Batch:
             self._ahead += what[3] - what[2]
         return future
 
+    def get(self, number: int) -> Data:
+        """Return the bytes of a range, when they are there."""
+        with self._lock:
+            future = self._start(number)  # also where the window is full: whoever waits is first
+        try:
+            return future.result()
+        except AbsentError:
+            raise SegmentGoneError(f"{self.where(number)} is gone; refresh the space") from None
+        except CancelledError:
+            if isinstance(self._failure, Exception):  # another thread has told of it; that one counts
+                raise self._failure from None
+            raise ClosedError(f"{self.where(number)} was closed") from None
+
+    def taken(self, number: int) -> None:
+        """Note that one more entry has taken its rows from a range; after the last one it is dropped."""
+        with self._lock:
+            self._left[number] -= 1
+            if not self._left[number]:
+                self._ahead -= int(self._ranges.ends[number] - self._ranges.begins[number])
+                self._started[number] = _TAKEN
+                self._start_more()
+
+    def fail(self, error: BaseException) -> None:
+        """Begin nothing more: a thread has failed."""
+        with self._lock:
+            self._failure = self._failure or error
+        _cancel(self._started)
+
+    def where(self, number: int) -> str:
+        return self._rows.where(int(self._ranges.segments[number]))
+
+
+class _Batch:
+    """From the fetches of a batch to the caller's buffer. Threads may read different entries at a time."""
+
+    def __init__(
+        self,
+        fetches: _Fetches,
+        ranges: Ranges,
+        begins: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        out: NDArray[np.generic],
+        places: NDArray[np.int64],
+    ) -> None:
+        self._fetches = fetches
+        self._of_entry, self._range_begins = ranges.of_entry.tolist(), ranges.begins.tolist()
+        self._begins, self._sizes, self._places = begins.tolist(), sizes.tolist(), places.tolist()
+        self._out = out.reshape(-1).view(np.uint8)
+
     def read(self, first: int, last: int) -> None:
         """See ``RowSource.plan``."""
         try:
@@ -204,38 +270,18 @@ class _Batch:
                     self._take(i, self._out[begin:end])
                 self._out[end : self._places[i + 1]] = 0
         except BaseException as error:
-            with self._lock:
-                self._failure = self._failure or error
-            _cancel(self._started)
+            self._fetches.fail(error)
             raise
 
     def _take(self, i: int, out: NDArray[np.uint8]) -> None:
         number = self._of_entry[i]
-        with self._lock:
-            future = self._start(number)  # also where the window is full: whoever waits is first
-        data = self._result(number, future)
-        begin = self._begins[i] - int(self._ranges.begins[number])
+        data = self._fetches.get(number)
+        begin = self._begins[i] - self._range_begins[number]
         piece = memoryview(data)[begin : begin + len(out)]
         if len(piece) != len(out):
-            raise FormatError(f"{self._rows.where(int(self._ranges.segments[number]))} is truncated")
+            raise FormatError(f"{self._fetches.where(number)} is truncated")
         out[:] = np.frombuffer(piece, np.uint8)
-        with self._lock:
-            self._left[number] -= 1
-            if not self._left[number]:
-                self._ahead -= int(self._ranges.ends[number] - self._ranges.begins[number])
-                self._started[number] = _TAKEN
-                self._start_more()
-
-    def _result(self, number: int, future: Future[Data]) -> Data:
-        try:
-            return future.result()
-        except AbsentError:
-            where = self._rows.where(int(self._ranges.segments[number]))
-            raise SegmentGoneError(f"{where} is gone; refresh the space") from None
-        except CancelledError:
-            if isinstance(self._failure, Exception):  # another thread has told of it; that one counts
-                raise self._failure from None
-            raise ClosedError(f"{self._rows.where(int(self._ranges.segments[number]))} was closed") from None
+        self._fetches.taken(number)
 
 
 _TAKEN: Future[Data] = Future()  # stands for a range whose bytes nobody needs any more

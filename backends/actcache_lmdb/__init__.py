@@ -23,10 +23,12 @@ class LMDBEngine(SpaceEngine):
     Options:
         grace: seconds that replaced and deleted entries stay readable for older snapshots (default 600).
         map_size: bytes of addresses to begin with; only needed where they are scarce. The map grows by itself.
+        examine: whether the structure of a data file is checked by another process before it is mapped (default
+            False): damage there can end the process that reads it. It takes as long as reading the whole tree.
     """
 
     name = "lmdb"
-    options = frozenset({"grace", "map_size"})
+    options = frozenset({"examine", "grace", "map_size"})
 
     def check_folder(self, root: Path) -> None:
         if not is_local(root):
@@ -47,7 +49,8 @@ class LMDBEngine(SpaceEngine):
             raise BackendError(f"grace is a number of seconds, not {grace!r}")
         if map_size is not None and (not isinstance(map_size, int) or map_size < _LEAST_MAP):
             raise BackendError(f"map_size is a number of bytes, {_LEAST_MAP} or more, not {map_size!r}")
-        return LMDBSpace(folder, columns, writable=writable, grace=float(grace), map_size=map_size)
+        examine = bool(options.get("examine", False))
+        return LMDBSpace(folder, columns, writable=writable, grace=float(grace), map_size=map_size, examine=examine)
 
 
 backend = LMDBEngine()

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import GRACE_SECONDS, Block, Columns, Compaction, Snapshot, SpaceDriver, Workers
-from actcache.errors import ClosedError, ReadOnlyError, StorageIOError
-from actcache_lmdb import compaction, writing
+from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError
+from actcache_lmdb import compaction, examination, writing
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.failures import translated
 from actcache_lmdb.generations import Generations
@@ -45,10 +45,21 @@ class LMDBSpace(SpaceDriver):
         folder: of the space.
         grace: seconds that what was superseded stays for older snapshots, and an old generation for its readers.
         map_size: bytes of addresses to start with, None for plenty; it grows by itself.
+        examine: whether the structure of the data file is looked at, by another process, before it is mapped.
+
+    Raises:
+        FormatError: it was, and it is damaged.
     """
 
     def __init__(
-        self, folder: Path, columns: Columns, *, writable: bool, grace: float, map_size: int | None = None
+        self,
+        folder: Path,
+        columns: Columns,
+        *,
+        writable: bool,
+        grace: float,
+        map_size: int | None = None,
+        examine: bool = False,
     ) -> None:
         self._generations = Generations(folder)
         self._shapes = Shapes(columns)
@@ -60,6 +71,11 @@ class LMDBSpace(SpaceDriver):
         self._number = 0  # of the generation that is open, 0: none yet
         self._environment: Environment | None = None
         self._closed = False
+        self._damage = ""  # what an examination has found
+        if examine and (newest := self._generations.newest()):
+            self._examine(self._generations.path(newest))
+            if self._damage:
+                raise FormatError(self._damage)
         if writable:
             with translated(f"cannot make a space in {folder}"):
                 self._generations.create()
@@ -129,9 +145,24 @@ class LMDBSpace(SpaceDriver):
         _, environment = self._current()
         if environment is None:
             return NothingYet()
+        if self._damage:
+            raise FormatError(self._damage)
         with environment.reading() as txn:
             state = State.unpack(txn.get(State.KEY, db=environment.dbs["state"]), environment.data)
         return LMDBSnapshot(environment, state, self._shapes, self._workers)
+
+    def examine(self) -> dict[str, str]:
+        """Look at the structure of the data file, in another process; after damage was found, nothing maps it here."""
+        number, environment = self._current()
+        if environment is None:
+            return {}
+        return self._examine(self._generations.path(number))
+
+    def _examine(self, path: Path) -> dict[str, str]:
+        wrong = examination.examine(path)
+        if wrong is not None:
+            self._damage = f"{path} is damaged inside ({wrong}): restore it from a copy, or remove it and fill again"
+        return {} if wrong is None else {path.name: wrong}
 
     def compact(self, *, target_bytes: int = 0, waste: float = 0.0, grace: float = GRACE_SECONDS) -> Compaction:
         """Copy the live entries into a new generation, and have everybody move over to it; see ``SpaceDriver``.

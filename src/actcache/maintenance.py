@@ -62,7 +62,11 @@ class Maintained:
         """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
 
         Segments are looked at without the help of an index, too.
+
+        Raises:
+            FormatError: nothing of the space can be read safely (lmdb).
         """
+        damaged = self._driver.examine()  # first: what is damaged there may be unsafe to read
         self.refresh()
         keys = self._view().keys()
         located = self._view().locate(keys)
@@ -85,7 +89,7 @@ class Maintained:
             finally:
                 for future in futures:
                     future.cancel()
-        return Verification(len(keys), int(starts[-1]), corrupt, self._driver.examine())
+        return Verification(len(keys), int(starts[-1]), corrupt, damaged)
 
     def repair(self, found: Verification | None = None) -> Repair:
         """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.

@@ -1,0 +1,29 @@
+"""Examination of a data file's structure without mapping it: what is damaged there would crash whoever maps it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_ATTEMPTS = 4  # a writer may change pages under the examination; damage stays
+_PAUSE = 0.5
+
+
+def examine(folder: Path) -> str | None:
+    """Have lmdb's own verifier walk a file in a process of its own; return what is wrong, None where nothing is."""
+    said = ""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)
+        command = [sys.executable, "-m", "lmdb", "verify", "-e", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode == 0:
+            return None
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        said = lines[-1][:200] if lines else ""
+        if done.returncode < 0:
+            said = f"the verifier was ended by {signal.Signals(-done.returncode).name}"
+    return said or "lmdb's verifier refuses it"

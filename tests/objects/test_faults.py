@@ -32,6 +32,8 @@ FAULTS = [("InternalError", 500), ("SlowDown", 503), ("ServiceUnavailable", 503)
 
 @pytest.fixture(params=["obstore", "s3fs"])
 def options(request, bucket, proxy):
+    if bucket.server.name == "real" and request.param == "s3fs":
+        pytest.skip("the slow server sees the faster client; moto's sees both")
     return {**bucket.through(proxy), "client": request.param, "timeout": 2, "retry_seconds": 20}
 
 

@@ -146,8 +146,9 @@ def test_large_objects_go_in_parts_and_come_back_as_a_file(make, monkeypatch):
         here.read("large.index")
 
 
-def test_a_failing_write_leaves_nothing(make):
+def test_a_failing_write_leaves_nothing(make, tmp_path, monkeypatch):
     here = make("zarr.json")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def fail(path):
         folder(path)
@@ -156,7 +157,7 @@ def test_a_failing_write_leaves_nothing(make):
     with pytest.raises(OutOfSpaceError, match="TMPDIR"):
         here.publish(SEGMENT, fail)
     assert here.names("") == []
-    assert not list(Path(tempfile.gettempdir()).glob(f"{place._TEMPORARY}*/file*"))
+    assert not list(tmp_path.iterdir())
 
 
 # --- on the server ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import struct
 import sys
 from pathlib import Path
 
@@ -71,7 +72,10 @@ def read_store(root):
         identity = description["identity"]
         person = b"actcache/recipe"
         assert hashlib.blake2b(canonical(identity), digest_size=16, person=person).hexdigest() == folder.name
-        spaces[folder.name] = read_segments(folder, identity, *SEGMENTS[marker["backend"]])
+        if marker["backend"] == "lmdb":
+            spaces[folder.name] = read_lmdb(folder, identity)
+        else:
+            spaces[folder.name] = read_segments(folder, identity, *SEGMENTS[marker["backend"]])
     return spaces
 
 
@@ -100,7 +104,8 @@ def read_segments(folder, identity, suffix, read):
             key = row.tobytes()
             birth = (births[arrays["birth"][i]], int(arrays["birth_entries"][i])) if "birth" in arrays else (name, i)
             entry = {n: a[offsets[i] : offsets[i + 1]] for n, a in arrays.items() if n not in FIXED}
-            check(folder.name, identity, key, entry, arrays, i)
+            extra = int(arrays["extra_checksums"][i]) if "extra_checksums" in arrays else None
+            check(folder.name, identity, key, entry, int(arrays["checksums"][i]), extra)
             if birth not in dead and birth >= born.get(key, ("", 0)):  # the copy that was born last is served
                 held[key], born[key] = entry, birth
     return held
@@ -111,7 +116,64 @@ def names(array):
     return [f"{(text := row.tobytes().hex())[:12]}-{text[12:]}" for row in array]
 
 
-def check(fingerprint, identity, key, entry, arrays, i):
+STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+COLUMNS = {
+    "values": None,
+    "token_ids": ("<i4", ()),
+    "spans": ("<i4", (2,)),
+    "word_ids": ("<i4", ()),
+    "type_ids": ("i1", ()),
+}
+
+
+def read_lmdb(folder, identity):
+    import lmdb
+
+    newest = max(path for path in (folder / "lmdb").iterdir() if path.name.isdigit())
+    held = {}
+    with lmdb.open(str(newest), readonly=True, lock=False, max_dbs=4) as env:
+        state, entries = env.open_db(b"state", create=False), env.open_db(b"entries", create=False)
+        heads = env.open_db(b"heads", dupsort=True, dupfixed=True, create=False)
+        with env.begin() as txn:
+            data = txn.get(b"state", db=state)
+            assert (data[:4], data[4:8]) == (b"ACTL", (1).to_bytes(4, "little"))
+            assert data[-8:] == xxhash.xxh3_64_intdigest(data[:-8]).to_bytes(8, "little")
+            for key in list(txn.cursor(heads).iternext_nodup(values=False)):
+                head = txn.get(key, db=heads)  # the first is the newest
+                number, _, tokens, columns, checksum, extra, word = struct.unpack("<QQIIQQQ", head[8:])
+                assert word == head_check(key, head)
+                if not number:
+                    continue
+                value = txn.get(number.to_bytes(8, "big"), db=entries)
+                assert struct.unpack_from("<4sIQII", value) == (b"ACTE", 1, number, tokens, columns)
+                entry = ragged(value, tokens, columns, STORED[identity["dtype"]], identity["hidden_size"])
+                has_extras = not {"spans", "word_ids", "type_ids"}.isdisjoint(entry)
+                check(folder.name, identity, key, entry, checksum, extra if has_extras else None)
+                held[key] = entry
+    return held
+
+
+def head_check(key, head):
+    total = 0
+    for i, word in enumerate(struct.unpack("<10Q", key + head[:48])):
+        mixed = word * P[i % 5] * (2 * i + 1) % 2**64
+        total += mixed ^ mixed >> 32
+    return total % 2**64
+
+
+def ragged(value, tokens, columns, dtype, hidden):
+    arrays, at = {}, 112
+    for bit, (name, described) in enumerate(COLUMNS.items()):
+        if columns >> bit & 1:
+            kind, trailing = described or (dtype, (hidden,))
+            at = -(-at // 8) * 8
+            array = np.frombuffer(value, kind, tokens * int(np.prod(trailing)), at).reshape(tokens, *trailing)
+            arrays[name] = array
+            at += array.nbytes
+    return arrays
+
+
+def check(fingerprint, identity, key, entry, checksum, extra_checksum):
     c = xxhash.xxh3_64_intdigest(f"{fingerprint} {identity['dtype']} {identity['hidden_size']}".encode())
     for n, word in enumerate(np.frombuffer(key, "<u8").tolist()):
         c ^= word * P[n] % 2**64
@@ -119,12 +181,12 @@ def check(fingerprint, identity, key, entry, arrays, i):
     if "token_ids" in entry:
         c = xxhash.xxh3_64_intdigest(entry["token_ids"].tobytes(), c ^ 0x5851F42D4C957F2D)
     c = xxhash.xxh3_64_intdigest(entry["values"].tobytes(), c)
-    assert c == arrays["checksums"][i]
-    if "extra_checksums" in arrays:
+    assert c == checksum
+    if extra_checksum is not None:
         for extra in ("spans", "type_ids", "word_ids"):
             if extra in entry:
                 c = xxhash.xxh3_64_intdigest(entry[extra].tobytes(), c)
-        assert c == arrays["extra_checksums"][i]
+        assert c == extra_checksum
 
 
 def read_collections(root):

@@ -15,6 +15,7 @@ SOURCE = ROOT / "src" / "actcache"
 LAYERS = [
     {"errors"},
     {"key", "windows", "codec", "ragged", "checksum", "recipe", "arrays", "tensorheader"},
+    {"segment_format"},
     {"backend"},
     {"storage"},
     {"registry", "collection", "writer", "request", "batch", "entry"},
@@ -34,7 +35,7 @@ ALLOWED_INSIDE = {
     ("recipe", "codec"),
     ("request", "writer"),
     ("entry", "writer"),
-    ("backend", "storage"),  # re-exports of plain tools (files, workers), which import nothing of this package but errors
+    ("backend", "storage"),  # re-exports plain tools (files, workers) that import nothing of this package but errors
 }
 #: Imports inside of functions: what they bring needs the extra ``models``, which not everybody has.
 LAZY = {
@@ -111,8 +112,14 @@ def test_the_core_knows_no_backend(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "backends").rglob("*.py")), ids=lambda path: path.parent.name)
 def test_backends_use_the_plugin_surface_alone(path):
-    allowed = {"actcache.backend", "actcache.errors", path.parent.name}
-    assert {name for name, _ in of(path) if name.startswith("actcache")} <= allowed
+    own = path.relative_to(ROOT / "backends").parts[0]
+    for name, _ in of(path):
+        fine = name in ("actcache.backend", "actcache.errors") or name.partition(".")[0] == own
+        assert fine or not name.startswith("actcache"), name
+
+
+#: Where whatever was caught is raised elsewhere: by the thread that waits for this one.
+HANDED_ON = {SOURCE / "reading" / "prefetch.py"}
 
 
 def test_nobody_catches_everything_silently():
@@ -122,7 +129,7 @@ def test_nobody_catches_everything_silently():
             if isinstance(node, ast.ExceptHandler):
                 broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
                 raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-                assert raises or not broad, f"{path}:{node.lineno}"
+                assert raises or not broad or path in HANDED_ON, f"{path}:{node.lineno}"
 
 
 def test_importing_actcache_loads_no_heavy_library():

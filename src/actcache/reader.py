@@ -14,6 +14,7 @@ from actcache.errors import ShapeError, UsageError
 from actcache.key import Keys, key_array
 from actcache.reading import delivery
 from actcache.reading.checks import check_choice, check_count, check_present, ranks_of
+from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work
 from actcache.reading.fetch import Source
@@ -161,6 +162,10 @@ class Reader:
         check_count("epoch", epoch, 0)
         if epoch != self._epoch:
             self._epoch, self._consumed = epoch, 0
+
+    def dataset(self) -> EntryDataset:
+        """Return the reader's documents as a map-style data set, for a ``DataLoader`` or the ``Trainer``."""
+        return EntryDataset(self._work)
 
     def stats(self) -> ReaderStats:
         """Return what was read so far and where the time went; the object goes on counting."""

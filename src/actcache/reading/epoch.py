@@ -120,7 +120,7 @@ class Epoch(Iterator[Any]):
         missing |= np.array([key in corrupt for key in key_list(keys)], bool)
         work.supplier.supply(work.origins[absent.which[missing]], absent.corrupt)
         work.stats.compute_seconds += time.perf_counter() - start
-        return _read(work, self._delivery, absent.which)
+        return read_batch(work, self._delivery, absent.which)
 
 
 _Items = Generator[Delivered | _Absent, None, None]
@@ -138,7 +138,7 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
             yield _Absent(which, [])
             continue
         try:
-            item: Delivered | _Absent = _read(work, to, which)
+            item: Delivered | _Absent = read_batch(work, to, which)
         except CorruptEntryError as error:
             if work.supplier is None:
                 raise
@@ -147,7 +147,13 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
         del item  # or it would hold a buffer for as long as the next is read
 
 
-def _read(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
+def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
+    """Read the documents at some positions of ``work.keys``.
+
+    Raises:
+        MissingEntryError: some are gone.
+        CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
+    """
     start, keys = time.perf_counter(), work.keys[which]
     read = fetch(work.source, keys, to.slots, packed=to.packed)
     done = time.perf_counter()

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
@@ -55,7 +56,7 @@ class ObjectPlace(Place):
         self._commit = commit
         self._session = Session(self.where, target.connect, target.retry_seconds)
         self._blocks = Blocks(self._session)
-        self._copies: OrderedDict[str, Path] = OrderedDict()
+        self._copies = self._no_copies()
         self._lock = ProcessLock()
         self._pid = os.getpid()
 
@@ -227,11 +228,16 @@ class ObjectPlace(Place):
             raise
         with self._lock:
             if self._pid != os.getpid():  # those of the parent are its own to remove
-                self._copies, self._pid = OrderedDict(), os.getpid()
+                self._copies, self._pid = self._no_copies(), os.getpid()
             self._copies[name] = path
             while len(self._copies) > _COPIES:
                 self._copies.popitem(last=False)[1].unlink(missing_ok=True)
         return path
+
+    def _no_copies(self) -> OrderedDict[str, Path]:
+        copies: OrderedDict[str, Path] = OrderedDict()
+        weakref.finalize(self, _remove_copies, copies, os.getpid())  # nobody may have closed it
+        return copies
 
     # --- tidying up --------------------------------------------------------------------------------------------------
 
@@ -268,8 +274,7 @@ class ObjectPlace(Place):
     def close(self) -> None:
         self._session.close()
         with self._lock:
-            while self._copies and self._pid == os.getpid():
-                self._copies.popitem()[1].unlink(missing_ok=True)
+            _remove_copies(self._copies, self._pid)
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -285,6 +290,11 @@ class ObjectPlace(Place):
 def _is_unique(name: str) -> bool:
     """Return whether a name has a random part: such a thing is written once, and never changes."""
     return is_name(name.rpartition("/")[2].partition(".")[0])
+
+
+def _remove_copies(copies: OrderedDict[str, Path], pid: int) -> None:
+    while copies and pid == os.getpid():
+        copies.popitem()[1].unlink(missing_ok=True)
 
 
 def _sweep_local(older_than: float) -> int:

@@ -348,19 +348,24 @@ def test_no_threads_stay(bucket):
     assert mine == []
 
 
-def test_a_session_that_ends_without_closing_says_nothing(bucket):
+def test_a_session_that_ends_without_closing_leaves_nothing(bucket, tmp_path, monkeypatch):
     code = """
 import sys, json, actcache
 from tests import support
 store = actcache.open(sys.argv[1], **json.loads(sys.argv[2]))
 space = store.space(support.recipe())
-support.put(space, range(5))
-space.flush()
+for first in (0, 5):
+    support.put(space, range(first, first + 5))
+    space.flush()
+space.close()  # which writes an index
+space = actcache.open(sys.argv[1], **json.loads(sys.argv[2])).space(support.recipe())
 assert space.get([support.key(1)])[0] is not None
 """
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     child = support.start(code, bucket.url, json.dumps(bucket.options))
     _, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
+    assert not list(tmp_path.iterdir())
     assert "ClientSession" not in err
     assert "Error" not in err
 

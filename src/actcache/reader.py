@@ -13,12 +13,13 @@ from actcache.arrays import to_numpy
 from actcache.errors import ShapeError, UsageError
 from actcache.key import Keys, key_array
 from actcache.reading import delivery
-from actcache.reading.checks import check_choice, check_count, check_present, ranks_of
+from actcache.reading.checks import check_choice, check_count, check_present, nbytes_of, ranks_of
 from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work
 from actcache.reading.fetch import Source
 from actcache.reading.order import Order, Plan
+from actcache.reading.ramcache import RamCache
 from actcache.reading.stats import ReaderStats
 
 
@@ -47,6 +48,8 @@ class Reader:
         on_missing: ``"raise"`` or ``"skip"`` documents that are absent when the reader is made; a recycler's reader
             can also ``"compute"`` them. One that is deleted later is a ``MissingEntryError`` when its turn comes.
         depth: batches that are read ahead; 0 reads each when it is asked for, without a thread.
+        ram_cache: bytes of activations (``"8GiB"``, or a number) that are kept in memory, those that are read first:
+            later epochs do not read them again. What is overwritten in the space meanwhile is not noticed.
         ranks: ``(rank, how many there are)``: this reader delivers its share of each round of batches. Those of
             ``torch.distributed`` by default, where it is initialized.
         supplier: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
@@ -73,6 +76,7 @@ class Reader:
         device: Any = None,
         on_missing: str = "raise",
         depth: int = 2,
+        ram_cache: int | str = 0,
         ranks: tuple[int, int] | None = None,
         supplier: Supplier | None = None,
     ) -> None:
@@ -82,6 +86,8 @@ class Reader:
             check_count("max_tokens", max_tokens, 1)
         check_choice("layout", layout, ("padded", "packed"))
         check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
+        if ram_cache:
+            space = RamCache(space, nbytes_of("ram_cache", ram_cache))
         wanted = key_array(keys)
         positions = np.arange(len(wanted)) if documents is None else np.asarray(documents, np.int64)
         wanted_labels = None if labels is None else to_numpy(labels)

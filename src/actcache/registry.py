@@ -86,12 +86,20 @@ def open_driver(url: str | Path, mode: str, options: Mapping[str, Any]) -> Store
         if isinstance(plugin, SegmentFormat):
             return _open_standing(plugin, location, mode, options)
         return _open(plugin, location, mode, options)
+    if scheme is not None and _is_protocol(scheme):
+        raise BackendError(f"{url!r} names no bucket; write {scheme}://bucket/prefix")
     if scheme is None:
         place = LocalPlace(local_path(location))
         check_folder(place.root)
         standing = marker.read(place)
         scheme = standing.backend if standing is not None else DEFAULT
     return _open(load(scheme), location, mode, options)
+
+
+def _is_protocol(scheme: str) -> bool:
+    """Return whether a scheme stands for an object store's protocol, and not for a format."""
+    plugin = load(scheme)
+    return isinstance(plugin, SegmentFormat) and plugin.name != scheme and scheme != DEFAULT
 
 
 def _open(plugin: Plugin, location: str, mode: str, options: Mapping[str, Any]) -> StoreDriver:

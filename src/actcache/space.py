@@ -134,8 +134,10 @@ class Space(Maintained):
         Raises:
             StoreError: the disk is full, ...; nothing is lost, a later flush tries again.
         """
-        self._writing().flush()
-        self.refresh()
+        writer, before = self._writing(), self._snapshot
+        writer.flush()
+        if self._snapshot is before:  # else it was taken just now, after the last block was published
+            self.refresh()
 
     def delete(self, keys: Keys) -> int:
         """Delete entries, durably; return how many of the keys were there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -16,6 +17,35 @@ def check_count(name: str, value: Any, least: int) -> None:
     """Refuse what is no whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise UsageError(f"{name} is a whole number of {least} or more, not {value!r:.80}")
+
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
+
+
+def nbytes_of(name: str, value: int | str) -> int:
+    """Return a number of bytes, given as such or as ``"8GiB"``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None or match[2].lower() not in _UNITS:
+            raise UsageError(f"{name} is a number of bytes or a size like '8GiB', not {value!r:.80}")
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    check_count(name, value, 0)
+    return int(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

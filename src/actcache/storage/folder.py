@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actcache.backend import SegmentFiles
-from actcache.errors import BackendError, FormatError
+from actcache.errors import BackendError, FormatError, StorageIOError
 from actcache.storage.files import Files, is_local, translated
 from actcache.storage.place import Place
 from actcache.storage.rows import MappedRows, ReadRows, RowSource
@@ -30,6 +30,22 @@ def local_path(location: str) -> Path:
         return Path(location).expanduser()
     except RuntimeError as error:
         raise BackendError(f"{location}: {error} Write ./~name for a folder of that name") from None
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a regular file. Others are refused: a pipe would block, and a device has no end.
+
+    Raises:
+        OSError: as the operating system reports it.
+        StorageIOError: it is something else.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        kind = os.fstat(file.fileno()).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind):
+            raise StorageIOError(f"{path} is a pipe, socket or device and no file of a store: remove it")
+        return file.read()
 
 
 class LocalPlace(Place):
@@ -56,7 +72,7 @@ class LocalPlace(Place):
     def read(self, name: str) -> bytes | None:
         with translated(f"cannot read {self.root / name}"):
             try:
-                return (self.root / name).read_bytes()
+                return read_file(self.root / name)
             except FileNotFoundError:
                 return None
 

@@ -291,15 +291,19 @@ class SegmentedSpace(SpaceDriver):
         """
         try:
             with self._lock:
-                self.snapshot()
-                covered, segments = (len(self._base), len(self._base.segments)) if self._base is not None else (0, 0)
-                uncovered = len(self._recent.segments)
-                due = len(self._recent) > max(_UNCOVERED, covered // 4)
-                due |= uncovered > max(_UNCOVERED_SEGMENTS, segments // 4)
-                if due or (closing and uncovered > 1):
-                    self._write_index()
+                # By the last snapshot first: another one costs listings.
+                if closing or self._index_is_due(1):
+                    self.snapshot()
+                    if self._index_is_due() or (closing and len(self._recent.segments) > 1):
+                        self._write_index()
         except (StoreError, FormatError) as error:
             logger.warning("could not write the index of %s: %s", self._where, error)
+
+    def _index_is_due(self, more: int = 0) -> bool:
+        covered, segments = (len(self._base), len(self._base.segments)) if self._base is not None else (0, 0)
+        return len(self._recent) > max(_UNCOVERED, covered // 4) or len(self._recent.segments) + more > max(
+            _UNCOVERED_SEGMENTS, segments // 4
+        )
 
     def _write_index(self) -> None:
         """Publish an index that covers all readable segments, and remove the ones that it replaces."""

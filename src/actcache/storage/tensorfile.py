@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -62,7 +63,9 @@ def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
         FormatError: the file is truncated or foreign.
         FileNotFoundError: there is none.
     """
-    with open(path, "rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would block, and a device has no end
+            raise FormatError(f"{path} is no file")
         metadata, extents = _layout(file, str(path))
         # One mapping for all: each of Python's keeps a file descriptor for as long as it lives.
         whole = np.memmap(file, np.uint8, "r").view(np.ndarray)

@@ -1,7 +1,7 @@
 """Entries that stay in memory: the first that are read, up to a number of bytes.
 
-An epoch reads every entry once, in an order that has nothing to do with the last one's: keeping those that came first is
-then as good as any choice, and least-recently-used the worst one, which drops each entry just before its turn.
+An epoch reads every entry once, in an order that has nothing to do with the last one's: keeping those that came first
+is then as good as any choice, and least-recently-used the worst one, which drops each entry just before its turn.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RamCache:
     @property
     def held(self) -> int:
         """Bytes of activations that are in memory."""
-        return (self._end - 1) * self._rows.itemsize * self._rows.shape[1]
+        return (self._end - 1) * self._rows.itemsize * self.recipe.hidden_size
 
     def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
         return self._source.has(column, keys)

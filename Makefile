@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist worksteal
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long --timeout 7200

@@ -81,7 +81,7 @@ def _compare(
         ours = name == "s3"
         table.add_row(
             f"the limit: {name}" if name == limit else name,
-            str(rounds.Spread.of(payload / seconds[name] / 1e9)),
+            rounds.Spread.of(payload / seconds[name] / 1e9).text(4),
             str(rounds.Spread.of(seconds[limit] / seconds[name])) if ours else "",
             f"{made if ours else each.sum() / (count * batches):.1f}",
             f"{contestant.per_megabyte(payload.sum()):.2f}",

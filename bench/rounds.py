@@ -30,7 +30,10 @@ class Spread:
         return cls(float(np.median(ordered)), float(ordered[low]), float(ordered[high]))
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return self.text(2)
+
+    def text(self, decimals: int) -> str:
+        return f"{self.median:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
 
 def run(

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--shape", default="paper", help="paper (60-512 tokens x 768), short (8-48 x 384)")
     parser.add_argument("--backends", default="hdf5,zarr,lmdb", help="hdf5, zarr, lmdb, safetensors, s3")
     parser.add_argument("--gib", type=float, default=1.0, help="size of the corpus")
-    parser.add_argument("--s3-mib", type=float, default=256, help="size of the corpus for s3")
+    parser.add_argument("--s3-mib", type=float, default=512, help="size of the corpus for s3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="where to write (removed afterwards)")
     options = parser.parse_args()
@@ -191,8 +191,8 @@ def on_objects(documents: Documents, made: Bucket, count: int) -> None:
 
 
 def _segment_bytes(documents: Documents) -> int:
-    """Return the size of a segment: the default, but a quarter of a small corpus, so that writing overlaps filling."""
-    return min(SEGMENT_BYTES, -(-documents.nbytes // 4))
+    """Return the size of a segment: the default, but half of a small corpus, so that writing overlaps filling."""
+    return min(SEGMENT_BYTES, -(-documents.nbytes // 2))
 
 
 def _pieces(documents: Documents, nbytes: int) -> list[memoryview]:

@@ -259,7 +259,7 @@ assert space.damaged() == {}
 def test_two_thousand_small_segments(tmp_path):
     """Made by the segment format directly; read by both sources, in any order; few descriptors, one mapping each."""
     from actcache.entry import columns_of
-    from actcache.storage.segment import new_name
+    from actcache.storage.segment import metadata, new_name
     from actcache.writer import Builder
     from actcache_hdf5 import backend
 
@@ -270,8 +270,8 @@ def test_two_thousand_small_segments(tmp_path):
         builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16)
         ids = np.arange(len(rows(number)), dtype="<i4")
         builder.add(key(number), {"values": rows(number), "token_ids": ids})
-        path = folder / "segments" / f"{new_name(number + 1)}.h5"
-        backend.write(path, builder.block(seed), {"actcache_segment": "1", "space": recipe().fingerprint})
+        name = new_name(number + 1)
+        backend.write(folder / "segments" / f"{name}.h5", builder.block(seed), metadata(name, recipe().fingerprint))
     order = np.random.default_rng(0).permutation(2000).tolist()
     expected = np.concatenate([rows(n) for n in order])
     for mapped in (True, False):

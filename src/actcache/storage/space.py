@@ -165,7 +165,8 @@ class SegmentedSpace(SpaceDriver):
             except (FormatError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
                     raise
-                logger.warning("leaving out a damaged segment, its entries are absent: %s", error)
+                if name not in self.damaged:  # once, not with every snapshot
+                    logger.warning("leaving out a damaged segment, its entries are absent: %s", error)
                 damaged[name] = str(error)
         if fresh or recent - set(names):
             self._recent = Table.merged([self._recent, *fresh], frozenset(names))

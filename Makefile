@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-long lint bench clean
+FUZZ := hdf5 zarr safetensors index tombstone marker recipe collection lmdb-meta lmdb-state
+
+.PHONY: demo test test-long fuzz golden lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist worksteal
+
+fuzz: $(READY)
+	$(BIN)/python -m pip install -q "atheris>=3"
+	set -e; for target in $(or $(TARGET),$(FUZZ)); do $(BIN)/python -m tests.fuzz $$target --seconds $(or $(SECONDS),600); done
+
+golden: $(READY)
+	$(BIN)/python -m tests.golden.make
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long --timeout 7200

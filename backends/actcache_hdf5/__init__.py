@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _ALIGN = 4096
 # locking=False: files are written before they have a name and never again, and network file systems lock badly.
 _LAYOUT = {"libver": "v110", "locking": False, "alignment_threshold": 1, "alignment_interval": _ALIGN}
 _MOST_ATTRIBUTES = 16
+_MOST_ARRAYS = 64
 _MOST_TEXT = 1 << 12  # bytes of an attribute
 _SHOWN = 200  # characters of an h5py message in ours
 
@@ -57,7 +59,10 @@ class HDF5Format(SegmentFormat):
                 if len(file.attrs) > _MOST_ATTRIBUTES:
                     raise FormatError(f"{path} has more attributes than a segment; this is none")
                 metadata = {name: _text(path, file, name) for name in file.attrs}
-                return Layout({name: _extent(path, file, name) for name in file}, metadata)
+                names = list(islice(file, _MOST_ARRAYS + 1))
+                if len(names) > _MOST_ARRAYS:
+                    raise FormatError(f"{path} holds more than the arrays of a segment; this is none")
+                return Layout({name: _extent(path, file, name) for name in names}, metadata)
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:

@@ -5,6 +5,7 @@ Any safetensors reader opens them.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -63,9 +64,16 @@ def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
         FormatError: the file is truncated or foreign.
         FileNotFoundError: there is none.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would block, and a device has no end
-            raise FormatError(f"{path} is no file")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES):
+            raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe would block, and a device has no end
+        os.close(descriptor)
+        raise FormatError(f"{path} is no file")
+    with open(descriptor, "rb") as file:
         metadata, extents = _layout(file, str(path))
         # One mapping for all: each of Python's keeps a file descriptor for as long as it lives.
         whole = np.memmap(file, np.uint8, "r").view(np.ndarray)

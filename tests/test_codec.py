@@ -126,3 +126,33 @@ def test_tensors():
 def test_unknown_codec():
     with pytest.raises(RecipeError, match=r"int3.*float16"):
         codec.get("int3")
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<f4", ">f4", "<f8"])
+def test_what_is_stored_already_is_not_copied(dtype):
+    rows = np.random.default_rng(0).standard_normal((5, 8)).astype(dtype)
+    for name in ("float16", "float32", "bfloat16"):
+        stored, out = codec.get(name).stored_rows(rows), np.empty(rows.shape, codec.get(name).stored)
+        codec.get(name).encode(rows, out)
+        np.testing.assert_array_equal(stored, out)
+        assert stored.dtype == out.dtype
+        assert (stored is rows) == (rows.dtype == codec.get(name).stored and name != "bfloat16")
+    np.testing.assert_array_equal(codec.get("float16").stored_rows(rows.T), rows.T.astype(np.float16))
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("rest", [0.0, -1.0, 65504.0, -65504.0, 6e-8])
+def test_every_number_that_is_none_is_found(bad, rest):
+    for place in (0, 17, 39):
+        rows = np.full((5, 8), rest, np.float16)
+        assert codec.get("float16").stored_rows(rows) is rows
+        rows.reshape(-1)[place] = bad
+        with pytest.raises(NonFiniteError):
+            codec.get("float16").stored_rows(rows)
+
+
+def test_all_half_precision_numbers():
+    for bits in np.arange(1 << 16, dtype=np.uint16).reshape(-1, 256):
+        for one in bits[::51]:
+            rows = np.array([[one]], np.uint16).view(np.float16)
+            assert codec._all_finite(rows) == bool(np.isfinite(rows).all())

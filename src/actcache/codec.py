@@ -7,6 +7,7 @@ never stores an infinity or a NaN. NumPy has no bfloat16: its rows are kept as t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -38,15 +39,28 @@ class Codec:
         """
         with np.errstate(over="ignore"):
             np.copyto(out, rows, casting="unsafe")
-        self._check(rows, np.isfinite(out), what)
+        if not _all_finite(out):
+            self._refuse(rows, np.isfinite(out), what)
+
+    def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:
+        """Return what ``encode`` would write: ``rows`` itself where that is what they are, else a new array.
+
+        Raises:
+            NonFiniteError, CodecOverflowError: see ``encode``.
+        """
+        if rows.dtype == self.stored == self.delivered and rows.flags.c_contiguous:
+            if not _all_finite(rows):
+                self._refuse(rows, np.isfinite(rows), what)
+            return rows
+        out = np.empty(rows.shape, self.stored)
+        self.encode(rows, out, what=what)
+        return out
 
     def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return stored rows as floating point; the same array where the stored dtype is one."""
         return stored
 
-    def _check(self, rows: NDArray[np.generic], finite: NDArray[np.bool_], what: str) -> None:
-        if finite.all():
-            return
+    def _refuse(self, rows: NDArray[np.generic], finite: NDArray[np.bool_], what: str) -> NoReturn:
         token, column = (int(i) for i in np.argwhere(~finite)[0])
         value = float(rows[token, column])
         where = f"{what} holds {value:g} at token {token}, column {column}"
@@ -66,10 +80,20 @@ class _Bfloat16(Codec):
         bits = wide.view(np.uint32)
         np.copyto(out, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16, casting="unsafe")
         # exponent all ones: infinity, NaN, or a float32 that rounded up to infinity
-        self._check(rows, np.isfinite(wide) & ((out.view(np.uint16) & 0x7F80) != 0x7F80), what)
+        finite = np.isfinite(wide) & ((out.view(np.uint16) & 0x7F80) != 0x7F80)
+        if not finite.all():
+            self._refuse(rows, finite, what)
 
     def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
         return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def _all_finite(rows: NDArray[np.generic]) -> bool:
+    """Return whether there is no NaN or infinity. NumPy's own test of float16 converts each number: 15 times slower."""
+    if rows.dtype == np.float16 and rows.size and rows.dtype.isnative and rows.flags.c_contiguous:
+        # Positive ones are those from 0x7C00 on, as signed numbers; negative ones from 0xFC00 on, as unsigned ones.
+        return bool(rows.view(np.int16).max() < 0x7C00) and bool(rows.view(np.uint16).max() < 0xFC00)
+    return bool(np.isfinite(rows).all())
 
 
 def _codec(kind: type[Codec], name: str, stored: DTypeLike, delivered: DTypeLike) -> Codec:

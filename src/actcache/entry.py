@@ -53,7 +53,7 @@ def columns_of(recipe: Recipe) -> Columns:
 
 
 def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec.Codec, what: str) -> NDArray[Any]:
-    """Return one array of one entry in stored form, checked.
+    """Return one array of one entry in stored form, checked; the caller's own array where it is in that form.
 
     Args:
         name, rows: the array.
@@ -78,9 +78,7 @@ def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec
         return array.astype(dtype)
     if array.dtype.kind != "f":
         raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
-    out = np.empty(array.shape, dtype)
-    stored_as.encode(array, out, what=what)
-    return out
+    return stored_as.stored_rows(array, what=what)
 
 
 def encode_entry(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from actcache.backend import GRACE_SECONDS, TOKEN_IDS, VALUES, Compaction, Snapshot, SpaceDriver
 from actcache.codec import Codec
+from actcache.errors import UsageError
 from actcache.key import key_array, key_list
 from actcache.ragged import offsets_of
 from actcache.recipe import Recipe
@@ -95,7 +96,7 @@ class Maintained:
         """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.
 
         Args:
-            found: what ``verify`` said; None verifies first.
+            found: what ``verify`` said; None verifies first. What has been mended since is left alone.
 
         Raises:
             StoreError: read-only, disk full, ...; nothing is lost.
@@ -103,9 +104,14 @@ class Maintained:
         self._writing()
         found = self.verify() if found is None else found
         with self._write_lock:
-            if found.corrupt:
-                self._driver.quarantine(key_array(found.corrupt))
-            repair = Repair(found.corrupt, self._driver.set_aside() if found.damaged else [])
+            corrupt = key_array(found.corrupt)
+            if len(corrupt):
+                self._driver.examine()  # no index has a say in what is deleted
+                self.refresh()
+                corrupt = corrupt[self._corrupt(corrupt)]
+            if len(corrupt):
+                self._driver.quarantine(corrupt)
+            repair = Repair(key_list(corrupt), self._driver.set_aside() if found.damaged else [])
             self.refresh()
         return repair
 
@@ -124,7 +130,10 @@ class Maintained:
 
         Raises:
             StoreError: read-only, disk full, ...; nothing is lost.
+            UsageError: ``grace`` is negative: a replacement that is gone would count as old enough.
         """
+        if not grace >= 0:
+            raise UsageError(f"grace is a number of seconds, 0 or more, not {grace}")
         with self._write_lock:
             self._writing().flush()
             done = self._driver.compact(target_bytes=target_bytes, waste=waste, grace=grace)

@@ -13,10 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import codec
+from actcache.backend import TOKEN_IDS
 from actcache.key import Keys, key_array, key_list
 from actcache.ragged import offsets_of, row_indices
 from actcache.reading.fetch import Source
 from actcache.recipe import Recipe
+
+
+_NOT_HELD = (0, 0, False)
 
 
 class RamCache:
@@ -43,9 +47,8 @@ class RamCache:
         self._rows: NDArray[Any] = np.zeros((most + 1, recipe.hidden_size), stored)
         self._ids = np.zeros(most + 1, np.int32)
         self._end = 1
-        self._places: dict[bytes, int] = {}  # key -> position in the lists
-        self._starts: list[int] = []
-        self._lengths: list[int] = []
+        # Key -> first row, rows, whether the token ids are held, too. In one value: an interrupt leaves all or nothing.
+        self._places: dict[bytes, tuple[int, int, bool]] = {}
 
     @property
     def recipe(self) -> Recipe:
@@ -57,20 +60,18 @@ class RamCache:
         return (self._end - 1) * self._rows.itemsize * self.recipe.hidden_size
 
     def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
-        return self._source.has(column, keys)
+        has = self._source.has(column, keys)
+        if column == TOKEN_IDS:  # also of what is held and was deleted from the source
+            has |= self._find(key_list(key_array(keys)), with_ids=True)[1] > 0
+        return has
 
     def lengths(self, keys: Keys) -> NDArray[np.int64]:
-        lengths = self._source.lengths(keys)
-        with self._lock:
-            for i, place in enumerate(self._find(key_list(key_array(keys)))):
-                if place >= 0:
-                    lengths[i] = self._lengths[place]
-        return lengths
+        held = self._find(key_list(key_array(keys)))[1]
+        return np.where(held > 0, held, self._source.lengths(keys))
 
     def read_ahead(self, keys: Keys) -> None:
         wanted = key_array(keys)
-        with self._lock:
-            absent = np.array(self._find(key_list(wanted)), np.int64) < 0
+        absent = self._find(key_list(wanted))[1] == 0
         if absent.any():
             self._source.read_ahead(wanted[absent])
 
@@ -78,28 +79,33 @@ class RamCache:
         """See ``Space.read_into``; ``out`` is a NumPy array."""
         wanted = key_array(keys)
         names = key_list(wanted)
-        with self._lock:
-            places = np.array(self._find(names), np.int64)
-        missing = np.flatnonzero(places < 0)
+        starts, lengths = self._find(names, with_ids=token_ids is not None)
+        missing = np.flatnonzero(lengths == 0)
         if len(missing) == len(names):
             report = self._source.read_into(wanted, out, token_ids=token_ids)
             self._keep_batch(names, report.lengths, out, token_ids)
             return report
-        return self._mixed(wanted, places, missing, out, token_ids)
+        return self._mixed(wanted, starts, lengths, missing, out, token_ids)
 
-    def _find(self, names: list[bytes]) -> list[int]:
+    def _find(self, names: list[bytes], *, with_ids: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each entry's first row and rows, 0 where it is not held (``with_ids``: with its token ids)."""
         get = self._places.get
-        return [get(name, -1) for name in names]
+        places = (get(name, _NOT_HELD) for name in names)
+        found = [(start, length) if has_ids or not with_ids else (0, 0) for start, length, has_ids in places]
+        starts, lengths = np.array(found, np.int64).reshape(-1, 2).T
+        return starts, lengths
 
     def _mixed(
-        self, wanted: NDArray[np.uint8], places: NDArray[np.int64], missing: NDArray[np.int64], out: Any, ids: Any
+        self,
+        wanted: NDArray[np.uint8],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        missing: NDArray[np.int64],
+        out: Any,
+        ids: Any,
     ) -> Any:
         """Read a batch some of which is held."""
-        held = np.flatnonzero(places >= 0)
-        starts, lengths = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
-        with self._lock:
-            starts[held] = np.array(self._starts, np.int64)[places[held]]
-            lengths[held] = np.array(self._lengths, np.int64)[places[held]]
+        held = np.flatnonzero(lengths)
         fresh = fresh_ids = None
         if len(missing):
             absent = self._source.lengths(wanted[missing])
@@ -152,14 +158,18 @@ class RamCache:
             begin = 0
             for name, length in zip(names, lengths.tolist(), strict=True):
                 end = begin + length
-                if length and name not in self._places and self._end + length <= len(self._rows):
-                    self._rows[self._end : self._end + length] = rows[begin:end]
+                start, held, has_ids = self._places.get(name, (self._end, 0, False))
+                if ids is not None and held == length and not has_ids:
+                    # It came without them, in a batch with others that have none.
+                    if np.array_equal(self._rows[start : start + held], rows[begin:end]):
+                        self._ids[start : start + held] = ids[begin:end]
+                        self._places[name] = start, held, True
+                elif length and not held and start + length <= len(self._rows):
+                    self._rows[start : start + length] = rows[begin:end]
                     if ids is not None:
-                        self._ids[self._end : self._end + length] = ids[begin:end]
-                    self._starts.append(self._end)
-                    self._lengths.append(length)
+                        self._ids[start : start + length] = ids[begin:end]
                     self._end += length
-                    self._places[name] = len(self._starts) - 1  # last: whoever finds it finds all of it
+                    self._places[name] = start, length, ids is not None  # last: whoever finds it finds all of it
                 begin = end
 
     def __getstate__(self) -> dict[str, Any]:

@@ -55,6 +55,18 @@ class Live:
         """The share of the segment's rows that nobody is served."""
         return 1 - self.tokens / max(1, self.segment.tokens)
 
+    def is_whole(self) -> bool:
+        """Return whether these are all entries of the segment, as the segment itself says and not only an index."""
+        segment, located = self.segment, self.located
+        offsets = segment.offsets()
+        said = (
+            (located.row, offsets[:-1]),
+            (located.tokens, np.diff(offsets)),
+            (located.checksums, segment.read("checksums")),
+            (self.keys, segment.read("keys")),
+        )
+        return all(np.array_equal(one, other) for one, other in said)
+
 
 def survey(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> list[Live]:
     """Return the live entries of every served segment (those named in ``only``), in the order of the names."""

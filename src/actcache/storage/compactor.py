@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from actcache.backend import Compaction
 from actcache.errors import DataError, SegmentGoneError
 from actcache.storage.compaction import SECONDS, Live, Merger, plan, survey
+from actcache.storage.segment import Segment
 from actcache.storage.snapshot import SegmentedSnapshot
 
 if TYPE_CHECKING:
@@ -21,12 +25,16 @@ _NO_LIMIT, _ANY_WASTE = 1 << 62, 2.0
 
 def compact(space: SegmentedSpace, *, target_bytes: int, waste: float, grace: float) -> Compaction:
     """Merge what is small or wasteful, and remove what has long been replaced. See ``SpaceDriver.compact``."""
-    snapshot = space.snapshot()
-    groups = plan(survey(snapshot), target_bytes, waste)
-    merged = [group for group in groups if merge(space, snapshot, group)]
-    removed, freed = remove_replaced(space, grace)
-    more, bytes_more = remove_dead(space, grace)
-    settle_tombstones(space, grace)
+    with ExitStack() as stack:
+        lives = survey(space.snapshot())
+        if plan(lives, target_bytes, waste) or not all(live.tokens for live in lives):
+            stack.enter_context(space.without_index())
+        snapshot = space.snapshot()
+        groups = plan(survey(snapshot), target_bytes, waste)
+        merged = [group for group in groups if merge(space, snapshot, group)]
+        removed, freed = remove_replaced(space, grace)
+        more, bytes_more = remove_dead(space, grace)
+        settle_tombstones(space, grace)
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
 
 
@@ -40,7 +48,14 @@ def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Li
     """
     try:
         merger = Merger(snapshot, group, space.columns, space.listed)
-        space.publish(merger.block, merger.verify)
+
+        def verify(segment: Segment) -> None:
+            merger.verify(segment)
+            # Whoever has deleted a key since a source is gone knew nothing of what it held: an overwritten copy, say.
+            if not space.stand([live.segment.name for live in group]):
+                raise SegmentGoneError(f"a source of {segment.files.where} is gone")
+
+        space.publish(merger.block, verify)
         return True
     except SegmentGoneError as error:
         logger.info("another process has compacted the same segments: %s", error)
@@ -52,7 +67,9 @@ def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Li
 def merge_some(space: SegmentedSpace, names: Collection[str]) -> None:
     """Merge the segments of these names, those that can be."""
     snapshot = space.snapshot()
-    for group in plan(survey(snapshot, names), _NO_LIMIT, _ANY_WASTE):
+    covered = space.covered()
+    lives = [live for live in survey(snapshot, names) if live.segment.name not in covered or live.is_whole()]
+    for group in plan(lives, _NO_LIMIT, _ANY_WASTE):
         merge(space, snapshot, group)
 
 
@@ -78,7 +95,7 @@ def remove_dead(space: SegmentedSpace, grace: float) -> tuple[int, int]:
     """Remove segments all of whose entries were deleted or overwritten so many seconds ago."""
     removed = freed = 0
     snapshot = space.snapshot()
-    ages = _Ages(space)
+    served, ages = snapshot.served(), _Ages(space)
     for live in survey(snapshot):
         if live.tokens:
             continue
@@ -88,9 +105,9 @@ def remove_dead(space: SegmentedSpace, grace: float) -> tuple[int, int]:
         except (DataError, FileNotFoundError):
             continue
         numbers = snapshot.locate(keys).segment
-        newer = {snapshot.served()[n].name for n in numbers[numbers >= 0].tolist()}
+        newer = {served[n].name for n in np.unique(numbers[numbers >= 0]).tolist()}
         deleters = [file for file, deleted in space.tombstones.items() if not deleted.keys().isdisjoint(births)]
-        youngest = min([*map(ages.segment, newer), *map(ages.tombstone, deleters)], default=0.0)
+        youngest = min([*map(ages.segment, newer), *map(ages.tombstone, deleters)], default=-1.0)
         if youngest >= grace and space.place.remove(space.segment_name(segment.name)):
             removed, freed = removed + 1, freed + segment.nbytes
     return removed, freed

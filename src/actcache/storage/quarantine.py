@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import DataError
+from actcache.errors import DataError, FormatVersionError
 from actcache.ragged import offsets_of
 from actcache.storage import tensorfile
 from actcache.storage.compaction import survey
 from actcache.storage.compactor import merge
 from actcache.storage.segment import new_name, sequence_of
+from actcache.storage.snapshot import SegmentedSnapshot
 
 if TYPE_CHECKING:
     from actcache.storage.space import SegmentedSpace
@@ -28,7 +29,11 @@ def quarantine(space: SegmentedSpace, keys: NDArray[np.uint8]) -> int:
 
     An older copy, that an overwritten one has, goes as well: to serve it would be wrong.
     """
-    snapshot = space.snapshot()
+    with space.without_index():
+        return _quarantine(space, space.snapshot(), keys)
+
+
+def _quarantine(space: SegmentedSpace, snapshot: SegmentedSnapshot, keys: NDArray[np.uint8]) -> int:
     keys = np.unique(np.ascontiguousarray(keys), axis=0)
     located = snapshot.locate(keys)
     keys, located = keys[located.found], located[located.found]
@@ -58,16 +63,8 @@ def quarantine(space: SegmentedSpace, keys: NDArray[np.uint8]) -> int:
 
 def examine(space: SegmentedSpace) -> dict[str, str]:
     """Open every segment by its own description, which the index spares a reader; return which cannot be, and why."""
-    space.snapshot()
-    found = dict(space.damaged)
-    for name in sorted(space.listed):
-        try:
-            space.open_segment(name).lineage()
-        except FileNotFoundError:  # compacted and removed meanwhile
-            continue
-        except DataError as error:
-            found[name] = str(error)
-    return found
+    with space.without_index() as unread:
+        return {**space.damaged, **unread}
 
 
 def set_aside(space: SegmentedSpace) -> list[str]:
@@ -75,12 +72,24 @@ def set_aside(space: SegmentedSpace) -> list[str]:
 
     Those that can be read only because an index tells where everything lies are written anew first.
     """
-    found = examine(space)
-    snapshot = space.snapshot()
-    for live in survey(snapshot, found.keys()):
-        if live.tokens and not merge(space, snapshot, [live]):
-            del found[live.segment.name]  # nothing is moved that could not be saved
+    with space.without_index() as unread:
+        found = [name for name in (*space.damaged, *unread) if not _newer(space, name)]
+        snapshot = space.snapshot()
+        for live in survey(snapshot, found):
+            if live.tokens and not merge(space, snapshot, [live]):
+                found.remove(live.segment.name)  # nothing is moved that could not be saved
     for name in found:
         source = space.segment_name(name)
         space.place.move(source, f"{space.folder}/quarantine/{source.rpartition('/')[2]}")
     return sorted(found)
+
+
+def _newer(space: SegmentedSpace, name: str) -> bool:
+    """Return whether a segment is of a newer release, which can read it."""
+    try:
+        space.open_segment(name)
+    except FormatVersionError:
+        return True
+    except (DataError, OSError):
+        pass
+    return False

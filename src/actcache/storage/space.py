@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ class SegmentedSpace(SpaceDriver):
         self._workers = Workers()
         self._base: Table | None = None  # the mapped index
         self._base_name = ""
+        self._indexed = True  # whether an index is looked at
         self._recent = Table.of_segments([])  # segments that the index does not cover
         self._mine: dict[str, int] = {}  # segments that this object has made and not merged -> their tokens
         # As of the last snapshot:
@@ -125,6 +127,8 @@ class SegmentedSpace(SpaceDriver):
 
     def _load_index(self) -> None:
         """Map the newest index that can be read. A damaged one is passed over: the segments have all that it says."""
+        if not self._indexed:
+            return
         for _ in range(3):  # another process may replace an index after it was listed
             for name in reversed(self._list("index", ".index")):
                 if name == self._base_name:
@@ -144,6 +148,40 @@ class SegmentedSpace(SpaceDriver):
             else:
                 break
         self._base, self._base_name = None, ""
+
+    @contextmanager
+    def without_index(self) -> Iterator[dict[str, str]]:
+        """Go by what the segments say of themselves: what is removed because of a flipped bit in an index is lost.
+
+        Afterwards, too, until somebody writes another index. Yields the segments that cannot be read so, and why; of
+        these, what was known before is all there is.
+        """
+        with self._lock, translated(f"cannot read {self._where}"):
+            self.snapshot()
+            unread: dict[str, str] = {}
+            read = []
+            for name in sorted(self.listed):
+                try:
+                    read.append(Table.of_segments([self.open_segment(name)]))
+                except FileNotFoundError:  # compacted and removed meanwhile
+                    continue
+                except DataError as error:
+                    unread[name] = str(error)
+            known = Table.merged(self._tables(), frozenset(unread))
+            self._base, self._recent = None, Table.merged([known, *read], self.listed)
+            self._indexed = False
+            try:
+                yield unread
+            finally:
+                self._indexed = True
+
+    def covered(self) -> frozenset[str]:
+        """Return the segments of whose entries only the index has been read."""
+        return frozenset(segment.name for segment in self._base.segments) if self._base is not None else frozenset()
+
+    def stand(self, names: Collection[str]) -> bool:
+        """Return whether all these segments are there now."""
+        return set(names) <= set(self._list("segments", self._format.suffix))
 
     def _cover(self, names: list[str]) -> tuple[dict[str, str], set[str]]:
         """Read the keys of segments that no table has yet; return which cannot be read, and which are gone."""
@@ -280,7 +318,7 @@ class SegmentedSpace(SpaceDriver):
                 with self._lock:
                     compactor.merge_some(self, small)
                     compactor.remove_replaced(self, GRACE_SECONDS)
-            except (StoreError, DataError) as error:
+            except (StoreError, DataError, FileNotFoundError) as error:
                 logger.warning("could not merge small segments of %s: %s", self._where, error)
             for name in small:
                 del self._mine[name]

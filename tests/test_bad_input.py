@@ -286,18 +286,18 @@ def test_damaged_tombstones_are_refused_by_name(folder, content):
 
 
 def test_a_tombstone_that_turns_up_damaged_under_an_open_writer(folder):
-    """Nothing is lost: what was put is published, closing ends, and the damage is named."""
+    """Tombstones never change: who has read one goes by that, and who comes later is told of the damage."""
     space = opened(folder, "a")
     space.delete([key(3)])
     (path,) = (folder / "tombstones").iterdir()
     good = path.read_bytes()
     put(space, [20])
     path.write_bytes(b"garbage")
-    with pytest.raises(FormatError, match="move it away"):
-        space.flush()
+    space.flush()
     check(space, {**{n: 0 for n in HELD if n != 3}, 20: 0}, [*range(10), 20])
-    with pytest.raises(FormatError):
-        space.close()
+    with pytest.raises(FormatError, match="move it away"):
+        opened(folder)
+    space.close()
     path.write_bytes(good)
     with opened(folder) as again:
         check(again, {**{n: 0 for n in HELD if n != 3}, 20: 0}, [*range(10), 20])
@@ -398,11 +398,8 @@ def test_a_truncated_segment(folder, fraction, mapped):
 def test_a_segment_that_goes_while_the_space_is_open(folder, mapped):
     with opened(folder, mapped=mapped) as space:
         segment_files(folder)[0].unlink()
-        with pytest.raises(DataError) as caught:
-            space.get([key(n) for n in range(10)])
-        assert set(caught.value.keys) == {key(n) for n in range(5)}
-        space.read_ahead([key(n) for n in range(10)])  # a hint: the read itself says what is lost
-        space.refresh()
+        space.read_ahead([key(n) for n in range(10)])  # a hint: the read itself sees what is lost
+        # Compaction might have taken it: the read looks again, and finds its entries nowhere.
         check(space, dict.fromkeys(range(5, 10), 0), range(12))
 
 

@@ -127,6 +127,7 @@ class Reader:
         self._rank, self._world = ranks_of(ranks, self.digest())
         self._epoch = 0
         self._consumed = 0  # documents of that epoch, on all ranks together, that were delivered
+        self._reached = (0, 0)  # the same, of the iteration that was begun or advanced last
         self._counting: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -140,7 +141,7 @@ class Reader:
 
     def __iter__(self) -> Epoch:
         epoch, start = self._epoch, self._consumed
-        self._epoch, self._consumed = epoch + 1, 0
+        self._epoch, self._consumed, self._reached = epoch + 1, 0, (epoch, start)
         plan = self._order.plan(self._lengths, epoch)
         rounds = list(self._rounds(plan, start))
         batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
@@ -161,13 +162,14 @@ class Reader:
     def _moved(self, position: tuple[int, int], before: int) -> None:
         """Take note of where an iteration is, unless it has just ended and another one has been begun since."""
         if position[1] or self._epoch == before:
-            self._epoch, self._consumed = position
+            self._epoch, self._consumed = self._reached = position
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
         check_count("epoch", epoch, 0)
         if epoch != self._epoch:
             self._epoch, self._consumed = epoch, 0
+        self._reached = self._epoch, self._consumed
 
     def dataset(self) -> EntryDataset:
         """Return the reader's documents as a map-style data set, for a ``DataLoader`` or the ``Trainer``."""
@@ -186,11 +188,12 @@ class Reader:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the iteration that was advanced last is: after the batch that it returned last.
+        """Return where the iteration that was begun or advanced last is: after the batch that it returned last.
 
         The state is the same on all ranks, and another number of ranks can go on from it.
         """
-        return {"epoch": self._epoch, "consumed": self._consumed, "order": self.digest()}
+        epoch, consumed = self._reached
+        return {"epoch": epoch, "consumed": consumed, "order": self.digest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next iteration go on at a state.
@@ -204,7 +207,7 @@ class Reader:
             raise UsageError(f"this is no state of a reader: {error!r}") from None
         if order != self.digest() or epoch < 0 or not 0 <= consumed <= len(self._keys):
             raise UsageError("the state is of a reader with other keys, batch sizes or another order; start it anew")
-        self._epoch, self._consumed = epoch, consumed
+        self._epoch, self._consumed = self._reached = epoch, consumed
 
     def _rounds(self, plan: Plan, start: int) -> Iterator[list[tuple[int, int]]]:
         try:

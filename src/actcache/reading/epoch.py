@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,14 @@ from actcache.reading.stats import ReaderStats
 
 _AHEAD = 2  # batches whose rows the operating system is asked for before they are read
 _COUNTING = threading.Lock()  # several iterations of one reader count together
+
+
+def _after_fork() -> None:
+    global _COUNTING
+    _COUNTING = threading.Lock()  # a thread that the child does not have may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,14 @@ class Epoch(Iterator[Any]):
         self._stepping: float | None = None  # since when the consumer has had a batch
         self._delivery = to
         produce = _produce(work, self._delivery, batches)
-        self._items = Prefetch(produce, work.depth, self._waited) if work.depth else produce
+        # The thread's iterator must not refer to this one: in a cycle, only the collector would end the thread.
+        counting = weakref.WeakMethod(self._waited)
+
+        def waited(seconds: float, ready: int) -> None:
+            if (count := counting()) is not None:
+                count(seconds, ready)
+
+        self._items = Prefetch(produce, work.depth, waited) if work.depth else produce
 
     def __next__(self) -> Any:
         stats = self._work.stats
@@ -83,7 +100,6 @@ class Epoch(Iterator[Any]):
             stats.step_seconds += time.perf_counter() - self._stepping
         try:
             item = next(self._items)
-            batch = self._delivery.arrive(self._computed(item) if isinstance(item, _Absent) else item)
         except StopIteration:
             self._stepping = None
             if self._delivered + 1 == len(self._positions):
@@ -91,6 +107,11 @@ class Epoch(Iterator[Any]):
                 self._moved(self._positions[-1], self._positions[-1][0] - 1)
                 if self._work.supplier is not None:
                     self._work.supplier.settle()
+            raise
+        try:
+            batch = self._delivery.arrive(self._computed(item) if isinstance(item, _Absent) else item)
+        except BaseException:
+            self.close()  # as after a failure of the thread: to go on would leave this batch out
             raise
         self._moved(self._positions[self._delivered], self._positions[self._delivered][0])
         self._delivered += 1

@@ -10,8 +10,12 @@ from numpy.typing import NDArray
 
 from actcache import codec
 from actcache.backend import TOKEN_IDS
+from actcache.errors import ShapeError
 from actcache.key import Keys
 from actcache.recipe import Recipe
+
+
+_LOOKS = 5
 
 
 class Source(Protocol):
@@ -56,6 +60,15 @@ def fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: 
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
+    for _ in range(_LOOKS - 1):
+        try:
+            return _fetch(source, keys, buffers, packed=packed)
+        except ShapeError:  # entries were replaced by longer ones between the looks at their lengths and at their rows
+            continue
+    return _fetch(source, keys, buffers, packed=packed)
+
+
+def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool) -> HostBatch:
     recipe = source.recipe
     lengths = source.lengths(keys)
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
@@ -69,4 +82,7 @@ def fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: 
     except BaseException:
         buffers.give_back(values, None)
         raise
+    if packed:
+        total = int(lengths.sum())
+        values, ids = values[:total], None if ids is None else ids[:total]
     return HostBatch(values, ids, lengths)

@@ -6,7 +6,9 @@ is then as good as any choice, and least-recently-used the worst one, which drop
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,6 @@ from actcache.key import Keys, key_array, key_list
 from actcache.ragged import offsets_of, row_indices
 from actcache.reading.fetch import Source
 from actcache.recipe import Recipe
-
 
 _NOT_HELD = (0, 0, False)
 
@@ -38,6 +39,7 @@ class RamCache:
         self._nbytes = nbytes
         self._lock = threading.Lock()
         self._empty()
+        _CACHES.add(self)
 
     def _empty(self) -> None:
         recipe = self._source.recipe
@@ -61,8 +63,9 @@ class RamCache:
 
     def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
         has = self._source.has(column, keys)
-        if column == TOKEN_IDS:  # also of what is held and was deleted from the source
-            has |= self._find(key_list(key_array(keys)), with_ids=True)[1] > 0
+        if column == TOKEN_IDS:  # what is held may be gone, or another, in the source
+            held, with_ids = (self._find(key_list(key_array(keys)), with_ids=w)[1] > 0 for w in (False, True))
+            has = np.where(held, with_ids, has)
         return has
 
     def lengths(self, keys: Keys) -> NDArray[np.int64]:
@@ -154,17 +157,15 @@ class RamCache:
 
     def _keep(self, names: list[bytes], lengths: NDArray[np.int64], rows: NDArray[Any], ids: Any) -> None:
         """Keep packed entries, as many as there is room for."""
+        # In a batch with others that have no token ids, an entry comes without its own.
+        partial = self._source.has(TOKEN_IDS, names) if ids is None else np.zeros(len(names), bool)
+        whole = {name for name, is_partial in zip(names, partial.tolist(), strict=True) if not is_partial}
         with self._lock:
             begin = 0
             for name, length in zip(names, lengths.tolist(), strict=True):
                 end = begin + length
-                start, held, has_ids = self._places.get(name, (self._end, 0, False))
-                if ids is not None and held == length and not has_ids:
-                    # It came without them, in a batch with others that have none.
-                    if np.array_equal(self._rows[start : start + held], rows[begin:end]):
-                        self._ids[start : start + held] = ids[begin:end]
-                        self._places[name] = start, held, True
-                elif length and not held and start + length <= len(self._rows):
+                start = self._end
+                if name in whole and name not in self._places and length and start + length <= len(self._rows):
                     self._rows[start : start + length] = rows[begin:end]
                     if ids is not None:
                         self._ids[start : start + length] = ids[begin:end]
@@ -177,6 +178,17 @@ class RamCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["source"], state["nbytes"])  # type: ignore[misc]
+
+
+_CACHES: weakref.WeakSet[RamCache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in list(_CACHES):
+        cache._lock = threading.Lock()  # a thread that the child does not have may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Lengths:

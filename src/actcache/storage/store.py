@@ -22,6 +22,7 @@ from actcache.backend import SegmentFormat, SpaceDriver, SpaceEngine, StoreDrive
 from actcache.errors import BackendError, NotAStoreError, ReadOnlyError
 from actcache.recipe import is_fingerprint
 from actcache.storage import marker
+from actcache.storage.files import translated
 from actcache.storage.folder import LocalPlace
 from actcache.storage.place import Place
 from actcache.storage.segment import Columns
@@ -113,9 +114,11 @@ def check_folder(root: Path) -> None:
 
     Raises:
         NotAStoreError: saying so.
+        StorageIOError: the operating system does not say.
     """
-    if root.exists() and not root.is_dir():
-        raise NotAStoreError(f"{root} is a file; a store is a folder")
+    with translated(f"cannot look at {root}"):
+        if root.exists() and not root.is_dir():
+            raise NotAStoreError(f"{root} is a file; a store is a folder")
 
 
 def check_options(backend: str, options: Mapping[str, Any], known: frozenset[str]) -> None:

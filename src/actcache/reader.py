@@ -163,6 +163,8 @@ class Reader:
         """Take note of where an iteration is, unless it has just ended and another one has been begun since."""
         if position[1] or self._epoch == before:
             self._epoch, self._consumed = self._reached = position
+        elif self._reached[0] == before:  # it had no batches
+            self._reached = position
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -128,3 +131,48 @@ def test_sizes():
     for bad in ("8 gigs", "", "-1", -1, "GiB", None):
         with pytest.raises(UsageError):
             nbytes_of("ram_cache", bad)
+
+
+def test_token_ids_beside_entries_that_have_none(space):
+    """Such a batch has no token ids; those that it has are not taken for zeros in the next batch."""
+    space.put([key(100)], [rows(100)])
+    space.flush()
+    keys = [key(n) for n in (*range(20), 100)]
+    reader = space.reader(keys, batch_size=3, shuffle=True, ram_cache=2 * ALL)
+    compared = 0
+    for _ in range(4):
+        for batch in reader:
+            assert (batch.token_ids is None) == (20 in batch.documents)
+            if batch.token_ids is not None:
+                for i, n in enumerate(batch.documents.tolist()):
+                    np.testing.assert_array_equal(batch.token_ids[i, : length(n)], ids(n))
+                    compared += 1
+    assert compared
+
+
+def test_what_is_held_keeps_its_token_ids_when_it_is_deleted(space):
+    reader = space.reader([key(n) for n in range(20)], batch_size=5, ram_cache=2 * ALL)
+    list(reader)
+    space.delete([key(3)])
+    for batch in reader:
+        for i, n in enumerate(batch.documents.tolist()):
+            np.testing.assert_array_equal(batch.token_ids[i, : length(n)], ids(n))
+
+
+def test_a_fork_while_entries_are_kept(space):
+    cache = RamCache(space, ALL)
+    with cache._lock:  # as a thread has it that the child will not have
+        child = os.fork()
+        if not child:
+            try:
+                check(cache, [1, 2], padded=True)
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+    deadline = time.monotonic() + 10
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)

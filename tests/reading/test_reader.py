@@ -16,6 +16,7 @@ import torch
 
 import actcache
 from actcache.errors import ClosedError, CorruptEntryError, MissingEntryError, UsageError
+from actcache.reading.epoch import Supplier
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows, run, segment_files
 
 COUNT = 60
@@ -397,3 +398,91 @@ dist.destroy_process_group()
     processes = [start(code, tmp_path / "store", rank, tmp_path / "meet") for rank in range(2)]
     outs = [process.communicate(timeout=100) for process in processes]
     assert [out for out, _ in outs] == ["refused\n"] * 2, outs
+
+
+def test_a_state_before_the_first_batch(space):
+    reader = space.reader(KEYS, batch_size=7)
+    iterator = iter(reader)
+    state = reader.state_dict()
+    assert (state["epoch"], state["consumed"]) == (0, 0)
+    next(iterator)
+    state = reader.state_dict()
+    again = space.reader(KEYS, batch_size=7)
+    again.load_state_dict(state)
+    iterator = iter(again)
+    assert again.state_dict() == state
+    assert documents(iterator) == list(range(7, COUNT))
+    assert again.state_dict()["epoch"] == 1
+    empty = space.reader([], batch_size=7)
+    assert list(empty) == []
+    assert empty.state_dict()["epoch"] == 1
+
+
+def test_breaking_off_needs_no_collector(space):
+    gc.collect()
+    gc.disable()
+    try:
+        for _batch in space.reader(KEYS, batch_size=3):
+            break
+        deadline = time.monotonic() + 5
+        while prefetchers() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert prefetchers() == []
+    finally:
+        gc.enable()
+
+
+def test_a_failure_to_compute_ends_the_iteration(space):
+    """To go on would leave a batch out, and the state would say that it came."""
+    failing = [True]
+
+    def supply(positions, corrupt):
+        if failing.pop():
+            raise RuntimeError("out of memory")
+        put(space, positions.tolist())
+        failing.append(False)
+
+    supplier = Supplier(lambda positions: np.array([length(n) for n in positions]), supply, space.flush)
+    space.delete([key(4)])
+    reader = space.reader(KEYS, batch_size=3, on_missing="compute", supplier=supplier)
+    iterator = iter(reader)
+    check(next(iterator))
+    with pytest.raises(RuntimeError, match="memory"):
+        next(iterator)
+    assert list(iterator) == []
+    failing.append(False)
+    rest = list(reader)
+    assert documents(rest) == list(range(3, COUNT))
+    for batch in rest:
+        check(batch)
+    assert reader.state_dict()["epoch"] == 1
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_overwritten_while_it_reads(space, monkeypatch, layout):
+    """By shorter and longer entries, after their lengths were asked."""
+    read_into = space.read_into
+    versions = iter(range(1, 9))
+
+    def replaced(keys, out, **options):
+        if (version := next(versions, None)) is not None and version != 8:
+            put(space, [1], version=version, overwrite=True)
+        return read_into(keys, out, **options)
+
+    monkeypatch.setattr(space, "read_into", replaced)
+    seen = set()
+    for _ in range(8):
+        (batch,) = space.reader(KEYS[:3], layout=layout, depth=0)
+        (version,) = (v for v in range(8) if np.array_equal(rows(1, v), part_of(batch, 1)))
+        seen.add(version)
+        assert batch.lengths.tolist() == [length(0), length(1, version), length(2)]
+        np.testing.assert_array_equal(part_of(batch, 2), rows(2))
+        if layout == "packed":
+            assert len(batch.activations) == len(batch.token_ids) == batch.offsets[-1]
+    assert len(seen) > 1
+
+
+def part_of(batch, i):
+    if isinstance(batch, actcache.batch.PackedBatch):
+        return batch.activations[batch.offsets[i] : batch.offsets[i + 1]]
+    return batch.activations[i, : batch.lengths[i]]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache.errors import FormatError, OutOfSpaceError
-from actcache.storage import compaction, compactor
+from actcache.errors import FormatError, OutOfSpaceError, UsageError
+from actcache.maintenance import Repair
+from actcache.storage import compaction, compactor, tensorfile
 from tests.support import check, ids, key, make_store, put, recipe, rows, segment_files
 
 HELD = dict.fromkeys(range(20), 0)
@@ -522,3 +523,79 @@ def test_a_foreign_lineage_is_damage(tmp_path):
             space._driver.open_segment(name).lineage()
         check(space, dict.fromkeys(range(5), 0), range(6))
     assert folder
+
+
+def test_an_overwritten_copy_does_not_survive_its_deletion_in_a_slow_compactor(url, space, monkeypatch):
+    """What is overwritten, removed and then deleted has left nothing behind that the deletion could name."""
+
+    def act():
+        other = another(url)
+        put(other, [3], version=1, overwrite=True)
+        other.compact(grace=0, waste=0)
+        other.delete([key(3)])
+        other.close()
+
+    between = Between(monkeypatch, act)
+    space.compact(grace=0)  # has the first version of 3
+    assert between.done
+    held = {n: 0 for n in HELD if n != 3}
+    check(space, held, range(25))
+    check(another(url), held, range(25))
+
+
+def flip_in_the_index(folder, array, entry=5):
+    (path,) = (folder / "index").iterdir()
+    header, mapped = tensorfile.mapped(path)
+    arrays = {name: np.array(values) for name, values in mapped.items()}
+    arrays[array].reshape(len(arrays[array]), -1).view(np.uint8)[entry, 0] ^= 1
+    path.write_bytes(tensorfile.dumps(arrays, header))
+
+
+@pytest.mark.parametrize("array", ["prefix", "rest", "row", "tokens", "checksum"])
+@pytest.mark.parametrize("how", ["compact", "repair"])
+def test_a_flipped_bit_in_the_index_costs_no_entry(url, folder, space, array, how):
+    space.close()
+    flip_in_the_index(folder, array)
+    with another(url) as again:
+        if how == "compact":
+            again.compact(grace=0, waste=0)
+        else:
+            assert again.repair(again.verify()) == Repair([], [])
+        check(again, HELD, range(25))
+    for path in (folder / "index").iterdir():
+        path.unlink()
+    with another(url) as again:
+        check(again, HELD, range(25))
+        assert again.verify().intact
+
+
+def test_repair_leaves_alone_what_was_mended_since(url, folder, space):
+    path = segment_files(folder)[0]
+    path = path if path.is_file() else path / "values" / "c.0.0"
+    data = bytearray(path.read_bytes())
+    data[data.index(rows(2)[0].tobytes())] ^= 1
+    path.write_bytes(data)
+    found = space.verify()
+    assert found.corrupt == [key(2)]
+    with another(url) as other:
+        put(other, [2], version=1, overwrite=True)
+    assert space.repair(found) == Repair([], [])
+    check(space, {**HELD, 2: 1}, range(25))
+
+
+def test_repair_does_not_move_what_a_newer_release_wrote(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    folder = make_store(tmp_path / "store", range(5))
+    with h5py.File(segment_files(folder)[0], "r+") as file:
+        file.attrs["actcache_segment"] = np.bytes_("2")
+    for path in (folder / "index").iterdir() if (folder / "index").is_dir() else ():
+        path.unlink()
+    with another(f"hdf5:{tmp_path}/store") as space:
+        assert space.damaged()
+        assert space.repair().set_aside == []
+    assert len(segment_files(folder)) == 1
+
+
+def test_a_negative_grace_is_refused(space):
+    with pytest.raises(UsageError, match="grace"):
+        space.compact(grace=-1)

@@ -14,7 +14,6 @@ from actcache.errors import ShapeError
 from actcache.key import Keys
 from actcache.recipe import Recipe
 
-
 _LOOKS = 5
 
 

@@ -26,7 +26,7 @@ from actcache.storage.segment import Columns, Segment
 from actcache.storage.snapshot import SegmentedSnapshot
 from actcache.storage.workers import Workers
 
-_PIECE_BYTES = 16 << 20  # gathered at once
+_PIECE_BYTES = 4 << 20  # gathered at once
 #: A compaction that takes longer is thrown away. Tombstones outlive the last copy of their entries by twice as long, so
 #: that what a compactor copied before a deletion, and publishes after it, still meets the tombstone.
 SECONDS = 1800.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import GRACE_SECONDS, Block, Compaction, SegmentFiles, SegmentFormat, SpaceDriver
+from actcache.backend import GRACE_SECONDS, VALUES, Block, Compaction, SegmentFiles, SegmentFormat, SpaceDriver
 from actcache.errors import DataError, FormatError, ReadOnlyError, SegmentGoneError, StoreError
 from actcache.storage import compactor, quarantine, tombstone
 from actcache.storage.files import translated
@@ -30,6 +30,7 @@ _UNCOVERED = 1 << 16
 _UNCOVERED_SEGMENTS = 64  # a segment takes a millisecond to open without an index
 _LISTINGS = 5  # while other processes replace what was listed
 _MERGED_AT_ONCE = 16  # small segments of one writer
+_SMALL_BYTES = 16 << 20  # of rows; larger ones are not worth writing twice
 
 #: Failures that are one segment's own; after others (too many open files, no memory, no network) none can be read.
 _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
@@ -243,7 +244,8 @@ class SegmentedSpace(SpaceDriver):
     def append(self, block: Block) -> None:
         self._check_writable()
         name = self.publish(block)
-        self._mine[name] = block.tokens
+        if block.columns[VALUES].nbytes < _SMALL_BYTES:
+            self._mine[name] = block.tokens
         self._merge_mine()
         self._index_if_due()
 

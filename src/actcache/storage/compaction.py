@@ -98,12 +98,14 @@ def plan(candidates: Sequence[Live], target_bytes: int, waste: float) -> list[li
     groups: list[list[Live]] = []
     for columns in sorted({live.segment.columns() for live in worthy}, key=sorted):
         group: list[Live] = []
+        held = 0  # bytes of the group
         for live in worthy:
             if live.segment.columns() == columns:
-                if group and sum(one.nbytes for one in group) + live.nbytes > target_bytes:
+                if group and held + live.nbytes > target_bytes:
                     groups.append(group)
-                    group = []
+                    group, held = [], 0
                 group.append(live)
+                held += live.nbytes
         groups.append(group)
     return [
         group for group in groups if any(live.tokens for live in group) and (len(group) > 1 or group[0].waste >= waste)

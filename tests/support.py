@@ -13,6 +13,8 @@ import numpy as np
 import actcache
 
 HIDDEN = 8
+#: Where files are only in memory, None where there is no such place. For tests to which syncing means nothing.
+MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 ROOT = Path(__file__).parent.parent
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import MEMORY_FOLDER, ROOT
 
 #: Each array of a segment is a file of its own, in a folder with a JSON table; of actcache it needs one module.
 MODULE = '''
@@ -103,7 +105,18 @@ def test_a_third_partys_distribution_passes_the_conformance_suite(tmp_path):
     assert done.returncode == 0, done.stderr
     (tmp_path / "test_rawfiles.py").write_text(SUITE)
     environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "TMPDIR": str(tmp_path)}
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-W", "error"]
+    place = tempfile.mkdtemp(dir=MEMORY_FOLDER)
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        "--basetemp",
+        f"{place}/pytest",
+        "-W",
+        "error",
+    ]
     suite = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_rawfiles.py")],
         capture_output=True,
@@ -112,6 +125,7 @@ def test_a_third_partys_distribution_passes_the_conformance_suite(tmp_path):
         env=environment,
         check=False,
     )
+    shutil.rmtree(place)
     assert suite.returncode == 0, suite.stdout[-8000:] + suite.stderr
     last = suite.stdout.strip().splitlines()[-1]
     assert int(last.split()[0]) > 50, last

@@ -17,6 +17,7 @@ import torch
 import actcache
 from actcache.errors import ClosedError, CorruptEntryError, MissingEntryError, UsageError
 from actcache.reading.epoch import Supplier
+from actcache.reading.slots import Slots
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows, run, segment_files
 
 COUNT = 60
@@ -486,3 +487,23 @@ def part_of(batch, i):
     if isinstance(batch, actcache.batch.PackedBatch):
         return batch.activations[batch.offsets[i] : batch.offsets[i + 1]]
     return batch.activations[i, : batch.lengths[i]]
+
+
+def test_a_buffer_comes_back_when_a_batch_fails(space):
+    """Pinned ones are not counted by references."""
+    taken = []
+
+    class Counting(Slots):
+        def take(self, shape, dtype):
+            taken.append(super().take(shape, dtype))
+            return taken[-1]
+
+        def give_back(self, array, copied):
+            taken.pop()
+
+    reader = space.reader(KEYS[:5], depth=0)
+    reader._to().slots = Counting(2)
+    space.delete([KEYS[3]])
+    with pytest.raises(MissingEntryError):
+        next(iter(reader))
+    assert taken == []

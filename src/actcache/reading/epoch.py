@@ -179,6 +179,7 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
     read = fetch(work.source, keys, to.slots, packed=to.packed)
     done = time.perf_counter()
     if not read.lengths.all():
+        to.slots.give_back(read.values, None)
         gone = key_list(keys[read.lengths == 0])
         raise MissingEntryError(
             f"{len(gone)} documents of this batch were deleted since the reader was made, the first at position "

@@ -258,6 +258,7 @@ def test_many_small_flushes_are_merged_by_the_writer(url, folder):
             put(space, [n])
             space.flush()
         assert space.usage().segments < 35
+        assert len(space._driver._small) < 35  # what was merged is merged again, when there is enough of its size
         check(space, dict.fromkeys(range(100), 0), range(105))
         space.compact(grace=0)
         assert space.usage().segments == 1
@@ -599,3 +600,29 @@ def test_repair_does_not_move_what_a_newer_release_wrote(tmp_path):
 def test_a_negative_grace_is_refused(space):
     with pytest.raises(UsageError, match="grace"):
         space.compact(grace=-1)
+
+
+def test_a_listing_that_spans_the_joining_of_deletions(url, folder, space, monkeypatch):
+    """It may show neither the new tombstone nor all of the old ones."""
+    for n in (3, 4, 5):
+        space.delete([key(n)])
+    other = another(url)
+    held = {n: 0 for n in HELD if n not in (3, 4, 5)}
+    check(other, held, range(25))
+    place = other._driver.place
+    listed = place.names
+    joined = []
+
+    def listing(of):
+        before = listed(of)
+        if of.endswith("tombstones") and not joined:
+            monkeypatch.setattr(compactor, "SECONDS", -1.0)
+            compactor.settle_tombstones(space._driver, 0)
+            joined.append(names(folder, "tombstones"))
+            return before[:1]
+        return before
+
+    monkeypatch.setattr(place, "names", listing)
+    other.refresh()
+    assert len(joined[0]) == 1
+    check(other, held, range(25))

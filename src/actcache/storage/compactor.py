@@ -38,8 +38,8 @@ def compact(space: SegmentedSpace, *, target_bytes: int, waste: float, grace: fl
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
 
 
-def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Live]) -> bool:
-    """Publish one segment in the place of some; return whether that was done.
+def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Live]) -> str:
+    """Publish one segment in the place of some; return its name, an empty one where that could not be done.
 
     Where another compactor has removed a source, or one is damaged, everything stays as it is.
 
@@ -55,22 +55,22 @@ def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Li
             if not space.stand([live.segment.name for live in group]):
                 raise SegmentGoneError(f"a source of {segment.files.where} is gone")
 
-        space.publish(merger.block, verify)
-        return True
+        return space.publish(merger.block, verify)
     except SegmentGoneError as error:
         logger.info("another process has compacted the same segments: %s", error)
     except (DataError, FileNotFoundError) as error:
         logger.warning("some segments are left as they are; verify says more: %s", error)
-    return False
+    return ""
 
 
-def merge_some(space: SegmentedSpace, names: Collection[str]) -> None:
-    """Merge the segments of these names, those that can be."""
+def merge_some(space: SegmentedSpace, names: Collection[str]) -> dict[str, int]:
+    """Merge the segments of these names, those that can be; return the tokens of each new segment."""
     snapshot = space.snapshot()
     covered = space.covered()
     lives = [live for live in survey(snapshot, names) if live.segment.name not in covered or live.is_whole()]
-    for group in plan(lives, _NO_LIMIT, _ANY_WASTE):
-        merge(space, snapshot, group)
+    groups = plan(lives, _NO_LIMIT, _ANY_WASTE)
+    merged = {merge(space, snapshot, group): sum(live.tokens for live in group) for group in groups}
+    return {name: tokens for name, tokens in merged.items() if name}
 
 
 def remove_replaced(space: SegmentedSpace, grace: float) -> tuple[int, int]:
@@ -130,9 +130,9 @@ def settle_tombstones(space: SegmentedSpace, grace: float) -> None:
     if len(settled) == 1 and needed == deleted:
         return
     if needed:
-        space.publish_tombstone(needed)
+        space.tombstones.publish(needed)
     for name in settled:
-        space.place.remove(space.tombstone_name(name))
+        space.place.remove(space.tombstones.path(name))
 
 
 class _Ages:
@@ -146,7 +146,7 @@ class _Ages:
         return self._age(self._space.segment_name(name))
 
     def tombstone(self, name: str) -> float:
-        return self._age(self._space.tombstone_name(name))
+        return self._age(self._space.tombstones.path(name))
 
     def _age(self, name: str) -> float:
         if name not in self._known:

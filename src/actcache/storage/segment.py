@@ -17,6 +17,7 @@ from actcache.backend import Extent, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError, FormatVersionError
 from actcache.key import KEY_BYTES
 from actcache.ragged import VALUES, Lineage, check_offsets, names_from_array
+from actcache.storage.place import Place
 
 VERSION = 1
 
@@ -59,6 +60,12 @@ def sequence_of(name: str) -> int:
 
 def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
+
+
+def unique_names(place: Place, folder: str, suffix: str) -> list[str]:
+    """Return the names in a folder without their suffix, sorted; foreign names are not ours to read."""
+    names = place.names(folder)
+    return sorted(stem for name in names if name.endswith(suffix) and is_name(stem := name.removesuffix(suffix)))
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import GRACE_SECONDS, VALUES, Block, Compaction, SegmentFiles, SegmentFormat, SpaceDriver
+from actcache.backend import Block, Compaction, SegmentFiles, SegmentFormat, SpaceDriver
 from actcache.errors import DataError, FormatError, ReadOnlyError, SegmentGoneError, StoreError
-from actcache.storage import compactor, quarantine, tombstone
+from actcache.storage import compactor, quarantine
 from actcache.storage.files import translated
 from actcache.storage.folder import LocalSegment
 from actcache.storage.index import Table
 from actcache.storage.place import Place
-from actcache.storage.segment import Columns, Segment, is_name, metadata, new_name, sequence_of
+from actcache.storage.segment import Columns, Segment, metadata, new_name, sequence_of, unique_names
+from actcache.storage.small import SmallSegments
 from actcache.storage.snapshot import SegmentedSnapshot
+from actcache.storage.tombstone import LISTINGS, Tombstones
 from actcache.storage.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,6 @@ logger = logging.getLogger(__name__)
 #: A new index is written when what it does not cover is so many entries, or segments, and a quarter of what it covers.
 _UNCOVERED = 1 << 16
 _UNCOVERED_SEGMENTS = 64  # a segment takes a millisecond to open without an index
-_LISTINGS = 5  # while other processes replace what was listed
-_MERGED_AT_ONCE = 16  # small segments of one writer
-_SMALL_BYTES = 16 << 20  # of rows; larger ones are not worth writing twice
 
 #: Failures that are one segment's own; after others (too many open files, no memory, no network) none can be read.
 _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
@@ -57,12 +56,12 @@ class SegmentedSpace(SpaceDriver):
         self._base_name = ""
         self._indexed = True  # whether an index is looked at
         self._recent = Table.of_segments([])  # segments that the index does not cover
-        self._mine: dict[str, int] = {}  # segments that this object has made and not merged -> their tokens
+        self._small = SmallSegments(self)
+        self.tombstones = Tombstones(place, self.folder)
         # As of the last snapshot:
         self.listed: frozenset[str] = frozenset()  # readable segments
         self.replaced: frozenset[str] = frozenset()  # those of them that compacted ones replace
         self.damaged: dict[str, str] = {}  # segments that cannot be read, and why
-        self.tombstones: dict[str, dict[str, list[int]]] = {}  # name -> segment of birth -> deleted entries
         self._settled: set[str] = set()  # segments whose names this object has synced
         self._closed = False
         self._lock = threading.RLock()
@@ -72,8 +71,8 @@ class SegmentedSpace(SpaceDriver):
     def snapshot(self) -> SegmentedSnapshot:
         with self._lock, translated(f"cannot read {self._where}"):
             # Tombstones first: one that comes later names an entry of a segment that is listed below.
-            self.tombstones = self._read_tombstones()
-            for _ in range(_LISTINGS):
+            self.tombstones.refresh()
+            for _ in range(LISTINGS):
                 names = self._list("segments", self._format.suffix)
                 self._load_index()
                 damaged, gone = self._cover(names)
@@ -90,10 +89,7 @@ class SegmentedSpace(SpaceDriver):
                 np.array([self._number(s) if s.name in served else -1 for s in table.segments], np.int64)
                 for table in tables
             ]
-            dead: dict[str, set[int]] = {}
-            for deleted in self.tombstones.values():
-                for birth, entries in deleted.items():
-                    dead.setdefault(birth, set()).update(entries)
+            dead = self.tombstones.deleted()
             return SegmentedSnapshot(list(self._segments), tables, numbers, dead, self._rows, self._workers, damaged)
 
     def _tables(self) -> list[Table]:
@@ -115,9 +111,7 @@ class SegmentedSpace(SpaceDriver):
         return {name: entries for name, entries in found.items() if entries}
 
     def _list(self, kind: str, suffix: str) -> list[str]:
-        """Return the names in a folder without their suffix, sorted; foreign names are not ours to read."""
-        names = self.place.names(f"{self.folder}/{kind}")
-        return sorted(stem for name in names if name.endswith(suffix) and is_name(stem := name.removesuffix(suffix)))
+        return unique_names(self.place, f"{self.folder}/{kind}", suffix)
 
     def _number(self, segment: Segment) -> int:
         number = self._numbers.get(segment.name)
@@ -217,36 +211,13 @@ class SegmentedSpace(SpaceDriver):
             self.place.settle(f"{self.folder}/segments")
             self._settled.update(names)
 
-    def _read_tombstones(self) -> dict[str, dict[str, list[int]]]:
-        """Return what each tombstone deletes: name -> segment of birth -> numbers of entries."""
-        for _ in range(_LISTINGS):
-            names = self._list("tombstones", ".json")
-            found = {name: self._read_tombstone(name) for name in names}
-            if None not in found.values():
-                break  # else one was joined with others, in a new one that the listing may have missed
-        return {name: deleted for name, deleted in found.items() if deleted is not None}
-
-    def _read_tombstone(self, name: str) -> dict[str, list[int]] | None:
-        if name in self.tombstones:
-            return self.tombstones[name]
-        data = self.place.read(self.tombstone_name(name))
-        try:
-            return None if data is None else tombstone.loads(data)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            # Passing over it would serve deleted entries again.
-            raise FormatError(
-                f"{self.place.where}/{self.tombstone_name(name)} is damaged ({error}); "
-                "move it away to see its deletions undone"
-            ) from None
-
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def append(self, block: Block) -> None:
         self._check_writable()
         name = self.publish(block)
-        if block.columns[VALUES].nbytes < _SMALL_BYTES:
-            self._mine[name] = block.tokens
-        self._merge_mine()
+        with self._lock:
+            self._small.add(name, block.tokens)
         self._index_if_due()
 
     def publish(self, block: Block, verify: Callable[[Segment], None] | None = None) -> str:
@@ -274,14 +245,8 @@ class SegmentedSpace(SpaceDriver):
         count = int(snapshot.locate(keys).found.sum())
         deleted = snapshot.copies(keys)
         if deleted:
-            self.publish_tombstone(deleted)
+            self.tombstones.publish(deleted)
         return count
-
-    def publish_tombstone(self, deleted: Mapping[str, Collection[int]]) -> None:
-        """Delete entries, named by their births: segment -> numbers."""
-        name = new_name(1 + max(map(sequence_of, self._list("tombstones", ".json")), default=0))
-        data = tombstone.dumps({birth: sorted(entries) for birth, entries in deleted.items()})
-        self.place.publish_bytes(self.tombstone_name(name), data, replace=True)
 
     def compact(self, *, target_bytes: int, waste: float, grace: float) -> Compaction:
         self._check_writable()
@@ -306,24 +271,6 @@ class SegmentedSpace(SpaceDriver):
     def quarantined(self) -> list[str]:
         """Return the names of what lies in quarantine."""
         return self._list("quarantine", ".safetensors")
-
-    def _merge_mine(self) -> None:
-        """Merge small segments that this writer has made: sixteen of about one size into one.
-
-        A failure is only logged: what was published is safe, in more segments than it need be.
-        """
-        for tier in {_tier(tokens) for tokens in self._mine.values()}:
-            small = {name for name, tokens in self._mine.items() if _tier(tokens) == tier}
-            if len(small) < _MERGED_AT_ONCE:
-                continue
-            try:
-                with self._lock:
-                    compactor.merge_some(self, small)
-                    compactor.remove_replaced(self, GRACE_SECONDS)
-            except (StoreError, DataError, FileNotFoundError) as error:
-                logger.warning("could not merge small segments of %s: %s", self._where, error)
-            for name in small:
-                del self._mine[name]
 
     def _index_if_due(self, *, closing: bool = False) -> None:
         """Write an index when enough is not covered by one, so that all the writing stays linear in the entries.
@@ -367,9 +314,6 @@ class SegmentedSpace(SpaceDriver):
     def segment_name(self, name: str) -> str:
         return f"{self.folder}/segments/{name}{self._format.suffix}"
 
-    def tombstone_name(self, name: str) -> str:
-        return f"{self.folder}/tombstones/{name}.json"
-
     def open_segment(self, name: str, files: SegmentFiles | None = None) -> Segment:
         """Describe a segment by what itself says; see ``Segment.open``."""
         files = self._files_of(name) if files is None else files
@@ -384,8 +328,3 @@ class SegmentedSpace(SpaceDriver):
     def _check_writable(self) -> None:
         if not self._writable:
             raise ReadOnlyError(f"{self._where} was opened with mode='r'; open the store with mode='a' to write")
-
-
-def _tier(tokens: int) -> int:
-    """Return the order of magnitude of a segment, so that merging costs each row a few copies at most."""
-    return max(tokens, 1).bit_length() // 4

@@ -50,12 +50,12 @@ class Tombstones(Mapping[str, dict[str, list[int]]]):
         Raises:
             FormatError: one is damaged.
         """
-        before = self._known.keys()
+        before = set(self._known)
         for _ in range(LISTINGS):
             found = {name: self._read(name) for name in unique_names(self._place, self._folder, _SUFFIX)}
-            if None not in found.values() and before <= found.keys():
+            if None not in found.values() and before <= set(found):
                 break  # else one was joined with others, in a new one that the listing may have missed
-            before = found.keys()
+            before = set(found)
         self._known = {name: deleted for name, deleted in found.items() if deleted is not None}
 
     def deleted(self) -> dict[str, set[int]]:

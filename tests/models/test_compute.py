@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 
 import actcache
 from actcache import Recycler
-from actcache.errors import CanaryError, ReadOnlyError, UsageError
+from actcache.errors import CanaryError, NonFiniteError, ReadOnlyError, UsageError
 from actcache.models.record import LowerHalf
 
 TEXTS = [f"document {i} says " + "la " * (i % 13) + "." for i in range(40)]
@@ -145,3 +145,19 @@ def test_a_lower_half_that_was_trained_meanwhile_is_refused(store, model, tokeni
     with pytest.raises((actcache.errors.LowerHalfMismatchError, CanaryError)):
         list(reader)
     assert len(recycler.space) <= 20 + 8  # documents and canaries, nothing of the changed model
+
+
+def test_an_error_names_the_document(store, model, tokenizer, monkeypatch):
+    """By its position in the texts that the reader was given, not in the batch."""
+    run = LowerHalf.run
+
+    def spoiled(self: LowerHalf, ids: Any, *args: Any, **options: Any) -> Any:
+        found: Any = run(self, ids, *args, **options)
+        return [array * np.nan if len(one) == longest else array for one, array in zip(ids, found, strict=True)]
+
+    recycler = Recycler(model, tokenizer, layer=2, store=store)
+    texts = [*TEXTS[:20], "la " * 30]
+    longest = len(tokenizer(texts[20])["input_ids"])
+    monkeypatch.setattr(LowerHalf, "run", spoiled)
+    with pytest.raises(NonFiniteError, match="position 20 of the texts"):
+        list(recycler.reader(texts, batch_size=7, on_missing="compute"))

@@ -68,7 +68,7 @@ class Filler:
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
             try:
                 for chunk in _chunks(texts):
-                    work = self._missing(chunk, documents)
+                    work = self._missing(chunk, range(documents, documents + len(chunk)))
                     bar.advance(len(chunk) - len(work))
                     if work and not computed:
                         before_first()
@@ -81,19 +81,19 @@ class Filler:
                 self._space.flush()
         return FillReport(documents, documents - computed, computed, tokens, time.monotonic() - start)
 
-    def supply(self, texts: Sequence[Document], token_budget: int) -> None:
-        """Compute and put what is missing of a few documents, not flushed."""
-        for group in _groups(self._missing(list(texts), 0), _GROUP * token_budget):
+    def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
+        """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
+        for group in _groups(self._missing(list(texts), positions), _GROUP * token_budget):
             self._record(group, token_budget)
 
-    def _missing(self, chunk: list[Document], first: int) -> list[_Work]:
+    def _missing(self, chunk: list[Document], positions: Sequence[int]) -> list[_Work]:
         """Return what is to be computed, tokenized, each document once."""
-        keys, spec = document_keys(chunk, first), self._encoder.windows
+        keys, spec = document_keys(chunk, positions[0] if chunk else 0), self._encoder.windows
         places: dict[bytes, int] = {}
         for i, found in enumerate(find_entries(self._space, keys, spec)):
             if not found:
                 places.setdefault(keys[i], i)
-        positions = [first + i for i in places.values()]
+        positions = [positions[i] for i in places.values()]
         encoded = self._encoder.encode([chunk[i] for i in places.values()], positions)
         return [
             _Work(position, entry_keys(key, len(entries), spec), entries)

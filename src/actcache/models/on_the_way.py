@@ -44,4 +44,4 @@ class OnTheWay:
             self._prepared = True
         if corrupt:
             self._space.delete(corrupt)
-        self._filler.supply([self._texts[i] for i in positions], TOKEN_BUDGET)
+        self._filler.supply([self._texts[i] for i in positions], positions.tolist(), TOKEN_BUDGET)

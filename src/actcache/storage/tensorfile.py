@@ -21,7 +21,7 @@ from actcache.backend import Extent
 from actcache.errors import FormatError
 
 _ALIGN = 64
-_MAX_HEADER = 256 << 20
+_MAX_HEADER = 64 << 20  # JSON takes ten times as much memory as text
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

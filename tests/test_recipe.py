@@ -161,7 +161,6 @@ def test_json_round_trip():
         {"provenance": None},
         {"provenance": "text"},
     ],
-    ids=str,
 )
 def test_bad_fields(bad):
     with pytest.raises(RecipeError):

@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist worksteal --durations 12
 
 fuzz: $(READY)
 	$(BIN)/python -m pip install -q "atheris>=3"

@@ -324,3 +324,28 @@ def test_closing_while_threads_read(tmp_path):
 def test_a_mapping_that_is_refused_is_an_error_of_ours():
     with pytest.raises(StorageIOError, match="mapped=False"):
         Arena("<f4", (8,), reserve=1 << 60)._grow(1 << 62)
+
+
+@pytest.mark.parametrize("least", [0, 1 << 60])
+def test_long_entries_are_copied_and_short_ones_gathered(tmp_path, monkeypatch, least):
+    """Both ways give the same, whatever the entries' lengths."""
+    from actcache.storage import rows as module
+
+    make_store(tmp_path / "store", range(40), segments=5)
+    monkeypatch.setattr(module, "_LONG_BYTES", least)
+    rng = np.random.default_rng(1)
+    with actcache.open(tmp_path / "store", "r", mapped=True) as store, store.space(recipe()) as space:
+        for _ in range(30):
+            numbers = rng.integers(0, 45, 17).tolist()
+            lengths = [len(rows(n)) if n < 40 else 0 for n in numbers]
+            packed, padded = np.full((200, HIDDEN), 7, np.float32), np.full((17, 11, HIDDEN), 7, np.float32)
+            for out in (packed, padded):
+                assert space.read_into([key(n) for n in numbers], out).lengths.tolist() == lengths
+            begin = 0
+            for i, (n, length) in enumerate(zip(numbers, lengths, strict=True)):
+                expected = rows(n)[:length]
+                np.testing.assert_array_equal(packed[begin : begin + length], expected)
+                np.testing.assert_array_equal(padded[i, :length], expected)
+                assert not padded[i, length:].any()
+                begin += length
+            assert (packed[begin:] == 7).all()

@@ -35,6 +35,7 @@ def reading(where: str) -> Iterator[None]:
 
 
 _NONE = np.empty(0, np.int64)
+_LONG_BYTES = 64 << 10  # of an entry, on average, from which on copying it beats gathering its rows
 
 
 class RowSource(ABC):
@@ -118,6 +119,8 @@ class MappedRows(RowSource):
         width: int | None,
     ) -> Callable[[int, int], None]:
         arena, firsts = self._first_rows(column, segments)
+        if int(lengths.sum()) * arena.row_bytes > _LONG_BYTES * len(lengths):
+            return _copying(arena.rows(), (firsts + starts).tolist(), lengths.tolist(), out, width)
         # All planning is done here, once a batch: what a thread does for a chunk is one native call.
         rows, source = row_indices(firsts + starts, lengths, width), arena.rows()
         ends = offsets_of(lengths) if width is None else np.arange(len(lengths) + 1) * width
@@ -143,6 +146,22 @@ class MappedRows(RowSource):
     def close(self) -> None:
         with self._lock:
             self._columns.clear()
+
+
+def _copying(
+    source: NDArray[np.generic], starts: list[int], lengths: list[int], out: NDArray[np.generic], width: int | None
+) -> Callable[[int, int], None]:
+    """Return a function like ``plan``'s for long entries, each of which is one copy: faster than row by row."""
+    begins = offsets_of(np.array(lengths)).tolist() if width is None else [i * width for i in range(len(lengths) + 1)]
+
+    def read(first: int, last: int) -> None:
+        for i in range(first, last):
+            begin, end = begins[i], begins[i] + lengths[i]
+            out[begin:end] = source[starts[i] : starts[i] + lengths[i]]
+            if width is not None:
+                out[end : begins[i + 1]] = 0
+
+    return read
 
 
 class ReadRows(RowSource):

@@ -23,6 +23,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import actcache
+from actcache.reader import Reader
 from bench.corpus import Corpus, Documents
 from bench.rounds import Spread
 from bench.shapes import SHAPES
@@ -85,34 +87,45 @@ def main() -> None:
 
 
 def measure(corpus: Corpus, options: argparse.Namespace, mode: str, seconds: float) -> None:
-    space = corpus.open(options.backend)
-    readers = {
-        depth: space.reader(corpus.keys, batch_size=corpus.shape.batch, shuffle=True, depth=depth)
-        for depth in (options.depth, 0)
-    }
+    spaces: dict[str, actcache.Space] = {}
+    readers: dict[str, Reader] = {}
 
-    def reading(depth: int) -> Callable[[int], Iterable[Any]]:
+    def renew() -> None:
+        """Open everything anew, cold: what a mapping has touched is not dropped from the page cache."""
+        for space in spaces.values():
+            space.close()
+        readers.clear()
+        drop_caches()
+        for name, depth in (("ahead", options.depth), ("plain", 0), ("io", options.depth)):
+            spaces[name] = corpus.open(options.backend)
+            readers[name] = spaces[name].reader(corpus.keys, batch_size=corpus.shape.batch, shuffle=True, depth=depth)
+
+    def reading(name: str) -> Callable[[int], Iterable[Any]]:
         def batches(epoch: int) -> Iterable[Any]:
-            readers[depth].set_epoch(epoch)
-            return readers[depth]
+            readers[name].set_epoch(epoch)
+            return readers[name]
 
         return batches
 
-    kept = [batch for _, batch in zip(range(8), readers[0], strict=False)]
-    count = len(readers[0])
+    renew()
+    kept = [batch for _, batch in zip(range(8), readers["plain"], strict=False)]
+    count = len(readers["plain"])
+    verdicts: list[str] = []
     loops = {
         "memory": Loop("in memory", lambda epoch: (kept[i % len(kept)] for i in range(count))),
-        "ahead": Loop("reader", reading(options.depth)),
-        "plain": Loop("reader, no prefetch", reading(0)),
-        "io": Loop("reading alone", reading(options.depth)),
+        "ahead": Loop("reader", reading("ahead")),
+        "plain": Loop("reader, no prefetch", reading("plain")),
+        "io": Loop("reading alone", reading("io")),
     }
     rounds = max(options.rounds, -(-200 // count))
     for number in range(-1, rounds):
         for name in np.random.default_rng(number + 1).permutation(list(loops)).tolist():
-            if mode == "cold":
-                drop_caches()
+            if mode == "cold" and name != "memory":
+                renew()
             loop = loops[name]
             loop.run(number + 1, 0.0 if name == "io" else seconds)
+            if name == "ahead":
+                verdicts.append(readers["ahead"].stats().verdict())
             if number < 0:  # the first round warms up
                 loop.walls.clear(), loop.steps.clear(), loop.firsts.clear()
     bound = np.maximum(loops["ahead"].steps, loops["io"].walls) + np.array(loops["ahead"].firsts)
@@ -128,8 +141,9 @@ def measure(corpus: Corpus, options: argparse.Namespace, mode: str, seconds: flo
             str(Spread.of(walls / np.array(loops["memory"].walls))) if name in ("ahead", "plain") else "",
         )
     console.print(table)
-    console.print(readers[options.depth].stats().verdict())
-    space.close()
+    console.print(verdicts[-1])
+    for space in spaces.values():
+        space.close()
 
 
 if __name__ == "__main__":

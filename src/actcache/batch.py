@@ -11,8 +11,22 @@ from numpy.typing import NDArray
 from actcache.key import key_list
 
 
+class _Keyed:
+    """What both layouts have: which entries they hold."""
+
+    key_array: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.key_array)
+
+    @property
+    def keys(self) -> list[bytes]:
+        """The keys of the entries."""
+        return key_list(self.key_array)
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(_Keyed):
     """Some documents' activations, padded to the longest of them.
 
     Torch tensors where the reader has a device, NumPy arrays where it has none.
@@ -26,14 +40,6 @@ class Batch:
     documents: Any  # [B] int64 positions in what the reader was given
     labels: Any = None  # [B, ...], or None
 
-    def __len__(self) -> int:
-        return len(self.key_array)
-
-    @property
-    def keys(self) -> list[bytes]:
-        """The keys of the entries."""
-        return key_list(self.key_array)
-
     def model_inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of a reduced model's ``forward``."""
         inputs = {
@@ -46,7 +52,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(_Keyed):
     """Some documents' activations one after another, without padding: what attention over variable lengths takes.
 
     Torch tensors where the reader has a device, NumPy arrays where it has none.
@@ -60,11 +66,3 @@ class PackedBatch:
     key_array: NDArray[np.uint8]  # [B, 32], of the entries
     documents: Any  # [B] int64 positions in what the reader was given
     labels: Any = None  # [B, ...], or None
-
-    def __len__(self) -> int:
-        return len(self.key_array)
-
-    @property
-    def keys(self) -> list[bytes]:
-        """The keys of the entries."""
-        return key_list(self.key_array)

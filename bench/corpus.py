@@ -40,7 +40,7 @@ class Corpus:
     Args:
         urls: of the stores to make, by name.
         options: of all of them.
-        flat: also written there are the rows, and nothing else.
+        flat: also written there are the rows, and one of zeros behind them.
     """
 
     def __init__(
@@ -52,7 +52,9 @@ class Corpus:
         self._options = options
         self._recipe = documents.recipe
         if flat is not None:
-            documents.rows.tofile(flat)
+            with flat.open("wb") as file:
+                documents.rows.tofile(file)
+                file.write(bytes(documents.shape.row_bytes))
         for url in self.urls.values():
             with actcache.open(url, **options) as store, store.space(self._recipe) as space:
                 documents.put(space)

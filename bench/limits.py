@@ -1,7 +1,8 @@
 """What the machine itself can do with the same rows: the limits that storage is held against.
 
 Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``preadv``, NumPy ``take``, each at one
-and more threads, into the same reused buffer. Cold: direct reads of the same extents, 8 and 16 at a time.
+and more threads, into the same reused buffer, packed or padded with zeros. Cold: direct reads of the same extents, 8
+and 16 at a time.
 
 One coalesced read is what the same number of bytes costs that lie side by side: warm, one copy of the stretch; cold,
 direct reads of it in large pieces.
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,24 +32,26 @@ class FlatFile:
     """All rows in one file, and the ways to read a batch of documents from it.
 
     Args:
-        path: raw rows.
+        path: raw rows, and a last one of zeros, which belongs to no document.
         lengths: of the documents, in the order of the file.
         hidden: columns, float16.
-        out: ``[rows, hidden]``, the reused buffer.
+        outs: ``[rows, hidden]`` each, the reused buffers, which take turns batch by batch.
     """
 
-    def __init__(self, path: Path, lengths: np.ndarray, hidden: int, out: np.ndarray, threads: int) -> None:
+    def __init__(self, path: Path, lengths: np.ndarray, hidden: int, outs: list[np.ndarray], threads: int) -> None:
         self._starts = offsets_of(lengths)
         self._lengths = lengths
         self._row_bytes = hidden * 2
-        self._out = out
+        self._outs = [(out, torch.from_numpy(out)) for out in outs]
+        self._turn()
         self._threads = threads
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
         self._rows = np.memmap(path, np.float16, "c").reshape(-1, hidden)
-        self._tensor, self._out_tensor = torch.from_numpy(self._rows), torch.from_numpy(out)
+        self._tensor = torch.from_numpy(self._rows)
         self._pool = ThreadPoolExecutor(16)
+        self._aligned = threading.local()  # one buffer a thread for direct reads, which is used again
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -55,17 +59,32 @@ class FlatFile:
         os.close(self._direct)
         del self._tensor, self._rows
 
-    def warm(self) -> dict[str, Callable[[np.ndarray], None]]:
-        """Return the contestants; each reads the documents of a batch, given by position."""
-        ways: dict[str, Callable[[np.ndarray], None]] = {"index_select": self._index_select}
+    def _turn(self) -> None:
+        """Have the next batch go into the next buffer."""
+        self._outs.append(self._outs.pop(0))
+        self._out, self._out_tensor = self._outs[0]
+
+    def document(self, position: int) -> np.ndarray:
+        """Return a document's rows."""
+        return self._rows[self._starts[position] :][: self._lengths[position]]
+
+    def warm(self, *, padded: bool = False) -> dict[str, Callable[[np.ndarray], None]]:
+        """Return the contestants; each reads the documents of a batch, given by position.
+
+        Args:
+            padded: whether each document takes up the rows of the longest of its batch, zeros behind its own.
+        """
+        ways: dict[str, Callable[[np.ndarray], None]] = {}
+        ways["index_select"] = self._spread(self._index_select, 1, padded)
         for threads in sorted({1, self._threads}):
-            ways[f"memcpy x{threads}"] = self._spread(self._memcpy, threads)
-            ways[f"preadv x{threads}"] = self._spread(self._preadv, threads)
-            ways[f"take x{threads}"] = self._spread(self._take, threads)
+            ways[f"memcpy x{threads}"] = self._spread(self._memcpy, threads, padded)
+            ways[f"preadv x{threads}"] = self._spread(self._preadv, threads, padded)
+            ways[f"take x{threads}"] = self._spread(self._take, threads, padded)
         return ways
 
     def cold(self) -> dict[str, Callable[[np.ndarray], None]]:
-        return {f"direct x{depth}": self._spread(self._direct_reads, depth) for depth in (8, 16)}
+        """Return the contestants; each reads any number of documents without a pause in between."""
+        return {f"direct x{depth}": self._stream(depth) for depth in (8, 16)}
 
     def coalesced_warm(self) -> dict[str, Callable[[np.ndarray], None]]:
         """Return the ways to read as many bytes as a batch has, from one place."""
@@ -81,6 +100,7 @@ class FlatFile:
     def hash_passes(self, which: np.ndarray) -> dict[str, Callable[[], None]]:
         """Return one xxh3 pass over the bytes of a batch, on one thread and shared by all."""
         nbytes = int(self._lengths[which].sum()) * self._row_bytes
+        self._turn()
         data = self._out.reshape(-1).view(np.uint8).data[:nbytes]
 
         def shared() -> None:
@@ -89,15 +109,42 @@ class FlatFile:
 
         return {"one": lambda: (xxhash.xxh3_64_intdigest(data), None)[1], "shared": shared}
 
-    def _spread(self, part: Callable[[np.ndarray, int], None], threads: int) -> Callable[[np.ndarray], None]:
+    def _spread(
+        self, part: Callable[[np.ndarray, np.ndarray], None], threads: int, padded: bool
+    ) -> Callable[[np.ndarray], None]:
+        """Have each thread bring its part of a batch: ``part(documents, bounds of the rows of each in the buffer)``."""
+
         def read(which: np.ndarray) -> None:
-            offsets = offsets_of(self._lengths[which])
+            self._turn()
+            lengths = self._lengths[which]
+            bounds = offsets_of(np.full(len(which), lengths.max()) if padded else lengths)
             cuts = [len(which) * i // threads for i in range(threads + 1)]
             if threads == 1:
-                part(which, 0)
+                part(which, bounds)
             else:
                 jobs = range(threads)
-                list(self._pool.map(lambda i: part(which[cuts[i] : cuts[i + 1]], int(offsets[cuts[i]])), jobs))
+                parts = [slice(cuts[i], cuts[i + 1]) for i in jobs]
+                list(self._pool.map(lambda i: part(which[parts[i]], bounds[cuts[i] : cuts[i + 1] + 1]), jobs))
+
+        return read
+
+    def _stream(self, depth: int) -> Callable[[np.ndarray], None]:
+        """Have ``depth`` threads read, each the next few documents when it is done with some."""
+
+        def read(which: np.ndarray) -> None:
+            few = max(1, int(_PIECE / (self._lengths[which].mean() * self._row_bytes)))
+            parts = deque(which[i : i + few] for i in range(0, len(which), few))
+
+            def work() -> None:
+                while True:
+                    try:
+                        some = parts.popleft()
+                    except IndexError:
+                        return
+                    self._direct_reads(some)
+
+            for future in [self._pool.submit(work) for _ in range(depth)]:
+                future.result()
 
         return read
 
@@ -125,43 +172,51 @@ class FlatFile:
 
     def _direct_stretch(self, first: int, last: int, at: int) -> None:
         begin, end = first * self._row_bytes // _PAGE * _PAGE, last * self._row_bytes
-        with _aligned(_PIECE) as buffer:
-            for offset in range(begin, end, _PIECE):
-                os.preadv(self._direct, [buffer[: -(-min(_PIECE, end - offset) // _PAGE) * _PAGE]], offset)
+        for offset in range(begin, end, _PIECE):
+            self._direct_read(offset, min(offset + _PIECE, end))
 
-    def _index_select(self, which: np.ndarray) -> None:
-        rows = torch.from_numpy(row_indices(self._starts[which], self._lengths[which], None))
-        torch.index_select(self._tensor, 0, rows, out=self._out_tensor[: len(rows)])
-
-    def _take(self, which: np.ndarray, at: int) -> None:
-        rows = row_indices(self._starts[which], self._lengths[which], None)
-        np.take(self._rows, rows, axis=0, out=self._out[at : at + len(rows)], mode="clip")
-
-    def _extents(self, which: np.ndarray, at: int) -> Iterator[tuple[int, int, int]]:
+    def _direct_reads(self, which: np.ndarray) -> None:
         for start, length in zip(self._starts[which].tolist(), self._lengths[which].tolist(), strict=True):
-            yield start, length, at
-            at += length
+            self._direct_read(start * self._row_bytes, (start + length) * self._row_bytes)
 
-    def _memcpy(self, which: np.ndarray, at: int) -> None:
-        for start, length, begin in self._extents(which, at):
+    def _direct_read(self, begin: int, end: int) -> None:
+        """Read the pages of some bytes into memory of this thread."""
+        begin, end = begin // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE
+        buffer = getattr(self._aligned, "buffer", None)
+        if buffer is None or len(buffer) < end - begin:
+            self._aligned.buffer = buffer = memoryview(mmap.mmap(-1, max(2 * _PIECE, end - begin)))
+        os.preadv(self._direct, [buffer[: end - begin]], begin)
+
+    def _index_select(self, which: np.ndarray, bounds: np.ndarray) -> None:
+        rows = self._source_rows(which, bounds)
+        torch.index_select(self._tensor, 0, torch.from_numpy(rows), out=self._out_tensor[: len(rows)])
+
+    def _take(self, which: np.ndarray, bounds: np.ndarray) -> None:
+        rows = self._source_rows(which, bounds)
+        np.take(self._rows, rows, axis=0, out=self._out[bounds[0] : bounds[-1]], mode="clip")
+
+    def _source_rows(self, which: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """Return the row of the file for each row of the buffer."""
+        starts, lengths = self._starts[which], self._lengths[which]
+        if int(bounds[-1] - bounds[0]) == int(lengths.sum()):
+            return row_indices(starts, lengths, None)
+        column = np.arange(bounds[1] - bounds[0])
+        return np.where(column < lengths[:, None], starts[:, None] + column, len(self._rows) - 1).reshape(-1)
+
+    def _extents(self, which: np.ndarray, bounds: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+        starts, lengths, begins = self._starts[which].tolist(), self._lengths[which].tolist(), bounds.tolist()
+        return zip(starts, lengths, begins[:-1], begins[1:], strict=True)
+
+    def _memcpy(self, which: np.ndarray, bounds: np.ndarray) -> None:
+        for start, length, begin, end in self._extents(which, bounds):
             self._out[begin : begin + length] = self._rows[start : start + length]
+            if begin + length < end:
+                self._out[begin + length : end] = 0
 
-    def _preadv(self, which: np.ndarray, at: int) -> None:
+    def _preadv(self, which: np.ndarray, bounds: np.ndarray) -> None:
         data = self._out.reshape(-1).view(np.uint8).data
         size = self._row_bytes
-        for start, length, begin in self._extents(which, at):
+        for start, length, begin, end in self._extents(which, bounds):
             os.preadv(self._descriptor, [data[begin * size : (begin + length) * size]], start * size)
-
-    def _direct_reads(self, which: np.ndarray, at: int) -> None:
-        longest = int(self._lengths.max()) * self._row_bytes + 2 * _PAGE
-        with _aligned(longest) as buffer:
-            for start, length, _ in self._extents(which, at):
-                begin, end = start * self._row_bytes, (start + length) * self._row_bytes
-                first = begin // _PAGE * _PAGE
-                os.preadv(self._direct, [buffer[: -(-(end - first) // _PAGE) * _PAGE]], first)
-
-
-@contextmanager
-def _aligned(nbytes: int) -> Iterator[memoryview]:
-    with mmap.mmap(-1, nbytes) as area, memoryview(area) as view:
-        yield view
+            if begin + length < end:
+                self._out[begin + length : end] = 0

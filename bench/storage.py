@@ -80,7 +80,7 @@ def _flat(folder: Path) -> Path:
 
 def warm(corpus: Corpus, folder: Path, count: int, batches: int) -> None:
     out, turns = corpus.buffer(), corpus.turns(count, batches)
-    flat = FlatFile(_flat(folder), corpus.lengths, corpus.shape.hidden, out, available_cpus())
+    flat = FlatFile(_flat(folder), corpus.lengths, corpus.shape.hidden, [out], available_cpus())
     contestants: dict[str, Callable[[int], float]] = {}
     for name, read in (flat.warm() | flat.coalesced_warm()).items():
         contestants[name] = lambda turn, read=read: _each(turns[turn], read)
@@ -102,8 +102,8 @@ def warm(corpus: Corpus, folder: Path, count: int, batches: int) -> None:
         for space in spaces.values():
             space.read_into(corpus.keys[which], out)
     seconds = rounds.run(contestants, count)
-    raw, together = _fastest(flat.warm(), seconds), _fastest(flat.coalesced_warm(), seconds)
-    digest = _fastest(("xxh3 one", "xxh3 shared"), seconds)
+    raw, together = fastest(flat.warm(), seconds), fastest(flat.coalesced_warm(), seconds)
+    digest = fastest(("xxh3 one", "xxh3 shared"), seconds)
     unchecked = seconds[raw], seconds[together]
     checked = seconds[raw] + seconds[digest], seconds[together] + seconds[digest]
     rows: list[Row] = [(name, seconds[name], None) for name in (*flat.warm(), *flat.coalesced_warm())]
@@ -121,19 +121,21 @@ def warm(corpus: Corpus, folder: Path, count: int, batches: int) -> None:
 
 def cold(corpus: Corpus, folder: Path, count: int, batches: int) -> None:
     out, turns = corpus.buffer(), corpus.turns(count, batches)
-    flat = FlatFile(_flat(folder), corpus.lengths, corpus.shape.hidden, out, available_cpus())
+    flat = FlatFile(_flat(folder), corpus.lengths, corpus.shape.hidden, [out], available_cpus())
     contestants: dict[str, Callable[[int], float]] = {}
-    for name, read in (flat.cold() | flat.coalesced_cold()).items():
+    for name, read in flat.cold().items():  # all of a turn in one go: batches would have the disk wait in between
+        contestants[name] = lambda turn, read=read: _each([np.concatenate(turns[turn])], read)
+    for name, read in flat.coalesced_cold().items():
         contestants[name] = lambda turn, read=read: _each(turns[turn], read)
     for name in corpus.urls:
         contestants[name] = lambda turn, name=name: _cold_turn(corpus, name, turns[turn], out)
 
     def before() -> None:
-        _refuse_mappings([folder / name for name in corpus.urls])
+        refuse_mappings([folder / name for name in corpus.urls])
         drop_caches()
 
     seconds = rounds.run(contestants, count, before=before)
-    raw, together = _fastest(flat.cold(), seconds), _fastest(flat.coalesced_cold(), seconds)
+    raw, together = fastest(flat.cold(), seconds), fastest(flat.coalesced_cold(), seconds)
     limits = seconds[raw], seconds[together]
     rows: list[Row] = [(name, seconds[name], None) for name in (*flat.cold(), *flat.coalesced_cold())]
     rows += [(f"the limit: {raw}", limits[0], None), (f"one coalesced read: {together}", limits[1], None)]
@@ -159,7 +161,8 @@ def _each(turn: list[np.ndarray], read: Callable[[np.ndarray], object]) -> float
     return 0.0
 
 
-def _fastest(names: Iterable[str], seconds: dict[str, np.ndarray]) -> str:
+def fastest(names: Iterable[str], seconds: dict[str, np.ndarray]) -> str:
+    """Return which contestant has the least median."""
     return min(names, key=lambda name: float(np.median(seconds[name])))
 
 
@@ -169,7 +172,7 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def _refuse_mappings(folders: list[Path]) -> None:
+def refuse_mappings(folders: list[Path]) -> None:
     """Make sure that nothing of a store is still mapped, which would keep its pages in memory."""
     mapped = Path("/proc/self/maps").read_text()
     kept = [str(folder) for folder in folders if f"{folder}/" in mapped]

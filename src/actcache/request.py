@@ -51,6 +51,7 @@ class Request:
 
     Attributes:
         lengths: ``[n]`` int64 tokens of each entry, 0 where it is absent.
+        located: where the published copies lie.
     """
 
     def __init__(
@@ -64,14 +65,21 @@ class Request:
             found = ((i, writer.rows(key)) for i, key in enumerate(key_list(keys)))
             self._pending = {i: rows for i, rows in found if rows is not None}
         self._snapshot = snapshot()
-        self._located = self._snapshot.locate(keys)
-        self.lengths = self._located.tokens.copy()
+        self.located = self._snapshot.locate(keys)
+        self.lengths = self.located.tokens.copy()
         for i, rows in self._pending.items():
             self.lengths[i] = len(rows[VALUES])
 
+    @property
+    def checksums(self) -> NDArray[np.uint64]:
+        """Each entry's checksum, ``[n]``, 0 where it is absent or not published yet."""
+        checksums = self.located.checksums.copy()
+        checksums[list(self._pending)] = 0
+        return checksums
+
     def has(self, column: str) -> NDArray[np.bool_]:
         """Return which entries have a ragged array, ``[n]``."""
-        has = self._snapshot.has(column, self._located)
+        has = self._snapshot.has(column, self.located)
         for i, rows in self._pending.items():
             has[i] = column in rows
         return has
@@ -114,7 +122,7 @@ class Request:
 
     def _gather(self, first: int, last: int, out: Rows, width: int | None, verify: bool) -> list[int]:
         """Gather the entries first..last-1, which the snapshot has; return which are corrupt."""
-        located = self._located[first:last]
+        located = self.located[first:last]
         starts = offsets_of(located.tokens if width is None else np.full(last - first, width, np.int64))
         try:
             corrupt = self._gather_checked(first, located, out, width, starts, verify)
@@ -170,7 +178,7 @@ class Request:
         """Return the optional arrays of entry ``i``, and whether they are intact."""
         if i in self._pending:
             return {name: rows for name, rows in self._pending[i].items() if name in EXTRAS}, True
-        located = self._located[i : i + 1]
+        located = self.located[i : i + 1]
         names: Sequence[str] = [name for name in sorted(EXTRAS) if self._snapshot.has(name, located)[0]]
         out: Rows = {n: np.empty((int(self.lengths[i]), *EXTRAS[n][1]), EXTRAS[n][0]) for n in names}
         return out, not names or not self._gather(i, i + 1, out, None, True)

@@ -227,6 +227,10 @@ class Space(Maintained):
         """Return which entries have a ragged array (``token_ids``, ``spans``, ``word_ids``, ``type_ids``), ``[n]``."""
         return self._request(key_array(keys)).has(column)
 
+    def checksums(self, keys: Keys) -> NDArray[np.uint64]:
+        """Return each entry's checksum, ``[n]``: other contents have another; 0 where it is absent or not published."""
+        return self._request(key_array(keys)).checksums
+
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Return which keys are there, ``[n]``."""
         return self.lengths(keys) > 0
@@ -297,7 +301,7 @@ class Space(Maintained):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return reopen, (self._store, self.recipe)
+        return self._store.space, (self.recipe,)  # what travels is the store's URL and the recipe, never a handle
 
     def __repr__(self) -> str:
         return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
@@ -342,8 +346,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def reopen(store: Store, recipe: Recipe) -> Space:
-    """Rebuild a pickled space: what travels is the store's URL and the recipe, never a handle."""
-    return store.space(recipe)

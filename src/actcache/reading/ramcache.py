@@ -72,6 +72,9 @@ class RamCache:
         held = self._find(key_list(key_array(keys)))[1]
         return np.where(held > 0, held, self._source.lengths(keys))
 
+    def checksums(self, keys: Keys) -> NDArray[np.uint64]:
+        return self._source.checksums(keys)
+
     def read_ahead(self, keys: Keys) -> None:
         wanted = key_array(keys)
         absent = self._find(key_list(wanted))[1] == 0

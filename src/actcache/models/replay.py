@@ -10,8 +10,7 @@ import copy
 import functools
 import inspect
 import logging
-import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,6 +18,8 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, ShapeError, UnsupportedModelError
 from actcache.models.family import Family, base_model_of, family_of
+from actcache.models.shipping import Shipped
+from actcache.models.standins import BiasPassThrough, Embeddings, NoConvolution, PassThrough, handed
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _DROPPED = (
     "inputs_embeds",
     "past_key_values",
     "use_cache",
+    "encoder_outputs",
 )
 _CAPTURED = ("hidden_states", "attentions", "cross_attentions")
 
@@ -39,12 +41,14 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     """Return a copy of a task model that starts at layer ``layer + 1`` from stored rows. The task model is untouched.
 
     The copy has the task model's own outputs. Its ``forward`` takes ``activations`` [batch, tokens, hidden] in any
-    floating point dtype, ``token_ids`` and ``attention_mask`` [batch, tokens], padded on the right, and by name what
+    floating point dtype, ``token_ids`` and ``attention_mask`` [batch, tokens], padded on either side, and by name what
     else the task model takes (``labels``, ...). Its ``state_dict`` holds the upper layers and the head, under the task
-    model's names. Hidden states and attentions of the lower half are None in its outputs. Gradient checkpointing must
-    be the non-reentrant kind.
+    model's names. Hidden states and attentions of the lower half are None in its outputs, and there is no key-value
+    cache. Gradient checkpointing must be the non-reentrant kind.
 
-    A head that is tied to the word embeddings gets its own copy of the matrix, which training then changes on its own.
+    What both halves share is told of in one warning: a head that is tied to the word embeddings gets its own copy of
+    the matrix, which training then changes on its own; relative position biases and tables that layers of both halves
+    use are there, but frozen.
 
     Args:
         layer: the rows are the output of this layer, 1-based.
@@ -52,7 +56,7 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
 
     Raises:
         LayerError: ``layer`` is not in 1..N-1.
-        UnsupportedModelError: the model's family is not known, or it is a decoder.
+        UnsupportedModelError: the model's family is not known, or it is a BERT-like model configured as a decoder.
     """
     base = base_model_of(task_model)
     family = family or family_of(base)
@@ -64,98 +68,86 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
             f"{type(task_model).__name__} is configured as a decoder, whose key-value cache replay does not support; "
             "load it with is_decoder=False"
         )
-    layers = family.layers_of(base)
-    like = next(parameter for parameter in layers[layer].parameters() if parameter.is_floating_point())
+    lower = family.lower_of(base, layer)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
-    memo: dict[int, Any] = {
-        id(module): _Embeddings(base.config.hidden_size, like) for module in family.embeddings_of(base).values()
-    }
-    memo |= {id(layers[i]): _PassThrough(family.tuple_arity) for i in range(layer)}
-    reduced = copy.deepcopy(task_model, memo)
+    reduced = copy.deepcopy(task_model, _stand_ins(task_model, base, family, layer))
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
     reduced.__dict__["actcache_family"], reduced.__dict__["actcache_layer"] = family, layer
-    base_model_of(reduced).register_forward_hook(functools.partial(_mark_absent, layer=layer))
-    _untie(task_model, reduced, family.lower_of(base, layer))
+    for module in reduced.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False  # it would hold nothing of the lower half
+    stack = family.stack_of(base_model_of(reduced))
+    collects = not getattr(type(stack), "_can_record_outputs", None)  # its own code does, over all layers
+    stack.register_forward_hook(functools.partial(_mark_absent, layer=layer, all_layers=collects))
+    notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
+    if notes:
+        logger.warning("both halves of %s use %s", type(task_model).__name__, "; ".join(notes))
     return reduced
 
 
-class _Embeddings(nn.Module):
-    """Stands where the embeddings stood and has no weights: returns zeros ``[batch, tokens, hidden]``."""
-
-    zero: torch.Tensor
-
-    def __init__(self, hidden_size: int, like: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.register_buffer("zero", torch.zeros((), dtype=like.dtype, device=like.device), persistent=False)
-
-    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.ndim != 2:
-            raise ShapeError(f"token_ids do not fit the model, which takes [batch, tokens]: {list(input_ids.shape)}")
-        return self.zero.expand(*input_ids.shape, self.hidden_size)
-
-    @property
-    def word_embeddings(self) -> nn.Module:
-        # where get_input_embeddings() looks
-        return self
-
-
-class _Handed(threading.local):
-    """The rows of the forward that is running in this thread, and the pass-through that takes them.
-
-    Not the module's state, which threads that use one model at once would share: one would get the other's rows.
-    """
-
-    def __init__(self) -> None:  # in each thread
-        self.rows: torch.Tensor | None = None
-        self.to: nn.Module | None = None
+def _stand_ins(task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int) -> dict[int, Any]:
+    """Return what stands for each part of the lower half, by the part's id."""
+    layers = family.layers_of(base)
+    like = next(parameter for parameter in layers[layer].parameters() if parameter.is_floating_point())
+    matrix = None
+    if any(hasattr(task_model, name) for name in family.matrix_readers):
+        matrix = _matrix(base)
+    hidden_size = base.config.hidden_size
+    stand_ins: dict[int, Any] = {
+        id(module): Embeddings(hidden_size, like, matrix) for module in family.embeddings_of(base).values()
+    }
+    stand_ins |= {id(module): Embeddings(hidden_size, like) for module in family.alias_of(base).values()}
+    stand_ins |= {id(module): NoConvolution() for module in family.convolution_of(base).values()}
+    for i in range(layer):
+        stand_ins[id(layers[i])] = (
+            PassThrough(layers[i], family.tuple_arity)
+            if family.relative_bias is None
+            else BiasPassThrough(layers[i], family.tuple_arity or 2, family.relative_bias if i == 0 else None)
+        )
+    return stand_ins
 
 
-_handed = _Handed()
+def _matrix(base: PreTrainedModel) -> tuple[str, nn.Module]:
+    words = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is words)
+    return name.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
 
 
-class _PassThrough(nn.Module):
-    """Stands where a layer of the lower half stood: returns its input, or the rows that were put in."""
-
-    def __init__(self, tuple_arity: int | None) -> None:
-        super().__init__()
-        self.tuple_arity = tuple_arity
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rows = _handed.rows
-        if rows is not None and _handed.to is self:
-            if rows.shape != hidden.shape:
-                raise ShapeError(
-                    f"activations {list(rows.shape)} do not fit the model, which expects {list(hidden.shape)}"
-                )
-            hidden = rows.to(hidden.dtype)
-        return hidden if self.tuple_arity is None else (hidden, *[None] * (self.tuple_arity - 1))
-
-
-class _Reduced:
+class _Reduced(Shipped):
     """What a reduced model adds to its task class. As thread-safe as the task class's own forward."""
 
     main_input_name = "token_ids"
 
     def _replay(self, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
-        layers = self.actcache_family.layers_of(base_model_of(self))  # type: ignore[attr-defined,arg-type]
-        hidden_size = self.config.hidden_size  # type: ignore[attr-defined]
-        _check_inputs(activations, token_ids, attention_mask, hidden_size)
-        _check_options(self, layers, kwargs)
-        last = layers[self.actcache_layer - 1]  # type: ignore[attr-defined]
+        family: Family = self.actcache_family  # type: ignore[attr-defined]
+        config: Any = self.config  # type: ignore[attr-defined]
+        last = family.layers_of(base_model_of(self))[self.actcache_layer - 1]  # type: ignore[attr-defined,arg-type]
+        _check_inputs(activations, token_ids, attention_mask, config.hidden_size)
+        _check_options(self, kwargs)
+        if attention_mask is not None:
+            padding = getattr(config, "pad_token_id", None)
+            if padding is not None:  # heads of decoders look for the last token that is another
+                token_ids = token_ids.masked_fill(attention_mask == 0, padding)
+            if family.positions_in_layers:  # each document's own, wherever its padding is
+                kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
-        before = _handed.rows, _handed.to
-        _handed.rows, _handed.to = activations.flatten(0, -3), last
+        before = handed.rows, handed.to
+        handed.rows, handed.to = activations.flatten(0, -3), last
         try:
             return forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
         finally:
-            _handed.rows, _handed.to = before
+            handed.rows, handed.to = before
+
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ModelError(
+            "a reduced model cannot generate: new tokens have no stored activations. Put its weights back into the "
+            "full task model, and generate with that"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class has no importable name
-        return _new_reduced, (type(self).__mro__[2],), self.__dict__
+        return _new_reduced, (type(self).__bases__[1],), self.__dict__
 
 
 @functools.cache
@@ -213,14 +205,14 @@ def _check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_
             )
 
 
-def _check_options(model: Any, layers: nn.ModuleList, kwargs: dict[str, Any]) -> None:
+def _check_options(model: Any, kwargs: dict[str, Any]) -> None:
     unusable = [name for name in _DROPPED if kwargs.get(name) is not None and kwargs[name] is not False]
     if unusable:
         raise ModelError(f"a reduced model starts from activations and takes no {', '.join(unusable)}")
     selected = kwargs.get("output_hidden_states", model.config.output_hidden_states)
     if not (selected is None or isinstance(selected, bool)):
         raise ModelError("a reduced model cannot select hidden states by number; pass output_hidden_states=True")
-    if model.training and any(_reentrant(layer) for layer in layers):
+    if model.training and any(_reentrant(module) for module in model.modules()):
         raise ModelError(
             "reentrant gradient checkpointing gives a reduced model's layers no gradients: enable it with "
             'activation_checkpointing_kwargs={"use_reentrant": False}'
@@ -230,38 +222,55 @@ def _check_options(model: Any, layers: nn.ModuleList, kwargs: dict[str, Any]) ->
 def _reentrant(layer: nn.Module) -> bool:
     if not getattr(layer, "gradient_checkpointing", False):
         return False
-    function = layer._gradient_checkpointing_func
+    function = getattr(layer, "_gradient_checkpointing_func", None)
     return isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False
 
 
-def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int) -> Any:
+def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_layers: bool) -> Any:
     # Keep hidden_states[i] the output of layer i; those of the lower half are not known.
-    absent = (None,) * layer
+    def marked(item: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (None,) * layer + (item[layer:] if all_layers else item)
+
     if isinstance(output, tuple):
-        return tuple(absent + item if isinstance(item, tuple) else item for item in output)
+        return tuple(marked(item) if isinstance(item, tuple) else item for item in output)
     for name in _CAPTURED:
         if output.get(name):
-            output[name] = absent + output[name]
+            output[name] = marked(output[name])
     return output
 
 
-def _untie(task_model: PreTrainedModel, reduced: PreTrainedModel, lower: dict[str, nn.Module]) -> None:
+def _untie(task_model: PreTrainedModel, reduced: PreTrainedModel, lower: dict[str, nn.Module]) -> list[str]:
+    """Let nothing of the copy be tied to what it lacks; return what to tell of it."""
     lower_modules = {id(module) for part in lower.values() for module in part.modules()}
     lower_parameters = {id(parameter) for part in lower.values() for parameter in part.parameters()}
+    there = {name for name, _ in reduced.named_parameters(remove_duplicate=False)}
     shared = [
         f"{path}.{name}"
         for path, module in task_model.named_modules()
         if id(module) not in lower_modules
         for name, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in lower_parameters
+        if id(parameter) in lower_parameters and f"{path}.{name}" in there
     ]
     # Nothing may tie a weight to the stub, now or where the copy is saved and loaded.
     reduced.config.tie_word_embeddings = False
     reduced.all_tied_weights_keys = {}
-    if shared:
-        logger.warning(
-            "%s shares %s with its lower half, whose activations are stored: the reduced model has its own copy, which "
-            "training changes without changing the embeddings",
-            type(task_model).__name__,
-            ", ".join(shared),
-        )
+    if not shared:
+        return []
+    return [f"{', '.join(shared)}, of which the reduced model has its own copy: training that changes no embeddings"]
+
+
+def _freeze_shared(reduced: PreTrainedModel, family: Family) -> list[str]:
+    """Freeze what layers of both halves use; return what to tell of it."""
+    base = base_model_of(reduced)
+    parts = family.shared_of(base)
+    first = family.layers_of(base)[0]
+    if isinstance(first, BiasPassThrough):
+        parts |= {f"{family.layers}.0.{name}": part for name, part in first.named_children()}
+    if any(hasattr(reduced, name) for name in family.matrix_readers):
+        parts |= family.embeddings_of(base)
+    frozen = [f"{path}.{name}" for path, part in parts.items() for name, _ in part.named_parameters()]
+    for part in parts.values():
+        part.requires_grad_(False)
+    if not frozen:
+        return []
+    return [f"{', '.join(frozen)}, which are frozen, for the stored activations depend on them"]

@@ -1,0 +1,198 @@
+"""What becomes of a reduced model after training: merged into a full model, or saved with the recipe it belongs to.
+
+A saved reduced model is a folder with ``model.safetensors`` (upper layers and head) and ``reduced.json`` (recipe, task
+class, configuration, adapters). There is no ``config.json`` on purpose: without one, transformers refuses to load the
+folder, where with one it would make up the lower half at random.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from actcache.errors import ModelError
+from actcache.models.adapters import insert_adapters, spec_of
+from actcache.models.family import base_model_of
+from actcache.models.matching import check_same_lower_half
+from actcache.models.tensors import unshared
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+WEIGHTS_NAME = "model.safetensors"  # where the Trainer looks for a checkpoint's weights
+DESCRIPTION_NAME = "reduced.json"
+VERSION = 1
+
+
+class Shipped:
+    """What a reduced model can do beside running."""
+
+    def merge_into(self, full_model: Model) -> Model:
+        """Put the trained upper layers, head and adapters into a full model; see ``merge``."""
+        return merge(self, full_model)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Save upper layers, head and adapters with their recipe; ``Recycler.load_reduced`` loads them.
+
+        The ``Trainer`` saves its checkpoints by this, and goes on from them.
+
+        Args:
+            save_directory: is made where it is absent.
+            is_main_process: whether this process writes.
+            state_dict: the weights, where they are not to be taken from the model.
+            options: transformers' others, none of which is supported.
+
+        Raises:
+            ModelError: the model has no recipe, because no recycler reduced it; or PEFT's modules are in it.
+            NotImplementedError: an option asks for what this does not do.
+        """
+        asked = [name for name, value in options.items() if value and name not in ("safe_serialization", "token")]
+        if asked:
+            raise NotImplementedError(f"a reduced model is saved without {', '.join(asked)}")
+        save(self, save_directory, state_dict=state_dict, write=is_main_process)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> NoReturn:
+        """Refuse: a reduced model is loaded by the recycler that it belongs to."""
+        raise ModelError("a reduced model is loaded with recycler.load_reduced(folder), which compares the recipes")
+
+    def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
+        """Refuse: a reduced model is no repository of the hub."""
+        raise ModelError("push the full model instead: reduced.merge_into(full_model).push_to_hub(...)")
+
+
+def save(
+    reduced: Any,
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    write: bool = True,
+) -> None:
+    """Write a reduced model to a folder; see ``Shipped.save_pretrained``."""
+    recipe = reduced.__dict__.get("actcache_recipe")
+    if recipe is None:
+        raise ModelError(
+            "this reduced model knows no recipe that it could be saved with: make it with recycler.reduce(task_model), "
+            "or save the full model: reduced.merge_into(full_model).save_pretrained(folder)"
+        )
+    _refuse_peft(reduced)
+    spec = spec_of(reduced)
+    config = json.loads(reduced.config.to_json_string(use_diff=False))
+    what = {
+        "actcache": "a reduced model: load it with actcache.Recycler(...).load_reduced(folder)",
+        "version": VERSION,
+        "task_class": task_class_of(reduced).__name__,
+        "config": {**config, "architectures": [task_class_of(reduced).__name__]},
+        "recipe": recipe.to_json(),
+        "adapters": None if spec is None else asdict(spec),
+    }
+    if write:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = unshared(reduced.state_dict() if state_dict is None else state_dict)
+        save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
+        (path / DESCRIPTION_NAME).write_text(json.dumps(what, indent=1))
+
+
+def merge(reduced: Any, full_model: Model) -> Model:
+    """Put a reduced model's upper layers, head and adapters into a full model, in place, and return that.
+
+    Its outputs on a text are then those of the reduced model on the text's stored activations. Where the reduced model
+    has trained its own copy of a weight that the full model shares with its embeddings, they are no longer tied.
+
+    Args:
+        full_model: of the task class that was reduced, with the recorded lower half. Where the reduced model has
+            adapters it gets the same.
+
+    Raises:
+        LowerHalfMismatchError: its lower half is another than the recorded one.
+        ModelError: classes, layers or shapes differ, or PEFT's modules are in the reduced model. Nothing was changed.
+    """
+    task_class = task_class_of(reduced)
+    _refuse_peft(reduced)
+    if type(full_model) is not task_class:
+        raise ModelError(
+            f"a reduced {task_class.__name__} goes into a {task_class.__name__}, not a {type(full_model).__name__}"
+        )
+    recipe = reduced.__dict__.get("actcache_recipe")
+    if recipe is not None:
+        check_same_lower_half(full_model, recipe)
+    family, layer = reduced.actcache_family, reduced.actcache_layer
+    base = base_model_of(full_model)
+    lower = family.lower_of(base, layer)
+    spec, there = spec_of(reduced), spec_of(full_model)
+    if there is not None and there != spec:
+        raise ModelError(f"the full model has other adapters ({there}) than the reduced one ({spec})")
+    prefix = "" if base is full_model else f"{full_model.base_model_prefix}."
+    state, target = reduced.state_dict(), full_model.state_dict()
+    # What the reduced model carries for itself because it lacks the layer that has it (as a relative position bias).
+    new = {name for name in state if name not in target and not (spec and there is None and ".adapter." in name)}
+    frozen = {name for name, parameter in reduced.named_parameters() if not parameter.requires_grad}
+    lacking = {n for n in target if n not in state and not n.startswith(tuple(f"{prefix}{path}." for path in lower))}
+    wrong = sorted((new - frozen) | lacking | {n for n in state if n in target and state[n].shape != target[n].shape})
+    if wrong:
+        raise ModelError(
+            f"the reduced model does not fit this {task_class.__name__}: it differs in {', '.join(wrong[:5])}"
+            f"{', ...' if len(wrong) > 5 else ''}; give a full model with the same configuration"
+        )
+    if spec is not None and there is None:
+        insert_adapters(full_model, spec)
+        target = full_model.state_dict()
+    _copy(state, target, full_model, {t.data_ptr() for part in lower.values() for t in part.state_dict().values()})
+    return full_model
+
+
+def task_class_of(reduced: Any) -> type[PreTrainedModel]:
+    """Return the class of the task model that was reduced.
+
+    Raises:
+        ModelError: the model is no reduced one.
+    """
+    if not isinstance(reduced, Shipped):
+        raise ModelError(f"a {type(reduced).__name__} is no reduced model: recycler.reduce(task_model) makes one")
+    task_class: type[PreTrainedModel] = type(reduced).__bases__[1]
+    return task_class
+
+
+@torch.no_grad()
+def _copy(
+    state: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], full_model: PreTrainedModel, lower: set[int]
+) -> None:
+    untied = []
+    for name in state.keys() & target.keys():
+        value = state[name].to(target[name].device, target[name].dtype)
+        if target[name].data_ptr() not in lower:
+            target[name].copy_(value)
+        elif not torch.equal(value, target[name]):
+            path, _, attribute = name.rpartition(".")
+            setattr(full_model.get_submodule(path), attribute, nn.Parameter(value.clone()))
+            untied.append(name)
+    if untied:
+        full_model.config.tie_word_embeddings = False
+        full_model.all_tied_weights_keys = {}
+        logger.warning("%s was trained on its own: it is no longer tied to the embeddings", ", ".join(sorted(untied)))
+
+
+def _refuse_peft(reduced: nn.Module) -> None:
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in reduced.modules()):
+        raise ModelError(
+            "PEFT has put modules into this reduced model: take peft_model.merge_and_unload(), or save what PEFT "
+            "trained with peft_model.save_pretrained(folder); PeftModel.from_pretrained(full_model, folder) loads that"
+        )

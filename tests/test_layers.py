@@ -25,6 +25,7 @@ LAYERS = [
     {"store"},
     {"inspection"},
     {"models"},
+    {"pruning"},  # of the models' vocabulary; nothing but the user needs it
     {"recycler"},
     {"cli"},
 ]
@@ -103,7 +104,7 @@ def test_the_package_itself_imports_lazily_only_the_recycler():
 def test_the_core_knows_no_backend(path):
     for name, _ in of(path):
         package = name.partition(".")[0]
-        fine = (package == "safetensors" and unit(path) == "models") or (
+        fine = (package == "safetensors" and unit(path) in ("models", "pruning")) or (
             package in ("fsspec", "s3fs") and path.is_relative_to(OBJECTS)
         )
         assert fine or package not in OTHER_PACKAGES, name

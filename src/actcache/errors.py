@@ -159,6 +159,14 @@ class UnsupportedModelError(ModelError):
     """The architecture is not in the table of families (``actcache.models.family``)."""
 
 
+class UnseenTokenError(ModelError):
+    """A model whose vocabulary was pruned met tokens that it does not keep. ``ids`` holds their ids."""
+
+    def __init__(self, message: str, ids: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ids = list(ids)
+
+
 class LowerHalfMismatchError(ModelError):
     """The task model's lower half is not the one whose activations are stored."""
 

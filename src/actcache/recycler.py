@@ -28,6 +28,7 @@ from actcache.models.family import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
 from actcache.models.matching import check_same_lower_half, check_same_numbers
 from actcache.models.on_the_way import OnTheWay
+from actcache.models.partial import vocabulary_size
 from actcache.models.provenance import revision_of, setup_of
 from actcache.models.record import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
@@ -93,7 +94,7 @@ class Recycler:
             check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
             too_long,
             special_tokens,
-            vocabulary=base.config.vocab_size,
+            vocabulary=vocabulary_size(base),
             extras=stored_extras,
         )
         self._setup = setup_of(self._lower)

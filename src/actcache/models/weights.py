@@ -28,6 +28,7 @@ from transformers.utils.hub import cached_file
 
 from actcache.errors import ModelError
 from actcache.models.family import Family
+from actcache.models.partial import Whole, whole_state
 from actcache.recipe import canonical_json
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
@@ -42,11 +43,12 @@ def lower_digest(base_model: nn.Module, family: Family, layer: int) -> str:
     """Return the digest of the embeddings and layers 1..``layer``: 64 hexadecimal digits.
 
     It covers the names (relative to the part or layer), dtypes, shapes and bytes of all parameters and persistent
-    buffers, of modules that were added (adapters) too. Upper layers, pooler and heads are not looked at. Thread-safe;
-    hashes in as many threads as there are processors.
+    buffers, of modules that were added (adapters) too. Upper layers, pooler and heads are not looked at. Of a model
+    whose vocabulary was pruned, it is that of the whole embedding matrix, with the rows that the model holds as they
+    are now. Thread-safe; hashes in as many threads as there are processors.
 
     Raises:
-        ModelError: the weights are not in memory (``meta`` device).
+        ModelError: the weights are not in memory (``meta`` device), or the rows that pruning dropped are not at hand.
     """
     quick = _checksum(base_model, family, layer, _quick)
     if quick not in _digests:
@@ -102,7 +104,7 @@ def _checksum(base_model: nn.Module, family: Family, layer: int, hash_chunk: Cal
         jobs = [
             (
                 canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode(),
-                pool.map(hash_chunk, _chunks(name, tensor)),
+                _digests_of(name, tensor, hash_chunk, pool),
             )
             for name, tensor in sorted(_tensors(base_model, family, layer), key=lambda item: item[0])
         ]
@@ -113,16 +115,24 @@ def _checksum(base_model: nn.Module, family: Family, layer: int, hash_chunk: Cal
     return whole.hexdigest()
 
 
-def _tensors(base_model: nn.Module, family: Family, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(base_model: nn.Module, family: Family, layer: int) -> Iterator[tuple[str, torch.Tensor | Whole]]:
     layers = family.layers_of(base_model)
     parts = itertools.chain(
-        ((f"embeddings/{path}", part) for path, part in family.embeddings_of(base_model).items()),
+        ((f"embeddings/{path}", part) for path, part in family.beside_of(base_model).items()),
         ((f"layers/{i + 1}", layers[i]) for i in range(layer)),
     )
     for prefix, part in parts:
-        for name, tensor in part.state_dict().items():
-            if isinstance(tensor, torch.Tensor):
-                yield f"{prefix}/{name}", tensor
+        for name, tensor in whole_state(part):
+            yield f"{prefix}/{name}", tensor
+
+
+def _digests_of(
+    name: str, tensor: torch.Tensor | Whole, hash_chunk: Callable[[memoryview], bytes], pool: ThreadPoolExecutor
+) -> Iterator[bytes]:
+    if isinstance(tensor, Whole):  # put together where it is hashed, a chunk at a time
+        starts = range(0, tensor.nbytes, _CHUNK)
+        return pool.map(lambda start: hash_chunk(tensor.read(start, start + _CHUNK)), starts)
+    return pool.map(hash_chunk, _chunks(name, tensor))
 
 
 def _chunks(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:

@@ -94,7 +94,7 @@ def start(code: str, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(code: str, *arguments: Any, timeout: float = 60, **options: Any) -> str:
+def run(code: str, *arguments: Any, timeout: float = 150, **options: Any) -> str:
     """Run Python with this code to its end; return what it printed. Signals and tracebacks fail the test."""
     process = start(code, *arguments, **options)
     try:

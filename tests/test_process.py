@@ -295,7 +295,7 @@ put(space, range(30, 60))
 space.flush()
 put(space, range(60, 90))
 """
-    run(code, root, timeout=20)
+    run(code, root, timeout=120)
     with actcache.open(root, "r") as store, store.space(recipe()) as space:
         check(space, dict.fromkeys(range(60), 0), range(60))
 
@@ -397,7 +397,7 @@ def test_closing_ends_after_a_failure(root, monkeypatch, error):
     started = time.monotonic()
     with pytest.raises(type(error)):
         store.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     store.close()  # the second time it does nothing
     for space in spaces:
         with pytest.raises(actcache.errors.ClosedError):
@@ -442,7 +442,7 @@ def test_the_oldest_entries_go_by_time(root):
         put(space, [50])
         time.sleep(0.1)
         put(space, [51])
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         seen = False
         while not seen and time.monotonic() < deadline:
             with actcache.open(root, "r") as other, other.space(recipe()) as reader:

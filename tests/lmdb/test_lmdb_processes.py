@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import threading
 import time
@@ -196,7 +197,7 @@ def test_compaction_under_readers_and_writers_that_are_killed(url, grace):
             until = time.monotonic() + 1.5 + rng.random()
             assert compactors[0].stdout.readline() == "ready\n"
             deaths = 0
-            while time.monotonic() < until:
+            while time.monotonic() < until or not select.select([writer.stdout], [], [], 0)[0]:
                 settled(space, held, [*range(90000, 90060), *range(0, acknowledged, 11)])
                 if rng.random() < 0.3:
                     victim = rng.randrange(2)

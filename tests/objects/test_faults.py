@@ -99,7 +99,7 @@ def test_a_failure_that_lasts_is_raised_in_bounded_time(impatient, proxy, patter
     begin = time.monotonic()
     with pytest.raises(StorageIOError, match="tried"):
         calls[pattern]()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 25
     proxy.clear()
     assert impatient.read("thing") == body()  # and works on
 
@@ -109,7 +109,7 @@ def test_a_server_that_is_gone_is_an_error_in_bounded_time(bucket):
     begin = time.monotonic()
     with pytest.raises(StorageIOError, match=r"tried|cannot"):
         actcache.open(bucket.url, **options)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 25
 
 
 def test_a_listing_is_whole_or_fails(place, proxy, monkeypatch):
@@ -219,7 +219,7 @@ def test_wrong_credentials_are_told_at_once(bucket, proxy, client):
     begin = time.monotonic()
     with pytest.raises(StorageIOError, match="credentials") as raised:
         actcache.open(bucket.url, **options)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     assert not isinstance(raised.value, FileNotFoundError)
     assert len(proxy.requests) == 1
 
@@ -242,7 +242,7 @@ def test_an_absent_bucket_is_told_at_once(bucket, mode):
     begin = time.monotonic()
     with pytest.raises(StoreNotFoundError, match="no bucket actcache-absent"):
         actcache.open("s3://actcache-absent/store", mode, **bucket.options)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
 
 
 def test_a_full_store_is_told(place, proxy):
@@ -329,7 +329,7 @@ def test_closing_ends_what_waits(bucket, proxy):
         time.sleep(0.01)
     begin = time.monotonic()
     place.close()
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 20
     with pytest.raises((ClosedError, StorageIOError)):
         future.result(timeout=1)
     with pytest.raises(ClosedError):
@@ -366,5 +366,5 @@ def test_a_server_that_never_answers_is_given_up(client):
             begin = time.monotonic()
             with pytest.raises(StorageIOError, match="tried"):
                 call()
-            assert time.monotonic() - begin < 10
+            assert time.monotonic() - begin < 25
         place.close()

@@ -26,7 +26,7 @@ def threads():
 def nothing_is_left():
     yield
     gc.collect()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threads() == []
@@ -47,7 +47,7 @@ def test_it_works_ahead_but_no_farther_than_it_may():
 
     items = Prefetch(produce(), 3, none)
     assert next(items) == 0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.05)
@@ -124,10 +124,10 @@ start = time.monotonic()
 try:
     next(items)
 except KeyboardInterrupt:
-    print("interrupted", time.monotonic() - start < 5, flush=True)
+    print("interrupted", time.monotonic() - start < 15, flush=True)
 os._exit(0)
 """
-    assert run(code, timeout=30) == "interrupted True\n"
+    assert run(code, timeout=120) == "interrupted True\n"
 
 
 def test_a_process_that_ends_in_the_middle_ends():
@@ -136,7 +136,7 @@ from actcache.reading.prefetch import Prefetch
 items = Prefetch(iter(range(10**9)), 4, lambda s, r: None)
 print(next(items))
 """
-    assert run(code, timeout=30) == "0\n"
+    assert run(code, timeout=120) == "0\n"
 
 
 def test_a_forks_child_is_told():

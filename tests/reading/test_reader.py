@@ -35,7 +35,7 @@ def descriptors():
 def nothing_is_left():
     yield
     gc.collect()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while prefetchers() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert prefetchers() == []
@@ -246,7 +246,7 @@ def test_breaking_off_leaves_nothing(space):
     iterator.close()
     assert list(iterator) == []
     gc.collect()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while prefetchers() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert descriptors() <= before
@@ -349,7 +349,7 @@ space = actcache.open(sys.argv[1], "r").space(recipe())
 iterator = iter(space.reader([key(n) for n in range(60)] * 50, batch_size=4, depth=4))
 print(len(next(iterator)))
 """
-    assert run(code, tmp_path / "store", timeout=30) == "4\n"
+    assert run(code, tmp_path / "store", timeout=120) == "4\n"
 
 
 def test_five_hundred_epochs(space):
@@ -425,7 +425,7 @@ def test_breaking_off_needs_no_collector(space):
     try:
         for _batch in space.reader(KEYS, batch_size=3):
             break
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while prefetchers() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert prefetchers() == []

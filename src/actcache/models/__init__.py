@@ -12,6 +12,7 @@ except ImportError as error:
         f"recording and replaying models needs {error.name}: pip install 'actcache[models]'"
     ) from error
 
+from actcache.models import families  # noqa: F401  (fills the table)
 from actcache.models.family import Family, base_model_of, family_of, register_family
 from actcache.models.record import LowerHalf, plan_batches
 from actcache.models.replay import reduce

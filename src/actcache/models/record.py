@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,13 +38,17 @@ class LowerHalf:
     Raises:
         LayerError: ``layer`` is not in 1..N-1.
         ModelError: autocast cannot compute in ``compute_dtype``.
+        UnsupportedModelError: a document's rows would depend on the others of its batch.
     """
 
     def __init__(
         self, base_model: PreTrainedModel, family: Family, layer: int, compute_dtype: str | None = None
     ) -> None:
         family.check_layer(base_model, layer)
+        family.check_config(base_model.config)
         self.base_model, self.family, self.layer = base_model, family, layer
+        self._stack = family.stack_of(base_model)
+        self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.parameter_dtype = _name(_first_parameter(family.layers_of(base_model)[0]).dtype)
         self.compute_dtype = compute_dtype or self.parameter_dtype
         if self.compute_dtype not in (self.parameter_dtype, "bfloat16", "float16"):
@@ -83,10 +88,10 @@ class LowerHalf:
         # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
         # in a lone document too) are what they are without it.
         inputs = {
-            "input_ids": _pad(token_ids, int(self.base_model.config.pad_token_id or 0)),
+            "input_ids": _pad(token_ids, self._padding()),
             "attention_mask": (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long(),
         }
-        if type_ids is not None and any(ids.any() for ids in type_ids):
+        if "token_type_ids" in self._takes and type_ids is not None and any(ids.any() for ids in type_ids):
             inputs["token_type_ids"] = _pad(type_ids, 0)
         device = self.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -95,6 +100,10 @@ class LowerHalf:
         if rows.dtype == torch.bfloat16:  # NumPy has none; float32 holds it exactly
             rows = rows.float()
         return list(np.split(rows.numpy(), np.cumsum(lengths.numpy())[:-1]))
+
+    def _padding(self) -> int:
+        padding = getattr(self.base_model.config, "pad_token_id", None) or 0
+        return padding if 0 <= padding < self.base_model.config.vocab_size else 0
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -105,7 +114,7 @@ class LowerHalf:
         try:
             # Autocast is always entered: an ambient one would otherwise decide the numbers.
             with torch.inference_mode(), self._autocast():
-                self.base_model(**inputs)
+                self._stack(**inputs, **({"use_cache": False} if "use_cache" in self._takes else {}))
         except _Reached as reached:
             return reached.hidden
         finally:

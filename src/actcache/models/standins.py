@@ -1,0 +1,130 @@
+"""What stands in a reduced model where its lower half stood: the embeddings, the layers, and what lies between them."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from actcache.errors import ShapeError
+
+#: Where base models look for the word embeddings within their embeddings.
+_WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings")
+
+
+class Handed(threading.local):
+    """The rows of the forward that is running in this thread, and the pass-through that takes them.
+
+    Not the module's state, which threads that use one model at once would share: one would get the other's rows.
+    """
+
+    def __init__(self) -> None:  # in each thread
+        self.rows: torch.Tensor | None = None
+        self.to: nn.Module | None = None
+
+
+handed = Handed()
+
+
+class Embeddings(nn.Module):
+    """Returns zeros ``[batch, tokens, hidden]`` for ids ``[batch, tokens]``; what is embedded already it returns as is.
+
+    Args:
+        like: the zeros have its dtype and lie on its device.
+        matrix: the word embeddings, where a head reads them; they are then all the weights that this has.
+    """
+
+    zero: torch.Tensor
+
+    def __init__(self, hidden_size: int, like: torch.Tensor, matrix: tuple[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.register_buffer("zero", torch.zeros((), dtype=like.dtype, device=like.device), persistent=False)
+        if matrix is not None:
+            name, module = matrix
+            self._modules[name] = module
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.is_floating_point():
+            return input_ids
+        if input_ids.ndim != 2:
+            raise ShapeError(f"token_ids do not fit the model, which takes [batch, tokens]: {list(input_ids.shape)}")
+        return self.zero.expand(*input_ids.shape, self.hidden_size)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _WORD_EMBEDDINGS:  # where get_input_embeddings() looks
+                return self
+            raise
+
+
+class PassThrough(nn.Module):
+    """Stands where a layer of the lower half stood: returns its input, or the rows that were handed to it.
+
+    Args:
+        layer: what stood there; base models look at plain attributes of layers (``attention_type``).
+        tuple_arity: the length of the tuple that it returned; None where it returned the bare tensor.
+    """
+
+    def __init__(self, layer: nn.Module, tuple_arity: int | None) -> None:
+        super().__init__()
+        self.tuple_arity = tuple_arity
+        for name, value in vars(layer).items():
+            if isinstance(value, str | int) and name not in ("training", "gradient_checkpointing"):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._rows(args[0] if args else kwargs["hidden_states"])
+        return hidden if self.tuple_arity is None else (hidden, *[None] * (self.tuple_arity - 1))
+
+    def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = handed.rows
+        if rows is None or handed.to is not self:
+            return hidden
+        if rows.shape != hidden.shape:
+            raise ShapeError(f"activations {list(rows.shape)} do not fit the model, which expects {list(hidden.shape)}")
+        return rows.to(hidden.dtype)
+
+
+class BiasPassThrough(PassThrough):
+    """A pass-through of T5: hands on the position bias of the layer before; the first one computes it for all.
+
+    Args:
+        bias: path within ``layer`` of the attention that computes the bias; None where ``layer`` is not the first. Of
+            that attention the bias's weights are kept, frozen, under their own names.
+    """
+
+    def __init__(self, layer: nn.Module, tuple_arity: int, bias: str | None) -> None:
+        super().__init__(layer, tuple_arity)
+        self.bias = bias
+        if bias is None:
+            return
+        attention = layer.get_submodule(bias)
+        dropped = {id(part): nn.Identity() for name, part in attention.named_children() if not name.startswith("rel")}
+        parent: nn.Module = self
+        *containers, last = bias.split(".")
+        for name in containers:
+            parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, copy.deepcopy(attention, dropped).requires_grad_(False))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._rows(args[0] if args else kwargs["hidden_states"])
+        bias = args[2] if len(args) > 2 else kwargs.get("position_bias")
+        if bias is None and self.bias is not None:
+            tokens = hidden.shape[1]
+            attention: Any = self.get_submodule(self.bias)
+            bias = attention.compute_bias(tokens, tokens, device=hidden.device)
+        return (hidden, bias, *[None] * ((self.tuple_arity or 2) - 2))
+
+
+class NoConvolution(nn.Module):
+    """Stands where a convolution added to the first layer's output, which the stored rows hold already."""
+
+    def forward(self, hidden_states: torch.Tensor, residual_states: torch.Tensor, *args: Any) -> torch.Tensor:
+        return residual_states

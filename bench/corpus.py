@@ -27,6 +27,10 @@ class Documents:
         self._documents = np.split(self.rows, np.cumsum(self.lengths)[:-1])
         self._ids = [np.arange(length) for length in self.lengths]
 
+    def split(self) -> list[np.ndarray]:
+        """Return each document's rows."""
+        return self._documents
+
     def put(self, space: actcache.Space) -> None:
         """Put all of them, a batch at a time."""
         for start in range(0, len(self.keys), self.shape.batch):

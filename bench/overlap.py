@@ -25,10 +25,10 @@ from rich.table import Table
 
 import actcache
 from actcache.reader import Reader
+from bench.caches import drop_caches
 from bench.corpus import Corpus, Documents
 from bench.rounds import Spread
 from bench.shapes import SHAPES
-from bench.storage import drop_caches
 
 console = Console(width=120)
 

@@ -35,12 +35,12 @@ from actcache.reader import Reader
 from actcache.reading.order import Order
 from actcache.storage.workers import available_cpus
 from bench import rounds
+from bench.caches import drop_caches, refuse_mappings
 from bench.corpus import Corpus, Documents
 from bench.limits import FlatFile
 from bench.report import Cell, Report
-from bench.rounds import Spread
+from bench.rounds import Spread, fastest
 from bench.shapes import SHAPES
-from bench.storage import drop_caches, fastest, refuse_mappings
 
 SEED = 3
 COLUMNS = ("", "GB/s", "of the limit", "without hashing", "opened in, ms")

@@ -6,7 +6,7 @@ Machines are noisy and drift; two contestants that run within the same second se
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,3 +61,8 @@ def run(
             if number >= 0:
                 seconds[name][number] = own if own > 0 else elapsed
     return seconds
+
+
+def fastest(names: Iterable[str], seconds: Mapping[str, np.ndarray]) -> str:
+    """Return which contestant has the least median."""
+    return min(names, key=lambda name: float(np.median(seconds[name])))

@@ -16,10 +16,9 @@ For s3 see ``bench.remote``, and ``bench.server`` for the server that it takes; 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,10 @@ from rich.table import Table
 
 from actcache.storage.workers import available_cpus
 from bench import remote, rounds
+from bench.caches import drop_caches, refuse_mappings
 from bench.corpus import Corpus, Documents
 from bench.limits import FlatFile
+from bench.rounds import fastest
 from bench.server import bucket
 from bench.shapes import SHAPES, Shape
 
@@ -159,25 +160,6 @@ def _each(turn: list[np.ndarray], read: Callable[[np.ndarray], object]) -> float
     for which in turn:
         read(which)
     return 0.0
-
-
-def fastest(names: Iterable[str], seconds: dict[str, np.ndarray]) -> str:
-    """Return which contestant has the least median."""
-    return min(names, key=lambda name: float(np.median(seconds[name])))
-
-
-def drop_caches() -> None:
-    """Empty the page cache. Needs root."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
-def refuse_mappings(folders: list[Path]) -> None:
-    """Make sure that nothing of a store is still mapped, which would keep its pages in memory."""
-    mapped = Path("/proc/self/maps").read_text()
-    kept = [str(folder) for folder in folders if f"{folder}/" in mapped]
-    if kept:
-        raise RuntimeError(f"{kept[0]} is still mapped; its pages cannot be dropped")
 
 
 def _print(mode: str, corpus: Corpus, rows: list[Row], turns: list[list[np.ndarray]]) -> None:

@@ -1,0 +1,213 @@
+"""Shuffled batches of short documents as they are delivered: actcache beside what else one would use.
+
+    python -m bench.peers --mode warm,cold                     # documents of 8-48 tokens x 384 float16
+
+Contestants deliver the same documents in shuffled batches of the same size, as one torch tensor of float16 (packed; or
+``--layout padded``) and the documents' lengths; a consumer takes them and does nothing. Each is used as its
+documentation shows for shuffled reading, in several settings and with 0 and 2 worker processes; the best of all peers'
+settings is what actcache is held against. actcache verifies checksums and delivers token ids too, which no peer does. A
+turn is one whole epoch; contestants take turns, and ratios are of one round (``bench.rounds``).
+
+Opening is not timed. Warm: everything in the page cache and workers kept from epoch to epoch. Cold (needs root): the
+page cache is dropped and everything opened anew; that workers have to start is part of a peer's time, and that its
+thread has to start is part of actcache's.
+
+Peers are optional: ``bench/peers.txt`` says what to install. One that is missing, or fails, is named with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import importlib.metadata
+import logging
+import os
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from bench import rounds
+from bench.caches import drop_caches, refuse_mappings
+from bench.corpus import Documents
+from bench.peers import ours
+from bench.peers.loading import Loader, Wanted
+from bench.report import Cell, Report
+from bench.rounds import Spread, fastest
+from bench.shapes import SHAPES
+
+PEERS = {
+    "torch DataLoader": "files",
+    "lmdb": "lmdb_values",
+    "datasets": "arrow",
+    "mosaicml-streaming": "mds",
+    "litdata": "lit",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="short", help="short (8-48 tokens x 384), paper (60-512 x 768)")
+    parser.add_argument("--backends", default="hdf5,zarr,lmdb", help="of actcache")
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--workers", default="0,2", help="worker processes of the peers")
+    parser.add_argument("--mode", default="warm", help="warm, cold (needs root)")
+    parser.add_argument("--layout", default="packed", choices=("packed", "padded"))
+    parser.add_argument("--batch", type=int, help="documents of a batch (the shape's: 1024 short ones)")
+    parser.add_argument("--mib", type=float, default=256, help="size of the corpus")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dir", type=Path, help="where to put the corpus (removed afterwards)")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", module="torch|streaming|litdata|datasets")
+    logging.getLogger("litdata").setLevel(logging.ERROR)
+    report = Report()
+    folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))
+    try:
+        shape = SHAPES[options.shape]
+        documents = Documents(shape, int(options.mib * 2**20))
+        wanted = Wanted(options.batch or shape.batch, shape.hidden, options.layout == "padded", persistent=True)
+        compared = Compared(documents, folder, report)
+        for backend in options.backends.split(","):
+            compared.add_ours(backend, wanted)
+        for name in options.peers.split(","):
+            compared.add_peer(name, wanted, [int(count) for count in options.workers.split(",")])
+        for mode in options.mode.split(","):
+            compared.run(mode, wanted, options.rounds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report.save(options.json)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    open: Callable[[Wanted], Loader]
+    folder: Path
+    ours: bool
+
+
+class Compared:
+    """The contestants over some documents, which each keeps in its own form."""
+
+    def __init__(self, documents: Documents, folder: Path, report: Report) -> None:
+        self._documents, self._folder, self._report = documents, folder, report
+        self._contestants: list[Contestant] = []
+        self._sum = int(documents.rows.view(np.uint16).sum(dtype=np.uint64))
+
+    def add_ours(self, backend: str, wanted: Wanted) -> None:
+        folder = self._folder / f"actcache-{backend}"
+        ours.write(self._documents, folder, backend)
+
+        def opened(wanted: Wanted) -> Loader:
+            return ours.way(self._documents, folder, backend, wanted)()
+
+        self._add(Contestant(f"actcache {backend}", opened, folder, ours=True), wanted)
+
+    def add_peer(self, name: str, wanted: Wanted, workers: list[int]) -> None:
+        try:
+            peer = importlib.import_module(f"bench.peers.{PEERS[name]}")
+        except ImportError as error:
+            self._report.say(f"absent: {name} ({error}); bench/peers.txt says what to install")
+            return
+        folder = self._folder / PEERS[name]
+        try:
+            peer.write(self._documents, folder)
+        except Exception:
+            self._report.say(f"absent: {name} could not write: {traceback.format_exc(limit=3)}")
+            return
+        for count in workers:
+            for way in peer.ways(folder, len(self._documents.lengths), wanted, count):
+                opened = _opening(peer, folder, len(self._documents.lengths), count, way)
+                self._add(Contestant(f"{name}: {way}, {count} workers", opened, folder, ours=False), wanted)
+        versions = (f"{package} {importlib.metadata.version(package)}" for package in peer.PACKAGES)
+        self._report.say(f"{name}: {', '.join(versions)}")
+
+    def _add(self, contestant: Contestant, wanted: Wanted) -> None:
+        """Take a contestant in if it delivers what was stored."""
+        try:
+            loader = contestant.open(replace(wanted, persistent=False))
+            tokens = total = 0
+            for rows, lengths in loader.epoch(0):
+                tokens += int(lengths.sum())
+                total += int(rows.numpy().view(np.uint16).sum(dtype=np.uint64))
+            loader.close()
+        except Exception:
+            if contestant.ours:
+                raise
+            self._report.say(f"absent: {contestant.name}: {traceback.format_exc(limit=3)}")
+            return
+        if tokens != int(self._documents.lengths.sum()) or total != self._sum:
+            self._report.say(f"absent: {contestant.name} delivers other documents than were stored ({tokens} tokens)")
+            return
+        self._contestants.append(contestant)
+
+    def run(self, mode: str, wanted: Wanted, count: int) -> None:
+        wanted = replace(wanted, persistent=mode == "warm")
+        loaders: dict[str, Loader] = {}
+        turns: dict[str, Callable[[int], float]] = {}
+        for contestant in self._contestants:
+            if mode == "warm":
+                loaders[contestant.name] = contestant.open(wanted)
+                turns[contestant.name] = lambda turn, name=contestant.name: _timed(loaders[name], turn)
+            else:
+                turns[contestant.name] = lambda turn, contestant=contestant: _once(contestant, wanted, turn)
+
+        def before() -> None:
+            gc.collect()
+            if mode == "cold":
+                refuse_mappings([contestant.folder for contestant in self._contestants])
+                drop_caches()
+
+        seconds = rounds.run(turns, count, before=before)
+        for loader in loaders.values():
+            loader.close()
+        self._table(mode, wanted, seconds)
+
+    def _table(self, mode: str, wanted: Wanted, seconds: dict[str, np.ndarray]) -> None:
+        peers = [contestant.name for contestant in self._contestants if not contestant.ours]
+        best = fastest(peers, seconds) if peers else None
+        rows: list[list[Cell]] = []
+        for name, spent in sorted(seconds.items(), key=lambda item: float(np.median(item[1]))):
+            ratio = None if best is None else Spread.of(seconds[best] / spent)
+            thousands = len(self._documents.lengths) / spent / 1e3
+            rows.append([name, Spread.of(self._documents.nbytes / spent / 1e9), Spread.of(thousands), ratio])
+        shape = self._documents.shape
+        layout = "padded" if wanted.padded else "packed"
+        title = (
+            f"{shape.name}, {mode}, {layout}: {len(self._documents.lengths)} documents, "
+            f"{self._documents.nbytes / 2**20:.0f} MiB, batches of {wanted.batch}; the best peer: {best}"
+        )
+        self._report.table(title, ("", "GB/s", "thousand documents/s", "x the best peer"), rows)
+
+
+def _opening(peer: ModuleType, folder: Path, count: int, workers: int, way: str) -> Callable[[Wanted], Loader]:
+    return lambda wanted: peer.ways(folder, count, wanted, workers)[way]()
+
+
+def _once(contestant: Contestant, wanted: Wanted, turn: int) -> float:
+    loader = contestant.open(wanted)
+    try:
+        return _timed(loader, turn)
+    finally:
+        loader.close()
+
+
+def _timed(loader: Loader, turn: int) -> float:
+    start = time.perf_counter()
+    for _ in loader.epoch(turn):
+        pass
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -95,6 +95,14 @@ class Environment:
         """A descriptor of ``data.mdb``, for hints about its bytes."""
         return self._descriptor
 
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode of the open ``data.mdb``, None where it is closed."""
+        if self._descriptor < 0:
+            return None
+        status = os.fstat(self._descriptor)
+        return status.st_dev, status.st_ino
+
     def upgrade(self) -> None:
         """Open again, for writing too; the caller is alone in the gate.
 

@@ -47,6 +47,14 @@ class Generations:
         except FileNotFoundError:
             return []
 
+    def identity(self, number: int) -> tuple[int, int] | None:
+        """Return device and inode of a generation's data file, None where it is gone."""
+        try:
+            status = os.stat(self.path(number) / "data.mdb")
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
     def newest(self) -> int:
         """Return the number of the one that counts, 0 where there is none."""
         return max(self.numbers(), default=0)

@@ -68,7 +68,6 @@ class LMDBSpace(SpaceDriver):
         self._map_size = map_size
         self._workers = Workers()
         self._lock = threading.Lock()
-        self._number = 0  # of the generation that is open, 0: none yet
         self._environment: Environment | None = None
         self._closed = False
         self._damage = ""  # what an examination has found
@@ -91,19 +90,27 @@ class LMDBSpace(SpaceDriver):
                 raise ClosedError(f"{self._generations.folder} is closed; open the space again")
             for _ in range(_TRIES):
                 number = self._generations.newest()
-                if number == self._number and (self._environment is not None or not number):
+                if self._environment is not None and self._is_newest(number, self._environment):
                     return number, self._environment
-                if not number:
-                    break  # somebody has removed the space: what is open is still readable
-                try:
-                    environment = acquire(self._generations.path(number), self._map_size, writable=self._writable)
-                except FileNotFoundError:
-                    continue  # it was replaced by yet another one, and removed
-                old, self._environment, self._number = self._environment, environment, number
+                environment = None
+                if not number and self._writable:
+                    self._generations.create()  # somebody has deleted the space: what is written now is a new one's
+                    continue
+                if number:
+                    try:
+                        environment = acquire(self._generations.path(number), self._map_size, writable=self._writable)
+                    except FileNotFoundError:
+                        continue  # it was replaced by yet another one, and removed
+                old, self._environment = self._environment, environment
                 if old is not None:
                     release(old)  # snapshots of it keep it open
                 return number, environment
         raise StorageIOError(f"{self._generations.folder}: generations come and go; was the space removed?")
+
+    def _is_newest(self, number: int, environment: Environment) -> bool:
+        """Return whether an environment is the newest generation, of that number: that of a space that was deleted and
+        made again may have the same one."""
+        return number == self._generations.newest() and self._generations.identity(number) == environment.identity
 
     def _write(self, work: Work[T]) -> T:
         """Run ``work`` in a write transaction of the newest generation, once, or again where the map had to grow."""
@@ -118,7 +125,7 @@ class LMDBSpace(SpaceDriver):
 
     def _checked(self, work: Work[T], number: int, environment: Environment, txn: Txn) -> T:
         # Whoever compacts publishes the new generation while it holds the write lock of the old one.
-        if self._generations.newest() != number:
+        if not self._is_newest(number, environment):
             raise _Retired
         return work(txn, environment)
 
@@ -203,7 +210,7 @@ class LMDBSpace(SpaceDriver):
 
             def finish(txn: Txn) -> bool:
                 # Writers look for newer generations once they have the write lock, which is held here.
-                if self._generations.newest() != number:
+                if not self._is_newest(number, environment):
                     return False
                 compacting.finish(txn)
                 return build.publish(number + 1)

@@ -53,6 +53,7 @@ __all__ = [
     "SpaceDriver",
     "SpaceEngine",
     "StoreDriver",
+    "StoredFile",
     "Usage",
     "Workers",
     "is_local",
@@ -94,6 +95,14 @@ class Usage:
     tokens: int
     nbytes: int
     segments: int
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file or object of a store, as it lies."""
+
+    nbytes: int
+    age: float  # seconds since it was last written
 
 
 #: How long a replaced segment stays for readers that have it in a snapshot.
@@ -239,6 +248,22 @@ class StoreDriver(ABC):
 
         Args:
             columns: the dtype and trailing shape that each ragged array has in this space.
+        """
+
+    @abstractmethod
+    def delete_space(self, fingerprint: str) -> bool:
+        """Delete a space with all that belongs to it, durably; return whether it was there.
+
+        Whenever this is cut short, the space is either whole, or has no recipe and is no longer a space; calling it
+        again removes the rest. Readers that have it open find its entries absent. What a writer publishes later is a
+        new space's, whose recipe is written again.
+        """
+
+    @abstractmethod
+    def listing(self) -> dict[str, StoredFile]:
+        """Return every file of the store, temporary ones included, by its name below the root (parts joined by ``/``).
+
+        A backend without files names what it holds in the same way.
         """
 
     def sweep(self, older_than: float) -> int:

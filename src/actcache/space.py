@@ -126,6 +126,7 @@ class Space(Maintained):
 
     def _append(self, block: Block) -> None:
         self._driver.append(block)
+        self._store.describe(self.recipe)  # it may have been deleted under us
         self._take_snapshot()  # before the writer forgets the block
 
     def flush(self) -> None:

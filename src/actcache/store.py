@@ -26,7 +26,7 @@ from actcache.errors import (
     SpaceNotFoundError,
     UsageError,
 )
-from actcache.recipe import Recipe
+from actcache.recipe import Recipe, is_fingerprint
 from actcache.space import Space
 from actcache.writer import SEGMENT_BYTES, SEGMENT_SECONDS
 
@@ -50,6 +50,16 @@ def open_store(url: str | Path, mode: str = "a", **options: Any) -> Store:
         StoreNotFoundError, NotAStoreError, FormatVersionError, ReadOnlyError: what lies there cannot be opened.
     """
     return Store(url, mode, options)
+
+
+def open_standing(url: str | Path, **options: Any) -> Store:
+    """Open a store to read and write, as ``open_store`` does, but make none where none stands.
+
+    Raises:
+        StoreNotFoundError, ...: see ``open_store``.
+    """
+    open_store(url, "r", **options).close()
+    return open_store(url, "a", **options)
 
 
 SWEEP_SECONDS = 86_400.0
@@ -88,15 +98,13 @@ class Store:
             FormatError, FormatVersionError: the space's own description is damaged or newer than this release.
         """
         fingerprint = recipe.fingerprint
-        stored = self._recipe(fingerprint)
+        stored = self.recipe(fingerprint)
         created = False
         if stored is None:
             if not self.writable:
                 raise SpaceNotFoundError(self._explain(recipe))
-            description = {"format_version": SPACE_VERSION, **recipe.to_json()}
-            data = json.dumps(description, indent=1).encode() + b"\n"
-            created = self.driver.write_blob(_recipe_blob(fingerprint), data, replace=False)
-            stored = self._recipe(fingerprint) or recipe
+            created = self.describe(recipe)
+            stored = self.recipe(fingerprint) or recipe
         space = Space(
             self,
             self.driver.space(fingerprint, columns_of(stored)),
@@ -108,13 +116,28 @@ class Store:
         self._spaces.append(space)
         return space
 
+    def describe(self, recipe: Recipe) -> bool:
+        """Make sure that a space's recipe stands in the store, durably; return whether it was missing.
+
+        A space that was deleted while somebody wrote to it begins anew with what is written afterwards.
+        """
+        name = _recipe_blob(recipe.fingerprint)
+        if self.driver.read_blob(name) is not None:
+            return False
+        description = {"format_version": SPACE_VERSION, **recipe.to_json()}
+        return self.driver.write_blob(name, json.dumps(description, indent=1).encode() + b"\n", replace=False)
+
+    def fingerprints(self) -> list[str]:
+        """Return the names of all spaces, sorted; of those whose description cannot be read, too."""
+        return self.driver.spaces()
+
     def recipes(self) -> list[Recipe]:
         """Return the recipes of all spaces, in the order of their fingerprints.
 
         Raises:
             FormatError, FormatVersionError: a space's description is damaged or newer than this release.
         """
-        found = (self._recipe(fingerprint) for fingerprint in self.driver.spaces())
+        found = (self.recipe(fingerprint) for fingerprint in self.driver.spaces())
         return [recipe for recipe in found if recipe is not None]
 
     def nearest(self, recipe: Recipe) -> list[tuple[Recipe, dict[str, tuple[Any, Any]]]]:
@@ -123,7 +146,12 @@ class Store:
         others = [(other, recipe.differences(other)) for other in self.recipes() if other != recipe]
         return sorted(others, key=lambda pair: len(pair[1]))
 
-    def _recipe(self, fingerprint: str) -> Recipe | None:
+    def recipe(self, fingerprint: str) -> Recipe | None:
+        """Return the recipe of a space, None where it has none: it is being made, or was deleted.
+
+        Raises:
+            FormatError, FormatVersionError: see ``recipes``.
+        """
         data = self.driver.read_blob(_recipe_blob(fingerprint))
         if data is None:
             return None
@@ -141,6 +169,16 @@ class Store:
         if recipe.fingerprint != fingerprint:
             raise FormatError(f"{where} describes another space ({recipe.fingerprint}); restore it from a copy")
         return recipe
+
+    def delete_space(self, fingerprint: str) -> bool:
+        """Delete a space with all its entries, durably; return whether it was there.
+
+        Whoever reads it finds its entries absent; what a writer flushes afterwards is a new space's.
+        """
+        self._check_writable()
+        if not is_fingerprint(fingerprint):
+            raise UsageError(f"{fingerprint!r} is no fingerprint of a space: see store.fingerprints()")
+        return self.driver.delete_space(fingerprint)
 
     def _explain(self, recipe: Recipe) -> str:
         lines = [f"{self.url} has no space for {recipe.model} layer {recipe.layer} as {recipe.dtype}"]

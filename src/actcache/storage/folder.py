@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from actcache.backend import SegmentFiles
+from actcache.backend import SegmentFiles, StoredFile
 from actcache.errors import BackendError, FormatError, StorageIOError
 from actcache.storage.files import Files, is_local, translated
 from actcache.storage.place import Place
@@ -109,6 +110,27 @@ class LocalPlace(Place):
     def rows(self, segments: list[Segment]) -> RowSource:
         mapped = is_local(self.root) if self._mapped is None else self._mapped
         return MappedRows(segments) if mapped else ReadRows(segments)
+
+    def remove_folder(self, folder: str) -> bool:
+        with translated(f"cannot look at {self.root / folder}"):
+            if not (self.root / folder).is_dir():
+                return False
+        return self.files.remove(self.root / folder)
+
+    def listing(self, *, exact: bool) -> dict[str, StoredFile]:
+        found: dict[str, StoredFile] = {}
+        with translated(f"cannot list {self.root}"):
+            now = self.files.now() if exact else time.time()
+            for folder, _, names in os.walk(self.root):
+                for name in names:
+                    path = Path(folder, name)
+                    try:
+                        status = os.lstat(path)
+                    except FileNotFoundError:  # a temporary file, or a segment that was replaced
+                        continue
+                    age = max(0.0, now - status.st_mtime)
+                    found[path.relative_to(self.root).as_posix()] = StoredFile(status.st_size, age)
+        return found
 
     def sweep(self, older_than: float) -> int:
         return self.files.sweep(older_than)

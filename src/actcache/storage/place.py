@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actcache.backend import SegmentFiles
+from actcache.backend import SegmentFiles, StoredFile
 
 if TYPE_CHECKING:
     from actcache.storage.rows import RowSource
@@ -87,6 +87,23 @@ class Place(ABC):
     @abstractmethod
     def rows(self, segments: list[Segment]) -> RowSource:
         """Return a source for the rows of these segments; the list grows while it is in use."""
+
+    @abstractmethod
+    def remove_folder(self, folder: str) -> bool:
+        """Remove a folder and all below it, durably; return whether it was there.
+
+        Where the place can rename, it goes at once. Where it cannot, its own files go first, in the order of their
+        names but ``recipe.json`` before all, then segments, and tombstones last: what is deleted never comes back, and
+        calling this again removes the rest.
+        """
+
+    @abstractmethod
+    def listing(self, *, exact: bool) -> dict[str, StoredFile]:
+        """Return all files below the root by their names, temporary ones included.
+
+        Args:
+            exact: whether the ages go by the place's own clock, even where a temporary file has to be written for that.
+        """
 
     @abstractmethod
     def sweep(self, older_than: float) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actcache.backend import SegmentFormat, SpaceDriver, SpaceEngine, StoreDriver
+from actcache.backend import SegmentFormat, SpaceDriver, SpaceEngine, StoredFile, StoreDriver
 from actcache.errors import BackendError, NotAStoreError, ReadOnlyError
 from actcache.recipe import is_fingerprint
 from actcache.storage import marker
@@ -67,6 +67,13 @@ class PlacedStore(StoreDriver):
 
     def space(self, fingerprint: str, columns: Columns) -> SpaceDriver:
         return self._open_space(fingerprint, columns)
+
+    def delete_space(self, fingerprint: str) -> bool:
+        self._check_writable()
+        return self._place.remove_folder(f"spaces/{fingerprint}")
+
+    def listing(self) -> dict[str, StoredFile]:
+        return self._place.listing(exact=self._writable)
 
     def sweep(self, older_than: float) -> int:
         self._check_writable()

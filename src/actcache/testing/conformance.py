@@ -250,6 +250,45 @@ class BackendConformance:
             assert entry is not None
             np.testing.assert_allclose(entry.activations, self.documents.rows(number), rtol=relative, atol=1e-7)
 
+    # --- whole spaces ------------------------------------------------------------------------------------------------
+
+    def test_a_space_is_deleted_with_all_that_belongs_to_it(self, url: str, store: actcache.Store) -> None:
+        other = recipe(layer=2)
+        with store.space(recipe()) as space, store.space(other) as kept:
+            self.documents.put(space, range(20))
+            space.delete([self.documents.key(3)])
+            space.put_blob("note.txt", b"x")
+            self.documents.put(kept, range(5))
+        reader = self.reopened(url)
+        files = store.driver.listing()
+        name = f"spaces/{recipe().fingerprint}/"
+        assert sum(file.nbytes for path, file in files.items() if path.startswith(name)) > 20 * HIDDEN * 4
+        assert all(file.nbytes >= 0 and 0 <= file.age < 3600 for file in files.values())
+        assert [store.delete_space(recipe().fingerprint) for _ in range(2)] == [True, False]
+        assert (store.recipes(), store.fingerprints()) == ([other], [other.fingerprint])
+        assert not [path for path in store.driver.listing() if path.startswith(name)]
+        reader.refresh()
+        assert len(reader) == 0
+        self.documents.check(store.space(other), dict.fromkeys(range(5), 0), range(9))
+        with store.space(recipe()) as again:
+            assert again.created
+            assert again.blob("note.txt") is None
+            self.documents.put(again, range(2, 6), version=1)
+        self.documents.check(self.reopened(url), dict.fromkeys(range(2, 6), 1), range(40))
+
+    def test_a_writer_whose_space_is_deleted_goes_on(self, url: str, space: actcache.Space) -> None:
+        self.documents.put(space, range(10))
+        space.flush()
+        with actcache.open(url, **self.options) as other:
+            assert other.delete_space(recipe().fingerprint)
+        self.documents.put(space, range(10, 20))
+        space.flush()
+        self.documents.put(space, [3], version=1)
+        space.flush()
+        held = {**dict.fromkeys(range(10, 20), 0), 3: 1}
+        self.documents.check(space, held, range(25))
+        self.documents.check(self.reopened(url), held, range(25))
+
     # --- buffers -----------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("flushed", [True, False])

@@ -6,6 +6,7 @@ Stores live as long as the process and are shared by name. Nothing here is share
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Backend, Block, Located, Snapshot, SpaceDriver, StoreDriver, Usage
+from actcache.backend import VALUES, Backend, Block, Located, Snapshot, SpaceDriver, StoredFile, StoreDriver, Usage
 from actcache.errors import BackendError, ReadOnlyError, StoreNotFoundError
 
 
@@ -28,6 +29,7 @@ class _Entry:
 class _Contents:
     blobs: dict[str, bytes] = field(default_factory=dict)
     spaces: dict[str, dict[bytes, _Entry]] = field(default_factory=dict)
+    written: dict[str, float] = field(default_factory=dict)  # when, by the name of a blob or space
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -67,6 +69,7 @@ class _MemoryStore(StoreDriver):
             if name in self._contents.blobs and not replace:
                 return False
             self._contents.blobs[name] = bytes(data)
+            self._contents.written[name] = time.monotonic()
             return True
 
     def delete_blob(self, name: str) -> bool:
@@ -82,19 +85,40 @@ class _MemoryStore(StoreDriver):
         return sorted({part[1] for part in parts if part[0] == "spaces"})
 
     def space(self, fingerprint: str, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> SpaceDriver:
+        return _MemorySpace(self._contents, fingerprint, writable=self._writable)
+
+    def delete_space(self, fingerprint: str) -> bool:
+        _check(self._writable)
         with self._contents.lock:
-            entries = self._contents.spaces.setdefault(fingerprint, {})
-        return _MemorySpace(entries, self._contents.lock, writable=self._writable)
+            blobs = [name for name in self._contents.blobs if name.startswith(f"spaces/{fingerprint}/")]
+            for name in blobs:
+                del self._contents.blobs[name]
+            return self._contents.spaces.pop(fingerprint, None) is not None or bool(blobs)
+
+    def listing(self) -> dict[str, StoredFile]:
+        with self._contents.lock:
+            sizes = {name: len(data) for name, data in self._contents.blobs.items()}
+            for fingerprint, entries in self._contents.spaces.items():
+                rows = (array for entry in entries.values() for array in entry.rows.values())
+                sizes[f"spaces/{fingerprint}/entries"] = sum(array.nbytes for array in rows)
+            now, written = time.monotonic(), self._contents.written
+            return {name: StoredFile(nbytes, now - written.get(name, now)) for name, nbytes in sizes.items()}
 
     def close(self) -> None:
         pass
 
 
 class _MemorySpace(SpaceDriver):
-    def __init__(self, entries: dict[bytes, _Entry], lock: threading.Lock, *, writable: bool) -> None:
-        self._entries = entries
-        self._lock = lock
+    def __init__(self, contents: _Contents, fingerprint: str, *, writable: bool) -> None:
+        self._contents = contents
+        self._fingerprint = fingerprint
+        self._lock = contents.lock
         self._writable = writable
+        with self._lock:
+            self._entries()
+
+    def _entries(self) -> dict[bytes, _Entry]:
+        return self._contents.spaces.setdefault(self._fingerprint, {})
 
     def append(self, block: Block) -> None:
         _check(self._writable)
@@ -106,16 +130,17 @@ class _MemorySpace(SpaceDriver):
             extra = 0 if block.extra_checksums is None else int(block.extra_checksums[i])
             fresh[key.tobytes()] = _Entry(int(block.checksums[i]), extra, rows)
         with self._lock:
-            self._entries.update(fresh)
+            self._entries().update(fresh)
+            self._contents.written[f"spaces/{self._fingerprint}/entries"] = time.monotonic()
 
     def delete(self, keys: NDArray[np.uint8]) -> int:
         _check(self._writable)
         with self._lock:
-            return sum(self._entries.pop(key, None) is not None for key in {key.tobytes() for key in keys})
+            return sum(self._entries().pop(key, None) is not None for key in {key.tobytes() for key in keys})
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            return _MemorySnapshot(dict(self._entries))
+            return _MemorySnapshot(dict(self._entries()))
 
     def close(self) -> None:
         pass

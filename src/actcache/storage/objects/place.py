@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actcache.backend import SegmentFiles
+from actcache.backend import SegmentFiles, StoredFile
 from actcache.errors import OutOfSpaceError, StoreError
 from actcache.storage.files import translated
 from actcache.storage.objects import options as opt
@@ -240,6 +240,30 @@ class ObjectPlace(Place):
         return copies
 
     # --- tidying up --------------------------------------------------------------------------------------------------
+
+    def remove_folder(self, folder: str) -> bool:
+        client = self._session.client()
+        found = client.listing(f"{folder}/", recursive=True).files
+
+        def turn(key: str) -> int:
+            name = key.removeprefix(f"{folder}/")
+            if name == "recipe.json":
+                return 0
+            if name.startswith("tombstones/"):
+                return 3
+            return 1 if self._commit and key.endswith(f"/{self._commit}") else 2
+
+        for now in range(4):
+            removals = [self._session.submit(partial(self._remove, key)) for key in found if turn(key) == now]
+            wait(removals)
+            for removal in removals:
+                removal.result()
+        self._blocks.forget(f"{folder}/")
+        return bool(found)
+
+    def listing(self, *, exact: bool) -> dict[str, StoredFile]:
+        files = self._session.client().listing("", recursive=True).files
+        return {name: StoredFile(listed.size, listed.age) for name, listed in files.items()}
 
     def sweep(self, older_than: float) -> int:
         client = self._session.client()

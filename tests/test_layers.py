@@ -23,7 +23,9 @@ LAYERS = [
     {"reader", "maintenance"},
     {"space"},
     {"store"},
-    {"inspection"},
+    {"inspection", "migration"},
+    {"retention"},
+    {"doctor"},
     {"models"},
     {"pruning"},  # of the models' vocabulary; nothing but the user needs it
     {"recycler"},

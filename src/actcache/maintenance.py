@@ -59,17 +59,25 @@ class Maintained:
     _driver: SpaceDriver
     _write_lock: threading.RLock
 
-    def verify(self, progress: Progress | None = None) -> Verification:
+    def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> Verification:
         """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
 
         Segments are looked at without the help of an index, too.
 
+        Args:
+            sample: entries that are read, drawn at random; None for all.
+
         Raises:
+            UsageError: ``sample`` is negative.
             FormatError: nothing of the space can be read safely (lmdb).
         """
+        if sample is not None and sample < 0:
+            raise UsageError(f"sample is a number of entries, 0 or more, not {sample}")
         damaged = self._driver.examine()  # first: what is damaged there may be unsafe to read
         self.refresh()
         keys = self._view().keys()
+        if sample is not None and sample < len(keys):
+            keys = keys[np.random.default_rng().choice(len(keys), sample, replace=False)]
         located = self._view().locate(keys)
         order = np.lexsort((located.row, located.segment))  # as they lie
         keys, lengths = keys[order], located.tokens[order]

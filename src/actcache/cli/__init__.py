@@ -11,8 +11,13 @@ import sys
 
 import typer
 
+from actcache.cli.compact import compact
+from actcache.cli.du import du
 from actcache.cli.fill import fill
 from actcache.cli.inspect import inspect
+from actcache.cli.ls import ls
+from actcache.cli.repair import repair
+from actcache.cli.verify import verify
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
 
 app = typer.Typer(
@@ -22,8 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(fill)
-app.command()(inspect)
+for _command in (fill, ls, inspect, du, verify, repair, compact):
+    app.command()(_command)
 
 
 @app.callback()

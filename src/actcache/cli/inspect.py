@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import PurePath
-from typing import Annotated
 
-import typer
-from rich.console import Console
 from rich.table import Table
 
+from actcache import inspection
+from actcache.cli.common import JsonOption, SpaceOption, StoreArgument, binary, console, counted, print_json, say
 from actcache.inspection import SpaceReport
-from actcache.inspection import inspect as inspect_store
 from actcache.store import open_store
 
-_PLAIN_WIDTH = 120  # where stdout is no terminal
 
-
-def inspect(
-    store: Annotated[str, typer.Argument(help="Path or URL of the store.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show the spaces of a store: what is in them, and by which recipe.
+def inspect(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = False) -> None:
+    """Show the spaces of a store in full: what is in them, and by which recipe.
 
     Example: cachectl inspect ./activations
     """
     with open_store(store, mode="r") as opened:
-        reports = inspect_store(opened)
-        collections = opened.collections()
+        found = inspection.inspect(opened, space or ())
     if as_json:
-        spaces = [report.to_json() for report in reports]
-        print(json.dumps({"store": store, "spaces": spaces, "collections": collections}, indent=1))
+        spaces = [report.to_json() for report in found.spaces]
+        rest = {"unreadable": found.unreadable, "collections": found.collections}
+        print_json({"store": store, "spaces": spaces, **rest})
         return
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=_PLAIN_WIDTH)
-    console.print(_summary(store, reports))
-    for report in reports:
-        console.print(_recipe(report))
-    if collections:
-        console.print(f"collections: {', '.join(collections)}", highlight=False)
+    terminal = console()
+    terminal.print(_summary(store, found.spaces))
+    for report in found.spaces:
+        terminal.print(_recipe(report))
+    for name, what in found.unreadable.items():
+        say(f"unreadable {name}: {what}")
+    if found.collections:
+        say(f"collections: {', '.join(found.collections)}")
 
 
 def _summary(store: str, reports: list[SpaceReport]) -> Table:
-    table = Table(title=f"{store}: {len(reports)} space{'' if len(reports) == 1 else 's'}")
+    table = Table(title=f"{store}: {counted(len(reports), 'space')}")
     for name in ("space", "model", "layer", "dtype"):
         table.add_column(name, no_wrap=name != "model")
     for name in ("entries", "tokens", "bytes", "segments", "damaged"):
@@ -78,13 +71,3 @@ def _recipe(report: SpaceReport) -> Table:
     for name, what in report.damaged.items():
         table.add_row(f"damaged {name}", what)
     return table
-
-
-def binary(nbytes: int) -> str:
-    """Return a number of bytes with a binary unit."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"

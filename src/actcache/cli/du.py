@@ -1,0 +1,44 @@
+"""``cachectl du``: where the bytes are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from actcache import inspection
+from actcache.cli.common import SHORT, JsonOption, StoreArgument, binary, console, print_json, table
+from actcache.store import open_store
+
+
+def du(
+    store: StoreArgument,
+    as_json: JsonOption = False,
+    in_bytes: Annotated[bool, typer.Option("--bytes", help="Show bytes, not KiB, MiB, ...")] = False,
+) -> None:
+    """Show how many bytes each space takes, by its parts, and what else there is.
+
+    Example: cachectl du ./activations
+    """
+    with open_store(store, mode="r") as opened:
+        found = inspection.footprint(opened.driver.listing())
+    if as_json:
+        rest = {"collections": found.collections, "temporary": found.temporary, "other": found.other}
+        print_json({"store": store, "spaces": found.spaces, **rest, "total": found.total})
+        return
+
+    def shown(nbytes: int) -> str:
+        return f"{nbytes:,}" if in_bytes else binary(nbytes)
+
+    parts = sorted({part for parts in found.spaces.values() for part in parts})
+    listed = table(store, ("space",), (*parts, "total"))
+    for name, held in found.spaces.items():
+        listed.add_row(name[:SHORT], *(shown(held.get(part, 0)) for part in parts), shown(found.of_space(name)))
+    for name, nbytes in (
+        ("collections", found.collections),
+        ("temporary", found.temporary),
+        ("other", found.other),
+        ("all", found.total),
+    ):
+        listed.add_row(name, *("" for _ in parts), shown(nbytes))
+    console().print(listed)

@@ -1,0 +1,83 @@
+"""``cachectl ls``: what is there, in short."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import PurePath
+from typing import Any
+
+from actcache import inspection
+from actcache.backend import StoredFile
+from actcache.cli.common import (
+    SHORT,
+    JsonOption,
+    SpaceOption,
+    StoreArgument,
+    binary,
+    console,
+    counted,
+    print_json,
+    say,
+    span,
+    table,
+)
+from actcache.inspection import Coverage, SpaceReport
+from actcache.store import open_store
+
+
+def ls(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = False) -> None:
+    """List the spaces and collections of a store; with --space, that space's segments and what it has of each.
+
+    Example: cachectl ls ./activations
+    """
+    with open_store(store, mode="r") as opened:
+        report = inspection.inspect(opened, space or ())
+        files = opened.driver.listing()
+        rows = [_row(one, files) for one in report.spaces]
+        if space:
+            for row in rows:
+                row["segment_bytes"] = inspection.segments(files, row["fingerprint"])
+                row["collections"] = inspection.coverage(opened, row["fingerprint"])
+    if as_json:
+        for row in rows:
+            held = row.get("collections", {})
+            row["collections"] = {n: dataclasses.asdict(c) for n, c in held.items() if isinstance(c, Coverage)}
+        result = {"spaces": rows, "unreadable": report.unreadable, "collections": report.collections}
+        print_json({"store": store, **result})
+        return
+    text = ("space", "model", "layer", "dtype")
+    listed = table(store, text, ("entries", "tokens", "bytes", "segments", "damaged", "written"))
+    for row in rows:
+        model = PurePath(row["model"]).name
+        numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]), f"{row['segments']:,}")
+        ago = "" if row["written"] is None else f"{span(row['written'])} ago"
+        name = row["fingerprint"][:SHORT]
+        listed.add_row(name, model, str(row["layer"]), row["dtype"], *numbers, str(len(row["damaged"])), ago)
+    console().print(listed)
+    for row in rows:
+        _details(row)
+    for name, what in report.unreadable.items():
+        say(f"unreadable {name[:SHORT]}: {what}")
+    if report.collections:
+        say(f"collections: {', '.join(report.collections)}")
+
+
+def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
+    recipe = report.recipe
+    return {
+        "fingerprint": recipe.fingerprint,
+        "model": recipe.model,
+        "layer": recipe.layer,
+        "dtype": recipe.dtype,
+        **dataclasses.asdict(report.usage),
+        "damaged": report.damaged,
+        "written": inspection.written(files, recipe.fingerprint),
+    }
+
+
+def _details(row: dict[str, Any]) -> None:
+    for segment, nbytes in row.get("segment_bytes", {}).items():
+        say(f"  {segment}  {binary(nbytes)}")
+    for name, held in row.get("collections", {}).items():
+        has = f"{held.present:,} of {counted(held.documents, 'document')}" if isinstance(held, Coverage) else held
+        say(f"  collection {name}: {has}")

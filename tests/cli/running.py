@@ -1,0 +1,52 @@
+"""``cachectl`` in this process, which starts at once; that it works as a process is tests/test_cli.py's business."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from actcache.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert self.code in (0, 4), self.err
+        return json.loads(self.out)
+
+    def refused(self, code: int) -> str:
+        """Check for one line on stderr, no traceback, and the exit code; return the line."""
+        lines = [line for line in self.err.splitlines() if line.startswith("cachectl: error: ")]
+        assert self.code == code, (self.code, self.err)
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+def cachectl(*arguments: object, text: str = "") -> Result:
+    """Run a command; neither stdin nor stdout is a terminal."""
+    out, err = io.StringIO(), io.StringIO()
+    given = sys.argv, sys.stdin
+    logger = logging.getLogger("actcache")
+    handlers = list(logger.handlers)
+    sys.argv, sys.stdin = ["cachectl", *map(str, arguments)], io.StringIO(text)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code
+    finally:
+        sys.argv, sys.stdin = given
+        logger.handlers[:] = handlers
+        logger.setLevel(logging.NOTSET)
+    return Result(code, out.getvalue(), err.getvalue())

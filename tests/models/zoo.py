@@ -96,11 +96,14 @@ class Kind:
     first_token: bool = True
     attention: tuple[str, ...] = ("sdpa", "eager")
 
+    def configured(self, **options: Any) -> Any:
+        return self.config(**{**self.options, "num_labels": 2, **options})
+
     def make(self, head: Any, attention: str = "eager", seed: int = 0, **options: Any) -> PreTrainedModel:
         torch.manual_seed(seed)
-        config = self.config(**{**self.options, "num_labels": 2, **options})
         make = head.from_config if hasattr(head, "from_config") else head._from_config
-        return make(config, attn_implementation=attention).eval()
+        model: PreTrainedModel = make(self.configured(**options), attn_implementation=attention)
+        return model.eval()
 
 
 _ONLY_EAGER = ("eager",)
@@ -205,7 +208,13 @@ KINDS = {
     ),
     "qwen3": Kind(transformers.Qwen3Config, _DECODER, (AutoModel, *_TASKS, CAUSAL), first_token=False),
     "gemma": Kind(transformers.GemmaConfig, _DECODER, (AutoModel, CLASSIFY, TOKENS, CAUSAL), first_token=False),
-    "gemma2": Kind(transformers.Gemma2Config, _SLIDING, (AutoModel, CLASSIFY, TOKENS, CAUSAL), first_token=False),
+    "gemma2": Kind(
+        transformers.Gemma2Config,
+        _SLIDING,
+        (AutoModel, CLASSIFY, TOKENS, CAUSAL),
+        first_token=False,
+        attention=_ONLY_EAGER,
+    ),
     "gemma3": Kind(transformers.Gemma3TextConfig, _SLIDING, (AutoModel, CLASSIFY, CAUSAL), first_token=False),
 }
 

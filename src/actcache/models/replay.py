@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from actcache.errors import ModelError, ShapeError, UnsupportedModelError
 from actcache.models.family import Family, base_model_of, family_of
 from actcache.models.shipping import Shipped
-from actcache.models.standins import BiasPassThrough, Embeddings, NoConvolution, PassThrough, handed
+from actcache.models.standins import BiasPassThrough, Embeddings, NoConvolution, PassThrough, handed, no_answers_at_padding
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     The copy has the task model's own outputs. Its ``forward`` takes ``activations`` [batch, tokens, hidden] in any
     floating point dtype, ``token_ids`` and ``attention_mask`` [batch, tokens], padded on either side, and by name what
     else the task model takes (``labels``, ...). Its ``state_dict`` holds the upper layers and the head, under the task
-    model's names. Hidden states and attentions of the lower half are None in its outputs, and there is no key-value
-    cache. Gradient checkpointing must be the non-reentrant kind.
+    model's names. Hidden states and attentions of the lower half are None in its outputs, there is no key-value cache,
+    and answers never begin or end at padding. Gradient checkpointing must be the non-reentrant kind.
 
     What both halves share is told of in one warning: a head that is tied to the word embeddings gets its own copy of
     the matrix, which training then changes on its own; relative position biases and tables that layers of both halves
@@ -80,6 +80,9 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     stack = family.stack_of(base_model_of(reduced))
     collects = not getattr(type(stack), "_can_record_outputs", None)  # its own code does, over all layers
     stack.register_forward_hook(functools.partial(_mark_absent, layer=layer, all_layers=collects))
+    if any(cls.__name__.endswith("ForQuestionAnswering") for cls in task_class.__mro__):
+        head: Any = getattr(reduced, "qa_outputs", None) or reduced.classifier
+        head.register_forward_hook(no_answers_at_padding)
     notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
     if notes:
         logger.warning("both halves of %s use %s", type(task_model).__name__, "; ".join(notes))
@@ -132,12 +135,12 @@ class _Reduced(Shipped):
             if family.positions_in_layers:  # each document's own, wherever its padding is
                 kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
-        before = handed.rows, handed.to
-        handed.rows, handed.to = activations.flatten(0, -3), last
+        before = handed.rows, handed.to, handed.mask
+        handed.rows, handed.to, handed.mask = activations.flatten(0, -3), last, attention_mask
         try:
             return forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
         finally:
-            handed.rows, handed.to = before
+            handed.rows, handed.to, handed.mask = before
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ModelError(

@@ -16,7 +16,7 @@ _WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings")
 
 
 class Handed(threading.local):
-    """The rows of the forward that is running in this thread, and the pass-through that takes them.
+    """The rows of the forward that is running in this thread, the pass-through that takes them, and their mask.
 
     Not the module's state, which threads that use one model at once would share: one would get the other's rows.
     """
@@ -24,6 +24,7 @@ class Handed(threading.local):
     def __init__(self) -> None:  # in each thread
         self.rows: torch.Tensor | None = None
         self.to: nn.Module | None = None
+        self.mask: torch.Tensor | None = None
 
 
 handed = Handed()
@@ -128,3 +129,16 @@ class NoConvolution(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, residual_states: torch.Tensor, *args: Any) -> torch.Tensor:
         return residual_states
+
+
+def no_answers_at_padding(head: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor | None:
+    """Forward hook of a question answering head, whose loss is a softmax over all positions of a batch.
+
+    In the full model that includes what padding's rows became, so that a document's loss depends on the others of its
+    batch. Padding has no stored rows; with logits ``[batch, tokens, 2]`` of the least number there, each document's loss
+    is what it is alone.
+    """
+    mask = handed.mask
+    if mask is None or mask.shape != logits.shape[:-1]:
+        return None
+    return logits.masked_fill(mask[..., None] == 0, torch.finfo(logits.dtype).min)

@@ -12,6 +12,7 @@ Messages say what is wrong and what to do about it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class ActcacheError(Exception):
@@ -173,3 +174,11 @@ class LowerHalfMismatchError(ModelError):
 
 class CanaryError(ModelError):
     """Recomputed canary documents differ from the stored ones by more than the tolerance: the numbers have changed."""
+
+
+class VerificationError(ModelError):
+    """Recomputed documents differ from the stored ones by more than the tolerance. ``report`` says by how much."""
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report: Any = report

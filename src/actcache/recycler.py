@@ -22,15 +22,16 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.key import Document
-from actcache.models import canary, replay, weights
+from actcache.models import canary, weights
 from actcache.models.entries import check_found, check_texts, document_keys, find_entries, listed
 from actcache.models.family import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
-from actcache.models.matching import check_same_lower_half, check_same_numbers
+from actcache.models.matching import check_same_lower_half
 from actcache.models.on_the_way import OnTheWay
 from actcache.models.partial import vocabulary_size
 from actcache.models.provenance import revision_of, setup_of
 from actcache.models.record import LowerHalf
+from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.ragged import EXTRAS
 from actcache.reader import Reader
@@ -42,7 +43,7 @@ from actcache.windows import Windows
 logger = logging.getLogger(__name__)
 
 
-class Recycler:
+class Recycler(TaskModels):
     """Records the activations of a model after one layer, and serves them to reduced models. Not thread-safe.
 
     Args:
@@ -193,18 +194,6 @@ class Recycler:
         return self._filler.fill(texts, token_budget, progress, self._compute_canaries)
 
     # --- replay ------------------------------------------------------------------------------------------------------
-
-    def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
-        """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
-
-        Raises:
-            LowerHalfMismatchError: the task model's lower half is not the one that was recorded, or, with the same
-                weights and configuration, computes other numbers.
-        """
-        family = check_same_lower_half(task_model, self.recipe)
-        if self._canaries is not None:
-            check_same_numbers(task_model, self.recipe, self._encoder, self._canaries)
-        return replay.reduce(task_model, self.recipe.layer, family)
 
     def reader(
         self,

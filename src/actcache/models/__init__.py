@@ -13,10 +13,15 @@ except ImportError as error:
     ) from error
 
 from actcache.models import families  # noqa: F401  (fills the table)
+from actcache.models.adapters import add_adapters, copy_sharing_frozen, load_adapters, save_adapters
 from actcache.models.family import Family, base_model_of, family_of, register_family
+from actcache.models.loading import load_reduced
 from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.regimes import Regime
 from actcache.models.replay import reduce
+from actcache.models.shipping import merge
 from actcache.models.tokenizing import DocumentEncoder, Encoded, tokenizer_digest
+from actcache.models.verification import Verification
 from actcache.models.weights import lower_digest
 
 __all__ = [
@@ -24,11 +29,19 @@ __all__ = [
     "Encoded",
     "Family",
     "LowerHalf",
+    "Regime",
+    "Verification",
+    "add_adapters",
     "base_model_of",
+    "copy_sharing_frozen",
     "family_of",
+    "load_adapters",
+    "load_reduced",
     "lower_digest",
+    "merge",
     "plan_batches",
     "reduce",
     "register_family",
+    "save_adapters",
     "tokenizer_digest",
 ]

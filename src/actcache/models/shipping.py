@@ -49,7 +49,7 @@ class Shipped:
         state_dict: Mapping[str, torch.Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """Save upper layers, head and adapters with their recipe; ``Recycler.load_reduced`` loads them.
+        """Save upper layers, head and adapters with their recipe; ``recycler.load_reduced`` loads them.
 
         The ``Trainer`` saves its checkpoints by this, and goes on from them.
 
@@ -60,7 +60,7 @@ class Shipped:
             options: transformers' others, none of which is supported.
 
         Raises:
-            ModelError: the model has no recipe, because no recycler reduced it; or PEFT's modules are in it.
+            ModelError: PEFT's modules are in the model.
             NotImplementedError: an option asks for what this does not do.
         """
         asked = [name for name, value in options.items() if value and name not in ("safe_serialization", "token")]
@@ -87,11 +87,6 @@ def save(
 ) -> None:
     """Write a reduced model to a folder; see ``Shipped.save_pretrained``."""
     recipe = reduced.__dict__.get("actcache_recipe")
-    if recipe is None:
-        raise ModelError(
-            "this reduced model knows no recipe that it could be saved with: make it with recycler.reduce(task_model), "
-            "or save the full model: reduced.merge_into(full_model).save_pretrained(folder)"
-        )
     _refuse_peft(reduced)
     spec = spec_of(reduced)
     config = json.loads(reduced.config.to_json_string(use_diff=False))
@@ -100,8 +95,10 @@ def save(
         "version": VERSION,
         "task_class": task_class_of(reduced).__name__,
         "config": {**config, "architectures": [task_class_of(reduced).__name__]},
-        "recipe": recipe.to_json(),
+        "layer": reduced.actcache_layer,
+        "recipe": None if recipe is None else recipe.to_json(),
         "adapters": None if spec is None else asdict(spec),
+        "tied": _tied(reduced),
     }
     if write:
         path = Path(folder)
@@ -140,7 +137,7 @@ def merge(reduced: Any, full_model: Model) -> Model:
     spec, there = spec_of(reduced), spec_of(full_model)
     if there is not None and there != spec:
         raise ModelError(f"the full model has other adapters ({there}) than the reduced one ({spec})")
-    prefix = "" if base is full_model else f"{full_model.base_model_prefix}."
+    prefix = next(f"{path}." if path else "" for path, module in full_model.named_modules() if module is base)
     state, target = reduced.state_dict(), full_model.state_dict()
     # What the reduced model carries for itself because it lacks the layer that has it (as a relative position bias).
     new = {name for name in state if name not in target and not (spec and there is None and ".adapter." in name)}
@@ -176,7 +173,7 @@ def _copy(
     state: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], full_model: PreTrainedModel, lower: set[int]
 ) -> None:
     untied = []
-    for name in state.keys() & target.keys():
+    for name in sorted(state.keys() & target.keys()):
         value = state[name].to(target[name].device, target[name].dtype)
         if target[name].data_ptr() not in lower:
             target[name].copy_(value)
@@ -188,6 +185,14 @@ def _copy(
         full_model.config.tie_word_embeddings = False
         full_model.all_tied_weights_keys = {}
         logger.warning("%s was trained on its own: it is no longer tied to the embeddings", ", ".join(sorted(untied)))
+
+
+def _tied(reduced: nn.Module) -> list[list[str]]:
+    """Return the names of parameters that are one, group by group."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in reduced.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def _refuse_peft(reduced: nn.Module) -> None:

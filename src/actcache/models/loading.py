@@ -1,0 +1,125 @@
+"""Loading what ``reduced.save_pretrained`` wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from actcache.errors import FormatError, LowerHalfMismatchError, ModelError, UsageError
+from actcache.models.adapters import AdapterSpec, insert_adapters
+from actcache.models.replay import reduce
+from actcache.models.shipping import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
+from actcache.recipe import Recipe
+
+#: Fields of a recipe that say how rows and documents are stored, not whose they are.
+STORED = ("dtype", "compute_dtype", "max_length", "too_long")
+
+
+def load_reduced(
+    folder: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    task_class: type[PreTrainedModel] | None = None,
+    allow: Collection[str] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """Return a saved reduced model, in eval mode, on the CPU.
+
+    Args:
+        folder: where ``save_pretrained`` (or the ``Trainer``) wrote it.
+        recipe: of the space that it is to run on; None to compare nothing.
+        task_class: the task model's class, where it is not one of transformers.
+        allow: of ``dtype``, ``compute_dtype``, ``max_length`` and ``too_long``, fields in which the recipes may differ:
+            trained on float32 entries, run on float16.
+        options: of transformers' ``from_config``: ``dtype``, ``attn_implementation``.
+
+    Raises:
+        LowerHalfMismatchError: it was trained on another lower half, layer, or tokenizer than the recipe's.
+        ModelError: the folder holds no reduced model, or its recipe is not known or differs otherwise.
+    """
+    path = Path(folder)
+    if set(allow) - set(STORED):
+        raise UsageError(f"recipes may differ in {', '.join(STORED)} at most, not in {', '.join(sorted(allow))}")
+    what = _read(path)
+    theirs = _recipe_of(what, path)
+    if recipe is not None:
+        _check_recipe(theirs, recipe, allow, path)
+    kind = task_class or _class_named(what["task_class"], path)
+    try:
+        config = kind.config_class.from_dict(what["config"])  # type: ignore[union-attr]
+        # The lower half is about to be dropped, and the rest to be loaded.
+        with torch.random.fork_rng(devices=[]), no_init_weights():
+            full = kind._from_config(config, **options)
+        reduced = reduce(full, int(what["layer"]))
+        if what["adapters"] is not None:
+            insert_adapters(reduced, AdapterSpec.from_json(what["adapters"]))
+        _tie(reduced, what["tied"])
+        reduced.load_state_dict(load_file(path / WEIGHTS_NAME))
+        reduced.eval()
+    except (OSError, SafetensorError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} cannot be loaded as a reduced {kind.__name__}: {error}") from error
+    reduced.__dict__["actcache_recipe"] = theirs
+    return reduced
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        what = json.loads((path / DESCRIPTION_NAME).read_text())
+        version, expected = what["version"], {"task_class", "config", "layer", "recipe", "adapters", "tied"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} holds no reduced model: {DESCRIPTION_NAME} is not there or not one ({error})"
+        ) from None
+    if version != VERSION:
+        raise ModelError(f"{path} was written by a newer release (version {version}): update actcache")
+    if not expected <= what.keys():
+        raise ModelError(f"{path / DESCRIPTION_NAME} lacks {', '.join(sorted(expected - what.keys()))}")
+    return dict(what)
+
+
+def _recipe_of(what: dict[str, Any], path: Path) -> Recipe | None:
+    try:
+        return None if what["recipe"] is None else Recipe.from_json(what["recipe"])
+    except FormatError as error:
+        raise ModelError(f"{path / DESCRIPTION_NAME}: {error}") from None
+
+
+def _check_recipe(theirs: Recipe | None, ours: Recipe, allow: Collection[str], path: Path) -> None:
+    if theirs is None:
+        raise ModelError(
+            f"the model in {path} was reduced without a recycler, so what it was trained on is not known: if it was "
+            "this, load it with actcache.models.load_reduced(folder)"
+        )
+    differ = {name: pair for name, pair in theirs.differences(ours).items() if name not in allow}
+    if not differ:
+        return
+    fields = "; ".join(f"{name}: {old!r}, here {new!r}" for name, (old, new) in differ.items())
+    message = f"the reduced model in {path} was trained on the activations of another recipe ({fields})"
+    if set(differ) <= set(STORED):
+        raise ModelError(f"{message}: if that is as you want it, pass allow={sorted(differ)}")
+    raise LowerHalfMismatchError(f"{message}: use a recycler of the model, layer and tokenizer that it belongs to")
+
+
+def _tie(reduced: PreTrainedModel, groups: list[list[str]]) -> None:
+    for first, *others in groups:
+        parameter = reduced.get_parameter(first)
+        for name in others:
+            path, _, attribute = name.rpartition(".")
+            setattr(reduced.get_submodule(path), attribute, parameter)
+
+
+def _class_named(name: str, path: Path) -> type[PreTrainedModel]:
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ModelError(f"the task class of {path}, {name!r}, is not one of transformers: pass it as task_class=")
+    return found

@@ -1,0 +1,245 @@
+"""The four ways to train that the paper compares, behind one interface: a model, and batches of its inputs.
+
+No recycling (NR) trains the whole model; frozen (F) computes the lower half anew in every epoch but does not train it;
+save-and-recycle (SR) computes and stores it in the first epoch; recycling (R) finds it stored. With the same options
+all four go through the same documents in the same order, and F, SR and R see the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from actcache.errors import UsageError
+from actcache.models.family import Family, base_model_of
+from actcache.models.tokenizing import Encoded
+from actcache.reader import Reader
+from actcache.reading.checks import ranks_of
+from actcache.reading.dataset import EntryDataset
+from actcache.reading.order import Order
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Regime(enum.StrEnum):
+    """How much of the lower half's work is done again."""
+
+    NO_RECYCLING = "NR"
+    FROZEN = "F"
+    SAVE_AND_RECYCLE = "SR"
+    RECYCLE = "R"
+
+    @classmethod
+    def named(cls, name: str) -> Regime:
+        """Return a regime by its letters.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise UsageError(f"there is no regime {name!r}; there are {', '.join(cls)}") from None
+
+
+class Dataset(Protocol):
+    """What a ``DataLoader`` or the ``Trainer`` takes, with its own ``collate_fn`` or ``data_collator``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Any: ...
+
+    def collate(self, items: list[Any]) -> Inputs:
+        """Return the model's inputs."""
+
+
+class Batches(Protocol):
+    """Epochs of batches: each iteration is one, and the next has the next order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Inputs]: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+
+    def dataset(self) -> Dataset:
+        """Return the same documents as a map-style data set."""
+
+
+class Prepared(NamedTuple):
+    """A model and what it is trained on: ``for batch in batches: model(**batch).loss``."""
+
+    model: PreTrainedModel
+    batches: Batches
+
+
+def with_frozen_lower_half(task_model: PreTrainedModel, family: Family, layer: int) -> PreTrainedModel:
+    """Return a copy of a task model whose lower half has no gradients and, as when it is recorded, no dropout."""
+    model = copy.deepcopy(task_model)
+    for part in family.lower_of(base_model_of(model), layer).values():
+        part.requires_grad_(False)
+        part.register_forward_pre_hook(_stay_evaluating)
+    return model
+
+
+def _stay_evaluating(module: nn.Module, args: Any) -> None:
+    if module.training:  # model.train() has been there
+        module.eval()
+
+
+class TokenDataset:
+    """Token ids of documents, for a full model. Immutable, so thread-safe.
+
+    Args:
+        encoded: the documents' entries.
+        labels: ``[n, ...]``, one an entry, or None.
+        padding: the token id that fills up a batch, on the right.
+    """
+
+    def __init__(self, encoded: Sequence[Encoded], labels: NDArray[Any] | None, padding: int) -> None:
+        self._encoded, self._labels, self._padding = list(encoded), labels, padding
+        self._typed = any(entry.type_ids.any() for entry in self._encoded)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """``[n]`` tokens."""
+        return np.array([len(entry.token_ids) for entry in self._encoded], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        position = operator.index(position)
+        entry = self._encoded[position]
+        item: dict[str, Any] = {"input_ids": entry.token_ids}
+        item |= {"token_type_ids": entry.type_ids} if self._typed else {}
+        return item | ({} if self._labels is None else {"labels": self._labels[position]})
+
+    def collate(self, items: list[dict[str, Any]]) -> Inputs:
+        """Return a full model's inputs: ``input_ids``, ``attention_mask``, ... [batch, tokens], and ``labels``."""
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        inputs = {
+            "input_ids": _padded([item["input_ids"] for item in items], self._padding),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        }
+        if self._typed:
+            inputs["token_type_ids"] = _padded([item["token_type_ids"] for item in items], 0)
+        if self._labels is not None:
+            inputs["labels"] = torch.from_numpy(np.stack([item["labels"] for item in items]))
+        return inputs
+
+
+class TextBatches:
+    """Batches for a full model, in the order of a reader's. Not thread-safe."""
+
+    def __init__(self, documents: TokenDataset, order: Order, device: Any) -> None:
+        self._documents, self._order, self._device = documents, order, device
+        self._lengths = documents.lengths
+        self._rank, self._world = ranks_of(None, repr(order))
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._plan())
+
+    def __iter__(self) -> Iterator[Inputs]:
+        plan = self._plan()
+        self._epoch += 1
+        return self._batches(plan)
+
+    def dataset(self) -> TokenDataset:
+        return self._documents
+
+    def _plan(self) -> list[NDArray[np.int64]]:
+        plan = self._order.plan(self._lengths, self._epoch)
+        return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
+
+    def _batches(self, plan: list[NDArray[np.int64]]) -> Iterator[Inputs]:
+        for which in plan:
+            inputs = self._documents.collate([self._documents[i] for i in which])
+            yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
+
+
+class StoredBatches:
+    """Batches for a reduced model, from a reader.
+
+    Args:
+        supply: computes and stores what is missing of the documents at some positions; None where nothing is.
+        settle: makes that durable.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        supply: Callable[[NDArray[np.int64], Sequence[bytes]], None] | None = None,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.reader, self._supply, self._settle = reader, supply, settle
+
+    def set_epoch(self, epoch: int) -> None:
+        self.reader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return (batch.model_inputs() for batch in self.reader)
+
+    def dataset(self) -> Dataset:
+        entries = self.reader.dataset()
+        return entries if self._supply is None else _SuppliedDataset(entries, self._supply, self._settle)
+
+
+class _SuppliedDataset:
+    """Entries that are computed and stored when a loader first asks for them. For loaders without workers."""
+
+    def __init__(
+        self,
+        entries: EntryDataset,
+        supply: Callable[[NDArray[np.int64], Sequence[bytes]], None],
+        settle: Callable[[], None],
+    ) -> None:
+        self._entries, self._supply, self._settle = entries, supply, settle
+        self._seen = np.zeros(len(entries), bool)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[Any]:
+        which = np.asarray(positions, np.int64)
+        if not self._seen.all():
+            self._supply(which[~self._seen[which]], [])
+            self._seen[which] = True
+            if self._seen.all():
+                self._settle()
+        return list(self._entries.__getitems__(positions))
+
+    def collate(self, items: list[Any]) -> Inputs:
+        return self._entries.collate(items)
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "documents are computed in one process only: take a loader without workers, or fill them first"
+        )
+
+
+def _padded(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:
+    out = np.full((len(arrays), max(len(array) for array in arrays)), value, np.int64)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(out)

@@ -1,0 +1,231 @@
+"""Verification: a sample of a space's documents is computed again and compared with what is stored.
+
+Checksums show that entries are what was once put; this shows that they are what the model computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from actcache.entry import Entry
+from actcache.errors import MissingEntryError, ModelError, UsageError
+from actcache.key import Document, key_list
+from actcache.models.canary import TOLERANCE
+from actcache.models.entries import check_found, document_keys, find_entries, listed
+from actcache.models.filling import TOKEN_BUDGET
+from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.replay import reduce
+from actcache.models.tokenizing import DocumentEncoder, Encoded
+from actcache.space import Space
+
+# The relative error (L2) that storing adds: a codec's unit roundoff, which no single number exceeds (but for values
+# below float16's normal range, which weigh nothing in the whole). Others: a whole number of 255 steps, with headroom.
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_COARSEST = 2e-2
+
+# How much the upper layers may make of a relative error on the way to the outputs. Measured on MiniLM (layer 3, random
+# head): 1.2 to 3 times; a document whose rows are wrong gives errors near 1.
+AMPLIFICATION = 20.0
+
+_CHUNK = 64  # entries that are held at a time
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and how far apart it was. Relative errors are L2 norms: of the difference, by the computed."""
+
+    documents: int  # entries compared
+    error: float  # largest relative error of an entry's rows
+    largest: float  # largest absolute difference of a number
+    tolerance: float  # of ``error``
+    failed: list[bytes]  # keys of the entries whose error is above it, or whose text makes other tokens
+    output_error: float | None = None  # relative error of the task model's outputs, all entries together
+    output_largest: float | None = None
+    output_tolerance: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is within its tolerance."""
+        outputs = self.output_error is None or self.output_error <= (self.output_tolerance or 0.0)
+        return not self.failed and outputs
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.documents} entries computed again: relative error at most {self.error:.2g} (allowed "
+            f"{self.tolerance:.2g}), largest difference {self.largest:.2g}, {len(self.failed)} entries wrong"
+        )
+        if self.output_error is not None:
+            text += (
+                f"; outputs: relative error {self.output_error:.2g} (allowed {self.output_tolerance:.2g}), largest "
+                f"difference {self.output_largest:.2g}"
+            )
+        return text
+
+
+def verify(
+    space: Space,
+    lower: LowerHalf,
+    encoder: DocumentEncoder,
+    *,
+    sample: int,
+    texts: Iterable[Document] | None,
+    task_model: PreTrainedModel | None,
+    seed: int,
+) -> Verification:
+    """Compare a sample of entries with what the lower half computes; see ``Recycler.verify``, which raises."""
+    if sample < 1:
+        raise UsageError(f"a sample of {sample} documents verifies nothing")
+    rng = np.random.default_rng(seed)
+    keys, encoded = _stored(space, sample, rng) if texts is None else _of_texts(space, encoder, sample, texts, rng)
+    tolerance = TOLERANCE[lower.compute_dtype] + ROUNDING.get(space.recipe.dtype, _COARSEST)
+    outputs = None if task_model is None else _Outputs(task_model, lower)
+    separator = _separator(encoder) if encoded is None else None
+    errors: list[float] = []
+    largest, failed = 0.0, []
+    for start in range(0, len(keys), _CHUNK):
+        some = slice(start, start + _CHUNK)
+        entries = _entries(space, keys[some])
+        inputs = [_input(entry) for entry in entries] if encoded is None else encoded[some]
+        found = _errors(lower, entries, inputs)
+        if separator is not None:
+            _as_pairs(lower, entries, inputs, found, tolerance, separator)
+        for key, entry, given, (error, difference) in zip(keys[some], entries, inputs, found, strict=True):
+            errors.append(error)
+            largest = max(largest, difference)
+            if not (error <= tolerance and np.array_equal(_input(entry).token_ids, given.token_ids)):  # NaN does not agree
+                failed.append(key)
+            elif outputs is not None:
+                outputs.compare(entry, given)
+    # max() would pass over a NaN
+    report = Verification(len(errors), float(np.max(errors)), largest, tolerance, failed)
+    if outputs is None:
+        return report
+    return replace(
+        report,
+        output_error=outputs.error,
+        output_largest=outputs.largest,
+        output_tolerance=AMPLIFICATION * tolerance,
+    )
+
+
+class _Outputs:
+    """Compares what a full task model makes of token ids with what its reduced model makes of stored rows."""
+
+    def __init__(self, task_model: PreTrainedModel, lower: LowerHalf) -> None:
+        if task_model.training:
+            raise ModelError(f"the {type(task_model).__name__} is in train mode: call model.eval() first")
+        self._full, self._reduced = task_model, reduce(task_model, lower.layer, lower.family).eval()
+        self._difference = self._norm = self.largest = 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative error of all outputs so far."""
+        return math.sqrt(self._difference) / (math.sqrt(self._norm) or 1.0)
+
+    @torch.inference_mode()
+    def compare(self, entry: Entry, given: Encoded) -> None:
+        """Run one document alone through both."""
+        device = self._full.device
+        ids = torch.from_numpy(given.token_ids.astype(np.int64))[None].to(device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if given.type_ids.any():
+            inputs["token_type_ids"] = torch.from_numpy(given.type_ids.astype(np.int64))[None].to(device)
+        rows = torch.from_numpy(np.array(entry.activations))[None].to(device)
+        full = self._full(**inputs)
+        reduced = self._reduced(activations=rows, token_ids=ids, attention_mask=inputs["attention_mask"])
+        for name, value in full.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                difference = (reduced[name] - value).double()
+                self._difference += float(difference.square().sum())
+                self._norm += float(value.double().square().sum())
+                self.largest = max(self.largest, float(difference.abs().max()))
+
+
+def _stored(space: Space, sample: int, rng: np.random.Generator) -> tuple[list[bytes], None]:
+    """Return the keys of some entries of the space."""
+    keys = space.key_array()
+    if not len(keys):
+        raise UsageError("the space is empty, so there is nothing to verify: fill it first")
+    return key_list(keys[np.sort(rng.choice(len(keys), min(sample, len(keys)), replace=False))]), None
+
+
+def _of_texts(
+    space: Space, encoder: DocumentEncoder, sample: int, texts: Iterable[Document], rng: np.random.Generator
+) -> tuple[list[bytes], list[Encoded]]:
+    """Return the keys of some texts' entries, and what the texts make."""
+    documents = listed(texts)
+    if not documents:
+        raise UsageError("no texts were given, so there is nothing to verify")
+    positions = np.sort(rng.choice(len(documents), min(sample, len(documents)), replace=False)).tolist()
+    chosen = [documents[i] for i in positions]
+    keys = document_keys(chosen)
+    found = find_entries(space, keys, encoder.windows)
+    check_found(keys, found)
+    encoded = encoder.encode(chosen, positions)
+    pairs = [pair for one, windows in zip(found, encoded, strict=True) for pair in zip(one, windows, strict=False)]
+    return [key for key, _ in pairs], [window for _, window in pairs]
+
+
+def _entries(space: Space, keys: list[bytes]) -> list[Entry]:
+    found = space.get(keys)
+    missing = [key for key, entry in zip(keys, found, strict=True) if entry is None]
+    if missing:
+        raise MissingEntryError(f"{len(missing)} entries were deleted while they were verified: verify again", missing)
+    entries = [entry for entry in found if entry is not None]
+    if any(entry.token_ids is None for entry in entries):
+        raise UsageError("entries were stored without token ids, so they cannot be computed again: put them anew")
+    return entries
+
+
+def _input(entry: Entry) -> Encoded:
+    ids = np.asarray(entry.token_ids, np.int32)
+    types = entry.extras.get("type_ids")
+    return Encoded(ids, np.zeros(len(ids), np.int8) if types is None else types.astype(np.int8))
+
+
+def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded]) -> list[tuple[float, float]]:
+    """Return each entry's relative error and largest absolute difference."""
+    result = [(math.inf, math.inf)] * len(entries)
+    for batch in plan_batches([len(given.token_ids) for given in inputs], TOKEN_BUDGET):
+        some = [inputs[i] for i in batch]
+        computed = lower.run([given.token_ids for given in some], [given.type_ids for given in some])
+        for i, rows in zip(batch, computed, strict=True):
+            stored = entries[i].activations
+            if stored.shape == rows.shape:
+                difference = stored.astype(np.float64) - rows
+                norm = float(np.linalg.norm(rows.astype(np.float64))) or 1.0
+                result[i] = float(np.linalg.norm(difference)) / norm, float(np.abs(difference).max())
+    return result
+
+
+def _as_pairs(
+    lower: LowerHalf,
+    entries: Sequence[Entry],
+    inputs: list[Encoded],
+    found: list[tuple[float, float]],
+    tolerance: float,
+    separator: int,
+) -> None:
+    """Take entries that are wrong for documents of two texts, whose type ids were not stored; keep what is right."""
+    for i, given in enumerate(inputs):
+        ends = np.flatnonzero(given.token_ids == separator)
+        if found[i][0] <= tolerance or len(ends) < 2 or "type_ids" in entries[i].extras:
+            continue
+        types = np.zeros(len(given.token_ids), np.int8)
+        types[ends[0] + 1 :] = 1
+        paired = replace(given, type_ids=types)
+        again = _errors(lower, [entries[i]], [paired])[0]
+        if again[0] <= tolerance:
+            found[i], inputs[i] = again, paired
+
+
+def _separator(encoder: DocumentEncoder) -> int | None:
+    """Return the token that ends each of two texts, where these have type ids."""
+    typed = "token_type_ids" in encoder.tokenizer.model_input_names
+    return encoder.tokenizer.sep_token_id if typed else None

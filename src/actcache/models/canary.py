@@ -131,6 +131,11 @@ def settle(
     return blob
 
 
+def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
+    """Return the ids of all stored canaries' tokens, one after another; raises ``FormatError`` as ``check`` does."""
+    return _read(blob, hidden_size)[0]
+
+
 def _compute(
     encoder: DocumentEncoder, lower: LowerHalf
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]:

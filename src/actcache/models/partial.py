@@ -55,7 +55,7 @@ class Whole:
 
     @property
     def nbytes(self) -> int:
-        return self.shape[0] * self._row_bytes
+        return int(self.shape[0]) * self._row_bytes
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Return the rows ``first:last`` on the CPU, a copy.

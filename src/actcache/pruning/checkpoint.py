@@ -1,0 +1,139 @@
+"""Checkpoints of pruned models: small ones, which hold the rows that the model holds, and full ones."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.errors import ModelError
+from actcache.models.partial import ROW_IDS, Whole, whole_state
+from actcache.models.weights import weight_files
+from actcache.pruning import hooks, sources
+from actcache.pruning.kept import KeptVocabulary, OnUnseen
+from actcache.pruning.prune import RECORD, Pruned
+from actcache.pruning.rows import all_names, attach, move_rows, roots_of, tokens_of
+from actcache.pruning.sizes import set_vocabulary_size
+
+
+def save_full(pruned: Pruned, folder: str | Path, **options: Any) -> None:
+    """Save a model as ``save_pretrained`` would after ``restore``, while it stays pruned. On the CPU, matrix by matrix.
+
+    Args:
+        options: of ``save_pretrained``.
+
+    Raises:
+        ModelError: the rows that were dropped are not at hand.
+    """
+    model, rows = pruned.model, len(pruned.ids)
+    wholes: dict[str, torch.Tensor] = {}  # of tied parameters the same tensor, as save_pretrained expects
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in whole_state(model):
+        if isinstance(tensor, Whole):
+            if tensor.name not in wholes:
+                wholes[tensor.name] = tensor.rows(0, pruned.size)
+            tensor = wholes[tensor.name]
+        state[name] = tensor
+    record = getattr(model.config, RECORD)
+    delattr(model.config, RECORD)
+    set_vocabulary_size(model, rows, pruned.size, configs_only=True)
+    try:
+        model.save_pretrained(folder, state_dict=state, **options)
+    finally:
+        set_vocabulary_size(model, pruned.size, rows, configs_only=True)
+        setattr(model.config, RECORD, record)
+
+
+def load_pruned(
+    model_class: Any,
+    folder: str | Path,
+    *,
+    full_matrix: str | Path | None = None,
+    on_unseen: OnUnseen = "raise",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Pruned:
+    """Load a checkpoint that ``save_pretrained`` of a pruned model wrote. No whole matrix is ever in memory.
+
+    Args:
+        model_class: an auto class (``AutoModelForSequenceClassification``) or a class of models.
+        full_matrix: name or folder of the pretrained model, whose safetensors files are mapped for what needs the
+            other rows: ``grow``, ``restore``, ``save_full``, a recycler.
+        on_unseen, tokenizer: as for ``prune``.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ModelError: it is no such checkpoint, or ``full_matrix`` is another model's.
+    """
+    config = options.pop("config", None) or AutoConfig.from_pretrained(folder)
+    record = getattr(config, RECORD, None)
+    if not isinstance(record, dict) or not isinstance(record.get("size"), int):
+        raise ModelError(f"{folder} holds no pruned model: load it with from_pretrained")
+    task_class = _class_of(model_class, config, record["size"])
+    model: PreTrainedModel = _small(task_class, record["size"]).from_pretrained(folder, config=config, **options)
+    model.__class__ = task_class
+    tokens = tokens_of(model)
+    ids = tokens.embeddings[0].get_buffer(ROW_IDS).cpu().long()
+    if ids.is_meta or len(ids.unique()) != tokens.size or int(ids.min()) < 0 or int(ids.max()) >= record["size"]:
+        raise ModelError(f"the weights of {folder} do not say which tokens their rows are: save the pruned model anew")
+    rest: dict[str, torch.Tensor | None] = dict.fromkeys(tokens.parameters)
+    if full_matrix is not None:
+        files = [file for file in weight_files(str(full_matrix)) if file.suffix == ".safetensors"]
+        prefix = f"{model.base_model_prefix}."
+        rest = {n: sources.find(files, all_names(model, p), prefix) for n, p in tokens.parameters.items()}
+        _check(rest[next(iter(rest))], record, full_matrix)
+    kept = KeptVocabulary(record["size"], ids, rest, on_unseen=on_unseen, tokenizer=tokenizer)
+    attach(model, tokens, kept)
+    move_rows(model, kept, ids)
+    for root in roots_of(model, kept):
+        hooks.install(root, tokens.embeddings if root is model else [])
+    return Pruned(model)
+
+
+def _check(matrix: torch.Tensor | None, record: dict[str, Any], full_matrix: str | Path) -> None:
+    if matrix is None:
+        raise ModelError(f"{str(full_matrix)!r} has no safetensors file with the embedding matrix")
+    dtype = getattr(torch, str(record.get("dtype")), None)
+    same = isinstance(dtype, torch.dtype) and len(matrix) == record["size"]
+    if not (same and sources.checksum(matrix, dtype) == record.get("xxh3_128")):  # type: ignore[arg-type]
+        raise ModelError(f"{str(full_matrix)!r} has other embeddings than the model that was pruned")
+
+
+def _class_of(model_class: Any, config: PreTrainedConfig, size: int) -> Any:
+    if not hasattr(model_class, "from_config"):
+        return model_class
+    whole = copy.deepcopy(config)
+    whole.vocab_size = size
+    with torch.device("meta"):
+        return type(model_class.from_config(whole))
+
+
+def _small(task_class: Any, size: int) -> Any:
+    """Return a class whose models are made with as many rows as the configuration says.
+
+    The task class alone cannot make one: the padding's id may be larger than the number of rows.
+    """
+
+    def make(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        rows, config.vocab_size = config.vocab_size, size
+        task_class.__init__(self, config, *args, **kwargs)
+        tokens = tokens_of(self)
+        names = set(tokens.parameters)
+        for pair in self.all_tied_weights_keys.items():  # from_pretrained ties them when it has loaded them
+            if names.intersection(pair):
+                names.update(pair)
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            parameter = self.get_parameter(name)
+            small = nn.Parameter(parameter.new_empty((rows, *parameter.shape[1:])))
+            self.get_submodule(path)._parameters[attribute] = small
+        tokens.embeddings[0].register_buffer(ROW_IDS, torch.empty(rows, dtype=torch.int32))
+        set_vocabulary_size(self, size, rows)
+
+    made = type(task_class.__name__, (task_class,), {"__init__": make})
+    made.__module__, made.__qualname__ = task_class.__module__, task_class.__qualname__
+    return made

@@ -1,0 +1,154 @@
+"""Counting the vocabulary of a corpus, from documents or from what a store holds of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from actcache.collection import Collection
+from actcache.errors import DocumentError, MissingEntryError, UsageError
+from actcache.key import Document, Keys, key_array, key_list
+from actcache.models import canary
+from actcache.models.tokenizing import DocumentEncoder
+from actcache.pruning.vocabulary import Vocabulary, count_ids
+from actcache.space import Space
+
+_BLOCK = 256  # documents that a thread tokenizes at once
+_ROWS = 1 << 16  # of activations that are in memory at once while a store is counted
+_THREADS = 4  # more only wait for the interpreter's lock
+
+
+def count_vocabulary(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    special_tokens: bool = True,
+    keep: Iterable[int] = (),
+    threads: int | None = None,
+) -> Vocabulary:
+    """Count the tokens of documents of any kind that has a key: texts, pairs, word lists, token ids.
+
+    Documents are streamed and never truncated, so that every window and every ``max_length`` is covered. Always kept,
+    besides ``keep``: the tokenizer's special tokens and the tokens of the recycler's canaries, some 200, without which
+    a pruned model could not show that it computes what the unpruned one does.
+
+    Args:
+        documents: any iterable; a few hundred times ``threads`` of them are in memory at once.
+        special_tokens: whether the tokenizer adds its special tokens to texts.
+        keep: further ids that are always kept.
+        threads: that tokenize at once; by default up to 4 with a fast tokenizer, which frees the interpreter's lock.
+
+    Raises:
+        DocumentError: a document makes no tokens or holds ids that the tokenizer does not know; it names its position.
+        UsageError: ``documents`` is one text.
+    """
+    if isinstance(documents, str):
+        raise UsageError("give an iterable of documents, not one text")
+    workers = threads or (min(_THREADS, os.cpu_count() or 1) if tokenizer.is_fast else 1)
+    own = threading.local()  # an encoder is not thread-safe
+
+    def count(start: int, block: list[Document]) -> tuple[int, NDArray[np.int64]]:
+        if not hasattr(own, "encoder"):
+            own.encoder = DocumentEncoder(tokenizer, special_tokens=special_tokens)
+        encoded = own.encoder.encode(block, range(start, start + len(block)))
+        return len(block), count_ids(np.concatenate([one.token_ids for windows in encoded for one in windows]))
+
+    total, documents_counted = np.zeros(len(tokenizer), np.int64), 0
+    running: deque[Future[tuple[int, NDArray[np.int64]]]] = deque()
+
+    def collect(most: int) -> None:
+        """Add up the oldest blocks until no more than ``most`` are under way."""
+        nonlocal documents_counted
+        while len(running) > most:
+            size, counts = running.popleft().result()
+            total[: len(counts)] += counts
+            documents_counted += size
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for start, block in _blocks(documents):
+                running.append(pool.submit(count, start, block))
+                collect(2 * workers)
+            collect(0)
+        finally:
+            for job in running:
+                job.cancel()
+    always = np.union1d(_always(tokenizer), np.fromiter(keep, np.int64))
+    return Vocabulary(total, always, documents_counted, tokenizer)
+
+
+def count_stored(
+    space: Space,
+    keys: Keys | Collection | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    keep: Iterable[int] = (),
+) -> Vocabulary:
+    """Count the tokens of a space's entries, without tokenizing anything.
+
+    Entries are read and verified a few megabytes at a time. Always kept, besides ``keep``: the tokens of the space's
+    canaries and, where a tokenizer is given, its special tokens.
+
+    Args:
+        keys: of the entries, or a collection of them; None for the whole space.
+
+    Raises:
+        MissingEntryError: a key is not in the space.
+        UsageError: an entry was stored without token ids.
+        CorruptEntryError: entries fail their checksums.
+    """
+    wanted = space.key_array() if keys is None else keys.keys if isinstance(keys, Collection) else key_array(keys)
+    lengths = space.lengths(wanted)
+    if not lengths.all():
+        absent = key_list(wanted[lengths == 0])
+        raise MissingEntryError(
+            f"{len(absent)} of {len(wanted)} entries are not in {space!r}: fill them first, or count the documents",
+            absent,
+        )
+    total = np.zeros(0, np.int64)
+    for first, last in _spans(lengths):
+        for key, entry in zip(wanted[first:last], space.get(wanted[first:last]), strict=True):
+            if entry is None or entry.token_ids is None:
+                raise UsageError(f"entry {key.tobytes().hex()} has no token ids: count the documents themselves")
+            counts = count_ids(entry.token_ids)
+            total = np.pad(total, (0, max(0, len(counts) - len(total))))
+            total[: len(counts)] += counts
+    blob = space.blob(canary.BLOB_NAME)
+    always = np.fromiter(keep, np.int64)
+    if blob is not None:
+        always = np.union1d(always, canary.token_ids(blob, space.recipe.hidden_size))
+    if tokenizer is not None:
+        always = np.union1d(always, _always(tokenizer))
+    return Vocabulary(total, always, len(wanted), tokenizer)
+
+
+def _blocks(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
+    start = 0
+    source = iter(documents)
+    while block := list(itertools.islice(source, _BLOCK)):
+        yield start, block
+        start += len(block)
+
+
+def _spans(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield [first, last) of entries that are read at once."""
+    group = (np.cumsum(lengths) - 1) // _ROWS
+    cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(lengths)]
+    return itertools.pairwise(cuts) if len(lengths) else iter(())
+
+
+def _always(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    special = np.array(tokenizer.all_special_ids, np.int64)
+    try:
+        canaries = DocumentEncoder(tokenizer).truncating().encode(canary.TEXTS)
+    except DocumentError:  # a tokenizer that makes nothing of them has no recycler either
+        return np.unique(special)
+    return np.union1d(special, np.concatenate([windows[0].token_ids for windows in canaries]))

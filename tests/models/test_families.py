@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from actcache.models import LowerHalf, base_model_of, family_of, reduce
+from actcache.models import LowerHalf, base_model_of, family_of, lower_digest, reduce
+from actcache.models import family as family_module
+from actcache.recipe import Recipe
 from tests.models.zoo import (
     ANSWER,
     CAUSAL,
@@ -140,3 +142,102 @@ def test_a_batch_gives_each_document_what_it_is_alone(name: str, attention: str)
             batch = {"activations": padded(rows, side), "token_ids": padded(ids, side), "attention_mask": mask}
             got = reduced(**batch).last_hidden_state[mask.bool()]
             torch.testing.assert_close(got, alone, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+#: Fields of configurations that change no number of a lower half (in eval mode, at the weights that there are).
+WITHOUT_EFFECT = {
+    # dropout, initialization, how weights are laid out or tied
+    *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout", "dropout_rate", "embd_pdrop"),
+    *("embedding_dropout", "hidden_dropout_prob", "mlp_dropout", "resid_pdrop"),
+    *("initializer_cutoff_factor", "initializer_factor", "initializer_range"),
+    *("pretraining_tp", "tie_word_embeddings"),
+    # the vocabulary: what is in its rows is in the weights, which row is which token in the tokenizer
+    *("vocab_size", "bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
+    # upper layers, heads, decoders, generation
+    *("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_decoder_layers"),
+    *("classifier_activation", "classifier_bias", "classifier_dropout", "classifier_pooling", "decoder_bias"),
+    *("final_logit_softcapping", "legacy", "pooler_dropout", "pooler_hidden_act", "pooler_hidden_size", "qa_dropout"),
+    *("scale_decoder_outputs", "seq_classif_dropout", "sparse_pred_ignore_index", "sparse_prediction", "use_cache"),
+    *("summary_activation", "summary_first_dropout", "summary_last_dropout", "summary_proj_to_labels"),
+    *("summary_type", "summary_use_proj"),
+    # the backward pass
+    "deterministic_flash_attn",
+    # only the classes' own way to fields that are named: layer_types, sliding_window; dense_act_fn, is_gated_act
+    *("_sliding_window_pattern", "max_window_layers", "use_sliding_window", "feed_forward_proj"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_field_of_a_configuration_is_named_or_known_to_have_no_effect(name: str) -> None:
+    config = KINDS[name].configured()
+    fields = set(type(config)().to_dict()) - set(PreTrainedConfig().to_dict())
+    numeric = set(family_of_config(config).numeric_config)
+    unknown = fields - numeric - WITHOUT_EFFECT
+    assert not unknown, f"does {unknown} change the numbers of {name}'s lower half? Name it in the table, or here"
+    assert numeric & WITHOUT_EFFECT <= {"pad_token_id"}  # which numbers RoBERTa's positions
+
+
+def family_of_config(config: Any) -> Any:
+    return family_module._FAMILIES[config.model_type]
+
+
+def other(value: Any, absent: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, bool) or (value is None and isinstance(absent, bool)):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 if value else 1
+    if isinstance(value, str):
+        return f"{value}_"
+    if isinstance(value, list):
+        return value[1:]
+    if isinstance(value, dict):
+        key, inner = next(iter(value.items()))
+        return {**value, key: other(inner, None)}
+    return 7 if value is None else None
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_numeric_value_is_part_of_the_identity(name: str) -> None:
+    kind = KINDS[name]
+    family = family_of_config(kind.configured())
+
+    def fingerprint(config: Any) -> str:
+        numbers = family.numbers_of(config)
+        return Recipe(model="m", layer=1, hidden_size=32, weights="w", config=numbers).fingerprint
+
+    base = fingerprint(kind.configured())
+    assert fingerprint(kind.configured()) == base
+    for field, absent in family.numeric_config.items():
+        config = kind.configured()
+        vars(config)[field] = other(getattr(config, field, absent), absent)  # past the validation of types
+        assert fingerprint(config) != base, field
+    for field in ("num_labels", "id2label"):
+        assert field not in family.numeric_config
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_weights_beside_the_layers_are_part_of_the_identity(name: str) -> None:
+    """Of every parameter of the model: it is in the digest exactly when the lower half's numbers depend on it."""
+    model = KINDS[name].make(KINDS[name].heads[0])
+    base, ids = base_model_of(model), documents()
+    family = family_of(base)
+    # two layers, for a first layer alone does not depend on all of a relative bias
+    lower, digest = LowerHalf(base, family, 2), lower_digest(base, family, 2)
+    rows = np.concatenate(lower.run(ids))
+    seen = set()
+    for path, parameter in model.named_parameters():
+        with torch.no_grad():
+            before = parameter.clone()
+            noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.add_(noise)
+            changes = not np.array_equal(np.concatenate(lower.run(ids)), rows)
+            digested = lower_digest(base, family, 2) != digest
+            parameter.copy_(before)
+        assert digested or not changes, path  # never another's numbers
+        part = ".".join(path.split(".")[:-1])
+        if digested and not changes:
+            # the softmax does not see key biases; there are no token types but 0 and few relative positions
+            assert any(word in part for word in ("key", "k_proj", "in_proj", "pos_")) or "emb" in part, path
+        seen.add(digested)
+    assert seen == {True, False}

@@ -51,7 +51,8 @@ class Recycler(TaskModels):
         tokenizer: its tokenizer; not changed.
         layer: record the output of this layer, 1-based, 1..N-1.
         store: a ``Store``, or a URL or path of one, which the recycler then opens and closes.
-        dtype: how rows are stored: ``float16``, ``float32`` or ``bfloat16``.
+        dtype: how rows are stored: ``float16``, ``float32`` or ``bfloat16``; None for the family's own, which is
+            ``bfloat16`` for T5, Llama, Qwen and Gemma, whose activations overflow ``float16``, and else ``float16``.
         compute_dtype: what the lower half computes in, where that is not its parameters' dtype: ``bfloat16``,
             ``float16`` (by autocast).
         max_length: tokens that a document may have, special tokens included; by default what model and tokenizer allow.
@@ -78,7 +79,7 @@ class Recycler(TaskModels):
         *,
         layer: int,
         store: Store | str | Path,
-        dtype: str = "float16",
+        dtype: str | None = None,
         compute_dtype: str | None = None,
         max_length: int | None = None,
         too_long: TooLong = "refuse",
@@ -103,7 +104,7 @@ class Recycler(TaskModels):
             model=str(base.config.name_or_path or type(base).__name__),
             layer=layer,
             hidden_size=self._lower.hidden_size,
-            dtype=dtype,
+            dtype=dtype or family.dtype,
             weights=weights.lower_digest(base, family, layer),
             config=family.numbers_of(base.config),
             compute_dtype=self._lower.compute_dtype,
@@ -133,7 +134,7 @@ class Recycler(TaskModels):
         *,
         layer: int,
         store: Store | str | Path,
-        dtype: str = "float16",
+        dtype: str | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
         **options: Any,

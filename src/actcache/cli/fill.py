@@ -32,7 +32,7 @@ def fill(
     ],
     model: Annotated[str, typer.Option(help="Model id or folder.")],
     layer: Annotated[int, typer.Option(help="Record the output of this layer, 1 to N-1.")],
-    dtype: Annotated[str, typer.Option(help="float16, float32 or bfloat16.")] = "float16",
+    dtype: Annotated[str | None, typer.Option(help="float16, float32 or bfloat16; default: the model's.")] = None,
     field: Annotated[str | None, typer.Option(help="Lines are JSON objects; take this field.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     too_long: Annotated[TooLong, typer.Option(help="What becomes of longer documents.")] = TooLong.refuse,

@@ -9,8 +9,8 @@ settings is what actcache is held against. actcache verifies checksums and deliv
 turn is one whole epoch; contestants take turns, and ratios are of one round (``bench.rounds``).
 
 Opening is not timed. Warm: everything in the page cache and workers kept from epoch to epoch. Cold (needs root): the
-page cache is dropped and everything opened anew; that workers have to start is part of a peer's time, and that its
-thread has to start is part of actcache's.
+page cache is dropped, and each turn opens everything anew in a process of its own; that workers have to start is part
+of a peer's time, and that its thread has to start is part of actcache's.
 
 Peers are optional: ``bench/peers.txt`` says what to install. One that is missing, or fails, is named with the reason.
 """
@@ -19,27 +19,23 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import importlib.metadata
 import logging
 import os
 import shutil
 import tempfile
-import time
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from bench import rounds
-from bench.caches import drop_caches, refuse_mappings
+from bench.caches import drop_caches
 from bench.corpus import Documents
-from bench.peers import ours
-from bench.peers.loading import Loader, Wanted
+from bench.peers.contestant import Contestant, load, prepare, timed
+from bench.peers.loading import Wanted
 from bench.report import Cell, Report
 from bench.rounds import Spread, fastest
 from bench.shapes import SHAPES
@@ -78,22 +74,15 @@ def main() -> None:
         wanted = Wanted(options.batch or shape.batch, shape.hidden, options.layout == "padded", persistent=True)
         compared = Compared(documents, folder, report)
         for backend in options.backends.split(","):
-            compared.add_ours(backend, wanted)
+            compared.add(f"actcache {backend}", "ours", backend, wanted, [0])
         for name in options.peers.split(","):
-            compared.add_peer(name, wanted, [int(count) for count in options.workers.split(",")])
+            workers = [int(count) for count in options.workers.split(",")]
+            compared.add(name, PEERS[name], PEERS[name], wanted, workers)
         for mode in options.mode.split(","):
-            compared.run(mode, wanted, options.rounds)
+            {"warm": compared.warm, "cold": compared.cold}[mode](wanted, options.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report.save(options.json)
-
-
-@dataclass(frozen=True)
-class Contestant:
-    name: str
-    open: Callable[[Wanted], Loader]
-    folder: Path
-    ours: bool
 
 
 class Compared:
@@ -104,43 +93,29 @@ class Compared:
         self._contestants: list[Contestant] = []
         self._sum = int(documents.rows.view(np.uint16).sum(dtype=np.uint64))
 
-    def add_ours(self, backend: str, wanted: Wanted) -> None:
-        folder = self._folder / f"actcache-{backend}"
-        ours.write(self._documents, folder, backend)
-
-        def opened(wanted: Wanted) -> Loader:
-            return ours.way(self._documents, folder, backend, wanted)()
-
-        self._add(Contestant(f"actcache {backend}", opened, folder, ours=True), wanted)
-
-    def add_peer(self, name: str, wanted: Wanted, workers: list[int]) -> None:
+    def add(self, name: str, module: str, folder: str, wanted: Wanted, workers: list[int]) -> None:
+        """Have a peer write the documents, and take in each of its ways that delivers what was stored."""
         try:
-            peer = importlib.import_module(f"bench.peers.{PEERS[name]}")
+            peer = load(module)
         except ImportError as error:
             self._report.say(f"absent: {name} ({error}); bench/peers.txt says what to install")
             return
-        folder = self._folder / PEERS[name]
+        where, count = self._folder / folder, len(self._documents.lengths)
         try:
-            peer.write(self._documents, folder)
+            peer.write(self._documents, where)
         except Exception:
             self._report.say(f"absent: {name} could not write: {traceback.format_exc(limit=3)}")
             return
-        for count in workers:
-            for way in peer.ways(folder, len(self._documents.lengths), wanted, count):
-                opened = _opening(peer, folder, len(self._documents.lengths), count, way)
-                self._add(Contestant(f"{name}: {way}, {count} workers", opened, folder, ours=False), wanted)
         versions = (f"{package} {importlib.metadata.version(package)}" for package in peer.PACKAGES)
         self._report.say(f"{name}: {', '.join(versions)}")
+        for number in workers:
+            for way in peer.ways(where, count, wanted, number):
+                title = name if module == "ours" else f"{name}: {way}, {number} workers"
+                self._try(Contestant(title, module, where, way, count, number), wanted)
 
-    def _add(self, contestant: Contestant, wanted: Wanted) -> None:
-        """Take a contestant in if it delivers what was stored."""
+    def _try(self, contestant: Contestant, wanted: Wanted) -> None:
         try:
-            loader = contestant.open(replace(wanted, persistent=False))
-            tokens = total = 0
-            for rows, lengths in loader.epoch(0):
-                tokens += int(lengths.sum())
-                total += int(rows.numpy().view(np.uint16).sum(dtype=np.uint64))
-            loader.close()
+            tokens, total = contestant.content(wanted)
         except Exception:
             if contestant.ours:
                 raise
@@ -151,27 +126,20 @@ class Compared:
             return
         self._contestants.append(contestant)
 
-    def run(self, mode: str, wanted: Wanted, count: int) -> None:
-        wanted = replace(wanted, persistent=mode == "warm")
-        loaders: dict[str, Loader] = {}
-        turns: dict[str, Callable[[int], float]] = {}
-        for contestant in self._contestants:
-            if mode == "warm":
-                loaders[contestant.name] = contestant.open(wanted)
-                turns[contestant.name] = lambda turn, name=contestant.name: _timed(loaders[name], turn)
-            else:
-                turns[contestant.name] = lambda turn, contestant=contestant: _once(contestant, wanted, turn)
-
-        def before() -> None:
-            gc.collect()
-            if mode == "cold":
-                refuse_mappings([contestant.folder for contestant in self._contestants])
-                drop_caches()
-
-        seconds = rounds.run(turns, count, before=before)
+    def warm(self, wanted: Wanted, count: int) -> None:
+        loaders = {contestant.name: contestant.open(wanted) for contestant in self._contestants}
+        turns = {name: partial(timed, loader) for name, loader in loaders.items()}
+        seconds = rounds.run(turns, count, before=gc.collect)
         for loader in loaders.values():
             loader.close()
-        self._table(mode, wanted, seconds)
+        self._table("warm", wanted, seconds)
+
+    def cold(self, wanted: Wanted, count: int) -> None:
+        """Take turns in processes of their own: only their end is sure to unmap all that a library has mapped."""
+        prepare(self._contestants)
+        self._contestants[0].anew(wanted, 0)
+        turns = {contestant.name: partial(contestant.anew, wanted) for contestant in self._contestants}
+        self._table("cold", wanted, rounds.run(turns, count, before=drop_caches))
 
     def _table(self, mode: str, wanted: Wanted, seconds: dict[str, np.ndarray]) -> None:
         peers = [contestant.name for contestant in self._contestants if not contestant.ours]
@@ -188,25 +156,6 @@ class Compared:
             f"{self._documents.nbytes / 2**20:.0f} MiB, batches of {wanted.batch}; the best peer: {best}"
         )
         self._report.table(title, ("", "GB/s", "thousand documents/s", "x the best peer"), rows)
-
-
-def _opening(peer: ModuleType, folder: Path, count: int, workers: int, way: str) -> Callable[[Wanted], Loader]:
-    return lambda wanted: peer.ways(folder, count, wanted, workers)[way]()
-
-
-def _once(contestant: Contestant, wanted: Wanted, turn: int) -> float:
-    loader = contestant.open(wanted)
-    try:
-        return _timed(loader, turn)
-    finally:
-        loader.close()
-
-
-def _timed(loader: Loader, turn: int) -> float:
-    start = time.perf_counter()
-    for _ in loader.epoch(turn):
-        pass
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

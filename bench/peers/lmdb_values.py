@@ -1,7 +1,7 @@
 """LMDB as it is: one value a document, a read transaction a batch.
 
-``get`` asks for document after document, ``getmulti`` for a whole batch in one call. Values are looked at where they
-are mapped, and copied once, into the batch.
+``get`` asks for document after document, ``getmulti`` for a whole batch in one call; with ``readahead=False`` the kernel
+is told that reads are random. Values are looked at where they are mapped, and copied once, into the batch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PACKAGES = ("lmdb",)
 class Values(Dataset[Any]):
     """Delivers whole batches; each process opens the environment for itself."""
 
-    def __init__(self, folder: Path, count: int, wanted: Wanted, *, multi: bool) -> None:
-        self._folder, self._wanted, self._multi, self._count = folder, wanted, multi, count
+    def __init__(self, folder: Path, count: int, wanted: Wanted, how: str) -> None:
+        self._folder, self._wanted, self._how, self._count = folder, wanted, how, count
         self._environment: Any = None
 
     def __len__(self) -> int:
@@ -34,10 +34,11 @@ class Values(Dataset[Any]):
 
     def __getitem__(self, positions: list[int]) -> Delivered:
         if self._environment is None:
-            self._environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=False)
+            readahead = "readahead=False" not in self._how
+            self._environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=readahead)
         keys = [_key(position) for position in positions]
         with self._environment.begin(buffers=True) as transaction:
-            if self._multi:
+            if "getmulti" in self._how:
                 with transaction.cursor() as cursor:
                     values = [value for _, value in cursor.getmulti(keys)]
             else:
@@ -67,7 +68,9 @@ def write(documents: Documents, folder: Path) -> None:
 
 
 def ways(folder: Path, count: int, wanted: Wanted, workers: int) -> dict[str, Callable[[], Loader]]:
-    return {how: partial(_open, folder, count, wanted, workers, how) for how in ("get", "getmulti")}
+    return {
+        how: partial(_open, folder, count, wanted, workers, how) for how in ("get", "getmulti", "get readahead=False")
+    }
 
 
 def _open(folder: Path, count: int, wanted: Wanted, workers: int, how: str) -> Loader:
@@ -76,7 +79,7 @@ def _open(folder: Path, count: int, wanted: Wanted, workers: int, how: str) -> L
     if not named.exists():
         named.mkdir()
         shutil.copy(folder / "data.mdb", named)
-    values = Values(named, count, wanted, multi=how == "getmulti")
+    values = Values(named, count, wanted, how)
     loader = torch_loader(values, wanted, workers, batched=True, collate=None)
 
     def close() -> None:

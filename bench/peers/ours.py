@@ -13,22 +13,28 @@ from bench.peers.loading import Delivered, Loader, Wanted
 PACKAGES = ("actcache",)
 
 
-def write(documents: Documents, folder: Path, backend: str) -> None:
-    with actcache.open(f"{backend}:{folder}") as store, store.space(documents.recipe) as space:
+def write(documents: Documents, folder: Path) -> None:
+    """Make a store in a folder that is named after its backend."""
+    with actcache.open(_url(folder)) as store, store.space(documents.recipe) as space:
         documents.put(space)
 
 
-def way(documents: Documents, folder: Path, backend: str, wanted: Wanted) -> Callable[[], Loader]:
-    return partial(_open, documents.keys, documents.recipe, f"{backend}:{folder}", wanted)
+def ways(folder: Path, count: int, wanted: Wanted, workers: int) -> dict[str, Callable[[], Loader]]:
+    return {"reader": partial(_open, folder, wanted)}
 
 
-def _open(keys: actcache.key.Keys, recipe: actcache.Recipe, url: str, wanted: Wanted) -> Loader:
-    store = actcache.open(url, mode="r")
+def _open(folder: Path, wanted: Wanted) -> Loader:
+    store = actcache.open(_url(folder), mode="r")
+    space = store.space(store.recipes()[0])
     layout = "padded" if wanted.padded else "packed"
-    reader = store.space(recipe).reader(keys, batch_size=wanted.batch, shuffle=True, layout=layout, device="cpu")
+    reader = space.reader(space.key_array(), batch_size=wanted.batch, shuffle=True, layout=layout, device="cpu")
 
     def epoch(number: int) -> Iterator[Delivered]:
         reader.set_epoch(number)
         return ((batch.activations, batch.lengths) for batch in reader)
 
     return Loader(epoch, store.close)
+
+
+def _url(folder: Path) -> str:
+    return f"{folder.name}:{folder}"

@@ -1,6 +1,6 @@
 """LMDB as it is: one value a document, a read transaction a batch.
 
-``get`` asks for document after document, ``getmulti`` for a whole batch in one call; with ``readahead=False`` the kernel
+``get`` asks for document after document, ``getmulti`` for a batch in one call; with ``readahead=False`` the kernel
 is told that reads are random. Values are looked at where they are mapped, and copied once, into the batch.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work
 from actcache.reading.fetch import Source
+from actcache.reading.localcache import LocalCache
 from actcache.reading.order import Order, Plan
 from actcache.reading.ramcache import RamCache
 from actcache.reading.stats import ReaderStats
@@ -50,6 +52,9 @@ class Reader:
         depth: batches that are read ahead; 0 reads each when it is asked for, without a thread.
         ram_cache: bytes of activations (``"8GiB"``, or a number) that are kept in memory, those that are read first:
             later epochs do not read them again. What is overwritten in the space meanwhile is not noticed.
+        local_cache: a folder of a local disk where copies of what is read from a remote store are kept, for later
+            epochs, runs and other processes; see docs/reader.md.
+        local_bytes: that this folder may take up (``"200GiB"``, or a number); evicted is what nobody uses.
         ranks: ``(rank, how many there are)``: this reader delivers its share of each round of batches. Those of
             ``torch.distributed`` by default, where it is initialized.
         supplier: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
@@ -58,6 +63,8 @@ class Reader:
         MissingEntryError: entries are absent; it names them.
         ShapeError, UsageError: an option does not fit.
     """
+
+    _local: LocalCache | None = None
 
     def __init__(
         self,
@@ -77,6 +84,8 @@ class Reader:
         on_missing: str = "raise",
         depth: int = 2,
         ram_cache: int | str = 0,
+        local_cache: str | os.PathLike[str] | None = None,
+        local_bytes: int | str = 0,
         ranks: tuple[int, int] | None = None,
         supplier: Supplier | None = None,
     ) -> None:
@@ -86,9 +95,14 @@ class Reader:
             check_count("max_tokens", max_tokens, 1)
         check_choice("layout", layout, ("padded", "packed"))
         check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
+        wanted = key_array(keys)
+        if local_bytes and local_cache is None:
+            raise UsageError("local_bytes bounds a local cache: name its folder, too, as local_cache")
+        if local_cache is not None:
+            space = self._local = LocalCache(space, local_cache, nbytes_of("local_bytes", local_bytes))
+            self._local.use(wanted)
         if ram_cache:
             space = RamCache(space, nbytes_of("ram_cache", ram_cache))
-        wanted = key_array(keys)
         positions = np.arange(len(wanted)) if documents is None else np.asarray(documents, np.int64)
         wanted_labels = None if labels is None else to_numpy(labels)
         for name, values in (("labels", wanted_labels), ("documents", positions)):
@@ -180,6 +194,21 @@ class Reader:
     def stats(self) -> ReaderStats:
         """Return what was read so far and where the time went; the object goes on counting."""
         return self._work.stats
+
+    def close(self) -> None:
+        """Write to the local cache what waits to be written, and let others evict what it holds.
+
+        Without one there is nothing to do. A reader that is collected does the same, and so does the end of a process;
+        a reader that was closed can be used, and reads without a local cache. Does nothing the second time.
+        """
+        if self._local is not None:
+            self._local.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
     def digest(self) -> str:
         """Return what identifies the order of this reader's epochs, on all ranks: its keys and options."""

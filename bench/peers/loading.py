@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,14 @@ class Wanted:
 
     def joined(self, flat: np.ndarray, lengths: np.ndarray) -> Delivered:
         """Return what is one array already: the rows of all documents, one after another, and their lengths."""
+        rows = flat.reshape(-1, self.hidden)
         if self.padded:
-            return self.collate(np.split(flat.reshape(-1, self.hidden), np.cumsum(lengths)[:-1]))
-        out = _empty((int(lengths.sum()), self.hidden))
-        out.numpy().reshape(-1)[:] = flat
-        return out, torch.from_numpy(np.ascontiguousarray(lengths))
+            return self.collate(np.split(rows, np.cumsum(lengths)[:-1]))
+        if get_worker_info() is not None:
+            return self.collate([rows])[0], torch.from_numpy(lengths)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(rows), torch.from_numpy(lengths)
 
 
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:

@@ -23,8 +23,8 @@ LAYERS = [
     {"reader", "maintenance"},
     {"space"},
     {"store"},
-    {"inspection", "migration"},
-    {"retention"},
+    {"inspection"},
+    {"migration", "retention"},
     {"doctor"},
     {"models"},
     {"pruning"},  # of the models' vocabulary; nothing but the user needs it

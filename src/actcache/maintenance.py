@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actcache.backend import GRACE_SECONDS, TOKEN_IDS, VALUES, Compaction, Snapshot, SpaceDriver
 from actcache.codec import Codec
 from actcache.errors import UsageError
-from actcache.key import key_array, key_list
+from actcache.key import Keys, key_array, key_list
 from actcache.ragged import offsets_of
 from actcache.recipe import Recipe
 from actcache.request import Request, looking_again
@@ -78,9 +78,28 @@ class Maintained:
         keys = self._view().keys()
         if sample is not None and sample < len(keys):
             keys = keys[np.random.default_rng().choice(len(keys), sample, replace=False)]
-        located = self._view().locate(keys)
-        order = np.lexsort((located.row, located.segment))  # as they lie
-        keys, lengths = keys[order], located.tokens[order]
+        corrupt, nbytes = self.corrupt_among(keys, progress)
+        return Verification(len(keys), nbytes, corrupt, damaged)
+
+    def in_order(self, keys: Keys) -> NDArray[np.uint8]:
+        """Return keys as ``[n, 32]`` in the order in which their published entries lie, absent ones first."""
+        wanted = key_array(keys)
+        located = self._view().locate(wanted)
+        return wanted[np.lexsort((located.row, located.segment))]
+
+    @looking_again
+    def stored_checksums(self, keys: Keys) -> NDArray[np.uint64]:
+        """Return tokens, checksum and checksum of the optional arrays of each published entry, ``[n, 3]``; 0 where
+        it is absent or has none. Reads no activations."""
+        view = self._view()
+        located = view.locate(key_array(keys))
+        columns = (located.tokens.astype(np.uint64), located.checksums, view.extra_checksums(located))
+        return np.stack(columns, axis=1) * located.found[:, None]
+
+    def corrupt_among(self, keys: Keys, progress: Progress | None = None) -> tuple[list[bytes], int]:
+        """Read published entries on all processors; return which fail their checksums, and the bytes of rows read."""
+        keys = self.in_order(keys)
+        lengths = self._view().locate(keys).tokens
         starts = offsets_of(lengths) * self._codec.stored.itemsize * self.recipe.hidden_size
         wanted = np.arange(0, int(starts[-1]), _PART_BYTES)
         cuts = np.unique(np.r_[np.searchsorted(starts, wanted), len(keys)]).tolist() if len(keys) else [0]
@@ -98,7 +117,7 @@ class Maintained:
             finally:
                 for future in futures:
                     future.cancel()
-        return Verification(len(keys), int(starts[-1]), corrupt, damaged)
+        return corrupt, int(starts[-1])
 
     def repair(self, found: Verification | None = None) -> Repair:
         """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.

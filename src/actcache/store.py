@@ -219,6 +219,11 @@ class Store:
         names = (blob.rpartition("/")[2] for blob in self.driver.blobs("collections"))
         return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
 
+    @staticmethod
+    def collection_blob(name: str) -> str:
+        """Return the name of a collection's blob."""
+        return _collection_blob(name)
+
     def delete_collection(self, name: str) -> bool:
         """Delete a collection, not its entries; return whether it was there."""
         self._check_writable()

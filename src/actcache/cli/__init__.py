@@ -16,6 +16,7 @@ from actcache.cli.du import du
 from actcache.cli.fill import fill
 from actcache.cli.inspect import inspect
 from actcache.cli.ls import ls
+from actcache.cli.migrate import migrate
 from actcache.cli.repair import repair
 from actcache.cli.verify import verify
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fill, ls, inspect, du, verify, repair, compact):
+for _command in (fill, ls, inspect, du, verify, repair, compact, migrate):
     app.command()(_command)
 
 

@@ -1,0 +1,96 @@
+"""``cachectl migrate``: the same entries in another backend, at another place, in another dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from actcache.cli.common import SHORT, JsonOption, QuietOption, SpaceOption, binary, counted, print_json, say
+from actcache.cli.progress import Meter
+from actcache.migration import Migration, SpaceMigration
+from actcache.migration import migrate as migrate_store
+from actcache.reading.checks import nbytes_of
+from actcache.store import open_store
+from actcache.writer import SEGMENT_BYTES
+
+_DAMAGED = 4
+
+
+def migrate(
+    source: Annotated[str, typer.Argument(help="Path or URL of the store to read.", show_default=False)],
+    target: Annotated[
+        str, typer.Argument(help="Path or URL of the store to write; made where it is absent.", show_default=False)
+    ],
+    space: SpaceOption = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store rows as float16, float32 or bfloat16; by default as the source does.")
+    ] = None,
+    segment_bytes: Annotated[
+        str, typer.Option(help="Bytes of rows of a segment; two are in memory. What is published survives a kill.")
+    ] = f"{SEGMENT_BYTES >> 20}MiB",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Copy a store's spaces and collections into another store, of any backend at any place, and prove it.
+
+    What is there already is skipped: run it again where it was interrupted. The source is never changed. Every entry is
+    compared with its checksum when it is read and again when it is read back; the digests over all keys and checksums
+    of both ends are printed. Exit code 4 where they differ.
+
+    Example: cachectl migrate ./activations zarr:s3://bucket/activations
+    """
+    nbytes = nbytes_of("--segment-bytes", segment_bytes)
+    with (
+        open_store(source, mode="r") as old,  # first: nothing is made where there is nothing to read
+        open_store(target, mode="a") as new,
+        Meter("migrate", "entries", show=not quiet) as meter,
+    ):
+        done = migrate_store(old, new, prefixes=space or (), dtype=dtype, segment_bytes=nbytes, progress=meter)
+    if as_json:
+        spaces = [
+            {
+                **dataclasses.asdict(one),
+                "corrupt": [key.hex() for key in one.corrupt],
+                "differing": [key.hex() for key in one.differing],
+                "equal": one.equal,
+            }
+            for one in done.spaces
+        ]
+        rest = {"unreadable": done.unreadable, "collections": done.collections, "equal": done.equal}
+        print_json({"source": source, "target": target, "spaces": spaces, **rest})
+    else:
+        _show(done)
+    if not done.equal:
+        raise typer.Exit(_DAMAGED)
+
+
+def _show(done: Migration) -> None:
+    for one in done.spaces:
+        new = "" if one.target == one.source else f" -> {one.target[:SHORT]}"
+        entries = counted(one.entries, "entry", "entries")
+        say(f"{one.source[:SHORT]}{new}: {entries}, {one.copied:,} copied ({binary(one.nbytes)} read)")
+        say(f"  should hold {one.digest}")
+        say(f"  does hold   {one.target_digest}  {'equal' if one.equal else 'NOT EQUAL'}")
+        for line in _complaints(one):
+            say(f"  {line}")
+    for name, what in done.unreadable.items():
+        say(f"{name[:SHORT]}: left out: {what}")
+    for name, state in done.collections.items():
+        say(f"collection {name}: {state}")
+
+
+def _complaints(one: SpaceMigration) -> list[str]:
+    lines = [f"damaged in the source: {name}: {what}" for name, what in one.damaged.items()]
+    if one.corrupt:
+        lines.append(
+            f"{counted(len(one.corrupt), 'entry', 'entries')} corrupt in the source, the first {one.corrupt[0].hex()}"
+        )
+    if one.differing:
+        first = one.differing[0].hex()
+        lines.append(
+            f"{counted(len(one.differing), 'entry', 'entries')} stand in the target with other numbers, or were "
+            f"deleted meanwhile, the first {first}: run it again, or delete them there"
+        )
+    return lines

@@ -118,15 +118,19 @@ def profile(readers: dict[int, Reader], shape: Shape, epochs: int, report: Repor
                 walls[count] += _epoch(reader, epoch)
     batches = epochs * len(next(iter(readers.values())))
     names = sorted({name for each in stages.values() for name in each.seconds})
-    names.sort(key=lambda name: -max(each.seconds[name] for each in stages.values()))
-    rows: list[list[Cell]] = []
-    for name in names:
-        calls = float(max(each.calls[name] for each in stages.values()) / batches)
-        rows.append([name, calls, *(each.seconds[name] / batches * 1e3 for each in stages.values())])
-    rows.append(["sum over all threads", None, *(sum(s.seconds.values()) / batches * 1e3 for s in stages.values())])
-    rows.append(["wall clock", None, *(wall / batches * 1e3 for wall in walls.values())])
-    title = f"{shape.name}: ms a batch of {shape.batch} documents, by number of segments"
-    report.table(title, ("", "calls a batch", *(str(count) for count in readers)), rows, decimals=3)
+    names.sort(key=lambda name: -max(each.processor[name] for each in stages.values()))
+    for what in ("processor", "seconds"):
+        rows: list[list[Cell]] = []
+        for name in names:
+            calls = float(max(each.calls[name] for each in stages.values()) / batches)
+            rows.append([name, calls, *(getattr(each, what)[name] / batches * 1e3 for each in stages.values())])
+        sums = [sum(getattr(each, what).values()) for each in stages.values()]
+        rows.append(["sum over all threads", None, *(each / batches * 1e3 for each in sums)])
+        if what == "seconds":
+            rows.append(["wall clock", None, *(wall / batches * 1e3 for wall in walls.values())])
+        meant = "of the processor" if what == "processor" else "that passed"
+        title = f"{shape.name}: ms {meant} for a batch of {shape.batch} documents, by number of segments"
+        report.table(title, ("", "calls a batch", *(str(count) for count in readers)), rows, decimals=3)
     if missing := sorted({name for each in stages.values() for name in each.missing}):
         report.say(f"not found, and so part of others: {', '.join(missing)}")
 

@@ -31,7 +31,8 @@ from actcache.writer import Writer
 logger = logging.getLogger(__name__)
 
 _SEGMENT_BYTES = 64 << 20
-_SEGMENTS = 16  # at least, so that eviction has a choice
+_SEGMENTS = 16  # at least, so that eviction has a choice; of a small cache, so many that their own needs are small
+_SMALL_BYTES, _FEW_SEGMENTS = 256 << 10, 4
 _SEGMENT_SECONDS = 30.0
 _PAUSE_SECONDS = 60.0  # where there is no room, until it is looked for again
 _EXIT_PRIORITY = 10
@@ -85,7 +86,7 @@ class LocalEntries:
             self._append,
             columns,
             self._seed,
-            segment_bytes=min(_SEGMENT_BYTES, folder.nbytes // _SEGMENTS),
+            segment_bytes=_segment_bytes(folder.nbytes),
             segment_seconds=_SEGMENT_SECONDS,
         )
         self._lock = threading.RLock()
@@ -255,6 +256,11 @@ class LocalEntries:
         self._lock = threading.RLock()
         self._closed = True
         self._lease.forget()
+
+
+def _segment_bytes(nbytes: int) -> int:
+    """Return how large the segments of a cache of so many bytes are."""
+    return min(_SEGMENT_BYTES, max(nbytes // _SEGMENTS, min(_SMALL_BYTES, nbytes // _FEW_SEGMENTS)))
 
 
 def _overhead(block: Block) -> int:

@@ -86,7 +86,9 @@ def load_pruned(
         prefix = f"{model.base_model_prefix}."
         rest = {n: sources.find(files, all_names(model, p), prefix) for n, p in tokens.parameters.items()}
         _check(rest[next(iter(rest))], record, full_matrix)
-    kept = KeptVocabulary(record["size"], ids, rest, on_unseen=on_unseen, tokenizer=tokenizer)
+    kept = KeptVocabulary(
+        record["size"], ids, rest, has_output=tokens.has_output, on_unseen=on_unseen, tokenizer=tokenizer
+    )
     attach(model, tokens, kept)
     move_rows(model, kept, ids)
     for root in roots_of(model, kept):

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from actcache.models.partial import KEPT
 from actcache.pruning.kept import KeptVocabulary
 from actcache.pruning.rows import grow
-from actcache.pruning.sizes import set_vocabulary_size
 
 _IDS = ("input_ids", "decoder_input_ids")
 
@@ -69,7 +68,7 @@ def translate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if any(map(len, unseen)):
             grow(model, kept, torch.cat(unseen).unique())
     labels = _labels(kept, kwargs)
-    if labels is not None and not kept.whole_logits:
+    if labels is not None:
         kwargs = dict(kwargs)
         shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         given_decoder = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
@@ -95,16 +94,13 @@ def spread(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 @contextlib.contextmanager
 def whole_logits(model: nn.Module) -> Iterator[None]:
-    """Within this context, a pruned language model's logits are over the whole vocabulary, and so are its labels."""
+    """Within this context, a pruned language model gives logits over the whole vocabulary. Its loss is the same."""
     kept = _kept(model)
     before, kept.whole_logits = kept.whole_logits, True
-    set_vocabulary_size(model, len(kept.ids), kept.size, configs_only=True)
     try:
         yield
     finally:
         kept.whole_logits = before
-        if not before:
-            set_vocabulary_size(model, kept.size, len(kept.ids), configs_only=True)
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:

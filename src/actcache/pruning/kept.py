@@ -48,12 +48,13 @@ class KeptVocabulary:
         ids: torch.Tensor,
         rest: dict[str, torch.Tensor | None],
         *,
+        has_output: bool,
         on_unseen: OnUnseen,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.size, self.ids, self.rest = size, ids, rest
         self.on_unseen, self.tokenizer = on_unseen, tokenizer
-        self.has_output, self.whole_logits = len(rest) > 1, False
+        self.has_output, self.whole_logits = has_output, False
         self._forget()
 
     def _forget(self) -> None:

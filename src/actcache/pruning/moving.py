@@ -57,12 +57,21 @@ class Optimizers:
             raise UsageError(f"a {type(optimizer).__name__} is no torch optimizer")
         self._tracked.add(optimizer)
 
-    def replace(self, old: torch.nn.Parameter, new: torch.nn.Parameter, move: Move, name: str) -> None:
-        """Put ``new`` in the place of ``old`` in every tracked optimizer, its state moved.
+    def check(self, parameter: torch.nn.Parameter, name: str) -> None:
+        """Refuse a parameter whose state cannot be moved.
 
         Raises:
             ModelError: a state is packed (8-bit optimizers), so that its rows cannot be told apart.
         """
+        for optimizer in self._tracked:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor) and value.ndim and not value.is_floating_point():
+                    raise ModelError(
+                        f"the optimizer's state {key!r} of {name} is packed ({value.dtype}): prune before training"
+                    )
+
+    def replace(self, old: torch.nn.Parameter, new: torch.nn.Parameter, move: Move, name: str) -> None:
+        """Put ``new`` in the place of ``old`` in every tracked optimizer, its state moved."""
         setattr(old, _REPLACED, name)
         for optimizer in self._tracked:
             for group in optimizer.param_groups:
@@ -77,8 +86,6 @@ class Optimizers:
     def _moved(value: Any, move: Move, dropped: dict[Any, Any], key: tuple[str, str]) -> Any:
         if not isinstance(value, torch.Tensor) or not value.ndim or len(value) != len(move.before):
             return value  # a step count, or one per column
-        if not value.is_floating_point():
-            raise ModelError(f"the optimizer's state {key[1]!r} of {key[0]} is packed ({value.dtype}): prune before it")
         out = move.apply(value)
         ids, rows = dropped.pop(key, (move.before[:0], value[:0].cpu()))
         back = _rows_by_id(move.after, move.size)[ids]

@@ -91,8 +91,8 @@ class Pruned:
             grow(self.model, self._kept, unseen)
 
     def whole_logits(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which a language model's logits are over the whole vocabulary (minus infinity for tokens
-        without a row), and its labels are ids. ``model.generate`` runs in it by itself."""
+        """Return a context in which a language model's logits are over the whole vocabulary, minus infinity for tokens
+        without a row; the loss is the same. ``model.generate`` runs in it by itself."""
         return hooks.whole_logits(self.model)
 
     def restore(self) -> PreTrainedModel:
@@ -177,6 +177,7 @@ def prune(
         tokens.size,
         torch.arange(tokens.size),
         rest,
+        has_output=tokens.has_output,
         on_unseen=on_unseen,
         tokenizer=tokenizer or vocabulary.tokenizer,
     )
@@ -185,6 +186,8 @@ def prune(
     source = next(iter(tokens.parameters.values()))
     dtype = str(source.dtype).removeprefix("torch.")
     record = {"size": tokens.size, "dtype": dtype, "xxh3_128": sources.checksum(source, source.dtype)}
+    for name, parameter in tokens.parameters.items():
+        kept.optimizers.check(parameter, name)  # before anything is changed
     attach(model, tokens, kept)
     move_rows(model, kept, torch.from_numpy(ids))
     for root in roots_of(model, kept):

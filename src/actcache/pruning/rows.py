@@ -24,6 +24,7 @@ class Tokens:
     parameters: dict[str, nn.Parameter]  # by the name of one of those that are tied; the input's comes first
     marks: list[tuple[nn.Module, Mark]]  # where they are
     embeddings: list[nn.Module]  # that look up rows of the first
+    has_output: bool  # whether the model has logits over the vocabulary
 
 
 def tokens_of(model: PreTrainedModel) -> Tokens:
@@ -47,7 +48,8 @@ def tokens_of(model: PreTrainedModel) -> Tokens:
                 f"{type(model).__name__} has {size} embeddings and config.vocab_size {config.vocab_size}: make them "
                 "agree with model.resize_token_embeddings(...)"
             )
-    wanted = {id(parameter) for parameter in (weight, *_output_parameters(model, size))}
+    output = list(_output_parameters(model, size))
+    wanted = {id(parameter) for parameter in (weight, *output)}
     names: dict[int, str] = {id(weight): all_names(model, weight)[0]}
     parameters = {names[id(weight)]: weight}
     for name, parameter in model.named_parameters():
@@ -60,7 +62,7 @@ def tokens_of(model: PreTrainedModel) -> Tokens:
         if own:
             marks.append((module, Mark(own, getattr(module, "padding_idx", None))))
     embeddings: list[nn.Module] = [module for module, _ in marks if isinstance(module, nn.Embedding)]
-    return Tokens(size, parameters, marks, embeddings)
+    return Tokens(size, parameters, marks, embeddings, bool(output))
 
 
 def _output_parameters(model: PreTrainedModel, size: int) -> Iterator[nn.Parameter]:
@@ -109,6 +111,7 @@ def move_rows(
         for attribute, name in mark.names.items():
             old = module.get_parameter(attribute)
             if id(old) not in replaced:
+                kept.optimizers.check(old, name)
                 replaced[id(old)] = old, _moved(old, move, kept, name), name
     for old, new, name in replaced.values():
         kept.optimizers.replace(old, new, move, name)

@@ -57,9 +57,11 @@ def load_reduced(
     kind = task_class or _class_named(what["task_class"], path)
     try:
         config = kind.config_class.from_dict(what["config"])  # type: ignore[union-attr]
+        config.tie_word_embeddings = True  # as it may have been: by ties it is seen which embeddings a decoder has
         # The lower half is about to be dropped, and the rest to be loaded.
         with torch.random.fork_rng(devices=[]), no_init_weights():
             full = kind._from_config(config, **options)
+        full.tie_weights()
         reduced = reduce(full, int(what["layer"]))
         if what["adapters"] is not None:
             insert_adapters(reduced, AdapterSpec.from_json(what["adapters"]))

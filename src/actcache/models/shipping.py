@@ -1,8 +1,9 @@
 """What becomes of a reduced model after training: merged into a full model, or saved with the recipe it belongs to.
 
 A saved reduced model is a folder with ``model.safetensors`` (upper layers and head) and ``reduced.json`` (recipe, task
-class, configuration, adapters). There is no ``config.json`` on purpose: without one, transformers refuses to load the
-folder, where with one it would make up the lower half at random.
+class, configuration, adapters). transformers would load such weights and make up the lower half at random. Two things
+keep it from that: there is no ``config.json``, which the auto classes need; and under the name of one of the lower
+half's weights there is an empty tensor, which every class refuses, since its shape is another.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class Shipped:
             raise NotImplementedError(f"a reduced model is saved without {', '.join(asked)}")
         save(self, save_directory, state_dict=state_dict, write=is_main_process)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load weights as any module does; what ``save_pretrained`` wrote to keep others from it is left out."""
+        own = {name: value for name, value in state_dict.items() if name != _guard(self)}
+        return super().load_state_dict(own, *args, **options)  # type: ignore[misc]
+
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> NoReturn:
         """Refuse: a reduced model is loaded by the recycler that it belongs to."""
@@ -104,6 +110,7 @@ def save(
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = unshared(reduced.state_dict() if state_dict is None else state_dict)
+        tensors[_guard(reduced)] = torch.empty(0)
         save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
         (path / DESCRIPTION_NAME).write_text(json.dumps(what, indent=1))
 
@@ -178,19 +185,37 @@ def _copy(
         if target[name].data_ptr() not in lower:
             target[name].copy_(value)
         elif not torch.equal(value, target[name]):
-            path, _, attribute = name.rpartition(".")
-            setattr(full_model.get_submodule(path), attribute, nn.Parameter(value.clone()))
+            _set(full_model, name, value)
             untied.append(name)
     if untied:
+        # That is one switch for all of a model's ties.
+        for first, *others in _tied(full_model):
+            for name in others:
+                _set(full_model, name, full_model.get_parameter(first))
         full_model.config.tie_word_embeddings = False
         full_model.all_tied_weights_keys = {}
         logger.warning("%s was trained on its own: it is no longer tied to the embeddings", ", ".join(sorted(untied)))
 
 
-def _tied(reduced: nn.Module) -> list[list[str]]:
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a model a parameter of its own with these numbers."""
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, nn.Parameter(value.detach().clone()))
+
+
+def _guard(reduced: Any) -> str:
+    """Return the name of a matrix in the first layer, which is not the reduced model's."""
+    family, base = reduced.actcache_family, base_model_of(reduced)
+    layers = family.layers_of(base)
+    path = next(path for path, module in reduced.named_modules() if module is layers)
+    matrix = next(name for name, weight in layers[reduced.actcache_layer].named_parameters() if weight.ndim == 2)
+    return f"{path}.0.{matrix}"
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
     """Return the names of parameters that are one, group by group."""
     groups: dict[int, list[str]] = {}
-    for name, parameter in reduced.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 

@@ -12,7 +12,7 @@ over as many epochs as that needs; the interval is over epochs.
 its own, so ``strict`` leaves that one out: it is what a perfect pipeline would take, and no reader can do better. The
 steps are measured in the reader's own loop; that it does not lengthen them shows against the loop in memory.
 
-Warm: in the page cache. Cold (needs root): before every epoch the page cache is dropped and the space opened anew.
+Warm: in the page cache. Cold: before every epoch the page cache is dropped and the space opened anew.
 
 Appendix A.5 of the embedding recycling paper has these three loops for its own hardware (BERT-base, NVIDIA A10G):
 334 ms a batch from memory, 351 from disk with prefetch, 374 without. The last table holds them beside what was
@@ -122,7 +122,7 @@ class Run:
         self._close()
         if self._mode == "cold":
             refuse_mappings([self._folder / "store"])
-            drop_caches()
+            drop_caches(self._folder)
         depth = self._options.depth
         for name, ahead in (("ahead", depth), ("plain", 0), ("io", depth)):
             self._spaces[name] = self._corpus.open(self._options.backend)

@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="paper,short", help="paper (60-512 tokens x 768), short (8-48 x 384)")
     parser.add_argument("--backends", default="hdf5,zarr,lmdb", help="hdf5, zarr, lmdb, safetensors")
-    parser.add_argument("--mode", default="warm,cold", help="warm, cold (needs root)")
+    parser.add_argument("--mode", default="warm,cold", help="warm, cold (as root the whole page cache is dropped)")
     parser.add_argument("--layouts", default="packed,padded")
     parser.add_argument("--depth", type=int, default=2, help="batches that the reader reads ahead")
     parser.add_argument("--ring", type=int, default=1, help="buffers that the limit of a warm read takes turns with")
@@ -185,7 +185,7 @@ def cold(turns: Turns, report: Report) -> None:
 
     def before() -> None:
         refuse_mappings([turns.folder / name for name in turns.corpus.urls])
-        drop_caches()
+        drop_caches(turns.folder)
 
     seconds = rounds.run(contestants, turns.options.rounds, before=before)
     best = fastest(raw, seconds)

@@ -43,7 +43,7 @@ Row = tuple[str, np.ndarray, tuple[np.ndarray, np.ndarray] | None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="paper,short", help="paper (60-512 tokens x 768), short (8-48 x 384)")
-    parser.add_argument("--mode", default="warm", help="warm, cold (needs root)")
+    parser.add_argument("--mode", default="warm", help="warm, cold (as root the whole page cache is dropped)")
     parser.add_argument("--backends", default="hdf5", help="hdf5, zarr, lmdb, safetensors, s3")
     parser.add_argument("--gib", type=float, default=2.0, help="size of the corpus")
     parser.add_argument("--s3-mib", type=float, default=256, help="size of the corpus for s3")
@@ -133,7 +133,7 @@ def cold(corpus: Corpus, folder: Path, count: int, batches: int) -> None:
 
     def before() -> None:
         refuse_mappings([folder / name for name in corpus.urls])
-        drop_caches()
+        drop_caches(folder)
 
     seconds = rounds.run(contestants, count, before=before)
     raw, together = fastest(flat.cold(), seconds), fastest(flat.coalesced_cold(), seconds)

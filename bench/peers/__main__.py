@@ -8,7 +8,7 @@ documentation shows for shuffled reading, in several settings and with 0 and 2 w
 settings is what actcache is held against. actcache verifies checksums and delivers token ids too, which no peer does. A
 turn is one whole epoch; contestants take turns, and ratios are of one round (``bench.rounds``).
 
-Opening is not timed. Warm: everything in the page cache and workers kept from epoch to epoch. Cold (needs root): the
+Opening is not timed. Warm: everything in the page cache and workers kept from epoch to epoch. Cold: the
 page cache is dropped, and each turn opens everything anew in a process of its own; that workers have to start is part
 of a peer's time, and that its thread has to start is part of actcache's.
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--backends", default="hdf5,zarr,lmdb", help="of actcache")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--workers", default="0,2", help="worker processes of the peers")
-    parser.add_argument("--mode", default="warm", help="warm, cold (needs root)")
+    parser.add_argument("--mode", default="warm", help="warm, cold (as root the whole page cache is dropped)")
     parser.add_argument("--layout", default="packed", choices=("packed", "padded"))
     parser.add_argument("--batch", type=int, help="documents of a batch (the shape's: 1024 short ones)")
     parser.add_argument("--mib", type=float, default=256, help="size of the corpus")
@@ -139,7 +139,7 @@ class Compared:
         prepare(self._contestants)
         self._contestants[0].anew(wanted, 0)
         turns = {contestant.name: partial(contestant.anew, wanted) for contestant in self._contestants}
-        self._table("cold", wanted, rounds.run(turns, count, before=drop_caches))
+        self._table("cold", wanted, rounds.run(turns, count, before=partial(drop_caches, self._folder)))
 
     def _table(self, mode: str, wanted: Wanted, seconds: dict[str, np.ndarray]) -> None:
         peers = [contestant.name for contestant in self._contestants if not contestant.ours]

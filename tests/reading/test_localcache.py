@@ -505,7 +505,7 @@ def test_an_object_store_is_not_asked_again(place, monkeypatch):
             assert check(reader) == list(range(COUNT))
         monkeypatch.setattr(space, "read_into", None)
         with space.reader(KEYS, batch_size=7, local_cache=place, local_bytes="1MiB") as reader:
-            memory.store.clear()
+            memory.rm(f"/{place.parent.name}", recursive=True)
             assert check(reader) == check(reader) == list(range(COUNT))
 
 

@@ -96,7 +96,7 @@ class LocalCache:
         if entries is None:
             return 0
         wanted = key_array(keys)
-        request, hits = entries.find(wanted, self._source.lengths(wanted), self._source.checksums(wanted))
+        request, hits = entries.find(wanted, self._source.checksums(wanted))
         entries.use(request.located[hits])
         return int(hits.sum())
 
@@ -105,7 +105,7 @@ class LocalCache:
         if entries is None:
             self._source.read_ahead(wanted)
             return
-        request, hits = entries.find(wanted, self._source.lengths(wanted), self._source.checksums(wanted))
+        request, hits = entries.find(wanted, self._source.checksums(wanted))
         if hits.any():
             entries.use(request.located[hits])
             try:
@@ -122,26 +122,30 @@ class LocalCache:
             entries = self._open()
             if entries is None:
                 break
-            lengths, checksums = self._source.lengths(wanted), self._source.checksums(wanted)
-            request, hits = entries.find(wanted, lengths, checksums)
+            checksums = self._source.checksums(wanted)
+            request, hits = entries.find(wanted, checksums)
             if not hits.all() and entries.stale():
                 entries.refresh()
-                request, hits = entries.find(wanted, lengths, checksums)
+                request, hits = entries.find(wanted, checksums)
+            lengths = request.lengths
+            if not (hits.all() and _fits(lengths, out)):
+                lengths = self._source.lengths(wanted)
+                hits &= lengths == request.lengths  # or what says so is damaged
             if not hits.any():
                 report = self._source.read_into(wanted, out, token_ids=token_ids)
                 self._keep_batch(entries, wanted, report.lengths, out, token_ids)
                 return report
-            entries.use(request.located[hits])
             _check_room(lengths, out)
+            entries.use(request.located[hits])
             try:
                 if not hits.all():
-                    report = self._mixed(entries, wanted, hits, (lengths, checksums), out, token_ids)
-                    if report is not None:
-                        return report
-                elif not (corrupt := entries.read(request, out, token_ids)):
-                    return Lengths(lengths)
-                else:
+                    mixed = self._mixed(entries, wanted, hits, (lengths, checksums), out, token_ids)
+                    if mixed is not None:
+                        return mixed
+                elif corrupt := entries.read(request, out, token_ids):
                     entries.drop(request, corrupt)
+                else:
+                    return Lengths(lengths)
             except SegmentGoneError:
                 entries.refresh()
         return self._source.read_into(wanted, out, token_ids=token_ids)
@@ -158,8 +162,8 @@ class LocalCache:
         """Read a batch some of which is here; None where that turned out to be corrupt or gone."""
         here, there = np.flatnonzero(hits), np.flatnonzero(~hits)
         lengths, checksums = contents
-        request, still = entries.find(wanted[here], lengths[here], checksums[here])
-        if not still.all():
+        request, still = entries.find(wanted[here], checksums[here])
+        if not still.all() or (request.lengths != lengths[here]).any():
             return None
         local, local_ids = self._buffers(lengths[here], ids)
         if corrupt := entries.read(request, local, local_ids):
@@ -229,10 +233,16 @@ class LocalCache:
         self.__init__(state["source"], state["path"], state["nbytes"])  # type: ignore[misc]
 
 
+def _fits(lengths: NDArray[np.int64], out: Any) -> bool:
+    if out.ndim == 2:
+        return int(lengths.sum()) <= len(out)
+    return int(lengths.max(initial=0)) <= out.shape[1] and len(lengths) <= len(out)
+
+
 def _check_room(lengths: NDArray[np.int64], out: Any) -> None:
     """Refuse a buffer that the entries do not fit."""
-    longest, total = int(lengths.max(initial=0)), int(lengths.sum())
-    if (out.ndim == 2 and total > len(out)) or (out.ndim == 3 and (longest > out.shape[1] or len(lengths) > len(out))):
+    if not _fits(lengths, out):
+        longest, total = int(lengths.max(initial=0)), int(lengths.sum())
         raise ShapeError(f"{len(lengths)} entries of {total} rows, up to {longest} each, and out is {list(out.shape)}")
 
 

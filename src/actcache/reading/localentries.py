@@ -101,9 +101,7 @@ class LocalEntries:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def find(
-        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], checksums: NDArray[np.uint64]
-    ) -> tuple[Request, NDArray[np.bool_]]:
+    def find(self, keys: NDArray[np.uint8], checksums: NDArray[np.uint64]) -> tuple[Request, NDArray[np.bool_]]:
         """Look keys up; return the request to read them by, and which are there with just these contents, ``[n]``."""
         # Before the request is made: what is added meanwhile is newer than what it will be taken for.
         get = self._pending.get
@@ -112,7 +110,7 @@ class LocalEntries:
         found = request.checksums
         if pending is not None:
             found = np.where(found == 0, pending, found)
-        hits = (found == checksums) & (request.lengths == lengths) & (lengths > 0) & (checksums != 0)
+        hits: NDArray[np.bool_] = (found == checksums) & (request.lengths > 0) & (checksums != 0)
         if len(self._bad):
             hits &= ~np.isin(request.located.segment, self._bad)
         return request, hits

@@ -64,6 +64,16 @@ class FlatFile:
         self._outs.append(self._outs.pop(0))
         self._out, self._out_tensor = self._outs[0]
 
+    @property
+    def filled(self) -> np.ndarray:
+        """The buffer that the last batch went into."""
+        return self._out
+
+    def smear(self) -> None:
+        """Fill all buffers with what no document has."""
+        for out, _ in self._outs:
+            out[:] = np.nan
+
     def document(self, position: int) -> np.ndarray:
         """Return a document's rows."""
         return self._rows[self._starts[position] :][: self._lengths[position]]

@@ -15,8 +15,8 @@ gives the limit as many as you like (the reader has ``depth + 3``). A hash pass 
 can cost: who hashes rows while they are in the processor's cache can be faster than this limit. The limit of a cold
 read is direct reads of the same extents, 8 or 16 at a time, which hash nothing and put nothing in order.
 
-Warm means in the page cache, mapped, and in buffers that were used before. Cold means that the page cache was dropped,
-and everything opened anew.
+Warm means in the page cache and mapped. Cold means that the page cache was dropped and everything opened anew. Buffers
+were used before in both.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -127,6 +128,20 @@ class Turns:
             if not np.array_equal(delivered, first):
                 raise RuntimeError("the reader delivers other rows than were stored")
 
+    def check_raw(self, ways: dict[str, Callable[[np.ndarray], None]], *, padded: bool) -> None:
+        """Make sure that the raw ways bring what the reader delivers."""
+        which = self.batches(0)[0]
+        documents = [self.flat.document(position) for position in which.tolist()]
+        width = max(len(rows) for rows in documents)
+        if padded:
+            documents = [np.pad(rows, ((0, width - len(rows)), (0, 0))) for rows in documents]
+        wanted = np.concatenate(documents)
+        for name, read in ways.items():
+            self.flat.smear()
+            read(which)
+            if not np.array_equal(self.flat.filled[: len(wanted)], wanted):
+                raise RuntimeError(f"{name} does not bring the rows of the batch")
+
     def ratios(self, seconds: dict[str, np.ndarray], name: str, *limits: np.ndarray) -> list[Cell]:
         """Return a row: throughput, and how near it is to each limit."""
         mine = seconds[name]
@@ -147,6 +162,7 @@ def warm(turns: Turns, report: Report) -> None:
     contestants, flat = turns.contestants, turns.flat
     ways = {layout: flat.warm(padded=layout == "padded") for layout in turns.layouts}
     for layout, raw in ways.items():
+        turns.check_raw(raw, padded=layout == "padded")
         for name, read in raw.items():
             contestants[f"{name}, {layout}"] = turns.raw(read)
     for threads in ("one", "shared"):
@@ -198,13 +214,19 @@ def cold(turns: Turns, report: Report) -> None:
 
 def _cold_turn(turns: Turns, name: str, layout: str) -> Callable[[int], float]:
     opened = turns.opening.setdefault(f"{name} {layout}", [])
+    kept: dict[str, Any] = {}
 
     def turn(epoch: int) -> float:
         start = time.perf_counter()
         with turns.corpus.open(name) as space:
             reader = turns.reader(space, layout)
             opened.append(time.perf_counter() - start)
-            return _epoch(reader, epoch)
+            # Buffers that were used before, as the limit's were: those of the turn before.
+            reader._delivery = kept.get("delivery")
+            try:
+                return _epoch(reader, epoch)
+            finally:
+                kept["delivery"] = reader._delivery
 
     return turn
 

@@ -31,7 +31,6 @@ from transformers import (
 from actcache.errors import LayerError, ModelError, ShapeError, UnsupportedModelError
 from actcache.models import Family, base_model_of, reduce, register_family
 from actcache.models.family import _FAMILIES
-from actcache.models.standins import handed
 
 Make = Callable[..., PreTrainedModel]
 
@@ -209,8 +208,8 @@ def test_rows_are_not_kept_after_a_forward(make_model: Make) -> None:
     reduced(**batch)
     with pytest.raises(ShapeError):
         reduced(**{**batch, "attention_mask": MASK[:, :3]})
-    assert handed.rows is None
-    assert handed.to is None
+    assert reduced.actcache_handed.get() == (None, None)
+    assert reduced.actcache_handed.last == (None, None)
 
 
 def test_threads_that_share_a_model_get_their_own_rows(make_model: Make) -> None:

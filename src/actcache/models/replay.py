@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 from actcache.errors import ModelError, ShapeError, UnsupportedModelError
 from actcache.models.family import Family, base_model_of, family_of
 from actcache.models.shipping import Shipped
-from actcache.models.standins import BiasPassThrough, Embeddings, NoConvolution, PassThrough, handed, no_answers_at_padding
+from actcache.models.standins import (
+    BiasPassThrough,
+    Embeddings,
+    Handed,
+    NoAnswersAtPadding,
+    NoConvolution,
+    PassThrough,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +77,12 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
         )
     lower = family.lower_of(base, layer)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
-    reduced = copy.deepcopy(task_model, _stand_ins(task_model, base, family, layer))
+    handed = Handed()
+    reduced = copy.deepcopy(task_model, _stand_ins(task_model, base, family, layer, handed))
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
     reduced.__dict__["actcache_family"], reduced.__dict__["actcache_layer"] = family, layer
+    reduced.__dict__["actcache_handed"] = handed
     for module in reduced.modules():
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False  # it would hold nothing of the lower half
@@ -82,14 +91,16 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     stack.register_forward_hook(functools.partial(_mark_absent, layer=layer, all_layers=collects))
     if any(cls.__name__.endswith("ForQuestionAnswering") for cls in task_class.__mro__):
         head: Any = getattr(reduced, "qa_outputs", None) or reduced.classifier
-        head.register_forward_hook(no_answers_at_padding)
+        head.register_forward_hook(NoAnswersAtPadding(handed))
     notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
     if notes:
         logger.warning("both halves of %s use %s", type(task_model).__name__, "; ".join(notes))
     return reduced
 
 
-def _stand_ins(task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int) -> dict[int, Any]:
+def _stand_ins(
+    task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int, handed: Handed
+) -> dict[int, Any]:
     """Return what stands for each part of the lower half, by the part's id."""
     layers = family.layers_of(base)
     like = next(parameter for parameter in layers[layer].parameters() if parameter.is_floating_point())
@@ -103,10 +114,11 @@ def _stand_ins(task_model: PreTrainedModel, base: PreTrainedModel, family: Famil
     stand_ins |= {id(module): Embeddings(hidden_size, like) for module in family.alias_of(base).values()}
     stand_ins |= {id(module): NoConvolution() for module in family.convolution_of(base).values()}
     for i in range(layer):
+        takes = handed if i == layer - 1 else None
         stand_ins[id(layers[i])] = (
-            PassThrough(layers[i], family.tuple_arity)
+            PassThrough(layers[i], family.tuple_arity, takes)
             if family.relative_bias is None
-            else BiasPassThrough(layers[i], family.tuple_arity or 2, family.relative_bias if i == 0 else None)
+            else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
     return stand_ins
 
@@ -125,7 +137,7 @@ class _Reduced(Shipped):
     def _replay(self, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
         family: Family = self.actcache_family  # type: ignore[attr-defined]
         config: Any = self.config  # type: ignore[attr-defined]
-        last = family.layers_of(base_model_of(self))[self.actcache_layer - 1]  # type: ignore[attr-defined,arg-type]
+        handed: Handed = self.actcache_handed  # type: ignore[attr-defined]
         _check_inputs(activations, token_ids, attention_mask, config.hidden_size)
         _check_options(self, kwargs)
         if attention_mask is not None:
@@ -135,12 +147,11 @@ class _Reduced(Shipped):
             if family.positions_in_layers:  # each document's own, wherever its padding is
                 kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
-        before = handed.rows, handed.to, handed.mask
-        handed.rows, handed.to, handed.mask = activations.flatten(0, -3), last, attention_mask
+        before = handed.put(activations.flatten(0, -3), attention_mask)
         try:
             return forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
         finally:
-            handed.rows, handed.to, handed.mask = before
+            handed.put(*before)
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ModelError(

@@ -15,19 +15,46 @@ from actcache.errors import ShapeError
 _WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings")
 
 
-class Handed(threading.local):
-    """The rows of the forward that is running in this thread, the pass-through that takes them, and their mask.
+class Handed:
+    """The rows of one forward of a reduced model, and their mask: from its beginning to where they are taken.
 
-    Not the module's state, which threads that use one model at once would share: one would get the other's rows.
+    Threads may run one model at once, so each has its own. Dynamo knows no such thing: what it compiles reads what was
+    handed last, by whatever thread.
     """
 
+    def __init__(self) -> None:
+        self.last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def get(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return rows ``[batch, tokens, hidden]`` and mask ``[batch, tokens]``, or what of them there is."""
+        if torch.compiler.is_compiling():
+            return self.last
+        here = _threads.handed
+        return here.get(id(self), (None, None))
+
+    def put(
+        self, rows: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Hand over, and return what was handed before."""
+        before = self.get()
+        self.last = (rows, mask)
+        if not torch.compiler.is_compiling():
+            if rows is None:
+                _threads.handed.pop(id(self), None)
+            else:
+                _threads.handed[id(self)] = (rows, mask)
+        return before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"last": (None, None)}
+
+
+class _Threads(threading.local):
     def __init__(self) -> None:  # in each thread
-        self.rows: torch.Tensor | None = None
-        self.to: nn.Module | None = None
-        self.mask: torch.Tensor | None = None
+        self.handed: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
 
-handed = Handed()
+_threads = _Threads()
 
 
 class Embeddings(nn.Module):
@@ -70,11 +97,12 @@ class PassThrough(nn.Module):
     Args:
         layer: what stood there; base models look at plain attributes of layers (``attention_type``).
         tuple_arity: the length of the tuple that it returned; None where it returned the bare tensor.
+        handed: where the rows are, of the last pass-through.
     """
 
-    def __init__(self, layer: nn.Module, tuple_arity: int | None) -> None:
+    def __init__(self, layer: nn.Module, tuple_arity: int | None, handed: Handed | None = None) -> None:
         super().__init__()
-        self.tuple_arity = tuple_arity
+        self.tuple_arity, self.handed = tuple_arity, handed
         for name, value in vars(layer).items():
             if isinstance(value, str | int) and name not in ("training", "gradient_checkpointing"):
                 setattr(self, name, value)
@@ -84,8 +112,8 @@ class PassThrough(nn.Module):
         return hidden if self.tuple_arity is None else (hidden, *[None] * (self.tuple_arity - 1))
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = handed.rows
-        if rows is None or handed.to is not self:
+        rows = None if self.handed is None else self.handed.get()[0]
+        if rows is None:
             return hidden
         if rows.shape != hidden.shape:
             raise ShapeError(f"activations {list(rows.shape)} do not fit the model, which expects {list(hidden.shape)}")
@@ -100,8 +128,8 @@ class BiasPassThrough(PassThrough):
             that attention the bias's weights are kept, frozen, under their own names.
     """
 
-    def __init__(self, layer: nn.Module, tuple_arity: int, bias: str | None) -> None:
-        super().__init__(layer, tuple_arity)
+    def __init__(self, layer: nn.Module, tuple_arity: int, handed: Handed | None, bias: str | None) -> None:
+        super().__init__(layer, tuple_arity, handed)
         self.bias = bias
         if bias is None:
             return
@@ -131,14 +159,19 @@ class NoConvolution(nn.Module):
         return residual_states
 
 
-def no_answers_at_padding(head: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor | None:
+class NoAnswersAtPadding:
     """Forward hook of a question answering head, whose loss is a softmax over all positions of a batch.
 
     In the full model that includes what padding's rows became, so that a document's loss depends on the others of its
-    batch. Padding has no stored rows; with logits ``[batch, tokens, 2]`` of the least number there, each document's loss
+    batch. Padding has no stored rows: with logits ``[batch, tokens, 2]`` of the least number there, a document's loss
     is what it is alone.
     """
-    mask = handed.mask
-    if mask is None or mask.shape != logits.shape[:-1]:
-        return None
-    return logits.masked_fill(mask[..., None] == 0, torch.finfo(logits.dtype).min)
+
+    def __init__(self, handed: Handed) -> None:
+        self.handed = handed
+
+    def __call__(self, head: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor | None:
+        mask = self.handed.get()[1]
+        if mask is None or mask.shape != logits.shape[:-1]:
+            return None
+        return logits.masked_fill(mask[..., None] == 0, torch.finfo(logits.dtype).min)

@@ -8,14 +8,18 @@ An input that is a finding is written to the working folder, and the exit status
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import tempfile
 from pathlib import Path
 
 import atheris
 
+_BACKENDS = ("actcache_hdf5", "actcache_lmdb.datafile", "actcache_lmdb.record", "actcache_s3", "actcache_zarr")
+
 with atheris.instrument_imports(include=["actcache", "actcache_hdf5", "actcache_zarr", "actcache_lmdb", "actcache_s3"]):
-    import actcache_hdf5  # noqa: F401 - instrumented where it is imported first
+    for _name in _BACKENDS:  # instrumented is what is imported here first
+        importlib.import_module(_name)
     from tests.fuzz.targets import TARGETS, WORDS
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"segment_format"},
     {"backend"},
     {"storage"},
-    {"registry", "collection", "writer", "request", "batch", "entry"},
+    {"registry", "collection", "corpus", "lastuse", "writer", "request", "batch", "entry"},
     {"reading"},
     {"reader", "maintenance"},
     {"space"},

@@ -74,7 +74,7 @@ def chosen(store: Store, prefixes: Sequence[str] = ()) -> list[str]:
 
 @contextmanager
 def opened(store: Store, fingerprint: str) -> Iterator[Space]:
-    """Open a space by its fingerprint.
+    """Open a space by its fingerprint, to look after it: it does not count as used.
 
     Raises:
         DataError: its recipe is damaged, missing, or of a newer release; or nothing of it can be read safely.
@@ -83,6 +83,7 @@ def opened(store: Store, fingerprint: str) -> Iterator[Space]:
     if recipe is None:
         raise DataError(f"space {fingerprint} {NO_RECIPE}")
     with store.space(recipe) as space:
+        space.leave_no_trace()
         yield space
 
 

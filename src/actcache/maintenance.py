@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,15 @@ from actcache.backend import GRACE_SECONDS, TOKEN_IDS, VALUES, Compaction, Snaps
 from actcache.codec import Codec
 from actcache.errors import UsageError
 from actcache.key import Keys, key_array, key_list
+from actcache.lastuse import LastUse
 from actcache.ragged import offsets_of
 from actcache.recipe import Recipe
 from actcache.request import Request, looking_again
 from actcache.storage.workers import available_cpus
 from actcache.writer import Writer
+
+if TYPE_CHECKING:
+    from actcache.store import Store
 
 COMPACT_BYTES = 2 << 30
 _PART_BYTES = 16 << 20  # read and checked at once by a thread
@@ -57,6 +62,8 @@ class Maintained:
     _codec: Codec
     _seed: int
     _driver: SpaceDriver
+    _store: Store
+    _used: LastUse
     _write_lock: threading.RLock
 
     def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> Verification:
@@ -176,6 +183,20 @@ class Maintained:
         found = set(request.read({**rows, TOKEN_IDS: np.empty(total, np.int32)}, None, verify=True))
         present = np.flatnonzero(request.lengths).tolist()
         return sorted(found.union(i for i in present if i not in found and not request.read_extras(i)[1]))
+
+    def leave_no_trace(self) -> None:
+        """Have nothing that is done through this object from here on count as a use of the space."""
+        self._used.stop()
+
+    # --- blobs -----------------------------------------------------------------------------------------------------
+
+    def blob(self, name: str) -> bytes | None:
+        """Return a small named file of the space (its canaries, say), None where there is none."""
+        return self._store.driver.read_blob(f"spaces/{self.recipe.fingerprint}/{name}")
+
+    def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        """Write a small named file of the space, durably; return False where it stands and ``replace`` is False."""
+        return self._store.driver.write_blob(f"spaces/{self.recipe.fingerprint}/{name}", data, replace=replace)
 
     def refresh(self) -> None:
         raise NotImplementedError

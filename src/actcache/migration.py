@@ -35,7 +35,7 @@ from actcache.writer import SEGMENT_BYTES
 _PART_BYTES = 32 << 20  # of rows that are read at once
 _AHEAD = 2  # parts that are read while one is being put
 _COLUMNS = (TOKEN_IDS, *sorted(EXTRAS))
-_NOT_COPIED = {"recipe.json"}  # the target's space has its own, which says the same
+_NOT_COPIED = {"recipe.json", "used.json", "pinned.json"}  # the target's space has its own
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Us
 from actcache.entry import Entry, ReadReport, columns_of, encode_entry
 from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
+from actcache.lastuse import LastUse
 from actcache.maintenance import Maintained
 from actcache.ragged import offsets_of
 from actcache.reader import Reader
@@ -51,6 +52,7 @@ class Space(Maintained):
         self._columns = columns_of(recipe)
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": seconds}
+        self._used = LastUse(store.driver, recipe.fingerprint, writable=store.writable)
         self._closed = False
         self._open(driver)
         _SPACES.add(self)
@@ -269,15 +271,7 @@ class Space(Maintained):
         """Iterate over entries in batches; see ``actcache.reader.Reader`` for the options."""
         return Reader(self, keys, **options)
 
-    # --- blobs, closing ----------------------------------------------------------------------------------------------
-
-    def blob(self, name: str) -> bytes | None:
-        """Return a small named file of the space (its canaries, say), None where there is none."""
-        return self._store.driver.read_blob(f"spaces/{self.recipe.fingerprint}/{name}")
-
-    def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool:
-        """Write a small named file of the space, durably; return False where it stands and ``replace`` is False."""
-        return self._store.driver.write_blob(f"spaces/{self.recipe.fingerprint}/{name}", data, replace=replace)
+    # --- closing -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Flush and release everything. Does nothing the second time."""
@@ -309,6 +303,7 @@ class Space(Maintained):
 
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         self._check_open()  # before the writer is looked at: a fork has another
+        self._used.note()
         return Request(self._view, self._writer, self._seed, keys)
 
     def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:

@@ -17,6 +17,8 @@ from actcache.cli.fill import fill
 from actcache.cli.inspect import inspect
 from actcache.cli.ls import ls
 from actcache.cli.migrate import migrate
+from actcache.cli.pin import pin, unpin
+from actcache.cli.prune import prune
 from actcache.cli.repair import repair
 from actcache.cli.verify import verify
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fill, ls, inspect, du, verify, repair, compact, migrate):
+for _command in (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin):
     app.command()(_command)
 
 

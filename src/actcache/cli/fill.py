@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from actcache import corpus
 from actcache.errors import DocumentError, MissingExtraError, UsageError
 from actcache.windows import Windows
-
-_STANDARD_INPUT = Path("-")
 
 
 class TooLong(StrEnum):
@@ -63,12 +60,12 @@ def fill(
             raise DocumentError("--too-long windows needs --max-length, the tokens of a window")
         limit = Windows(max_length, stride)
     with (
-        _opened(source) as file,
+        corpus.opened(source) as file,
         Recycler.from_pretrained(
             model, layer=layer, store=store, dtype=dtype, device=device, max_length=max_length, too_long=limit
         ) as recycler,
     ):
-        report = recycler.fill(documents(file, field), token_budget=token_budget, progress=not quiet)
+        report = recycler.fill(corpus.documents(file, field), token_budget=token_budget, progress=not quiet)
         fingerprint = recycler.recipe.fingerprint
     result = {"space": fingerprint, **dataclasses.asdict(report)}
     if as_json:
@@ -81,42 +78,6 @@ def fill(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def documents(file: BinaryIO, field: str | None) -> Iterator[str]:
-    """Yield the documents of a file, one a line; blank lines and, in JSON lines, empty texts are none.
-
-    A text is its line as it stands, spaces included, without the line's end and the file's byte order mark.
-
-    Raises:
-        DocumentError: a line is not UTF-8, not JSON, or has no text under ``field``.
-    """
-    for number, line in enumerate(file, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DocumentError(
-                f"line {number} is not UTF-8 ({error.reason}, byte {error.start} of it): convert the file with iconv"
-            ) from None
-        if not text.strip():
-            continue
-        if field is not None:
-            try:
-                value = json.loads(text)
-                text = value[field]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DocumentError(f"line {number}: no JSON object with a field {field!r} ({error!r})") from None
-            if not isinstance(text, str):
-                raise DocumentError(f"line {number}: field {field!r} holds {type(text).__name__}, not a text")
-        if text:
-            yield text
-
-
-def _opened(source: Path) -> BinaryIO:
-    try:
-        return open(os.dup(0) if source == _STANDARD_INPUT else source, "rb")
-    except OSError as error:
-        raise DocumentError(f"cannot read {source}: {error.strerror}") from None
 
 
 def _quieten_transformers() -> None:

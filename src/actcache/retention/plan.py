@@ -1,0 +1,190 @@
+"""Planning a pruning: which spaces go, or which of their entries. Changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import DataError, UsageError
+from actcache.inspection import chosen, footprint, opened
+from actcache.key import Keys, key_array, key_list
+from actcache.recipe import Recipe
+from actcache.retention.state import IDLE_SECONDS, SpaceState, protected, states
+from actcache.space import Space
+from actcache.store import SWEEP_SECONDS, Store
+from actcache.windows import Windows
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A space that goes, or some of its entries."""
+
+    fingerprint: str
+    nbytes: int  # about what is given back
+    why: str
+    keys: NDArray[np.uint8] | None = None  # [n, 32]; None: the whole space
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pruning will do."""
+
+    removals: list[Removal]
+    kept: dict[str, str]  # fingerprint -> why, of what was chosen and stays
+    temporary: int  # bytes that killed writers left behind
+    nbytes: int  # of the whole store, as it is
+    max_bytes: int | None = None
+    idle: float = IDLE_SECONDS
+
+    @property
+    def freed(self) -> int:
+        """About the bytes that are given back."""
+        return self.temporary + sum(removal.nbytes for removal in self.removals)
+
+
+def plan(
+    store: Store,
+    *,
+    prefixes: Sequence[str] = (),
+    where: Mapping[str, str] | None = None,
+    older_than: float | None = None,
+    unused_for: float | None = None,
+    max_bytes: int | None = None,
+    keep_only: Keys | None = None,
+    stride: int | None = None,
+    idle: float = IDLE_SECONDS,
+) -> Plan:
+    """Say what a pruning would remove; changes nothing.
+
+    The first four choose spaces: those that fit all of them. Of these, all go; or, with ``max_bytes``, only so many as
+    the budget demands, those first whose last use is longest ago; or, with ``keep_only``, only entries of theirs. With
+    nothing chosen and neither of the two, only what killed writers left behind goes.
+
+    Args:
+        prefixes: of fingerprints.
+        where: fields of a recipe, of its identity or provenance (``model``, ``layer``, ``dtype``,
+            ``config.hidden_act``, ...), as texts.
+        older_than: seconds since the space was made.
+        unused_for: seconds since it was last used.
+        max_bytes: what the whole store may take on its medium.
+        keep_only: keys of documents; entries of others go.
+        stride: of the windows by which documents were cut, in spaces that have windows; None leaves such spaces alone.
+        idle: a space that was written to fewer seconds ago, or read an hour and so many ago, is left alone; with 0
+            none is.
+
+    Raises:
+        UsageError: a prefix fits no space, no recipe has a field, or ``max_bytes`` and ``keep_only`` are both given.
+    """
+    if max_bytes is not None and keep_only is not None:
+        raise UsageError("a budget and a corpus at once: prune by one after the other")
+    files = store.driver.listing()
+    found = footprint(files)
+    everything = states(store)
+    conditions = (older_than, unused_for, max_bytes, keep_only)
+    candidates = _fitting(store, everything, prefixes, where or {}, older_than, unused_for)
+    if not prefixes and not where and all(condition is None for condition in conditions):
+        candidates = []
+    left_behind = sum(f.nbytes for n, f in files.items() if n.startswith("tmp/") and f.age >= SWEEP_SECONDS)
+    removals: list[Removal] = []
+    kept: dict[str, str] = {}
+    excess = None if max_bytes is None else found.total - left_behind - max_bytes
+    for state in sorted(candidates, key=lambda state: -state.used) if max_bytes is not None else candidates:
+        if excess is not None and excess <= 0:
+            break
+        reason = protected(state, idle)
+        if reason is None and keep_only is not None:
+            removal, reason = _others(store, state, key_array(keep_only), stride)
+        else:
+            removal = Removal(state.fingerprint, state.nbytes, "chosen" if excess is None else "least recently used")
+        if reason is not None:
+            kept[state.fingerprint] = reason
+        elif removal is not None:
+            removals.append(removal)
+            excess = None if excess is None else excess - removal.nbytes
+    return Plan(removals, kept, left_behind, found.total, max_bytes, idle)
+
+
+def _fitting(
+    store: Store,
+    everything: list[SpaceState],
+    prefixes: Sequence[str],
+    where: Mapping[str, str],
+    older_than: float | None,
+    unused_for: float | None,
+) -> list[SpaceState]:
+    names = set(chosen(store, prefixes))
+    fields = [(state, _fields(state.recipe)) for state in everything]
+    for name in where:
+        if not any(name in known for _, known in fields):
+            every = sorted({field for _, known in fields for field in known})
+            raise UsageError(f"no recipe of {store.url} has a field {name!r}; there are {', '.join(every) or 'none'}")
+    return [
+        state
+        for state, known in fields
+        if state.fingerprint in names
+        and all(known.get(name) == value for name, value in where.items())
+        and (older_than is None or state.made >= older_than)
+        and (unused_for is None or state.used >= unused_for)
+    ]
+
+
+def _fields(recipe: Recipe | None) -> dict[str, str]:
+    """Return the fields of a recipe as texts."""
+    if recipe is None:
+        return {}
+    identity: dict[str, Any] = recipe.identity()
+    config = {f"config.{name}": value for name, value in identity.pop("config").items()}
+    return {
+        name: str(value) for name, value in {**recipe.provenance, **config, **identity, "model": recipe.model}.items()
+    }
+
+
+def _others(
+    store: Store, state: SpaceState, documents: NDArray[np.uint8], stride: int | None
+) -> tuple[Removal | None, str | None]:
+    """Return the removal of what belongs to no document of a corpus; or why the space is left alone; or neither."""
+    try:
+        with opened(store, state.fingerprint) as space:
+            recipe = space.recipe
+            if recipe.too_long == "windows":
+                if stride is None or recipe.max_length is None:
+                    return None, "holds windows of documents: say by which stride they were cut"
+                documents = _windows(space, documents, Windows(recipe.max_length, stride))
+            keys = space.key_array()
+            others = keys[~_among(keys, documents)]
+            if len(others) == len(keys) and len(keys):
+                return None, "none of the corpus is in it: prune it by name if it is to go"
+            if not len(others):
+                return None, None
+            share = int(space.lengths(others).sum()) / max(1, space.usage().tokens)
+    except DataError as error:
+        return None, str(error)
+    return Removal(state.fingerprint, int(share * state.nbytes), "not in the corpus", others), None
+
+
+def _among(keys: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return which keys are among others, ``[n]``."""
+    plain = np.dtype((np.void, keys.shape[1]))
+    found: NDArray[np.bool_] = np.isin(
+        np.ascontiguousarray(keys).view(plain).ravel(), np.ascontiguousarray(others).view(plain).ravel()
+    )
+    return found
+
+
+def _windows(space: Space, documents: NDArray[np.uint8], spec: Windows) -> NDArray[np.uint8]:
+    """Return the keys of all windows of documents that a space has, those of incomplete documents too."""
+    found: list[bytes] = []
+    going_on = key_list(documents)
+    for number in itertools.count():
+        if not going_on:
+            break
+        probes = [spec.key(document, number, last=last) for document in going_on for last in (True, False)]
+        there = space.contains(probes).tolist()
+        found += [probe for probe, is_there in zip(probes, there, strict=True) if is_there]
+        going_on = [document for document, more in zip(going_on, there[1::2], strict=True) if more]
+    return key_array(found)

@@ -97,8 +97,8 @@ class Compared:
         """Have a peer write the documents, and take in each of its ways that delivers what was stored."""
         try:
             peer = load(module)
-        except ImportError as error:
-            self._report.say(f"absent: {name} ({error}); bench/peers.txt says what to install")
+        except Exception as error:  # a package that is there can still fail to load
+            self._report.say(f"absent: {name} ({type(error).__name__}: {error}); bench/peers.txt says what to install")
             return
         where, count = self._folder / folder, len(self._documents.lengths)
         try:
@@ -137,12 +137,20 @@ class Compared:
     def cold(self, wanted: Wanted, count: int) -> None:
         """Take turns in processes of their own: only their end is sure to unmap all that a library has mapped."""
         prepare(self._contestants)
-        self._contestants[0].anew(wanted, 0)
-        turns = {contestant.name: partial(contestant.anew, wanted) for contestant in self._contestants}
+        turns = {}
+        for contestant in self._contestants:
+            try:
+                contestant.anew(wanted, 0)
+            except Exception as error:
+                self._report.say(f"absent, cold: {error}")
+            else:
+                turns[contestant.name] = partial(contestant.anew, wanted)
         self._table("cold", wanted, rounds.run(turns, count, before=partial(drop_caches, self._folder)))
 
     def _table(self, mode: str, wanted: Wanted, seconds: dict[str, np.ndarray]) -> None:
-        peers = [contestant.name for contestant in self._contestants if not contestant.ours]
+        peers = [
+            contestant.name for contestant in self._contestants if not contestant.ours and contestant.name in seconds
+        ]
         best = fastest(peers, seconds) if peers else None
         rows: list[list[Cell]] = []
         for name, spent in sorted(seconds.items(), key=lambda item: float(np.median(item[1]))):

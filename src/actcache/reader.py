@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from actcache.reading import delivery
 from actcache.reading.checks import check_choice, check_count, check_present, nbytes_of, ranks_of
 from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
-from actcache.reading.epoch import Epoch, Supplier, Work
+from actcache.reading.epoch import Epoch, Supplier, Work, count_spent
 from actcache.reading.fetch import Source
 from actcache.reading.localcache import LocalCache
 from actcache.reading.order import Order, Plan
@@ -57,6 +57,8 @@ class Reader:
         local_bytes: that this folder may take up (``"200GiB"``, or a number); evicted is what nobody uses.
         ranks: ``(rank, how many there are)``: this reader delivers its share of each round of batches. Those of
             ``torch.distributed`` by default, where it is initialized.
+        on_stats: called with a copy of the statistics when the consumer has finished with a batch and at the end of an
+            epoch, by the consumer's thread, which its exceptions reach; for export (``ReaderStats.metrics``).
         supplier: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
 
     Raises:
@@ -87,6 +89,7 @@ class Reader:
         local_cache: str | os.PathLike[str] | None = None,
         local_bytes: int | str = 0,
         ranks: tuple[int, int] | None = None,
+        on_stats: Callable[[ReaderStats], object] | None = None,
         supplier: Supplier | None = None,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("depth", depth, 0)):
@@ -136,7 +139,7 @@ class Reader:
             depth=depth,
             supplier=supplier if on_missing == "compute" else None,
         )
-        self._layout, self._device = layout, device
+        self._layout, self._device, self._told = layout, device, on_stats
         self._delivery: tuple[int, Delivery] | None = None
         self._rank, self._world = ranks_of(ranks, self.digest())
         self._epoch = 0
@@ -160,7 +163,7 @@ class Reader:
         rounds = list(self._rounds(plan, start))
         batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
         positions = [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)]
-        return Epoch(self._work, self._to(), batches, positions, self._moved)
+        return Epoch(self._work, self._to(), batches, positions, self._moved, self._told)
 
     def _to(self) -> Delivery:
         """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
@@ -193,6 +196,8 @@ class Reader:
 
     def stats(self) -> ReaderStats:
         """Return what was read so far and where the time went; the object goes on counting."""
+        if self._delivery is not None:
+            count_spent(self._work.stats, self._delivery[1])  # copies that have ended since the last batch was read
         return self._work.stats
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ the host buffer is used again when the copy has ended; the device memory is the 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from actcache.reading.fetch import HostBatch
 from actcache.reading.slots import Slots
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pinned:
     """A pinned buffer, and the event at which the copy out of it has ended."""
 
@@ -35,23 +36,25 @@ class _Pinned:
 
 
 class PinnedSlots(Slots):
-    """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe."""
+    """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe.
+
+    As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made, so
+    that a batch is read while the one before is copied.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__(most)
-        self._pinned: list[_Pinned] = []
+        self._pinned: list[_Pinned] = []  # those that were given back last come last
         self._guard = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        with self._guard:
-            slot = next((one for one in self._pinned if not one.taken), None)
-            if slot is not None:
-                slot.taken = True
+        slot = self._choose()
         if slot is not None and slot.copied is not None:
             slot.copied.synchronize()
+            slot.copied = None
         if slot is None or slot.array.nbytes < nbytes:
-            fresh = _Pinned(torch.empty(max(1, nbytes + nbytes // 8), dtype=torch.uint8, pin_memory=True), taken=True)
+            fresh = _Pinned(self._allocate(max(1, nbytes + nbytes // 8)), taken=True)
             with self._guard:
                 if slot is not None:
                     self._pinned.remove(slot)
@@ -60,31 +63,56 @@ class PinnedSlots(Slots):
         array: NDArray[Any] = slot.array[:nbytes].view(dtype).reshape(shape)
         return array
 
+    def _choose(self) -> _Pinned | None:
+        """Take a buffer into use, whose copy may still have to be waited for; None to have one made."""
+        with self._guard:
+            free = [one for one in self._pinned if not one.taken]
+            slot = next((one for one in free if one.copied is None or one.copied.query()), None)
+            if slot is None and free and len(self._pinned) >= self._most:
+                slot = free[0]  # its copy began first
+            if slot is not None:
+                slot.taken = True
+            return slot
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
     def give_back(self, array: NDArray[Any], copied: Any) -> None:
-        """Have the buffer of an array that ``take`` returned used again after an event."""
+        """Have the buffer of an array that ``take`` returned used again after an event; None: at once."""
         with self._guard:
             for slot in self._pinned:
                 if slot.taken and slot.array.ctypes.data == array.ctypes.data:
+                    self._pinned.remove(slot)
+                    self._pinned.append(slot)
                     slot.taken, slot.copied = False, copied
+                    return
 
 
 class CudaDelivery(Delivery):
     """See the module. Rows are always read packed; ``layout`` says whether they are padded on the device."""
 
     def __init__(self, dtype: str, device: torch.device, *, packed: bool, depth: int) -> None:
+        super().__init__()
+        if device.index is None:  # another thread may have another current device
+            device = torch.device(device.type, torch.cuda.current_device())
         self.packed = True
         self.slots: PinnedSlots = PinnedSlots(depth + 2)
         self._padded = not packed
         self._bfloat16 = dtype == "bfloat16"
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._timed: deque[tuple[Any, Any, Any]] = deque()  # events: copying begins, ends; the batch is there
 
     def deliver(self, read: HostBatch, which: Which) -> Delivered:
         values = torch.from_numpy(read.values)
         with torch.cuda.stream(self._stream):
-            rows = values.to(self._device, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(self._stream)
+            begun = self._event()
+            try:
+                rows = values.to(self._device, non_blocking=True)
+            except BaseException:
+                self.slots.give_back(read.values, None)  # no memory on the device: nothing is being copied
+                raise
+            copied = self._event()
             self.slots.give_back(read.values, copied)
             if self._bfloat16:
                 rows = rows.view(torch.bfloat16)
@@ -101,9 +129,23 @@ class CudaDelivery(Delivery):
                 offsets = self._move(offsets_of(read.lengths).astype(np.int32))
                 longest = int(read.lengths.max(initial=0))
                 batch = PackedBatch(rows, offsets, longest, ids, key_array=which.keys, **small)
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(self._stream)
+            ready = self._event()
+        with self._counting:
+            self._timed.append((begun, copied, ready))
         return Delivered(batch, ready)
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
+
+    def spent(self) -> tuple[float, float]:
+        with self._counting:
+            while self._timed and self._timed[0][2].query():
+                begun, copied, ready = self._timed.popleft()
+                self._copied += begun.elapsed_time(copied) / 1000
+                self._decoded += copied.elapsed_time(ready) / 1000
+        return super().spent()
 
     def arrive(self, delivered: Delivered) -> Batch | PackedBatch:
         stream = torch.cuda.current_stream(self._device)

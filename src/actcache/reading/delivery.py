@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,12 +41,28 @@ class Delivery(ABC):
     packed: bool  # whether rows are read without padding
     slots: Slots  # host buffers to read into
 
+    def __init__(self) -> None:
+        self._copied = self._decoded = 0.0
+        self._counting = threading.Lock()  # several iterations deliver at a time
+
     @abstractmethod
     def deliver(self, read: HostBatch, which: Which) -> Delivered: ...
 
     def arrive(self, delivered: Delivered) -> Batch | PackedBatch:
         """Return a batch that the consumer may use from here on."""
         return delivered.batch
+
+    def spent(self) -> tuple[float, float]:
+        """Return the seconds of copying and of decoding that have ended since this was asked last."""
+        with self._counting:
+            spent = self._copied, self._decoded
+            self._copied = self._decoded = 0.0
+        return spent
+
+    def _spend(self, copied: float, decoded: float) -> None:
+        with self._counting:
+            self._copied += copied
+            self._decoded += decoded
 
 
 class HostDelivery(Delivery):
@@ -58,12 +76,19 @@ class HostDelivery(Delivery):
     """
 
     def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:
+        super().__init__()
         self.packed = packed
         self.slots = Slots(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
         self._dtype = dtype
         self._torch = torch
 
     def deliver(self, read: HostBatch, which: Which) -> Delivered:
+        start = time.perf_counter()
+        batch = self._made(read, which)
+        self._spend(0.0, time.perf_counter() - start)
+        return Delivered(batch)
+
+    def _made(self, read: HostBatch, which: Which) -> Batch | PackedBatch:
         ids = None if read.token_ids is None else read.token_ids.astype(np.int64)
         values: Any = read.values if self._torch is not None else codec.get(self._dtype).decode(read.values)
         common = {"lengths": read.lengths, "documents": which.documents, "labels": which.labels}
@@ -73,7 +98,7 @@ class HostDelivery(Delivery):
         else:
             mask = (np.arange(read.values.shape[1]) < read.lengths[:, None]).astype(np.int64)
             batch = Batch(values, mask, ids, key_array=which.keys, **common)
-        return Delivered(batch if self._torch is None else self._as_tensors(batch))
+        return batch if self._torch is None else self._as_tensors(batch)
 
     def _as_tensors(self, batch: Batch | PackedBatch) -> Batch | PackedBatch:
         torch = self._torch
@@ -91,13 +116,16 @@ class DeviceDelivery(Delivery):
     """Tensors of another device, copied as one block each; for devices without streams of their own (mps, xpu)."""
 
     def __init__(self, dtype: str, torch: Any, device: Any, *, packed: bool, depth: int) -> None:
+        super().__init__()
         self._host = HostDelivery(dtype, torch, packed=packed, depth=depth)
         self.packed, self.slots = packed, self._host.slots
         self._torch, self._device = torch, device
 
     def deliver(self, read: HostBatch, which: Which) -> Delivered:
         batch = self._host.deliver(read, which).batch
+        start = time.perf_counter()
         moved = {n: v.to(self._device) for n, v in vars(batch).items() if isinstance(v, self._torch.Tensor)}
+        self._spend(time.perf_counter() - start, self._host.spent()[1])
         return Delivered(replace(batch, **moved))
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class Epoch(Iterator[Any]):
         batches: positions of each batch's documents in ``work.keys``.
         positions: (epoch, documents consumed) after each batch, and after the last of all.
         moved: called with the position that was reached, and the epoch before it.
+        told: called with the statistics when the consumer has finished with a batch, and at the end.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Epoch(Iterator[Any]):
         batches: list[NDArray[np.int64]],
         positions: list[tuple[int, int]],
         moved: Callable[[tuple[int, int], int], None],
+        told: Callable[[ReaderStats], object] | None = None,
     ) -> None:
-        self._work, self._positions, self._moved = work, positions, moved
+        self._work, self._positions, self._moved, self._told = work, positions, moved, told
         self._delivered = 0
         self._stepping: float | None = None  # since when the consumer has had a batch
         self._delivery = to
@@ -98,15 +100,18 @@ class Epoch(Iterator[Any]):
         stats = self._work.stats
         if self._stepping is not None:
             stats.step_seconds += time.perf_counter() - self._stepping
+            self._stepping = None
+            self._tell()  # here, where a failure of whoever listens leaves no batch out
         try:
             item = next(self._items)
         except StopIteration:
-            self._stepping = None
             if self._delivered + 1 == len(self._positions):
                 self._delivered += 1
                 self._moved(self._positions[-1], self._positions[-1][0] - 1)
                 if self._work.supplier is not None:
                     self._work.supplier.settle()
+                stats.epochs += 1
+                self._tell()
             raise
         try:
             batch = self._delivery.arrive(self._computed(item) if isinstance(item, _Absent) else item)
@@ -127,8 +132,14 @@ class Epoch(Iterator[Any]):
         stats = self._work.stats
         stats.wait_seconds += seconds
         stats.ready += ready
-        if self._stepping is None:
+        if not self._delivered:
             stats.first_seconds += seconds
+
+    def _tell(self) -> None:
+        if self._told is not None:
+            with _COUNTING:
+                told = replace(self._work.stats)
+            self._told(told)
 
     def _computed(self, absent: _Absent) -> Delivered:
         """Have what is missing in a batch computed and stored, then read it like any other."""
@@ -168,6 +179,13 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
         del item  # or it would hold a buffer for as long as the next is read
 
 
+def count_spent(stats: ReaderStats, to: Delivery) -> None:
+    """Add what copying and decoding have taken by now."""
+    copied, decoded = to.spent()
+    stats.copy_seconds += copied
+    stats.decode_seconds += decoded
+
+
 def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
     """Read the documents at some positions of ``work.keys``.
 
@@ -193,6 +211,7 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
         stats = work.stats
         stats.read_seconds += done - start
         stats.deliver_seconds += time.perf_counter() - done
+        count_spent(stats, to)
         stats.documents += len(which)
         stats.tokens += tokens
         stats.nbytes += tokens * read.values.itemsize * read.values.shape[-1]

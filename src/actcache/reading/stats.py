@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from actcache.reading.metrics import Metric, Row
+
 
 @dataclass
 class ReaderStats:
-    """Counts since the reader was made, over all epochs. Times in seconds."""
+    """Counts since the reader was made, over all epochs. Times in seconds.
 
+    Reading, copying and decoding happen beside each other and beside the consumer's steps: their times add up to more
+    than what passes on the clock, and none of them is lost time. That is ``wait_seconds``.
+    """
+
+    epochs: int = 0  # that were read to their end
     batches: int = 0
     documents: int = 0
     tokens: int = 0
     nbytes: int = 0  # of activations, as they are stored, without padding
     read_seconds: float = 0.0  # in the thread that reads ahead: look-up, rows, checksums
-    deliver_seconds: float = 0.0  # from host buffer to the tensors of the batch
+    deliver_seconds: float = 0.0  # in that thread too: from host buffer to batch, or to the queue of the device
+    copy_seconds: float = 0.0  # from host to device, by the device's own clock where it is a CUDA device
+    decode_seconds: float = 0.0  # the rest of making a batch: decoding, padding, masks; on a CUDA device, by its clock
     compute_seconds: float = 0.0  # the lower half, for documents that were missing
     wait_seconds: float = 0.0  # the consumer waited for a batch
     first_seconds: float = 0.0  # of which for the first batch of an epoch, when there is nothing to hide behind
@@ -38,6 +47,10 @@ class ReaderStats:
         """Batches that stood ready when the consumer asked for one, on average."""
         return self.ready / self.batches if self.batches else 0.0
 
+    def metrics(self) -> list[Metric]:
+        """Return what to export to a monitoring system, with names and units as OpenTelemetry has them."""
+        return [Metric(*row, float(getattr(self, row.attribute))) for row in _ROWS]
+
     def verdict(self) -> str:
         """Return in one line what the consumer's time went to."""
         if not self.batches:
@@ -51,3 +64,22 @@ class ReaderStats:
             f"loading-bound: the consumer waited {stalled:.1%} of its time; reading gives "
             f"{self.read_gb_per_second:.2f} GB/s"
         )
+
+
+_ROWS = [
+    Row("epochs", "epochs", "counter", "{epoch}", "Epochs that were read to their end"),
+    Row("batches", "batches", "counter", "{batch}", "Batches handed to the consumer"),
+    Row("documents", "documents", "counter", "{document}", "Documents read"),
+    Row("tokens", "tokens", "counter", "{token}", "Tokens read"),
+    Row("nbytes", "io", "counter", "By", "Activations read, as stored, without padding"),
+    Row("read_seconds", "read.time", "counter", "s", "Reading: look-up, rows, checksums"),
+    Row("deliver_seconds", "deliver.time", "counter", "s", "From host buffer to batch, in the reading thread"),
+    Row("copy_seconds", "copy.time", "counter", "s", "Copying to the device"),
+    Row("decode_seconds", "decode.time", "counter", "s", "Decoding and padding"),
+    Row("compute_seconds", "compute.time", "counter", "s", "The lower half, for documents that were missing"),
+    Row("wait_seconds", "wait.time", "counter", "s", "The consumer waited for a batch"),
+    Row("first_seconds", "first_wait.time", "counter", "s", "Of which for the first batches of epochs"),
+    Row("step_seconds", "step.time", "counter", "s", "The consumer worked between two batches"),
+    Row("stall_fraction", "stall", "gauge", "1", "Share of the consumer's time that it waited, first batches aside"),
+    Row("queue_depth", "queue.depth", "gauge", "{batch}", "Batches that stood ready when asked for, on average"),
+]

@@ -12,6 +12,7 @@ import sys
 import typer
 
 from actcache.cli.compact import compact
+from actcache.cli.doctor import doctor
 from actcache.cli.du import du
 from actcache.cli.fill import fill
 from actcache.cli.inspect import inspect
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin):
+for _command in (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin, doctor):
     app.command()(_command)
 
 

@@ -270,10 +270,15 @@ _REMOTE = (
 
 def is_local(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
     """Return whether ``path`` lies on a local file system; True where the operating system does not tell."""
+    return not mount_of(path, mounts)[1].startswith(_REMOTE)
+
+
+def mount_of(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tuple[str, str]:
+    """Return mount point and kind of the file system of a path; empty where the operating system does not tell."""
     try:
         lines = mounts.read_bytes().splitlines()
     except OSError:
-        return True
+        return "", ""
     best, kind = "", ""
     resolved = f"{path.resolve()}/"
     for line in lines:
@@ -282,4 +287,4 @@ def is_local(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
         point = os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), before.split()[4]))
         if resolved.startswith(f"{point.rstrip('/')}/") and len(point) >= len(best):
             best, kind = point, after.split()[0].decode()
-    return not kind.startswith(_REMOTE)
+    return best, kind

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError
 from actcache.models.partial import KEPT, ROW_IDS
-from actcache.pruning.kept import KeptVocabulary, Mark
+from actcache.pruning.kept import MARK, KeptVocabulary, Mark
 from actcache.pruning.moving import Move
-from actcache.pruning.sizes import configs_of, marked, set_vocabulary_size
+from actcache.pruning.sizes import configs_of, marked, own_configs, set_vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ def all_names(model: nn.Module, wanted: nn.Parameter) -> list[str]:
 
 def attach(model: PreTrainedModel, tokens: Tokens, kept: KeptVocabulary) -> None:
     """Have a model and its modules know what they hold. The rows are still where they were."""
+    own_configs(model)
     for module, mark in tokens.marks:
-        module.__dict__.update({KEPT: kept, "actcache_mark": mark})
+        module.__dict__.update({KEPT: kept, MARK: mark})
     for root in roots_of(model, kept):
         root.__dict__[KEPT] = kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,15 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
         if isinstance(config, PreTrainedConfig):
             found[id(config)] = config
     return list(found.values())
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give a model configurations of its own: one may have been made from another's, which must keep its size."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig):
+            module.__dict__["config"] = copy.deepcopy(config, memo)
 
 
 def marked(model: nn.Module) -> Iterator[tuple[nn.Module, Mark]]:

@@ -154,7 +154,7 @@ class Run:
         loops = {name: Loop(self._batches(name)) for name in ("ahead", "plain", "io")}
         loops["memory"] = Loop(lambda epoch: itertools.islice(itertools.cycle(kept), count))
         epochs = max(self._options.rounds, -(-self._options.least // count))
-        stalled: list[float] = []
+        verdict = ""
         for number in range(-1, epochs):
             for name in np.random.default_rng(number + 1).permutation(list(loops)).tolist():
                 if self._mode == "cold" and name != "memory":
@@ -164,12 +164,12 @@ class Run:
                 pause = 0.0 if name == "io" else min(seconds, 0.005) if number < 0 else seconds
                 loops[name].run(max(number, 0), pause, most)
                 if name == "ahead":
-                    stalled.append(self._readers["ahead"].stats().stall_fraction)
+                    stats = self._readers["ahead"].stats()
+                    verdict = f"{stats.verdict()}; stalled {stats.stall_fraction:.1%}"
                 if number < 0:
                     loops[name].forget()
-        verdict = self._readers["ahead"].stats().verdict()
         self._close()
-        return _print(self._mode, seconds, count, loops, f"{verdict}; stalled {stalled[-1]:.1%}", report)
+        return _print(self._mode, seconds, count, loops, verdict, report)
 
 
 def _print(

@@ -1,7 +1,10 @@
-"""LMDB as it is: one value a document, a read transaction a batch.
+"""LMDB as it is: one value a document.
 
-``get`` asks for document after document, ``getmulti`` for a batch in one call; with ``readahead=False`` the kernel
-is told that reads are random. Values are looked at where they are mapped, and copied once, into the batch.
+``document`` is what most data sets over LMDB do: ``__getitem__`` reads one document, a ``DataLoader`` makes batches.
+
+The others have a read transaction a batch, look at values where they are mapped, and copy them once, into the batch:
+``get`` asks for document after document, ``getmulti`` for a batch in one call; with ``readahead=False`` the kernel is
+told that reads are random.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from bench.corpus import Documents
 from bench.peers.loading import Delivered, Loader, Wanted, torch_loader
 
 PACKAGES = ("lmdb",)
+_WAYS = ("document", "get", "getmulti", "get readahead=False")
 
 
 class Values(Dataset[Any]):
@@ -34,8 +38,7 @@ class Values(Dataset[Any]):
 
     def __getitem__(self, positions: list[int]) -> Delivered:
         if self._environment is None:
-            readahead = "readahead=False" not in self._how
-            self._environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=readahead)
+            self._open()
         keys = [_key(position) for position in positions]
         with self._environment.begin(buffers=True) as transaction:
             if "getmulti" in self._how:
@@ -48,10 +51,24 @@ class Values(Dataset[Any]):
             del arrays, values  # views of the map, which have to be gone before the transaction is
         return batch
 
+    def _open(self) -> None:
+        readahead = "readahead=False" not in self._how
+        self._environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=readahead)
+
     def close(self) -> None:
         if self._environment is not None:
             self._environment.close()
             self._environment = None
+
+
+class Singly(Values):
+    """Delivers document after document."""
+
+    def __getitem__(self, position: int) -> np.ndarray:  # type: ignore[override]
+        if self._environment is None:
+            self._open()
+        with self._environment.begin() as transaction:
+            return np.frombuffer(transaction.get(_key(position)), np.float16)
 
 
 def _key(position: int) -> bytes:
@@ -68,9 +85,7 @@ def write(documents: Documents, folder: Path) -> None:
 
 
 def ways(folder: Path, count: int, wanted: Wanted, workers: int) -> dict[str, Callable[[], Loader]]:
-    return {
-        how: partial(_open, folder, count, wanted, workers, how) for how in ("get", "getmulti", "get readahead=False")
-    }
+    return {how: partial(_open, folder, count, wanted, workers, how) for how in _WAYS}
 
 
 def _open(folder: Path, count: int, wanted: Wanted, workers: int, how: str) -> Loader:
@@ -79,8 +94,12 @@ def _open(folder: Path, count: int, wanted: Wanted, workers: int, how: str) -> L
     if not named.exists():
         named.mkdir()
         shutil.copy(folder / "data.mdb", named)
-    values = Values(named, count, wanted, how)
-    loader = torch_loader(values, wanted, workers, batched=True, collate=None)
+    if how == "document":
+        values: Values = Singly(named, count, wanted, how)
+        loader = torch_loader(values, wanted, workers, batched=False, collate=wanted.collate)
+    else:
+        values = Values(named, count, wanted, how)
+        loader = torch_loader(values, wanted, workers, batched=True, collate=None)
 
     def close() -> None:
         loader.close()

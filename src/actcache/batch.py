@@ -38,7 +38,7 @@ class Batch(_Keyed):
     lengths: Any  # [B] int64 tokens
     key_array: NDArray[np.uint8]  # [B, 32], of the entries
     documents: Any  # [B] int64 positions in what the reader was given
-    labels: Any = None  # [B, ...], or None
+    labels: Any = None  # [B, ...], or of tokens [B, L] with -100 at padding; None where the reader was given none
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of a reduced model's ``forward``."""
@@ -65,4 +65,4 @@ class PackedBatch(_Keyed):
     lengths: Any  # [B] int64 tokens
     key_array: NDArray[np.uint8]  # [B, 32], of the entries
     documents: Any  # [B] int64 positions in what the reader was given
-    labels: Any = None  # [B, ...], or None
+    labels: Any = None  # [B, ...], or of tokens [T]; None where the reader was given none

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from actcache.arrays import to_numpy
 from actcache.errors import ShapeError, UsageError
 from actcache.key import Keys, key_array
 from actcache.reading import delivery
@@ -19,6 +18,7 @@ from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work, count_spent
 from actcache.reading.fetch import Source
+from actcache.reading.labels import labels_of
 from actcache.reading.localcache import LocalCache
 from actcache.reading.order import Order, Plan
 from actcache.reading.ramcache import RamCache
@@ -42,8 +42,9 @@ class Reader:
         bucket: whether documents of like length share a batch, for less padding; with ``shuffle`` still at random.
         seed: of the order.
         drop_last: whether to leave out an epoch's last batch where it is not full.
-        labels: one label a key (numbers, or arrays of one shape), or None. Whole numbers and truth values are delivered
-            as int64, which losses want.
+        labels: one label a key (numbers, or arrays of one shape), or a list of one array a key, with one number a token
+            (padded with -100, or packed like the rows), or None. Whole numbers and truth values are delivered as int64,
+            which losses want.
         documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
         layout: ``"padded"`` (``Batch``) or ``"packed"`` (``PackedBatch``).
         device: a torch device for the batches; None for NumPy arrays.
@@ -107,18 +108,10 @@ class Reader:
         if ram_cache:
             space = RamCache(space, nbytes_of("ram_cache", ram_cache))
         positions = np.arange(len(wanted)) if documents is None else np.asarray(documents, np.int64)
-        wanted_labels = None if labels is None else to_numpy(labels)
-        for name, values in (("labels", wanted_labels), ("documents", positions)):
-            if values is not None and (not values.ndim or len(values) != len(wanted)):
-                raise ShapeError(
-                    f"{len(wanted)} documents and labels or documents of shape {list(values.shape)} ({name})"
-                )
-        if wanted_labels is not None:
-            if wanted_labels.dtype.kind not in "biuf":
-                raise ShapeError(f"labels are numbers, not {wanted_labels.dtype}: give each class a number")
-            if wanted_labels.dtype.kind != "f":
-                wanted_labels = wanted_labels.astype(np.int64)
+        if positions.shape != (len(wanted),):
+            raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
         lengths = space.lengths(wanted)
+        wanted_labels = None if labels is None else labels_of(labels, lengths)
         found = lengths > 0
         if on_missing == "raise":
             check_present(wanted, found)

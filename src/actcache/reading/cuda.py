@@ -95,9 +95,8 @@ class CudaDelivery(Delivery):
         super().__init__()
         if device.index is None:  # another thread may have another current device
             device = torch.device(device.type, torch.cuda.current_device())
-        self.packed = True
+        self.packed, self.padded = True, not packed
         self.slots: PinnedSlots = PinnedSlots(depth + 2)
-        self._padded = not packed
         self._bfloat16 = dtype == "bfloat16"
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -123,7 +122,7 @@ class CudaDelivery(Delivery):
             }
             ids = None if read.token_ids is None else self._move(read.token_ids).long()
             batch: Batch | PackedBatch
-            if self._padded:
+            if self.padded:
                 batch = self._pad(rows, ids, read.lengths, which.keys, small)
             else:
                 offsets = self._move(offsets_of(read.lengths).astype(np.int32))

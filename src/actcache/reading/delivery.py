@@ -39,6 +39,7 @@ class Delivery(ABC):
     """Makes batches of what was read. ``deliver`` is called by the thread that reads, ``arrive`` by the consumer's."""
 
     packed: bool  # whether rows are read without padding
+    padded: bool  # whether they are delivered with it
     slots: Slots  # host buffers to read into
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class HostDelivery(Delivery):
 
     def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:
         super().__init__()
-        self.packed = packed
+        self.packed, self.padded = packed, not packed
         self.slots = Slots(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
         self._dtype = dtype
         self._torch = torch
@@ -118,7 +119,7 @@ class DeviceDelivery(Delivery):
     def __init__(self, dtype: str, torch: Any, device: Any, *, packed: bool, depth: int) -> None:
         super().__init__()
         self._host = HostDelivery(dtype, torch, packed=packed, depth=depth)
-        self.packed, self.slots = packed, self._host.slots
+        self.packed, self.padded, self.slots = packed, not packed, self._host.slots
         self._torch, self._device = torch, device
 
     def deliver(self, read: HostBatch, which: Which) -> Delivered:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CorruptEntryError, MissingEntryError
+from actcache.errors import CorruptEntryError, MissingEntryError, ShapeError
 from actcache.key import key_list
 from actcache.reading.delivery import Delivered, Delivery, Which
 from actcache.reading.fetch import Source, fetch
+from actcache.reading.labels import Labels
 from actcache.reading.prefetch import Prefetch
 from actcache.reading.stats import ReaderStats
 
@@ -48,7 +49,7 @@ class Work:
     source: Source
     keys: NDArray[np.uint8]  # [n, 32]
     documents: NDArray[np.int64]  # [n] as delivered
-    labels: NDArray[Any] | None  # [n, ...]
+    labels: Labels | None
     origins: NDArray[np.int64]  # [n] positions in the keys that the reader was given
     depth: int
     supplier: Supplier | None
@@ -192,6 +193,7 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
     Raises:
         MissingEntryError: some are gone.
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
+        ShapeError: an entry has not as many tokens as its label.
     """
     start, keys = time.perf_counter(), work.keys[which]
     read = fetch(work.source, keys, to.slots, packed=to.packed)
@@ -204,7 +206,14 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
             f"{work.documents[which][int(np.argmin(read.lengths))]}: fill them again and make a new reader",
             gone,
         )
-    labels = None if work.labels is None else work.labels[which]
+    labels = None
+    if work.labels is not None:
+        width = int(read.lengths.max(initial=0)) if to.padded else None
+        try:
+            labels = work.labels.of_batch(which, read.lengths, width)
+        except ShapeError:
+            to.slots.give_back(read.values, None)
+            raise
     delivered = to.deliver(read, Which(keys, work.documents[which], labels))
     tokens = int(read.lengths.sum())
     with _COUNTING:

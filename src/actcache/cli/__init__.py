@@ -31,7 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin, doctor):
+COMMANDS = (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin, doctor)
+for _command in COMMANDS:
     app.command()(_command)
 
 

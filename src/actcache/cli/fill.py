@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from actcache import corpus
+from actcache.cli.common import JsonOption, QuietOption
 from actcache.errors import DocumentError, MissingExtraError, UsageError
 from actcache.windows import Windows
 
@@ -36,8 +37,8 @@ def fill(
     stride: Annotated[int, typer.Option(help="With --too-long windows: tokens that neighbours share.")] = 0,
     token_budget: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 8192,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Compute and store what is missing of a corpus.
 

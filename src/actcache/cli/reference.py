@@ -23,8 +23,8 @@ test compares. `cachectl --help` and `cachectl COMMAND --help` say the same, `ca
 commands and options in your shell.
 
 Every command takes `-h`, and `--json`, which prints one JSON value and nothing else. What takes longer than a second
-shows its progress on stderr: a bar on a terminal, else a line every ten seconds; `--quiet` does without. A failure is one
-line on stderr that says what to do. All commands can be interrupted at any time and run again.
+shows its progress on stderr: a bar on a terminal, else a line every ten seconds; `--quiet` does without. A failure is
+one line on stderr that says what to do. All commands can be interrupted at any time and run again.
 
 """
 

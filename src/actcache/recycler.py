@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.arrays import to_numpy
 from actcache.errors import (
     DataError,
     ModelError,
     ReadOnlyError,
-    ShapeError,
     UsageError,
 )
 from actcache.key import Document
@@ -35,7 +33,7 @@ from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.ragged import EXTRAS
 from actcache.reader import Reader
-from actcache.reading.epoch import Supplier
+from actcache.reading.labels import of_entries
 from actcache.recipe import Recipe
 from actcache.store import Store, open_store
 from actcache.windows import Windows
@@ -215,50 +213,30 @@ class Recycler(TaskModels):
             on_missing: ``"compute"`` computes and stores the missing documents of each batch when its turn comes (and
                 those that are corrupt), and delivers them as they are stored: the first epoch fills, later ones replay,
                 and both see the same numbers. The lower half is computed where the recycler's model is. They are
-                durable at the end of the epoch.
+                durable at the end of the epoch. Windows of missing documents are counted by tokenizing them at once.
 
         Raises:
             MissingEntryError: documents are not (or, of windows, not wholly) in the space.
-            UsageError: ``"compute"`` with windows, whose number is not known before: fill them first.
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
         documents_given = listed(texts)
         self._check_canaries()
+        options |= {"batch_size": batch_size, "device": device}
         if on_missing == "compute":
-            return self._computing_reader(documents_given, labels, batch_size, device, options)
+            if not self._store.writable:
+                raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to compute documents")
+            way = OnTheWay(self.space, self._filler, self._encoder, documents_given, self._prepare)
+            return way.reader(labels, **options)
         keys = document_keys(documents_given)
         found = find_entries(self.space, keys, self._encoder.windows)
         if on_missing == "raise":
             check_found(keys, found)
         documents = np.repeat(np.arange(len(keys)), [len(entries) for entries in found])
-        wanted = None if labels is None else to_numpy(labels)
-        if wanted is not None and (not wanted.ndim or len(wanted) != len(keys)):
-            raise ShapeError(f"{len(keys)} documents and labels of shape {list(wanted.shape)}: give one a document")
         return self.space.reader(
             list(itertools.chain.from_iterable(found)),
-            batch_size=batch_size,
-            labels=None if wanted is None else wanted[documents],
+            labels=None if labels is None else of_entries(labels, documents, len(keys)),
             documents=documents,
-            device=device,
             on_missing=on_missing,
-            **options,
-        )
-
-    def _computing_reader(
-        self, texts: list[Document], labels: Any, batch_size: int, device: Any, options: dict[str, Any]
-    ) -> Reader:
-        if self._encoder.windows is not None:
-            raise UsageError("documents that are cut into windows cannot be computed while they are read: fill them")
-        if not self._store.writable:
-            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to have documents computed")
-        supplier = OnTheWay(self.space, self._filler, self._encoder, texts, self._prepare)
-        return self.space.reader(
-            document_keys(texts),
-            batch_size=batch_size,
-            labels=labels,
-            device=device,
-            on_missing="compute",
-            supplier=Supplier(supplier.lengths, supplier.supply, self.space.flush),
             **options,
         )
 

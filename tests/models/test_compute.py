@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 
 import actcache
 from actcache import Recycler
-from actcache.errors import CanaryError, NonFiniteError, ReadOnlyError, UsageError
+from actcache.errors import CanaryError, NonFiniteError, ReadOnlyError
 from actcache.models.record import LowerHalf
 
 TEXTS = [f"document {i} says " + "la " * (i % 13) + "." for i in range(40)]
@@ -131,9 +131,58 @@ def test_what_cannot_be_computed_is_refused(tmp_path, store, model, tokenizer):
     recycler.fill(TEXTS[:3], progress=False)
     with actcache.open(tmp_path / "store", "r") as reading, pytest.raises(ReadOnlyError):
         Recycler(model, tokenizer, layer=2, store=reading).reader(TEXTS, on_missing="compute")
-    windows = Recycler(model, tokenizer, layer=2, store=store, max_length=16, too_long=actcache.windows(16, 4))
-    with pytest.raises(UsageError, match="windows"):
-        windows.reader(TEXTS, on_missing="compute")
+
+
+@pytest.mark.parametrize("options", [{}, {"bucket": True, "max_tokens": 40}])
+def test_windows(store, model, tokenizer, computed, options):
+    """A document's windows come in batches of their own, and are computed together when the first one's turn comes."""
+    spec = actcache.windows(16, 4)
+    texts = [f"document {i} says " + "la " * (7 * i) + "." for i in range(12)]
+    recycler = Recycler(model, tokenizer, layer=2, store=store, max_length=16, too_long=spec, dtype="float32")
+    recycler.fill(texts[:3], progress=False)
+    options = {"batch_size": 4, "shuffle": True, "labels": [[i, 1] for i in range(12)], **options}
+    reader = recycler.reader(texts, on_missing="compute", **options)
+    first = [windows_of(reader) for _ in range(2)]
+    computed.clear()
+    again = windows_of(recycler.reader(texts, **options))
+    assert computed == []
+    other = Recycler(
+        model,
+        tokenizer,
+        layer=2,
+        store=actcache.open(f"{store.url}-filled"),
+        max_length=16,
+        too_long=spec,
+        dtype="float32",
+    )
+    other.fill(texts, progress=False)
+    expected = windows_of(other.reader(texts, **options))
+    assert len(expected) > 40
+    for found in (*first, again):
+        assert found.keys() == expected.keys()
+        for key, array in found.items():
+            np.testing.assert_allclose(array, expected[key], atol=1e-5)
+    for key in expected:
+        np.testing.assert_array_equal(first[0][key], first[1][key])
+
+
+def windows_of(batches: Any) -> dict[bytes, np.ndarray]:
+    found = {}
+    for batch in batches:
+        assert batch.labels[:, 0].tolist() == batch.documents.tolist()
+        for i, key in enumerate(batch.keys):
+            found[key] = batch.activations[i, : int(batch.lengths[i])].numpy().copy()
+    return found
+
+
+def test_labels_of_tokens(store, model, tokenizer):
+    recycler = Recycler(model, tokenizer, layer=2, store=store)
+    labels = [np.arange(len(tokenizer(text)["input_ids"])) for text in TEXTS]
+    for on_missing in ("compute", "raise"):
+        for batch in recycler.reader(TEXTS, labels=labels, batch_size=6, shuffle=True, on_missing=on_missing):
+            for row, n in zip(batch.labels, batch.documents.tolist(), strict=True):
+                assert row[: len(labels[n])].tolist() == labels[n].tolist()
+                assert (row[len(labels[n]) :] == -100).all()
 
 
 def test_a_lower_half_that_was_trained_meanwhile_is_refused(store, model, tokenizer):

@@ -210,21 +210,25 @@ def print_computed(found: dict[tuple[str, str], tuple[Vocabulary, float]]) -> No
         title="computed, float32: rows dropped x hidden x 4. Rows are measured where the model's tokenizer is at hand, "
         "else ASSUMED to be the most that any tokenizer above uses of the corpus"
     )
-    columns = ["model", "rows", "embeddings", "of the model", "rows kept are"]
-    for corpus in (ranked[0], ranked[-1]):
-        columns += [f"kept, {corpus}", "saved", "of the model"]
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("model", "rows kept are") else "right")
+    left = ("model", "corpus", "rows kept are")
+    for column in ("model", "embeddings", "of the model", *left[1:], "kept", "saved", "of the model"):
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     for name, config in MODELS.items():
-        shape, own = Shape.of(config), name if name in kept[ranked[0]] else TOKENIZED_BY.get(name)
-        measured = own in kept[ranked[0]]
-        figures = [f"{shape.rows:,}", binary(shape.rows * shape.hidden * _BYTES), f"{shape.share:.1%}"]
-        figures.append("measured" if measured else "assumed")
+        shape = Shape.of(config)
         for corpus in (ranked[0], ranked[-1]):
-            rows = kept[corpus][str(own)] if measured else max(kept[corpus].values())
+            own = name if name in kept[corpus] else TOKENIZED_BY.get(name, "")
+            rows = kept[corpus].get(own, max(kept[corpus].values()))
             saved = shape.saved(rows)
-            figures += [f"{rows:,}", binary(saved), f"{saved / (shape.parameters * _BYTES):.1%}"]
-        table.add_row(name, *figures)
+            table.add_row(
+                name,
+                binary(shape.rows * shape.hidden * _BYTES),
+                f"{shape.share:.1%}",
+                corpus,
+                "measured" if own in kept[corpus] else "assumed",
+                f"{rows:,} of {shape.rows:,}",
+                binary(saved),
+                f"{saved / (shape.parameters * _BYTES):.1%}",
+            )
     console.print(table)
 
 

@@ -153,7 +153,7 @@ def test_massive_activations(bare_tokenizer: PreTrainedTokenizerFast, tmp_path: 
 def test_bad_documents(bare_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = make("gpt2", AutoModel)
     with Recycler(model, bare_tokenizer, layer=LAYER, store=tmp_path) as recycler:
-        with pytest.raises(DocumentError, match="position 1.*empty"):  # not even special tokens
+        with pytest.raises(DocumentError, match=r"position 1.*empty"):  # not even special tokens
             recycler.fill(["good", ""], progress=False)
         with pytest.raises(DocumentError, match=r"0\.\.299"):
             recycler.fill([[5, 300]], progress=False)

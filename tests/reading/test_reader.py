@@ -31,16 +31,6 @@ def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    yield
-    gc.collect()
-    deadline = time.monotonic() + 60
-    while prefetchers() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert prefetchers() == []
-
-
 @pytest.fixture
 def space(tmp_path):
     with actcache.open(tmp_path / "store") as store, store.space(recipe()) as space:

@@ -35,7 +35,6 @@ from bench.shapes import SHAPES, Shape
 from bench.stages import Stages
 
 LONG = Shape("long", 60, 512, 192, 128)
-_MOST = 15  # segments that one writer leaves without merging any
 
 
 def main() -> None:
@@ -97,16 +96,19 @@ def compare(
 
 
 def write(documents: Documents, url: str, segments: int) -> None:
-    """Put the documents into so many segments, by writers that come and go; nothing waits for the disk."""
+    """Put the documents into so many segments, none of which are merged, without waiting for the disk."""
     parts = np.array_split(np.arange(len(documents.lengths)), segments)
     rows = documents.split()
-    with mock.patch("os.fsync"), actcache.open(url) as store:
-        for start in range(0, segments, _MOST):
-            with store.space(documents.recipe, segment_bytes=2 * documents.nbytes) as space:
-                for part in parts[start : start + _MOST]:
-                    ids = [np.arange(length) for length in documents.lengths[part]]
-                    space.put([key.tobytes() for key in documents.keys[part]], [rows[i] for i in part], ids)
-                    space.flush()
+    with (
+        mock.patch("os.fsync"),
+        mock.patch("actcache.storage.small._AT_ONCE", segments + 1),
+        actcache.open(url) as store,
+        store.space(documents.recipe, segment_bytes=2 * documents.nbytes) as space,
+    ):
+        for part in parts:
+            ids = [np.arange(length) for length in documents.lengths[part]]
+            space.put([key.tobytes() for key in documents.keys[part]], [rows[i] for i in part], ids)
+            space.flush()
 
 
 def profile(readers: dict[int, Reader], shape: Shape, epochs: int, report: Report) -> None:

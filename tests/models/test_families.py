@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -25,6 +26,7 @@ from tests.models.zoo import (
     mask_of,
     padded,
 )
+from tests.support import ROOT
 
 TOLERANCE = 1e-5
 CASES = [
@@ -116,7 +118,7 @@ def test_reduced_equals_full(kind: Any, head: Any, attention: str) -> None:
         if head is ANSWER:
             ignored = {"loss"}  # which sums over padding; each document's alone is the reference
             # but for decoders that see padding on the left
-            loss = None if kind.config.model_type == "t5" and side == "left" else loss_alone(model, ids)
+            loss = None if kind.config.model_type in ("t5", "mt5") and side == "left" else loss_alone(model, ids)
         expected = gradients(model, loss) if loss is not None else {}
         for layer in layers:
             batch = {"activations": padded(rows[layer], side), "token_ids": padded(ids, side), "attention_mask": mask}
@@ -241,3 +243,22 @@ def test_weights_beside_the_layers_are_part_of_the_identity(name: str) -> None:
             assert any(word in part for word in ("key", "k_proj", "in_proj", "pos_")) or "emb" in part, path
         seen.add(digested)
     assert seen == {True, False}
+
+
+def test_the_documentation_describes_a_family_and_names_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = family_module._FAMILIES
+    monkeypatch.setattr(family_module, "_FAMILIES", dict(table))
+    text = (ROOT / "docs" / "models.md").read_text()
+    for model_type, family in table.items():
+        line = next(line for line in text.splitlines() if line.startswith("|") and f"`{model_type}`" in line)
+        assert line.endswith(f"| {family.dtype} |"), model_type
+    example = text.partition("```python\n")[2].partition("```")[0]
+    exec(compile(example, "docs/models.md", "exec"), {})
+    config = transformers.ErnieConfig(**{**KINDS["bert"].options, "use_task_id": True})
+    model, ids = transformers.ErnieModel(config).eval(), documents(lengths=(6, 6))
+    assert family_of(model).name == "ernie"
+    rows = LowerHalf(model, family_of(model), 2).run(ids)
+    batch = {"activations": torch.tensor(np.stack(rows)), "token_ids": torch.tensor(np.stack(ids))}
+    with torch.no_grad():
+        got, want = reduce(model, 2)(**batch), model(input_ids=batch["token_ids"])
+    torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=TOLERANCE, rtol=TOLERANCE)

@@ -107,11 +107,26 @@ class Kind:
 
 
 _ONLY_EAGER = ("eager",)
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 4,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.0,
+    "eos_token_id": END,
+    "decoder_start_token_id": 0,
+}
 
 KINDS = {
     "bert": Kind(transformers.BertConfig, heads=(AutoModel, *_TASKS, MASKED, AutoModelForPreTraining)),
     "roberta": Kind(transformers.RobertaConfig),
     "xlm-roberta": Kind(transformers.XLMRobertaConfig),
+    "camembert": Kind(transformers.CamembertConfig, heads=(AutoModel, TOKENS)),
     "electra": Kind(
         transformers.ElectraConfig,
         {**_ENCODER, "embedding_size": 16, "summary_last_dropout": 0.0},
@@ -160,23 +175,11 @@ KINDS = {
     ),
     "t5": Kind(
         transformers.T5Config,
-        {
-            "vocab_size": VOCABULARY,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_layers": 4,
-            "num_decoder_layers": 2,
-            "num_heads": 4,
-            "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 12,
-            "dropout_rate": 0.0,
-            "eos_token_id": END,
-            "decoder_start_token_id": 0,
-        },
+        _T5,
         (transformers.T5EncoderModel, *_TASKS, transformers.T5ForConditionalGeneration),
         first_token=False,
     ),
+    "mt5": Kind(transformers.MT5Config, _T5, (transformers.MT5EncoderModel, TOKENS), first_token=False),
     "gpt2": Kind(
         transformers.GPT2Config,
         {
@@ -247,6 +250,7 @@ def full_inputs(model: PreTrainedModel, ids: Sequence[NDArray[Any]], side: str) 
     if "position_ids" in inspect.signature(model.forward).parameters and model.config.model_type not in (
         "roberta",  # these count along the token ids themselves
         "xlm-roberta",
+        "camembert",
         "mpnet",
     ):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)

@@ -155,6 +155,7 @@ WITHOUT_EFFECT = {
     *("pretraining_tp", "tie_word_embeddings"),
     # the vocabulary: what is in its rows is in the weights, which row is which token in the tokenizer
     *("vocab_size", "bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
+    "decoder_start_token_id",
     # upper layers, heads, decoders, generation
     *("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_decoder_layers"),
     *("classifier_activation", "classifier_bias", "classifier_dropout", "classifier_pooling", "decoder_bias"),

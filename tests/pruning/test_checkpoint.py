@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -120,9 +121,28 @@ def test_what_is_no_pruned_checkpoint(tmp_path: Path, pretrained):
         load_pruned(AutoModelForMaskedLM, pretrained)
     config = Path(pretrained, "config.json")
     described = json.loads(config.read_text())
-    config.write_text(json.dumps({**described, "actcache_vocabulary": {"size": 300}}))
+    config.write_text(json.dumps({**described, "actcache_vocabulary": {"size": 200, "rows": 200}}))
     with pytest.raises(ModelError, match="do not say which tokens"):
         load_pruned(AutoModelForMaskedLM, pretrained)
+    for size, rows in ((300, 50), (200, 201), (200, 0)):
+        config.write_text(json.dumps({**described, "actcache_vocabulary": {"size": size, "rows": rows}}))
+        with pytest.raises(ModelError, match="contradicts itself"):
+            load_pruned(AutoModelForMaskedLM, pretrained)
+
+
+def test_nothing_takes_a_small_checkpoint_for_a_full_one(tmp_path: Path):
+    """Its rows would be taken for those of other tokens."""
+    model = make(AutoModelForMaskedLM, "modernbert")
+    prune(model, USED)
+    model.save_pretrained(tmp_path / "task")
+    model.base_model.save_pretrained(tmp_path / "base")
+    assert model.config.vocab_size == len(Pruned(model).ids)
+    for folder in ("task", "base"):
+        with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+            AutoModel.from_pretrained(tmp_path / folder)
+        assert np.array_equal(load_pruned(AutoModel, tmp_path / folder).ids, Pruned(model).ids)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make(AutoModelForMaskedLM, "modernbert").load_state_dict(model.state_dict())
 
 
 def test_a_plain_state_dict_carries_the_rows_ids():

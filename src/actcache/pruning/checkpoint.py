@@ -13,10 +13,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from actcache.errors import ModelError
 from actcache.models.partial import ROW_IDS, Whole, whole_state
 from actcache.models.weights import weight_files
-from actcache.pruning import hooks, sources
+from actcache.pruning import hooks, saving, sources
 from actcache.pruning.kept import KeptVocabulary, OnUnseen
-from actcache.pruning.prune import RECORD, Pruned
+from actcache.pruning.prune import Pruned
 from actcache.pruning.rows import all_names, attach, move_rows, roots_of, tokens_of
+from actcache.pruning.saving import RECORD, whole_config
 from actcache.pruning.sizes import set_vocabulary_size
 
 
@@ -29,7 +30,7 @@ def save_full(pruned: Pruned, folder: str | Path, **options: Any) -> None:
     Raises:
         ModelError: the rows that were dropped are not at hand.
     """
-    model, rows = pruned.model, len(pruned.ids)
+    model = pruned.model
     wholes: dict[str, torch.Tensor] = {}  # of tied parameters the same tensor, as save_pretrained expects
     state: dict[str, torch.Tensor] = {}
     for name, tensor in whole_state(model):
@@ -38,14 +39,8 @@ def save_full(pruned: Pruned, folder: str | Path, **options: Any) -> None:
                 wholes[tensor.name] = tensor.rows(0, pruned.size)
             tensor = wholes[tensor.name]
         state[name] = tensor
-    record = getattr(model.config, RECORD)
-    delattr(model.config, RECORD)
-    set_vocabulary_size(model, rows, pruned.size, configs_only=True)
-    try:
-        model.save_pretrained(folder, state_dict=state, **options)
-    finally:
-        set_vocabulary_size(model, pruned.size, rows, configs_only=True)
-        setattr(model.config, RECORD, record)
+    with whole_config(model, pruned.size, None):
+        type(model).save_pretrained(model, folder, state_dict=state, **options)
 
 
 def load_pruned(
@@ -71,10 +66,13 @@ def load_pruned(
     """
     config = options.pop("config", None) or AutoConfig.from_pretrained(folder)
     record = getattr(config, RECORD, None)
-    if not isinstance(record, dict) or not isinstance(record.get("size"), int):
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), int) for name in ("size", "rows")):
         raise ModelError(f"{folder} holds no pruned model: load it with from_pretrained")
-    task_class = _class_of(model_class, config, record["size"])
-    model: PreTrainedModel = _small(task_class, record["size"]).from_pretrained(folder, config=config, **options)
+    if not 0 < record["rows"] <= record["size"] == config.vocab_size:
+        raise ModelError(f"the configuration of {folder} contradicts itself: save the pruned model anew")
+    task_class = _class_of(model_class, config)
+    small = _small(task_class, record.pop("rows"))
+    model: PreTrainedModel = small.from_pretrained(folder, config=config, **options)
     model.__class__ = task_class
     tokens = tokens_of(model)
     ids = tokens.embeddings[0].get_buffer(ROW_IDS).cpu().long()
@@ -93,6 +91,7 @@ def load_pruned(
     move_rows(model, kept, ids)
     for root in roots_of(model, kept):
         hooks.install(root, tokens.embeddings if root is model else [])
+    saving.install(model, record)
     return Pruned(model)
 
 
@@ -105,23 +104,21 @@ def _check(matrix: torch.Tensor | None, record: dict[str, Any], full_matrix: str
         raise ModelError(f"{str(full_matrix)!r} has other embeddings than the model that was pruned")
 
 
-def _class_of(model_class: Any, config: PreTrainedConfig, size: int) -> Any:
+def _class_of(model_class: Any, config: PreTrainedConfig) -> Any:
     if not hasattr(model_class, "from_config"):
         return model_class
-    whole = copy.deepcopy(config)
-    whole.vocab_size = size
     with torch.device("meta"):
-        return type(model_class.from_config(whole))
+        return type(model_class.from_config(copy.deepcopy(config)))
 
 
-def _small(task_class: Any, size: int) -> Any:
-    """Return a class whose models are made with as many rows as the configuration says.
+def _small(task_class: Any, rows: int) -> Any:
+    """Return a class whose models are made with so many rows, whatever the configuration says.
 
-    The task class alone cannot make one: the padding's id may be larger than the number of rows.
+    The configuration alone could not: the padding's id may be larger than the number of rows.
     """
 
     def make(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        rows, config.vocab_size = config.vocab_size, size
+        size = config.vocab_size
         task_class.__init__(self, config, *args, **kwargs)
         tokens = tokens_of(self)
         names = set(tokens.parameters)

@@ -16,14 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import ModelError, UsageError
 from actcache.models.partial import KEPT, ROW_IDS, kept_of
 from actcache.models.weights import weight_files
-from actcache.pruning import hooks, sources
+from actcache.pruning import hooks, saving, sources
 from actcache.pruning.kept import MARK, KeptVocabulary, OnUnseen
 from actcache.pruning.rows import Tokens, all_names, attach, grow, move_rows, roots_of, special_ids, tokens_of
 from actcache.pruning.sizes import marked
 from actcache.pruning.vocabulary import Vocabulary
-
-#: The configuration's field by which a small checkpoint says what it is a part of.
-RECORD = "actcache_vocabulary"
 
 
 class Pruned:
@@ -111,12 +108,11 @@ class Pruned:
                 module.padding_idx = mark.padding_idx
         for module in model.modules():
             hooks.remove(module)
+            saving.remove(module)
             module._buffers.pop(ROW_IDS, None)
             module._non_persistent_buffers_set.discard(ROW_IDS)
             for name in (KEPT, MARK):
                 module.__dict__.pop(name, None)
-        if hasattr(model.config, RECORD):
-            delattr(model.config, RECORD)
         return model
 
     def __repr__(self) -> str:
@@ -192,7 +188,7 @@ def prune(
     move_rows(model, kept, torch.from_numpy(ids))
     for root in roots_of(model, kept):
         hooks.install(root, tokens.embeddings if root is model else [])
-    setattr(model.config, RECORD, record)
+    saving.install(model, record)
     return Pruned(model)
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"reader", "maintenance"},
     {"space"},
     {"store"},
-    {"inspection"},
+    {"inspection", "planning"},
     {"migration", "retention"},
     {"doctor"},
     {"models"},
@@ -43,6 +43,7 @@ ALLOWED_INSIDE = {
 #: Imports inside of functions: what they bring needs the extra ``models``, which not everybody has.
 LAZY = {
     ("cli/fill.py", "actcache.recycler"),
+    ("cli/plan.py", "actcache.models.timing"),
     ("reading/delivery.py", "actcache.reading.cuda"),
     ("registry.py", "actcache.storage.objects"),  # the extra s3
     ("storage/objects/options.py", "actcache.storage.objects"),

@@ -19,6 +19,7 @@ from actcache.cli.inspect import inspect
 from actcache.cli.ls import ls
 from actcache.cli.migrate import migrate
 from actcache.cli.pin import pin, unpin
+from actcache.cli.plan import plan
 from actcache.cli.prune import prune
 from actcache.cli.repair import repair
 from actcache.cli.verify import verify
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin, doctor)
+COMMANDS = (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin, plan, doctor)
 for _command in COMMANDS:
     app.command()(_command)
 

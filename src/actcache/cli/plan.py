@@ -1,0 +1,131 @@
+"""``cachectl plan``: does caching pay?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from actcache import corpus, planning
+from actcache.cli.common import JsonOption, binary, console, print_json, say, span, table
+from actcache.errors import MissingExtraError, UsageError
+from actcache.planning import Corpus, Disk, Estimate, Model, Prices
+
+_SAMPLE = 5000  # documents whose lengths are looked at
+
+
+def plan(
+    source: Annotated[
+        Path | None, typer.Argument(help="The corpus, as of fill; its lengths are measured.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model id or folder, measured on this machine.")] = None,
+    layer: Annotated[int | None, typer.Option(help="The layer to cache.")] = None,
+    field: Annotated[str | None, typer.Option(help="Lines are JSON objects; take this field.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Such devices that compute at the same time.")] = 1,
+    dtype: Annotated[str, typer.Option(help="How rows are stored: float16, float32 or bfloat16.")] = "float16",
+    folder: Annotated[Path, typer.Option(help="Whose disk is measured.")] = Path("."),
+    documents: Annotated[int | None, typer.Option(min=1, help="Without a corpus: how many documents ...")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="... of so many tokens each.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Without a model: its hidden size ...")] = None,
+    full_ms: Annotated[float | None, typer.Option(min=0, help="... its milliseconds a document ...")] = None,
+    upper_ms: Annotated[
+        float | None, typer.Option(min=0, help="... and those of the layers above the cached one.")
+    ] = None,
+    read: Annotated[str | None, typer.Option(help="Bytes a second that the disk reads (2GB), not measured.")] = None,
+    write: Annotated[str | None, typer.Option(help="Bytes a second that it writes.")] = None,
+    device_hour: Annotated[float | None, typer.Option(min=0, help="Price of an hour of a device.")] = None,
+    gib_month: Annotated[float | None, typer.Option(min=0, help="Price of a month of a GiB of storage.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Show the paper's Table 7 beside ours.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether caching pays: bytes, time to fill, a pass with and without, and from which pass on.
+
+    Measures the model's layers and the disk on this machine, or takes the numbers that are given. With both prices it
+    also says how often a pass has to be made for the storage to pay. Says so where caching loses.
+
+    Example: cachectl plan corpus.txt --model bert-base-uncased --layer 6 --folder ./activations
+    """
+    if paper:
+        _show_paper(as_json)
+        return
+    if (device_hour is None) != (gib_month is None):
+        raise UsageError("--device-hour and --gib-month go together: the price of computing and that of storing")
+    prices = None if device_hour is None or gib_month is None else Prices(device_hour, gib_month)
+    if source is not None:
+        if model is None or layer is None:
+            raise UsageError("with a corpus, say which --model and --layer; without, give --documents, --tokens, ...")
+        load, costs = _measured(source, field, model, layer, device, max_length)
+    else:
+        load, costs = _given(documents, tokens, hidden, full_ms, upper_ms)
+    if read is not None and write is not None:
+        disk = Disk(planning.bandwidth("--read", read), planning.bandwidth("--write", write))
+    elif read is None and write is None:
+        disk = planning.measure_disk(folder)
+    else:
+        raise UsageError("--read and --write go together")
+    found = planning.estimate(load, costs, dtype, disk, devices=devices, prices=prices)
+    if as_json:
+        given: dict[str, Any] = {"corpus": load, "model": costs, "disk": disk}
+        inputs = {name: dataclasses.asdict(one) for name, one in given.items()}
+        outputs = {**dataclasses.asdict(found), "break_even": found.break_even, "verdict": found.verdict}
+        print_json({**inputs, "devices": devices, "dtype": dtype, **outputs})
+        return
+    _show(load, costs, disk, found)
+
+
+def _measured(
+    source: Path, field: str | None, model: str, layer: int, device: str | None, max_length: int | None
+) -> tuple[Corpus, Model]:
+    try:
+        from actcache.models.timing import measure
+    except ImportError as error:
+        raise MissingExtraError(
+            f"measuring needs torch and transformers: pip install 'actcache[models]' ({error})"
+        ) from None
+    with corpus.opened(source) as file:
+        texts = list(corpus.documents(file, field))
+    if not texts:
+        raise UsageError(f"{source} holds no documents")
+    sample = texts[:: -(-len(texts) // _SAMPLE)]
+    timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
+    return Corpus(len(texts), round(sum(timing.lengths) / len(sample) * len(texts))), timing.model
+
+
+def _given(
+    documents: int | None, tokens: int | None, hidden: int | None, full_ms: float | None, upper_ms: float | None
+) -> tuple[Corpus, Model]:
+    if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
+        raise UsageError(
+            "give a corpus with --model and --layer, or --documents, --tokens, --hidden, --full-ms and --upper-ms"
+        )
+    return Corpus(documents, documents * tokens), Model(full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden)
+
+
+def _show(load: Corpus, costs: Model, disk: Disk, found: Estimate) -> None:
+    per_token = f"{costs.full * 1e6:,.1f} us a token, {costs.upper * 1e6:,.1f} of them above the cached layer"
+    say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
+    say(f"model: {per_token}")
+    say(f"disk: reads {binary(disk.read)}/s, writes {binary(disk.write)}/s")
+    say(f"needs {binary(found.nbytes)}; filled in {span(found.fill)}")
+    say(f"one pass: {span(found.recompute)} computed, {span(found.replay)} from the cache")
+    say(found.verdict)
+
+
+def _show_paper(as_json: bool) -> None:
+    rows: list[dict[str, Any]] = []
+    for one in planning.PAPER:
+        cloud, local = one.months()
+        ours = {"model": one.model, "cloud": cloud, "local": local}
+        rows.append({**ours, "paper_cloud": one.cloud, "paper_local": one.local})
+    if as_json:
+        print_json({"months": rows})
+        return
+    shown = table("months between passes, at most", ("model",), ("cloud", "in the paper", "local", "in the paper "))
+    for row in rows:
+        in_cloud = (f"{row['cloud']:.2f}", f"{row['paper_cloud']:.2f}")
+        shown.add_row(row["model"], *in_cloud, f"{row['local']:.1f}", f"{row['paper_local']:.1f}")
+    console().print(shown)

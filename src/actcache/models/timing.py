@@ -1,0 +1,95 @@
+"""What a model costs on this machine: seconds a token, of all its layers and of its lower half."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from actcache.errors import ModelError
+from actcache.models.family import base_model_of, family_of
+from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.tokenizing import DocumentEncoder, check_max_length
+from actcache.planning import Model
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured."""
+
+    model: Model
+    lengths: list[int]  # tokens of each document
+
+
+def measure(
+    name: str | Path,
+    texts: Sequence[str],
+    *,
+    layer: int,
+    device: str | None = None,
+    max_length: int | None = None,
+    token_budget: int = 4096,
+    documents: int = 64,
+) -> Timing:
+    """Compute some documents, in batches of like lengths as a fill does, by the lower half and by the whole base model.
+
+    Args:
+        texts: whose lengths are told; longer ones than the model takes are truncated.
+        documents: of these, drawn at even distances in the order of lengths, that are computed.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        LayerError, UnsupportedModelError: see ``LowerHalf``.
+    """
+    try:
+        model = AutoModel.from_pretrained(str(name)).eval()
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
+        raise ModelError(f"{name} cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base = base_model_of(model)
+    family = family_of(base)
+    lower = LowerHalf(base, family, layer)
+    longest = check_max_length(max_length, tokenizer, family.max_tokens(base.config))
+    encoder = DocumentEncoder(tokenizer, longest, "truncate", True)
+    ids = [windows[0].token_ids for windows in encoder.encode(list(texts))]
+    lengths = [len(one) for one in ids]
+    order = np.argsort(lengths, kind="stable")
+    chosen = [ids[i] for i in order[np.unique(np.linspace(0, len(order) - 1, min(documents, len(order))).astype(int))]]
+    batches = [[chosen[i] for i in batch] for batch in plan_batches([len(one) for one in chosen], token_budget)]
+    tokens = sum(map(len, chosen))
+    times: dict[str, list[float]] = {"lower": [], "full": []}
+    for _ in range(1 + _ROUNDS):  # in turns; the first is for warming up
+        times["lower"].append(_timed(lambda batch: lower.run(batch), batches))
+        times["full"].append(_timed(lambda batch: _whole(lower, batch), batches))
+    below, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
+    return Timing(Model(full, max(full - below, 0.0), lower.hidden_size), lengths)
+
+
+def _timed(compute: Callable[[Any], object], batches: Sequence[Any]) -> float:
+    began = time.perf_counter()
+    for batch in batches:
+        compute(batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _whole(lower: LowerHalf, batch: Sequence[Any]) -> None:
+    """Compute all layers of a batch."""
+    longest = max(map(len, batch))
+    ids = torch.zeros(len(batch), longest, dtype=torch.long, device="cpu")
+    mask = torch.zeros_like(ids)
+    for i, one in enumerate(batch):
+        ids[i, : len(one)] = torch.as_tensor(np.asarray(one, np.int64))
+        mask[i, : len(one)] = 1
+    with torch.inference_mode():
+        lower.family.stack_of(lower.base_model)(input_ids=ids.to(lower.device), attention_mask=mask.to(lower.device))

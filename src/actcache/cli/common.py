@@ -68,5 +68,5 @@ def span(seconds: float) -> str:
     """Return a time span in its largest unit."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= length:
-            return f"{seconds / length:,.0f} {unit}"
+            return f"{seconds / length:,.{int(seconds < 10 * length)}f} {unit}"
     return f"{seconds:,.0f} s"

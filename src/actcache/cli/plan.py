@@ -86,8 +86,7 @@ def _measured(
         raise MissingExtraError(
             f"measuring needs torch and transformers: pip install 'actcache[models]' ({error})"
         ) from None
-    with corpus.opened(source) as file:
-        texts = list(corpus.documents(file, field))
+    texts = [document.text for document in corpus.read(source, field)]
     if not texts:
         raise UsageError(f"{source} holds no documents")
     sample = texts[:: -(-len(texts) // _SAMPLE)]

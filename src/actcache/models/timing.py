@@ -27,6 +27,12 @@ class Timing:
 
     model: Model
     lengths: list[int]  # tokens of each document
+    dtype: str  # in which rows of this family are stored by default
+
+    @property
+    def lower(self) -> float:
+        """Seconds a token of the lower half."""
+        return self.model.lower
 
 
 def measure(
@@ -71,7 +77,7 @@ def measure(
         times["lower"].append(_timed(lambda batch: lower.run(batch), batches))
         times["full"].append(_timed(lambda batch: _whole(lower, batch), batches))
     below, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
-    return Timing(Model(full, max(full - below, 0.0), lower.hidden_size), lengths)
+    return Timing(Model(full, max(full - below, 0.0), lower.hidden_size), lengths, family.dtype)
 
 
 def _timed(compute: Callable[[Any], object], batches: Sequence[Any]) -> float:

@@ -1,0 +1,169 @@
+"""``cachectl prune``: what goes, shown first."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from actcache import corpus, retention
+from actcache.cli.common import (
+    SHORT,
+    JsonOption,
+    QuietOption,
+    SpaceOption,
+    StoreArgument,
+    binary,
+    counted,
+    print_json,
+    say,
+)
+from actcache.cli.progress import Meter
+from actcache.errors import OutOfSpaceError, UsageError
+from actcache.reading.checks import nbytes_of
+from actcache.retention import IDLE_SECONDS, Plan, Pruning
+from actcache.store import open_standing, open_store
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)?")
+_SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def prune(
+    store: StoreArgument,
+    space: SpaceOption = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only spaces whose recipe says so: model=..., layer=6, dtype=float32, config.NAME=..."),
+    ] = None,
+    older_than: Annotated[str | None, typer.Option(help="Only spaces made so long ago: 90d, 12h, 2w.")] = None,
+    unused_for: Annotated[str | None, typer.Option(help="Only spaces that nobody used for so long.")] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="Only until the store takes no more than this (200GiB), what was not used longest first."),
+    ] = None,
+    keep_only: Annotated[
+        Path | None,
+        typer.Option(help="Delete entries, not spaces: those of texts that this file (as of fill) does not hold."),
+    ] = None,
+    keep_collection: Annotated[
+        str | None, typer.Option(help="Delete entries, not spaces: those that this collection does not name.")
+    ] = None,
+    field: Annotated[str | None, typer.Option(help="With --keep-only: lines are JSON objects; this field.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="With --keep-only: the stride of spaces that hold windows of documents.")
+    ] = None,
+    idle: Annotated[
+        str,
+        typer.Option(help="Leave alone what was written to since, or read since an hour before; 0: nothing."),
+    ] = f"{IDLE_SECONDS / 60:.0f}min",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and change nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Delete spaces, or entries, that are no longer wanted, and what killed writers left behind.
+
+    Without options only the latter. The options that choose spaces hold together: those that fit all of them go. Pinned
+    spaces stay, and so does what somebody may be using. Read-only users leave no trace: pin what they read. Asks before
+    anything is deleted; where there is no terminal it needs --yes. Exit code 3 where a budget could not be met.
+
+    Example: cachectl prune ./activations --max-bytes 200GiB --dry-run
+    """
+    if keep_only is not None and keep_collection is not None:
+        raise UsageError("--keep-only and --keep-collection at once: prune by one after the other")
+    keys = None if keep_only is None else corpus.keys(keep_only, field)
+    with open_store(store, mode="r") as opened:
+        if keep_collection is not None:
+            keys = opened.collection(keep_collection).keys
+        planned = retention.plan(
+            opened,
+            prefixes=space or (),
+            where=_fields(where or []),
+            older_than=_seconds("--older-than", older_than),
+            unused_for=_seconds("--unused-for", unused_for),
+            max_bytes=None if max_bytes is None else nbytes_of("--max-bytes", max_bytes),
+            keep_only=keys,
+            stride=stride,
+            idle=_seconds("--idle", idle) or 0.0,
+        )
+    if not as_json:
+        _show(planned)
+    done: Pruning | None = None
+    if dry_run or not (planned.removals or planned.temporary):
+        if as_json:
+            print_json({"store": store, "plan": _json(planned), "done": done})
+    else:
+        _ask(yes)
+        with open_standing(store) as opened, Meter("prune", "spaces", show=not quiet) as meter:
+            done = retention.prune(opened, planned, progress=meter)
+        if as_json:
+            print_json({"store": store, "plan": _json(planned), "done": dataclasses.asdict(done)})
+        else:
+            _tell(done)
+    rest = planned.nbytes - planned.freed if done is None else done.nbytes
+    if planned.max_bytes is not None and rest > planned.max_bytes:
+        raise OutOfSpaceError(
+            f"{binary(rest)} stay, more than --max-bytes {max_bytes}: the rest is pinned, in use, or not chosen"
+        )
+
+
+def _ask(yes: bool) -> None:
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError("nobody to ask: add --yes to delete this, or --dry-run to look only")
+    typer.confirm("Delete this?", abort=True, err=True)
+
+
+def _fields(given: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    for text, (name, equals, _) in zip(given, pairs, strict=True):
+        if not name or not equals:
+            raise UsageError(f"--where takes FIELD=VALUE, such as layer=6, not {text!r}")
+    return {name: value for name, _, value in pairs}
+
+
+def _seconds(name: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = _SPAN.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{name} is a time such as 30d, 12h, 10min or 90s, not {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _show(planned: Plan) -> None:
+    for removal in planned.removals:
+        what = "all" if removal.keys is None else counted(len(removal.keys), "entry", "entries")
+        say(f"delete {removal.fingerprint[:SHORT]}: {what}, {binary(removal.nbytes)} ({removal.why})")
+    for fingerprint, why in planned.kept.items():
+        say(f"keep   {fingerprint[:SHORT]}: {why}")
+    if planned.temporary:
+        say(f"delete temporary files: {binary(planned.temporary)}")
+    say(f"{binary(planned.nbytes)} now, {binary(planned.nbytes - planned.freed)} afterwards")
+
+
+def _tell(done: Pruning) -> None:
+    for fingerprint, why in done.skipped.items():
+        say(f"kept {fingerprint[:SHORT]}: {why}")
+    entries = sum(done.entries.values())
+    parts = [counted(len(done.spaces), "space"), counted(entries, "entry", "entries")]
+    say(f"deleted {', '.join(parts)}, {counted(done.swept, 'temporary file')}; the store takes {binary(done.nbytes)}")
+
+
+def _json(planned: Plan) -> dict[str, Any]:
+    removals = [
+        {
+            "fingerprint": removal.fingerprint,
+            "nbytes": removal.nbytes,
+            "why": removal.why,
+            "entries": None if removal.keys is None else len(removal.keys),
+        }
+        for removal in planned.removals
+    ]
+    rest = {"kept": planned.kept, "temporary": planned.temporary, "nbytes": planned.nbytes, "freed": planned.freed}
+    return {"removals": removals, **rest, "max_bytes": planned.max_bytes}

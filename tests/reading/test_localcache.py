@@ -16,10 +16,11 @@ import pytest
 from torch.utils.data import DataLoader
 
 import actcache
-from actcache.errors import NotAStoreError, UsageError
+from actcache.errors import NotAStoreError, StorageIOError, UsageError
 from actcache.reader import Reader
 from actcache.reading import localentries
 from actcache.reading.localcache import LocalCache
+from tests.backends import each
 from tests.reading.remote import COUNT, KEYS, Remote, check, reading
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows, run, start
 from tests.test_disk import mount, small_disk  # noqa: F401 (a fixture)
@@ -59,6 +60,20 @@ def test_the_second_epoch_and_the_next_run_read_nothing(remote, place):
     with reading(remote, place) as reader:
         assert sorted(check(reader)) == list(range(COUNT))
     assert remote.read == COUNT
+
+
+@each()
+def test_copies_of_every_backends_entries(kind, tmp_path, place):
+    with actcache.open(kind.url(tmp_path / "store")) as store, store.space(recipe()) as space:
+        put(space, range(COUNT))
+        space.flush()
+        put(space, [7], version=1, overwrite=True)
+        space.flush()
+        remote = Remote(space)
+        with reading(remote, place) as reader:
+            for _ in range(2):
+                assert sorted(check(reader, {7: 1})) == list(range(COUNT))
+        assert remote.read == COUNT
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -136,10 +151,39 @@ def test_entries_without_token_ids(space, remote, place):
                 for i, n in enumerate(batch.documents.tolist()):
                     n = 100 if n == 20 else n
                     np.testing.assert_array_equal(batch.activations[i, : length(n)], rows(n))
+    # Rows that were read without their token ids are not kept: the folder stops growing.
+    sizes = []
+    for _ in range(4):
+        with reading(remote, place, keys) as reader:
+            for _ in range(5):
+                list(reader)
+        sizes.append(len(segments(place)))
+    assert sizes[-1] == sizes[-2]
     remote.read = 0
-    with reading(remote, place, KEYS[:15]) as reader:
+    with reading(remote, place, KEYS[:20]) as reader:
         check(reader)
-    assert remote.read < 15
+    assert remote.read == 0
+
+
+@pytest.mark.parametrize("what", ["rows", "folder"])
+def test_a_disk_that_cannot_be_read(remote, place, caplog, what):
+    """The reader goes on with the space alone, after one warning."""
+    with reading(remote, place, KEYS[:50]) as reader:
+        check(reader)
+
+    def broken(*args, **options):
+        raise StorageIOError("input/output error")
+
+    with reading(remote, place) as reader:
+        entries = reader._local._opened
+        if what == "rows":
+            entries._snapshot.gather = broken
+        else:
+            entries._space.snapshot, entries._seen = broken, -1
+        assert sorted(check(reader)) == sorted(check(reader)) == list(range(COUNT))
+        entries._space.snapshot = lambda: None  # closing looks once more
+    assert [record.message[:31] for record in caplog.records] == ["going on without the local cache"[:31]]
+    caplog.clear()
 
 
 def damage_flip(path):

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from actcache import checksum
 from actcache.backend import TOKEN_IDS, VALUES, Block, Located
 from actcache.entry import columns_of
-from actcache.errors import FormatError, StoreError
+from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.key import key_list
 from actcache.ragged import offsets_of, row_indices
 from actcache.reading.cachefolder import MARKER, CacheFolder
 from actcache.reading.leases import Lease
 from actcache.recipe import Recipe
 from actcache.request import Request
+from actcache.storage.files import translated
 from actcache.storage.segment import Segment
 from actcache.storage.snapshot import SegmentedSnapshot
 from actcache.storage.space import SegmentedSpace
@@ -71,8 +72,7 @@ class LocalEntries:
     """Thread-safe. What is added is readable at once and published in segments by a thread of its own.
 
     Raises:
-        StoreError: the space's folder cannot be read.
-        OSError: it has no lease to be had.
+        StoreError: the folder cannot be read, or has no lease to be had.
     """
 
     def __init__(self, folder: CacheFolder, recipe: Recipe) -> None:
@@ -80,7 +80,8 @@ class LocalEntries:
         self._folder = folder
         self._fingerprint = recipe.fingerprint
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
-        self._lease = Lease(folder.leases)
+        with translated(f"cannot use {folder.root}"):
+            self._lease = Lease(folder.leases)
         self._space = _CachedSegments(folder.format, folder.place, recipe.fingerprint, columns, writable=True)
         self._writer = Writer(
             self._append,
@@ -94,8 +95,8 @@ class LocalEntries:
         self._bad: NDArray[np.int64] = np.empty(0, np.int64)  # numbers of segments with entries that are corrupt
         self._used: set[int] = set()  # numbers of segments that the lease has
         self._paused = 0.0  # until then nothing is added
-        self._closed = False
-        self.refresh()
+        self._closed = self._broken = False
+        self._look()
         # At exit, also of a child that multiprocessing made, to which ``atexit`` does not come.
         self._at_exit = Finalize(None, self.close, exitpriority=_EXIT_PRIORITY)
 
@@ -111,6 +112,8 @@ class LocalEntries:
         if pending is not None:
             found = np.where(found == 0, pending, found)
         hits: NDArray[np.bool_] = (found == checksums) & (request.lengths > 0) & (checksums != 0)
+        if self._broken:
+            hits[:] = False
         if len(self._bad):
             hits &= ~np.isin(request.located.segment, self._bad)
         return request, hits
@@ -122,12 +125,16 @@ class LocalEntries:
         """Read all of a request's entries, packed or padded (see ``Space.read_into``); return which are corrupt.
 
         Raises:
-            SegmentGoneError: others have evicted a segment: refresh and look again.
+            SegmentGoneError: others have evicted a segment, or nothing can be read here any more: refresh, look again.
         """
         width = out.shape[1] if out.ndim == 3 else None
         rows = out.reshape(-1, out.shape[-1])
         flat_ids = np.empty(len(rows), np.int32) if ids is None else ids.reshape(-1)
-        return request.read({VALUES: rows, TOKEN_IDS: flat_ids}, width, verify=True)
+        try:
+            return request.read({VALUES: rows, TOKEN_IDS: flat_ids}, width, verify=True)
+        except StoreError as error:
+            self._fail(error)
+            raise SegmentGoneError(str(error)) from error
 
     def read_ahead(self, located: Located) -> None:
         """Ask the operating system to load some entries soon."""
@@ -152,14 +159,23 @@ class LocalEntries:
         return self._space.changed_at() != self._seen
 
     def refresh(self) -> None:
-        """See what others have added and evicted.
+        """See what others have added and evicted."""
+        try:
+            self._look()
+        except (StoreError, FormatError) as error:
+            self._fail(error)
 
-        Raises:
-            StoreError: the folder cannot be read.
-        """
+    def _look(self) -> None:
         with self._lock:
             self._seen = self._space.changed_at()  # before the look: what comes meanwhile is looked at again
             self._snapshot: SegmentedSnapshot = self._space.snapshot()
+
+    def _fail(self, error: Exception) -> None:
+        """Serve nothing any more: the disk cannot be read, or the process has no more descriptors, say."""
+        if not self._broken:
+            self._broken = True
+            self._paused = np.inf
+            logger.warning("going on without the local cache %s: %s", self._folder.root, error)
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
@@ -197,8 +213,10 @@ class LocalEntries:
         """Publish what the writer has collected. Where there is no room for it, it is dropped."""
         try:
             with self._folder.changing() as allowed:
-                if allowed:
+                if allowed and self._paused != np.inf:
                     self._publish(block)
+                else:  # whoever holds the lock does not move: reading shall not wait for it again so soon
+                    self._pause()
         finally:
             with self._lock:
                 for name in key_list(block.keys):
@@ -215,12 +233,15 @@ class LocalEntries:
             raise StoreError("somebody has removed its marker")
         needed = sum(array.nbytes for array in block.arrays().values()) + _overhead(block)
         if not self._folder.make_room(needed + self._space.index_bytes(len(block)), self._fingerprint):
-            self._paused = time.monotonic() + _PAUSE_SECONDS
+            self._pause()
             return
         self._space.append(block)
         self.refresh()
         located = self._snapshot.locate(block.keys)  # not by a request: that waits for the writer, which waits for this
         self.use(located[located.found])
+
+    def _pause(self) -> None:
+        self._paused = max(self._paused, time.monotonic() + _PAUSE_SECONDS)
 
     def _give_up(self, error: Exception) -> None:
         if self._paused != np.inf:

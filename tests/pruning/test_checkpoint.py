@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +157,33 @@ def test_a_plain_state_dict_carries_the_rows_ids():
     assert model.state_dict()["shared.row_ids"].tolist() == pruned.ids.tolist()
     pruned.grow([3])
     assert model.state_dict()["shared.row_ids"].tolist() == pruned.ids.tolist()
+
+
+def test_a_pickled_model_is_as_it_was(tmp_path: Path):
+    """As when it is sent to another process."""
+    model = make(language_model("gpt2"), "gpt2")
+    pruned = prune(model, USED, on_unseen="grow")
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301  our own bytes
+    batch = inputs(model)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(again.generate(**batch, max_new_tokens=3), model.generate(**batch, max_new_tokens=3))
+    again.save_pretrained(tmp_path)
+    assert np.array_equal(load_pruned(language_model("gpt2"), tmp_path).ids, pruned.ids)
+    again(torch.tensor([[3, 4]]))
+    assert len(Pruned(again).ids) == len(pruned.ids) + 2
+    assert_same(Pruned(again).restore(), make(language_model("gpt2"), "gpt2"))
+
+
+@pytest.mark.parametrize("where", ["memory", "checkpoint"])
+def test_the_whole_matrix_is_not_held_twice(where, pretrained):
+    model = AutoModelForMaskedLM.from_pretrained(pretrained)
+    weight = model.get_input_embeddings().weight
+    address, old = weight.data_ptr(), weakref.ref(weight)
+    del weight
+    pruned = prune(model, USED, full_matrix=where)
+    gc.collect()
+    assert old() is None
+    rest = pruned._kept.rest["roberta.embeddings.word_embeddings.weight"]
+    assert rest is not None
+    assert (rest.data_ptr() == address) == (where == "memory")

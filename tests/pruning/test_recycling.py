@@ -126,6 +126,20 @@ def test_a_pruned_task_model_is_reduced(tmp_path: Path, minilm, tokenizer, texts
         torch.testing.assert_close(out.loss, expected.loss, atol=1e-5, rtol=1e-5)
 
 
+def test_a_reduced_copy_grows_its_logits_on_its_own(make_model):
+    task = make_model(AutoModelForMaskedLM, vocab_size=500)
+    pruned = prune(task, range(50), on_unseen="grow")
+    reduced = reduce(task, 2)
+    rows, ids = torch.randn(1, 4, 32), torch.tensor([[1, 2, 3, 4]])
+    labels = torch.tensor([[1, 499, -100, 4]])
+    out = reduced(activations=rows, token_ids=ids, labels=labels)
+    assert out.logits.shape[-1] == reduced.config.vocab_size == 51
+    assert len(pruned.ids) == task.config.vocab_size == 50
+    pruned.restore()
+    whole = reduce(task, 2)(activations=rows, token_ids=ids)
+    torch.testing.assert_close(out.logits, whole.logits[..., [*range(50), 499]])
+
+
 def test_tokens_that_are_not_kept_stop_a_fill(tmp_path: Path, minilm, tokenizer):
     model = copy.deepcopy(minilm)
     pruned = prune(model, count_vocabulary(["one two three"], tokenizer))

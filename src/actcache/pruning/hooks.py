@@ -7,8 +7,8 @@ module that they are called with, so that copies of a model have their own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +30,7 @@ def install(model: PreTrainedModel, embeddings: list[nn.Module]) -> None:
     model.register_forward_pre_hook(translate, with_kwargs=True)
     model.register_forward_hook(spread)
     if _kept(model).has_output and model.can_generate():
-        model.__dict__["generate"] = types.MethodType(_generate, model)
+        model.__dict__["generate"] = functools.partial(_generate, model)  # copied and pickled with it
 
 
 def remove(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ configuration that says the whole vocabulary's size: ``from_pretrained`` alone r
 from __future__ import annotations
 
 import contextlib
-import types
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +25,7 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Have a pruned model, and its base model, save themselves as what they are."""
     setattr(model.config, RECORD, record)
     for one in (model, model.base_model):
-        one.__dict__["save_pretrained"] = types.MethodType(_save_small, one)
+        one.__dict__["save_pretrained"] = functools.partial(_save_small, one)  # copied and pickled with it
 
 
 def remove(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from actcache.windows import Windows, windows
 
 if TYPE_CHECKING:
     from actcache.recycler import Recycler
+    from actcache.recyclers import Recyclers
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "Reader",
     "Recipe",
     "Recycler",
+    "Recyclers",
     "Space",
     "Store",
     "Windows",
@@ -44,9 +46,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The recycler needs torch and transformers; the store does not.
+    # Recyclers need torch and transformers; the store does not.
     if name == "Recycler":
         from actcache.recycler import Recycler
 
         return Recycler
+    if name == "Recyclers":
+        from actcache.recyclers import Recyclers
+
+        return Recyclers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -117,7 +117,7 @@ class Recycler(TaskModels):
         self._canaries: bytes | None = None  # those of the space, where they agree
         try:
             self.space = self._store.space(self.recipe)
-            self._filler = Filler(self.space, self._lower, self._encoder, stored_extras)
+            self._filler = Filler([(self.space, self._lower)], self._encoder, stored_extras)
             self._check_canaries()
         except BaseException:
             self.close()
@@ -147,21 +147,7 @@ class Recycler(TaskModels):
         Raises:
             ModelError: they cannot be loaded.
         """
-        name = str(name_or_path)
-        try:
-            model = AutoModel.from_pretrained(name, revision=revision).eval()
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
-            raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
-        base = base_model_of(model)
-        family = family_of(base)
-        family.check_layer(base, layer)
-        # The digest stays known within the process, so that the constructor does not compute it again.
-        weights.pretrained_digest(base, family, layer, weights.weight_files(name, revision))
-        try:
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-            raise ModelError(f"{name} cannot be moved to the device {device}: {_first_line(error)}") from error
+        model, tokenizer = load_pretrained(name_or_path, [layer], device, revision)
         return cls(model, tokenizer, layer=layer, store=store, dtype=dtype, **options)
 
     # --- recording ---------------------------------------------------------------------------------------------------
@@ -186,11 +172,14 @@ class Recycler(TaskModels):
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
         check_texts(texts)
+        self._prepare_to_fill()
+        return self._filler.fill(texts, token_budget, progress, self._compute_canaries)
+
+    def _prepare_to_fill(self) -> None:
         if not self._store.writable:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to fill it")
         check_same_lower_half(self._lower.base_model, self.recipe)
         self._check_canaries(create=True)
-        return self._filler.fill(texts, token_budget, progress, self._compute_canaries)
 
     # --- replay ------------------------------------------------------------------------------------------------------
 
@@ -302,6 +291,29 @@ class Recycler(TaskModels):
                 other.model,
                 differ,
             )
+
+
+def load_pretrained(
+    name_or_path: str | Path, layers: Iterable[int], device: str | torch.device | None, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers."""
+    name = str(name_or_path)
+    try:
+        model = AutoModel.from_pretrained(name, revision=revision).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
+        raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    base = base_model_of(model)
+    family = family_of(base)
+    for layer in layers:
+        family.check_layer(base, layer)
+        # The digest stays known within the process, so that the constructor does not compute it again.
+        weights.pretrained_digest(base, family, layer, weights.weight_files(name, revision))
+    try:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise ModelError(f"{name} cannot be moved to the device {device}: {_first_line(error)}") from error
+    return model, tokenizer
 
 
 def _first_line(error: BaseException) -> str:

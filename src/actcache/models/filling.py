@@ -39,6 +39,7 @@ class _Work:
     position: int  # in the texts
     keys: list[bytes]  # of its entries
     entries: list[Encoded]
+    layers: tuple[int, ...]  # where it is missing
 
     @property
     def tokens(self) -> int:
@@ -46,14 +47,25 @@ class _Work:
 
 
 class Filler:
-    """Fills one space with one lower half's rows. Not thread-safe.
+    """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
     Args:
+        parts: each layer's space and lower half.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
     """
 
-    def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, extras: Sequence[str]) -> None:
-        self._space, self._lower, self._encoder, self._extras = space, lower, encoder, tuple(extras)
+    def __init__(
+        self, parts: Sequence[tuple[Space, LowerHalf]], encoder: DocumentEncoder, extras: Sequence[str]
+    ) -> None:
+        self._spaces = {lower.layer: space for space, lower in parts}
+        self._lowers = {lower.layer: lower for _, lower in parts}
+        self._encoder, self._extras = encoder, tuple(extras)
+
+    @classmethod
+    def together(cls, fillers: Sequence[Filler]) -> Filler:
+        """Return one filler of what several fill, with the first one's tokenizer and extras."""
+        parts = [(filler._spaces[layer], lower) for filler in fillers for layer, lower in filler._lowers.items()]
+        return cls(parts, fillers[0]._encoder, fillers[0]._extras)
 
     def fill(
         self, texts: Iterable[Document], token_budget: int, progress: bool, before_first: Callable[[], object]
@@ -78,7 +90,8 @@ class Filler:
                         computed, tokens = computed + len(group), tokens + done
                     documents += len(chunk)
             finally:
-                self._space.flush()
+                for space in self._spaces.values():
+                    space.flush()
         return FillReport(documents, documents - computed, computed, tokens, time.monotonic() - start)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
@@ -90,34 +103,48 @@ class Filler:
         """Return what is to be computed, tokenized, each document once."""
         keys, spec = document_keys(chunk, positions[0] if chunk else 0), self._encoder.windows
         places: dict[bytes, int] = {}
-        for i, found in enumerate(find_entries(self._space, keys, spec)):
-            if not found:
-                places.setdefault(keys[i], i)
+        missing: dict[bytes, list[int]] = {}
+        for layer, space in self._spaces.items():
+            for i, found in enumerate(find_entries(space, keys, spec)):
+                if not found:
+                    places.setdefault(keys[i], i)
+                    if layer not in missing.setdefault(keys[i], []):
+                        missing[keys[i]].append(layer)
         positions = [positions[i] for i in places.values()]
         encoded = self._encoder.encode([chunk[i] for i in places.values()], positions)
         return [
-            _Work(position, entry_keys(key, len(entries), spec), entries)
+            _Work(position, entry_keys(key, len(entries), spec), entries, tuple(missing[key]))
             for position, key, entries in zip(positions, places, encoded, strict=True)
         ]
 
     def _record(self, group: list[_Work], token_budget: int) -> int:
         """Compute and put some documents; return their tokens."""
-        keys = [key for work in group for key in work.keys]
-        entries = [entry for work in group for entry in work.entries]
-        rows: list[Any] = [None] * len(entries)
-        for batch in plan_batches([len(entry.token_ids) for entry in entries], token_budget):
-            some = [entries[i] for i in batch]
-            computed = self._lower.run([entry.token_ids for entry in some], [entry.type_ids for entry in some])
-            for i, array in zip(batch, computed, strict=True):
-                rows[i] = array
-        extras: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in self._extras}
+        entries = [(work, key, entry) for work in group for key, entry in zip(work.keys, work.entries, strict=True)]
+        layers = {layer for work in group for layer in work.layers}
+        lower = self._lowers[max(layers)]
+        rows: dict[int, list[Any]] = {layer: [None] * len(entries) for layer in layers}
+        for batch in plan_batches([len(entry.token_ids) for _, _, entry in entries], token_budget):
+            some = [entries[i][2] for i in batch]
+            inputs = [one.token_ids for one in some], [one.type_ids for one in some]
+            computed = lower.run_at(layers, *inputs) if len(layers) > 1 else {lower.layer: lower.run(*inputs)}
+            for layer, arrays in computed.items():
+                for i, array in zip(batch, arrays, strict=True):
+                    rows[layer][i] = array
+        for layer in layers:
+            chosen = [i for i, (work, _, _) in enumerate(entries) if layer in work.layers]
+            self._put(layer, [entries[i] for i in chosen], [rows[layer][i] for i in chosen])
+        return sum(work.tokens for work in group)
+
+    def _put(self, layer: int, entries: list[tuple[_Work, bytes, Encoded]], rows: list[Any]) -> None:
+        extras: dict[str, Any] = {name: [getattr(entry, name) for *_, entry in entries] for name in self._extras}
         try:
             # One call, so that all windows of a document become visible together.
-            self._space.put(keys, rows, [entry.token_ids for entry in entries], **extras)
+            self._spaces[layer].put(
+                [key for _, key, _ in entries], rows, [entry.token_ids for *_, entry in entries], **extras
+            )
         except NonFiniteError as error:
-            owners = [work.position for work in group if any(key.hex() in str(error) for key in work.keys)]
+            owners = [work.position for work, key, _ in entries if key.hex() in str(error)]
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
-        return sum(work.tokens for work in group)
 
 
 def _chunks(texts: Iterable[Document]) -> Iterator[list[Document]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,18 @@ class LowerHalf:
         Raises:
             ModelError: the lower half is in train mode, so its dropout would be stored.
         """
+        return self.run_at((), token_ids, type_ids)[self.layer]
+
+    def run_at(
+        self,
+        layers: Iterable[int],
+        token_ids: Sequence[NDArray[np.integer]],
+        type_ids: Sequence[NDArray[np.integer]] | None = None,
+    ) -> dict[int, list[NDArray[np.generic]]]:
+        """Return the rows of ``layer`` and of layers below it, by layer, from one forward; else as ``run``."""
         self._check_eval()
         if not token_ids:
-            return []
+            return {layer: [] for layer in (*layers, self.layer)}
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
         # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
         # in a lone document too) are what they are without it.
@@ -95,11 +105,27 @@ class LowerHalf:
             inputs["token_type_ids"] = _pad(type_ids, 0)
         device = self.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        hidden = self._forward(inputs)
-        rows = hidden[inputs["attention_mask"].bool()].cpu()
-        if rows.dtype == torch.bfloat16:  # NumPy has none; float32 holds it exactly
-            rows = rows.float()
-        return list(np.split(rows.numpy(), np.cumsum(lengths.numpy())[:-1]))
+        tokens = inputs["attention_mask"].bool()
+        found: dict[int, torch.Tensor] = {}
+        with self._taking({layer for layer in layers if layer != self.layer}, tokens, found):
+            found[self.layer] = self._forward(inputs)[tokens]
+        ends = np.cumsum(lengths.numpy())[:-1]
+        return {layer: list(np.split(_to_numpy(rows), ends)) for layer, rows in found.items()}
+
+    @contextlib.contextmanager
+    def _taking(self, layers: set[int], tokens: torch.Tensor, found: dict[int, torch.Tensor]) -> Iterator[None]:
+        """Put copies of the rows of some layers into ``found`` when a forward comes to them."""
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layer: int) -> None:
+            found[layer] = _input_of(args, kwargs)[tokens]
+
+        with contextlib.ExitStack() as hooks:
+            for layer in layers:
+                self.family.check_layer(self.base_model, layer)
+                following = self.family.layers_of(self.base_model)[layer]
+                hook = functools.partial(take, layer=layer)
+                hooks.callback(following.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
 
     def _padding(self) -> int:
         padding = getattr(self.base_model.config, "pad_token_id", None) or 0
@@ -107,7 +133,7 @@ class LowerHalf:
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
+            raise _Reached(_input_of(args, kwargs))
 
         next_layer = self.family.layers_of(self.base_model)[self.layer]
         handle = next_layer.register_forward_pre_hook(stop, with_kwargs=True)
@@ -163,6 +189,19 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
         batches.append(order[start : start + count])
         start += count
     return batches
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _to_numpy(rows: torch.Tensor) -> NDArray[np.generic]:
+    rows = rows.cpu()
+    if rows.dtype == torch.bfloat16:  # NumPy has none; float32 holds it exactly
+        rows = rows.float()
+    array: NDArray[np.generic] = rows.numpy()
+    return array
 
 
 def _pad(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:

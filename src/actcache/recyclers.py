@@ -1,0 +1,110 @@
+"""Several layers of one model, recorded in one pass: to learn which layer suits a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.errors import UsageError
+from actcache.key import Document
+from actcache.models.entries import check_texts
+from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
+from actcache.recycler import Recycler, load_pretrained
+from actcache.store import Store, open_store
+
+
+class Recyclers(Mapping[int, Recycler]):
+    """The recyclers of one model by layer; each layer is a space of its own. Not thread-safe.
+
+    A space that was filled this way is the one that a ``Recycler`` of that layer finds, and the other way round.
+
+    Args:
+        model, tokenizer: as of ``Recycler``.
+        layers: 1-based, in any order.
+        store: a ``Store``, or a URL or path of one, which this then opens and closes.
+        options: the other arguments of ``Recycler``.
+
+    Raises:
+        UsageError: there are no layers, or one twice; else as ``Recycler``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layers: Sequence[int],
+        store: Store | str | Path,
+        **options: Any,
+    ) -> None:
+        if not layers or len(set(layers)) != len(layers):
+            raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")
+        self._store = store if isinstance(store, Store) else open_store(store)
+        self._owns_store = self._store is not store
+        self._recyclers: dict[int, Recycler] = {}
+        try:
+            for layer in layers:
+                self._recyclers[layer] = Recycler(model, tokenizer, layer=layer, store=self._store, **options)
+        except BaseException:
+            self.close()
+            raise
+        self._filler = Filler.together([recycler._filler for recycler in self._recyclers.values()])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        layers: Sequence[int],
+        store: Store | str | Path,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Recyclers:
+        """Load base model and tokenizer, and return their recyclers; see ``Recycler.from_pretrained``."""
+        model, tokenizer = load_pretrained(name_or_path, layers, device, revision)
+        return cls(model, tokenizer, layers=layers, store=store, **options)
+
+    def fill(self, texts: Iterable[Document], *, token_budget: int = TOKEN_BUDGET, progress: bool = True) -> FillReport:
+        """Compute each document once, as far as the deepest layer that lacks it, and store it at each layer that does.
+
+        Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked.
+        """
+        check_texts(texts)
+        for recycler in self._recyclers.values():
+            recycler._prepare_to_fill()
+        return self._filler.fill(texts, token_budget, progress, self._compute_canaries)
+
+    def close(self) -> None:
+        """Close all spaces, and the store where this opened it. Does nothing the second time."""
+        for recycler in self._recyclers.values():
+            recycler.close()
+        if self._owns_store:
+            self._store.close()
+
+    def _compute_canaries(self) -> None:
+        for recycler in self._recyclers.values():
+            recycler._compute_canaries()
+
+    def __getitem__(self, layer: int) -> Recycler:
+        return self._recyclers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._recyclers)
+
+    def __len__(self) -> int:
+        return len(self._recyclers)
+
+    def __enter__(self) -> Recyclers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Recyclers of layers {', '.join(map(str, self))}>"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actcache.errors import CorruptEntryError, MissingEntryError, ShapeError
 from actcache.key import key_list
 from actcache.reading.delivery import Delivered, Delivery, Which
-from actcache.reading.fetch import Source, fetch
+from actcache.reading.fetch import Outlook, Source, fetch
 from actcache.reading.labels import Labels
 from actcache.reading.prefetch import Prefetch
 from actcache.reading.stats import ReaderStats
@@ -51,6 +51,7 @@ class Work:
     documents: NDArray[np.int64]  # [n] as delivered
     labels: Labels | None
     origins: NDArray[np.int64]  # [n] positions in the keys that the reader was given
+    outlook: Outlook  # [n]
     depth: int
     supplier: Supplier | None
     stats: ReaderStats = field(default_factory=ReaderStats)
@@ -196,7 +197,7 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
         ShapeError: an entry has not as many tokens as its label.
     """
     start, keys = time.perf_counter(), work.keys[which]
-    read = fetch(work.source, keys, to.slots, packed=to.packed)
+    read = fetch(work.source, keys, to.slots, packed=to.packed, outlook=work.outlook[which])
     done = time.perf_counter()
     if not read.lengths.all():
         to.slots.give_back(read.values, None)

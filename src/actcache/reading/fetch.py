@@ -55,28 +55,56 @@ class HostBatch:
         return self.values.ndim == 2
 
 
-def fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool) -> HostBatch:
+@dataclass(frozen=True)
+class Outlook:
+    """What was known of entries when a reader was made. They may have been replaced or deleted since."""
+
+    lengths: NDArray[np.int64]  # [n], 0 where it was absent
+    has_ids: NDArray[np.bool_]  # [n]
+
+    @classmethod
+    def of(cls, source: Source, keys: NDArray[np.uint8]) -> Outlook:
+        lengths = source.lengths(keys)
+        return cls(lengths, source.has(TOKEN_IDS, keys) | (lengths == 0))
+
+    def __getitem__(self, which: NDArray[np.generic]) -> Outlook:
+        return Outlook(self.lengths[which], self.has_ids[which])
+
+
+def fetch(
+    source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool, outlook: Outlook | None = None
+) -> HostBatch:
     """Read the entries of ``[B, 32]`` keys.
+
+    Args:
+        outlook: spares a look at their lengths, as long as it is right.
 
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
+    if outlook is not None and outlook.lengths.all() and outlook.has_ids.all():
+        try:
+            read = _fetch(source, keys, buffers, outlook, packed=packed)
+        except ShapeError:
+            pass
+        else:
+            if np.array_equal(read.lengths, outlook.lengths):
+                return read
+            buffers.give_back(read.values, None)
     for _ in range(_LOOKS - 1):
         try:
-            return _fetch(source, keys, buffers, packed=packed)
+            return _fetch(source, keys, buffers, Outlook.of(source, keys), packed=packed)
         except ShapeError:  # entries were replaced by longer ones between the looks at their lengths and at their rows
             continue
-    return _fetch(source, keys, buffers, packed=packed)
+    return _fetch(source, keys, buffers, Outlook.of(source, keys), packed=packed)
 
 
-def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool) -> HostBatch:
-    recipe = source.recipe
-    lengths = source.lengths(keys)
+def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, outlook: Outlook, *, packed: bool) -> HostBatch:
+    recipe, lengths = source.recipe, outlook.lengths
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
     shape = (total,) if packed else (len(keys), longest)
     values = buffers.take((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
-    has_ids = bool((source.has(TOKEN_IDS, keys) | (lengths == 0)).all())
-    ids = np.empty(shape, np.int32) if has_ids else None
+    ids = np.empty(shape, np.int32) if outlook.has_ids.all() else None
     # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
     try:
         lengths = source.read_into(keys, values, token_ids=ids).lengths

@@ -92,6 +92,7 @@ class LocalEntries:
         )
         self._lock = threading.RLock()
         self._pending: dict[bytes, int] = {}  # checksums of what the writer holds
+        self._leaving: list[bytes] = []  # keys of the block that was published last
         self._bad: NDArray[np.int64] = np.empty(0, np.int64)  # numbers of segments with entries that are corrupt
         self._used: set[int] = set()  # numbers of segments that the lease has
         self._paused = 0.0  # until then nothing is added
@@ -211,16 +212,16 @@ class LocalEntries:
 
     def _append(self, block: Block) -> None:
         """Publish what the writer has collected. Where there is no room for it, it is dropped."""
-        try:
-            with self._folder.changing() as allowed:
-                if allowed and self._paused != np.inf:
-                    self._publish(block)
-                else:  # whoever holds the lock does not move: reading shall not wait for it again so soon
-                    self._pause()
-        finally:
-            with self._lock:
-                for name in key_list(block.keys):
-                    self._pending.pop(name, None)
+        with self._folder.changing() as allowed:
+            if allowed and self._paused != np.inf:
+                self._publish(block)
+            else:  # whoever holds the lock does not move: reading shall not wait for it again so soon
+                self._pause()
+        # The writer holds this block until it has another one to publish, and no longer the one before.
+        with self._lock:
+            for name in self._leaving:
+                self._pending.pop(name, None)
+        self._leaving = key_list(block.keys)
 
     def _publish(self, block: Block) -> None:
         if self.stale():

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BartConfig, BartForConditionalGeneration
 
 from actcache.errors import ModelError, UnseenTokenError, UnsupportedModelError, UsageError
 from actcache.models import base_model_of
@@ -138,3 +138,11 @@ def test_what_is_refused():
     model.set_input_embeddings(torch.nn.Linear(3, 3))
     with pytest.raises(UnsupportedModelError, match="Linear"):
         prune(model, USED)
+    tiny = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    bart = BartConfig(vocab_size=SIZE, max_position_embeddings=16, **tiny)
+    with pytest.raises(UnsupportedModelError, match="final_logits_bias"):
+        prune(BartForConditionalGeneration(bart), USED)
+    prune(BartForConditionalGeneration(bart).model, USED)
+    model = make(language_model("gpt2"), "gpt2")
+    with prune(model, USED).whole_logits(), pytest.raises(UsageError, match="return_dict"):
+        model(torch.tensor([USED]), return_dict=False)

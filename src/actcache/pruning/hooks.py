@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from actcache.errors import UsageError
 from actcache.models.partial import KEPT
 from actcache.pruning.kept import KeptVocabulary
 from actcache.pruning.rows import grow
@@ -85,6 +86,8 @@ def spread(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     kept = _kept(model)
     if not (kept.whole_logits and kept.has_output):
         return output
+    if not hasattr(output, "logits"):
+        raise UsageError("logits over the whole vocabulary need return_dict=True")
     logits = output.logits
     whole = logits.new_full((*logits.shape[:-1], kept.size), -torch.inf)
     whole[..., kept.ids.to(logits.device)] = logits

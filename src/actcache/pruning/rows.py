@@ -49,6 +49,10 @@ def tokens_of(model: PreTrainedModel) -> Tokens:
                 "agree with model.resize_token_embeddings(...)"
             )
     output = list(_output_parameters(model, size))
+    numbers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    missed = [name for name, buffer in numbers if output and buffer.shape[-1:] == (size,)]
+    if missed:  # BART's final_logits_bias
+        raise UnsupportedModelError(f"{type(model).__name__} adds {missed[0]} to its logits, which pruning would miss")
     wanted = {id(parameter) for parameter in (weight, *output)}
     names: dict[int, str] = {id(weight): all_names(model, weight)[0]}
     parameters = {names[id(weight)]: weight}

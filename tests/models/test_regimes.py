@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import actcache
 from actcache import Recycler
@@ -134,13 +140,26 @@ def test_windows_have_their_documents_labels(task: PreTrainedModel, tokenizer: A
     windows = actcache.windows(32, stride=8)
     with Recycler(task.base_model, tokenizer, layer=2, store=tmp_path, dtype="float32", too_long=windows) as recycler:
         recycler.fill(texts, progress=False)
-        pairs = [recycler.regime(regime, task, texts, labels=labels).batches for regime in ("F", "R")]
-        text, stored = (next(iter(batches)) for batches in pairs)
+        text, stored = (
+            next(iter(recycler.regime(regime, task, texts, labels=labels).batches)) for regime in ("F", "R")
+        )
         assert text["labels"].tolist() == stored["labels"].tolist()
         assert text["input_ids"].tolist() == stored["token_ids"].tolist()
         assert len(text["labels"]) > 5
-        with pytest.raises(UsageError, match="windows"):
-            recycler.regime("SR", task, texts)
+
+
+def test_labels_of_tokens(recycler: Recycler, make_model: Make, tokenizer: Any) -> None:
+    task = make_model(AutoModelForTokenClassification)
+    task.base_model.load_state_dict(recycler._lower.base_model.state_dict(), strict=False)
+    labels = [np.arange(len(ids)) % 2 for ids in tokenizer(TEXTS)["input_ids"]]
+    options = {**OPTIONS, "labels": labels}
+    seen = {regime: losses(recycler.regime(regime, task, TEXTS, **options), 2) for regime in ("SR", "F", "R")}
+    np.testing.assert_allclose(seen["SR"], seen["F"], rtol=1e-4)
+    np.testing.assert_allclose(seen["R"], seen["F"], rtol=1e-4)
+    for wrong in (labels[:-1], [*labels[:-1], labels[-1][:-1]]):
+        for regime in ("F", "R"):
+            with pytest.raises(ShapeError):
+                recycler.regime(regime, task, TEXTS, labels=wrong)
 
 
 def test_bad_input_is_refused(recycler: Recycler, task: PreTrainedModel, make_model: Make) -> None:

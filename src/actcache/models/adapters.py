@@ -39,7 +39,7 @@ _PLACES: Mapping[str, tuple[str, str]] = {
     "distilbert": ("attention.out_lin", "ffn.lin2"),
     "mpnet": ("attention.attn.o", "output.dense"),
     "modernbert": ("attn.Wo", "mlp.Wo"),
-    "t5": ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"),
+    **dict.fromkeys(("t5", "mt5"), ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo")),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
 }
 

@@ -25,6 +25,7 @@ from actcache.models.tokenizing import Encoded
 from actcache.reader import Reader
 from actcache.reading.checks import ranks_of
 from actcache.reading.dataset import EntryDataset
+from actcache.reading.labels import labels_of
 from actcache.reading.order import Order
 
 Inputs = dict[str, torch.Tensor]
@@ -98,44 +99,42 @@ def _stay_evaluating(module: nn.Module, args: Any) -> None:
 
 
 class TokenDataset:
-    """Token ids of documents, for a full model. Immutable, so thread-safe.
+    """Token ids of documents, for a full model. Items are positions; ``collate`` looks them up. Immutable.
 
     Args:
         encoded: the documents' entries.
-        labels: ``[n, ...]``, one an entry, or None.
+        labels: as a reader takes them, one an entry, or None.
         padding: the token id that fills up a batch, on the right.
+
+    Raises:
+        ShapeError: the labels do not fit.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], labels: NDArray[Any] | None, padding: int) -> None:
-        self._encoded, self._labels, self._padding = list(encoded), labels, padding
+    def __init__(self, encoded: Sequence[Encoded], labels: Any, padding: int) -> None:
+        self._encoded, self._padding = list(encoded), padding
+        self.lengths: NDArray[np.int64] = np.array([len(entry.token_ids) for entry in self._encoded], np.int64)
+        self._labels = None if labels is None else labels_of(labels, self.lengths)
         self._typed = any(entry.type_ids.any() for entry in self._encoded)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """``[n]`` tokens."""
-        return np.array([len(entry.token_ids) for entry in self._encoded], np.int64)
 
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        position = operator.index(position)
-        entry = self._encoded[position]
-        item: dict[str, Any] = {"input_ids": entry.token_ids}
-        item |= {"token_type_ids": entry.type_ids} if self._typed else {}
-        return item | ({} if self._labels is None else {"labels": self._labels[position]})
+    def __getitem__(self, position: int) -> int:
+        return range(len(self))[operator.index(position)]
 
-    def collate(self, items: list[dict[str, Any]]) -> Inputs:
+    def collate(self, items: Sequence[int]) -> Inputs:
         """Return a full model's inputs: ``input_ids``, ``attention_mask``, ... [batch, tokens], and ``labels``."""
-        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        which = np.asarray(items, np.int64)
+        entries, lengths = [self._encoded[i] for i in which], self.lengths[which]
+        width = int(lengths.max())
         inputs = {
-            "input_ids": _padded([item["input_ids"] for item in items], self._padding),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "input_ids": _padded([entry.token_ids for entry in entries], self._padding),
+            "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
         }
         if self._typed:
-            inputs["token_type_ids"] = _padded([item["token_type_ids"] for item in items], 0)
+            inputs["token_type_ids"] = _padded([entry.type_ids for entry in entries], 0)
         if self._labels is not None:
-            inputs["labels"] = torch.from_numpy(np.stack([item["labels"] for item in items]))
+            inputs["labels"] = torch.from_numpy(self._labels.of_batch(which, lengths, width))
         return inputs
 
 
@@ -168,7 +167,7 @@ class TextBatches:
 
     def _batches(self, plan: list[NDArray[np.int64]]) -> Iterator[Inputs]:
         for which in plan:
-            inputs = self._documents.collate([self._documents[i] for i in which])
+            inputs = self._documents.collate(which.tolist())
             yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
 

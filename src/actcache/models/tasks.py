@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from actcache.arrays import to_numpy
-from actcache.errors import ShapeError, VerificationError
+from actcache.errors import VerificationError
 from actcache.key import Document
 from actcache.models import loading, replay, verification
 from actcache.models.entries import listed
@@ -32,6 +30,7 @@ from actcache.models.regimes import (
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import Verification
 from actcache.reader import Reader
+from actcache.reading.labels import of_entries
 from actcache.reading.order import Order
 from actcache.recipe import Recipe
 from actcache.space import Space
@@ -144,7 +143,7 @@ class TaskModels:
 
         Raises:
             MissingEntryError: R, and documents are not in the space.
-            UsageError: SR, and documents are cut into windows.
+            ShapeError: the labels do not fit the documents.
             LowerHalfMismatchError: see ``reduce``.
         """
         kind, documents = Regime.named(regime), listed(texts)
@@ -159,22 +158,14 @@ class TaskModels:
                 on_missing="compute" if save else "raise",
                 **{**vars(order), **reading},
             )
-            supplier = OnTheWay(self.space, self._filler, self._encoder, documents, self._prepare)
-            batches = StoredBatches(reader, supplier.supply if save else None, self.space.flush)
+            way = OnTheWay(self.space, self._filler, self._encoder, documents, self._prepare) if save else None
+            batches = StoredBatches(reader, None if way is None else way.supply, self.space.flush)
             return Prepared(self.reduce(task_model), batches)
         encoded = self._encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
-        given = None if labels is None else _labels(labels, len(documents))[owners]
+        given = None if labels is None else of_entries(labels, owners, len(documents))
         padding = int(self._lower.base_model.config.pad_token_id or 0)
         dataset = TokenDataset([window for windows in encoded for window in windows], given, padding)
         frozen = kind is Regime.FROZEN
         model = with_frozen_lower_half(task_model, family, self.recipe.layer) if frozen else copy.deepcopy(task_model)
         return Prepared(model, TextBatches(dataset, order, torch.device(device)))
-
-
-def _labels(labels: Any, count: int) -> NDArray[Any]:
-    """Return labels as a reader delivers them."""
-    array = to_numpy(labels)
-    if not array.ndim or len(array) != count or array.dtype.kind not in "biuf":
-        raise ShapeError(f"{count} documents and labels {array.dtype} {list(array.shape)}: give one number a document")
-    return array if array.dtype.kind == "f" else array.astype(np.int64)

@@ -8,7 +8,7 @@ docs/format.md gives the chain in a form that needs no actcache, and a test impl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import xxhash
@@ -54,11 +54,27 @@ def chain(
 
     The digests free the GIL, so threads can share a batch.
     """
-    digests = list(seeds)
-    for column in columns:
-        data = column.reshape(-1).view(np.uint8).data
-        row_bytes = column.strides[0]
-        starts, ends = (begins * row_bytes).tolist(), ((begins + lengths) * row_bytes).tolist()
-        # One comprehension a column: for short documents the loop around the digest is what costs.
-        digests = [_digest(data[i:j], seed) for i, j, seed in zip(starts, ends, digests, strict=True)]
-    return digests
+    return chainer(columns, begins, lengths)(0, seeds)
+
+
+def chainer(
+    columns: Sequence[NDArray[np.generic]], begins: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> Callable[[int, Sequence[int]], list[int]]:
+    """Return ``chain`` for runs of neighbouring entries: a function of the first one and the seeds of the run."""
+    places = [
+        (
+            column.reshape(-1).view(np.uint8).data,
+            (begins * column.strides[0]).tolist(),
+            ((begins + lengths) * column.strides[0]).tolist(),
+        )
+        for column in columns
+    ]
+
+    def run(first: int, seeds: Sequence[int]) -> list[int]:
+        digests, part = list(seeds), slice(first, first + len(seeds))
+        for data, starts, ends in places:
+            # One comprehension a column: for short documents the loop around the digest is what costs.
+            digests = [_digest(data[i:j], seed) for i, j, seed in zip(starts[part], ends[part], digests, strict=True)]
+        return digests
+
+    return run

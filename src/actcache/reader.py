@@ -17,7 +17,7 @@ from actcache.reading.checks import check_choice, check_count, check_present, nb
 from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work, count_spent
-from actcache.reading.fetch import Source
+from actcache.reading.fetch import Outlook, Source
 from actcache.reading.labels import labels_of
 from actcache.reading.localcache import LocalCache
 from actcache.reading.order import Order, Plan
@@ -110,7 +110,8 @@ class Reader:
         positions = np.arange(len(wanted)) if documents is None else np.asarray(documents, np.int64)
         if positions.shape != (len(wanted),):
             raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
-        lengths = space.lengths(wanted)
+        outlook = Outlook.of(space, wanted)
+        lengths = outlook.lengths.copy()
         wanted_labels = None if labels is None else labels_of(labels, lengths)
         found = lengths > 0
         if on_missing == "raise":
@@ -129,6 +130,7 @@ class Reader:
             positions[found],
             None if wanted_labels is None else wanted_labels[found],
             np.flatnonzero(found),
+            outlook[found],
             depth=depth,
             supplier=supplier if on_missing == "compute" else None,
         )

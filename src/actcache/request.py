@@ -158,12 +158,12 @@ class Request:
         else:
             seeds, expected = located.checksums.tolist(), self._snapshot.extra_checksums(located).tolist()
         digests = checksum.chain(seeds, [small[name] for name in sorted(small)], begins, lengths)
+        chained = checksum.chainer(list(large.values()), begins, lengths)
         corrupt: list[int] = []
 
         def check(begin: int, end: int) -> None:
-            part = slice(begin, end)
-            found = checksum.chain(digests[part], list(large.values()), begins[part], lengths[part])
-            if found != expected[part]:
+            found = chained(begin, digests[begin:end])
+            if found != expected[begin:end]:
                 for i, digest in enumerate(found, begin):
                     if digest != expected[i] and lengths[i]:
                         corrupt.append(first + i)

@@ -6,7 +6,9 @@ import gc
 import itertools
 import os
 import re
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ def test_rows_of_odd_sizes(tmp_path, hidden, dtype):
     for first, array in held.items():
         np.testing.assert_array_equal(arena.rows()[first : first + len(array)], array)
         np.testing.assert_array_equal(np.take(arena.rows(), [0, first], axis=0)[1], array[0])
-        arena.will_need(first, len(array))
+        arena.will_need(np.array([first]), np.array([len(array)]))
     assert not arena.rows()[0].any(), "row 0 stands for padding"
     with pytest.raises(ValueError, match="read-only"):
         arena.rows()[0] = 1
@@ -349,3 +351,42 @@ def test_long_entries_are_copied_and_short_ones_gathered(tmp_path, monkeypatch, 
                 assert not padded[i, length:].any()
                 begin += length
             assert (packed[begin:] == 7).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="whether a page is in memory is asked with preadv2")
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
+    """3,000 scattered rows of a file that is not in memory: in a moment, they are; most of the others are not."""
+    monkeypatch.setattr("actcache.storage.arena._in_one_call", in_one_call and hasattr(os, "pidfd_open"))
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        path, rows = Path(folder) / "rows", 60_000
+        with open(path, "wb") as file:
+            file.write(os.urandom(4096 * rows))
+            os.fsync(file.fileno())
+        arena = Arena("|u1", (4096,))
+        first = arena.place(path, 0, rows)
+        wanted = np.arange(0, rows, 20)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if in_memory(descriptor, wanted[:100]).any():
+                pytest.skip("this file system keeps all in memory")
+            arena.will_need(first + wanted, np.ones(len(wanted), np.int64))
+            end = time.monotonic() + 30
+            while not in_memory(descriptor, wanted).all() and time.monotonic() < end:
+                time.sleep(0.05)
+            assert in_memory(descriptor, wanted).all()
+            assert in_memory(descriptor, wanted[:-1] + 10).mean() < 0.9
+        finally:
+            os.close(descriptor)
+
+
+def in_memory(descriptor: int, pages: np.ndarray) -> np.ndarray:
+    """Return which pages of a file can be read without waiting for the disk."""
+    found = []
+    for page in pages.tolist():
+        try:
+            found.append(os.preadv(descriptor, [bytearray(1)], 4096 * page, os.RWF_NOWAIT) == 1)
+        except BlockingIOError:
+            found.append(False)
+    return np.array(found)

@@ -140,8 +140,8 @@ class MappedRows(RowSource):
         begins = (firsts + starts)[order]
         ends = begins + lengths[order]
         cuts = np.flatnonzero(begins[1:] != ends[:-1]) + 1  # neighbours on disk become one hint
-        for begin, end in zip(begins[np.r_[0, cuts]], ends[np.r_[cuts - 1, -1]], strict=True):
-            arena.will_need(int(begin), int(end - begin))
+        first, last = begins[np.r_[0, cuts]], ends[np.r_[cuts - 1, -1]]
+        arena.will_need(first, last - first)
 
     def close(self) -> None:
         with self._lock:

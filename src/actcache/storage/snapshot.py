@@ -50,6 +50,7 @@ class SegmentedSnapshot(Snapshot):
         self._workers = workers
         self._damaged = dict(damaged)
         self._dead = dead
+        self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
         self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
         births = sorted({birth for table in tables for birth in table.births})
         rank = {birth: number for number, birth in enumerate(births)}
@@ -105,7 +106,10 @@ class SegmentedSnapshot(Snapshot):
         return {int(n): self._segments[n] for numbers in self._numbers for n in numbers[numbers >= 0]}
 
     def has(self, column: str, located: Located) -> NDArray[np.bool_]:
-        having = np.array([column in segment.extents for segment in self._segments], bool)
+        having = self._having.get(column)
+        if having is None:
+            having = np.array([column in segment.extents for segment in self._segments], bool)
+            self._having[column] = having
         return having[located.segment] & located.found if len(having) else located.found
 
     def extra_checksums(self, located: Located) -> NDArray[np.uint64]:

@@ -22,7 +22,7 @@ from actcache.pruning.vocabulary import Vocabulary, count_ids
 from actcache.space import Space
 
 _BLOCK = 256  # documents that a thread tokenizes at once
-_ROWS = 1 << 16  # of activations that are in memory at once while a store is counted
+_ROWS = 1 << 13  # of activations that are in memory at once while a store is counted
 _THREADS = 4  # more only wait for the interpreter's lock
 
 
@@ -94,7 +94,7 @@ def count_stored(
 ) -> Vocabulary:
     """Count the tokens of a space's entries, without tokenizing anything.
 
-    Entries are read and verified a few megabytes at a time. Always kept, besides ``keep``: the tokens of the space's
+    Entries are read and verified some thousand tokens at a time. Always kept, besides ``keep``: the tokens of the space's
     canaries and, where a tokenizer is given, its special tokens.
 
     Args:

@@ -520,6 +520,22 @@ def test_a_forks_child_has_a_lease_of_its_own(remote, place):
     assert not lease.exists()
 
 
+def test_a_forks_child_does_not_keep_the_folder_locked(remote, place):
+    with reading(remote, place) as reader:
+        folder = reader._local._opened._folder
+        with folder.changing():
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(60)
+                os._exit(0)
+        start = time.monotonic()
+        with folder.changing() as allowed:
+            assert allowed
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert time.monotonic() - start < 5
+
+
 def test_workers_of_a_loader(space, place):
     reader = space.reader(KEYS, labels=np.arange(COUNT), local_cache=place, local_bytes="4MiB")
     data = reader.dataset()

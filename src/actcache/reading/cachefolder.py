@@ -103,6 +103,8 @@ class CacheFolder:
                     self.place.files.sweep(0.0)
             yield locked
         finally:
+            # Closing alone would leave the lock to a child that was forked meanwhile.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def make_room(self, nbytes: int, own: str) -> bool:

@@ -37,6 +37,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold
 	$(BIN)/python -m bench.writing --shape paper,short --backends hdf5,zarr,lmdb,s3
+	$(BIN)/python -m bench.reading
+	$(BIN)/python -m bench.segments
+	$(BIN)/python -m bench.overlap
+	$(BIN)/python -m bench.recycling
 
 clean:
 	rm -rf $(VENV) build dist

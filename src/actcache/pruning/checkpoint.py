@@ -56,8 +56,8 @@ def load_pruned(
 
     Args:
         model_class: an auto class (``AutoModelForSequenceClassification``) or a class of models.
-        full_matrix: name or folder of the pretrained model, whose safetensors files are mapped for what needs the
-            other rows: ``grow``, ``restore``, ``save_full``, a recycler.
+        full_matrix: name or folder of the model as it was when it was pruned (the pretrained one), whose safetensors
+            files are mapped for what needs the other rows: ``grow``, ``restore``, ``save_full``, a recycler.
         on_unseen, tokenizer: as for ``prune``.
         options: of ``from_pretrained``.
 

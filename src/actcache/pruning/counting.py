@@ -94,8 +94,8 @@ def count_stored(
 ) -> Vocabulary:
     """Count the tokens of a space's entries, without tokenizing anything.
 
-    Entries are read and verified some thousand tokens at a time. Always kept, besides ``keep``: the tokens of the space's
-    canaries and, where a tokenizer is given, its special tokens.
+    Entries are read and verified some thousand tokens at a time. Always kept, besides ``keep``: the tokens of the
+    space's canaries and, where a tokenizer is given, its special tokens.
 
     Args:
         keys: of the entries, or a collection of them; None for the whole space.

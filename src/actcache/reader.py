@@ -100,13 +100,14 @@ class Reader:
         check_choice("layout", layout, ("padded", "packed"))
         check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
         wanted = key_array(keys)
+        stats = ReaderStats()
         if local_bytes and local_cache is None:
             raise UsageError("local_bytes bounds a local cache: name its folder, too, as local_cache")
         if local_cache is not None:
-            space = self._local = LocalCache(space, local_cache, nbytes_of("local_bytes", local_bytes))
+            space = self._local = LocalCache(space, local_cache, nbytes_of("local_bytes", local_bytes), stats)
             self._local.use(wanted)
         if ram_cache:
-            space = RamCache(space, nbytes_of("ram_cache", ram_cache))
+            space = RamCache(space, nbytes_of("ram_cache", ram_cache), stats)
         positions = np.arange(len(wanted)) if documents is None else np.asarray(documents, np.int64)
         if positions.shape != (len(wanted),):
             raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
@@ -133,6 +134,7 @@ class Reader:
             outlook[found],
             depth=depth,
             supplier=supplier if on_missing == "compute" else None,
+            stats=stats,
         )
         self._layout, self._device, self._told = layout, device, on_stats
         self._delivery: tuple[int, Delivery] | None = None
@@ -169,7 +171,8 @@ class Reader:
         return self._delivery[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_delivery": None}  # what travels is where to read, never buffers
+        # What travels is where to read, never buffers, nor whom to tell.
+        return {**vars(self), "_delivery": None, "_told": None}
 
     def _moved(self, position: tuple[int, int], before: int) -> None:
         """Take note of where an iteration is, unless it has just ended and another one has been begun since."""
@@ -191,7 +194,7 @@ class Reader:
 
     def stats(self) -> ReaderStats:
         """Return what was read so far and where the time went; the object goes on counting."""
-        if self._delivery is not None:
+        if self._delivery is not None and self._delivery[0] == os.getpid():
             count_spent(self._work.stats, self._delivery[1])  # copies that have ended since the last batch was read
         return self._work.stats
 

@@ -58,8 +58,10 @@ def test_the_second_epoch_and_the_next_run_read_nothing(remote, place):
         for _ in range(3):
             assert sorted(check(reader)) == list(range(COUNT))
         assert remote.read == COUNT
+        assert reader.stats().local_documents == 2 * COUNT
     with reading(remote, place) as reader:
         assert sorted(check(reader)) == list(range(COUNT))
+        assert reader.stats().local_documents == COUNT
     assert remote.read == COUNT
 
 
@@ -123,7 +125,11 @@ def test_ram_over_disk_over_the_space(remote, place):
     with reading(remote, place, ram_cache=ram, device="cpu") as reader:
         for _ in range(3):
             assert sorted(check(reader)) == list(range(COUNT))
+        stats = reader.stats()
     assert remote.read == COUNT
+    assert 0 < stats.ram_documents < COUNT
+    assert stats.documents == stats.ram_documents + stats.local_documents + remote.read
+    assert stats.documents == 3 * COUNT
 
 
 def test_what_is_overwritten_or_deleted_is_seen(space, remote, place):

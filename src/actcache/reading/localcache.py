@@ -26,6 +26,7 @@ from actcache.reading.fetch import Source
 from actcache.reading.joining import Part, join
 from actcache.reading.localentries import LocalEntries
 from actcache.reading.ramcache import Lengths
+from actcache.reading.stats import ReaderStats
 from actcache.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -43,15 +44,19 @@ class LocalCache:
         source: a space.
         path: the cache's folder, on a local disk; it is made where it is absent.
         nbytes: that the folder may take up.
+        stats: where documents that come from here are counted.
 
     Raises:
         UsageError, NotAStoreError, StoreError: ``path`` cannot be a cache.
     """
 
-    def __init__(self, source: Source, path: str | os.PathLike[str], nbytes: int) -> None:
+    def __init__(
+        self, source: Source, path: str | os.PathLike[str], nbytes: int, stats: ReaderStats | None = None
+    ) -> None:
         if not nbytes:
             raise UsageError("local_bytes is 0: say how much the local cache may take up, '200GiB', say")
         self._source, self._path, self._nbytes = source, os.path.abspath(os.path.expanduser(path)), nbytes
+        self._stats = stats or ReaderStats()
         recipe = source.recipe
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._stored = codec.get(recipe.dtype).stored
@@ -141,10 +146,12 @@ class LocalCache:
                 if not hits.all():
                     mixed = self._mixed(entries, wanted, hits, (lengths, checksums), out, token_ids)
                     if mixed is not None:
+                        self._count(hits)
                         return mixed
                 elif corrupt := entries.read(request, out, token_ids):
                     entries.drop(request, corrupt)
                 else:
+                    self._count(hits)
                     return Lengths(lengths)
             except SegmentGoneError:
                 entries.refresh()
@@ -179,6 +186,10 @@ class LocalCache:
         local_begins = offsets_of(lengths[here])[:-1]
         join([Part(here, local, local_ids, local_begins), Part(there, fresh, fresh_ids, begins)], lengths, out, ids)
         return Lengths(lengths)
+
+    def _count(self, hits: NDArray[np.bool_]) -> None:
+        with self._lock:
+            self._stats.local_documents += int(hits.sum())
 
     def _buffers(self, lengths: NDArray[np.int64], ids: Any) -> tuple[NDArray[Any], NDArray[np.int32] | None]:
         rows = int(lengths.sum())

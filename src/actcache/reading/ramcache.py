@@ -19,6 +19,7 @@ from actcache.backend import TOKEN_IDS
 from actcache.key import Keys, key_array, key_list
 from actcache.ragged import offsets_of, row_indices
 from actcache.reading.fetch import Source
+from actcache.reading.stats import ReaderStats
 from actcache.recipe import Recipe
 
 _NOT_HELD = (0, 0, False)
@@ -32,11 +33,13 @@ class RamCache:
     Args:
         source: a space.
         nbytes: of activations, at most; memory is used as entries come in.
+        stats: where documents that come from here are counted.
     """
 
-    def __init__(self, source: Source, nbytes: int) -> None:
+    def __init__(self, source: Source, nbytes: int, stats: ReaderStats | None = None) -> None:
         self._source = source
         self._nbytes = nbytes
+        self._stats = stats or ReaderStats()
         self._lock = threading.Lock()
         self._empty()
         _CACHES.add(self)
@@ -91,7 +94,10 @@ class RamCache:
             report = self._source.read_into(wanted, out, token_ids=token_ids)
             self._keep_batch(names, report.lengths, out, token_ids)
             return report
-        return self._mixed(wanted, starts, lengths, missing, out, token_ids)
+        report = self._mixed(wanted, starts, lengths, missing, out, token_ids)
+        with self._lock:
+            self._stats.ram_documents += len(names) - len(missing)
+        return report
 
     def _find(self, names: list[bytes], *, with_ids: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each entry's first row and rows, 0 where it is not held (``with_ids``: with its token ids)."""

@@ -18,6 +18,8 @@ class ReaderStats:
     epochs: int = 0  # that were read to their end
     batches: int = 0
     documents: int = 0
+    ram_documents: int = 0  # of which from ``ram_cache``
+    local_documents: int = 0  # of which from ``local_cache``
     tokens: int = 0
     nbytes: int = 0  # of activations, as they are stored, without padding
     read_seconds: float = 0.0  # in the thread that reads ahead: look-up, rows, checksums
@@ -70,6 +72,8 @@ _ROWS = [
     Row("epochs", "epochs", "counter", "{epoch}", "Epochs that were read to their end"),
     Row("batches", "batches", "counter", "{batch}", "Batches handed to the consumer"),
     Row("documents", "documents", "counter", "{document}", "Documents read"),
+    Row("ram_documents", "ram.documents", "counter", "{document}", "Of which from the RAM cache"),
+    Row("local_documents", "local.documents", "counter", "{document}", "Of which from the local cache"),
     Row("tokens", "tokens", "counter", "{token}", "Tokens read"),
     Row("nbytes", "io", "counter", "By", "Activations read, as stored, without padding"),
     Row("read_seconds", "read.time", "counter", "s", "Reading: look-up, rows, checksums"),

@@ -252,6 +252,8 @@ def test_a_forecast_stores_nothing_and_a_collection_keeps_order_and_ids(corpus, 
     assert sorted(store.rglob("*")) == before
     assert "--field" in in_process("fill", store, tmp_path / "corpus.csv", *model).refused(2)
     assert "no name" in in_process(*table, "--collection", "a/b").refused(2)
+    in_process("fill", tmp_path / "none", tmp_path / "half.txt", "--model", tmp_path / "none", "--layer", 1).refused(5)
+    assert not (tmp_path / "none").exists()
     done = in_process(*table, "--collection", "all", "--id-field", "name").json()
     assert (done["computed"], done["present"], done["tokens"]) == (6, 7, half["tokens"])
     assert half["nbytes"] == pytest.approx(done["tokens"] * (384 * 2 + 4), rel=0.05)

@@ -29,6 +29,7 @@ class LMDBEngine(SpaceEngine):
 
     name = "lmdb"
     options = frozenset({"examine", "grace", "map_size"})
+    locks = frozenset({"lock.mdb"})
 
     def check_folder(self, root: Path) -> None:
         if not is_local(root):

@@ -102,7 +102,7 @@ class StoredFile:
     """A file or object of a store, as it lies."""
 
     nbytes: int
-    age: float  # seconds since it was last written
+    age: float  # seconds since it was last written; infinite where readers write to it, too
 
 
 #: How long a replaced segment stays for readers that have it in a snapshot.
@@ -280,6 +280,7 @@ class SpaceEngine(ABC):
 
     name: str  # the backend's name, recorded in the store
     options: frozenset[str] = frozenset()  # names of the keyword options that ``actcache.open`` takes for it
+    locks: frozenset[str] = frozenset()  # names of files that readers write to, whose age says nothing
 
     def check_folder(self, root: Path) -> None:  # noqa: B027 (most can work anywhere)
         """Refuse a root where this engine cannot work (a network file system, say). Called when a store is opened.

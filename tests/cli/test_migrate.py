@@ -360,7 +360,7 @@ PAIRS = pytest.mark.parametrize(("source", "target"), [(one, other) for one in K
 def test_killed_migrations(sources, driver, source, target, tmp_path):
     if not {source, target} <= set(sources):
         pytest.skip("a backend is not installed")
-    killed(sources, driver, source, target, tmp_path, 2)
+    killed(sources, driver, source, target, tmp_path, 1)
 
 
 @pytest.mark.long

@@ -170,12 +170,26 @@ def test_what_killed_writers_left_behind(root):
 
 @pytest.fixture
 def texts(tmp_path):
-    root = tmp_path / "texts"
-    with actcache.open(root) as store, store.space(A) as space:
+    return make_texts(tmp_path / "texts", tmp_path / "texts")
+
+
+def make_texts(root, url):
+    with actcache.open(url) as store, store.space(A) as space:
         space.put([key(n) for n in range(20)], [rows(n) for n in range(20)], [ids(n) for n in range(20)])
         store.put_collection("half", [key(n) for n in range(0, 20, 2)])
     put_back(root, A, DAY)
     return root
+
+
+@each()
+def test_only_a_collection_is_kept_in_every_backend(kind, tmp_path):
+    """Planning a pruning, which opens the space, is nobody at work."""
+    url = kind.url(tmp_path / "store")
+    make_texts(tmp_path / "store", url)
+    done = cachectl("prune", url, "--keep-collection", "half", "--yes", "--json").json()["done"]
+    assert done["entries"] == {A.fingerprint: 10}
+    with actcache.open(url, "r") as store, store.space(A) as space:
+        check(space, dict.fromkeys(range(0, 20, 2), 0), range(25))
 
 
 @pytest.mark.parametrize("how", ["lines", "jsonl", "collection"])

@@ -92,13 +92,13 @@ def fill(
         _show_forecast(found, as_json)
         return
     seen: list[corpus.Document] = []
-    with open_store(store) as opened, Recycler.from_pretrained(model, store=opened, **options) as recycler:
+    with Recycler.from_pretrained(model, store=store, **options) as recycler:  # the store after the model
         texts = (document.text for document in _noted(documents, seen if collection is not None else None))
         report = recycler.fill(texts, token_budget=token_budget, progress=not quiet)
         fingerprint = recycler.recipe.fingerprint
-        if collection is not None:
-            spec = limit if isinstance(limit, Windows) else None
-            put_collection(opened, recycler.space, collection, seen, spec)
+    if collection is not None:
+        with open_store(store) as opened, opened.space(recycler.recipe) as space:
+            put_collection(opened, space, collection, seen, limit if isinstance(limit, Windows) else None)
     if as_json:
         print(json.dumps({"space": fingerprint, **dataclasses.asdict(report), "collection": collection}))
         return

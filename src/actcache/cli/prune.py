@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from actcache import corpus, retention
+from actcache.backend import GRACE_SECONDS
 from actcache.cli.common import (
     SHORT,
     JsonOption,
@@ -151,6 +152,8 @@ def _tell(done: Pruning) -> None:
     for fingerprint, why in done.skipped.items():
         say(f"kept {fingerprint[:SHORT]}: {why}")
     entries = sum(done.entries.values())
+    if entries:
+        say(f"the bytes of deleted entries are given back by compaction; {GRACE_SECONDS:.0f} s later, what it replaced")
     parts = [counted(len(done.spaces), "space"), counted(entries, "entry", "entries")]
     say(f"deleted {', '.join(parts)}, {counted(done.swept, 'temporary file')}; the store takes {binary(done.nbytes)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> Sp
     except DataError:
         recipe = None
     last = written(files, fingerprint)
-    ages = [file.age for name, file in files.items() if name.startswith(f"{folder}/")]
+    ages = [file.age for name, file in files.items() if name.startswith(f"{folder}/") and file.age != math.inf]
     age = last if last is not None else max(ages, default=0.0)
     made = files.get(f"{folder}/recipe.json")
     used = files.get(f"{folder}/{USED}")

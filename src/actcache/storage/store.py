@@ -14,6 +14,7 @@ No locks: segment names are unique, published whole, and never change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ class PlacedStore(StoreDriver):
     Args:
         open_space: opens the space of a fingerprint.
         mode: ``"r"`` or ``"a"``.
+        locks: names of files that readers write to, too.
     """
 
-    def __init__(self, place: Place, open_space: OpenSpace, *, mode: str) -> None:
+    def __init__(self, place: Place, open_space: OpenSpace, *, mode: str, locks: frozenset[str] = frozenset()) -> None:
         self._place = place
+        self._locks = locks
         self._open_space = open_space
         self._writable = mode == "a"
 
@@ -73,7 +76,10 @@ class PlacedStore(StoreDriver):
         return self._place.remove_folder(f"spaces/{fingerprint}")
 
     def listing(self) -> dict[str, StoredFile]:
-        return self._place.listing(exact=self._writable)
+        found = self._place.listing(exact=self._writable)
+        for name in [name for name in found if name.rpartition("/")[2] in self._locks]:
+            found[name] = StoredFile(found[name].nbytes, math.inf)
+        return found
 
     def sweep(self, older_than: float) -> int:
         self._check_writable()
@@ -113,6 +119,7 @@ def open_engine(engine: SpaceEngine, root: Path, *, mode: str, options: Mapping[
         place,
         lambda name, columns: engine.open(root / "spaces" / name, columns, writable=writable, options=options),
         mode=mode,
+        locks=engine.locks,
     )
 
 

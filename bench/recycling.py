@@ -138,9 +138,8 @@ class Bench:
         """Return seconds of ``fill`` and of the lower half's own forward over the same documents, ``[rounds]``."""
         texts, _ = self._case.documents(self._case.recorded)
         recycler = self._recycler("float16", "recording")
-        computed = _computed_by(recycler, lambda: recycler.fill(texts, progress=False))
+        inputs = [_inputs(ids) for ids in _computed_by(recycler, texts)]
         lower = _lower_half(base_model_of(self._task), self._layer)
-        inputs = [_inputs(ids) for ids in computed if len(ids) * len(ids[0]) > 0]
 
         def forward(number: int) -> float:
             with torch.inference_mode():
@@ -222,8 +221,8 @@ def _kept(batches: Any) -> Batches:
     return lambda number: kept
 
 
-def _computed_by(recycler: Recycler, fill: Callable[[], object]) -> list[list[np.ndarray]]:
-    """Return the token ids of each batch that a fill has the lower half compute."""
+def _computed_by(recycler: Recycler, texts: list[Any]) -> list[list[np.ndarray]]:
+    """Return the token ids of each batch that a fill has the lower half compute, without the canaries before them."""
     seen: list[list[np.ndarray]] = []
     lower = recycler._lower
     computing = lower.run
@@ -234,10 +233,14 @@ def _computed_by(recycler: Recycler, fill: Callable[[], object]) -> list[list[np
 
     lower.run = watch  # type: ignore[method-assign]
     try:
-        fill()
+        recycler.fill(texts, progress=False)
     finally:
         del lower.run  # the instance's
-    return seen[1:]  # the first are the canaries, once
+    while sum(map(len, seen)) > len(texts):
+        del seen[0]
+    if sum(map(len, seen)) != len(texts):
+        raise RuntimeError("the fill's batches were not seen")
+    return seen
 
 
 def _lower_half(base: PreTrainedModel, layer: int) -> PreTrainedModel:

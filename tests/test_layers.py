@@ -24,7 +24,7 @@ LAYERS = [
     {"space"},
     {"store"},
     {"inspection", "planning"},
-    {"migration", "retention"},
+    {"exchange", "migration", "retention"},
     {"doctor"},
     {"models"},
     {"pruning"},  # of the models' vocabulary; nothing but the user needs it

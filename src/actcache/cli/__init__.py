@@ -14,6 +14,7 @@ import typer
 from actcache.cli.compact import compact
 from actcache.cli.doctor import doctor
 from actcache.cli.du import du
+from actcache.cli.export import export, import_
 from actcache.cli.fill import fill
 from actcache.cli.inspect import inspect
 from actcache.cli.ls import ls
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (fill, ls, inspect, du, verify, repair, compact, migrate, prune, pin, unpin, plan, doctor)
+COMMANDS = (fill, ls, inspect, du, verify, repair, compact, migrate, export, import_, prune, pin, unpin, plan, doctor)
 for _command in COMMANDS:
     app.command()(_command)
 

@@ -1,0 +1,80 @@
+"""``cachectl export`` and ``cachectl import``: a space as one file, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actcache.cli.common import SHORT, JsonOption, QuietOption, StoreArgument, binary, counted, print_json, say
+from actcache.cli.progress import Meter
+from actcache.errors import UsageError
+from actcache.exchange import export_space, import_file
+from actcache.inspection import chosen, opened
+from actcache.store import open_store
+
+_DAMAGED = 4
+
+
+def export(
+    store: StoreArgument,
+    file: Annotated[Path, typer.Argument(help="To write, .safetensors or .npz.", show_default=False)],
+    space: Annotated[str | None, typer.Option(help="How its fingerprint begins, where there are several.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Only this collection's entries, in its order.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a space's entries to one file that other programs read.
+
+    Its arrays are values, offsets, keys, checksums and, where all entries have them, token_ids, as in docs/format.md.
+
+    Example: cachectl export ./activations activations.safetensors
+    """
+    with open_store(store, mode="r") as opened_store, Meter("export", "entries", show=not quiet) as meter:
+        names = chosen(opened_store, [space] if space is not None else [])
+        if len(names) != 1:
+            raise UsageError(f"{store} has {counted(len(names), 'space')}: choose one with --space")
+        keys = None if collection is None else opened_store.collection(collection).keys
+        with opened(opened_store, names[0]) as one:
+            done = export_space(one, file, keys, progress=meter)
+    if as_json:
+        print_json({"store": store, "space": names[0], "file": str(file), **dataclasses.asdict(done)})
+        return
+    say(f"{counted(done.entries, 'entry', 'entries')} of {names[0][:SHORT]} in {file}, {binary(done.nbytes)}")
+
+
+def import_(
+    store: Annotated[
+        str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)
+    ],
+    file: Annotated[Path, typer.Argument(help="A .safetensors file that export wrote.", show_default=False)],
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Store the entries of an exported file; what is there already is skipped.
+
+    Each entry is compared with its checksum first. Exit code 4 where some fail it: those are left out.
+
+    Example: cachectl import ./activations activations.safetensors
+    """
+    if not file.is_file():
+        raise UsageError(f"cannot read {file}: there is no such file")  # before a store is made
+    with open_store(store, mode="a") as opened_store, Meter("import", "entries", show=not quiet) as meter:
+        done = import_file(opened_store, file, progress=meter)
+    if as_json:
+        corrupt = [key.hex() for key in done.corrupt]
+        print_json({"store": store, "file": str(file), **dataclasses.asdict(done), "corrupt": corrupt})
+    else:
+        entries = counted(done.entries, "entry", "entries")
+        say(f"{entries}, {done.stored:,} stored in {done.fingerprint[:SHORT]}, the others were there")
+        if done.corrupt:
+            say(
+                f"{counted(len(done.corrupt), 'entry', 'entries')} corrupt in {file}, the first {done.corrupt[0].hex()}"
+            )
+    if done.corrupt:
+        raise typer.Exit(_DAMAGED)
+
+
+import_.__name__ = "import"  # the command's name, which Python keeps for itself

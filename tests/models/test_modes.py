@@ -292,3 +292,29 @@ def test_hidden_states_keep_their_numbers_in_every_family() -> None:
             assert got[field][:first] == (None,) * first, name
             for mine, theirs in zip(got[field][first:], want[field][first:], strict=True):
                 torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_trained_reduced_model_is_merged_into_the_full_one(name: str) -> None:
+    kind = KINDS[name]
+    head = kind.heads[-1]  # with tied weights, where the family has such a head
+    model, ids = kind.make(head), documents()
+    full, reduced = copy.deepcopy(model), reduce(model, LAYER)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in reduced.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    assert reduced.merge_into(full) is full
+    base = base_model_of(full)
+    rows = LowerHalf(base, family_of(base), LAYER).run(ids)
+    mask = mask_of(ids, "right")
+    batch = {"activations": padded(rows, "right"), "token_ids": padded(ids, "right"), "attention_mask": mask}
+    labels = labels_for(model, mask)
+    with torch.no_grad():
+        got = reduced(**batch, **labels)
+        want = full(input_ids=batch["token_ids"], attention_mask=mask, **labels)
+        before = model(input_ids=batch["token_ids"], attention_mask=mask, **labels)
+    field = next(name for name in ("logits", "prediction_logits", "last_hidden_state") if name in got)
+    torch.testing.assert_close(got[field][mask.bool()], want[field][mask.bool()], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(want[field], before[field], atol=1e-2)

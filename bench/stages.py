@@ -22,7 +22,7 @@ STAGES = {
     "which columns": ("actcache.storage.snapshot", "SegmentedSnapshot.has"),
     "planning": ("actcache.storage.rows", "MappedRows.plan"),
     "first seeds": ("actcache.checksum", "entry_seeds"),
-    "digests": ("actcache.checksum", "chain"),
+    "digests": ("actcache.checksum", "chainer"),
     "hand-over": ("actcache.reading.delivery", "HostDelivery.deliver"),
     "buffers": ("actcache.reading.slots", "Slots.take"),
     "read-ahead hints": ("actcache.storage.rows", "MappedRows.will_need"),
@@ -76,6 +76,8 @@ class Stages:
             if stage == "planning":  # what it returns does the gathering, on several threads
                 column = args[1] if isinstance(args[1], str) else "rows"
                 return self._wrapped(f"gathering {column}", result)
+            if stage == "digests" and callable(result):  # it computes those of a chunk
+                return self._wrapped(stage, result)
             return result
 
         return wrapper

@@ -153,6 +153,20 @@ def test_only_what_is_to_train_trains(recycler: Recycler, make_model: Make, opti
     assert changed == set(trained_names(reduced))
 
 
+def test_gradient_checkpointing_changes_no_gradient(recycler: Recycler, make_model: Make) -> None:
+    batch = next(iter(recycler.reader(TEXTS, labels=LABELS[:, 0]))).model_inputs()
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plain = add_adapters(recycler.reduce(make_model(AutoModelForSequenceClassification, **no_dropout)), 8).train()
+    saving = copy.deepcopy(plain)
+    saving.activation_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, saving):
+        model(**batch).loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None) == (not one.requires_grad), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad)
+
+
 def test_adapters_are_copied_saved_and_merged_with_the_model(
     recycler: Recycler, make_model: Make, tmp_path: Path
 ) -> None:

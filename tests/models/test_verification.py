@@ -158,6 +158,13 @@ def test_windows_are_verified(make: Any) -> None:
     assert count > 2
     assert recycler.verify(texts=[text]).documents == count
     assert recycler.verify().documents == count
+    keys = recycler.keys([text])
+    short = recycler.space.get(keys[:1])[0]
+    last = actcache.windows(32, stride=8).key(actcache.document_key(text), 1, last=True)
+    recycler.space.delete(keys[1:])
+    recycler.space.put([last], [short.activations], [short.token_ids])
+    with pytest.raises(VerificationError, match=f"makes {count} windows, and 2 are stored"):
+        recycler.verify(texts=[text])
 
 
 def test_what_cannot_be_verified_is_refused(make: Any, make_model: Make) -> None:

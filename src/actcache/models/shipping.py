@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.errors import ModelError
+from actcache.errors import ModelError, UsageError
 from actcache.models.adapters import insert_adapters, spec_of
 from actcache.models.family import base_model_of
 from actcache.models.matching import check_same_lower_half
@@ -34,6 +34,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 WEIGHTS_NAME = "model.safetensors"  # where the Trainer looks for a checkpoint's weights
 DESCRIPTION_NAME = "reduced.json"
 VERSION = 1
+_NO_MATTER = ("safe_serialization", "max_shard_size", "token", "save_original_format")
 
 
 class Shipped:
@@ -58,15 +59,15 @@ class Shipped:
             save_directory: is made where it is absent.
             is_main_process: whether this process writes.
             state_dict: the weights, where they are not to be taken from the model.
-            options: transformers' others, none of which is supported.
+            options: transformers' others. There is one file of weights, whatever its size.
 
         Raises:
             ModelError: PEFT's modules are in the model.
-            NotImplementedError: an option asks for what this does not do.
+            UsageError: an option asks for what this does not do.
         """
-        asked = [name for name, value in options.items() if value and name not in ("safe_serialization", "token")]
+        asked = [name for name, value in options.items() if value and name not in _NO_MATTER]
         if asked:
-            raise NotImplementedError(f"a reduced model is saved without {', '.join(asked)}")
+            raise UsageError(f"a reduced model is saved without {', '.join(asked)}: leave it out")
         save(self, save_directory, state_dict=state_dict, write=is_main_process)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:

@@ -5,6 +5,7 @@ Checksums show that entries are what was once put; this shows that they are what
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actcache.entry import Entry
-from actcache.errors import MissingEntryError, ModelError, UsageError
+from actcache.errors import MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.key import Document, key_list
 from actcache.models.canary import TOLERANCE
 from actcache.models.entries import check_found, document_keys, find_entries, listed
@@ -170,8 +171,13 @@ def _of_texts(
     found = find_entries(space, keys, encoder.windows)
     check_found(keys, found)
     encoded = encoder.encode(chosen, positions)
-    pairs = [pair for one, windows in zip(found, encoded, strict=True) for pair in zip(one, windows, strict=False)]
-    return [key for key, _ in pairs], [window for _, window in pairs]
+    for position, entries, windows in zip(positions, found, encoded, strict=True):
+        if len(entries) != len(windows):
+            raise VerificationError(
+                f"position {position} of the texts makes {len(windows)} windows, and {len(entries)} are stored: delete "
+                "them (space.delete(recycler.keys([text]))) and fill again"
+            )
+    return list(itertools.chain.from_iterable(found)), list(itertools.chain.from_iterable(encoded))
 
 
 def _entries(space: Space, keys: list[bytes]) -> list[Entry]:

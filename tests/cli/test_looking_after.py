@@ -81,7 +81,8 @@ def test_du_adds_up(kind, tmp_path):
     assert found["collections"] == sum(path.stat().st_size for path in files if path.parent.name == "collections")
     part = found["spaces"][recipe().fingerprint]
     assert part["segments" if kind.segmented else "lmdb"] > 0
-    assert part["blobs"] == (tmp_path / "store/spaces" / recipe().fingerprint / "recipe.json").stat().st_size
+    blobs = [path for path in (tmp_path / "store/spaces" / recipe().fingerprint).iterdir() if path.is_file()]
+    assert part["blobs"] == sum(path.stat().st_size for path in blobs)
     assert "1.2 KiB" in cachectl("du", url).out
 
 
@@ -111,7 +112,7 @@ def test_verify_a_sample(store):
     found = cachectl("verify", store, "--sample", 4, "--json").json()
     assert [one["entries"] for one in found["spaces"].values()] == [4, 4]
     flip(segment_files(folder(store))[1])
-    codes = {cachectl("verify", store, "--sample", 6).code for _ in range(40)}  # half of the entries each time
+    codes = {cachectl("verify", store, "--sample", 6).code for _ in range(20)}  # half of the entries each time
     assert codes == {0, 4}
 
 

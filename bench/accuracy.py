@@ -168,7 +168,7 @@ def print_accuracies(accuracies: dict[str, list[float]], texts: Corpus, options:
         if name in accuracies and "frozen" in accuracies:
             lost = float((baseline - np.array(accuracies[name])).mean())
             verdict = "within" if lost <= BOUND else "NOT within"
-            report.say(f"{WAYS[name].name}: {verdict} {BOUND:g} point of the frozen full model ({-lost:+.2f})")
+            report.say(f"{WAYS[name].name}: {verdict} {BOUND:g} point of the frozen full model ({0.0 - lost:+.2f})")
     report.save(options.json)
 
 

@@ -32,13 +32,20 @@ class Result:
         return lines[0]
 
 
-def cachectl(*arguments: object, text: str = "") -> Result:
-    """Run a command; neither stdin nor stdout is a terminal."""
+class Terminal(io.StringIO):
+    """Somebody who types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def cachectl(*arguments: object, text: str = "", typed: bool = False) -> Result:
+    """Run a command; stdout is no terminal, and stdin only where its text is ``typed``."""
     out, err = io.StringIO(), io.StringIO()
     given = sys.argv, sys.stdin
     logger = logging.getLogger("actcache")
     handlers = list(logger.handlers)
-    sys.argv, sys.stdin = ["cachectl", *map(str, arguments)], io.StringIO(text)
+    sys.argv, sys.stdin = ["cachectl", *map(str, arguments)], Terminal(text) if typed else io.StringIO(text)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

@@ -155,6 +155,15 @@ def test_without_a_terminal_it_needs_yes(root):
     assert spaces(root) == {A, B, C}
 
 
+@pytest.mark.parametrize(("answer", "left"), [("y", {A, C}), ("n", {A, B, C}), ("", {A, B, C})])
+def test_on_a_terminal_it_asks(root, answer, left):
+    result = cachectl("prune", root, "--where", "layer=2", text=f"{answer}\n", typed=True)
+    assert result.code == 0, result.err
+    assert "Delete this?" in result.err
+    assert result.out.startswith(f"delete {B.fingerprint[:12]}: all")
+    assert spaces(root) == left
+
+
 def test_what_killed_writers_left_behind(root):
     (root / "tmp").mkdir(exist_ok=True)
     for name, age in (("old", 2 * DAY), ("young", 60)):

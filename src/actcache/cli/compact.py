@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from actcache.backend import GRACE_SECONDS
-from actcache.cli.common import SHORT, JsonOption, SpaceOption, StoreArgument, binary, counted, print_json, say
+from actcache.cli.common import (
+    SHORT,
+    JsonOption,
+    QuietOption,
+    SpaceOption,
+    StoreArgument,
+    binary,
+    counted,
+    print_json,
+    say,
+)
+from actcache.cli.progress import Meter
 from actcache.errors import DataError
 from actcache.inspection import chosen, opened
 from actcache.maintenance import COMPACT_BYTES
@@ -31,6 +42,7 @@ def compact(
         float, typer.Option(min=0, help="Seconds for which what was replaced stays, for readers that still use it.")
     ] = GRACE_SECONDS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Join small segments, and give back the space of deleted and overwritten entries, while others read and write.
 
@@ -40,8 +52,10 @@ def compact(
     """
     target_bytes = nbytes_of("--target", target)
     done, unreadable = {}, {}
-    with open_standing(store) as opened_store:
-        for name in chosen(opened_store, space or ()):
+    with open_standing(store) as opened_store, Meter("compact", "spaces", show=not quiet) as meter:
+        names = chosen(opened_store, space or ())
+        for number, name in enumerate(names):
+            meter("", number, len(names))
             try:
                 with opened(opened_store, name) as one:
                     done[name] = one.compact(target_bytes=target_bytes, waste=waste, grace=grace)

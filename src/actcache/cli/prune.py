@@ -98,7 +98,9 @@ def prune(
         if as_json:
             print_json({"store": store, "plan": _json(planned), "done": done})
     else:
-        _ask(yes)
+        if not _agreed(yes):
+            say("nothing was deleted")
+            return
         with open_standing(store) as opened, Meter("prune", "spaces", show=not quiet) as meter:
             done = retention.prune(opened, planned, progress=meter)
         if as_json:
@@ -112,12 +114,12 @@ def prune(
         )
 
 
-def _ask(yes: bool) -> None:
+def _agreed(yes: bool) -> bool:
     if yes:
-        return
+        return True
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("nobody to ask: add --yes to delete this, or --dry-run to look only")
-    typer.confirm("Delete this?", abort=True, err=True)
+    return typer.confirm("Delete this?", err=True)
 
 
 def _fields(given: list[str]) -> dict[str, str]:

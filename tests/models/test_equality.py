@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 import actcache
+from actcache.models import LowerHalf, family_of, reduce
 from actcache.recycler import Recycler
+from tests.models.zoo import padded
 
 LAYERS = range(1, 6)
 
@@ -140,3 +147,35 @@ def test_another_library_release_finds_the_same_space(
         assert recycler.fill(texts, progress=False).computed == 0
         assert recycler.space.recipe.provenance["torch"] == torch.__version__
     assert actcache.Recycler is Recycler
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("head", [AutoModelForTokenClassification, AutoModelForQuestionAnswering])
+def test_heads_that_look_at_all_tokens(
+    head: Any, side: str, minilm: PreTrainedModel, minilm_path: str, tokenizer: Any, docstrings: list[str]
+) -> None:
+    """Each document alone is the reference, and what its tokens lose."""
+    torch.manual_seed(2)
+    task = head.from_pretrained(minilm_path, num_labels=2).eval()
+    torch.nn.init.normal_((task.classifier if hasattr(task, "classifier") else task.qa_outputs).weight, std=0.5)
+    ids = [np.array(tokenizer(text, truncation=True, max_length=32)["input_ids"]) for text in docstrings[:8]]
+    rows = LowerHalf(minilm, family_of(minilm), 3).run(ids)
+    mask = padded([np.ones(len(one), np.int64) for one in ids], side)
+    batch = {"activations": padded(rows, side), "token_ids": padded(ids, side), "attention_mask": mask}
+    with torch.no_grad():
+        alone = [task(input_ids=torch.tensor(one)[None]) for one in ids]
+        if head is AutoModelForQuestionAnswering:
+            places = mask.argmax(-1) + 1
+            got = reduce(task, 3)(**batch, start_positions=places, end_positions=places)
+            mine = torch.stack([got.start_logits, got.end_logits], -1)[mask.bool()]
+            theirs = torch.cat([torch.stack([one.start_logits, one.end_logits], -1)[0] for one in alone])
+            losses = [
+                torch.nn.functional.cross_entropy(logits, torch.tensor([1]))
+                for one in alone
+                for logits in (one.start_logits, one.end_logits)
+            ]
+            torch.testing.assert_close(got.loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+        else:
+            mine = reduce(task, 3)(**batch).logits[mask.bool()]
+            theirs = torch.cat([one.logits[0] for one in alone])
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)

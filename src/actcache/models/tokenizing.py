@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -130,7 +131,12 @@ class DocumentEncoder:
         return self.too_long if isinstance(self.too_long, Windows) else None
 
     def truncating(self) -> DocumentEncoder:
-        """Return an encoder that differs in that it truncates whatever is too long."""
+        """Return an encoder that differs in that it truncates whatever is too long; each time the same one."""
+        return self._truncating
+
+    @functools.cached_property
+    def _truncating(self) -> DocumentEncoder:
+        # To copy a tokenizer takes as long as to tokenize hundreds of documents.
         return DocumentEncoder(
             self.tokenizer, self.max_length, "truncate", self.special_tokens, vocabulary=self.vocabulary
         )

@@ -172,6 +172,7 @@ def markdown(steps: list[list[Ran]]) -> str:
     parts = [_HEAD]
     for (prose, _), ran in zip(STEPS, steps, strict=True):
         session = "\n".join(f"$ {one.command}\n{one.out.rstrip()}\n" for one in ran)
+        session = "\n".join(line.rstrip() for line in session.splitlines())
         parts.append(f"\n{prose}\n\n```\n{session.rstrip()}\n```\n")
     return "".join(parts)
 

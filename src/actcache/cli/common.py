@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +42,7 @@ def print_json(value: Any) -> None:
 
 def table(title: str, left: Iterable[str], right: Iterable[str] = ()) -> Table:
     """Return a table whose last columns, ``right``, hold numbers."""
-    made = Table(title=title)
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in left:
         made.add_column(name, no_wrap=True)
     for name in right:

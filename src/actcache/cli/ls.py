@@ -46,15 +46,16 @@ def ls(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = Fa
         print_json({"store": store, **result})
         return
     text = ("space", "model", "layer", "dtype")
-    listed = table(store, text, ("entries", "tokens", "bytes", "segments", "damaged", "written"))
+    listed = table(store, text, ("entries", "tokens", "bytes", "written"))
     for row in rows:
         model = PurePath(row["model"]).name
-        numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]), f"{row['segments']:,}")
+        numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]))
         ago = "" if row["written"] is None else f"{span(row['written'])} ago"
-        name = row["fingerprint"][:SHORT]
-        listed.add_row(name, model, str(row["layer"]), row["dtype"], *numbers, str(len(row["damaged"])), ago)
+        listed.add_row(row["fingerprint"][:SHORT], model, str(row["layer"]), row["dtype"], *numbers, ago)
     console().print(listed)
     for row in rows:
+        for segment, what in row["damaged"].items():
+            say(f"damaged {row['fingerprint'][:SHORT]}: {segment}: {what}")
         _details(row)
     for name, what in report.unreadable.items():
         say(f"unreadable {name[:SHORT]}: {what}")

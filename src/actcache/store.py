@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -142,8 +142,12 @@ class Store:
 
     def nearest(self, recipe: Recipe) -> list[tuple[Recipe, dict[str, tuple[Any, Any]]]]:
         """Return the other recipes of the store, those with the fewest differences first, each with its differences
-        as ``field -> (the given recipe's, the other's)``."""
-        others = [(other, recipe.differences(other)) for other in self.recipes() if other != recipe]
+        as ``field -> (the given recipe's, the other's)``. Spaces whose description cannot be read are left out."""
+        readable = []
+        for fingerprint in self.fingerprints():
+            with suppress(FormatError):
+                readable.append(self.recipe(fingerprint))
+        others = [(other, recipe.differences(other)) for other in readable if other is not None and other != recipe]
         return sorted(others, key=lambda pair: len(pair[1]))
 
     def recipe(self, fingerprint: str) -> Recipe | None:

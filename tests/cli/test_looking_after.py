@@ -9,7 +9,7 @@ import pytest
 
 import actcache
 from actcache import inspection
-from actcache.errors import UsageError
+from actcache.errors import SpaceNotFoundError, UsageError
 from tests.backends import each
 from tests.cli.running import cachectl
 from tests.support import check, key, make_store, put, recipe, segment_files
@@ -133,8 +133,11 @@ def test_one_damaged_recipe_hides_nothing_else(store):
         result = cachectl(command, store, "--json")
         assert result.code == 4
         assert (list(json.loads(result.out)["spaces"]), list(json.loads(result.out)["unreadable"])) == ([good], [bad])
-    with actcache.open(store, "r") as opened, pytest.raises(UsageError):
-        inspection.chosen(opened, ["ffff-none"])
+    with actcache.open(store, "r") as opened:
+        with pytest.raises(UsageError):
+            inspection.chosen(opened, ["ffff-none"])
+        with pytest.raises(SpaceNotFoundError, match="other/model"):  # and not what is wrong with another space
+            opened.space(recipe(layer=3))
 
 
 def test_a_space_without_a_recipe_is_named(store):

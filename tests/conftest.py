@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+
+# Several workers share the processors; threads that wait for each other within each of them would take three times as
+# long. Inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A background job of a shell ignores interrupts, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

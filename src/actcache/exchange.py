@@ -29,7 +29,7 @@ from actcache.reading.checks import check_present
 from actcache.recipe import Recipe
 from actcache.space import Space
 from actcache.storage import tensorfile
-from actcache.storage.files import translated
+from actcache.storage.files import Disk, translated
 from actcache.store import Store
 
 _VERSION = "1"
@@ -111,9 +111,10 @@ def _published(path: Path) -> Iterator[Path]:
     with translated(f"cannot write {path}"):
         try:
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # never over another's
+            disk = Disk()
+            disk.sync_file(temporary)
+            disk.link(temporary, path)  # never over another's
+            disk.sync_folder(path.parent)
         except FileExistsError:
             raise UsageError(f"{path} was made meanwhile; write another file") from None
         finally:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, UsageError
 from actcache.models.family import Family
+from actcache.models.partial import vocabulary_size
 
 
 class _Reached(Exception):
@@ -129,7 +130,7 @@ class LowerHalf:
 
     def _padding(self) -> int:
         padding = getattr(self.base_model.config, "pad_token_id", None) or 0
-        return padding if 0 <= padding < self.base_model.config.vocab_size else 0
+        return padding if 0 <= padding < vocabulary_size(self.base_model) else 0
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def parser_of(description: str | None, *, epochs: int, texts: int) -> argparse.A
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--texts", type=int, default=texts, help="at most; a random choice")
     parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--adapter-epochs", type=int, default=2 * epochs)
     parser.add_argument("--adapter-rate", type=float, default=2e-3)
     parser.add_argument("--bottleneck", type=int, default=64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--corpus", type=Path, help="kept from run to run")
     asked = parser.parse_args()
+    logging.disable()
     target = TARGETS[asked.target]()
     corpus = asked.corpus or Path(tempfile.mkdtemp(prefix=f"corpus-{asked.target}-"))
     corpus.mkdir(exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -29,7 +28,6 @@ from tests.support import compact, ids, key, put, recipe, rows
 _JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 COLUMNS = columns_of(recipe())
-logging.disable()
 
 
 @dataclass(frozen=True)

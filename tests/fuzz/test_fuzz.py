@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 import tracemalloc
@@ -14,7 +15,9 @@ from tests.fuzz.targets import TARGETS, WORDS, available
 
 @pytest.fixture(scope="module", autouse=True)
 def cleaned():
+    logging.disable()
     yield
+    logging.disable(logging.NOTSET)
     targets.stores.cache_clear()
     targets.clean()
 

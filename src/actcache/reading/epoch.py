@@ -165,8 +165,7 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
     asked = 0
     for number, which in enumerate(batches):
         while asked < min(number + 1 + _AHEAD, len(batches)):
-            if asked > number:
-                work.source.read_ahead(work.keys[batches[asked]])
+            work.source.read_ahead(work.keys[batches[asked]])
             asked += 1
         if work.supplier is not None and (work.source.lengths(work.keys[which]) == 0).any():
             yield _Absent(which, [])

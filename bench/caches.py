@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def drop_caches(folder: Path) -> None:
 
 def refuse_mappings(folders: list[Path]) -> None:
     """Make sure that nothing of a store is still mapped, which would keep its pages in memory."""
+    gc.collect()  # a mapping goes with the last array over it, which an iterator in a cycle may have
     mapped = Path("/proc/self/maps").read_text()
     kept = [str(folder) for folder in folders if f"{folder}/" in mapped]
     if kept:

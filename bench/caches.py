@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
+
+_PATIENCE = 5.0  # seconds for the thread of an iteration that was broken off
 
 
 def drop_caches(folder: Path) -> None:
@@ -22,8 +25,14 @@ def drop_caches(folder: Path) -> None:
 
 def refuse_mappings(folders: list[Path]) -> None:
     """Make sure that nothing of a store is still mapped, which would keep its pages in memory."""
-    gc.collect()  # a mapping goes with the last array over it, which an iterator in a cycle may have
+    end = time.monotonic() + _PATIENCE
+    while kept := _mapped(folders):
+        if time.monotonic() > end:
+            raise RuntimeError(f"{kept[0]} is still mapped; its pages cannot be dropped")
+        gc.collect()  # a mapping goes with the last array over it
+        time.sleep(0.01)
+
+
+def _mapped(folders: list[Path]) -> list[str]:
     mapped = Path("/proc/self/maps").read_text()
-    kept = [str(folder) for folder in folders if f"{folder}/" in mapped]
-    if kept:
-        raise RuntimeError(f"{kept[0]} is still mapped; its pages cannot be dropped")
+    return [str(folder) for folder in folders if f"{folder}/" in mapped]

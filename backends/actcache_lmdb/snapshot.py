@@ -229,6 +229,9 @@ class LMDBSnapshot(Snapshot):
         state = self._state
         return Usage(state.entries, state.tokens, state.nbytes, 1 if state.entries else 0)
 
+    def whereabouts(self, located: Located) -> tuple[list[str], NDArray[np.int64]]:
+        return [self._environment.folder.name], np.where(located.found, 0, -1)
+
     def damaged(self) -> dict[str, str]:
         try:
             with self._reading():

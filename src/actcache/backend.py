@@ -103,6 +103,7 @@ class StoredFile:
 
     nbytes: int
     age: float  # seconds since it was last written; infinite where readers write to it, too
+    owner: str | None = None  # the user whose file it is, where the place knows
 
 
 #: How long a replaced segment stays for readers that have it in a snapshot.
@@ -170,6 +171,14 @@ class Snapshot(ABC):
     @abstractmethod
     def damaged(self) -> dict[str, str]:
         """Return segments that could not be read, name -> what is wrong; their entries are absent."""
+
+    def whereabouts(self, located: Located) -> tuple[list[str], NDArray[np.int64]]:
+        """Return names of segments (or of an engine's own files), and which of them holds each entry, ``[n]``.
+
+        A segment's file is named so in the store's listing, but for its suffix; -1 where an entry is absent. A backend
+        without segments returns no names and -1 throughout.
+        """
+        return [], np.full(len(located.tokens), -1, np.int64)
 
 
 class SpaceDriver(ABC):

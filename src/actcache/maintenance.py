@@ -103,6 +103,15 @@ class Maintained:
         columns = (located.tokens.astype(np.uint64), located.checksums, view.extra_checksums(located))
         return np.stack(columns, axis=1) * located.found[:, None]
 
+    @looking_again
+    def whereabouts(self, keys: Keys) -> tuple[list[str], NDArray[np.int64]]:
+        """Return names of segments, and which of them holds each published entry, ``[n]``; -1 where it is absent.
+
+        A backend that has no segments returns no names, and -1 throughout.
+        """
+        view = self._view()
+        return view.whereabouts(view.locate(key_array(keys)))
+
     def corrupt_among(self, keys: Keys, progress: Progress | None = None) -> tuple[list[bytes], int]:
         """Read published entries on all processors; return which fail their checksums, and the bytes of rows read."""
         keys = self.in_order(keys)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import pwd
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +49,15 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(kind):
             raise StorageIOError(f"{path} is a pipe, socket or device and no file of a store: remove it")
         return file.read()
+
+
+@functools.cache
+def _user(number: int) -> str:
+    """Return the name of a user of this machine, or the number where there is none."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 class LocalPlace(Place):
@@ -129,7 +140,8 @@ class LocalPlace(Place):
                     except FileNotFoundError:  # a temporary file, or a segment that was replaced
                         continue
                     age = max(0.0, now - status.st_mtime)
-                    found[path.relative_to(self.root).as_posix()] = StoredFile(status.st_size, age)
+                    owner = _user(status.st_uid)
+                    found[path.relative_to(self.root).as_posix()] = StoredFile(status.st_size, age, owner)
         return found
 
     def sweep(self, older_than: float) -> int:

@@ -183,6 +183,9 @@ class SegmentedSnapshot(Snapshot):
     def damaged(self) -> dict[str, str]:
         return dict(self._damaged)
 
+    def whereabouts(self, located: Located) -> tuple[list[str], NDArray[np.int64]]:
+        return [segment.name for segment in self._segments], np.where(located.found, located.segment, -1)
+
 
 def _alive(table: Table, numbers: NDArray[np.int64], dead: Mapping[str, Collection[int]]) -> NDArray[np.bool_] | None:
     """Return which entries of a table are served, ``[n]``; None for all."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class PlacedStore(StoreDriver):
     def listing(self) -> dict[str, StoredFile]:
         found = self._place.listing(exact=self._writable)
         for name in [name for name in found if name.rpartition("/")[2] in self._locks]:
-            found[name] = StoredFile(found[name].nbytes, math.inf)
+            found[name] = replace(found[name], age=math.inf)
         return found
 
     def sweep(self, older_than: float) -> int:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +27,7 @@ from actcache.reading.checks import check_present
 from actcache.recipe import Recipe
 from actcache.space import Space
 from actcache.storage import tensorfile
-from actcache.storage.files import Disk, translated
+from actcache.storage.newfile import check_new, new_file
 from actcache.store import Store
 
 _VERSION = "1"
@@ -71,8 +69,7 @@ def export_space(space: Space, path: Path, keys: Keys | None = None, *, progress
     """
     if path.suffix not in _FORMATS:
         raise UsageError(f"{path} ends in neither {' nor '.join(_FORMATS)}: the name decides what is written")
-    if path.exists():
-        raise UsageError(f"{path} stands already; remove it, or write another file")
+    check_new(path)
     wanted = space.in_order(space.key_array()) if keys is None else key_array(keys)
     lengths = space.lengths(wanted)
     check_present(wanted, lengths > 0)
@@ -99,26 +96,10 @@ def export_space(space: Space, path: Path, keys: Keys | None = None, *, progress
             yield rows.reshape(-1).view(np.uint8).data
 
     write = _write_safetensors if path.suffix == ".safetensors" else _write_npz
-    with _published(path) as temporary:
+    with new_file(path) as temporary:
         write(temporary, space.recipe, small, (stored, shape), values, ids)
         nbytes = temporary.stat().st_size
     return Exported(len(wanted), nbytes, has_ids)
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with translated(f"cannot write {path}"):
-        try:
-            yield temporary
-            disk = Disk()
-            disk.sync_file(temporary)
-            disk.link(temporary, path)  # never over another's
-            disk.sync_folder(path.parent)
-        except FileExistsError:
-            raise UsageError(f"{path} was made meanwhile; write another file") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 Values = Callable[[], Iterator[memoryview]]

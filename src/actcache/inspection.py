@@ -5,6 +5,7 @@ One damaged space never hides the others: it is named with what is wrong, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -204,12 +205,13 @@ def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] |
 _NOT_ENTRIES = {"index", "quarantine", "tombstones", "blobs"}
 
 
-def segments(files: dict[str, StoredFile], fingerprint: str) -> dict[str, int]:
-    """Return the segments (or an engine's own folders) of a space from a listing, name -> bytes."""
-    found: dict[str, int] = {}
+def segments(files: dict[str, StoredFile], fingerprint: str) -> dict[str, StoredFile]:
+    """Return the segments (or an engine's own folders) of a space from a listing, each with all its files as one."""
+    found: dict[str, StoredFile] = {}
     for parts, file in _files_of(files, fingerprint):
         if len(parts) > 1 and parts[0] not in _NOT_ENTRIES:
-            found[parts[1]] = found.get(parts[1], 0) + file.nbytes
+            known = found.get(parts[1], StoredFile(0, math.inf))
+            found[parts[1]] = StoredFile(known.nbytes + file.nbytes, min(known.age, file.age), file.owner)
     return dict(sorted(found.items()))
 
 

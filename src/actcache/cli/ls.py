@@ -36,7 +36,8 @@ def ls(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = Fa
         rows = [_row(one, files) for one in report.spaces]
         if space:
             for row in rows:
-                row["segment_bytes"] = inspection.segments(files, row["fingerprint"])
+                held = inspection.segments(files, row["fingerprint"])
+                row["segment_bytes"] = {name: file.nbytes for name, file in held.items()}
                 row["collections"] = inspection.coverage(opened, row["fingerprint"])
     if as_json:
         for row in rows:

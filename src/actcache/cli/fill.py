@@ -78,7 +78,7 @@ def fill(
         limit = Windows(max_length, stride)
     if collection is not None:
         Store.collection_blob(collection)  # a name that is none is refused before the work, not after it
-    corpus.opened(source).close()  # likewise a file that is not there
+    corpus.check(source, field, id_field)  # likewise a file that is not there
     documents = corpus.read(source, field, id_field)
     options: dict[str, Any] = {
         "layer": layer,

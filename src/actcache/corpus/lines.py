@@ -1,7 +1,4 @@
-"""Corpora as files: which documents they hold, under which ids and keys.
-
-A text file has a document a line. With a field, a file is a table: CSV or TSV where its name ends so, else JSON lines.
-"""
+"""Text files, a document a line; with a field CSV or TSV tables, by the file's name, or JSON lines."""
 
 from __future__ import annotations
 
@@ -9,28 +6,16 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
+from actcache.corpus.document import Document, id_of
 from actcache.errors import DocumentError
-from actcache.key import document_key, key_array
 
 STANDARD_INPUT = Path("-")
 
 _LONGEST = 1 << 30  # characters of a cell
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and the id that the corpus gives it, None where it gives none."""
-
-    text: str
-    id: str | None = None
 
 
 def opened(source: Path) -> BinaryIO:
@@ -45,15 +30,19 @@ def opened(source: Path) -> BinaryIO:
         raise DocumentError(f"cannot read {source}: {error.strerror}") from None
 
 
-def read(source: Path, field: str | None = None, id_field: str | None = None) -> Iterator[Document]:
-    """Yield the documents of a file; blank lines and empty texts are none. The file is streamed.
+def check(source: Path, field: str | None, id_field: str | None) -> None:
+    """Raise what ``read`` would raise before its first line."""
+    _separator(source, field, id_field)
+    opened(source).close()
+
+
+def read(source: Path, field: str | None, id_field: str | None) -> Iterator[Document]:
+    """Yield the documents of a file; blank lines and empty texts are none.
 
     Raises:
         DocumentError: the file cannot be read; a line is not UTF-8, no JSON, or has no text under a field.
     """
-    separator = _SEPARATORS.get(source.suffix.lower())
-    if field is None and (separator is not None or id_field is not None):
-        raise DocumentError(f"{source}: name the column or field of the texts with --field")
+    separator = _separator(source, field, id_field)
     with opened(source) as file:
         lines = _lines(file)
         if field is None:
@@ -64,9 +53,11 @@ def read(source: Path, field: str | None = None, id_field: str | None = None) ->
             yield from _of_json(lines, field, id_field)
 
 
-def keys(source: Path, field: str | None = None) -> NDArray[np.uint8]:
-    """Return the keys of a file's documents, ``[n, 32]``, in their order. Raises as ``read`` does."""
-    return key_array([document_key(document.text) for document in read(source, field)])
+def _separator(source: Path, field: str | None, id_field: str | None) -> str | None:
+    separator = _SEPARATORS.get(source.suffix.lower())
+    if field is None and (separator is not None or id_field is not None):
+        raise DocumentError(f"{source}: name the column or field of the texts with --field")
+    return separator
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -92,7 +83,7 @@ def _of_json(lines: Iterator[tuple[int, str]], field: str, id_field: str | None)
         if not isinstance(text, str):
             raise DocumentError(f"line {number}: field {field!r} holds {type(text).__name__}, not a text")
         if text:
-            yield Document(text, _id(name, number))
+            yield Document(text, id_of(name, f"line {number}"))
 
 
 def _of_table(lines: Iterator[tuple[int, str]], separator: str, field: str, id_field: str | None) -> Iterator[Document]:
@@ -108,14 +99,6 @@ def _of_table(lines: Iterator[tuple[int, str]], separator: str, field: str, id_f
             if text is None:
                 raise DocumentError(f"line {rows.line_num}: the row has too few columns")
             if text.strip():
-                yield Document(text, None if id_field is None else _id(row[id_field], rows.line_num))
+                yield Document(text, None if id_field is None else id_of(row[id_field], f"line {rows.line_num}"))
     except csv.Error as error:
         raise DocumentError(f"line {rows.line_num}: {error}") from None
-
-
-def _id(name: Any, number: int) -> str | None:
-    if name is None or isinstance(name, str):
-        return name
-    if isinstance(name, int) and not isinstance(name, bool):
-        return str(name)
-    raise DocumentError(f"line {number}: an id is a text or a whole number, not {type(name).__name__}")

@@ -18,7 +18,7 @@ LAYERS = [
     {"segment_format"},
     {"backend"},
     {"storage"},
-    {"registry", "collection", "corpus", "lastuse", "writer", "request", "batch", "entry"},
+    {"registry", "collection", "corpus", "lastuse", "writer", "request", "lookahead", "batch", "entry"},
     {"reading"},
     {"reader", "maintenance"},
     {"space"},
@@ -26,11 +26,12 @@ LAYERS = [
     {"inspection", "planning"},
     {"exchange", "migration", "retention"},
     {"doctor"},
+    {"benchmark"},
     {"models"},
     {"pruning"},  # of the models' vocabulary; nothing but the user needs it
     {"recycler"},
     {"recyclers"},
-    {"forecast"},
+    {"forecast", "recomputing"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -48,6 +49,7 @@ LAZY = {
     ("cli/fill.py", "actcache.models.collecting"),
     ("cli/fill.py", "actcache.recycler"),
     ("cli/plan.py", "actcache.models.timing"),
+    ("cli/recomputing.py", "actcache.recomputing"),
     ("reading/delivery.py", "actcache.reading.cuda"),
     ("registry.py", "actcache.storage.objects"),  # the extra s3
     ("storage/objects/options.py", "actcache.storage.objects"),

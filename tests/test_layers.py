@@ -25,6 +25,7 @@ LAYERS = [
     {"store"},
     {"inspection", "planning"},
     {"exchange", "migration", "retention"},
+    {"reporting"},
     {"doctor"},
     {"benchmark"},
     {"models"},
@@ -40,6 +41,7 @@ ALLOWED_INSIDE = {
     ("windows", "key"),
     ("recipe", "codec"),
     ("request", "writer"),
+    ("request", "lookahead"),
     ("entry", "writer"),
     ("backend", "storage"),  # re-exports plain tools (files, workers) that import nothing of this package but errors
 }

@@ -11,6 +11,7 @@ import sys
 
 import typer
 
+from actcache.cli.bench import bench
 from actcache.cli.compact import compact
 from actcache.cli.doctor import doctor
 from actcache.cli.du import du
@@ -33,7 +34,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (fill, ls, inspect, du, verify, repair, compact, migrate, export, import_, prune, pin, unpin, plan, doctor)
+COMMANDS = (
+    fill,
+    ls,
+    inspect,
+    du,
+    verify,
+    repair,
+    compact,
+    migrate,
+    export,
+    import_,
+    prune,
+    pin,
+    unpin,
+    plan,
+    bench,
+    doctor,
+)
 for _command in COMMANDS:
     app.command()(_command)
 

@@ -14,6 +14,7 @@ from actcache import checksum
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Located, Snapshot
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.key import key_list
+from actcache.lookahead import Lookahead
 from actcache.ragged import offsets_of
 from actcache.writer import Writer
 
@@ -55,7 +56,12 @@ class Request:
     """
 
     def __init__(
-        self, snapshot: Callable[[], Snapshot], writer: Writer | None, space_seed: int, keys: NDArray[np.uint8]
+        self,
+        snapshot: Callable[[], Snapshot],
+        writer: Writer | None,
+        space_seed: int,
+        keys: NDArray[np.uint8],
+        ahead: Lookahead | None = None,
     ) -> None:
         self._keys = keys
         self._seed = space_seed
@@ -65,7 +71,7 @@ class Request:
             found = ((i, writer.rows(key)) for i, key in enumerate(key_list(keys)))
             self._pending = {i: rows for i, rows in found if rows is not None}
         self._snapshot = snapshot()
-        self.located = self._snapshot.locate(keys)
+        self.located = self._snapshot.locate(keys) if ahead is None else ahead.locate(self._snapshot, keys)
         self.lengths = self.located.tokens.copy()
         for i, rows in self._pending.items():
             self.lengths[i] = len(rows[VALUES])

@@ -20,6 +20,7 @@ from actcache.entry import Entry, ReadReport, columns_of, encode_entry
 from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
 from actcache.lastuse import LastUse
+from actcache.lookahead import Lookahead
 from actcache.maintenance import Maintained
 from actcache.ragged import offsets_of
 from actcache.reader import Reader
@@ -65,6 +66,7 @@ class Space(Maintained):
         if self._store.writable:
             self._writer = Writer(self._append, self._columns, self._seed, **self._segments)
         self._snapshot: Snapshot | None = driver.snapshot()
+        self._ahead = Lookahead()
         self._forked = False
 
     def _take_snapshot(self) -> None:
@@ -219,8 +221,7 @@ class Space(Maintained):
 
     def read_ahead(self, keys: Keys) -> None:
         """Ask the operating system to load these entries soon; returns at once."""
-        snapshot = self._view()
-        snapshot.read_ahead(snapshot.locate(key_array(keys)))
+        self._ahead.ask(self._view(), key_array(keys))
 
     def lengths(self, keys: Keys) -> NDArray[np.int64]:
         """Return the tokens of each entry, ``[n]`` int64, 0 where it is absent."""
@@ -304,7 +305,7 @@ class Space(Maintained):
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         self._check_open()  # before the writer is looked at: a fork has another
         self._used.note()
-        return Request(self._view, self._writer, self._seed, keys)
+        return Request(self._view, self._writer, self._seed, keys, self._ahead)
 
     def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:
         if corrupt:

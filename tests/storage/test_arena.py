@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import actcache
 from actcache.errors import ClosedError, FormatError, SegmentGoneError, StorageIOError
+from actcache.storage import advice
 from actcache.storage.arena import Arena
 from actcache.storage.folder import LocalSegment
 from actcache.storage.rows import MappedRows, ReadRows
@@ -357,7 +358,7 @@ def test_long_entries_are_copied_and_short_ones_gathered(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("in_one_call", [True, False])
 def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
     """3,000 scattered rows of a file that is not in memory: in a moment, they are; most of the others are not."""
-    monkeypatch.setattr("actcache.storage.arena._in_one_call", in_one_call and hasattr(os, "pidfd_open"))
+    monkeypatch.setattr("actcache.storage.advice._in_one_call", in_one_call and hasattr(os, "pidfd_open"))
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         path, rows = Path(folder) / "rows", 60_000
         with open(path, "wb") as file:
@@ -379,6 +380,58 @@ def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
             assert in_memory(descriptor, wanted[:-1] + 10).mean() < 0.9
         finally:
             os.close(descriptor)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="whether a page is in memory is asked with preadv2")
+def test_what_is_in_memory_is_not_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(advice, "will_need", lambda addresses, nbytes: asked.append(len(addresses)))
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        path, rows = Path(folder) / "rows", 10_000
+        with open(path, "wb") as file:
+            file.write(os.urandom(4096 * rows))
+            os.fsync(file.fileno())
+        arena = Arena("|u1", (1024,))
+        first = arena.place(path, 0, 4 * rows)
+        starts, counts = first + 4 * np.arange(0, rows, 10) + 1, np.full(rows // 10, 5)  # each over two pages
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            arena.will_need(starts, counts)
+            arena.will_need(starts[:1], counts[:1])
+            assert not asked
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # a part would stay, in folios of megabytes
+            os.pread(descriptor, 4096 * rows // 2, 0)
+            arena.will_need(starts, counts)
+            if in_memory(descriptor, np.array([rows - 1])).all():
+                pytest.skip("this file system keeps all in memory")
+            assert asked == [rows // 10], "half of them are gone"
+        finally:
+            os.close(descriptor)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a moment")
+def test_of_files_of_others_the_kernel_does_not_tell(tmp_path, monkeypatch):
+    """mincore(2) says of their pages that all are in memory: they are asked for, whatever it says."""
+    asked = []
+    monkeypatch.setattr(advice, "will_need", lambda addresses, nbytes: asked.append(len(addresses)))
+    for folder in (tmp_path, *tmp_path.parents):
+        if str(folder).startswith(tempfile.gettempdir()) or "pytest" in str(folder):
+            folder.chmod(0o755)
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    write(theirs, 0, np.ones((8, 1024), np.uint8))
+    write(mine, 0, np.ones((8, 1024), np.uint8))
+    theirs.chmod(0o644)
+    os.chown(mine, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        assert not advice.tells(theirs)
+        assert advice.tells(mine)
+        arena = Arena("|u1", (1024,))
+        first = [arena.place(path, 0, 8) for path in (mine, theirs)]
+        arena.will_need(np.array(first[:1]), np.array([8]))
+    finally:
+        os.seteuid(0)
+    assert asked == [1], "one file of others is enough"
 
 
 def in_memory(descriptor: int, pages: np.ndarray) -> np.ndarray:

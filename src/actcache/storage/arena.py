@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError, StorageIOError
+from actcache.storage import advice
 
 _PAGE = mmap.PAGESIZE
 _MAP_FIXED = 0x10  # Linux and macOS
@@ -41,13 +42,6 @@ _libc.mmap.argtypes = (
     ctypes.c_longlong,
 )
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.syscall.restype = ctypes.c_long
-_PROCESS_MADVISE = (
-    440  # Linux 5.10 and later, the same number on every architecture; the C libraries have no name for it
-)
-_MOST_RANGES = 1024  # of one call
-
 
 _NO_MEMORY = (
     ": the process has too many mappings (compact the space) or too little address space (ulimit -v); "
@@ -71,29 +65,6 @@ def _mmap(address: int | None, length: int, protection: int, flags: int, descrip
 def _check_size(path: Path, size: int, needed: int) -> None:
     if size < needed:
         raise FormatError(f"{path} is truncated: it has {size} bytes and should have {needed} or more")
-
-
-_in_one_call = hasattr(os, "pidfd_open") and hasattr(_libc, "syscall")
-
-
-def _advise(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
-    """Say that these ranges will be needed. For many of them a system call each costs more than reading warm rows."""
-    global _in_one_call
-    if _in_one_call:
-        ranges = np.ascontiguousarray(np.stack([addresses, nbytes], axis=1), np.uint64)
-        me = os.pidfd_open(os.getpid())
-        try:
-            for start in range(0, len(ranges), _MOST_RANGES):
-                some = ranges[start : start + _MOST_RANGES]
-                arguments = ctypes.c_int(me), ctypes.c_void_p(some.ctypes.data), ctypes.c_size_t(len(some))
-                if _libc.syscall(ctypes.c_long(_PROCESS_MADVISE), *arguments, mmap.MADV_WILLNEED, 0) < 0:
-                    _in_one_call = False  # an older kernel, or one that asks for a privilege
-                    break
-        finally:
-            os.close(me)
-    if not _in_one_call:
-        for address, length in zip(addresses.tolist(), nbytes.tolist(), strict=True):
-            _libc.madvise(address, length, mmap.MADV_WILLNEED)
 
 
 class _Range:
@@ -124,6 +95,7 @@ class Arena:
         self.row_bytes = self._dtype.itemsize * int(np.prod(trailing))
         self._lock = threading.Lock()
         self._placed: list[tuple[Path, int, int, int]] = []  # path, file offset, rows, first row in the range
+        self._told = True  # of all files that are placed: whether the kernel tells what is in memory
         self._end = 0
         while True:
             try:
@@ -182,6 +154,7 @@ class Arena:
             self._map(self._range, path, offset, rows, first)
             self._end = end
             self._placed.append((path, offset, rows, first))
+            self._told = self._told and advice.tells(path)
             return first
 
     def _map(self, target: _Range, path: Path, offset: int, rows: int, first: int) -> None:
@@ -209,7 +182,12 @@ class Arena:
             raise StorageIOError(f"cannot move a mapping of {rows} rows: {os.strerror(code)}{hint}")
 
     def will_need(self, firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Ask the kernel to load runs of placed rows, ``counts[i]`` from ``firsts[i]`` on; returns at once."""
+        """Ask the kernel to load runs of placed rows, ``counts[i]`` from ``firsts[i]`` on; returns at once.
+
+        Where they seem to be in memory, it is not asked.
+        """
         begins = firsts * self.row_bytes // _PAGE * _PAGE
-        ends = (firsts + counts) * self.row_bytes
-        _advise(self._range.address + begins, ends - begins)
+        ends = -(-(firsts + counts) * self.row_bytes // _PAGE) * _PAGE
+        ranges = self._range.address + begins, ends - begins
+        if not (self._told and advice.in_memory(*ranges)):
+            advice.will_need(*ranges)

@@ -193,6 +193,19 @@ class Maintained:
         present = np.flatnonzero(request.lengths).tolist()
         return sorted(found.union(i for i in present if i not in found and not request.read_extras(i)[1]))
 
+    @looking_again
+    def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:
+        """Return the token ids of published entries as they lie, intact or not; None where there are none to be read.
+
+        An entry's checksum is over ids and rows together: of a corrupt entry, nothing here says that the ids are right.
+        """
+        request = Request(self._view, None, self._seed, key_array(keys))
+        has, offsets = request.has(TOKEN_IDS), offsets_of(request.lengths)
+        ids = np.empty(int(offsets[-1]), np.int32)
+        lost = set(request.read({TOKEN_IDS: ids}, None, verify=False))
+        cuts = enumerate(itertools.pairwise(offsets.tolist()))
+        return [ids[begin:end] if has[i] and i not in lost else None for i, (begin, end) in cuts]
+
     def leave_no_trace(self) -> None:
         """Have nothing that is done through this object from here on count as a use of the space."""
         self._used.stop()

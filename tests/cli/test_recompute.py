@@ -20,7 +20,7 @@ from actcache.models.verification import ROUNDING
 from tests.cli.running import cachectl
 from tests.support import make_store
 
-TEXTS = [f"document {i} says {'la ' * (i % 11)}to whoever reads it" for i in range(24)]
+TEXTS = [f"Document {i} says {'la ' * (i % 11)}to whoever reads it" for i in range(24)]
 LAYER = 2
 
 
@@ -156,3 +156,34 @@ def test_what_cannot_be_computed_again(filled: Any, tmp_path: Path, monkeypatch:
     cachectl("verify", store, "--recompute", 0).refused(2)
     monkeypatch.setitem(sys.modules, "transformers.utils", None)
     assert "actcache[models]" in cachectl("verify", store, "--recompute", 1).refused(2)
+
+
+def test_repair_computes_again_what_it_quarantines(filled: Any, tmp_path: Path) -> None:
+    store, fingerprint = filled(dtype="float32")
+    lost = [actcache.document_key(TEXTS[i]) for i in (4, 9)]
+    with actcache.open(store, "r") as opened, space_of(opened, fingerprint) as space:
+        entries = space.get(lost)
+    (segment,) = store.glob("spaces/*/segments/*")
+    data = bytearray(segment.read_bytes())
+    for entry in entries:
+        data[data.index(entry.activations.tobytes())] ^= 1
+    segment.write_bytes(data)
+    result = cachectl("repair", store, "--model", tmp_path / "none", "--json")
+    one = json.loads(result.out)["spaces"][fingerprint]
+    assert result.code == 5
+    assert (set(one["quarantined"]), one["recomputed"]) == ({key.hex() for key in lost}, [])
+    assert "cannot be loaded" in one["not_recomputed"]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    assert "2 still missing" in cachectl("repair", store, "--recompute").out
+    options = "--corpus", tmp_path / "corpus.jsonl", "--field", "body"
+    one = cachectl("repair", store, *options, "--json").json()["spaces"][fingerprint]
+    assert (one["quarantined"], set(one["recomputed"]), one["missing"]) == ([], {key.hex() for key in lost}, [])
+    assert recomputed(store)["recomputed"][fingerprint]["entries"] == len(TEXTS)
+    with actcache.open(store, "r") as opened, space_of(opened, fingerprint) as space:
+        for before, after in zip(entries, space.get(lost), strict=True):
+            np.testing.assert_allclose(after.activations, before.activations, rtol=0, atol=1e-5)
+            np.testing.assert_array_equal(after.token_ids, before.token_ids)
+    assert "intact" in cachectl("repair", store, "--recompute").out
+    assert "--corpus" in cachectl("repair", store, "--field", "body").refused(2)
+    assert "cannot read" in cachectl("repair", store, "--corpus", tmp_path / "none").refused(2)
+    assert "standard input" in cachectl("repair", store, "--corpus", "-").refused(2)

@@ -1,40 +1,98 @@
-"""``cachectl repair``: what is corrupt goes out of the way, so that a fill computes it again."""
+"""``cachectl repair``: what is corrupt goes out of the way, and is computed again where the model is at hand."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
-from actcache import inspection
+from actcache import corpus, inspection
 from actcache.cli.common import SHORT, JsonOption, QuietOption, SpaceOption, StoreArgument, counted, print_json, say
 from actcache.cli.progress import Meter
+from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
+from actcache.errors import UsageError
 from actcache.store import open_standing
 
-_DAMAGED = 4
+_DAMAGED, _NO_MODEL = 4, 5
 
 
 def repair(
-    store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = False, quiet: QuietOption = False
+    store: StoreArgument,
+    space: SpaceOption = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute what is quarantined again; so does each option below.")
+    ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    texts: Annotated[
+        Path | None, typer.Option("--corpus", help="Where the documents are, as for fill.", show_default=False)
+    ] = None,
+    field: Annotated[str | None, typer.Option(help="The corpus's column or JSON field of the texts.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=0, help="Of the windows that documents were cut into.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Verify all entries, and quarantine what is corrupt: it becomes a miss, its bytes are kept aside.
 
-    A fill with the same model computes it again. Exit code 4 where a whole space cannot be read: it is left alone.
+    A fill with the same model computes it again. So does this command where the model is at hand (--recompute): from
+    the texts of a --corpus, from token ids that another space of the store holds intact, or from the entry's own where
+    they prove to be its document; never from token ids that nothing vouches for. It also looks at what was quarantined
+    earlier.
 
-    Example: cachectl repair ./activations
+    Exit codes: 4 where a whole space cannot be read (it is left alone), 5 where the model cannot be had or is another.
+
+    Example: cachectl repair ./activations --model ./bert-base-uncased --corpus corpus.txt
     """
-    with open_standing(store) as opened, Meter("verify", "entries", show=not quiet) as meter:
-        done = inspection.repair(opened, space or (), progress=meter)
+    if texts is None and field is not None:
+        raise UsageError("--field is for --corpus FILE")
+    if texts is not None:
+        if str(texts) == "-":
+            raise UsageError("--corpus is read once for each space: give a file, not standard input")
+        corpus.check(texts, field)
+    if not (recompute or model is not None or device is not None or texts is not None or stride is not None):
+        with open_standing(store) as opened, Meter("verify", "entries", show=not quiet) as meter:
+            done: Any = inspection.repair(opened, space or (), progress=meter)
+        computed = False
+    else:
+        recomputing, models = recorded_models(model, device)
+        documents = None if texts is None else lambda: (document.text for document in corpus.read(texts, field))
+        with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
+            done = recomputing.repair(opened, models, space or (), texts=documents, stride=stride or 0, progress=meter)
+        computed = True
     if as_json:
-        spaces = {
-            name: {"quarantined": [key.hex() for key in one.quarantined], "set_aside": one.set_aside}
-            for name, one in done.spaces.items()
-        }
+        spaces = {name: _described(one, computed) for name, one in done.spaces.items()}
         print_json({"store": store, "spaces": spaces, "unreadable": done.unreadable})
     else:
         for name, one in done.spaces.items():
-            entries = counted(len(one.quarantined), "entry", "entries")
-            changed = f"{entries} quarantined, {counted(len(one.set_aside), 'segment')} set aside"
-            say(f"{name[:SHORT]}: {changed if one.quarantined or one.set_aside else 'intact'}")
+            _show(name[:SHORT], one, computed)
         for name, what in done.unreadable.items():
             say(f"{name[:SHORT]}: left alone: {what}")
     if done.unreadable:
         raise typer.Exit(_DAMAGED)
+    if computed and any(one.unable is not None for one in done.spaces.values()):
+        raise typer.Exit(_NO_MODEL)
+
+
+def _described(one: Any, computed: bool) -> dict[str, Any]:
+    found = {"quarantined": [key.hex() for key in one.quarantined], "set_aside": one.set_aside}
+    if not computed:
+        return found
+    again = {"recomputed": [key.hex() for key in one.recomputed], "missing": [key.hex() for key in one.missing]}
+    return {**found, **again, "not_recomputed": one.unable}
+
+
+def _show(name: str, one: Any, computed: bool) -> None:
+    changed = f"{counted(len(one.quarantined), 'entry', 'entries')} quarantined"
+    if one.quarantined or one.set_aside:
+        say(f"{name}: {changed}, {counted(len(one.set_aside), 'segment')} set aside")
+    elif not (computed and (one.recomputed or one.missing)):
+        say(f"{name}: intact")
+    if computed and (one.recomputed or one.missing):
+        say(f"{name}: {len(one.recomputed):,} computed again, {len(one.missing):,} still missing")
+        if one.unable is not None:
+            say(f"  nothing could be computed: {one.unable}")
+        elif one.missing:
+            say("  a fill computes them; so does --corpus here (with --stride, where documents were cut into windows)")

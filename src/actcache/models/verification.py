@@ -128,7 +128,7 @@ def verify_stored(
     comparison = _Comparison(space, lower, encoder, None)
     corrupt: list[bytes] = []
     for start in range(0, len(chosen), _CHUNK):
-        found = _intact(space, chosen[start : start + _CHUNK], corrupt)
+        found = intact_entries(space, chosen[start : start + _CHUNK], corrupt)
         if found:
             comparison.add(list(found), list(found.values()), None)
         if progress is not None:
@@ -136,8 +136,8 @@ def verify_stored(
     return replace(comparison.report(), corrupt=corrupt)
 
 
-def _intact(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dict[bytes, Entry]:
-    """Return the entries that are there and intact; note the keys of corrupt ones."""
+def intact_entries(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dict[bytes, Entry]:
+    """Return the entries that are there, intact and with token ids; note the keys of corrupt ones."""
     while True:
         try:
             found = dict(zip(keys, space.get(keys), strict=True))
@@ -153,7 +153,7 @@ class _Comparison:
 
     def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, outputs: _Outputs | None) -> None:
         self._lower, self._outputs = lower, outputs
-        self._separator = _separator(encoder)
+        self._separator = separator_of(encoder)
         self._tolerance = TOLERANCE[lower.compute_dtype] + ROUNDING.get(space.recipe.dtype, _COARSEST)
         self._errors: list[float] = []
         self._failed: list[bytes] = []
@@ -319,7 +319,7 @@ def _as_pairs(
             found[i], inputs[i] = again, paired
 
 
-def _separator(encoder: DocumentEncoder) -> int | None:
+def separator_of(encoder: DocumentEncoder) -> int | None:
     """Return the token that ends each of two texts, where these have type ids."""
     typed = "token_type_ids" in encoder.tokenizer.model_input_names
     return encoder.tokenizer.sep_token_id if typed else None

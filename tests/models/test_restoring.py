@@ -1,0 +1,190 @@
+"""Repair that computes again: the numbers come back, and never from token ids that nothing vouches for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, PreTrainedModel
+
+import actcache
+from actcache import Recycler, Recyclers
+from actcache.errors import DocumentError
+from actcache.recomputing import RecordedModels, Restoration, repair
+from tests.backends import each
+
+TEXTS = [f"Document {i} says " + "la " * (i % 7) + "." for i in range(12)]
+PAIRS = [(f"question {i}", "and its answer " * (1 + i)) for i in range(3)]
+IDS = [[101, 2000 + i, 3000, 102] for i in range(3)]
+WORDS = [["some", "words", str(i)] for i in range(2)]
+ALL = [*TEXTS, *PAIRS, *IDS, *WORDS]
+
+Make = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def saved(make_model: Make, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(AutoModel, type_vocab_size=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def damage(store: Any, documents: Any, column: str = "values", **changes: Any) -> dict[bytes, Any]:
+    """Flip a bit of these documents' rows, or token ids, in whatever files hold them; return what the entries were."""
+    root = Path(str(store).partition(":")[2] or str(store))
+    keys = [one if isinstance(one, bytes) else actcache.document_key(one) for one in documents]
+    with actcache.open(store, "r") as opened:
+        (recipe,) = [one for one in opened.recipes() if all(getattr(one, n) == v for n, v in changes.items())]
+        with opened.space(recipe) as space:
+            found = {
+                key: (np.array(entry.activations), np.array(entry.token_ids), entry.extras)
+                for key, entry in zip(keys, space.get(keys), strict=True)
+            }
+    for rows, ids, _ in found.values():
+        wanted = (rows if column == "values" else ids).tobytes()
+        count = 0
+        for path in (root / "spaces" / recipe.fingerprint).rglob("*"):
+            data = bytearray(path.read_bytes()) if path.is_file() else bytearray()
+            if (at := data.find(wanted)) >= 0:
+                data[at + 4] ^= 1
+                path.write_bytes(data)
+                count += 1
+        assert count
+    return found
+
+
+def mended(store: Any, model: Any, **options: Any) -> Restoration:
+    """Repair; return what became of the first space that had lost something."""
+    with actcache.open(store) as opened:
+        done = repair(opened, RecordedModels(model, device="cpu"), **options)
+    assert not done.unreadable
+    return next(one for one in done.spaces.values() if one.quarantined or one.missing or one.recomputed)
+
+
+def check_back(store: Any, lost: dict[bytes, Any], **changes: Any) -> None:
+    with actcache.open(store, "r") as opened:
+        (recipe,) = [one for one in opened.recipes() if all(getattr(one, n) == v for n, v in changes.items())]
+        with opened.space(recipe) as space:
+            for (rows, ids, extras), entry in zip(lost.values(), space.get(list(lost)), strict=True):
+                np.testing.assert_allclose(entry.activations, rows, rtol=0, atol=2e-5)
+                np.testing.assert_array_equal(entry.token_ids, ids)
+                assert set(entry.extras) == set(extras)
+                for name, array in extras.items():
+                    np.testing.assert_array_equal(entry.extras[name], array)
+            assert space.verify().intact
+
+
+@each()
+@pytest.mark.parametrize("extras", [(), ("spans", "word_ids", "type_ids")])
+def test_from_the_corpus(kind: Any, extras: Any, saved: Path, tmp_path: Path) -> None:
+    store = kind.url(tmp_path / "store")
+    with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32", extras=extras) as recycler:
+        recycler.fill(ALL, progress=False)
+    chosen = [TEXTS[3], TEXTS[8], PAIRS[1], IDS[2], WORDS[0]]
+    lost = damage(store, chosen)
+    done = mended(store, saved, texts=lambda: iter(ALL))
+    assert (set(done.quarantined), set(done.recomputed), done.missing) == (set(lost), set(lost), [])
+    assert done.unable is None
+    check_back(store, lost)
+    with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32", extras=extras) as recycler:
+        assert recycler.fill(ALL, progress=False).computed == 0
+        assert recycler.verify(texts=chosen).ok
+
+
+@pytest.mark.parametrize("column", ["values", "token_ids"])
+def test_ids_that_nothing_vouches_for_are_not_computed(saved: Path, tmp_path: Path, column: str) -> None:
+    """Damaged rows look like damaged ids: both wait for the texts, but what proves itself is back at once."""
+    store = tmp_path / "store"
+    with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32") as recycler:
+        recycler.fill(ALL, progress=False)
+    lost = damage(store, [TEXTS[3], PAIRS[0], IDS[1]], column)
+    done = mended(store, saved)
+    proven = [actcache.document_key(IDS[1])] if column == "values" else []
+    assert done.recomputed == proven
+    assert done.missing == sorted(lost.keys() - set(proven))
+    # Run again with the texts: what lies in quarantine is known.
+    done = mended(store, saved, texts=lambda: ["other texts", *ALL])
+    assert (done.quarantined, set(done.recomputed), done.missing) == ([], lost.keys() - set(proven), [])
+    check_back(store, lost)
+    with actcache.open(store) as opened:
+        assert all(not (one.recomputed or one.missing) for one in repair(opened, RecordedModels(saved)).spaces.values())
+
+
+def test_from_another_layer(saved: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with Recyclers.from_pretrained(saved, layers=[1, 2], store=store, dtype="float32") as recyclers:
+        recyclers.fill(ALL, progress=False)
+    lost = damage(store, [TEXTS[3], TEXTS[5], PAIRS[0], WORDS[1]], layer=2)
+    damage(store, [TEXTS[5]], layer=1)
+    done = mended(store, saved)
+    with actcache.open(store, "r") as opened:
+        order = [recipe.layer for recipe in sorted(opened.recipes(), key=lambda one: one.fingerprint)]
+    both = {actcache.document_key(TEXTS[5])}
+    unclear = {actcache.document_key(PAIRS[0])}  # one text with a separator, or two: no type ids were stored
+    if order[0] == 1:  # the first one to be repaired
+        assert (done.recomputed, set(done.missing)) == ([], both)
+    else:
+        assert (set(done.recomputed), set(done.missing)) == (lost.keys() - both - unclear, both | unclear)
+    mended(store, saved, texts=lambda: ALL)
+    check_back(store, lost, layer=2)
+
+
+def test_texts_that_token_ids_spell_exactly(make_model: Make, roberta_tokenizer: Any, tmp_path: Path) -> None:
+    folder, store = tmp_path / "model", tmp_path / "store"
+    make_model(AutoModel, "roberta", vocab_size=len(roberta_tokenizer)).save_pretrained(folder)
+    roberta_tokenizer.save_pretrained(folder)
+    texts = ["Whatever is  written, Café!", " with a space before", "ends with one "]
+    with Recycler.from_pretrained(folder, layer=2, store=store, dtype="float32") as recycler:
+        recycler.fill(texts, progress=False)
+    lost = damage(store, texts)
+    done = mended(store, folder)
+    assert (set(done.recomputed), done.missing) == (set(lost), [])
+    check_back(store, lost)
+    damage(store, texts, "token_ids")
+    assert (mended(store, folder).recomputed, len(done.quarantined)) == ([], 3)
+
+
+def test_windows(saved: Path, tmp_path: Path) -> None:
+    store, texts = tmp_path / "store", ["".join(f"many {i} words " for i in range(40)), *TEXTS]
+    spec = actcache.windows(32, stride=8)
+    with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32", too_long=spec) as recycler:
+        recycler.fill(texts, progress=False)
+        keys = recycler.keys(texts)
+    lost = damage(store, [keys[1], keys[-1]])
+    assert len(mended(store, saved, texts=lambda: texts, stride=4).missing) == 2
+    done = mended(store, saved, texts=lambda: texts, stride=8)
+    assert (set(done.recomputed), done.missing) == (set(lost), [])
+    check_back(store, lost)
+
+
+def test_what_is_refused(saved: Path, make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32") as recycler:
+        recycler.fill(TEXTS, progress=False)
+    lost = damage(store, TEXTS[:2])
+    other = make_model(AutoModel, type_vocab_size=2, seed=1)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    done = mended(store, tmp_path / "other", texts=lambda: TEXTS)
+    assert "other weights" in str(done.unable)
+    assert (set(done.quarantined), done.recomputed, set(done.missing)) == (set(lost), [], set(lost))
+    with pytest.raises(DocumentError, match="position 1"):
+        mended(store, saved, texts=lambda: ["a text", ""])
+    folder = next((store / "spaces").iterdir()) / "quarantine"
+    (folder / f"{'0' * 12}-{'0' * 16}.safetensors").write_bytes(b"no such file")
+    assert set(mended(store, saved, texts=lambda: TEXTS).recomputed) == set(lost)
+    check_back(store, lost)

@@ -10,6 +10,24 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from actcache.reporting.words import binary, clean, counted, span
+
+__all__ = [
+    "SHORT",
+    "JsonOption",
+    "QuietOption",
+    "SpaceOption",
+    "StoreArgument",
+    "binary",
+    "console",
+    "counted",
+    "print_json",
+    "say",
+    "span",
+    "table",
+]
 
 _PLAIN_WIDTH = 120  # where stdout is no terminal
 
@@ -24,15 +42,25 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")
 SHORT = 12
 
 
+class _Console(Console):
+    """Prints texts as they are: a model's name is no markup, and has no say in what the terminal does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(clean(text), **options)
+
+
 def console() -> Console:
     """Return where results are printed: stdout, with a fixed width where that is no terminal."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=_PLAIN_WIDTH)
+    terminal = _Console()
+    return terminal if terminal.is_terminal else _Console(width=_PLAIN_WIDTH)
 
 
 def say(text: str) -> None:
     """Print a line of a result."""
-    console().print(text, highlight=False, soft_wrap=True, markup=False)
+    console().print(text, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -48,26 +76,3 @@ def table(title: str, left: Iterable[str], right: Iterable[str] = ()) -> Table:
     for name in right:
         made.add_column(name, justify="right", no_wrap=True)
     return made
-
-
-def counted(number: int, thing: str, things: str | None = None) -> str:
-    """Return a number with its noun."""
-    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
-
-
-def binary(nbytes: float) -> str:
-    """Return a number of bytes with a binary unit."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def span(seconds: float) -> str:
-    """Return a time span in its largest unit."""
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:,.{int(seconds < 10 * length)}f} {unit}"
-    return f"{seconds:,.0f} s"

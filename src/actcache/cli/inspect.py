@@ -2,23 +2,93 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from pathlib import Path, PurePath
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
-from actcache import inspection
-from actcache.cli.common import JsonOption, SpaceOption, StoreArgument, binary, console, counted, print_json, say
-from actcache.inspection import SpaceReport
+from actcache import inspection, reporting
+from actcache.cli.common import (
+    SHORT,
+    JsonOption,
+    QuietOption,
+    SpaceOption,
+    StoreArgument,
+    binary,
+    console,
+    counted,
+    print_json,
+    say,
+)
+from actcache.cli.inspected import recipe_table, show
+from actcache.cli.progress import Meter
+from actcache.errors import UsageError
+from actcache.inspection import SpaceReport, StoreReport
+from actcache.reporting import SAMPLE, DocumentReport, SegmentDetail, Survey
+from actcache.storage.newfile import check_new
 from actcache.store import open_store
 
+_DAMAGED = 4
 
-def inspect(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = False) -> None:
-    """Show the spaces of a store in full: what is in them, and by which recipe.
 
-    Example: cachectl inspect ./activations
+def inspect(
+    store: StoreArgument,
+    space: SpaceOption = None,
+    segment: Annotated[str | None, typer.Option(help="One segment: how its name begins.")] = None,
+    text: Annotated[str | None, typer.Option(help="One document, by its text.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="One document, or a window of one: its key in hexadecimal, or how that begins.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots to this new file.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Read so many entries of each space, drawn at random.")] = SAMPLE,
+    every: Annotated[bool, typer.Option("--all", help="Read all entries instead.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the same entries again.")] = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what is in a store, a space, a segment or a document, and by which recipe. Changes nothing.
+
+    With --space, --segment or --html a sample of the entries is read and compared with their checksums: their norms,
+    mean and deviation, what is NaN or infinite. With --text or --key, the document's entries in all spaces, windows
+    too. Exit code 3 where there is no such document, 4 where what was looked at in such detail is damaged.
+
+    Example: cachectl inspect ./activations --html report.html
     """
-    with open_store(store, mode="r") as opened:
-        found = inspection.inspect(opened, space or ())
+    if sum(one is not None for one in (segment, text, key, html)) > 1:
+        raise UsageError("--segment, --text, --key and --html look at different things: give one of them")
+    options: dict[str, Any] = {"sample": None if every else sample, "seed": seed}
+    if html is not None:
+        check_new(html)  # before anything is read for it
+    report: SegmentDetail | DocumentReport | Survey
+    with open_store(store, mode="r") as opened, Meter("read", "entries", show=not quiet) as meter:
+        options["progress"] = meter
+        if segment is not None:
+            report = reporting.segment_detail(opened, segment, space or (), **options)
+        elif text is not None:
+            report = reporting.document_by_text(opened, text, space or ())
+        elif key is not None:
+            report = reporting.document_by_key(opened, key, space or ())
+        elif html is not None or space:
+            report = reporting.survey(opened, space or (), **options)
+        else:
+            _show_store(store, inspection.inspect(opened), as_json)
+            return
+    page: dict[str, Any] = {}
+    if html is not None and isinstance(report, Survey):
+        page = {"html": str(html), "html_bytes": reporting.write_page(report, html)}
+    if as_json:
+        print_json({"store": store, **report.to_json(), **page})
+    elif page:
+        damage = "" if report.intact else "; something is damaged, it says what"
+        say(f"{html}: {binary(page['html_bytes'])}{damage}")
+    else:
+        show(report)
+    if not report.intact:
+        raise typer.Exit(_DAMAGED)
+
+
+def _show_store(store: str, found: StoreReport, as_json: bool) -> None:
     if as_json:
         spaces = [report.to_json() for report in found.spaces]
         rest = {"unreadable": found.unreadable, "collections": found.collections}
@@ -27,7 +97,7 @@ def inspect(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption
     terminal = console()
     terminal.print(_summary(store, found.spaces))
     for report in found.spaces:
-        terminal.print(_recipe(report))
+        terminal.print(recipe_table(report.recipe, f"space {report.recipe.fingerprint}", report.damaged))
     for name, what in found.unreadable.items():
         say(f"unreadable {name}: {what}")
     if found.collections:
@@ -43,7 +113,7 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
     for report in reports:
         recipe, usage = report.recipe, report.usage
         table.add_row(
-            recipe.fingerprint[:12],
+            recipe.fingerprint[:SHORT],
             PurePath(recipe.model).name,
             str(recipe.layer),
             recipe.dtype,
@@ -53,21 +123,4 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
             f"{usage.segments:,}",
             f"{len(report.damaged):,}",
         )
-    return table
-
-
-def _recipe(report: SpaceReport) -> Table:
-    recipe = report.recipe
-    table = Table(title=f"space {recipe.fingerprint}", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in recipe.identity().items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key}={item}" for key, item in value.items())
-        table.add_row(name, str(value))
-    table.add_section()
-    for name, value in recipe.to_json()["provenance"].items():
-        table.add_row(name, value)
-    for name, what in report.damaged.items():
-        table.add_row(f"damaged {name}", what)
     return table

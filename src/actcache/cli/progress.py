@@ -57,7 +57,7 @@ class Meter:
 
     def _draw(self) -> None:
         if self._bar is None:
-            text, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+            text, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
             columns = (text, BarColumn(), TaskProgressColumn(), rate, TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()

@@ -1,0 +1,93 @@
+"""What numbers entries hold: norms of their rows, mean and deviation, and what is no number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.reporting.histogram import Histogram, LogCounts
+
+_PART = 1 << 20  # numbers that are looked at in one go, as float64
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of rows of activations, one a token.
+
+    A norm is a row's Euclidean one; rows that hold NaN or infinity have none. Mean and standard deviation are of all
+    finite numbers. None where there is nothing to take them of.
+    """
+
+    tokens: int
+    norm_min: float | None
+    norm_mean: float | None
+    norm_max: float | None
+    mean: float | None
+    std: float | None
+    nan: int
+    infinite: int
+    zero_rows: int  # whose numbers are all 0
+    norms: Histogram  # of those above 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as JSON values."""
+        return {**vars(self), "norms": self.norms.to_json()}
+
+
+class Numbers:
+    """Takes in rows piece by piece and knows their statistics, in bounded memory. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._tokens = self._nan = self._infinite = self._zero = 0
+        self._count, self._mean, self._squares = 0, 0.0, 0.0  # of finite numbers; squares of what is off the mean
+        self._rows, self._norm_sum = 0, 0.0
+        self._low, self._high = math.inf, -math.inf
+        self._norms = LogCounts()
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Take in rows, ``[tokens, hidden]``, floating point."""
+        self._tokens += len(rows)
+        step = max(1, _PART // max(1, rows.shape[1]))
+        for first in range(0, len(rows), step):
+            self._add(rows[first : first + step].astype(np.float64))
+
+    def _add(self, rows: NDArray[np.float64]) -> None:
+        finite = np.isfinite(rows)
+        nan = int(np.isnan(rows).sum())
+        self._nan += nan
+        self._infinite += int(finite.size - finite.sum()) - nan
+        numbers, whole = rows[finite], rows[finite.all(axis=1)]
+        if numbers.size:
+            # Chan, Golub and LeVeque 1979: two parts' means and squares give the whole's, without cancellation.
+            mean = float(numbers.mean())
+            off, count = mean - self._mean, self._count + numbers.size
+            self._squares += float(((numbers - mean) ** 2).sum()) + off**2 * self._count * numbers.size / count
+            self._mean += off * numbers.size / count
+            self._count = count
+        if len(whole):
+            norms = np.sqrt((whole**2).sum(axis=1))
+            self._rows += len(norms)
+            self._norm_sum += float(norms.sum())
+            self._low, self._high = min(self._low, float(norms.min())), max(self._high, float(norms.max()))
+            self._zero += int((norms == 0).sum())
+            if norms.any():
+                self._norms.add(norms[norms > 0])
+
+    def statistics(self) -> Statistics:
+        """Return the statistics of what was taken in."""
+        return Statistics(
+            tokens=self._tokens,
+            norm_min=self._low if self._rows else None,
+            norm_mean=self._norm_sum / self._rows if self._rows else None,
+            norm_max=self._high if self._rows else None,
+            mean=self._mean if self._count else None,
+            std=math.sqrt(self._squares / self._count) if self._count else None,
+            nan=self._nan,
+            infinite=self._infinite,
+            zero_rows=self._zero,
+            norms=self._norms.histogram(),
+        )

@@ -1,0 +1,54 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+#: What is no text: controls (but tab and line feed), surrogates, noncharacters.
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def clean(text: str) -> str:
+    """Return a text that may be printed, wherever it comes from; what is no text is replaced."""
+    return _NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """Return a number with its noun."""
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
+
+
+def binary(nbytes: float) -> str:
+    """Return a number of bytes with a binary unit."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def span(seconds: float) -> str:
+    """Return a time span in its largest unit."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.{int(seconds < 10 * length)}f} {unit}"
+    return f"{seconds:,.0f} s"
+
+
+def number(value: float | None) -> str:
+    """Return a number with four significant digits, ``-`` for None."""
+    return "-" if value is None else f"{value:,.4g}"
+
+
+def moment(seconds: float) -> str:
+    """Return a time since 1970, to the minute."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def spelled(value: object) -> str:
+    """Return a field of a recipe in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={item}" for name, item in value.items())
+    return str(value)

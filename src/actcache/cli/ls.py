@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import PurePath
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+from rich.tree import Tree
 
 from actcache import inspection
 from actcache.backend import StoredFile
@@ -22,15 +25,30 @@ from actcache.cli.common import (
     table,
 )
 from actcache.inspection import Coverage, SpaceReport
+from actcache.reporting import Overview, SegmentReport, overview
 from actcache.store import open_store
 
+_MOST = 20  # segments of a space in a tree
 
-def ls(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = False) -> None:
+
+def ls(
+    store: StoreArgument,
+    space: SpaceOption = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Show each space's segments and collections as a tree.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List the spaces and collections of a store; with --space, that space's segments and what it has of each.
 
     Example: cachectl ls ./activations
     """
     with open_store(store, mode="r") as opened:
+        if tree:
+            found = overview(opened, space or ())
+            if as_json:
+                print_json(found.to_json())
+            else:
+                console().print(_tree(store, found))
+            return
         report = inspection.inspect(opened, space or ())
         files = opened.driver.listing()
         rows = [_row(one, files) for one in report.spaces]
@@ -62,6 +80,37 @@ def ls(store: StoreArgument, space: SpaceOption = None, as_json: JsonOption = Fa
         say(f"unreadable {name[:SHORT]}: {what}")
     if report.collections:
         say(f"collections: {', '.join(report.collections)}")
+
+
+def _tree(store: str, found: Overview) -> Tree:
+    root = Tree(store)
+    for branch in found.spaces:
+        recipe, usage = branch.report.recipe, branch.report.usage
+        size = f"{counted(usage.entries, 'entry', 'entries')}, {binary(usage.nbytes)}"
+        name = f"{PurePath(recipe.model).name} layer {recipe.layer} {recipe.dtype}"
+        space = root.add(f"space {recipe.fingerprint[:SHORT]}  {name}: {size}")
+        for segment in branch.segments[:_MOST]:
+            space.add(_segment(segment))
+        if len(branch.segments) > _MOST:
+            space.add(f"{len(branch.segments) - _MOST:,} more segments")
+        for collection, held in branch.collections.items():
+            has = f"{held.present:,} of {counted(held.documents, 'document')}" if isinstance(held, Coverage) else held
+            space.add(f"collection {collection}: {has}")
+    for fingerprint, what in found.unreadable.items():
+        root.add(f"space {fingerprint[:SHORT]}  unreadable: {what}")
+    for collection, documents in found.collections.items():
+        many = documents if isinstance(documents, str) else counted(documents, "document")
+        root.add(f"collection {collection}: {many}")
+    return root
+
+
+def _segment(segment: SegmentReport) -> str:
+    if segment.damaged is not None:
+        return f"{segment.name}  damaged: {segment.damaged}"
+    size = "" if segment.nbytes is None else f", {binary(segment.nbytes)}"
+    ago = "" if segment.age is None else f", {span(segment.age)} ago"
+    held = counted(segment.entries, "entry", "entries") if segment.entries else segment.state
+    return f"{segment.name}  {held}{size}{ago}"
 
 
 def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:

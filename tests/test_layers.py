@@ -32,6 +32,7 @@ LAYERS = [
     {"pruning"},  # of the models' vocabulary; nothing but the user needs it
     {"recycler"},
     {"recyclers"},
+    {"parallel"},
     {"forecast", "recomputing"},
     {"cli"},
 ]
@@ -49,7 +50,8 @@ ALLOWED_INSIDE = {
 LAZY = {
     ("cli/fill.py", "actcache.forecast"),
     ("cli/fill.py", "actcache.models.collecting"),
-    ("cli/fill.py", "actcache.recycler"),
+    ("cli/fill.py", "actcache.parallel"),
+    ("cli/fill.py", "actcache.recyclers"),
     ("cli/plan.py", "actcache.models.timing"),
     ("cli/recomputing.py", "actcache.recomputing"),
     ("reading/delivery.py", "actcache.reading.cuda"),
@@ -130,8 +132,8 @@ def test_backends_use_the_plugin_surface_alone(path):
         assert fine or not name.startswith("actcache"), name
 
 
-#: Where whatever was caught is raised elsewhere: by the thread that waits for this one.
-HANDED_ON = {SOURCE / "reading" / "prefetch.py"}
+#: Where whatever was caught is raised elsewhere: by the thread, or process, that waits for this one.
+HANDED_ON = {SOURCE / "reading" / "prefetch.py", SOURCE / "parallel" / "worker.py"}
 
 
 def test_nobody_catches_everything_silently():

@@ -176,6 +176,10 @@ class CanaryError(ModelError):
     """Recomputed canary documents differ from the stored ones by more than the tolerance: the numbers have changed."""
 
 
+class WorkerError(ModelError):
+    """A process that computes for this one died, or failed with an error of another library."""
+
+
 class VerificationError(ModelError):
     """Recomputed documents differ from the stored ones by more than the tolerance. ``report`` says by how much."""
 

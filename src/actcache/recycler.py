@@ -21,6 +21,7 @@ from actcache.errors import (
 )
 from actcache.key import Document
 from actcache.models import canary, weights
+from actcache.models.budget import ByteBudget
 from actcache.models.entries import check_found, check_texts, document_keys, find_entries, listed
 from actcache.models.family import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
@@ -152,7 +153,14 @@ class Recycler(TaskModels):
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
-    def fill(self, texts: Iterable[Document], *, token_budget: int = TOKEN_BUDGET, progress: bool = True) -> FillReport:
+    def fill(
+        self,
+        texts: Iterable[Document],
+        *,
+        token_budget: int = TOKEN_BUDGET,
+        progress: bool = True,
+        max_bytes: int | str | None = None,
+    ) -> FillReport:
         """Compute and store the documents that are not in the space; durable when it returns.
 
         A fill that was interrupted (Ctrl-C) or killed goes on where it was when it is called again: what is stored is
@@ -162,6 +170,8 @@ class Recycler(TaskModels):
             texts: any iterable of documents; it is streamed.
             token_budget: padded tokens of a batch. Documents of similar length are computed together.
             progress: whether to show a bar (a line now and then where stderr is no terminal).
+            max_bytes: that the space takes on the medium at most, what was there before included: a number or a size
+                like ``"200GiB"``. From the first document on that does not fit, all that are missing are left out.
 
         Raises:
             DocumentError, DocumentTooLongError: a document cannot be stored; it names its position.
@@ -173,7 +183,8 @@ class Recycler(TaskModels):
         """
         check_texts(texts)
         self._prepare_to_fill()
-        return self._filler.fill(texts, token_budget, progress, self._compute_canaries)
+        budget = None if max_bytes is None else ByteBudget.of(max_bytes, self._store, [self.space])
+        return self._filler.fill(texts, token_budget, progress, self._compute_canaries, budget)
 
     def _prepare_to_fill(self) -> None:
         if not self._store.writable:

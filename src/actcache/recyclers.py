@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import UsageError
 from actcache.key import Document
+from actcache.models.budget import Account, ByteBudget
 from actcache.models.entries import check_texts
-from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
+from actcache.models.filling import TOKEN_BUDGET, Advance, Filler, FillReport, Part
 from actcache.recycler import Recycler, load_pretrained
 from actcache.store import Store, open_store
 
@@ -70,15 +71,51 @@ class Recyclers(Mapping[int, Recycler]):
         model, tokenizer = load_pretrained(name_or_path, layers, device, revision)
         return cls(model, tokenizer, layers=layers, store=store, **options)
 
-    def fill(self, texts: Iterable[Document], *, token_budget: int = TOKEN_BUDGET, progress: bool = True) -> FillReport:
+    def fill(
+        self,
+        texts: Iterable[Document],
+        *,
+        token_budget: int = TOKEN_BUDGET,
+        progress: bool = True,
+        max_bytes: int | str | None = None,
+    ) -> FillReport:
         """Compute each document once, as far as the deepest layer that lacks it, and store it at each layer that does.
 
-        Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked.
+        Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked, and ``max_bytes`` is for all
+        layers together.
         """
         check_texts(texts)
+        self._prepare_to_fill()
+        budget = None if max_bytes is None else self._budget(max_bytes)
+        return self._filler.fill(texts, token_budget, progress, self._compute_canaries, budget)
+
+    def fill_parts(
+        self,
+        parts: Iterable[Part],
+        *,
+        advance: Advance,
+        token_budget: int = TOKEN_BUDGET,
+        max_bytes: int | str | None = None,
+        account: Account | None = None,
+        number: int = 0,
+    ) -> FillReport:
+        """Do this process's part of a fill by several; see ``actcache.parallel``.
+
+        Args:
+            parts, advance: see ``Filler.fill_parts``.
+            account, number: what all of them write under ``max_bytes``, and which of them this is.
+        """
+        self._prepare_to_fill()
+        budget = None if max_bytes is None else self._budget(max_bytes, account, number)
+        return self._filler.fill_parts(parts, token_budget, advance, self._compute_canaries, budget)
+
+    def _prepare_to_fill(self) -> None:
         for recycler in self._recyclers.values():
             recycler._prepare_to_fill()
-        return self._filler.fill(texts, token_budget, progress, self._compute_canaries)
+
+    def _budget(self, max_bytes: int | str, account: Account | None = None, number: int = 0) -> ByteBudget:
+        spaces = [recycler.space for recycler in self._recyclers.values()]
+        return ByteBudget.of(max_bytes, self._store, spaces, account, number)
 
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""

@@ -248,7 +248,7 @@ def test_small_chunks_and_budgets_store_the_same(
         recycler.fill(TEXTS, progress=False)
         want = recycler.space.get(recycler.keys(TEXTS))
         recycler.space.delete(recycler.keys(TEXTS))
-        monkeypatch.setattr(filling, "_CHUNK", 7)
+        monkeypatch.setattr(filling, "CHUNK", 7)
         counts = forwards(monkeypatch)
         assert recycler.fill(TEXTS, token_budget=30, progress=False).computed == 60
         assert max(counts) * 5 <= 30

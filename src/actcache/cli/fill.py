@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from actcache import corpus
-from actcache.cli.common import JsonOption, QuietOption, binary, say, span
-from actcache.errors import DocumentError, MissingExtraError, UsageError
+from actcache import corpus, inspection
+from actcache.cli.common import JsonOption, QuietOption, binary, counted, say, span
+from actcache.errors import DocumentError, MissingExtraError, OutOfSpaceError, UsageError
+from actcache.reading.checks import nbytes_of
 from actcache.store import Store, open_store
 from actcache.windows import Windows
 
@@ -31,23 +31,43 @@ def fill(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Text file (a document a line); with --field CSV or TSV, by its name, else JSON lines; - for stdin.",
+            help="Text file (a document a line); with --field CSV, TSV or Parquet, by its name, else JSON lines, or "
+            "the folder of a dataset that Hugging Face's save_to_disk wrote; - for stdin.",
             show_default=False,
         ),
     ],
     model: Annotated[str, typer.Option(help="Model id or folder.")],
-    layer: Annotated[int, typer.Option(help="Record the output of this layer, 1 to N-1.")],
+    layer: Annotated[
+        list[int],
+        typer.Option(
+            help="Record the output of this layer, 1 to N-1; may be repeated: one pass records all, a space each."
+        ),
+    ],
     dtype: Annotated[str | None, typer.Option(help="float16, float32 or bfloat16; default: the model's.")] = None,
     field: Annotated[str | None, typer.Option(help="The column or JSON field of the texts.")] = None,
     id_field: Annotated[str | None, typer.Option(help="The column or field of the documents' ids.")] = None,
     collection: Annotated[
-        str | None, typer.Option(help="Keep the corpus's order, and ids, as a collection of this name.")
+        str | None,
+        typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     too_long: Annotated[TooLong, typer.Option(help="What becomes of longer documents.")] = TooLong.refuse,
     stride: Annotated[int, typer.Option(help="With --too-long windows: tokens that neighbours share.")] = 0,
     token_budget: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 8192,
-    device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="What the filled spaces may take (200GiB), all together, as du shows it; what was there before counts."
+        ),
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            "--device",
+            help="Where to compute: cuda:0; several, as in cuda:0,cuda:1 or cpu,cpu, by a process each.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is there, how many bytes and how long it takes; store nothing.")
     ] = False,
@@ -56,56 +76,78 @@ def fill(
 ) -> None:
     """Compute and store what is missing of a corpus.
 
-    What is stored already is skipped: an interrupted fill goes on where it was when it is run again.
+    What is stored already is skipped: an interrupted fill goes on where it was when it is run again. With --max-bytes,
+    what is missing from the first document on that does not fit is left out (with several devices, from the first of
+    each process's documents on): the exit code is 3, no collection is written, and run again with more bytes it goes
+    on.
 
     Example: cachectl fill ./activations corpus.txt --model bert-base-uncased --layer 6
     """
     try:
+        from actcache import parallel
         from actcache.forecast import forecast
-        from actcache.models.collecting import put_collection
-        from actcache.recycler import Recycler
+        from actcache.models.collecting import Notes, put_collection
+        from actcache.recyclers import Recyclers
     except ImportError as error:
         raise MissingExtraError(
             f"fill needs torch and transformers: pip install 'actcache[models]' ({error})"
         ) from None
     _quieten_transformers()
-    limit: str | Windows = too_long.value
-    if stride and too_long is not TooLong.windows:
-        raise UsageError("--stride is for --too-long windows")
-    if too_long is TooLong.windows:
-        if max_length is None:
-            raise DocumentError("--too-long windows needs --max-length, the tokens of a window")
-        limit = Windows(max_length, stride)
+    windows = _windows(too_long, max_length, stride)
     if collection is not None:
         Store.collection_blob(collection)  # a name that is none is refused before the work, not after it
     corpus.check(source, field, id_field)  # likewise a file that is not there
+    limit = None if max_bytes is None else nbytes_of("--max-bytes", max_bytes)
+    places = [] if devices is None else [name.strip() for name in devices.split(",")]
+    options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
     documents = corpus.read(source, field, id_field)
-    options: dict[str, Any] = {
-        "layer": layer,
-        "dtype": dtype,
-        "device": device,
-        "max_length": max_length,
-        "too_long": limit,
-    }
     if dry_run:
-        found = forecast(store, [document.text for document in documents], model, **options)
+        texts = (document.text for document in documents)
+        found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **options)
         _show_forecast(found, as_json)
         return
-    seen: list[corpus.Document] = []
-    with Recycler.from_pretrained(model, store=store, **options) as recycler:  # the store after the model
-        texts = (document.text for document in _noted(documents, seen if collection is not None else None))
-        report = recycler.fill(texts, token_budget=token_budget, progress=not quiet)
-        fingerprint = recycler.recipe.fingerprint
-    if collection is not None:
-        with open_store(store) as opened, opened.space(recycler.recipe) as space:
-            put_collection(opened, space, collection, seen, limit if isinstance(limit, Windows) else None)
+    notes = Notes()
+    texts = (document.text for document in (documents if collection is None else notes.passing(documents)))
+    working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
+    if len(places) > 1:
+        report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **options)
+    else:
+        device = places[0] if places else None
+        with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **options) as recyclers:
+            report = recyclers.fill(texts, **working)
+    written = collection if collection is not None and not report.left_out else None
+    if written is not None:
+        with open_store(store) as standing, inspection.opened(standing, report.spaces[layer[0]]) as space:
+            put_collection(standing, space, written, notes, windows)
+    _tell(report, written, as_json)
+    if report.left_out:
+        unwritten = "" if collection is None else f" The collection {collection!r} was not written."
+        raise OutOfSpaceError(
+            f"{counted(report.left_out, 'document')} of {report.documents:,} left out: no more fit within "
+            f"--max-bytes {max_bytes}; run it again with more bytes to go on.{unwritten}"
+        )
+
+
+def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows | None:
+    if too_long is not TooLong.windows:
+        if stride:
+            raise UsageError("--stride is for --too-long windows")
+        return None
+    if max_length is None:
+        raise DocumentError("--too-long windows needs --max-length, the tokens of a window")
+    return Windows(max_length, stride)
+
+
+def _tell(report: Any, collection: str | None, as_json: bool) -> None:
+    spaces = list(report.spaces.values())
     if as_json:
-        print(json.dumps({"space": fingerprint, **dataclasses.asdict(report), "collection": collection}))
+        print(json.dumps({"space": spaces[0], **dataclasses.asdict(report), "collection": collection}))
         return
     rate = report.tokens / report.seconds if report.seconds else 0.0
     say(
         f"{report.documents:,} documents: {report.computed:,} computed ({report.tokens:,} tokens, "
-        f"{rate:,.0f} tokens/s), {report.present:,} were there; space {fingerprint}"
+        f"{rate:,.0f} tokens/s), {report.present:,} were there; "
+        f"{'space' if len(spaces) == 1 else 'spaces'} {', '.join(spaces)}"
     )
 
 
@@ -116,13 +158,8 @@ def _show_forecast(found: Any, as_json: bool) -> None:
     missing = found.documents - found.present
     say(f"{found.documents:,} documents: {found.present:,} are there, {missing:,} to compute")
     say(f"about {found.tokens:,} tokens, {binary(found.nbytes)}, {span(found.seconds)} of computing")
-
-
-def _noted(documents: Iterator[corpus.Document], seen: list[corpus.Document] | None) -> Iterator[corpus.Document]:
-    for document in documents:
-        if seen is not None:
-            seen.append(document)
-        yield document
+    if found.fits is not None:
+        say("all of it fits" if found.fits == missing else f"about {found.fits:,} of the {missing:,} fit")
 
 
 def _quieten_transformers() -> None:

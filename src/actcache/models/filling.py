@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from actcache.errors import NonFiniteError
 from actcache.key import Document
+from actcache.models.budget import ByteBudget, most_bytes
 from actcache.models.entries import document_keys, entry_keys, find_entries
 from actcache.models.progress import FillProgress
 from actcache.models.record import LowerHalf, plan_batches
@@ -17,8 +19,12 @@ from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.space import Space
 
 TOKEN_BUDGET = 8192  # padded tokens of a batch
-_CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
+CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
+
+#: Documents, with their positions in the corpus.
+Part = tuple[Sequence[int], list[Document]]
+Advance = Callable[[int, int, int], object]
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class FillReport:
     computed: int  # of those, computed and stored by this fill
     tokens: int  # computed
     seconds: float
+    left_out: int = 0  # of the documents, those that a bound on the bytes had no room for
+    spaces: dict[int, str] = field(default_factory=dict)  # fingerprints by layer
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class _Work:
     """A document that is to be computed."""
 
     position: int  # in the texts
+    document: bytes  # its key
     keys: list[bytes]  # of its entries
     entries: list[Encoded]
     layers: tuple[int, ...]  # where it is missing
@@ -68,53 +77,119 @@ class Filler:
         return cls(parts, fillers[0]._encoder, fillers[0]._extras)
 
     def fill(
-        self, texts: Iterable[Document], token_budget: int, progress: bool, before_first: Callable[[], object]
+        self,
+        texts: Iterable[Document],
+        token_budget: int,
+        progress: bool,
+        before_first: Callable[[], object],
+        budget: ByteBudget | None = None,
     ) -> FillReport:
         """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``.
 
         Args:
             before_first: called before anything is computed, and not where nothing is.
         """
-        start = time.monotonic()
-        documents = computed = tokens = 0
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
-            try:
-                for chunk in _chunks(texts):
-                    work = self._missing(chunk, range(documents, documents + len(chunk)))
-                    bar.advance(len(chunk) - len(work))
-                    if work and not computed:
+            return self.fill_parts(_parts(texts), token_budget, bar.advance, before_first, budget)
+
+    def fill_parts(
+        self,
+        parts: Iterable[Part],
+        token_budget: int,
+        advance: Advance,
+        before_first: Callable[[], object],
+        budget: ByteBudget | None = None,
+    ) -> FillReport:
+        """Do the same with documents that somebody else has numbered.
+
+        Args:
+            parts: each is looked up, tokenized and sorted by length as one.
+            advance: told of documents that are stored, and of those computed just now and their tokens.
+        """
+        start = time.monotonic()
+        documents = computed = tokens = left_out = 0
+        full = False
+        try:
+            for positions, chunk in parts:
+                keys = document_keys(chunk, positions[0] if chunk else 0)
+                absent = self._absent(keys)
+                documents += len(chunk)
+                advance(len(chunk) - len(absent), 0, 0)
+                if absent and not full:
+                    work = self._encoded(chunk, positions, keys, absent)
+                    if not computed:
                         before_first()
-                    for group in _groups(work, _GROUP * token_budget):
-                        done = self._record(group, token_budget)
-                        bar.advance(len(group), len(group), done)
-                        computed, tokens = computed + len(group), tokens + done
-                    documents += len(chunk)
-            finally:
+                    for some in [work] if budget is None else self._admitted(work, budget):
+                        for group in _groups(some, _GROUP * token_budget):
+                            done = self._record(group, token_budget)
+                            advance(len(group), len(group), done)
+                            computed, tokens = computed + len(group), tokens + done
+                            for one in group:
+                                del absent[one.document]
+                    full = bool(absent)
+                if absent:
+                    copies = Counter(keys)
+                    left_out += sum(copies[key] for key in absent)
+                    advance(len(absent), 0, 0)
+        finally:
+            for space in self._spaces.values():
+                space.flush()
+        present = documents - computed - left_out
+        spaces = {layer: space.recipe.fingerprint for layer, space in self._spaces.items()}
+        return FillReport(documents, present, computed, tokens, time.monotonic() - start, left_out, spaces)
+
+    def _admitted(self, work: list[_Work], budget: ByteBudget) -> Iterator[list[_Work]]:
+        """Yield what there is room for, in the texts' order up to the first document that has none.
+
+        What was yielded is put when this goes on. It took less than was promised: flushed and measured, there is more.
+        """
+        rest = sorted(work, key=lambda one: one.position)
+        sizes = [sum(self._most_bytes(one, layer) for layer in one.layers) for one in rest]
+        while rest:
+            count = budget.admit(sizes)
+            if not count:
                 for space in self._spaces.values():
                     space.flush()
-        return FillReport(documents, documents - computed, computed, tokens, time.monotonic() - start)
+                budget.settle()
+                count = budget.admit(sizes)
+            if not count:
+                return
+            yield rest[:count]
+            rest, sizes = rest[count:], sizes[count:]
+
+    def _most_bytes(self, work: _Work, layer: int) -> int:
+        recipe = self._spaces[layer].recipe
+        return sum(most_bytes(recipe, self._extras, len(entry.token_ids)) for entry in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
-        for group in _groups(self._missing(list(texts), positions), _GROUP * token_budget):
+        chunk = list(texts)
+        keys = document_keys(chunk, positions[0] if chunk else 0)
+        for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
             self._record(group, token_budget)
 
-    def _missing(self, chunk: list[Document], positions: Sequence[int]) -> list[_Work]:
-        """Return what is to be computed, tokenized, each document once."""
-        keys, spec = document_keys(chunk, positions[0] if chunk else 0), self._encoder.windows
-        places: dict[bytes, int] = {}
-        missing: dict[bytes, list[int]] = {}
+    def _absent(self, keys: list[bytes]) -> dict[bytes, list[int]]:
+        """Return the keys of documents that are to be computed, each once, with the layers where they are missing."""
+        absent: dict[bytes, list[int]] = {}
         for layer, space in self._spaces.items():
-            for i, found in enumerate(find_entries(space, keys, spec)):
-                if not found:
-                    places.setdefault(keys[i], i)
-                    if layer not in missing.setdefault(keys[i], []):
-                        missing[keys[i]].append(layer)
-        positions = [positions[i] for i in places.values()]
-        encoded = self._encoder.encode([chunk[i] for i in places.values()], positions)
+            for key, found in zip(keys, find_entries(space, keys, self._encoder.windows), strict=True):
+                if not found and layer not in absent.setdefault(key, []):
+                    absent[key].append(layer)
+        return absent
+
+    def _encoded(
+        self, chunk: list[Document], positions: Sequence[int], keys: list[bytes], absent: dict[bytes, list[int]]
+    ) -> list[_Work]:
+        """Return what is to be computed, tokenized."""
+        first: dict[bytes, int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        places = [first[key] for key in absent]
+        spec = self._encoder.windows
+        encoded = self._encoder.encode([chunk[i] for i in places], [positions[i] for i in places])
         return [
-            _Work(position, entry_keys(key, len(entries), spec), entries, tuple(missing[key]))
-            for position, key, entries in zip(positions, places, encoded, strict=True)
+            _Work(positions[i], key, entry_keys(key, len(entries), spec), entries, tuple(layers))
+            for i, (key, layers), entries in zip(places, absent.items(), encoded, strict=True)
         ]
 
     def _record(self, group: list[_Work], token_budget: int) -> int:
@@ -147,10 +222,11 @@ class Filler:
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
 
 
-def _chunks(texts: Iterable[Document]) -> Iterator[list[Document]]:
-    iterator = iter(texts)
-    while chunk := list(itertools.islice(iterator, _CHUNK)):
-        yield chunk
+def _parts(texts: Iterable[Document]) -> Iterator[Part]:
+    iterator, first = iter(texts), 0
+    while chunk := list(itertools.islice(iterator, CHUNK)):
+        yield range(first, first + len(chunk)), chunk
+        first += len(chunk)
 
 
 def _groups(work: list[_Work], tokens: int) -> Iterator[list[_Work]]:

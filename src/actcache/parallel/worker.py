@@ -1,0 +1,147 @@
+"""One of the processes that fill: its messages, its signals, and what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from actcache.errors import ActcacheError, StorageIOError, WorkerError
+from actcache.models.budget import Account
+from actcache.models.filling import FillReport, Part
+from actcache.recyclers import Recyclers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all the processes do."""
+
+    store: str
+    model: str
+    layers: tuple[int, ...]
+    token_budget: int
+    max_bytes: int | None
+    options: dict[str, Any] = field(default_factory=dict)  # of ``Recyclers``
+
+
+# --- what a process says; only ``More`` is answered, by a ``Part`` or None --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded, and these spaces are there."""
+
+    fingerprints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class More:
+    """It wants a part."""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many documents are stored, of which so many, with so many tokens, were computed just now."""
+
+    documents: int
+    computed: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """All is stored, and everything is closed."""
+
+    report: FillReport
+
+
+@dataclass(frozen=True)
+class Failed:
+    """It ends with an error."""
+
+    kind: type[ActcacheError]
+    message: str
+
+
+class _Stopped(BaseException):
+    """The first process wants this one to end, or is gone."""
+
+
+def main(channel: Connection, job: Job, device: str, number: int, threads: int, shared: tuple[Any, Any] | None) -> None:
+    """Fill the parts that the first process sends. The process's own main function.
+
+    Args:
+        number: of this process, from 0.
+        threads: that it may compute with.
+        shared: numbers and lock of an ``Account``.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process decides what it means
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_follow, daemon=True).start()
+    with contextlib.suppress(_Stopped, BrokenPipeError, EOFError):  # what was computed is stored, and nobody listens
+        channel.send(_result(channel, job, device, number, threads, shared))
+
+
+def _result(
+    channel: Connection, job: Job, device: str, number: int, threads: int, shared: tuple[Any, Any] | None
+) -> Done | Failed:
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        account = None if shared is None else Account(*shared)
+        with Recyclers.from_pretrained(
+            job.model, layers=job.layers, store=job.store, device=device, **job.options
+        ) as recyclers:
+            channel.send(Ready(tuple(recycler.recipe.fingerprint for recycler in recyclers.values())))
+            report = recyclers.fill_parts(
+                _parts(channel),
+                advance=lambda *counts: channel.send(Advanced(*counts)),
+                token_budget=job.token_budget,
+                max_bytes=job.max_bytes,
+                account=account,
+                number=number,
+            )
+        return Done(report)
+    except (BrokenPipeError, EOFError):
+        raise
+    except ActcacheError as error:
+        return Failed(type(error), str(error))
+    except OSError as error:
+        return Failed(StorageIOError, str(error))
+    except Exception as error:  # of torch, mostly; it is raised where the fill was called
+        return Failed(WorkerError, f"the process for {device} failed: {type(error).__name__}: {error}")
+
+
+def _parts(channel: Connection) -> Iterator[Part]:
+    while True:
+        channel.send(More())
+        part = channel.recv()
+        if part is None:
+            return
+        yield part
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows is storing what was computed
+    raise _Stopped
+
+
+def _follow() -> None:
+    """End with the first process, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(os.getpid(), signal.SIGTERM)

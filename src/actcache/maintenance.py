@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import GRACE_SECONDS, TOKEN_IDS, VALUES, Compaction, Snapshot, SpaceDriver
+from actcache.backend import EXTRAS, GRACE_SECONDS, TOKEN_IDS, VALUES, Compaction, Snapshot, SpaceDriver
 from actcache.codec import Codec
 from actcache.errors import UsageError
 from actcache.key import Keys, key_array, key_list
@@ -186,12 +186,20 @@ class Maintained:
     @looking_again
     def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
         """Return the positions of published entries that fail their checksums; absent ones do not."""
-        request = Request(self._view, None, self._seed, keys)
+        view = self._view()  # one for all: another might know of other arrays
+        request = Request(lambda: view, None, self._seed, keys)
         total = int(request.lengths.sum())
         rows = {VALUES: np.empty((total, self.recipe.hidden_size), self._codec.stored)}
         found = set(request.read({**rows, TOKEN_IDS: np.empty(total, np.int32)}, None, verify=True))
-        present = np.flatnonzero(request.lengths).tolist()
-        return sorted(found.union(i for i in present if i not in found and not request.read_extras(i)[1]))
+        had = np.array([request.has(name) for name in EXTRAS]).T
+        for kind in np.unique(had[had.any(axis=1)], axis=0):  # entries with the same optional arrays at once
+            which = np.flatnonzero((had == kind).all(axis=1))
+            part = Request(lambda: view, None, self._seed, keys[which])
+            columns = [column for column, there in zip(EXTRAS.items(), kind.tolist(), strict=True) if there]
+            total = int(part.lengths.sum())
+            out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns}
+            found.update(which[part.read(out, None, verify=True)].tolist())
+        return sorted(found)
 
     @looking_again
     def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import h5py
+import numpy as np
 import pytest
 
 import actcache
-from actcache import inspection
+from actcache import inspection, maintenance
 from actcache.errors import SpaceNotFoundError, UsageError
 from tests.backends import each
 from tests.cli.running import cachectl
-from tests.support import check, key, make_store, put, recipe, segment_files
+from tests.support import check, ids, key, length, make_store, put, recipe, rows, segment_files
 
 LOOKING = ("ls", "inspect", "du", "verify")
 
@@ -114,6 +116,47 @@ def test_verify_a_sample(store):
     flip(segment_files(folder(store))[1])
     codes = {cachectl("verify", store, "--sample", 6).code for _ in range(20)}  # half of the entries each time
     assert codes == {0, 4}
+
+
+@each()
+def test_verify_finds_damaged_spans_among_entries_of_all_kinds(kind, tmp_path):
+    url, numbers = kind.url(tmp_path / "store"), range(12)
+    spans = {n: np.full((length(n), 2), 1000 + n, np.int32) for n in numbers}
+    with actcache.open(url) as opened, opened.space(recipe()) as space:
+        put(space, range(4))
+        for some, more in ((range(4, 8), False), (range(8, 12), True)):
+            types = [np.ones(length(n), np.int8) for n in some] if more else None
+            entries = [[key(n) for n in some], [rows(n) for n in some], [ids(n) for n in some]]
+            space.put(*entries, spans=[spans[n] for n in some], type_ids=types)
+    assert cachectl("verify", url).code == 0
+    for n in (5, 10):
+        for path in (tmp_path / "store").rglob("*"):
+            data = bytearray(path.read_bytes()) if path.is_file() else bytearray()
+            if (at := data.find(spans[n].tobytes())) >= 0:
+                data[at] ^= 1
+                path.write_bytes(data)
+    result = cachectl("verify", url, "--json")
+    assert result.code == 4
+    (one,) = json.loads(result.out)["spaces"].values()
+    assert set(one["corrupt"]) == {key(5).hex(), key(10).hex()}
+
+
+def test_verify_reads_in_several_threads(store, monkeypatch):
+    monkeypatch.setattr(maintenance, "available_cpus", lambda: 3)
+    monkeypatch.setattr(maintenance, "_PART_BYTES", 100)
+    meeting, real = threading.Barrier(3), maintenance.Maintained._corrupt
+    met = []
+
+    def slowly(space, keys):
+        if not met:
+            meeting.wait(30)  # breaks where fewer come
+            met.append(1)
+        return real(space, keys)
+
+    monkeypatch.setattr(maintenance.Maintained, "_corrupt", slowly)
+    with actcache.open(store, "r") as opened, opened.space(recipe()) as space:
+        found = space.verify()
+    assert (found.entries, found.corrupt, met) == (12, [], [1, 1, 1])
 
 
 def test_one_damaged_recipe_hides_nothing_else(store):

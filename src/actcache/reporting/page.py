@@ -19,6 +19,7 @@ from actcache.storage.newfile import check_new, new_file
 #: Even if something slipped through the escaping, a browser would neither run it nor fetch anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _SHORT = 12
+_MODEL = 16  # characters of a model's name beside a bar
 _MOST_SEGMENTS = 100  # in a table
 _TIMES = 24  # ranges of a plot over time
 _SHORTEST = 60.0  # seconds that such a plot shows
@@ -138,7 +139,9 @@ def _all_ages(found: Survey) -> Markup:
 
 
 def _label(one: SpaceDetail) -> str:
-    return f"{PurePath(one.recipe.model).name} {one.recipe.layer} {one.recipe.dtype} {one.recipe.fingerprint[:6]}"
+    model = PurePath(one.recipe.model).name
+    model = model if len(model) <= _MODEL else f"{model[: _MODEL - 1]}…"
+    return f"{model} {one.recipe.layer} {one.recipe.dtype} {one.recipe.fingerprint[:6]}"
 
 
 # --- one space --------------------------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ def test_a_space_in_full(kind, tmp_path):
     told = space["lengths"]
     assert (told["shortest"], told["longest"], told["mean"]) == (lengths.min(), lengths.max(), lengths.mean())
     assert told["median"] == np.median(lengths)
+    assert (lengths <= told["p95"]).mean() >= 0.95 > (lengths < told["p95"]).mean()
     counts, _ = np.histogram(lengths, told["histogram"]["edges"])
     assert told["histogram"]["counts"] == counts.tolist()
     assert sum(counts) == len(held)

@@ -30,5 +30,5 @@ def test_the_page_is_right(tmp_path, monkeypatch, capsys):
     (tmp_path / "report.html").unlink()
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(compile(program, "inspecting.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("tests 9")
+    assert capsys.readouterr().out.startswith("tests 8 ")
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -126,7 +126,7 @@ def _show_lengths(lengths: Lengths) -> None:
         return
     say(
         f"tokens of an entry: {lengths.shortest:,} to {lengths.longest:,}, median {number(lengths.median)}, mean "
-        f"{number(lengths.mean)}, 95 % up to {number(lengths.p95)}"
+        f"{number(lengths.mean)}, 95 % up to {lengths.p95:,}"
     )
     _show_histogram(lengths.histogram, lambda edge: f"{edge:,.0f}")
 

@@ -37,7 +37,7 @@ class Lengths:
     shortest: int
     median: float
     mean: float
-    p95: float  # of a hundred entries, 95 are no longer
+    p95: int  # the least length that 95 % of the entries do not exceed
     longest: int
     histogram: Histogram
 
@@ -45,10 +45,16 @@ class Lengths:
     def of(cls, lengths: NDArray[np.int64], ranges: int = 24) -> Lengths:
         """Sum up the lengths of entries, ``[n]``, by at most so many ranges."""
         if not len(lengths):
-            return cls(0, 0, 0.0, 0.0, 0.0, 0, Histogram())
-        median, p95 = np.percentile(lengths, (50, 95)).tolist()
-        low, high = int(lengths.min()), int(lengths.max())
-        return cls(len(lengths), low, median, float(lengths.mean()), p95, high, equal_ranges(lengths, ranges))
+            return cls(0, 0, 0.0, 0.0, 0, 0, Histogram())
+        return cls(
+            entries=len(lengths),
+            shortest=int(lengths.min()),
+            median=float(np.median(lengths)),
+            mean=float(lengths.mean()),
+            p95=int(np.percentile(lengths, 95, method="inverted_cdf")),
+            longest=int(lengths.max()),
+            histogram=equal_ranges(lengths, ranges),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return them as JSON values."""

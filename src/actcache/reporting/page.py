@@ -153,7 +153,7 @@ def _space(one: SpaceDetail, now: float) -> Markup:
     lengths, sample = one.lengths, one.sample
     described = (
         f"{counted(lengths.entries, 'entry', 'entries')} of {lengths.shortest:,} to {lengths.longest:,} tokens: half "
-        f"have up to {number(lengths.median)}, 95 % up to {number(lengths.p95)}; the mean is {number(lengths.mean)}."
+        f"have up to {number(lengths.median)}, 95 % up to {lengths.p95:,}; the mean is {number(lengths.mean)}."
     )
     plot = histogram(lengths.histogram, lambda edge: f"{edge:,.0f}", _count, "tokens of an entry")
     figures = [

@@ -128,19 +128,6 @@ class Space(Maintained):
                 writer.add(names[i], stored)
         return len(encoded)
 
-    def put_block(self, block: Block) -> None:
-        """Publish entries that are in stored form already, as one segment; durable when this returns.
-
-        For whoever has read them, verified, where they stood under an equal recipe: nothing is looked at, computed or
-        copied. What stands here under one of the keys is replaced.
-
-        Raises:
-            StoreError: read-only, disk full, ...; nothing of the block is there.
-        """
-        with self._write_lock:
-            self._writing().flush()  # what was put before is older
-            self._append(block)
-
     def _append(self, block: Block) -> None:
         self._driver.append(block)
         self._store.describe(self.recipe)  # it may have been deleted under us

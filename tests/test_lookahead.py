@@ -37,6 +37,7 @@ def batch(*numbers):
 
 def test_once(space, looked_up):
     space.read_ahead(batch(3, 1))
+    space.checksums(batch(3, 1))
     first, second = space.get(batch(3, 1))
     np.testing.assert_array_equal(first.activations, rows(3))
     np.testing.assert_array_equal(second.activations, rows(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,12 @@ from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Located, Snapshot
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.key import key_list
 from actcache.lookahead import Lookahead
-from actcache.ragged import offsets_of
+from actcache.ragged import offsets_of, row_indices
 from actcache.writer import Writer
 
 Rows = dict[str, NDArray[np.generic]]
 
+_MOST_CUTS = 16  # between entries of different kinds in a batch, each of which is another gather
 _LOOKS = 5  # each finds what compaction had published by then
 
 
@@ -105,6 +107,8 @@ class Request:
         kinds[list(self._pending)] = 2
         corrupt: list[int] = []
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
+        if len(cuts) > _MOST_CUTS:
+            return self._read_by_kind(kinds, out, width, starts, verify)
         for first, last in itertools.pairwise(cuts):
             here = {name: buffer[starts[first] : starts[last]] for name, buffer in out.items()}
             if kinds[first] == 2:
@@ -114,6 +118,34 @@ class Request:
                 here.pop(TOKEN_IDS, None)
             corrupt += self._gather(first, last, here, width, verify)
         return corrupt
+
+    def _read_by_kind(
+        self,
+        kinds: NDArray[np.int8],
+        out: Mapping[str, NDArray[np.generic]],
+        width: int | None,
+        starts: NDArray[np.int64],
+        verify: bool,
+    ) -> list[int]:
+        """Read entries of each kind together, then put them into their places: what has not been published yet stands
+        all over a shuffled batch, and a gather for each entry between would cost ten times as much."""
+        corrupt: list[int] = []
+        for kind in np.unique(kinds):
+            which = np.flatnonzero(kinds == kind)
+            part = copy.copy(self)
+            part._keys, part.located, part.lengths = self._keys[which], self.located[which], self.lengths[which]
+            part._pending = {new: self._pending[i] for new, i in enumerate(which.tolist()) if i in self._pending}
+            rows = row_indices(starts[which], part.lengths, None)
+            names = [name for name in out if kind != 0 or name != TOKEN_IDS]
+            here = {name: np.empty((len(rows), *out[name].shape[1:]), out[name].dtype) for name in names}
+            corrupt += which[part.read(here, None, verify=verify)].tolist()
+            for name, brought in here.items():
+                out[name][rows] = brought
+        if width is not None:
+            pads = np.arange(width) >= self.lengths[:, None]
+            for buffer in out.values():
+                buffer[: pads.size].reshape(*pads.shape, *buffer.shape[1:])[pads] = 0
+        return sorted(corrupt)
 
     def _copy(self, first: int, last: int, out: Rows, width: int | None) -> None:
         position = 0

@@ -221,7 +221,8 @@ class Space(Maintained):
 
     def read_ahead(self, keys: Keys) -> None:
         """Ask the operating system to load these entries soon; returns at once."""
-        self._ahead.ask(self._view(), key_array(keys))
+        snapshot = self._view()
+        snapshot.read_ahead(self._ahead.locate(snapshot, key_array(keys)))
 
     def lengths(self, keys: Keys) -> NDArray[np.int64]:
         """Return the tokens of each entry, ``[n]`` int64, 0 where it is absent."""

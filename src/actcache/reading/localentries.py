@@ -18,6 +18,7 @@ from actcache.backend import TOKEN_IDS, VALUES, Block, Located
 from actcache.entry import columns_of
 from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.key import key_list
+from actcache.lookahead import Lookahead
 from actcache.ragged import offsets_of, row_indices
 from actcache.reading.cachefolder import MARKER, CacheFolder
 from actcache.reading.leases import Lease
@@ -90,6 +91,7 @@ class LocalEntries:
             segment_bytes=_segment_bytes(folder.nbytes),
             segment_seconds=_SEGMENT_SECONDS,
         )
+        self._ahead = Lookahead()
         self._lock = threading.RLock()
         self._pending: dict[bytes, int] = {}  # checksums of what the writer holds
         self._leaving: list[bytes] = []  # keys of the block that was published last
@@ -120,7 +122,7 @@ class LocalEntries:
         return request, hits
 
     def _request(self, keys: NDArray[np.uint8]) -> Request:
-        return Request(lambda: self._snapshot, self._writer, self._seed, keys)
+        return Request(lambda: self._snapshot, self._writer, self._seed, keys, self._ahead)
 
     def read(self, request: Request, out: NDArray[Any], ids: NDArray[np.int32] | None) -> list[int]:
         """Read all of a request's entries, packed or padded (see ``Space.read_into``); return which are corrupt.

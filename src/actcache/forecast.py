@@ -12,12 +12,13 @@ from typing import Any
 
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.key import document_key
-from actcache.models.budget import taken
+from actcache.models.budget import RESERVE, taken
 from actcache.models.entries import find_entries
 from actcache.models.timing import measure
 from actcache.planning import Corpus, nbytes_of
 from actcache.reading.checks import nbytes_of as size_of
 from actcache.recycler import Recycler, load_pretrained
+from actcache.recyclers import check_layers
 from actcache.space import Space
 from actcache.store import open_store
 from actcache.windows import Windows
@@ -46,7 +47,6 @@ class _Survey:
     lacking: Counter[int] = field(default_factory=Counter)  # documents by layer
     deepest: Counter[int] = field(default_factory=Counter)  # documents by the deepest layer where they are missing
     sample: list[str] = field(default_factory=list)  # of those that are missing
-    used: int = 0  # bytes of the spaces that are there
 
     @property
     def missing(self) -> int:
@@ -76,6 +76,7 @@ def forecast(
         UsageError: see ``Recycler``.
         StoreError: what lies at the store's place cannot be opened.
     """
+    check_layers(layers)
     limit = None if max_bytes is None else size_of("max_bytes", max_bytes)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long}
     spec = too_long if isinstance(too_long, Windows) else None
@@ -112,7 +113,7 @@ def forecast(
     seconds = layers_of_tokens * timing.lower / last / len(set(devices))
     fits = None
     if limit is not None:
-        fits = min(found.missing, max(0, limit - used) * found.missing // nbytes)
+        fits = min(found.missing, max(0, limit - RESERVE - used) * found.missing // nbytes)
     present = found.documents - found.missing
     return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
 

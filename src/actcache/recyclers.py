@@ -43,8 +43,7 @@ class Recyclers(Mapping[int, Recycler]):
         store: Store | str | Path,
         **options: Any,
     ) -> None:
-        if not layers or len(set(layers)) != len(layers):
-            raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")
+        check_layers(layers)
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
         self._recyclers: dict[int, Recycler] = {}
@@ -145,3 +144,13 @@ class Recyclers(Mapping[int, Recycler]):
 
     def __repr__(self) -> str:
         return f"<Recyclers of layers {', '.join(map(str, self))}>"
+
+
+def check_layers(layers: Sequence[int]) -> None:
+    """Refuse layers that cannot be recorded in one pass, whatever the model.
+
+    Raises:
+        UsageError: there are none, or one twice.
+    """
+    if not layers or len(set(layers)) != len(layers):
+        raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")

@@ -99,6 +99,8 @@ def fill(
     corpus.check(source, field, id_field)  # likewise a file that is not there
     limit = None if max_bytes is None else nbytes_of("--max-bytes", max_bytes)
     places = [] if devices is None else [name.strip() for name in devices.split(",")]
+    if len(places) > 1:
+        parallel.check_devices(places)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
     documents = corpus.read(source, field, id_field)
     if dry_run:

@@ -19,7 +19,7 @@ from actcache.store import Store
 
 # What an entry may take beside its arrays: rounding up to a page (lmdb), key, offset, checksums, its line of the index.
 _ENTRY_BYTES = 4096 + 256
-_RESERVE = 256 << 10  # a segment's own description, a page here and there
+RESERVE = 256 << 10  # a segment's own description, a page here and there
 _BLOCK_BYTES = 1 << 20  # zarr pads a segment by less than a row for each of these
 
 
@@ -90,7 +90,7 @@ class ByteBudget:
         """
         names = [space.recipe.fingerprint for space in spaces]
         # Closing writes an index of all entries where there is none yet.
-        reserve = _RESERVE + 64 * sum(space.usage().entries for space in spaces)
+        reserve = RESERVE + 64 * sum(space.usage().entries for space in spaces)
         return cls(nbytes_of("max_bytes", limit) - reserve, lambda: taken(store, names), account, number)
 
     def admit(self, sizes: Sequence[int]) -> int:

@@ -6,6 +6,6 @@ store.
 
 from __future__ import annotations
 
-from actcache.parallel.fill import fill
+from actcache.parallel.fill import check_devices, fill
 
-__all__ = ["fill"]
+__all__ = ["check_devices", "fill"]

@@ -26,6 +26,7 @@ from actcache.parallel import worker
 from actcache.parallel.dealing import Dealer
 from actcache.parallel.worker import Advanced, Done, Failed, Job, More, Ready
 from actcache.reading.checks import nbytes_of
+from actcache.recyclers import check_layers
 from actcache.store import open_store
 
 _STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
@@ -62,7 +63,8 @@ def fill(
         ActcacheError: one failed with this; see ``Recycler.fill``.
     """
     check_texts(texts)
-    _check_devices(devices)
+    check_layers(layers)
+    check_devices(devices)
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
     job = Job(str(store), str(model), tuple(layers), token_budget, limit, options)
     start = time.monotonic()
@@ -217,7 +219,12 @@ def _interrupts_later(context: SpawnContext) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _check_devices(devices: Sequence[str]) -> None:
+def check_devices(devices: Sequence[str]) -> None:
+    """Refuse what cannot be the devices of several processes.
+
+    Raises:
+        UsageError: there are none, or one is no device.
+    """
     if not devices or isinstance(devices, str):
         raise UsageError(f"devices are a list such as ['cuda:0', 'cuda:1'] or ['cpu', 'cpu'], not {devices!r}")
     for device in devices:

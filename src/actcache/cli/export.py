@@ -20,7 +20,10 @@ _DAMAGED = 4
 
 def export(
     store: StoreArgument,
-    file: Annotated[Path, typer.Argument(help="To write, .safetensors or .npz.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="To write: .safetensors, .npz, or .parquet of keys and token ids.", show_default=False),
+    ],
     space: Annotated[str | None, typer.Option(help="How its fingerprint begins, where there are several.")] = None,
     collection: Annotated[str | None, typer.Option(help="Only this collection's entries, in its order.")] = None,
     as_json: JsonOption = False,
@@ -28,7 +31,11 @@ def export(
 ) -> None:
     """Write a space's entries to one file that other programs read.
 
-    Its arrays are values, offsets, keys, checksums and, where all entries have them, token_ids, as in docs/format.md.
+    A .safetensors or .npz holds all of the entries: values, offsets, keys, checksums and, each where all entries have
+    it, token_ids, spans, word_ids, type_ids (docs/format.md). A .parquet holds a row an entry: key (hexadecimal), the
+    collection's id, length, token_ids; it needs pyarrow.
+
+    Exit code 4 where an entry fails its checksum: nothing is written.
 
     Example: cachectl export ./activations activations.safetensors
     """
@@ -36,20 +43,25 @@ def export(
         names = chosen(opened_store, [space] if space is not None else [])
         if len(names) != 1:
             raise UsageError(f"{store} has {counted(len(names), 'space')}: choose one with --space")
-        keys = None if collection is None else opened_store.collection(collection).keys
+        listed = None if collection is None else opened_store.collection(collection)
+        keys, ids = (None, None) if listed is None else (listed.keys, listed.ids)
         with opened(opened_store, names[0]) as one:
-            done = export_space(one, file, keys, progress=meter)
+            done = export_space(one, file, keys, ids=ids, progress=meter)
     if as_json:
         print_json({"store": store, "space": names[0], "file": str(file), **dataclasses.asdict(done)})
         return
     say(f"{counted(done.entries, 'entry', 'entries')} of {names[0][:SHORT]} in {file}, {binary(done.nbytes)}")
+    for name, count in done.left_out.items():
+        say(
+            f"{name} of {counted(count, 'entry', 'entries')} left out, for the others have none; a migration takes them"
+        )
 
 
 def import_(
     store: Annotated[
         str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)
     ],
-    file: Annotated[Path, typer.Argument(help="A .safetensors file that export wrote.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="A .safetensors or .npz that export wrote.", show_default=False)],
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -68,7 +80,8 @@ def import_(
         print_json({"store": store, "file": str(file), **dataclasses.asdict(done), "corrupt": corrupt})
     else:
         entries = counted(done.entries, "entry", "entries")
-        say(f"{entries}, {done.stored:,} stored in {done.fingerprint[:SHORT]}, the others were there")
+        there = done.entries - done.stored - len(done.corrupt)
+        say(f"{entries}: {done.stored:,} stored in {done.fingerprint[:SHORT]}, {there:,} were there")
         if done.corrupt:
             say(
                 f"{counted(len(done.corrupt), 'entry', 'entries')} corrupt in {file}, the first {done.corrupt[0].hex()}"

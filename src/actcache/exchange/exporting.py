@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from actcache.key import Keys, key_array
 from actcache.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of
 from actcache.reading.checks import check_present
 from actcache.space import Space
-from actcache.storage.files import Disk, translated
+from actcache.storage.newfile import check_new, new_file
 from actcache.tensorheader import Described
 
 _FORMATS = (*SINKS, *parquet.SUFFIXES)
@@ -70,13 +68,12 @@ def export_space(
     """
     if path.suffix not in _FORMATS:
         raise UsageError(f"{path} ends in none of {', '.join(_FORMATS)}: the name decides what is written")
-    if path.exists():
-        raise UsageError(f"{path} stands already; remove it, or write another file")
+    check_new(path)
     if ids is not None and (keys is None or len(ids) != len(keys)):
         raise ShapeError(f"{len(ids)} ids: give one with each key")
     wanted = space.in_order(space.key_array()) if keys is None else key_array(keys)
     check_present(wanted, space.contains(wanted))
-    with _published(path) as temporary:
+    with new_file(path) as temporary:
         if path.suffix in parquet.SUFFIXES:
             tokens = parquet.write(space, temporary, wanted, ids, progress)
             done = Exported(len(wanted), temporary.stat().st_size, tokens)
@@ -152,19 +149,3 @@ def _once(keys: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return each key once, where it first stands: in a corpus a document may stand twice."""
     _, first = np.unique(keys, axis=0, return_index=True)
     return keys[np.sort(first)]
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with translated(f"cannot write {path}"):
-        try:
-            yield temporary
-            disk = Disk()
-            disk.sync_file(temporary)
-            disk.link(temporary, path)  # never over another's
-            disk.sync_folder(path.parent)
-        except FileExistsError:
-            raise UsageError(f"{path} was made meanwhile; write another file") from None
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from actcache.errors import FormatError, RecipeError
 TOO_LONG = ("refuse", "truncate", "windows")
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
+_LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -73,12 +74,9 @@ class Recipe:
                 raise RecipeError(what)
 
         check(isinstance(self.model, str) and bool(self.model), "model must be a model id or path")
-        check(_is_int(self.layer) and self.layer >= 1, f"layer is 1-based: {self.layer!r} is none")
-        check(_is_int(self.hidden_size) and self.hidden_size >= 1, f"hidden_size {self.hidden_size!r} is not positive")
-        check(
-            self.max_length is None or (_is_int(self.max_length) and self.max_length >= 1),
-            f"max_length {self.max_length!r} is neither None nor positive",
-        )
+        for name, number in (("layer", self.layer), ("hidden_size", self.hidden_size), ("max_length", self.max_length)):
+            good = name == "max_length" if number is None else _is_int(number) and 1 <= number <= _LARGEST
+            check(good, f"{name} {number!r:.40} is no whole number from 1 to {_LARGEST}")
         check(self.dtype in codec.names(), f"dtype {self.dtype!r} is not one of {', '.join(codec.names())}")
         check(
             self.compute_dtype in COMPUTE_DTYPES,

@@ -163,7 +163,7 @@ def _document(store: Store, key: bytes, spaces: Sequence[str], what: str) -> Doc
 
     def look(space: Space) -> list[EntryReport]:
         found: list[tuple[bytes, Window | None]] = [(key, None)] if key in space else []
-        if space.recipe.too_long == "windows" and space.recipe.max_length is not None:
+        if space.recipe.too_long == "windows" and space.recipe.max_length:
             found += _windows(space, key, space.recipe.max_length)
         return [_entry(space, files, *one) for one in found]
 

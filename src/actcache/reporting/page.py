@@ -106,7 +106,7 @@ def _spaces(found: Survey) -> Markup:
         sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), each, f"{usage.segments:,}", written)
         rows.append((link, *model, *sizes))
     figures = element("div", {"class": "plots"}, _bytes_plot(found), _checksum_plot(found), _all_ages(found))
-    return element("section", None, element("h2", None, "Spaces"), _table(names, rows, left=4), figures)
+    return element("section", None, element("h2", None, "Spaces"), _table("Spaces", names, rows, left=4), figures)
 
 
 def _bytes_plot(found: Survey) -> Markup:
@@ -167,8 +167,8 @@ def _space(one: SpaceDetail, now: float) -> Markup:
         element("h2", None, title),
         element("p", {"class": "soft"}, element("code", None, recipe.fingerprint), made),
         element("div", {"class": "plots"}, *figures),
-        _folded("Recipe", _fields(recipe.identity())),
-        _folded("Provenance", _fields(recipe.to_json()["provenance"])),
+        _folded("Recipe", _fields("Recipe", recipe.identity())),
+        _folded("Provenance", _fields("Provenance", recipe.to_json()["provenance"])),
         _folded(counted(len(one.segments), "segment"), _segments(one.segments)),
     ]
     return element("section", {"id": recipe.fingerprint}, *parts)
@@ -241,15 +241,16 @@ def _segments(segments: Sequence[SegmentReport]) -> Markup:
     ]
     more = len(segments) - len(rows)
     note = element("p", None, f"and {more:,} more: cachectl inspect --json lists them all") if more else joined()
-    return joined(_table(names, rows, left=3), note)
+    return joined(_table("Segments", names, rows, left=3), note)
 
 
-def _fields(fields: Mapping[str, object]) -> Markup:
-    return _table(("field", "value"), [(name, spelled(value)) for name, value in fields.items()], left=2, kind="fields")
+def _fields(label: str, fields: Mapping[str, object]) -> Markup:
+    rows = [(name, spelled(value)) for name, value in fields.items()]
+    return _table(label, ("field", "value"), rows, left=2, kind="fields")
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]], left: int, kind: str = "wide") -> Markup:
-    """Return a table whose first columns, ``left`` of them, hold texts and the others numbers."""
+def _table(label: str, names: Sequence[str], rows: Iterable[Sequence[str]], left: int, kind: str = "wide") -> Markup:
+    """Return a table whose first columns, ``left`` of them, hold texts and the others numbers; it scrolls by itself."""
 
     def cells(kind: str, values: Sequence[str], **given: str) -> Markup:
         classes = ({} if i < left else {"class": "number"} for i in range(len(values)))
@@ -259,7 +260,8 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]], left: int, kind:
 
     head = element("thead", None, cells("th", names, scope="col"))
     body = element("tbody", None, *(cells("td", row) for row in rows))
-    return element("div", {"class": kind, "tabindex": "0"}, element("table", None, head, body))
+    scrolling = {"class": kind, "role": "region", "aria-label": label, "tabindex": "0"}
+    return element("div", scrolling, element("table", None, head, body))
 
 
 def _folded(title: str, content: Markup) -> Markup:

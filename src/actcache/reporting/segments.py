@@ -139,7 +139,7 @@ def segment_detail(
         raise UsageError(f"no segment of {store.url} begins with {prefix!r}; cachectl ls --tree lists them")
     fingerprint, name = fitting[0]
     with opened(store, fingerprint) as space:
-        damaged = examined(space)
+        damaged = damaged_segments(space, thorough=sample is None)
         keys = space.key_array()
         reports = {report.name: report for report in segments_of(space, files, damaged, keys)}
         if name not in reports:  # compacted and removed meanwhile
@@ -151,6 +151,10 @@ def segment_detail(
         return SegmentDetail(space.recipe, reports[name], Lengths.of(space.lengths(keys)), read)
 
 
-def examined(space: Space) -> dict[str, str]:
-    """Look at every segment anew, trusting no index; return which are damaged, name -> what is wrong."""
-    return space.verify(sample=0).damaged
+def damaged_segments(space: Space, *, thorough: bool) -> dict[str, str]:
+    """Return which segments are damaged, name -> what is wrong.
+
+    Args:
+        thorough: whether to look at each of them anew, trusting no index. lmdb's whole file is walked for that.
+    """
+    return space.verify(sample=0).damaged if thorough else space.damaged()

@@ -13,7 +13,7 @@ from actcache.inspection import Footprint, Progress, SpaceReport, chosen, footpr
 from actcache.recipe import Recipe
 from actcache.reporting.histogram import Lengths
 from actcache.reporting.sample import SAMPLE, Sample, read_sample
-from actcache.reporting.segments import SegmentReport, examined, segments_of
+from actcache.reporting.segments import SegmentReport, damaged_segments, segments_of
 from actcache.space import Space
 from actcache.store import Store
 
@@ -118,7 +118,7 @@ def survey(
     Args:
         prefixes: of their fingerprints; all spaces where there are none.
         sample: entries of each space that are read, drawn at random by ``seed`` and compared with their checksums; None
-            for all of them.
+            for all of them, and for a look at every segment without the help of an index.
         progress: told the fingerprint, and entries.
 
     Raises:
@@ -145,7 +145,7 @@ def _detail(
     progress: Progress | None,
 ) -> SpaceDetail:
     fingerprint = space.recipe.fingerprint
-    damaged = examined(space)
+    damaged = damaged_segments(space, thorough=sample is None)
     keys = space.key_array()
     made = files.get(f"spaces/{fingerprint}/recipe.json")
     told = None if progress is None else lambda done, total: progress(fingerprint, done, total)

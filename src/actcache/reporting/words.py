@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 #: What is no text: controls (but tab and line feed), surrogates, noncharacters.
 _NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
+_FIRST, _LAST = (datetime(year, 1, 2, tzinfo=UTC).timestamp() for year in (1, 9999))
+
 
 def clean(text: str) -> str:
     """Return a text that may be printed, wherever it comes from; what is no text is replaced."""
@@ -43,8 +45,8 @@ def number(value: float | None) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Return a time since 1970, to the minute."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    """Return a time since 1970, to the minute; one that no calendar has is the nearest that it has."""
+    return datetime.fromtimestamp(min(max(seconds, _FIRST), _LAST), UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def spelled(value: object) -> str:

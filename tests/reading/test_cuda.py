@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
+import random
+import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -11,7 +16,8 @@ import torch
 
 import actcache
 from actcache.reading import cuda
-from tests.support import ids, key, length, put, recipe, rows
+from bench import replay
+from tests.support import ROOT, ids, key, length, put, recipe, rows
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 COUNT = 40
@@ -192,3 +198,23 @@ def test_breaking_off_and_going_on(space):
         reader.load_state_dict(state)
         check(next(iter(reader)))
         reader.set_epoch(0)
+
+
+@needs_cuda
+def test_copies_run_beside_kernels(tmp_path):
+    """The benchmark's own run, small: what its trace shows is what the stream of its own is for."""
+    trace, figures = tmp_path / "trace.json", tmp_path / "figures.json"
+    command = [sys.executable, "-m", "bench.replay", "--batch", "32", "--batches", "6", "--steps", "24"]
+    subprocess.run([*command, "--trace", trace, "--json", figures], cwd=ROOT, check=True, timeout=280)
+    notes = [table["note"] for table in json.loads(figures.read_text())["tables"] if "note" in table]
+    found = re.search(r"kernels ran during (.*)% of their time", notes[-1])
+    assert found is not None
+    assert float(found[1]) > 50
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_overlap_of_intervals(seed):
+    rng = random.Random(seed)
+    ones, others = ([(at, at + rng.randint(0, 6)) for at in rng.sample(range(50), 6)] for _ in range(2))
+    both = sum(all(any(a <= t < b for a, b in kind) for kind in (ones, others)) for t in range(60))
+    assert replay.overlap(ones, others) == both

@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import pwd
+import signal
 
 import h5py
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 
 import actcache
 from actcache import codec, reporting
+from actcache.cli.progress import Meter
 from actcache.errors import MissingEntryError, UsageError
 from actcache.reporting.statistics import Numbers
+from actcache.reporting.words import moment
 from tests.backends import each
 from tests.cli.running import cachectl
 from tests.support import compact, ids, key, length, make_store, put, recipe, rows, segment_files
@@ -410,6 +413,48 @@ def test_a_space_that_cannot_be_read_hides_nothing_else(wrong, store, tmp_path):
     cachectl("inspect", store, "--segment", segment).refused(4)
     tree = cachectl("ls", store, "--tree")
     assert (tree.code, f"space {bad[:12]}  unreadable" in tree.out) == (0, True)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "max_length", "layer"])
+@pytest.mark.parametrize("value", [2**31, 10**30, 0, -1])
+def test_a_recipe_with_impossible_sizes_is_named(field, value, store):
+    path = store / "spaces" / NAME / "recipe.json"
+    description = json.loads(path.read_text())
+    description["identity"] |= {"too_long": "windows", "max_length": 9, field: value}
+    path.write_text(json.dumps(description))
+    for command in (["inspect"], ["inspect", "--space", NAME], ["ls", "--tree"], ["verify"]):
+        result = cachectl(command[0], store, *command[1:], "--json")
+        assert "no whole number from 1" in strict(result)["unreadable"][NAME]
+    assert "1 cannot be read" in cachectl("inspect", store, "--text", "a").refused(3)
+
+
+def test_files_from_before_every_calendar(store, tmp_path):
+    for path in segment_files(store / "spaces" / NAME):
+        os.utime(path, (-(10**10), -(10**10)))
+    (path,) = store.glob("spaces/*/recipe.json")
+    try:
+        os.utime(path, (-(10**12), -(10**12)))
+    except OverflowError:
+        pytest.skip("this file system keeps no such times")
+    assert cachectl("inspect", store, "--space", NAME).code == 0
+    assert cachectl("inspect", store, "--html", tmp_path / "page.html").code == 0
+    assert moment(-(10**15)).startswith("1")
+    assert moment(10**15).startswith("9999-")
+
+
+def test_an_interrupted_page(store, tmp_path, monkeypatch):
+    """Exit code 130, one line, no page; the same command makes it the next time."""
+    tell = Meter.__call__
+
+    def interrupted(self, *told):
+        tell(self, *told)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Meter, "__call__", interrupted)
+        assert "run it again" in cachectl("inspect", store, "--html", tmp_path / "page.html").refused(130)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert cachectl("inspect", store, "--html", tmp_path / "page.html").code == 0
 
 
 def test_one_thing_at_a_time(store, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html.parser
+import os
 import struct
 import zlib
 
@@ -12,6 +14,7 @@ import pytest
 
 import actcache
 from actcache import reporting
+from actcache.reporting import page as page_module
 from actcache.reporting.markup import Markup, element
 from actcache.reporting.plots import Row, bars, histogram
 from tests.browser import CHROMIUM, Browser
@@ -148,6 +151,27 @@ def test_a_page_is_whole_or_absent(store, tmp_path, monkeypatch):
     monkeypatch.setattr("actcache.storage.newfile.Disk.sync_file", full)
     assert "free some space" in cachectl("inspect", store, "--html", tmp_path / "report.html").refused(3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_where_there_are_no_links(store, tmp_path, monkeypatch):
+    """As on most network shares: the file gets its name all the same, and never another's."""
+
+    def refused(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("actcache.storage.files.os.link", refused)
+    assert cachectl("inspect", store, "--html", tmp_path / "report.html", "--sample", 0).code == 4
+    assert (tmp_path / "report.html").read_text().endswith("</html>\n")
+    assert len(list(tmp_path.iterdir())) == 1
+
+    def made_meanwhile(found):
+        (tmp_path / "other.html").write_text("mine")
+        return made(found)
+
+    made = page_module.page
+    monkeypatch.setattr(page_module, "page", made_meanwhile)
+    assert "made meanwhile" in cachectl("inspect", store, "--html", tmp_path / "other.html").refused(2)
+    assert (tmp_path / "other.html").read_text() == "mine"
 
 
 def test_the_page_of_an_empty_store(tmp_path):

@@ -115,7 +115,7 @@ class Files:
                 if replace:
                     self.disk.rename(temporary, target)
                 else:
-                    self._claim(temporary, target)
+                    claim(self.disk, temporary, target)
                 published = True
             except FileExistsError:
                 published = False
@@ -191,18 +191,6 @@ class Files:
     def _new_temporary(self, suffix: str) -> Path:
         return self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{suffix}"
 
-    def _claim(self, temporary: Path, target: Path) -> None:
-        """Name a file unless the name is taken (``FileExistsError``)."""
-        try:
-            self.disk.link(temporary, target)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            # File systems without hard links: two processes that race here write equal bytes.
-            if target.exists():
-                raise FileExistsError(target) from None
-            self.disk.rename(temporary, target)
-
     def _sync_tree(self, path: Path) -> None:
         if path.is_dir():
             for folder, _, names in os.walk(path, topdown=False, onerror=_raise):
@@ -211,6 +199,19 @@ class Files:
                 self.disk.sync_folder(Path(folder))
         else:
             self.disk.sync_file(path)
+
+
+def claim(disk: Disk, temporary: Path, target: Path) -> None:
+    """Name a file unless the name is taken (``FileExistsError``)."""
+    try:
+        disk.link(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # File systems without hard links: two processes that race here write equal bytes.
+        if target.exists():
+            raise FileExistsError(target) from None
+        disk.rename(temporary, target)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actcache.errors import UsageError
-from actcache.storage.files import Disk, translated
+from actcache.storage.files import Disk, claim, translated
 
 
 def check_new(path: Path) -> None:
@@ -35,7 +35,7 @@ def new_file(path: Path) -> Iterator[Path]:
             yield temporary
             disk = Disk()
             disk.sync_file(temporary)
-            disk.link(temporary, path)  # never over another's
+            claim(disk, temporary, path)  # never over another's
             disk.sync_folder(path.parent)
         except FileExistsError:
             raise UsageError(f"{path} was made meanwhile; write another file") from None

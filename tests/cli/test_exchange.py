@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import zipfile
 
@@ -14,11 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 import actcache
 from actcache import exchange
+from actcache.cli.progress import Meter
 from actcache.errors import CorruptEntryError, FormatError, MissingEntryError
 from actcache.exchange import exporting, importing, parquet
 from tests.backends import each
 from tests.cli.running import cachectl
 from tests.support import check, ids, key, length, make_store, put, recipe, rows, segment_files
+from tests.test_disk import mount
 
 HELD = dict.fromkeys(range(30), 0)
 
@@ -396,3 +401,47 @@ def test_impossible_npz_are_refused(tmp_path):
             check(space, dict.fromkeys(range(10), 0), range(12))
     bad.write_bytes(b"")
     refused()
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".parquet"])
+def test_an_interrupt_in_the_middle(suffix, tmp_path, monkeypatch):
+    """Exit code 130, one line, no half of a file, and the same command ends the next time."""
+    make_store(tmp_path / "store", range(20))
+    path, commands = tmp_path / f"out{suffix}", ["export", "import"]
+    tell = Meter.__call__
+
+    def interrupted(self, *told):
+        tell(self, *told)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for name in commands if suffix in SUFFIXES else commands[:1]:
+        store = tmp_path / ("store" if name == "export" else "back")
+        with monkeypatch.context() as patched:
+            patched.setattr(Meter, "__call__", interrupted)
+            assert "run it again" in cachectl(name, store, path).refused(130)
+        if name == "export":
+            assert not list(tmp_path.glob("*out*"))
+        assert cachectl(name, store, path).code == 0
+        with actcache.open(store, "r") as opened, opened.space(recipe()) as space:
+            check(space, dict.fromkeys(range(20), 0), range(22))
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".parquet"])
+def test_a_full_disk(suffix, tmp_path):
+    """It says so, nothing is left, and the same command ends when there is room."""
+    disk, wide = tmp_path / "disk", recipe(hidden_size=2000)
+    rng = np.random.default_rng(0)
+    with actcache.open(tmp_path / "store") as store, store.space(wide) as space:
+        keys = [key(n) for n in range(30)]
+        tokens = [rng.integers(0, 1 << 30, 20) for _ in keys]
+        space.put(keys, [np.ones((20, 2000), np.float32) for _ in keys], tokens)
+    mount("tmpfs", disk, "-o", "size=8M", "tmpfs")
+    try:
+        room = 4096 if suffix == ".parquet" else 1 << 20  # of 4.8 MB of rows, or some thousand bytes of token ids
+        (disk / "ballast").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - room))
+        assert "free some space" in cachectl("export", tmp_path / "store", disk / f"out{suffix}").refused(3)
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+        (disk / "ballast").unlink()
+        assert cachectl("export", tmp_path / "store", disk / f"out{suffix}").code == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True, capture_output=True)

@@ -41,8 +41,12 @@ def inspect(
         str | None, typer.Option(help="One document, or a window of one: its key in hexadecimal, or how that begins.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this new file.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Read so many entries of each space, drawn at random.")] = SAMPLE,
-    every: Annotated[bool, typer.Option("--all", help="Read all entries instead.")] = False,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Read so many entries of a space or segment, drawn at random.")
+    ] = SAMPLE,
+    every: Annotated[
+        bool, typer.Option("--all", help="Read all entries, and every segment without the help of an index.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Draws the same entries again.")] = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

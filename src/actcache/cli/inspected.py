@@ -149,7 +149,7 @@ def _show_segments(segments: list[SegmentReport]) -> None:
         listed.add_row(one.name, one.state, one.owner or "", f"{one.entries:,}", f"{one.tokens:,}", size, ago)
     console().print(listed)
     if len(segments) > _MOST:
-        say(f"and {len(segments) - _MOST:,} more segments: --json lists them all")
+        say(f"and {counted(len(segments) - _MOST, 'more segment')}: --json lists them all")
 
 
 def _show_sample(sample: Sample) -> None:

@@ -92,7 +92,7 @@ def _tree(store: str, found: Overview) -> Tree:
         for segment in branch.segments[:_MOST]:
             space.add(_segment(segment))
         if len(branch.segments) > _MOST:
-            space.add(f"{len(branch.segments) - _MOST:,} more segments")
+            space.add(f"and {counted(len(branch.segments) - _MOST, 'more segment')}")
         for collection, held in branch.collections.items():
             has = f"{held.present:,} of {counted(held.documents, 'document')}" if isinstance(held, Coverage) else held
             space.add(f"collection {collection}: {has}")

@@ -73,8 +73,8 @@ def read_sample(
     for first, last in itertools.pairwise(cuts):
         found, bad = read_intact(space, key_list(chosen[first:last]))
         corrupt += bad
-        for entry in found:
-            numbers.add(entry.activations)
+        if found:
+            numbers.add(np.concatenate([entry.activations for entry in found]))  # at once: most entries are short
         if progress is not None:
             progress(last, len(chosen))
     return Sample(len(chosen), len(keys), corrupt, numbers.statistics())

@@ -305,12 +305,21 @@ class Recycler(TaskModels):
 
 
 def load_pretrained(
-    name_or_path: str | Path, layers: Iterable[int], device: str | torch.device | None, revision: str | None
+    name_or_path: str | Path,
+    layers: Iterable[int],
+    device: str | torch.device | None,
+    revision: str | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers."""
+    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers.
+
+    Args:
+        dtype: of the weights; None for the one that they are saved in.
+    """
     name = str(name_or_path)
     try:
-        model = AutoModel.from_pretrained(name, revision=revision).eval()
+        options = {} if dtype is None else {"dtype": dtype}
+        model = AutoModel.from_pretrained(name, revision=revision, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
         raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error

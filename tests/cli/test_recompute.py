@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import actcache
 from actcache import Recycler
+from actcache.models.record import LowerHalf
 from actcache.models.verification import ROUNDING
 from tests.cli.running import cachectl
 from tests.support import make_store
@@ -142,6 +145,34 @@ def test_a_model_that_lies_elsewhere(tmp_path: Path) -> None:
     assert "--model" in found["not_recomputed"][recycler.recipe.fingerprint]
     found = recomputed(tmp_path / "store", "--model", tmp_path / "now", "--device", "cpu")
     assert found["recomputed"][recycler.recipe.fingerprint]["ok"]
+
+
+def test_weights_that_were_loaded_in_another_dtype(tmp_path: Path) -> None:
+    half = AutoModel.from_pretrained(get_model_path(), dtype=torch.bfloat16).eval()
+    with Recycler(half, AutoTokenizer.from_pretrained(get_model_path()), layer=1, store=tmp_path / "store") as recycler:
+        recycler.fill(TEXTS[:5], progress=False)
+    one = recomputed(tmp_path / "store")["recomputed"][recycler.recipe.fingerprint]
+    assert (one["ok"], one["entries"]) == (True, 5)
+
+
+def test_an_interrupt_while_computing(filled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, fingerprint = filled()
+    lost = [actcache.document_key(text) for text in TEXTS[:3]]
+    with actcache.open(store) as opened, space_of(opened, fingerprint) as space:
+        (segment,) = store.glob("spaces/*/segments/*")
+        data = bytearray(segment.read_bytes())
+        for entry in space.get(lost):
+            data[data.index(entry.activations.tobytes())] ^= 1
+    segment.write_bytes(data)
+    (store.parent / "corpus.txt").write_text("\n".join(TEXTS))
+    repair = "repair", store, "--corpus", store.parent / "corpus.txt", "--json"
+    for command in (["verify", store, "--recompute", 5], repair):
+        with monkeypatch.context() as patched:
+            patched.setattr(LowerHalf, "run_at", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            assert "run it again" in cachectl(*command).refused(130)
+    one = cachectl(*repair).json()["spaces"][fingerprint]
+    assert (one["quarantined"], set(one["recomputed"])) == ([], {key.hex() for key in lost})
+    assert cachectl("verify", store).code == 0
 
 
 def test_what_cannot_be_computed_again(filled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

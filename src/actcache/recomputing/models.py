@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import CanaryError, ModelError
@@ -15,7 +16,7 @@ from actcache.models.partial import vocabulary_size
 from actcache.models.provenance import setup_of
 from actcache.models.record import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder, TooLong, tokenizer_digest
-from actcache.recipe import Recipe
+from actcache.recipe import COMPUTE_DTYPES, Recipe
 from actcache.recycler import load_pretrained
 from actcache.space import Space
 from actcache.windows import Windows
@@ -58,7 +59,7 @@ class RecordedModels:
 
     def __init__(self, model: str | Path | None = None, *, device: str | None = None) -> None:
         self._model, self._device = None if model is None else str(model), device
-        self._loaded: tuple[tuple[str, str | None], PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._loaded: tuple[tuple[str, str | None, str], PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def of(self, recipe: Recipe, *, stride: int = 0, extras: Sequence[str] = ()) -> RecordedModel:
         """Return the model of a recipe.
@@ -71,6 +72,7 @@ class RecordedModels:
             ModelError: the recipe names no weights (its entries were put without a recycler), the model cannot be
                 loaded, or its tokenizer is another one.
             LowerHalfMismatchError: the model's lower half is not the one that was recorded.
+            LayerError: the model has too few layers.
         """
         if recipe.weights is None or recipe.tokenizer is None:
             raise ModelError(
@@ -101,12 +103,15 @@ class RecordedModels:
 
     def _load(self, name: str, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         revision = recipe.provenance.get("revision") if self._model is None else None
-        if self._loaded is None or self._loaded[0] != (name, revision):
+        weights = recipe.provenance.get("weights_dtype", "")  # as the caller had loaded them, in another dtype perhaps
+        what = name, revision, weights if weights in COMPUTE_DTYPES else ""
+        if self._loaded is None or self._loaded[0] != what:
             self._loaded = None  # one model in memory at a time
             try:
-                loaded = load_pretrained(name, [recipe.layer], self._device, revision)
+                dtype: torch.dtype | None = getattr(torch, what[2]) if what[2] else None
+                loaded = load_pretrained(name, [recipe.layer], self._device, revision, dtype)
             except ModelError as error:
                 hint = "" if self._model is not None else "; say where the model lies on this machine (--model)"
                 raise ModelError(f"{error}{hint}") from error
-            self._loaded = ((name, revision), *loaded)
+            self._loaded = (what, *loaded)
         return self._loaded[1], self._loaded[2]

@@ -217,3 +217,11 @@ def test_a_prefix_fits_one_space(store):
     for command in ("ls", "inspect", "verify", "repair", "compact"):
         assert "no space begins with" in cachectl(command, store, "--space", "zz").refused(2)
         assert "no space begins with" in cachectl(command, store, "--space", "").refused(2)
+
+
+def test_help_tells_the_exit_codes():
+    shown = " ".join(cachectl("--help").out.split())
+    assert all(f"{code} " in shown for code in (0, 2, 3, 4, 5))
+    assert "130 interrupted" in shown
+    for command, said in (("verify", "further off"), ("repair", "left alone"), ("export", "nothing is written")):
+        assert said in " ".join(cachectl(command, "--help").out.split())

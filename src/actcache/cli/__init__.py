@@ -30,6 +30,7 @@ from actcache.errors import ActcacheError, DataError, ModelError, StoreError, Us
 app = typer.Typer(
     name="cachectl",
     help="Activation caches: compute a transformer's lower layers once, replay them for ever.",
+    epilog=(__doc__ or "").strip().rpartition("\n")[2],  # the exit codes
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -73,8 +73,28 @@ class Failed:
     message: str
 
 
+_GONE = (BrokenPipeError, ConnectionResetError, EOFError)  # the first process
+
+
 class _Stopped(BaseException):
     """The first process wants this one to end, or is gone."""
+
+
+class _Stop:
+    """Ends what the process does when it gets a signal, once: what follows is storing what was computed."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._told = True
+        raise _Stopped
+
+    def check(self) -> None:
+        """End it where the signal came in the middle of something that lets no exception through."""
+        if self._told:
+            raise _Stopped
 
 
 def main(channel: Connection, job: Job, device: str, number: int, threads: int, shared: tuple[Any, Any] | None) -> None:
@@ -86,19 +106,34 @@ def main(channel: Connection, job: Job, device: str, number: int, threads: int, 
         shared: numbers and lock of an ``Account``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process decides what it means
-    signal.signal(signal.SIGTERM, _stop)
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_follow, daemon=True).start()
-    with contextlib.suppress(_Stopped, BrokenPipeError, EOFError):  # what was computed is stored, and nobody listens
-        channel.send(_result(channel, job, device, number, threads, shared))
+    with contextlib.suppress(_Stopped, *_GONE):  # what was computed is stored, and nobody listens
+        try:
+            channel.send(_result(channel, job, device, number, threads, shared, stop))
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _result(
-    channel: Connection, job: Job, device: str, number: int, threads: int, shared: tuple[Any, Any] | None
+    channel: Connection,
+    job: Job,
+    device: str,
+    number: int,
+    threads: int,
+    shared: tuple[Any, Any] | None,
+    stop: _Stop,
 ) -> Done | Failed:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+    def advance(*counts: int) -> None:
+        stop.check()
+        channel.send(Advanced(*counts))
+
     try:
         account = None if shared is None else Account(*shared)
         with Recyclers.from_pretrained(
@@ -107,14 +142,14 @@ def _result(
             channel.send(Ready(tuple(recycler.recipe.fingerprint for recycler in recyclers.values())))
             report = recyclers.fill_parts(
                 _parts(channel),
-                advance=lambda *counts: channel.send(Advanced(*counts)),
+                advance=advance,
                 token_budget=job.token_budget,
                 max_bytes=job.max_bytes,
                 account=account,
                 number=number,
             )
         return Done(report)
-    except (BrokenPipeError, EOFError):
+    except _GONE:
         raise
     except ActcacheError as error:
         return Failed(type(error), str(error))
@@ -131,11 +166,6 @@ def _parts(channel: Connection) -> Iterator[Part]:
         if part is None:
             return
         yield part
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows is storing what was computed
-    raise _Stopped
 
 
 def _follow() -> None:

@@ -1,0 +1,294 @@
+"""A fill by several processes: the same entries as by one, and what becomes of all when one fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import actcache
+from actcache import Recyclers, parallel
+from actcache.errors import DocumentTooLongError, ModelError, UsageError, WorkerError
+from actcache.models.filling import CHUNK, Part
+from actcache.parallel import worker
+from actcache.parallel.dealing import Dealer
+from actcache.parallel.worker import Failed, Job
+from tests.backends import each
+from tests.cli.running import cachectl
+from tests.cli.test_fill import TEXTS, _own_cache, corpus, loaded, same, tiny, used  # noqa: F401
+
+#: Enough of them that a fill takes seconds.
+MANY = [f"document {i} says " + "la " * (i % 97) for i in range(20_000)]
+
+
+def processes() -> list[psutil.Process]:
+    """Return this process's children, multiprocessing's own helper left out."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+# --- with processes ---------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_store_what_one_stores(tiny, corpus, loaded, tmp_path):  # noqa: F811
+    """By the command, at two layers, with a collection; documents that stand twice are computed once."""
+    options = ["--model", tiny, "--layer", 1, "--layer", 3, "--dtype", "float32", "--field", "body", "--json"]
+    both = [*options, "--devices", "cpu,cpu", "--collection", "all", "--id-field", "name"]
+    report = cachectl("fill", tmp_path / "s", corpus, *both, "--quiet").json()
+    assert (report["documents"], report["computed"], report["present"], report["left_out"]) == (203, 200, 3, 0)
+    assert processes() == []
+    with (
+        actcache.open(tmp_path / "s", "r") as store,
+        Recyclers(*loaded, layers=[1, 3], store=store, dtype="float32") as together,
+        Recyclers(*loaded, layers=[1, 3], store=tmp_path / "alone", dtype="float32") as alone,
+    ):
+        by_one = alone.fill(TEXTS, progress=False)
+        assert report["tokens"] == by_one.tokens
+        for layer in (1, 3):
+            assert together[layer].recipe.fingerprint == report["spaces"][str(layer)]
+            assert together[layer].space.usage().segments == 2
+            same(together[layer], alone[layer])
+            assert together[layer].verify(sample=20).documents == 20
+        assert store.collection("all").ids == [f"n{i}" for i in range(203)]
+    assert cachectl("fill", tmp_path / "s", corpus, *options, "--quiet").json()["present"] == 203
+
+
+@pytest.mark.long
+@each()
+def test_on_every_backend_within_their_bytes(kind, tiny, loaded, tmp_path):  # noqa: F811
+    url = kind.url(tmp_path / "s")
+    options = {"devices": ["cpu", "cpu"], "store": url, "layers": [3], "dtype": "float32", "progress": False}
+    some = parallel.fill(MANY[:1500], tiny, max_bytes="8MB", **options)
+    assert some.left_out > 0
+    with actcache.open(url) as store, Recyclers(*loaded, layers=[3], store=store, dtype="float32") as recyclers:
+        assert 6_500_000 < used(store, recyclers) <= 8_000_000
+        assert len(recyclers[3].space) == some.computed == 1500 - some.left_out
+    rest = parallel.fill(iter(MANY[:1500]), tiny, max_bytes="1GB", **options)
+    assert (rest.present, rest.computed, rest.left_out) == (some.computed, some.left_out, 0)
+    with (
+        Recyclers(*loaded, layers=[3], store=url, dtype="float32") as together,
+        Recyclers(*loaded, layers=[3], store=tmp_path / "alone", dtype="float32") as alone,
+    ):
+        alone.fill(MANY[:1500], progress=False)
+        same(together[3], alone[3], MANY[:1500])
+        assert together[3].space.verify().intact
+
+
+@pytest.mark.long
+def test_an_error_in_one_process_ends_all_and_what_was_stored_stays(tiny, tmp_path):  # noqa: F811
+    texts = [*MANY[:12_000], "la " * 3000, *MANY[12_000:]]
+    with pytest.raises(DocumentTooLongError, match="document 12000 "):
+        parallel.fill(texts, tiny, devices=["cpu", "cpu"], store=tmp_path / "s", layers=[1], progress=False)
+    assert processes() == []
+    assert stored(tmp_path / "s") > 0
+
+
+@pytest.mark.long
+def test_an_error_of_the_corpus_ends_all(tiny, tmp_path):  # noqa: F811
+    def texts():
+        yield from MANY[:9000]
+        raise OSError("the corpus is gone")
+
+    with pytest.raises(OSError, match="the corpus is gone"):
+        parallel.fill(texts(), tiny, devices=["cpu", "cpu"], store=tmp_path / "s", layers=[1], progress=False)
+    assert processes() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("store", ["ram:place", "memory://activations"])
+def test_a_store_in_memory_is_refused(store, tiny):  # noqa: F811
+    with pytest.raises(UsageError, match="no other one sees"):
+        parallel.fill(TEXTS, tiny, devices=["cpu", "cpu"], store=store, layers=[1], progress=False)
+    assert processes() == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be such a device")
+def test_a_device_that_is_not_there(tiny, tmp_path):  # noqa: F811
+    with pytest.raises(ModelError, match="cuda:7"):
+        parallel.fill(TEXTS, tiny, devices=["cpu", "cuda:7"], store=tmp_path / "s", layers=[1], progress=False)
+    assert processes() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["loading", "working"])
+def test_a_process_that_dies_ends_all(when, tiny, tmp_path):  # noqa: F811
+    command, workers = started(tiny, tmp_path)
+    with command:
+        if when == "working":
+            wait_for(lambda: stored(tmp_path / "s") > 0)
+        workers[1].kill()
+        _, said = command.communicate(timeout=120)
+    assert command.returncode == 5, said
+    lines = [line for line in said.splitlines() if "error" in line]
+    assert len(lines) == 1, said
+    assert "the process for cpu was ended by SIGKILL; it often means that memory ran out" in lines[0]
+    assert "Traceback" not in said
+    gone(workers)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("whom", ["all", "first"])
+@pytest.mark.parametrize("when", ["loading", "working"])
+def test_interrupts_end_all_and_lose_nothing(when, whom, tiny, tmp_path):  # noqa: F811
+    """As a terminal sends them, to the whole group, or to the first process only."""
+    command, workers = started(tiny, tmp_path)
+    with command:
+        if when == "working":
+            wait_for(lambda: stored(tmp_path / "s") > 0)
+        (os.killpg if whom == "all" else os.kill)(command.pid, signal.SIGINT)
+        _, said = command.communicate(timeout=120)
+    assert command.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    gone(workers)
+    if when == "working":
+        with actcache.open(tmp_path / "s", "r") as store, store.space(store.recipes()[0]) as space:
+            assert space.verify().intact
+            assert 0 < len(space) < len(MANY)
+
+
+@pytest.mark.long
+def test_processes_follow_a_first_one_that_is_killed(tiny, tmp_path):  # noqa: F811
+    command, workers = started(tiny, tmp_path)
+    with command:
+        wait_for(lambda: stored(tmp_path / "s") > 0)
+        command.kill()
+        command.wait()
+    gone(workers)
+    before = stored(tmp_path / "s")
+    report = parallel.fill(
+        MANY[:4000], tiny, devices=["cpu", "cpu"], store=tmp_path / "s", layers=[1], dtype="float32", progress=False
+    )
+    assert report.present > 0
+    assert stored(tmp_path / "s") == before + report.computed
+
+
+def started(model: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a fill by two processes in a group of its own; return when both are there."""
+    (folder / "many.txt").write_text("\n".join(MANY))
+    code = (
+        "import functools\nfrom actcache.cli import main\n"
+        "from actcache.store import Store\n"
+        "Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 20)\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
+    (folder / "fill.py").write_text(code)  # spawned processes run it, too: segments are published often
+    given = ["fill", folder / "s", folder / "many.txt", "--model", model, "--layer", 1, "--devices", "cpu,cpu"]
+    command = subprocess.Popen(
+        [sys.executable, folder / "fill.py", *map(str, given), "--dtype", "float32", "--token-budget", "1024"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    workers: list[psutil.Process] = []
+
+    def there() -> bool:
+        children = psutil.Process(command.pid).children()
+        workers[:] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return len(workers) == 2
+
+    wait_for(there)
+    return command, workers
+
+
+def wait_for(there: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def gone(workers: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+
+
+def stored(path: Path) -> int:
+    """Return how many entries lie in the store's only space, none where there is none yet."""
+    if not (path / "actcache.json").exists():
+        return 0
+    with actcache.open(path, "r") as store:
+        recipes = store.recipes()
+        if not recipes:
+            return 0
+        with store.space(recipes[0]) as space:
+            return len(space)
+
+
+# --- without ----------------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_dealt_once_in_bounded_memory():
+    """Also where one process is much faster than the others; a text that stands twice comes to one process."""
+    given = [f"text {i}" for i in range(60_000)]
+    given += given[:100]
+    read = 0
+
+    def texts():
+        nonlocal read
+        for text in given:
+            read += 1
+            yield text
+
+    dealer = Dealer(texts(), 3)
+    got: list[list[Part]] = [[], [], []]
+    while (part := dealer.part(0)) is not None and part[1]:  # the others do nothing
+        got[0].append(part)
+    assert part is not None
+    assert read < 3 * 6 * CHUNK
+    ended: set[int] = set()
+    while len(ended) < 3:
+        for hand in range(3):
+            part = dealer.part(hand)
+            if part is None:
+                ended.add(hand)
+            else:
+                assert len(part[1]) <= CHUNK
+                got[hand].append(part)
+    dealt = [[(i, text) for positions, some in parts for i, text in zip(positions, some, strict=True)] for parts in got]
+    assert sorted(pair for hand in dealt for pair in hand) == list(enumerate(given))
+    assert dealer.dealt == len(given)
+    whose = [{text for _, text in hand} for hand in dealt]
+    assert not whose[0] & whose[1] and not whose[0] & whose[2] and not whose[1] & whose[2]  # noqa: PT018
+    assert min(map(len, dealt)) > 0.3 * len(given)
+
+
+def test_few_documents_are_dealt_to_all():
+    dealer = Dealer(MANY[:100], 4)
+    sizes = [len(dealer.part(hand)[1]) for hand in range(4)]
+    assert sum(sizes) == 100
+    assert min(sizes) > 10
+    assert [dealer.part(hand) for hand in range(4)] == [None] * 4
+
+
+def test_a_worker_reports_what_it_cannot_do(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """Errors of this package as they are, others in words."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    ours, theirs = multiprocessing.Pipe()
+    job = Job(str(tmp_path / "s"), str(tmp_path / "none"), (1,), 1024, None)
+    said = worker._result(theirs, job, "cpu", 0, threads, None, worker._Stop())
+    assert isinstance(said, Failed)
+    assert said.kind is ModelError
+    assert "cannot be loaded" in said.message
+
+    def broken(*given: object, **named: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(worker.Recyclers, "from_pretrained", broken)
+    said = worker._result(theirs, job, "cuda:1", 0, threads, None, worker._Stop())
+    assert said == Failed(WorkerError, "the process for cuda:1 failed: RuntimeError: CUDA out of memory")
+    ours.close()
+    theirs.close()

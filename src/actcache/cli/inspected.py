@@ -85,7 +85,9 @@ def _show_segment(detail: SegmentDetail) -> None:
 
 def _show_document(report: DocumentReport) -> None:
     say(f"document {report.key.hex()}: {counted(len(report.entries), 'entry', 'entries')}")
-    for entry in report.entries:
+    for before, entry in zip([None, *report.entries], report.entries, strict=False):
+        if before is None or before.recipe != entry.recipe:
+            say(f"space {entry.recipe.fingerprint[:SHORT]} ({entry.recipe.model} layer {entry.recipe.layer})")
         _show_entry(entry)
     for name, what in report.unreadable.items():
         say(f"unreadable {name[:SHORT]}: {what}")
@@ -93,7 +95,6 @@ def _show_document(report: DocumentReport) -> None:
 
 def _show_entry(entry: EntryReport) -> None:
     recipe, window = entry.recipe, entry.window
-    say(f"space {recipe.fingerprint[:SHORT]} ({recipe.model} layer {recipe.layer})")
     if window is not None:
         last = ", the last" if window.last else ""
         say(f"  window {window.number}{last}, cut at {window.max_length} tokens with stride {window.stride}")
@@ -142,7 +143,10 @@ def _show_histogram(histogram: Histogram, edge: Callable[[float], str]) -> None:
 
 
 def _show_segments(segments: list[SegmentReport]) -> None:
+    if not segments:
+        return
     listed = table("", ("segment", "state", "owner"), ("entries", "tokens", "bytes", "written"))
+    listed.columns[0].no_wrap, listed.columns[0].overflow = False, "fold"  # on a narrow terminal
     for one in segments[:_MOST]:
         size = "" if one.nbytes is None else binary(one.nbytes)
         ago = "" if one.age is None else f"{span(one.age)} ago"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache.errors import CodecOverflowError, UsageError
+from actcache.errors import CodecOverflowError, StoreNotFoundError, UsageError
 from actcache.migration import migrate
 from tests.backends import KINDS
 from tests.cli.running import cachectl
@@ -318,39 +318,54 @@ def driver() -> Iterator[Driver]:
         process.stdin.close()
 
 
-def killed(sources, driver, source, target, tmp_path, kills):
-    url, held = sources[source]
-    for name in {source, target} - driver.warm:
-        driver.ask(sources[name][0], KINDS[name].url(tmp_path / f"warm-{name}"), warm=True)
-        driver.warm.add(name)
-    chance = random.Random(f"{source} {target}")
-    root, longest, before, ended = tmp_path / "target", 0.6, 0, 0
-    for number in range(kills):
-        said = driver.migrate(url, KINDS[target].url(root), chance.uniform(0.01, longest))
+def killed(begin, held, source, target, chance, kills, options=None):
+    """Kill a migration at random moments, and check each time that the target has what it had, and more.
+
+    Args:
+        begin: begins one and kills it after some seconds: (URL, URL, seconds or None) -> what it said, None if killed.
+        target: URL by the number of the attempt; a full one makes room for the next.
+        options: of the target.
+    """
+    url, longest, before, ended = target(0), 0.6, 0, 0
+    for number in range(1, kills + 1):
+        said = begin(source, url, chance.uniform(0.01, longest))
         longest *= 1.2 if said is None else 0.6  # so that most are killed, on a machine of any speed
         ended += said is not None
-        there = counted(KINDS[target].url(root)) if (root / "actcache.json").exists() else 0
+        there = counted(url, options or {})
         assert there >= before  # nothing that was published is lost
         before = there
         if there == 140:  # start over, so that there is always something left
-            root, before = tmp_path / f"target{number}", 0
+            url, before = target(number), 0
     assert kills < 10 or ended <= 0.7 * kills
-    equal, copied = driver.migrate(url, KINDS[target].url(root), None)
+    equal, copied = begin(source, url, None)
     assert equal
     assert copied == 140 - before
-    assert contents(KINDS[target].url(root)) == held
+    assert contents(url, **options or {}) == held
 
 
-def counted(url) -> int:
+def counted(url, options) -> int:
     """Return the entries of a store as a killed migration left it, all of which are right."""
     entries = 0
-    with actcache.open(url, "r") as store:
+    try:
+        store = actcache.open(url, "r", **options)
+    except StoreNotFoundError:
+        return 0
+    with store:
         for one in store.recipes():
             with store.space(one) as space:
                 found = space.verify()
                 assert found.intact
                 entries += found.entries
     return entries
+
+
+def killed_here(sources, driver, source, target, tmp_path, kills):
+    url, held = sources[source]
+    for name in {source, target} - driver.warm:
+        driver.ask(sources[name][0], KINDS[name].url(tmp_path / f"warm-{name}"), warm=True)
+        driver.warm.add(name)
+    chance = random.Random(f"{source} {target}")
+    killed(driver.migrate, held, url, lambda n: KINDS[target].url(tmp_path / f"target{n}"), chance, kills)
 
 
 PAIRS = pytest.mark.parametrize(("source", "target"), [(one, other) for one in KINDS for other in KINDS])
@@ -360,7 +375,7 @@ PAIRS = pytest.mark.parametrize(("source", "target"), [(one, other) for one in K
 def test_killed_migrations(sources, driver, source, target, tmp_path):
     if not {source, target} <= set(sources):
         pytest.skip("a backend is not installed")
-    killed(sources, driver, source, target, tmp_path, 1)
+    killed_here(sources, driver, source, target, tmp_path, 1)
 
 
 @pytest.mark.long
@@ -368,4 +383,4 @@ def test_killed_migrations(sources, driver, source, target, tmp_path):
 def test_killed_migrations_for_long(sources, driver, source, target, tmp_path):
     if not {source, target} <= set(sources):
         pytest.skip("a backend is not installed")
-    killed(sources, driver, source, target, tmp_path, 20)
+    killed_here(sources, driver, source, target, tmp_path, 20)

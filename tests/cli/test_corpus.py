@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -43,12 +44,15 @@ def test_tables(tmp_path, kind):
     assert [(d.id, d.text) for d in corpus.read(path, "body", "n")] == list(zip(IDS, TEXTS, strict=True))
     assert [d.id for d in corpus.read(path, "body")] == [None] * 6
     assert [key.tobytes() for key in corpus.keys(path, "body")] == [actcache.document_key(text) for text in TEXTS]
+    assert len(TEXTS) <= corpus.count(path) <= 2 * len(TEXTS) + 4
 
 
 def test_lines(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_bytes("\ufeffone\r\n\r\n  two \n   \nthree".encode())
     assert [document.text for document in corpus.read(path)] == ["one", "  two ", "three"]
+    assert corpus.count(path) == 5
+    assert corpus.count(Path("-")) is None
 
 
 def test_a_long_cell(tmp_path):
@@ -124,6 +128,7 @@ def test_parquet(tmp_path):
     assert [d.id for d in corpus.read(path, "body", "body")] == TEXTS
     assert [key.tobytes() for key in corpus.keys(path, "body")] == [actcache.document_key(text) for text in TEXTS]
     corpus.check(path, "body", "n")
+    assert corpus.count(path) == 8
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)

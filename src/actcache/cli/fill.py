@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,19 @@ from actcache.errors import DocumentError, MissingExtraError, OutOfSpaceError, U
 from actcache.reading.checks import nbytes_of
 from actcache.store import Store, open_store
 from actcache.windows import Windows
+
+
+class _Counted:
+    """Texts that are streamed, and about how many there are: a fill shows how far it is by ``len``."""
+
+    def __init__(self, texts: Iterable[str], count: int) -> None:
+        self._texts, self._count = texts, count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return self._count
 
 
 class TooLong(StrEnum):
@@ -103,13 +117,14 @@ def fill(
         parallel.check_devices(places)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
     documents = corpus.read(source, field, id_field)
+    notes = None if collection is None else Notes()
+    texts: Iterable[str] = (document.text for document in (documents if notes is None else notes.passing(documents)))
     if dry_run:
-        texts = (document.text for document in documents)
         found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **options)
         _show_forecast(found, as_json)
         return
-    notes = Notes()
-    texts = (document.text for document in (documents if collection is None else notes.passing(documents)))
+    if (count := corpus.count(source)) is not None:
+        texts = _Counted(texts, count)
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
     if len(places) > 1:
         report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **options)
@@ -117,8 +132,8 @@ def fill(
         device = places[0] if places else None
         with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **options) as recyclers:
             report = recyclers.fill(texts, **working)
-    written = collection if collection is not None and not report.left_out else None
-    if written is not None:
+    written = None if report.left_out else collection
+    if written is not None and notes is not None:
         with open_store(store) as standing, inspection.opened(standing, report.spaces[layer[0]]) as space:
             put_collection(standing, space, written, notes, windows)
     _tell(report, written, as_json)

@@ -18,7 +18,7 @@ from actcache.corpus.document import Document
 from actcache.errors import DocumentError
 from actcache.key import document_key, key_array
 
-__all__ = ["Document", "check", "keys", "read"]
+__all__ = ["Document", "check", "count", "keys", "read"]
 
 
 def read(source: Path, field: str | None = None, id_field: str | None = None) -> Iterator[Document]:
@@ -41,6 +41,11 @@ def check(source: Path, field: str | None = None, id_field: str | None = None) -
         arrow.check(source, _named(source, field), id_field)
     else:
         lines.check(source, field, id_field)
+
+
+def count(source: Path) -> int | None:
+    """Return about how many documents there are, at most, to show progress; None where that takes long to learn."""
+    return arrow.count(source) if _is_arrow(source) else lines.count(source)
 
 
 def keys(source: Path, field: str | None = None) -> NDArray[np.uint8]:

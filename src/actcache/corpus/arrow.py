@@ -49,6 +49,19 @@ def check(source: Path, field: str, id_field: str | None) -> None:
         _check_columns(schema, field, id_field)
 
 
+def count(source: Path) -> int | None:
+    """Return how many rows a Parquet file has; None for a dataset, of which only reading all of it would tell.
+
+    Raises:
+        DocumentError, MissingExtraError: see ``read``.
+    """
+    if source.is_dir():
+        return None
+    _, parquet = _library(source)
+    with _readable(source), parquet.ParquetFile(source) as file:
+        return int(file.metadata.num_rows)
+
+
 def _wanted(field: str, id_field: str | None) -> list[str]:
     return [field] if id_field in (None, field) else [field, str(id_field)]
 

@@ -15,6 +15,7 @@ from actcache.errors import DocumentError
 STANDARD_INPUT = Path("-")
 
 _LONGEST = 1 << 30  # characters of a cell
+_COUNTED_BYTES = 1 << 30
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -34,6 +35,18 @@ def check(source: Path, field: str | None, id_field: str | None) -> None:
     """Raise what ``read`` would raise before its first line."""
     _separator(source, field, id_field)
     opened(source).close()
+
+
+def count(source: Path) -> int | None:
+    """Return how many lines there are, the last one's end or not; None for a stream or a very large file.
+
+    Raises:
+        DocumentError: it cannot be read.
+    """
+    if source == STANDARD_INPUT or not source.is_file() or source.stat().st_size > _COUNTED_BYTES:
+        return None
+    with opened(source) as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b"")) + 1
 
 
 def read(source: Path, field: str | None, id_field: str | None) -> Iterator[Document]:

@@ -141,6 +141,9 @@ def test_one_thing_at_a_time(store, tmp_path):
     ):
         assert "give one of them" in cachectl("inspect", store, *options).refused(2)
     assert not (tmp_path / "x").exists()
+    assert "give one of them" in cachectl("inspect", store, "--all", "--sample", 3).refused(2)
+    assert strict(cachectl("inspect", store, "--sample", 3, "--json"))["spaces"][0]["sample"]["entries"] == 3
+    assert "read 30 of 30 entries: intact" in cachectl("inspect", store, "--all").out
 
 
 def test_looking_changes_nothing(store, tmp_path):

@@ -42,8 +42,9 @@ def inspect(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this new file.")] = None,
     sample: Annotated[
-        int, typer.Option(min=0, help="Read so many entries of a space or segment, drawn at random.")
-    ] = SAMPLE,
+        int | None,
+        typer.Option(min=0, help=f"How many entries of each space, or of the segment, are read; default: {SAMPLE}."),
+    ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Read all entries, and every segment without the help of an index.")
     ] = False,
@@ -53,15 +54,19 @@ def inspect(
 ) -> None:
     """Show what is in a store, a space, a segment or a document, and by which recipe. Changes nothing.
 
-    With --space, --segment or --html a sample of the entries is read and compared with their checksums: their norms,
-    mean and deviation, what is NaN or infinite. With --text or --key, the document's entries in all spaces, windows
-    too. Exit code 3 where there is no such document, 4 where what was looked at in such detail is damaged.
+    With --space, --segment, --html, --sample or --all some entries, drawn at random, or all are read and compared with
+    their checksums: their norms, mean and deviation, what is NaN or infinite. With --text or --key, the document's
+    entries in all spaces, windows too. Exit code 3 where there is no such document, 4 where what was looked at in such
+    detail is damaged.
 
     Example: cachectl inspect ./activations --html report.html
     """
     if sum(one is not None for one in (segment, text, key, html)) > 1:
         raise UsageError("--segment, --text, --key and --html look at different things: give one of them")
-    options: dict[str, Any] = {"sample": None if every else sample, "seed": seed}
+    if every and sample is not None:
+        raise UsageError("--sample and --all are two numbers of entries: give one of them")
+    in_detail = bool(space) or every or sample is not None or html is not None
+    options: dict[str, Any] = {"sample": None if every else SAMPLE if sample is None else sample, "seed": seed}
     if html is not None:
         check_new(html)  # before anything is read for it
     report: SegmentDetail | DocumentReport | Survey
@@ -73,7 +78,7 @@ def inspect(
             report = reporting.document_by_text(opened, text, space or ())
         elif key is not None:
             report = reporting.document_by_key(opened, key, space or ())
-        elif html is not None or space:
+        elif in_detail:
             report = reporting.survey(opened, space or (), **options)
         else:
             _show_store(store, inspection.inspect(opened), as_json)

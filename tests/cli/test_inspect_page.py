@@ -18,6 +18,7 @@ from actcache.reporting import page as page_module
 from actcache.reporting.markup import Markup, element
 from actcache.reporting.plots import Row, bars, histogram
 from tests.browser import CHROMIUM, Browser
+from tests.cli.inspected import damage
 from tests.cli.running import cachectl
 from tests.support import key, make_store, recipe, segment_files
 
@@ -27,7 +28,8 @@ LONG = "an-organization-of-note/" + "a-model-with-a-name-that-goes-on-" * 3
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Four spaces: one of many lengths in three segments, one with a hostile name, one damaged, one empty."""
+    """Four spaces: one of many lengths in three segments, one with a hostile name and a corrupt entry, one with a damaged
+    segment, one empty."""
     url = tmp_path_factory.mktemp("page") / "store"
     rng = np.random.default_rng(1)
     with actcache.open(url) as opened:
@@ -38,7 +40,7 @@ def store(tmp_path_factory):
                 space.flush()
         opened.space(recipe(layer=9)).close()
         opened.put_collection("corpus", [key(0)])
-    make_store(url, range(20), model=HOSTILE)
+    damage(segment_files(make_store(url, range(20), model=HOSTILE))[0], 5)
     folder = make_store(url, range(20), layer=2, segments=2)
     damaged = segment_files(folder)[0]
     damaged.write_bytes(damaged.read_bytes()[:-40])
@@ -96,6 +98,8 @@ def test_the_page_says_what_is_there(store, page):
         assert fact in said
     assert "is damaged" in said
     assert "truncated" in said
+    assert "1 entry fails its checksum" in said
+    assert len([one for tag, one in elements.found if tag == "rect" and one["class"] == "bad"]) == 1
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     assert len(ids) == len(set(ids))
     plots = [attributes for tag, attributes in elements.found if tag == "svg"]

@@ -28,8 +28,8 @@ LONG = "an-organization-of-note/" + "a-model-with-a-name-that-goes-on-" * 3
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Four spaces: one of many lengths in three segments, one with a hostile name and a corrupt entry, one with a damaged
-    segment, one empty."""
+    """Four spaces: one of many lengths in three segments, one with a hostile name and a corrupt entry, one with a
+    damaged segment, one empty."""
     url = tmp_path_factory.mktemp("page") / "store"
     rng = np.random.default_rng(1)
     with actcache.open(url) as opened:

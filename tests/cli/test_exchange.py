@@ -162,6 +162,8 @@ def test_impossible_files_are_refused(tmp_path):
     for other in ({}, {**metadata, "recipe": "{"}, {**metadata, "actcache_export": "9"}):
         save_file(whole, bad, other)
         cachectl("import", tmp_path / "new", bad).refused(4)
+    save_file({name: array for name, array in whole.items() if name != "token_ids"}, bad, metadata)
+    assert cachectl("import", tmp_path / "new", bad).code == 4  # another file, of corrupt entries
     with actcache.open(tmp_path / "new", "r") as store:
         assert store.recipes() == []
 

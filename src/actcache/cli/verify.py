@@ -47,7 +47,8 @@ def verify(
     """Read all entries and compare them with their checksums, on all processors. Changes nothing.
 
     With --recompute also compare a sample with what the model computes: an entry may be off by what other kernels do in
-    its compute dtype and by its stored dtype's rounding (relative error 6e-4 for float16 computed in float32).
+    its compute dtype and by its stored dtype's rounding (relative error 6e-4 for float16 computed in float32). The
+    model is the one that the recipe names: of a store that you do not trust, say with --model which one to load.
 
     Exit codes: 4 where something is damaged or further off, 5 where a space could not be computed again (no model, or
     another one).
@@ -121,7 +122,7 @@ def _show(found: inspection.StoreVerification, store: str) -> None:
     for name, what in found.unreadable.items():
         say(f"{name[:SHORT]}: unreadable: {what}")
     if not found.intact:
-        say(f"cachectl repair {store} takes what is corrupt out of the way; a fill computes it again")
+        say(f"cachectl repair {store} takes what is corrupt out of the way; a fill, or --recompute, computes it again")
 
 
 def _show_recomputed(again: Any) -> None:
@@ -132,5 +133,7 @@ def _show_recomputed(again: Any) -> None:
         )
         for key in one.failed:
             say(f"  wrong {key.hex()}")
+        if one.failed:
+            say("  their checksums are right: they were put so; space.delete(keys) has a fill compute them again")
     for name, what in again.unable.items():
         say(f"{name[:SHORT]}: not computed again: {what}")

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,7 +71,9 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
     edges = np.searchsorted(file.offsets, np.arange(0, int(file.offsets[-1]), step))
     corrupt: list[bytes] = []
     count = 0
-    with store.space(file.recipe) as space:
+    with ExitStack() as stack:
+        # Where nothing of the file is right, its recipe may not be either, and no space is made of it.
+        space = None if len(file.keys) else stack.enter_context(store.space(file.recipe))
         for first, last in itertools.pairwise(np.unique(np.r_[edges, len(file.keys)]).tolist()):
             part = slice(first, last)
             sums = sums_of(file.recipe, file.keys[part], begins[part], lengths[part], file.columns)
@@ -79,15 +82,19 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
                 right &= sums.extra_checksums == file.extra_checksums[part]
             corrupt += key_list(file.keys[part][~right])
             which = (first + np.flatnonzero(right)).tolist()
+            if space is None and which:
+                space = stack.enter_context(store.space(file.recipe))
             arrays: dict[str, Any] = {
                 name: [np.array(column[file.offsets[i] : file.offsets[i + 1]]) for i in which]
                 for name, column in file.columns.items()
             }
             rows = [stored.decode(array) for array in arrays.pop(VALUES)]
-            count += space.put(file.keys[which], rows, **arrays)
+            if space is not None:
+                count += space.put(file.keys[which], rows, **arrays)
             if progress is not None:
                 progress("import", last, len(file.keys))
-        space.flush()
+        if space is not None:
+            space.flush()
     return Imported(file.recipe.fingerprint, len(file.keys), count, corrupt)
 
 

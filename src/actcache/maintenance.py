@@ -158,6 +158,13 @@ class Maintained:
             self.refresh()
         return repair
 
+    def merge_small_segments(self, allowed: bool) -> None:
+        """Say whether this object's writer may merge its own small segments on the way, which it does unless told.
+
+        For ten minutes, for those who read them, what it merged lies there twice. What stays is for ``compact``.
+        """
+        self._driver.merges_small = allowed
+
     def compact(
         self, *, target_bytes: int = COMPACT_BYTES, waste: float = 0.1, grace: float = GRACE_SECONDS
     ) -> Compaction:

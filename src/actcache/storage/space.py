@@ -216,8 +216,9 @@ class SegmentedSpace(SpaceDriver):
     def append(self, block: Block) -> None:
         self._check_writable()
         name = self.publish(block)
-        with self._lock:
-            self._small.add(name, block.tokens)
+        if self.merges_small:
+            with self._lock:
+                self._small.add(name, block.tokens)
         self._index_if_due()
 
     def publish(self, block: Block, verify: Callable[[Segment], None] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -20,9 +21,11 @@ from transformers import AutoModel, AutoTokenizer, BertConfig
 
 import actcache
 from actcache import Recycler, Recyclers
+from actcache.backend import Block
 from actcache.errors import UsageError
 from actcache.models.budget import taken
 from actcache.recycler import load_pretrained
+from actcache.storage.space import SegmentedSpace
 from actcache.store import Store
 from tests.backends import each
 from tests.cli.running import cachectl
@@ -135,6 +138,28 @@ def test_a_fill_stays_within_its_bytes_and_goes_on_with_more(kind, loaded, tmp_p
             fill(recyclers, 10_000_000)
             assert recyclers[3].space.verify().intact
     assert 0 < stored[1] < stored[2] < stored[3] == 200
+
+
+def test_many_small_segments_never_take_more(loaded, tmp_path, monkeypatch):
+    """Not while it works either: small ones are not merged, which would have them there twice."""
+    most = 0
+
+    def publish(driver: SegmentedSpace, block: Block, *options: Any) -> str:
+        nonlocal most
+        name = published(driver, block, *options)
+        most = max(most, used(store, recyclers))
+        return name
+
+    published = SegmentedSpace.publish
+    monkeypatch.setattr(SegmentedSpace, "publish", publish)
+    with actcache.open(tmp_path / "s") as store:
+        store.space = functools.partial(store.space, segment_bytes=1 << 16)
+        recyclers = Recyclers(*loaded, layers=[1], store=store, dtype="float32")
+        texts = [f"{text} {i}" for i in range(4) for text in TEXTS]
+        report = recyclers.fill(texts, token_budget=1000, progress=False, max_bytes=3_000_000)
+        assert report.left_out > 0
+        assert recyclers[1].space.usage().segments > 20
+        assert 2_700_000 < most <= 3_000_000
 
 
 def test_nothing_fits_where_more_is_there_already(loaded, tmp_path):

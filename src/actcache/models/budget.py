@@ -78,9 +78,9 @@ class ByteBudget:
     def of(
         cls, limit: int | str, store: Store, spaces: Sequence[Space], account: Account | None = None, number: int = 0
     ) -> ByteBudget:
-        """Return the budget of some spaces of a store, as ``du`` counts their bytes.
+        """Return the budget of some spaces of a store, as ``du`` counts their bytes: what was replaced counts, too.
 
-        Small segments that a slow fill's writer merges on the way lie there twice for ten minutes. They count twice.
+        It holds where nobody compacts them meanwhile, nor merges small segments (``Space.merge_small_segments``).
 
         Args:
             limit: bytes, or a size like ``"8GiB"``.

@@ -109,6 +109,8 @@ class Filler:
         start = time.monotonic()
         documents = computed = tokens = left_out = 0
         full = False
+        for space in self._spaces.values():
+            space.merge_small_segments(budget is None)
         try:
             for positions, chunk in parts:
                 keys = document_keys(chunk, positions[0] if chunk else 0)
@@ -134,6 +136,7 @@ class Filler:
         finally:
             for space in self._spaces.values():
                 space.flush()
+                space.merge_small_segments(True)
         present = documents - computed - left_out
         spaces = {layer: space.recipe.fingerprint for layer, space in self._spaces.items()}
         return FillReport(documents, present, computed, tokens, time.monotonic() - start, left_out, spaces)

@@ -45,10 +45,8 @@ def save(bench: Bench, path: Path) -> None:
     figure = figures.Figure(figsize=(9, 1.0 + height * len(bench.comparisons)), layout="constrained")
     backend.FigureCanvasAgg(figure)
     panels = figure.subplots(len(bench.comparisons), 1, squeeze=False)[:, 0]
-    highest = max(row.ratios[0].high for one in bench.comparisons for row in _backends(one))
-    widest = min(max(1.2, 1.04 * highest), _WIDEST)
     for panel, one in zip(panels, bench.comparisons, strict=True):
-        _draw(panel, one, widest)
+        _draw(panel, one)
     facts, versions = bench.facts, bench.versions
     figure.suptitle("Shuffled reads of stored activations, as a share of what the disk itself does", color=_TEXT)
     note = (
@@ -57,10 +55,10 @@ def save(bench: Bench, path: Path) -> None:
     )
     figure.supxlabel(note, fontsize=7.5, color="#7f8c8d")
     with translated(f"cannot write {path}"):
-        figure.savefig(path, dpi=160)
+        figure.savefig(path, dpi=160, bbox_inches="tight")
 
 
-def _draw(panel: Any, one: Comparison, widest: float) -> None:
+def _draw(panel: Any, one: Comparison) -> None:
     rows = _backends(one)[::-1]
     limit = next(row for row in one.contestants if row.name == f"the limit: {one.limit}")
     beside = panel.get_yaxis_transform()  # x in parts of the panel's width
@@ -69,8 +67,8 @@ def _draw(panel: Any, one: Comparison, widest: float) -> None:
         panel.barh(place, ratio.median, height=0.56, color=_BAR, zorder=2)
         reach = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
         panel.errorbar(ratio.median, place, xerr=reach, color=_TEXT, capsize=4, linewidth=1.3, zorder=3)
-        panel.text(1.02, place, str(ratio), transform=beside, va="center", color=_TEXT, fontsize=9, weight="bold")
-        panel.text(1.24, place, f"{speed.median:.2f} GB/s", transform=beside, va="center", color=_TEXT, fontsize=9)
+        words = f"{ratio}\n{speed.median:.2f} GB/s"
+        panel.text(1.02, place, words, transform=beside, va="center", color=_TEXT, fontsize=9)
     panel.axvline(1, color=_LIMIT, linewidth=1.4, linestyle="--", zorder=4)
     at_most = one.speed(limit).median
     words = f"the limit: {at_most:.2f} GB/s ({one.limit})"
@@ -79,7 +77,8 @@ def _draw(panel: Any, one: Comparison, widest: float) -> None:
     what = f"{shape.shortest}-{shape.longest} tokens x {shape.hidden}, float16, batches of {one.batch}"
     panel.set_title(f"{one.mode} reads, {what}, {one.nbytes / 2**30:.2g} GiB", fontsize=10, color=_TEXT, pad=18)
     panel.set_yticks(range(len(rows)), [row.name for row in rows])
-    panel.set_xlim(0, widest)
+    highest = max(row.ratios[0].high for row in rows)
+    panel.set_xlim(0, min(max(1.2, 1.04 * highest), _WIDEST))
     panel.set_ylim(-0.5, len(rows) - 0.5)
     panel.xaxis.grid(True, color=_FAINT, linewidth=0.6, zorder=0)
     panel.set_axisbelow(True)

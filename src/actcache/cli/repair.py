@@ -88,6 +88,8 @@ def _show(name: str, one: Any, computed: bool) -> None:
     changed = f"{counted(len(one.quarantined), 'entry', 'entries')} quarantined"
     if one.quarantined or one.set_aside:
         say(f"{name}: {changed}, {counted(len(one.set_aside), 'segment')} set aside")
+        if one.set_aside:
+            say("  nobody can read what these segments held: a fill of the corpus computes what is missing")
     elif not (computed and (one.recomputed or one.missing)):
         say(f"{name}: intact")
     if computed and (one.recomputed or one.missing):

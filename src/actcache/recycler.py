@@ -28,7 +28,7 @@ from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
 from actcache.models.matching import check_same_lower_half
 from actcache.models.on_the_way import OnTheWay
 from actcache.models.partial import vocabulary_size
-from actcache.models.provenance import revision_of, setup_of
+from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.record import LowerHalf
 from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
@@ -111,7 +111,7 @@ class Recycler(TaskModels):
             special_tokens=special_tokens,
             max_length=self._encoder.max_length,
             too_long="windows" if isinstance(too_long, Windows) else too_long,
-            provenance={**self._setup, **revision_of(base), **(provenance or {})},
+            provenance={**self._setup, **revision_of(base), **origin(), **(provenance or {})},
         )
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import getpass
 import io
 import logging
 import os
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,8 @@ def test_the_recipe_says_where_it_came_from(store: Store, model: PreTrainedModel
         provenance = recycler.space.recipe.provenance
     assert provenance["who"] == "me"
     assert provenance["torch"] == torch.__version__
+    assert provenance["made_by"].startswith(f"{getpass.getuser()}@")
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(provenance["made_at"])).total_seconds()) < 60
     assert {"transformers", "tokenizers", "actcache", "python", "device", "attention", "weights_dtype"} <= set(
         provenance
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
+import os
 import platform
+from datetime import UTC, datetime
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +31,15 @@ def setup_of(lower: LowerHalf) -> dict[str, str]:
         "weights_dtype": lower.parameter_dtype,
         "matmul_precision": _matmul_precision(device.type),
     }
+
+
+def origin() -> dict[str, str]:
+    """Return who makes a space, and when (UTC)."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return {"made_by": f"{user}@{platform.node()}", "made_at": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def revision_of(base_model: PreTrainedModel) -> dict[str, str]:

@@ -144,6 +144,25 @@ def test_from_another_layer(saved: Path, tmp_path: Path) -> None:
     check_back(store, lost, layer=2)
 
 
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_pairs_are_not_taken_for_one_text(saved: Path, tmp_path: Path, special_tokens: bool) -> None:
+    """Without special tokens nothing tells them apart, unless type ids were stored."""
+    store, options = tmp_path / "store", {"dtype": "float32", "special_tokens": special_tokens}
+    with Recycler.from_pretrained(saved, layer=1, store=store, **options) as recycler:
+        recycler.fill(ALL, progress=False)
+    with Recycler.from_pretrained(saved, layer=2, store=store, extras=["type_ids"], **options) as recycler:
+        recycler.fill(ALL, progress=False)
+    text, pair = actcache.document_key(TEXTS[1]), actcache.document_key(PAIRS[1])
+    lost = damage(store, [TEXTS[1], PAIRS[1]], layer=1)
+    done = mended(store, saved)  # from layer 2, which has type ids
+    assert (set(done.recomputed), done.missing) == ({text, pair}, [])
+    check_back(store, lost, layer=1)
+    lost = damage(store, [TEXTS[1], PAIRS[1]], layer=2)
+    done = mended(store, saved)  # from layer 1, which has none
+    assert set(done.missing) == ({pair} if special_tokens else {text, pair})
+    check_back(store, {key: one for key, one in lost.items() if key in done.recomputed}, layer=2)
+
+
 def test_texts_that_token_ids_spell_exactly(make_model: Make, tmp_path: Path) -> None:
     folder, store = tmp_path / "model", tmp_path / "store"
     spelled = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]  # a byte a token

@@ -271,7 +271,7 @@ def _input(entry: Entry) -> Encoded:
 def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded]) -> list[tuple[float, float]]:
     """Return each entry's relative error and largest absolute difference."""
     result = [(math.inf, math.inf)] * len(entries)
-    possible = [i for i, given in enumerate(inputs) if _computable(lower, given)]
+    possible = [i for i, given in enumerate(inputs) if computable(lower, given)]
     for batch in plan_batches([len(inputs[i].token_ids) for i in possible], TOKEN_BUDGET):
         batch = np.array(possible)[batch]
         some = [inputs[i] for i in batch]
@@ -285,7 +285,7 @@ def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded
     return result
 
 
-def _computable(lower: LowerHalf, given: Encoded) -> bool:
+def computable(lower: LowerHalf, given: Encoded) -> bool:
     """Return whether the model takes these numbers; what somebody else put may be anything."""
     config = lower.base_model.config
     longest, kinds = lower.family.max_tokens(config), getattr(config, "type_vocab_size", None)

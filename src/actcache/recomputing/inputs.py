@@ -20,7 +20,7 @@ from actcache.inspection import opened
 from actcache.key import Document, Keys, document_key, key_array, key_list
 from actcache.models.entries import document_keys, entry_keys, find_entries
 from actcache.models.tokenizing import DocumentEncoder, Encoded
-from actcache.models.verification import intact_entries, separator_of
+from actcache.models.verification import intact_entries
 from actcache.recipe import Recipe
 from actcache.recomputing.lost import Lost
 from actcache.space import Space
@@ -102,21 +102,29 @@ def _readings(encoder: DocumentEncoder, ids: NDArray[np.int32]) -> Iterator[Docu
 
 
 class _Typed:
-    """Tells the type ids of entries that were stored without them."""
+    """Tells the type ids of entries that were stored without them: zeros, where they cannot be of two texts."""
 
     def __init__(self, encoder: DocumentEncoder) -> None:
-        self._separator = separator_of(encoder)
-        self._alone = not encoder.encode(["a text"])[0][0].type_ids.any()
+        unlimited = DocumentEncoder(
+            encoder.tokenizer, special_tokens=encoder.special_tokens, vocabulary=encoder.vocabulary
+        )
+        (one,), (two,) = unlimited.encode(["a", ("a", "b")])
+        self._separator = encoder.tokenizer.sep_token_id
+        self._untyped = not (one.type_ids.any() or two.type_ids.any())
+        alone, both = self._separators(one.token_ids), self._separators(two.token_ids)
+        self._alone = alone if alone < both and not one.type_ids.any() else None
 
     def of(self, entry: Entry) -> Encoded | None:
         """Return what an entry was made of; None where it could be one text or two."""
         ids, types = np.asarray(entry.token_ids, np.int32), entry.extras.get("type_ids")
         if types is None:
-            separators = 0 if self._separator is None else int((ids == self._separator).sum())
-            if separators > 1 or not self._alone:
+            if not self._untyped and self._separators(ids) != self._alone:
                 return None
             types = np.zeros(len(ids), np.int8)
         return Encoded(ids, types, entry.extras.get("spans"), entry.extras.get("word_ids"))
+
+    def _separators(self, ids: NDArray[np.int32]) -> int:
+        return 0 if self._separator is None else int((ids == self._separator).sum())
 
 
 class _Whole:

@@ -16,6 +16,7 @@ from actcache.maintenance import Repair
 from actcache.models.filling import TOKEN_BUDGET
 from actcache.models.record import plan_batches
 from actcache.models.tokenizing import Encoded
+from actcache.models.verification import computable
 from actcache.recomputing.inputs import of_documents, of_other_spaces, proven
 from actcache.recomputing.lost import Lost, lost_before, lost_now
 from actcache.recomputing.models import RecordedModel, RecordedModels
@@ -111,7 +112,8 @@ class _Repair:
         if left and texts is not None:
             inputs |= of_documents(self._space, model.encoder, texts(), left)
             left = {key: one for key, one in lost.items() if key not in inputs}
-        return inputs | of_other_spaces(self._store, self._space.recipe, model.encoder, left)
+        inputs |= of_other_spaces(self._store, self._space.recipe, model.encoder, left)
+        return {key: one for key, one in inputs.items() if computable(model.lower, one)}
 
     def _compute(
         self, model: RecordedModel, inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]

@@ -37,8 +37,10 @@ def recompute(
     """Compute entries of each space again from their stored token ids, and compare; changes nothing.
 
     Type ids are the stored ones; else zeros or, where an entry has two separators and zeros are wrong, those of a pair
-    of texts. An entry may be off by what other kernels do in the compute dtype (``models.canary.TOLERANCE``) and by the
-    stored dtype's rounding, as a relative error (L2): 6e-4 for float16 entries computed in float32.
+    of texts. (Pairs that were recorded without special tokens and without type ids come out wrong.)
+
+    An entry may be off by what other kernels do in the compute dtype (``models.canary.TOLERANCE``) and by the stored
+    dtype's rounding, as a relative error (L2): 6e-4 for float16 entries computed in float32.
 
     Args:
         prefixes: of the fingerprints of the spaces; all where there are none.

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 
-FUZZ := hdf5 zarr safetensors index tombstone marker recipe collection lmdb-meta lmdb-state
+FUZZ := hdf5 zarr safetensors index tombstone marker recipe collection export lmdb-meta lmdb-state
 
 # The everyday tests compare what was written with what is read, and on a disk would mostly wait for its fsync. Where there
 # is room they run in memory; `make test-long` (kills, damage, many processes) runs on the disk.

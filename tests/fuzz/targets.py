@@ -16,6 +16,7 @@ from actcache import registry
 from actcache.collection import Collection
 from actcache.entry import columns_of
 from actcache.errors import ActcacheError, DataError
+from actcache.exchange import export_space, import_file
 from actcache.recipe import Recipe
 from actcache.storage import marker, tombstone
 from actcache.storage.folder import LocalSegment
@@ -189,6 +190,36 @@ def the_recipe() -> Target:
     return Target(parse, lambda: bytes_of("hdf5", "spaces/*/recipe.json"), (ActcacheError,))
 
 
+def export_file() -> Target:
+    """What ``import`` reads; the first byte says whether the rest is a safetensors file or an npz."""
+    suffixes = [".safetensors", ".npz"]
+
+    @functools.cache
+    def store() -> actcache.Store:
+        return actcache.open("ram:fuzzed-imports")
+
+    def seeds() -> list[bytes]:
+        found = []
+        with actcache.open(stores("hdf5"), "r") as opened, opened.space(recipe()) as space:
+            for number, suffix in enumerate(suffixes):
+                for keys in (None, [key(7)]):  # the latter has spans
+                    path = work() / f"export-{keys is None}{suffix}"
+                    path.unlink(missing_ok=True)
+                    export_space(space, path, keys)
+                    found.append(bytes([number]) + path.read_bytes())
+        return found
+
+    def parse(data: bytes) -> None:
+        if not data or data[0] >= len(suffixes):
+            return
+        path = work() / f"imported{suffixes[data[0]]}"
+        path.unlink(missing_ok=True)  # the one before may be mapped
+        path.write_bytes(data[1:])
+        import_file(store(), path)
+
+    return Target(parse, seeds)
+
+
 def lmdb_meta() -> Target:
     def parse(data: bytes) -> None:
         from actcache_lmdb.datafile import read_meta
@@ -217,6 +248,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "collection": lambda: Target(
         lambda data: Collection.from_bytes(data, "here"), lambda: bytes_of("hdf5", "collections/*")
     ),
+    "export": export_file,
     "lmdb-meta": lmdb_meta,
     "lmdb-state": lmdb_state,
 }

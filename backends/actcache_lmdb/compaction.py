@@ -12,7 +12,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import FormatError
+from actcache.backend import BytesDone, FormatError
 from actcache_lmdb.environment import Environment, page_of
 from actcache_lmdb.generations import Build
 from actcache_lmdb.lookup import latest, scan
@@ -35,13 +35,16 @@ class Filling:
         self._build = build
         self._shapes = shapes
 
-    def copy(self) -> None:
+    def copy(self, progress: BytesDone = lambda done, total: None) -> None:
         """Copy what is live, in short transactions; what goes meanwhile is passed over."""
         with self._environment.reading() as txn:
             records = self._live(txn)
+        done, total = 0, self._nbytes(records)
         for step in self._steps(records):
             with self._environment.reading() as txn:
                 self._copy(txn, step, needed=False)
+            done += self._nbytes(step)
+            progress(done, total)
         self._build.env.sync(True)
 
     def finish(self, txn: Txn) -> None:
@@ -74,6 +77,9 @@ class Filling:
         records = joined(latest(step, _NEWEST) for step in scan(txn, self._environment.dbs["heads"]))
         records = records[records["head"]["id"] > 0]
         return records[np.argsort(records["head"]["id"], kind="stable")]
+
+    def _nbytes(self, records: NDArray[np.void]) -> int:
+        return count(records, self._shapes)[1]
 
     def _steps(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
         row_bytes = max(self._shapes.row_bytes.values())

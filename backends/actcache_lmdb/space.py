@@ -13,7 +13,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import GRACE_SECONDS, Block, Columns, Compaction, Snapshot, SpaceDriver, Workers
+from actcache.backend import GRACE_SECONDS, Block, BytesDone, Columns, Compaction, Snapshot, SpaceDriver, Workers
 from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError
 from actcache_lmdb import compaction, examination, writing
 from actcache_lmdb.environment import Environment
@@ -171,7 +171,14 @@ class LMDBSpace(SpaceDriver):
             self._damage = f"{path} is damaged inside ({wrong}): restore it from a copy, or remove it and fill again"
         return {} if wrong is None else {path.name: wrong}
 
-    def compact(self, *, target_bytes: int = 0, waste: float = 0.0, grace: float = GRACE_SECONDS) -> Compaction:
+    def compact(
+        self,
+        *,
+        target_bytes: int = 0,
+        waste: float = 0.0,
+        grace: float = GRACE_SECONDS,
+        progress: BytesDone = lambda done, total: None,
+    ) -> Compaction:
         """Copy the live entries into a new generation, and have everybody move over to it; see ``SpaceDriver``.
 
         Nobody waits but for the last moment. The old generation is removed by a later call, or opening for writing,
@@ -183,7 +190,7 @@ class LMDBSpace(SpaceDriver):
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to compact")
         retain(environment)
         try:
-            published = self._wasted(environment) >= waste and self._rewrite(number, environment)
+            published = self._wasted(environment) >= waste and self._rewrite(number, environment, progress)
         finally:
             release(environment)
         self._current()
@@ -202,11 +209,11 @@ class LMDBSpace(SpaceDriver):
         live = state.nbytes + state.entries * page_size * 3 // 4
         return 1 - min(1.0, (live + (heads["leaf_pages"] + heads["branch_pages"] + 8) * page_size) / size)
 
-    def _rewrite(self, number: int, environment: Environment) -> bool:
+    def _rewrite(self, number: int, environment: Environment, progress: BytesDone) -> bool:
         size = environment.check_size()
         with self._generations.building(map_size=3 * size + (256 << 20)) as build:
             compacting = compaction.Filling(environment, build, self._shapes)
-            compacting.copy()
+            compacting.copy(progress)
 
             def finish(txn: Txn) -> bool:
                 # Writers look for newer generations once they have the write lock, which is held here.

@@ -39,6 +39,7 @@ __all__ = [
     "VALUES",
     "Backend",
     "Block",
+    "BytesDone",
     "Column",
     "Columns",
     "Compaction",
@@ -108,6 +109,9 @@ class StoredFile:
 
 #: How long a replaced segment stays for readers that have it in a snapshot.
 GRACE_SECONDS = 600.0
+
+#: Told how many bytes are done and how many there are to do.
+BytesDone = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -202,13 +206,16 @@ class SpaceDriver(ABC):
     def snapshot(self) -> Snapshot:
         """Return a view of all that is visible now."""
 
-    def compact(self, *, target_bytes: int, waste: float, grace: float) -> Compaction:
+    def compact(
+        self, *, target_bytes: int, waste: float, grace: float, progress: BytesDone = lambda done, total: None
+    ) -> Compaction:
         """Give back space and join what is scattered; readers, writers and other compactors may be at work.
 
         Args:
             target_bytes: of rows, about what a merged segment gets at most.
             waste: the share of deleted or overwritten rows from which on a segment is rewritten.
             grace: seconds for which what was replaced stays, for readers that still use it.
+            progress: told now and then how many bytes are moved and how many there are to move.
 
         A backend that has nothing to compact need not implement it.
         """

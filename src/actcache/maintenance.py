@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, GRACE_SECONDS, TOKEN_IDS, VALUES, Block, Compaction, Snapshot, SpaceDriver
+from actcache.backend import (
+    EXTRAS,
+    GRACE_SECONDS,
+    TOKEN_IDS,
+    VALUES,
+    Block,
+    BytesDone,
+    Compaction,
+    Snapshot,
+    SpaceDriver,
+)
 from actcache.codec import Codec
 from actcache.errors import UsageError
 from actcache.key import Keys, key_array, key_list
@@ -166,7 +176,12 @@ class Maintained:
         self._driver.merges_small = allowed
 
     def compact(
-        self, *, target_bytes: int = COMPACT_BYTES, waste: float = 0.1, grace: float = GRACE_SECONDS
+        self,
+        *,
+        target_bytes: int = COMPACT_BYTES,
+        waste: float = 0.1,
+        grace: float = GRACE_SECONDS,
+        progress: BytesDone = lambda done, total: None,
     ) -> Compaction:
         """Join small segments, and give back the space of deleted and overwritten entries.
 
@@ -177,6 +192,7 @@ class Maintained:
             waste: the share of deleted or overwritten rows from which on a segment is rewritten.
             grace: seconds for which what was replaced stays, for readers that still use it; a later compaction
                 removes it.
+            progress: called with the bytes that are moved and how many there are to move.
 
         Raises:
             StoreError: read-only, disk full, ...; nothing is lost.
@@ -186,7 +202,7 @@ class Maintained:
             raise UsageError(f"grace is a number of seconds, 0 or more, not {grace}")
         with self._write_lock:
             self._writing().flush()
-            done = self._driver.compact(target_bytes=target_bytes, waste=waste, grace=grace)
+            done = self._driver.compact(target_bytes=target_bytes, waste=waste, grace=grace, progress=progress)
             self.refresh()
         return done
 

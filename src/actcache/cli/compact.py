@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -52,13 +53,14 @@ def compact(
     """
     target_bytes = nbytes_of("--target", target)
     done, unreadable = {}, {}
-    with open_standing(store) as opened_store, Meter("compact", "spaces", show=not quiet) as meter:
+    with open_standing(store) as opened_store, Meter("compact", "B", show=not quiet) as meter:
         names = chosen(opened_store, space or ())
-        for number, name in enumerate(names):
-            meter("", number, len(names))
+        for name in names:
             try:
                 with opened(opened_store, name) as one:
-                    done[name] = one.compact(target_bytes=target_bytes, waste=waste, grace=grace)
+                    done[name] = one.compact(
+                        target_bytes=target_bytes, waste=waste, grace=grace, progress=partial(meter, name)
+                    )
             except DataError as error:
                 unreadable[name] = str(error)
     if as_json:

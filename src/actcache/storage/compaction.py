@@ -9,7 +9,7 @@ that still have them in a snapshot; a reader that comes later yet finds them gon
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,15 +118,22 @@ class Merger:
     Args:
         snapshot: has the segments.
         standing: the names of all segments that are listed.
+        moved: told the bytes of rows that were written, or read back, since it was told last.
 
     Raises:
         FormatError, SegmentGoneError: a segment is damaged, or gone; also while the block is being written.
     """
 
     def __init__(
-        self, snapshot: SegmentedSnapshot, group: Sequence[Live], columns: Columns, standing: Collection[str]
+        self,
+        snapshot: SegmentedSnapshot,
+        group: Sequence[Live],
+        columns: Columns,
+        standing: Collection[str],
+        moved: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self._began = time.monotonic()
+        self._moved = moved
         self._columns = columns
         self._digests: list[int] = []  # of the pieces of the rows
         fields = ("tokens", "checksums", "segment", "row")
@@ -183,7 +190,9 @@ class Merger:
         wanted = np.arange(0, int(starts[-1]), _PIECE_BYTES)
         cuts = np.unique(np.r_[np.searchsorted(starts, wanted), len(located.tokens)])
         for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-            yield self._rows(snapshot, located[first:last], VALUES)
+            rows = self._rows(snapshot, located[first:last], VALUES)
+            yield rows
+            self._moved(rows.nbytes)
 
 
 def _digest(rows: NDArray[np.generic]) -> int:

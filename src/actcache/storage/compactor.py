@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actcache.backend import Compaction
+from actcache.backend import BytesDone, Compaction
 from actcache.errors import DataError, SegmentGoneError
 from actcache.storage.compaction import SECONDS, Live, Merger, plan, survey
 from actcache.storage.segment import Segment
@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 _NO_LIMIT, _ANY_WASTE = 1 << 62, 2.0
 
 
-def compact(space: SegmentedSpace, *, target_bytes: int, waste: float, grace: float) -> Compaction:
+def compact(
+    space: SegmentedSpace,
+    *,
+    target_bytes: int,
+    waste: float,
+    grace: float,
+    progress: BytesDone = lambda done, total: None,
+) -> Compaction:
     """Merge what is small or wasteful, and remove what has long been replaced. See ``SpaceDriver.compact``."""
     with ExitStack() as stack:
         lives = survey(space.snapshot())
@@ -31,14 +38,31 @@ def compact(space: SegmentedSpace, *, target_bytes: int, waste: float, grace: fl
             stack.enter_context(space.without_index())
         snapshot = space.snapshot()
         groups = plan(survey(snapshot), target_bytes, waste)
-        merged = [group for group in groups if merge(space, snapshot, group)]
+        moved = Moved(2 * sum(live.nbytes for group in groups for live in group), progress)  # written, and read back
+        merged = [group for group in groups if merge(space, snapshot, group, moved)]
         removed, freed = remove_replaced(space, grace)
         more, bytes_more = remove_dead(space, grace)
         settle_tombstones(space, grace)
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
 
 
-def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Live]) -> str:
+class Moved:
+    """Counts the bytes of rows that a compaction has written or read back."""
+
+    def __init__(self, total: int, progress: BytesDone = lambda done, total: None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(min(self._done, self._total), self._total)
+
+
+def merge(
+    space: SegmentedSpace,
+    snapshot: SegmentedSnapshot,
+    group: Sequence[Live],
+    moved: Callable[[int], None] = lambda nbytes: None,
+) -> str:
     """Publish one segment in the place of some; return its name, an empty one where that could not be done.
 
     Where another compactor has removed a source, or one is damaged, everything stays as it is.
@@ -47,7 +71,7 @@ def merge(space: SegmentedSpace, snapshot: SegmentedSnapshot, group: Sequence[Li
         StoreError: the disk is full, ...; nothing has changed.
     """
     try:
-        merger = Merger(snapshot, group, space.columns, space.listed)
+        merger = Merger(snapshot, group, space.columns, space.listed, moved)
 
         def verify(segment: Segment) -> None:
             merger.verify(segment)

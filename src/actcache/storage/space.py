@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Block, Compaction, SegmentFiles, SegmentFormat, SpaceDriver
+from actcache.backend import Block, BytesDone, Compaction, SegmentFiles, SegmentFormat, SpaceDriver
 from actcache.errors import DataError, FormatError, ReadOnlyError, SegmentGoneError, StoreError
 from actcache.storage import compactor, quarantine
 from actcache.storage.files import translated
@@ -249,10 +249,12 @@ class SegmentedSpace(SpaceDriver):
             self.tombstones.publish(deleted)
         return count
 
-    def compact(self, *, target_bytes: int, waste: float, grace: float) -> Compaction:
+    def compact(
+        self, *, target_bytes: int, waste: float, grace: float, progress: BytesDone = lambda done, total: None
+    ) -> Compaction:
         self._check_writable()
         with self._lock:
-            done = compactor.compact(self, target_bytes=target_bytes, waste=waste, grace=grace)
+            done = compactor.compact(self, target_bytes=target_bytes, waste=waste, grace=grace, progress=progress)
             if done.segments_merged or done.segments_removed:
                 self.snapshot()
                 self._write_index()

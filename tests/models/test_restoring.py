@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 import actcache
 from actcache import Recycler, Recyclers
 from actcache.errors import DocumentError
-from actcache.recomputing import RecordedModels, Restoration, repair
+from actcache.recomputing import RecordedModels, Restoration, repair, restoring
 from tests.backends import each
 from tests.tiny import save_tiny
 
@@ -144,6 +144,20 @@ def test_from_another_layer(saved: Path, tmp_path: Path) -> None:
     check_back(store, lost, layer=2)
 
 
+def test_more_than_is_held_at_once(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restoring, "_HELD", 60)
+    store, told = tmp_path / "store", []
+    with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32") as recycler:
+        recycler.fill(TEXTS, progress=False)
+    lost = damage(store, TEXTS)
+    done = mended(store, saved, texts=lambda: TEXTS, progress=lambda *now: told.append(now))
+    assert (set(done.recomputed), done.missing) == (set(lost), [])
+    computed = [now for name, *now in told if "compute" in name]
+    assert len(computed) > 3
+    assert computed[-1] == [len(TEXTS), len(TEXTS)]
+    check_back(store, lost)
+
+
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_pairs_are_not_taken_for_one_text(saved: Path, tmp_path: Path, special_tokens: bool) -> None:
     """Without special tokens nothing tells them apart, unless type ids were stored."""
@@ -210,7 +224,12 @@ def test_what_is_refused(saved: Path, tmp_path: Path) -> None:
     assert (set(done.quarantined), done.recomputed, set(done.missing)) == (set(lost), [], set(lost))
     with pytest.raises(DocumentError, match="position 1"):
         mended(store, saved, texts=lambda: ["a text", ""])
-    folder = next((store / "spaces").iterdir()) / "quarantine"
+    space = next((store / "spaces").iterdir())
+    canaries = (space / "canaries.npz").read_bytes()
+    (space / "canaries.npz").write_bytes(b"damaged")
+    assert "canaries" in str(mended(store, saved, texts=lambda: TEXTS).unable)
+    (space / "canaries.npz").write_bytes(canaries)
+    folder = space / "quarantine"
     (folder / f"{'0' * 12}-{'0' * 16}.safetensors").write_bytes(b"no such file")
     assert set(mended(store, saved, texts=lambda: TEXTS).recomputed) == set(lost)
     check_back(store, lost)

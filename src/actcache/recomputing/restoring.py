@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ class _Repair:
         try:
             model = models.of(self._space.recipe, stride=stride, extras=sorted(extras))
             model.check_canaries(self._space, create=True)
-        except (ModelError, UsageError) as error:
+        except (ModelError, UsageError, DataError) as error:
             return Restoration(done.quarantined, done.set_aside, [], sorted(lost), str(error))
         inputs = self._inputs(model, lost, texts)
         recomputed = self._compute(model, inputs, lost)
@@ -118,31 +118,18 @@ class _Repair:
     def _compute(
         self, model: RecordedModel, inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]
     ) -> list[bytes]:
-        tell = self._tell("compute")
-        # Those with the same optional arrays together, as one call of ``put`` takes them; like lengths together.
-        keys = sorted(inputs, key=lambda key: (sorted(lost[key].extras), len(inputs[key].token_ids)))
-        held = done = 0
+        tell, recomputed = self._tell("compute"), []
         try:
-            for extras, group in itertools.groupby(keys, key=lambda key: sorted(lost[key].extras)):
-                part: list[bytes] = []
-                for key in group:
-                    part.append(key)
-                    held += len(inputs[key].token_ids)
-                    if held >= _HELD:
-                        done, held = self._put(model, inputs, part, extras, done), 0
-                        part = []
-                        if tell is not None:
-                            tell(done, len(keys))
-                done, held = self._put(model, inputs, part, extras, done), 0
+            for extras, keys in _parts(inputs, lost):
+                self._put(model, keys, [inputs[key] for key in keys], extras)
+                recomputed += keys
+                if tell is not None:
+                    tell(len(recomputed), len(inputs))
         finally:
             self._space.flush()
-        return keys
+        return recomputed
 
-    def _put(
-        self, model: RecordedModel, inputs: Mapping[bytes, Encoded], keys: list[bytes], extras: list[str], done: int
-    ) -> int:
-        """Compute and put some entries; return how many are done."""
-        given = [inputs[key] for key in keys]
+    def _put(self, model: RecordedModel, keys: list[bytes], given: list[Encoded], extras: list[str]) -> None:
         rows: list[Any] = [None] * len(keys)
         for batch in plan_batches([len(one.token_ids) for one in given], TOKEN_BUDGET):
             some = [given[i] for i in batch]
@@ -151,10 +138,29 @@ class _Repair:
                 rows[i] = array
         more: dict[str, Any] = {name: [getattr(one, name) for one in given] for name in extras}
         self._space.put(keys, rows, [one.token_ids for one in given], **more)
-        return done + len(keys)
 
     def _tell(self, what: str) -> Callable[[int, int], None] | None:
         if self._progress is None:
             return None
         progress, name = self._progress, f"{self._space.recipe.fingerprint[:8]} {what}"
         return lambda done, total: progress(name, done, total)
+
+
+def _parts(inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Yield what is computed and put at once: the optional arrays that these entries had, and their keys."""
+
+    def extras_of(key: bytes) -> list[str]:
+        return sorted(lost[key].extras)
+
+    keys = sorted(inputs, key=lambda key: (extras_of(key), len(inputs[key].token_ids)))
+    for extras, group in itertools.groupby(keys, key=extras_of):
+        part: list[bytes] = []
+        held = 0
+        for key in group:
+            part.append(key)
+            held += len(inputs[key].token_ids)
+            if held >= _HELD:
+                yield extras, part
+                part, held = [], 0
+        if part:
+            yield extras, part

@@ -168,8 +168,10 @@ def test_impossible_files_are_refused(tmp_path):
         assert store.recipes() == []
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "suffix"),
+    [("float32", ".npz"), ("float16", ".safetensors"), ("bfloat16", ".safetensors"), ("bfloat16", ".npz")],
+)
 def test_nothing_is_lost_on_the_way_to_another_backend(tmp_path, suffix, dtype, monkeypatch):
     """hdf5 -> file -> lmdb -> file -> zarr: equal checksums everywhere, and files of equal arrays."""
     for module in (exporting, importing):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -17,7 +19,7 @@ from actcache.lastuse import HOUR, LastUse
 from actcache.windows import Windows
 from tests.backends import each
 from tests.cli.running import cachectl
-from tests.support import check, ids, key, make_store, put, recipe, rows
+from tests.support import HIDDEN, ROOT, check, ids, key, make_store, put, recipe, rows
 
 A, B, C = recipe(), recipe(layer=2, dtype="float16"), recipe(layer=3, model="other")
 DAY = 86_400
@@ -331,6 +333,94 @@ def test_a_reader_and_a_writer_at_work_lose_nothing(kind, tmp_path):
         assert set(store.recipes()) == {A, C}
         with store.space(C) as space:
             check(space, dict.fromkeys(written, 0), range(len(written) + 5))
+
+
+AT_WORK = """
+import select, sys, time
+import actcache
+from tests.support import *
+
+def told_to_stop():
+    return select.select([sys.stdin], [], [], 0)[0]
+
+def read(space):
+    held = dict.fromkeys(range(40), 0)
+    while not told_to_stop():
+        check(space, held, range(45))  # bit by bit, and from a mapping that stays
+        space.refresh()
+        print("right", flush=True)
+
+def write(space):
+    n = 0
+    while not told_to_stop():
+        put(space, [n])
+        space.flush()
+        print(n, flush=True)
+        n += 1
+        time.sleep(0.02)
+
+with actcache.open(sys.argv[1]) as store:
+    read(store.space(recipe())) if sys.argv[2] == "read" else write(store.space(recipe(layer=3, model="other")))
+"""
+
+
+def at_work(url, what):
+    command = [sys.executable, "-c", AT_WORK, url, what]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@each()
+def test_a_budget_is_kept_while_other_processes_read_and_fill(kind, tmp_path):
+    """The command takes what was not used longest and ends within the budget; nobody at work loses a bit."""
+    root = tmp_path / "store"
+    url = kind.url(root)
+    make_store(url, range(40))
+    old = [recipe(layer=10 + number) for number in range(3)]
+    with actcache.open(url) as store:
+        for one in old:
+            with store.space(one) as space:
+                space.put([key(0)], [np.ones((1 << 18, HIDDEN), np.float32)])  # 8 MiB
+    for days, one in zip((30, 10, 20), old, strict=True):
+        put_back(root, one, days * DAY)
+    each_takes = size(folder(root, old[0]))
+    with at_work(url, "read") as reader, at_work(url, "write") as writer:
+        assert reader.stdout.readline() == "right\n"
+        assert writer.stdout.readline() == "0\n"
+        budget = size(root) - 3 * each_takes // 2  # half a space is room for the writer
+        result = cachectl("prune", url, "--max-bytes", budget, "--yes", "--json", "--idle", "60s")
+        assert reader.poll() is writer.poll() is None  # still at work
+        for process in (reader, writer):
+            process.stdin.close()
+        assert set(reader.stdout.read().split()) == {"right"}
+        written = [0, *map(int, writer.stdout.read().split())]
+    assert (result.code, reader.returncode, writer.returncode) == (0, 0, 0), result.err
+    done = result.json()
+    assert done["done"]["spaces"] == [old[0].fingerprint, old[2].fingerprint]
+    assert done["done"]["nbytes"] <= budget
+    assert size(root) <= budget
+    with actcache.open(url, "r") as store:
+        assert set(store.recipes()) == {A, C, old[1]}
+        with store.space(A) as space:
+            check(space, dict.fromkeys(range(40), 0), range(45))
+        with store.space(C) as space:
+            check(space, dict.fromkeys(written, 0), range(len(written) + 5))
+            assert space.verify().intact
+
+
+def test_a_space_that_is_larger_than_the_budget(root):
+    """Whole spaces go, and the plan says so before anybody agrees; what stands in the way is named, with what helps."""
+    largest = max(size(folder(root, one)) for one in (A, B, C))
+    out = cachectl("prune", root, "--max-bytes", largest - 1, "--dry-run").out
+    assert "it alone takes more than the budget" in out
+    cachectl("pin", root, B.fingerprint)
+    with actcache.open(root) as store, store.space(C) as space:
+        put(space, [77])
+    line = cachectl("prune", root, "--max-bytes", 1000, "--yes").refused(3)
+    assert "1 space pinned (see cachectl unpin)" in line
+    assert "1 space in use (prune again later, or with --idle 0)" in line
+    assert spaces(root) == {B, C}
+    line = cachectl("prune", root, "--max-bytes", 1000, "--where", "layer=99", "--yes").refused(3)
+    assert "these options do not choose" in line
 
 
 # --- the mark of a use ------------------------------------------------------------------------------------------------

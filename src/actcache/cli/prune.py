@@ -26,7 +26,7 @@ from actcache.cli.common import (
 from actcache.cli.progress import Meter
 from actcache.errors import OutOfSpaceError, UsageError
 from actcache.reading.checks import nbytes_of
-from actcache.retention import IDLE_SECONDS, Plan, Pruning
+from actcache.retention import IDLE_SECONDS, PINNED, Plan, Pruning
 from actcache.store import open_standing, open_store
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)?")
@@ -68,9 +68,10 @@ def prune(
 ) -> None:
     """Delete spaces, or entries, that are no longer wanted, and what killed writers left behind.
 
-    Without options only the latter. The options that choose spaces hold together: those that fit all of them go. Pinned
-    spaces stay, and so does what somebody may be using. Read-only users leave no trace: pin what they read. Asks before
-    anything is deleted; where there is no terminal it needs --yes. Exit code 3 where a budget could not be met.
+    Without options only the latter. The options that choose spaces hold together: those that fit all of them go. A
+    budget takes whole spaces, since an epoch reads all of one; --keep-only and --keep-collection make one smaller.
+    Pinned spaces stay, and so does what somebody may be using. Read-only users leave no trace: pin what they read. Asks
+    before anything is deleted; where there is no terminal it needs --yes. Exit code 3 where a budget could not be met.
 
     Example: cachectl prune ./activations --max-bytes 200GiB --dry-run
     """
@@ -109,9 +110,19 @@ def prune(
             _tell(done)
     rest = planned.nbytes - planned.freed if done is None else done.nbytes
     if planned.max_bytes is not None and rest > planned.max_bytes:
-        raise OutOfSpaceError(
-            f"{binary(rest)} stay, more than --max-bytes {max_bytes}: the rest is pinned, in use, or not chosen"
-        )
+        raise OutOfSpaceError(f"{binary(rest)} stay, more than --max-bytes {max_bytes}: {_why_not(planned, done)}")
+
+
+def _why_not(planned: Plan, done: Pruning | None) -> str:
+    """Say what keeps a store from its budget, and what would help."""
+    kept = {**planned.kept, **({} if done is None else done.skipped)}
+    pinned = sum(reason == PINNED for reason in kept.values())
+    reasons = []
+    if pinned:
+        reasons.append(f"{counted(pinned, 'space')} pinned (see cachectl unpin)")
+    if len(kept) > pinned:
+        reasons.append(f"{counted(len(kept) - pinned, 'space')} in use (prune again later, or with --idle 0)")
+    return ", ".join(reasons) or "the rest is in spaces that these options do not choose, or in none"
 
 
 def _agreed(yes: bool) -> bool:

@@ -6,6 +6,18 @@ each deletion.
 
 from actcache.retention.plan import Plan, Removal, plan
 from actcache.retention.prune import Pruning, prune
-from actcache.retention.state import IDLE_SECONDS, SpaceState, pin, states, unpin
+from actcache.retention.state import IDLE_SECONDS, PINNED, SpaceState, pin, states, unpin
 
-__all__ = ["IDLE_SECONDS", "Plan", "Pruning", "Removal", "SpaceState", "pin", "plan", "prune", "states", "unpin"]
+__all__ = [
+    "IDLE_SECONDS",
+    "PINNED",
+    "Plan",
+    "Pruning",
+    "Removal",
+    "SpaceState",
+    "pin",
+    "plan",
+    "prune",
+    "states",
+    "unpin",
+]

@@ -100,13 +100,19 @@ def plan(
         if reason is None and keep_only is not None:
             removal, reason = _others(store, state, key_array(keep_only), stride)
         else:
-            removal = Removal(state.fingerprint, state.nbytes, "chosen" if excess is None else "least recently used")
+            removal = Removal(state.fingerprint, state.nbytes, _why(state, max_bytes))
         if reason is not None:
             kept[state.fingerprint] = reason
         elif removal is not None:
             removals.append(removal)
             excess = None if excess is None else excess - removal.nbytes
     return Plan(removals, kept, left_behind, found.total, max_bytes, idle)
+
+
+def _why(state: SpaceState, max_bytes: int | None) -> str:
+    if max_bytes is None:
+        return "chosen"
+    return f"least recently used{'; it alone takes more than the budget' if state.nbytes > max_bytes else ''}"
 
 
 def _fitting(

@@ -16,7 +16,10 @@ from actcache.lastuse import NAME as USED
 from actcache.recipe import Recipe
 from actcache.store import Store
 
-PINNED = "pinned.json"
+_PIN = "pinned.json"
+
+#: Why a space stays that somebody has pinned.
+PINNED = "pinned"
 
 #: A space that was written to so many seconds ago may have a writer at work.
 IDLE_SECONDS = 600.0
@@ -59,7 +62,7 @@ def state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> Sp
         max(ages, default=0.0) if made is None else made.age,
         age,
         age if used is None else min(age, used.age),
-        f"{folder}/{PINNED}" in files,
+        f"{folder}/{_PIN}" in files,
     )
 
 
@@ -73,7 +76,7 @@ def pin(store: Store, prefixes: Sequence[str]) -> list[str]:
     found = chosen(store, prefixes)
     note = json.dumps({"pinned": round(time.time())}).encode() + b"\n"
     for fingerprint in found:
-        store.driver.write_blob(f"spaces/{fingerprint}/{PINNED}", note, replace=False)
+        store.driver.write_blob(f"spaces/{fingerprint}/{_PIN}", note, replace=False)
     return found
 
 
@@ -81,14 +84,14 @@ def unpin(store: Store, prefixes: Sequence[str]) -> list[str]:
     """Take that protection away; return the fingerprints of the spaces. Raises as ``pin`` does."""
     found = chosen(store, prefixes)
     for fingerprint in found:
-        store.driver.delete_blob(f"spaces/{fingerprint}/{PINNED}")
+        store.driver.delete_blob(f"spaces/{fingerprint}/{_PIN}")
     return found
 
 
 def protected(state: SpaceState, idle: float) -> str | None:
     """Return why a space must stay, None where it may go."""
     if state.pinned:
-        return "pinned"
+        return PINNED
     if state.written < idle:
         return f"written to {state.written:.0f} s ago: somebody may be at work"
     if idle and state.used < idle + HOUR:  # uses are noted once an hour

@@ -26,6 +26,7 @@ FINGERPRINT = recipe().fingerprint
 
 #: What each command is given besides the store; ``{new}`` is a place where nothing is.
 ARGUMENTS = {
+    "bench": ["--mode", "warm", "--shape", "short", "--size", "1MiB", "--rounds", "1", "--backend", "hdf5"],
     "fill": ["{corpus}", "--model", "{new}", "--layer", "1"],
     "migrate": ["{new}"],
     "export": ["{new}.npz"],
@@ -39,7 +40,7 @@ READING = {"ls", "inspect", "du", "verify", "migrate", "export", "doctor"}
 #: Those that may find that nothing is to be done, and then write nothing.
 NOTHING_TO_DO = {"repair", "compact", "unpin"}
 #: Those that make a store where none is, or need none: fill's model is looked for first.
-OTHERS = {"fill", "import", "plan", "doctor"}
+OTHERS = {"fill", "import", "plan", "bench", "doctor"}
 each_command = pytest.mark.parametrize("name", NAMES)
 each_store_command = pytest.mark.parametrize("name", [name for name in NAMES if name not in OTHERS])
 

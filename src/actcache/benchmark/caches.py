@@ -80,7 +80,7 @@ def refuse_mappings(folders: list[Path]) -> None:
     end = time.monotonic() + _PATIENCE
     while kept := _mapped(folders):
         if time.monotonic() > end:
-            raise RuntimeError(f"{kept[0]} is still mapped; its pages cannot be dropped")
+            raise StorageIOError(f"{kept[0]} is still mapped; its pages cannot be dropped")
         gc.collect()  # a mapping goes with the last array over it
         time.sleep(0.01)
 

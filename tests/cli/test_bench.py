@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -183,6 +184,14 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, error, code):
     monkeypatch.setattr(disk, "warm", broken)
     cachectl("bench", tmp_path, "--mode", "warm", "--backend", "hdf5", *TINY).refused(code)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_behind_by_a_sigterm(tmp_path, monkeypatch):
+    given = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(disk, "warm", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    assert cachectl("bench", tmp_path, "--mode", "warm", "--backend", "hdf5", *TINY).code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is given
 
 
 def test_what_is_kept(tmp_path):

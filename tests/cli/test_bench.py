@@ -89,6 +89,7 @@ def test_the_text_is_enough_for_a_sceptic(tmp_path):
         "hdf5",
     ):
         assert word in out
+    assert "[bold]" not in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,12 +13,15 @@ from types import FrameType
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from actcache import benchmark
 from actcache.benchmark import Bench, Comparison, plot
 from actcache.cli.common import JsonOption, QuietOption, console, print_json, say, table
 from actcache.cli.progress import Meter
 from actcache.reading.checks import nbytes_of
+
+_FEW = 4  # batches of a turn
 
 _LIMITS = {
     "warm": "the fastest raw way to bring the same documents' rows into the same buffer, and the fastest xxh3 pass "
@@ -123,10 +126,11 @@ def _show(one: Comparison, rounds: int) -> None:
     shown = table(one.title, ("",), ("GB/s", "of the limit", "of one coalesced read"))
     for row in one.contestants:
         ratios = [str(ratio) for ratio in row.ratios] or ["", ""]
-        name = f"[bold]{row.name}[/bold]" if row.checked else row.name
-        shown.add_row(name, str(one.speed(row)), *ratios)
+        shown.add_row(Text(row.name, style="bold" if row.checked else ""), str(one.speed(row)), *ratios)
     console().print(shown)
     say(f"the limit: {_LIMITS[one.mode]}; here {one.limit}")
     say(f"one coalesced read: as many bytes side by side, which no shuffled batch can be; here {one.coalesced}")
     say(f"{one.mode}: {_STATES[one.mode]}")
     say(f"{rounds} rounds of {one.batches} batches of {one.batch} documents; median [95 % interval]")
+    if one.mode == "cold" and one.batches < _FEW:
+        say("so few documents are mostly the opening and the first read: a larger --size says more about the disk")

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from actcache.benchmark import rounds
+from actcache.benchmark.corpus import Corpus, Documents
+from actcache.benchmark.rounds import Spread
+from actcache.benchmark.shapes import SHAPES, Shape
 from actcache.reader import Reader
-from bench import rounds
 from bench.bare import Requests
-from bench.corpus import Corpus, Documents
 from bench.report import Cell, Report
-from bench.rounds import Spread
 from bench.server import Bucket, bucket
-from bench.shapes import SHAPES, Shape
 
 LOCAL = "a local store"
 

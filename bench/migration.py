@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 import actcache
+from actcache.benchmark import rounds
+from actcache.benchmark.corpus import Documents
+from actcache.benchmark.shapes import SHAPES
 from actcache.migration import migrate
-from bench import rounds
-from bench.corpus import Documents
-from bench.shapes import SHAPES
 
 console = Console(width=120)
 

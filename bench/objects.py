@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 import actcache
+from actcache.benchmark import rounds
+from actcache.benchmark.shapes import SHAPES, Shape
 from actcache.storage.objects.client import Client
 from actcache.storage.objects.options import target
 from actcache.storage.objects.session import IN_FLIGHT, Session
-from bench import rounds
-from bench.shapes import SHAPES, Shape
 
 console = Console(width=120)
 CLIENTS = ("obstore", "s3fs")

@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 
 import actcache
+from actcache.benchmark.caches import drop_caches, refuse_mappings
+from actcache.benchmark.corpus import Corpus, Documents
+from actcache.benchmark.rounds import Spread
+from actcache.benchmark.shapes import SHAPES
 from actcache.reader import Reader
-from bench.caches import drop_caches, refuse_mappings
-from bench.corpus import Corpus, Documents
 from bench.report import Cell, Report
-from bench.rounds import Spread
-from bench.shapes import SHAPES
 
 #: Milliseconds a batch in the paper's table: from memory, with prefetch, without.
 PAPER = {"memory": 334.0, "ahead": 351.0, "plain": 374.0}

@@ -32,10 +32,10 @@ from transformers.utils import logging as transformers_logging
 
 import actcache
 from actcache import Recycler
+from actcache.benchmark.rounds import Spread, run
 from actcache.models import base_model_of, family_of
 from bench.recycling_cases import CASES, Case, tokenizer
 from bench.report import Report
-from bench.rounds import Spread, run
 
 EPOCHS = 6  # over which the paper amortizes the one that saves
 RATE = 1e-5

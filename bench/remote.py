@@ -13,12 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench import rounds
+from actcache.benchmark import rounds
+from actcache.benchmark.corpus import Corpus, Documents
+from actcache.benchmark.shapes import Shape
 from bench.bare import Bare, Range, Requests
-from bench.corpus import Corpus, Documents
 from bench.metered import Metered
 from bench.server import Bucket
-from bench.shapes import Shape
 
 
 def compare(console: Console, bucket: Bucket, shape: Shape, nbytes: int, count: int, batches: int) -> None:

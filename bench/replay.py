@@ -29,12 +29,12 @@ from transformers.utils import logging as transformers_logging
 
 import actcache
 from actcache import Recycler
+from actcache.benchmark import rounds
+from actcache.benchmark.rounds import Spread
 from actcache.models import base_model_of, family_of
 from actcache.reader import Reader
-from bench import rounds
 from bench.recycling_cases import CASES, tokenizer
 from bench.report import Cell, Report
-from bench.rounds import Spread
 
 TRACED = 12  # steps
 Interval = tuple[float, float]

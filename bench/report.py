@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import actcache
+from actcache.benchmark.rounds import Spread
 from actcache.storage.workers import available_cpus
-from bench.rounds import Spread
 
 Cell = str | float | Spread | None
 

@@ -26,12 +26,12 @@ from unittest import mock
 import numpy as np
 
 import actcache
+from actcache.benchmark import rounds
+from actcache.benchmark.corpus import Documents
+from actcache.benchmark.rounds import Spread
+from actcache.benchmark.shapes import SHAPES, Shape
 from actcache.reader import Reader
-from bench import rounds
-from bench.corpus import Documents
 from bench.report import Cell, Report
-from bench.rounds import Spread
-from bench.shapes import SHAPES, Shape
 from bench.stages import Stages
 
 LONG = Shape("long", 60, 512, 192, 128)

@@ -19,12 +19,12 @@ from pathlib import Path
 import xxhash
 
 import actcache
+from actcache.benchmark import rounds
+from actcache.benchmark.corpus import Documents
+from actcache.benchmark.rounds import Spread
+from actcache.benchmark.shapes import SHAPES
 from actcache.storage.workers import available_cpus
-from bench import rounds
-from bench.corpus import Documents
 from bench.report import Cell, Report
-from bench.rounds import Spread
-from bench.shapes import SHAPES
 
 
 def main() -> None:

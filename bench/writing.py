@@ -28,13 +28,13 @@ from rich.table import Table
 
 import actcache
 from actcache.backend import Block
+from actcache.benchmark import rounds
+from actcache.benchmark.corpus import Documents
+from actcache.benchmark.shapes import SHAPES
 from actcache.writer import SEGMENT_BYTES
-from bench import rounds
 from bench.bare import Bare, Requests
-from bench.corpus import Documents
 from bench.metered import Metered
 from bench.server import Bucket, bucket
-from bench.shapes import SHAPES
 
 console = Console(width=120)
 

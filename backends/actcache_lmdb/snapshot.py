@@ -198,6 +198,7 @@ class LMDBSnapshot(Snapshot):
     def read_ahead(self, located: Located) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
+        self._environment.check_size()
         found = located[located.found]
         begins = found.segment * self._environment.page_size
         nbytes = found.tokens * (self._shapes.row_bytes[VALUES] + 8) + self._environment.page_size

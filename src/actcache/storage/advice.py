@@ -62,8 +62,9 @@ def tells(path: Path) -> bool:
 def in_memory(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
     """Return whether ranges of whole pages seem to be in memory: some pages, evenly spread over them, all are.
 
-    Asking for what is there costs the kernel a walk over every range, ten times what a look costs. Where one document
-    in twenty is not there, this is wrong once in twenty-five times, and the read then waits for those.
+    Asking for what is there costs the kernel a walk over every range: for a thousand of them three times what a look
+    costs. Where one page in twenty is not there, this is wrong once in twenty-seven times (0.95 to the power of 64),
+    and the read then waits for those.
     """
     ends = np.cumsum(nbytes // _PAGE)
     pages = np.linspace(0, int(ends[-1]) - 1, min(_LOOKS, int(ends[-1])), dtype=np.int64)

@@ -20,8 +20,10 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.key import Document
-from actcache.models import canary, weights
+from actcache.models import weights
+from actcache.models.agreement import agree
 from actcache.models.budget import ByteBudget
+from actcache.models.canary import BLOB_NAME
 from actcache.models.entries import check_found, check_texts, document_keys, find_entries, listed
 from actcache.models.family import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
@@ -29,7 +31,7 @@ from actcache.models.matching import check_same_lower_half
 from actcache.models.on_the_way import OnTheWay
 from actcache.models.partial import vocabulary_size
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.record import LowerHalf
+from actcache.models.record import LowerHalf, evaluating
 from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.ragged import EXTRAS
@@ -60,6 +62,9 @@ class Recycler(TaskModels):
         special_tokens: whether texts get the tokenizer's special tokens.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
         provenance: the caller's own notes, recorded with a space that this creates.
+        check_canaries: whether the space's canaries (five small documents) are computed and compared here and before
+            each fill, reader and reduced model. Hooks, adapters' scales and numbers that were changed on a module show
+            nowhere else: without the check their numbers are taken for the stored ones.
 
     Attributes:
         recipe: what decides the numbers.
@@ -67,7 +72,7 @@ class Recycler(TaskModels):
 
     Raises:
         LayerError, RecipeError, UnsupportedModelError, ModelError: model and options do not fit.
-        CanaryError: the space's canary documents come out differently in this set-up.
+        CanaryError: the space's canary documents come out differently with this model here.
         StoreError: the store cannot be opened, or is read-only and has no such space.
     """
 
@@ -85,6 +90,7 @@ class Recycler(TaskModels):
         special_tokens: bool = True,
         extras: Sequence[str] = (),
         provenance: Mapping[str, str] | None = None,
+        check_canaries: bool = True,
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
@@ -115,11 +121,13 @@ class Recycler(TaskModels):
         )
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
+        self._checks = check_canaries
         self._canaries: bytes | None = None  # those of the space, where they agree
         try:
             self.space = self._store.space(self.recipe)
             self._filler = Filler([(self.space, self._lower)], self._encoder, stored_extras)
-            self._check_canaries()
+            with evaluating(base):
+                self._check_canaries()
         except BaseException:
             self.close()
             raise
@@ -184,9 +192,10 @@ class Recycler(TaskModels):
         check_texts(texts)
         self._prepare_to_fill()
         budget = None if max_bytes is None else ByteBudget.of(max_bytes, self._store, [self.space])
-        return self._filler.fill(texts, token_budget, progress, self._compute_canaries, budget)
+        return self._filler.fill(texts, token_budget, progress, budget)
 
     def _prepare_to_fill(self) -> None:
+        """Make sure, before anything is computed, that the lower half still is the one that was recorded."""
         if not self._store.writable:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to fill it")
         check_same_lower_half(self._lower.base_model, self.recipe)
@@ -217,15 +226,19 @@ class Recycler(TaskModels):
 
         Raises:
             MissingEntryError: documents are not (or, of windows, not wholly) in the space.
+            LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
+            CanaryError: the model computes other numbers than those of the space (a hook, an adapter, ...).
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
         documents_given = listed(texts)
-        self._check_canaries()
+        check_same_lower_half(self._lower.base_model, self.recipe)
+        with evaluating(self._lower.base_model):
+            self._check_canaries()
         options |= {"batch_size": batch_size, "device": device}
         if on_missing == "compute":
             if not self._store.writable:
                 raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to compute documents")
-            way = OnTheWay(self.space, self._filler, self._encoder, documents_given, self._prepare)
+            way = OnTheWay(self.space, self._filler, self._encoder, documents_given, self._prepare_to_fill)
             return way.reader(labels, **options)
         keys = document_keys(documents_given)
         found = find_entries(self.space, keys, self._encoder.windows)
@@ -239,12 +252,6 @@ class Recycler(TaskModels):
             on_missing=on_missing,
             **options,
         )
-
-    def _prepare(self) -> None:
-        """Make sure, before anything is computed, that the lower half still is the one that was recorded."""
-        check_same_lower_half(self._lower.base_model, self.recipe)
-        self._check_canaries(create=True)
-        self._compute_canaries()
 
     def keys(self, texts: Iterable[Document]) -> list[bytes]:
         """Return the keys of these documents' entries, in order.
@@ -280,12 +287,8 @@ class Recycler(TaskModels):
         return f"<Recycler of {self.recipe.model} layer {self.recipe.layer}, space {self.recipe.fingerprint}>"
 
     def _check_canaries(self, *, create: bool = False) -> None:
-        if self._canaries is None:
-            self._canaries = canary.settle(self.space, self._encoder, self._lower, self._setup, create=create)
-
-    def _compute_canaries(self) -> None:
-        if self._canaries is not None:
-            canary.check(self._canaries, self._encoder, self._lower, self._setup, always=True)
+        if self._checks or (create and self.space.blob(BLOB_NAME) is None):
+            self._canaries = agree(self.space, self._encoder, self._lower, self._setup, create=create)
 
     def _log_nearest(self) -> None:
         try:

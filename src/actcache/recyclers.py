@@ -86,7 +86,7 @@ class Recyclers(Mapping[int, Recycler]):
         check_texts(texts)
         self._prepare_to_fill()
         budget = None if max_bytes is None else self._budget(max_bytes)
-        return self._filler.fill(texts, token_budget, progress, self._compute_canaries, budget)
+        return self._filler.fill(texts, token_budget, progress, budget)
 
     def fill_parts(
         self,
@@ -106,7 +106,7 @@ class Recyclers(Mapping[int, Recycler]):
         """
         self._prepare_to_fill()
         budget = None if max_bytes is None else self._budget(max_bytes, account, number)
-        return self._filler.fill_parts(parts, token_budget, advance, self._compute_canaries, budget)
+        return self._filler.fill_parts(parts, token_budget, advance, budget)
 
     def _prepare_to_fill(self) -> None:
         for recycler in self._recyclers.values():
@@ -122,10 +122,6 @@ class Recyclers(Mapping[int, Recycler]):
             recycler.close()
         if self._owns_store:
             self._store.close()
-
-    def _compute_canaries(self) -> None:
-        for recycler in self._recyclers.values():
-            recycler._compute_canaries()
 
     def __getitem__(self, layer: int) -> Recycler:
         return self._recyclers[layer]

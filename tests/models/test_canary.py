@@ -34,11 +34,12 @@ def test_the_texts_are_what_they_were() -> None:
     assert hashlib.blake2b("\0".join(canary.TEXTS).encode(), digest_size=8).hexdigest() == "873ca444078e6681"
 
 
-def test_equal_provenance_computes_nothing(encoder: DocumentEncoder, make_model: Make) -> None:
+def test_equal_provenance_is_no_excuse(encoder: DocumentEncoder, make_model: Make) -> None:
     lower = lower_half(make_model(AutoModel))
     blob = canary.make(encoder, lower, HERE)
-    lower.base_model.train()  # a run would be refused
-    assert canary.check(blob, encoder, lower, HERE) is None
+    lower.base_model.encoder.layer[1].register_forward_hook(lambda module, args, output: output * 1.01)
+    with pytest.raises(CanaryError, match="nothing that is recorded"):
+        canary.check(blob, encoder, lower, HERE)
 
 
 def test_other_kernels_pass(encoder: DocumentEncoder, make_model: Make) -> None:

@@ -1,9 +1,8 @@
-"""Canaries: fixed texts whose rows are kept with a space, to tell whether another set-up computes the same numbers.
+"""Canaries: fixed documents whose rows are kept with a space, to tell whether a model computes the same numbers.
 
-Provenance (library versions, device, attention implementation) is not part of a space's identity, so that an upgrade
-costs nobody their cache. Where it differs, the canaries are computed again and compared. So they are before a model
-adds to a space or replays it: neither identity nor provenance sees hooks, an adapter's scale, or attributes that were
-changed after loading.
+Identity covers what has bytes (``actcache.models.state``). What has none only running can see: hooks, an adapter's
+scale, a number that a module's forward reads, kernels, libraries. So a recycler computes the canaries before it serves
+from a space or adds to it. They are four texts, and one long document of their tokens for what shows at a distance.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import zipfile
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CanaryError, FormatError
+from actcache.errors import CanaryError, FormatError, UnsupportedModelError
 from actcache.models.record import LowerHalf
-from actcache.models.tokenizing import DocumentEncoder
+from actcache.models.tokenizing import DocumentEncoder, Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -37,42 +37,49 @@ TEXTS = (
     "would have computed.",
 )
 
-# The largest relative error (L2, all canaries together) that another kernel, device or batch shape explains. Summing in
+# The largest relative error (L2, of one canary) that another kernel, device or batch shape explains. Summing in
 # another order moves a layer's output by a few units in the last place (2^-24, 2^-11, 2^-8 relative), and that grows
 # along the layers: 1e-6 was measured in float32 where TF32 and other weights give above 1e-3. So each limit lies well
 # above the rounding of its dtype and well below what a change of the computation does.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
+_LONGEST = 1024  # tokens of the long canary, where the model takes as many
+_LAST = 128  # rows of a canary are kept at most, the last ones: they depend on all before them
+
 _MAX_BLOB = 64 << 20
 
 
-class Blobs(Protocol):
-    """What is asked of a space."""
-
-    def blob(self, name: str) -> bytes | None: ...
-
-    def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool: ...
-
-
 def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str]) -> bytes:
-    """Compute the canaries and return them as one blob: token ids, rows before any codec (float32), and where from."""
-    ids, lengths, rows = _compute(encoder, lower)
+    """Compute the canaries, each alone, and return them as one blob: token ids, float32 rows, and where from.
+
+    Raises:
+        UnsupportedModelError: their rows are others when they are computed as one batch.
+        ModelError: the lower half is in train mode.
+    """
+    documents = _documents(encoder)
+    alone = [rows for document in documents for rows in _rows(lower, [document])]
+    for error in _errors(alone, _rows(lower, documents)):
+        if not error <= TOLERANCE[lower.compute_dtype]:
+            raise UnsupportedModelError(
+                f"this {type(lower.base_model).__name__} computes a document by the others of its batch: the same "
+                f"tokens alone and in a batch are {error:.2g} apart, more than the {TOLERANCE[lower.compute_dtype]:g} "
+                f"that other kernels explain in {lower.compute_dtype}. Such rows cannot be stored. Is it quantized "
+                "with one scale for a whole batch, or has its attention or its experts room for so many tokens a batch?"
+            )
     what = json.dumps({"texts": TEXTS, "provenance": dict(provenance)}).encode()
     out = io.BytesIO()
-    np.savez(out, token_ids=ids, lengths=lengths, rows=rows, what=np.frombuffer(what, np.uint8))
+    np.savez(
+        out,
+        token_ids=np.concatenate([one.token_ids for one in documents]),
+        lengths=np.array([len(one.token_ids) for one in documents], np.int64),
+        rows=np.concatenate(alone),
+        what=np.frombuffer(what, np.uint8),
+    )
     return out.getvalue()
 
 
-def check(
-    blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str], *, always: bool = False
-) -> float | None:
-    """Compare stored canaries with what this model computes now.
-
-    Args:
-        always: whether to compute them where the stored provenance equals the given one, too.
-
-    Returns:
-        The relative error; None where the stored provenance equals the given one, so that nothing was computed.
+def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str]) -> float:
+    """Compute the canaries with this model and compare them with stored ones; return the largest relative error.
 
     Raises:
         CanaryError: the error is above the tolerance of the compute dtype, or the texts make other tokens. It names the
@@ -86,49 +93,27 @@ def check(
         for name in sorted(theirs.keys() | provenance.keys())
         if theirs.get(name) != provenance.get(name)
     }
-    if not (changed or always):
-        return None
-    ids, lengths, rows = _compute(encoder, lower)
     where = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changed.items()) or (
         "nothing that is recorded: is it a hook, an adapter, an attribute of a module that was changed after loading?"
     )
+    documents = _documents(encoder)
+    ids = np.concatenate([one.token_ids for one in documents])
+    lengths = np.array([len(one.token_ids) for one in documents], np.int64)
     if not (np.array_equal(stored_ids, ids) and np.array_equal(stored_lengths, lengths)):
         raise CanaryError(f"the space's canary texts make other tokens here, though its recipe is the same ({where})")
-    norm = float(np.linalg.norm(stored_rows))
-    error = float(np.linalg.norm(rows - stored_rows)) / (norm or 1.0)
+    computed = [*_rows(lower, documents[:-1]), *_rows(lower, documents[-1:])]  # little padding
+    ends = np.cumsum([len(rows) for rows in computed])[:-1]
+    error = max(_errors(np.split(stored_rows, ends), computed))
     tolerance = TOLERANCE[lower.compute_dtype]
-    if not error <= tolerance:  # NaN is no agreement
+    if not error <= tolerance:
         raise CanaryError(
             f"the space's canary documents come out differently here: relative error {error:.2g}, more than the "
             f"{tolerance:g} that other kernels explain in {lower.compute_dtype}. What differs: {where}. Use "
             "another store, or go back to that set-up"
         )
+    if changed:
+        logger.info("the space was recorded in another set-up (%s); its canaries agree (error %.2g)", where, error)
     return error
-
-
-def settle(
-    space: Blobs, encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str], *, create: bool
-) -> bytes | None:
-    """Check a space's canaries, or make them where there are none and ``create`` is set.
-
-    Returns:
-        The canaries, which agree; None where the space has none.
-
-    Raises:
-        CanaryError, FormatError: as ``check``.
-    """
-    blob = space.blob(BLOB_NAME)
-    if blob is None and create:
-        made = make(encoder, lower, provenance)
-        if space.put_blob(BLOB_NAME, made):
-            return made
-        blob = space.blob(BLOB_NAME)  # another process was first
-    if blob is None:
-        return None
-    error = check(blob, encoder, lower, provenance)
-    if error is not None:
-        logger.info("%r was recorded in another set-up; its canaries agree (relative error %.2g)", space, error)
-    return blob
 
 
 def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
@@ -136,13 +121,29 @@ def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
     return _read(blob, hidden_size)[0]
 
 
-def _compute(
-    encoder: DocumentEncoder, lower: LowerHalf
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]:
-    encoded = [windows[0] for windows in encoder.truncating().encode(TEXTS)]
-    rows = lower.run([one.token_ids for one in encoded], [one.type_ids for one in encoded])
-    ids = np.concatenate([one.token_ids for one in encoded])
-    return ids, np.array([len(one.token_ids) for one in encoded], np.int64), np.concatenate(rows).astype(np.float32)
+def _documents(encoder: DocumentEncoder) -> list[Encoded]:
+    """Return the texts, cut to what the model takes, and one long document of their tokens in a fixed disorder."""
+    texts = [windows[0] for windows in encoder.truncating().encode(TEXTS)]
+    tokens = np.concatenate([one.token_ids for one in texts])
+    count = np.arange(min(_LONGEST, encoder.max_length or _LONGEST))
+    # A sequence that does not repeat within _LONGEST: what stands far from a row is not what stands near it.
+    ids = tokens[(count * count * 7 + count * 3) % 1021 % len(tokens)]
+    return [*texts, Encoded(ids.astype(np.int32), np.zeros(len(ids), np.int8))]
+
+
+def _rows(lower: LowerHalf, documents: Sequence[Encoded]) -> list[NDArray[np.float32]]:
+    """Return the rows that are kept of documents that are computed together."""
+    computed = lower.run([one.token_ids for one in documents], [one.type_ids for one in documents])
+    return [rows.astype(np.float32)[-_LAST:] for rows in computed]
+
+
+def _errors(expected: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]) -> list[float]:
+    """Return each document's relative error; infinite where it is not a number."""
+    errors = [
+        float(np.linalg.norm(there - here)) / (float(np.linalg.norm(there)) or 1.0)
+        for there, here in zip(expected, found, strict=True)
+    ]
+    return [error if error == error else math.inf for error in errors]
 
 
 def _read(blob: bytes, hidden_size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], dict[str, str]]:
@@ -166,9 +167,10 @@ def _read(blob: bytes, hidden_size: int) -> tuple[NDArray[Any], NDArray[Any], ND
         and lengths.dtype == np.int64
         and rows.dtype == np.float32
         and ids.ndim == 1
-        and rows.shape == (len(ids), hidden_size)
-        and lengths.shape == (len(TEXTS),)
+        and lengths.shape == (len(TEXTS) + 1,)
+        and bool((lengths > 0).all())
         and int(lengths.sum()) == len(ids)
+        and rows.shape == (int(np.minimum(lengths, _LAST).sum()), hidden_size)
         and texts == list(TEXTS)
         and isinstance(provenance, dict)
     )

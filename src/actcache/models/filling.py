@@ -81,23 +81,17 @@ class Filler:
         texts: Iterable[Document],
         token_budget: int,
         progress: bool,
-        before_first: Callable[[], object],
         budget: ByteBudget | None = None,
     ) -> FillReport:
-        """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``.
-
-        Args:
-            before_first: called before anything is computed, and not where nothing is.
-        """
+        """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
-            return self.fill_parts(_parts(texts), token_budget, bar.advance, before_first, budget)
+            return self.fill_parts(_parts(texts), token_budget, bar.advance, budget)
 
     def fill_parts(
         self,
         parts: Iterable[Part],
         token_budget: int,
         advance: Advance,
-        before_first: Callable[[], object],
         budget: ByteBudget | None = None,
     ) -> FillReport:
         """Do the same with documents that somebody else has numbered.
@@ -119,8 +113,6 @@ class Filler:
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
                     work = self._encoded(chunk, positions, keys, absent)
-                    if not computed:
-                        before_first()
                     for some in [work] if budget is None else self._admitted(work, budget):
                         for group in _groups(some, _GROUP * token_budget):
                             done = self._record(group, token_budget)

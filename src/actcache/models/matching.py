@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
-from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import CanaryError, LowerHalfMismatchError
 from actcache.models import canary
 from actcache.models.family import Family, base_model_of, family_of
 from actcache.models.provenance import setup_of
-from actcache.models.record import LowerHalf
+from actcache.models.record import LowerHalf, evaluating
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.weights import lower_digest
 from actcache.recipe import Recipe
@@ -56,20 +52,9 @@ def check_same_numbers(model: PreTrainedModel, recipe: Recipe, encoder: Document
     base = base_model_of(model)
     lower = LowerHalf(base, family_of(base), recipe.layer, recipe.compute_dtype)
     try:
-        with _evaluating(base):
-            canary.check(canaries, encoder, lower, setup_of(lower), always=True)
+        with evaluating(base):
+            canary.check(canaries, encoder, lower, setup_of(lower))
     except CanaryError as error:
         raise LowerHalfMismatchError(
             f"the lower half of this {type(model).__name__} has the recorded weights and configuration, but {error}"
         ) from error
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -104,8 +104,11 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.config.vocab_size) if kept is None else kept.size
 
 
-def whole_state(part: nn.Module) -> Iterator[tuple[str, torch.Tensor | Whole]]:
-    """Yield the items of a module's ``state_dict`` as they would be without vocabulary pruning."""
+def whole_state(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the items of a module's ``state_dict`` as they would be without vocabulary pruning.
+
+    They are tensors, ``Whole`` for a matrix that was pruned, or whatever else a module puts there (packed parameters).
+    """
     state: dict[str, Any] = part.state_dict()
     for path, module in part.named_modules():
         kept = kept_of(module)
@@ -117,6 +120,4 @@ def whole_state(part: nn.Module) -> Iterator[tuple[str, torch.Tensor | Whole]]:
             whole = kept.whole(module, name)
             if whole is not None and prefix + name in state:
                 state[prefix + name] = whole
-    for name, tensor in state.items():
-        if isinstance(tensor, torch.Tensor | Whole):
-            yield name, tensor
+    yield from state.items()

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from actcache.errors import VerificationError
 from actcache.key import Document
-from actcache.models import loading, replay, verification
+from actcache.models import canary, loading, replay, verification
 from actcache.models.entries import listed
 from actcache.models.filling import Filler
 from actcache.models.matching import check_same_lower_half, check_same_numbers
 from actcache.models.on_the_way import OnTheWay
-from actcache.models.record import LowerHalf
+from actcache.models.provenance import setup_of
+from actcache.models.record import LowerHalf, evaluating
 from actcache.models.regimes import (
     Prepared,
     Regime,
@@ -42,11 +43,12 @@ class TaskModels:
     recipe: Recipe
     space: Space
     reader: Callable[..., Reader]
-    _prepare: Callable[[], None]
+    _prepare_to_fill: Callable[[], None]
     _lower: LowerHalf
     _encoder: DocumentEncoder
     _filler: Filler
     _canaries: bytes | None
+    _checks: bool
 
     def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
@@ -58,11 +60,18 @@ class TaskModels:
                 weights and configuration, computes other numbers.
         """
         family = check_same_lower_half(task_model, self.recipe)
-        if self._canaries is not None:
-            check_same_numbers(task_model, self.recipe, self._encoder, self._canaries)
+        if self._checks:
+            check_same_numbers(task_model, self.recipe, self._encoder, self._reference())
         reduced = replay.reduce(task_model, self.recipe.layer, family)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
+
+    def _reference(self) -> bytes:
+        """Return the space's canaries, or, where it has none yet, those that this recycler's model makes."""
+        if self._canaries is not None:
+            return self._canaries
+        with evaluating(self._lower.base_model):
+            return canary.make(self._encoder, self._lower, setup_of(self._lower))
 
     def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``.
@@ -158,7 +167,7 @@ class TaskModels:
                 on_missing="compute" if save else "raise",
                 **{**vars(order), **reading},
             )
-            way = OnTheWay(self.space, self._filler, self._encoder, documents, self._prepare) if save else None
+            way = OnTheWay(self.space, self._filler, self._encoder, documents, self._prepare_to_fill) if save else None
             batches = StoredBatches(reader, None if way is None else way.supply, self.space.flush)
             return Prepared(self.reduce(task_model), batches)
         encoded = self._encoder.encode(documents)

@@ -136,10 +136,9 @@ class DocumentEncoder:
 
     @functools.cached_property
     def _truncating(self) -> DocumentEncoder:
-        # To copy a tokenizer takes as long as to tokenize hundreds of documents.
-        return DocumentEncoder(
-            self.tokenizer, self.max_length, "truncate", self.special_tokens, vocabulary=self.vocabulary
-        )
+        other = copy.copy(self)  # with the same tokenizer: to copy that takes as long as hundreds of documents
+        other.too_long, other.extras = "truncate", ()
+        return other
 
     def encode(self, documents: Sequence[Document], positions: Sequence[int] | None = None) -> list[list[Encoded]]:
         """Return each document's windows, in the order of the documents; one, where the policy is not ``Windows``.

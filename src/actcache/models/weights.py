@@ -10,7 +10,6 @@ meanwhile.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import tempfile
@@ -22,33 +21,36 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from actcache.errors import ModelError
 from actcache.models.family import Family
-from actcache.models.partial import Whole, whole_state
+from actcache.models.leaves import Leaf, leaves
+from actcache.models.partial import Whole
+from actcache.models.state import lower_state
 from actcache.recipe import canonical_json
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
-_MEMO_VERSION = 2
+_MEMO_VERSION = 3
 _MEMO_ENTRIES = 1000
 _RACY_SECONDS = 2.0
 
 _digests: dict[str, str] = {}  # quick checksum -> digest, of lower halves seen in this process
 
 
-def lower_digest(base_model: nn.Module, family: Family, layer: int) -> str:
+def lower_digest(base_model: PreTrainedModel, family: Family, layer: int) -> str:
     """Return the digest of the embeddings and layers 1..``layer``: 64 hexadecimal digits.
 
-    It covers the names (relative to the part or layer), dtypes, shapes and bytes of all parameters and persistent
-    buffers, of modules that were added (adapters) too. Upper layers, pooler and heads are not looked at. Of a model
-    whose vocabulary was pruned, it is that of the whole embedding matrix, with the rows that the model holds as they
-    are now. Thread-safe; hashes in as many threads as there are processors.
+    It covers the names (relative to the part or layer), dtypes, shapes and bytes of all that their forward can read:
+    parameters and buffers, of modules that were added (adapters) too, packed and quantized weights, tensors that are
+    plain attributes, and what it reads beside the layers (rotary frequencies); see ``actcache.models.state``. Upper
+    layers, pooler and heads are not looked at. Of a model whose vocabulary was pruned, it is that of the whole
+    embedding matrix, with the rows that the model holds as they are now. The lower half is run once, for a few tokens.
+    Hashes in as many threads as there are processors; not thread-safe beside other uses of the model.
 
     Raises:
-        ModelError: the weights are not in memory (``meta`` device), or the rows that pruning dropped are not at hand.
+        ModelError: the weights are not in memory (``meta`` device), the rows that pruning dropped are not at hand, or
+            something in the lower half cannot be hashed; it is named.
     """
     quick = _checksum(base_model, family, layer, _quick)
     if quick not in _digests:
@@ -97,16 +99,15 @@ def _strong(data: memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=32).digest()
 
 
-def _checksum(base_model: nn.Module, family: Family, layer: int, hash_chunk: Callable[[memoryview], bytes]) -> str:
+def _checksum(
+    base_model: PreTrainedModel, family: Family, layer: int, hash_chunk: Callable[[memoryview], bytes]
+) -> str:
     # Both functions free the GIL while they run.
     whole = hashlib.blake2b(digest_size=32, person=b"actcache/weights")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            (
-                canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode(),
-                _digests_of(name, tensor, hash_chunk, pool),
-            )
-            for name, tensor in sorted(_tensors(base_model, family, layer), key=lambda item: item[0])
+            (canonical_json(_header(name, leaf)).encode(), _digests_of(name, leaf, hash_chunk, pool))
+            for name, leaf in sorted(_leaves(base_model, family, layer), key=lambda item: item[0])
         ]
         for header, digests in jobs:
             whole.update(len(header).to_bytes(8, "little") + header)
@@ -115,32 +116,28 @@ def _checksum(base_model: nn.Module, family: Family, layer: int, hash_chunk: Cal
     return whole.hexdigest()
 
 
-def _tensors(base_model: nn.Module, family: Family, layer: int) -> Iterator[tuple[str, torch.Tensor | Whole]]:
-    layers = family.layers_of(base_model)
-    parts = itertools.chain(
-        ((f"embeddings/{path}", part) for path, part in family.beside_of(base_model).items()),
-        ((f"layers/{i + 1}", layers[i]) for i in range(layer)),
-    )
-    for prefix, part in parts:
-        for name, tensor in whole_state(part):
-            yield f"{prefix}/{name}", tensor
+def _leaves(base_model: PreTrainedModel, family: Family, layer: int) -> Iterator[tuple[str, Leaf]]:
+    for name, value in lower_state(base_model, family, layer):
+        yield from leaves(name, value)
+
+
+def _header(name: str, leaf: Leaf) -> list[Any]:
+    if isinstance(leaf, torch.Tensor | Whole):
+        return [name, str(leaf.dtype), list(leaf.shape)]
+    return [name, "value", leaf]
 
 
 def _digests_of(
-    name: str, tensor: torch.Tensor | Whole, hash_chunk: Callable[[memoryview], bytes], pool: ThreadPoolExecutor
+    name: str, leaf: Leaf, hash_chunk: Callable[[memoryview], bytes], pool: ThreadPoolExecutor
 ) -> Iterator[bytes]:
-    if isinstance(tensor, Whole):  # put together where it is hashed, a chunk at a time
-        starts = range(0, tensor.nbytes, _CHUNK)
-        return pool.map(lambda start: hash_chunk(tensor.read(start, start + _CHUNK)), starts)
-    return pool.map(hash_chunk, _chunks(name, tensor))
-
-
-def _chunks(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
-    if tensor.is_meta:
-        raise ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+    if isinstance(leaf, Whole):  # put together where it is hashed, a chunk at a time
+        starts = range(0, leaf.nbytes, _CHUNK)
+        return pool.map(lambda start: hash_chunk(leaf.read(start, start + _CHUNK)), starts)
+    if not isinstance(leaf, torch.Tensor):
+        return iter(())  # it stands in its header
+    flat = leaf.cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
     data = memoryview(flat.numpy())  # type: ignore[arg-type]
-    return (data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK))
+    return pool.map(hash_chunk, [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)])
 
 
 def _memo_path() -> Path:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import CanaryError, ModelError
-from actcache.models import canary
+from actcache.models.agreement import agree
 from actcache.models.matching import check_same_lower_half
 from actcache.models.partial import vocabulary_size
 from actcache.models.provenance import setup_of
@@ -34,17 +34,13 @@ class RecordedModel:
         """Compare the space's canaries with what this model computes here.
 
         Args:
-            create: for a space that is about to be added to: they are made where there are none, and computed also
-                where the set-up is the one that recorded them.
+            create: for a space that is about to be added to: they are made where there are none.
 
         Raises:
             CanaryError: they come out differently.
         """
-        setup = setup_of(self.lower)
         try:
-            blob = canary.settle(space, self.encoder, self.lower, setup, create=create)
-            if create and blob is not None:
-                canary.check(blob, self.encoder, self.lower, setup, always=True)
+            agree(space, self.encoder, self.lower, setup_of(self.lower), create=create)
         except CanaryError as error:
             raise CanaryError(f"{self.name} with these libraries and this device: {error}") from error
 

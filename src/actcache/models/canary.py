@@ -46,6 +46,8 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2
 _LONGEST = 1024  # tokens of the long canary, where the model takes as many
 _LAST = 128  # rows of a canary are kept at most, the last ones: they depend on all before them
 
+_SHORT = 8  # tokens of a document that is computed beside the canaries to see whether company matters
+
 _MAX_BLOB = 64 << 20
 
 
@@ -58,7 +60,8 @@ def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, st
     """
     documents = _documents(encoder)
     alone = [rows for document in documents for rows in _rows(lower, [document])]
-    for error in _errors(alone, _rows(lower, documents)):
+    short = Encoded(documents[-1].token_ids[:_SHORT], documents[-1].type_ids[:_SHORT])
+    for error in _errors([*alone, *_rows(lower, [short])], _rows(lower, [*documents, short])):
         if not error <= TOLERANCE[lower.compute_dtype]:
             raise UnsupportedModelError(
                 f"this {type(lower.base_model).__name__} computes a document by the others of its batch: the same "

@@ -150,13 +150,16 @@ class Family:
                 f"1..{count - 1} leaves layers on both sides"
             )
 
-    def check_config(self, config: PreTrainedConfig) -> None:
-        """Refuse models whose rows of one document depend on the others of its batch.
+    def check_alone(self, base_model: PreTrainedModel) -> None:
+        """Refuse models of which it is known that a document's rows depend on the others of its batch.
+
+        What is not known here shows when canaries are made, alone and in a batch (``actcache.models.canary``).
 
         Raises:
-            UnsupportedModelError: rotary embeddings that change with the longest document of a batch; attention kernels
-                for batches of another form.
+            UnsupportedModelError: rotary embeddings that change with the longest document of a batch, attention
+                kernels for batches of another form, feed-forward layers in chunks, which take some lengths only.
         """
+        config = base_model.config
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
         if "longrope" in kinds:
@@ -164,11 +167,26 @@ class Family:
                 f"{type(config).__name__} asks for rope_type 'longrope', which computes each document by the longest "
                 "of its batch: its rows cannot be stored"
             )
+        longest = getattr(config, "max_position_embeddings", None)
+        for module in base_model.modules() if "dynamic" in kinds else ():
+            made_for = getattr(module, "original_max_seq_len", None)
+            if made_for is not None and longest is not None and made_for < longest:
+                raise UnsupportedModelError(
+                    f"the rotary embeddings (rope_type 'dynamic') of this {type(base_model).__name__} were made for "
+                    f"{made_for} tokens, and its configuration now says {longest}: beyond {made_for} they compute each "
+                    "document by the longest of its batch. Load the model with that max_position_embeddings"
+                )
         attention = str(getattr(config, "_attn_implementation", None))
         if attention.startswith("paged"):
             raise UnsupportedModelError(
                 f"attention implementation {attention!r} is for generation from a paged cache: load the model with "
                 "attn_implementation='sdpa' or 'eager'"
+            )
+        if (getattr(config, "chunk_size_feed_forward", 0) or 0) > 1:
+            raise UnsupportedModelError(
+                f"{type(config).__name__} has chunk_size_feed_forward={config.chunk_size_feed_forward}, with which the "
+                "model takes batches of multiples of so many tokens alone: load it with chunk_size_feed_forward=0, "
+                "which computes the same numbers"
             )
 
     def numbers_of(self, config: PreTrainedConfig) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from actcache.errors import UnsupportedModelError
+from actcache.errors import RecipeError, UnsupportedModelError
 from actcache.models import DocumentEncoder, LowerHalf, canary, family_of
 from actcache.models.family import Family
+from actcache.models.tokenizing import check_max_length
 from actcache.recycler import Recycler
 from tests.models.test_identity import word_tokenizer
 from tests.models.zoo import KINDS
@@ -84,15 +85,17 @@ def test_longrope_is_refused_by_name_and_by_running(monkeypatch: pytest.MonkeyPa
         canary.make(DocumentEncoder(word_tokenizer(), 64), lower, {})
 
 
-def test_dynamic_rope_beyond_what_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dynamic_rope_is_held_off_by_the_limit_on_length() -> None:
     model = llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, **THETA})
-    LowerHalf(model, family_of(model), 2)
-    model.config.max_position_embeddings = 256  # so that a recycler would take as many tokens
-    with pytest.raises(UnsupportedModelError, match="were made for 64 tokens"):
-        LowerHalf(model, family_of(model), 2)
-    monkeypatch.setattr(Family, "check_alone", lambda self, model: None)
-    with pytest.raises(UnsupportedModelError, match="by the others of its batch"):
-        canary.make(DocumentEncoder(word_tokenizer(), 256), LowerHalf(model, family_of(model), 2), {})
+    lower = LowerHalf(model, family_of(model), 2)
+    short, long = np.arange(8) + 3, np.arange(200) % 90 + 3
+    alone, together = lower.run([short])[0], lower.run([short, long])[0]
+    assert np.linalg.norm(alone - together) > 1e-2 * np.linalg.norm(alone)  # beyond 64 tokens it looks at the batch
+    with pytest.raises(RecipeError, match="more than the 64 tokens"):
+        check_max_length(200, word_tokenizer(), family_of(model).max_tokens(model.config))
+    model.config.max_position_embeddings = 256  # then it computes as one that was made for so many
+    assert spread(model) < 2e-6
+    np.testing.assert_allclose(lower.run([short])[0], lower.run([short, long])[0], atol=1e-5)
 
 
 def test_feed_forward_layers_in_chunks() -> None:

@@ -150,7 +150,7 @@ class Family:
                 f"1..{count - 1} leaves layers on both sides"
             )
 
-    def check_alone(self, base_model: PreTrainedModel) -> None:
+    def check_alone(self, config: PreTrainedConfig) -> None:
         """Refuse models of which it is known that a document's rows depend on the others of its batch.
 
         What is not known here shows when canaries are made, alone and in a batch (``actcache.models.canary``).
@@ -159,7 +159,6 @@ class Family:
             UnsupportedModelError: rotary embeddings that change with the longest document of a batch, attention
                 kernels for batches of another form, feed-forward layers in chunks, which take some lengths only.
         """
-        config = base_model.config
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
         if "longrope" in kinds:
@@ -167,15 +166,6 @@ class Family:
                 f"{type(config).__name__} asks for rope_type 'longrope', which computes each document by the longest "
                 "of its batch: its rows cannot be stored"
             )
-        longest = getattr(config, "max_position_embeddings", None)
-        for module in base_model.modules() if "dynamic" in kinds else ():
-            made_for = getattr(module, "original_max_seq_len", None)
-            if made_for is not None and longest is not None and made_for < longest:
-                raise UnsupportedModelError(
-                    f"the rotary embeddings (rope_type 'dynamic') of this {type(base_model).__name__} were made for "
-                    f"{made_for} tokens, and its configuration now says {longest}: beyond {made_for} they compute each "
-                    "document by the longest of its batch. Load the model with that max_position_embeddings"
-                )
         attention = str(getattr(config, "_attn_implementation", None))
         if attention.startswith("paged"):
             raise UnsupportedModelError(

@@ -47,7 +47,7 @@ class LowerHalf:
         self, base_model: PreTrainedModel, family: Family, layer: int, compute_dtype: str | None = None
     ) -> None:
         family.check_layer(base_model, layer)
-        family.check_alone(base_model)
+        family.check_alone(base_model.config)
         self.base_model, self.family, self.layer = base_model, family, layer
         self._stack = family.stack_of(base_model)
         self._takes = set(inspect.signature(self._stack.forward).parameters)

@@ -196,6 +196,9 @@ def test_standard_input(tmp_path, monkeypatch):
         read(OBJECT)
     assert read(OBJECT, "text") == ["x"]
     assert read(b"id,text\n1,x\n", "text", format="csv") == ["x"]
+    with pytest.raises(DocumentError, match="name the column"):
+        corpus.check("-", format="csv")
+    corpus.check("-", "text", format="csv")
     assert read(b"one\r\ntwo") == ["one", "two"]
     with pytest.raises(DocumentError, match="zcat"):
         read(b"\x1f\x8b\x08\0")

@@ -52,7 +52,9 @@ def check(source: str | Path, field: str | None = None, id_field: str | None = N
     """
     with shards(source, field, id_field, format) as found:
         for shard in found.files if found.local else found.files[:1]:
-            if not shard.passes:
+            if shard.passes:
+                found.check_named(shard)
+            else:
                 documents = found.documents(shard)
                 next(documents, None)
                 documents.close()

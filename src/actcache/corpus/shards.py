@@ -44,6 +44,11 @@ class Shards:
         with _named(file):
             yield from self._read(file)
 
+    def check_named(self, file: File) -> None:
+        """Refuse a table without a named column, of a file that cannot be looked into."""
+        if self.field is None and self.kind in (*COLUMNAR, Kind.csv, Kind.tsv):
+            raise DocumentError(f"{file}: name the column of the texts with --field (field= in Python)")
+
     def _read(self, file: File) -> Iterator[Document]:
         if self.kind in COLUMNAR:
             yield from arrow.documents(file, self.kind, self.field, self.id_field)

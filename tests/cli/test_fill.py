@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import os
 from pathlib import Path
@@ -256,3 +257,24 @@ def test_folders_that_are_no_dataset(tiny, tmp_path):
     assert "train, test" in cachectl("fill", tmp_path / "s", tmp_path / "splits", *options).refused(2)
     assert "no state.json" in cachectl("fill", tmp_path / "s", tmp_path / "empty", *options).refused(2)
     assert not (tmp_path / "s").exists()
+
+
+def test_compressed_shards_and_one_that_is_cut_off(tiny, tmp_path):
+    """What was computed before the damage stays; mended, the rest is computed, in the shards' order."""
+    many = [f"document {number} says la" for number in range(2100)]  # more than is looked at in one go
+    parts = many[:2090], many[2090:]
+    for number, texts in enumerate(parts):
+        lines = "".join(json.dumps({"n": text[9:13], "t": text}) + "\n" for text in texts)
+        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    whole = (tmp_path / "0.jsonl.gz").read_bytes()
+    (tmp_path / "0.jsonl.gz").write_bytes(whole[:-9])
+    options = ["fill", tmp_path / "s", f"{tmp_path}/*.jsonl.gz", "--model", tiny, "--layer", 1, "--quiet", "--json"]
+    options += ["--field", "t", "--id-field", "n", "--collection", "all"]
+    assert "0.jsonl.gz is damaged or cut off" in cachectl(*options).refused(2)
+    (tmp_path / "0.jsonl.gz").write_bytes(whole)
+    done = cachectl(*options).json()
+    assert (done["documents"], done["present"], done["computed"]) == (2100, 2048, 52)
+    with actcache.open(tmp_path / "s", "r") as store:
+        held = store.collection("all")
+    assert [key.tobytes() for key in held.keys] == [actcache.document_key(text) for text in many]
+    assert held.ids == [text[9:13] for text in many]

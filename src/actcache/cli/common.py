@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actcache.corpus import Kind
 from actcache.reporting.words import binary, clean, counted, span
 
 __all__ = [
     "SHORT",
+    "FieldOption",
+    "FormatOption",
     "JsonOption",
     "QuietOption",
     "SpaceOption",
@@ -36,6 +39,16 @@ SpaceOption = Annotated[
     list[str] | None, typer.Option("--space", help="Only the space whose fingerprint begins so; may be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FieldOption = Annotated[
+    str | None, typer.Option(help="The column or JSON field of the corpus's texts; without one, lines are the texts.")
+]
+FormatOption = Annotated[
+    Kind | None,
+    typer.Option(
+        "--format",
+        help="What the corpus's files hold, where their names do not say so; text: lines, whatever they hold.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 #: How much of a fingerprint tables show.

@@ -6,13 +6,12 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from actcache import corpus, inspection
-from actcache.cli.common import JsonOption, QuietOption, binary, counted, say, span
+from actcache.cli.common import FieldOption, FormatOption, JsonOption, QuietOption, binary, counted, say, span
 from actcache.errors import DocumentError, MissingExtraError, OutOfSpaceError, UsageError
 from actcache.reading.checks import nbytes_of
 from actcache.store import Store, open_store
@@ -43,10 +42,10 @@ def fill(
         str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)
     ],
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="Text file (a document a line); with --field CSV, TSV or Parquet, by its name, else JSON lines, or "
-            "the folder of a dataset that Hugging Face's save_to_disk wrote; - for stdin.",
+            help="A text file (a document a line); with --field .jsonl, .json, .csv, .tsv, .parquet, .arrow, "
+            "also .gz, .bz2, .xz, .zst; a folder, a quoted pattern, a URL (s3://bucket/c/*.jsonl.gz); - for stdin.",
             show_default=False,
         ),
     ],
@@ -58,8 +57,9 @@ def fill(
         ),
     ],
     dtype: Annotated[str | None, typer.Option(help="float16, float32 or bfloat16; default: the model's.")] = None,
-    field: Annotated[str | None, typer.Option(help="The column or JSON field of the texts.")] = None,
+    field: FieldOption = None,
     id_field: Annotated[str | None, typer.Option(help="The column or field of the documents' ids.")] = None,
+    format: FormatOption = None,
     collection: Annotated[
         str | None,
         typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
@@ -110,20 +110,20 @@ def fill(
     windows = _windows(too_long, max_length, stride)
     if collection is not None:
         Store.collection_blob(collection)  # a name that is none is refused before the work, not after it
-    corpus.check(source, field, id_field)  # likewise a file that is not there
+    corpus.check(source, field, id_field, format)  # likewise a file that is not there
     limit = None if max_bytes is None else nbytes_of("--max-bytes", max_bytes)
     places = [] if devices is None else [name.strip() for name in devices.split(",")]
     if len(places) > 1:
         parallel.check_devices(places)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
-    documents = corpus.read(source, field, id_field)
+    documents = corpus.read(source, field, id_field, format)
     notes = None if collection is None else Notes()
     texts: Iterable[str] = (document.text for document in (documents if notes is None else notes.passing(documents)))
     if dry_run:
         found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **options)
         _show_forecast(found, as_json)
         return
-    if (count := corpus.count(source)) is not None:
+    if (count := corpus.count(source, field, format)) is not None:
         texts = _Counted(texts, count)
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
     if len(places) > 1:

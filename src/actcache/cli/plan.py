@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from actcache import corpus, planning
-from actcache.cli.common import JsonOption, binary, console, print_json, say, span, table
+from actcache.cli.common import FieldOption, FormatOption, JsonOption, binary, console, print_json, say, span, table
 from actcache.errors import MissingExtraError, UsageError
 from actcache.planning import Corpus, Disk, Estimate, Model, Prices
 
@@ -18,11 +18,12 @@ _SAMPLE = 5000  # documents whose lengths are looked at
 
 def plan(
     source: Annotated[
-        Path | None, typer.Argument(help="The corpus, as of fill; its lengths are measured.", show_default=False)
+        str | None, typer.Argument(help="The corpus, as of fill; its lengths are measured.", show_default=False)
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model id or folder, measured on this machine.")] = None,
     layer: Annotated[int | None, typer.Option(help="The layer to cache.")] = None,
-    field: Annotated[str | None, typer.Option(help="Lines are JSON objects; take this field.")] = None,
+    field: FieldOption = None,
+    format: FormatOption = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Such devices that compute at the same time.")] = 1,
@@ -58,7 +59,7 @@ def plan(
     if source is not None:
         if model is None or layer is None:
             raise UsageError("with a corpus, say which --model and --layer; without, give --documents, --tokens, ...")
-        load, costs = _measured(source, field, model, layer, device, max_length)
+        load, costs = _measured(source, field, format, model, layer, device, max_length)
     else:
         load, costs = _given(documents, tokens, hidden, full_ms, upper_ms)
     if read is not None and write is not None:
@@ -78,7 +79,13 @@ def plan(
 
 
 def _measured(
-    source: Path, field: str | None, model: str, layer: int, device: str | None, max_length: int | None
+    source: str,
+    field: str | None,
+    format: str | None,
+    model: str,
+    layer: int,
+    device: str | None,
+    max_length: int | None,
 ) -> tuple[Corpus, Model]:
     try:
         from actcache.models.timing import measure
@@ -86,7 +93,7 @@ def _measured(
         raise MissingExtraError(
             f"measuring needs torch and transformers: pip install 'actcache[models]' ({error})"
         ) from None
-    texts = [document.text for document in corpus.read(source, field)]
+    texts = [document.text for document in corpus.read(source, field, format=format)]
     if not texts:
         raise UsageError(f"{source} holds no documents")
     sample = texts[:: -(-len(texts) // _SAMPLE)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,8 @@ from actcache import corpus, retention
 from actcache.backend import GRACE_SECONDS
 from actcache.cli.common import (
     SHORT,
+    FieldOption,
+    FormatOption,
     JsonOption,
     QuietOption,
     SpaceOption,
@@ -47,13 +48,14 @@ def prune(
         typer.Option(help="Only until the store takes no more than this (200GiB), what was not used longest first."),
     ] = None,
     keep_only: Annotated[
-        Path | None,
-        typer.Option(help="Delete entries, not spaces: those of texts that this file (as of fill) does not hold."),
+        str | None,
+        typer.Option(help="Delete entries, not spaces: those of texts that this corpus (as of fill) does not hold."),
     ] = None,
     keep_collection: Annotated[
         str | None, typer.Option(help="Delete entries, not spaces: those that this collection does not name.")
     ] = None,
-    field: Annotated[str | None, typer.Option(help="With --keep-only: lines are JSON objects; this field.")] = None,
+    field: FieldOption = None,
+    format: FormatOption = None,
     stride: Annotated[
         int | None, typer.Option(help="With --keep-only: the stride of spaces that hold windows of documents.")
     ] = None,
@@ -77,7 +79,9 @@ def prune(
     """
     if keep_only is not None and keep_collection is not None:
         raise UsageError("--keep-only and --keep-collection at once: prune by one after the other")
-    keys = None if keep_only is None else corpus.keys(keep_only, field)
+    if keep_only is None and (field is not None or format is not None):
+        raise UsageError("--field and --format are for --keep-only FILE")
+    keys = None if keep_only is None else corpus.keys(keep_only, field, format)
     with open_store(store, mode="r") as opened:
         if keep_collection is not None:
             keys = opened.collection(keep_collection).keys

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from actcache import corpus, inspection
-from actcache.cli.common import SHORT, JsonOption, QuietOption, SpaceOption, StoreArgument, counted, print_json, say
+from actcache.cli.common import (
+    SHORT,
+    FieldOption,
+    FormatOption,
+    JsonOption,
+    QuietOption,
+    SpaceOption,
+    StoreArgument,
+    counted,
+    print_json,
+    say,
+)
 from actcache.cli.progress import Meter
 from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
 from actcache.errors import UsageError
@@ -26,9 +36,10 @@ def repair(
     model: ModelOption = None,
     device: DeviceOption = None,
     texts: Annotated[
-        Path | None, typer.Option("--corpus", help="Where the documents are, as for fill.", show_default=False)
+        str | None, typer.Option("--corpus", help="Where the documents are, as for fill.", show_default=False)
     ] = None,
-    field: Annotated[str | None, typer.Option(help="The corpus's column or JSON field of the texts.")] = None,
+    field: FieldOption = None,
+    format: FormatOption = None,
     stride: Annotated[
         int | None, typer.Option(min=0, help="Of the windows that documents were cut into.", show_default=False)
     ] = None,
@@ -46,19 +57,21 @@ def repair(
 
     Example: cachectl repair ./activations --model ./bert-base-uncased --corpus corpus.txt
     """
-    if texts is None and field is not None:
-        raise UsageError("--field is for --corpus FILE")
+    if texts is None and (field is not None or format is not None):
+        raise UsageError("--field and --format are for --corpus FILE")
     if texts is not None:
-        if str(texts) == "-":
-            raise UsageError("--corpus is read once for each space: give a file, not standard input")
-        corpus.check(texts, field)
+        if corpus.passes(texts):
+            raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
+        corpus.check(texts, field, format=format)
     if not (recompute or model is not None or device is not None or texts is not None or stride is not None):
         with open_standing(store) as opened, Meter("verify", "entries", show=not quiet) as meter:
             done: Any = inspection.repair(opened, space or (), progress=meter)
         computed = False
     else:
         recomputing, models = recorded_models(model, device)
-        documents = None if texts is None else lambda: (document.text for document in corpus.read(texts, field))
+        documents = (
+            None if texts is None else lambda: (document.text for document in corpus.read(texts, field, format=format))
+        )
         with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
             done = recomputing.repair(opened, models, space or (), texts=documents, stride=stride or 0, progress=meter)
         computed = True

@@ -1,8 +1,10 @@
 """Corpora as files: which documents they hold, under which ids and keys. All are streamed.
 
-A text file has a document a line. With a field, a file is a table: CSV, TSV or Parquet where its name ends so, else
-JSON lines. A folder is a dataset that ``save_to_disk`` of Hugging Face's ``datasets`` wrote. Parquet and such datasets
-need the extra ``corpora``.
+A text file has a document a line. Everything else has fields: JSON lines, a JSON array, CSV, TSV, Parquet, Arrow, by
+the file's name, which may end in .gz, .bz2, .xz or .zst as well. A source is one file, a folder, a pattern such as
+``data/*.jsonl.gz``, any of these in an object store, a dataset that ``save_to_disk`` of Hugging Face's ``datasets``
+wrote, or ``-`` for standard input. Parquet, Arrow, such datasets and .zst need the extra ``corpora``, object stores the
+extra ``s3``. See docs/corpora.md.
 """
 
 from __future__ import annotations
@@ -13,51 +15,63 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.corpus import arrow, lines
 from actcache.corpus.document import Document
-from actcache.errors import DocumentError
+from actcache.corpus.kinds import Kind
+from actcache.corpus.shards import shards
 from actcache.key import document_key, key_array
 
-__all__ = ["Document", "check", "count", "keys", "read"]
+__all__ = ["Document", "Kind", "check", "count", "keys", "passes", "read"]
 
 
-def read(source: Path, field: str | None = None, id_field: str | None = None) -> Iterator[Document]:
-    """Yield the documents of a file or folder, ``-`` for standard input; blank lines and empty texts are none.
+def read(
+    source: str | Path, field: str | None = None, id_field: str | None = None, format: str | None = None
+) -> Iterator[Document]:
+    """Yield the documents of a corpus, file by file in the order of their names; blank lines and empty texts are none.
+
+    Args:
+        field, id_field: the columns or JSON fields of the texts and their ids; texts that stand alone have none.
+        format: a value of ``Kind``, where the names do not say it or say it wrongly; by ``text`` the lines are the
+            texts, whatever they look like.
 
     Raises:
-        DocumentError: it cannot be read; a line is not UTF-8, no JSON, or has no text under a field; a column is not
-            there or does not hold texts.
-        MissingExtraError: it needs pyarrow.
+        DocumentError: it cannot be read, names no corpus, or more than one kind; no field is named where there are
+            some, or one that is not there or holds no texts; a line is not UTF-8, no JSON or no row of its table. It
+            names file and line.
+        MissingExtraError: an extra has to be installed.
+        StoreError: an object store fails.
     """
-    if not _is_arrow(source):
-        yield from lines.read(source, field, id_field)
-        return
-    yield from arrow.read(source, _named(source, field), id_field)
+    with shards(source, field, id_field, format) as found:
+        for shard in found.files:
+            yield from found.documents(shard)
 
 
-def check(source: Path, field: str | None = None, id_field: str | None = None) -> None:
-    """Raise what ``read`` would raise before its first document; standard input stays unread."""
-    if _is_arrow(source):
-        arrow.check(source, _named(source, field), id_field)
-    else:
-        lines.check(source, field, id_field)
+def check(source: str | Path, field: str | None = None, id_field: str | None = None, format: str | None = None) -> None:
+    """Raise what ``read`` would raise before a file's first document: of each file here, of the first one elsewhere.
+
+    Pipes and standard input stay unread.
+    """
+    with shards(source, field, id_field, format) as found:
+        for shard in found.files if found.local else found.files[:1]:
+            if shard.passes:
+                found.check_named(shard)
+            else:
+                documents = found.documents(shard)
+                next(documents, None)
+                documents.close()
 
 
-def count(source: Path) -> int | None:
+def count(source: str | Path, field: str | None = None, format: str | None = None) -> int | None:
     """Return about how many documents there are, at most, to show progress; None where that takes long to learn."""
-    return arrow.count(source) if _is_arrow(source) else lines.count(source)
+    with shards(source, field, None, format) as found:
+        return found.count()
 
 
-def keys(source: Path, field: str | None = None) -> NDArray[np.uint8]:
+def keys(source: str | Path, field: str | None = None, format: str | None = None) -> NDArray[np.uint8]:
     """Return the keys of a corpus's documents, ``[n, 32]``, in their order. Raises as ``read`` does."""
-    return key_array([document_key(document.text) for document in read(source, field)])
+    return key_array([document_key(document.text) for document in read(source, field, format=format)])
 
 
-def _is_arrow(source: Path) -> bool:
-    return source.suffix.lower() in arrow.PARQUET or source.is_dir()
-
-
-def _named(source: Path, field: str | None) -> str:
-    if field is None:
-        raise DocumentError(f"{source}: name the column of the texts with --field")
-    return field
+def passes(source: str | Path) -> bool:
+    """Return whether a corpus can be read only once: standard input, or a pipe."""
+    with shards(source, None, None, None) as found:
+        return any(shard.passes for shard in found.files)

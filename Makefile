@@ -11,7 +11,7 @@ FUZZ := hdf5 zarr safetensors index tombstone marker recipe collection export lm
 # is room they run in memory; `make test-long` (kills, damage, many processes) runs on the disk.
 MEMORY := $(shell df -m --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 6000 {print "/dev/shm"}')
 
-.PHONY: demo test test-long fuzz golden lint bench clean
+.PHONY: demo test test-long test-quantized fuzz golden lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
@@ -28,6 +28,11 @@ golden: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long --timeout 7200
+
+# Apart from the others: where torchao is installed, transformers imports it into every process.
+test-quantized: $(READY)
+	$(BIN)/python -m pip install -q --no-deps -c .ci/constraints.txt --target $(VENV)/quantized torchao bitsandbytes
+	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest tests/models/test_quantized.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "actcache"
 #: A module imports only from layers before its own, or from its own package. ``testing`` is for test suites.
 LAYERS = [
     {"errors"},
-    {"key", "windows", "codec", "ragged", "checksum", "recipe", "arrays", "tensorheader"},
+    {"key", "windows", "codec", "lineage", "ragged", "checksum", "recipe", "arrays", "tensorheader"},
     {"segment_format"},
     {"backend"},
     {"storage"},
@@ -41,6 +41,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ALLOWED_INSIDE = {
     ("windows", "key"),
     ("recipe", "codec"),
+    ("recipe", "lineage"),
     ("request", "writer"),
     ("request", "lookahead"),
     ("entry", "writer"),

@@ -125,7 +125,7 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
             recipe.fingerprint[:SHORT],
             PurePath(recipe.model).name,
             str(recipe.layer),
-            recipe.dtype,
+            recipe.stored_as,
             f"{usage.entries:,}",
             f"{usage.tokens:,}",
             binary(usage.nbytes),

@@ -96,7 +96,9 @@ class Recipe:
         )
         check(self.too_long in TOO_LONG, f"too_long {self.too_long!r} is not one of {', '.join(TOO_LONG)}")
         check(
-            isinstance(self.via, list | tuple) and all(name in codec.names() for name in self.via),
+            isinstance(self.via, list | tuple)
+            and len(self.via) <= len(codec.names())  # each at most once
+            and all(name in codec.names() for name in self.via),
             f"via holds names of dtypes ({', '.join(codec.names())}), not {self.via!r:.80}",
         )
         object.__setattr__(self, "via", tuple(self.via))

@@ -28,10 +28,10 @@ def every(name):
 def numbers(compute_dtype):
     """What was computed: numbers at which roundings go wrong, and those that are exact somewhere."""
     rng = np.random.default_rng(0)
-    mantissas = rng.integers(1 << 23, 1 << 24, 200_000).astype(np.float64)
+    mantissas = rng.integers(1 << 23, 1 << 24, 20_000).astype(np.float64)
     wide = np.ldexp(mantissas * rng.choice([-1, 1], len(mantissas)), rng.integers(-60, 8, len(mantissas)) - 23)
     # The halves between two numbers of a dtype, and the nearest float32 beside them: where rounding twice differs.
-    narrow = np.concatenate([every("float16"), every("bfloat16")[::4]])
+    narrow = np.concatenate([every("float16")[::7], every("bfloat16")[::31]])
     near = np.concatenate([narrow * np.float32(1 + share * 2.0**-p) for p in (9, 12) for share in (-1, 1)])
     all32 = np.concatenate([wide.astype(np.float32), narrow, near, np.nextafter(near, 0), np.nextafter(near, np.inf)])
     all32 = all32[np.isfinite(all32) & (np.abs(all32) < 60_000)]
@@ -58,16 +58,15 @@ def test_ways_have_one_recipe_exactly_when_their_numbers_are_the_same(compute_dt
     by_recipe, by_numbers = {}, {}
     kept = {}
     for way in WAYS:
-        if way[:-1] in kept:
-            kept[way] = stored(kept[way[:-1]], way[-1:])
-        else:
-            kept[way] = stored(given, way)
+        found = stored(kept.get(way[:-1], given), way[-1:])
+        if len(way) < 4:
+            kept[way] = found
         made = Recipe(model="m", layer=1, hidden_size=1, dtype=way[0], compute_dtype=compute_dtype)
         for name in way[1:]:
             made = made.stored_again(name)
         assert made.dtype == way[-1]
         by_recipe.setdefault(made.fingerprint, set()).add(way)
-        by_numbers.setdefault((way[-1], kept[way].tobytes()), set()).add(way)
+        by_numbers.setdefault((way[-1], found.tobytes()), set()).add(way)
     assert sorted(map(sorted, by_recipe.values())) == sorted(map(sorted, by_numbers.values()))
     assert len(by_recipe) == recipes
     longer = (way for steps in (5, 6) for way in itertools.product(codec.names(), repeat=steps))

@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "actcache"
 #: A module imports only from layers before its own, or from its own package. ``testing`` is for test suites.
 LAYERS = [
     {"errors"},
-    {"key", "windows", "codec", "ragged", "checksum", "recipe", "arrays", "tensorheader"},
+    {"key", "windows", "codec", "lineage", "ragged", "checksum", "recipe", "arrays", "tensorheader"},
     {"segment_format"},
     {"backend"},
     {"storage"},
@@ -41,6 +41,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ALLOWED_INSIDE = {
     ("windows", "key"),
     ("recipe", "codec"),
+    ("recipe", "lineage"),
     ("request", "writer"),
     ("request", "lookahead"),
     ("entry", "writer"),
@@ -88,7 +89,7 @@ def imports(tree: ast.AST, inside: bool = False):
 
 
 def of(path: Path):
-    return list(imports(ast.parse(path.read_text())))
+    return list(imports(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -140,11 +141,47 @@ HANDED_ON = {SOURCE / "reading" / "prefetch.py", SOURCE / "parallel" / "worker.p
 def test_nobody_catches_everything_silently():
     """``except: pass`` and its kin hide what reaches nobody."""
     for path in [*MODULES, *(ROOT / "backends").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
                 raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
                 assert raises or not broad or path in HANDED_ON, f"{path}:{node.lineno}"
+
+
+#: What opens files, and the mode that it has where none is given. ``open`` is the attribute's name of paths, too.
+OPENERS = {
+    "open": "r",
+    "fdopen": "r",
+    "NamedTemporaryFile": "w+b",
+    "TemporaryFile": "w+b",
+    "SpooledTemporaryFile": "w+b",
+}
+
+
+def as_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text: by an encoding, which should not be the locale's."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name in ("read_text", "write_text"):
+        return True
+    if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "subprocess":
+        return "text" in given or "universal_newlines" in given
+    if name not in OPENERS:
+        return False
+    of_path = isinstance(call.func, ast.Attribute) and name == "open"
+    first = 0 if of_path or name not in ("open", "fdopen") else 1  # position of the mode
+    mode = getattr(given.get("mode", call.args[first] if len(call.args) > first else None), "value", None)
+    if of_path and not (isinstance(mode, str) and set(mode) <= set("rwaxbt+")):
+        return False  # another thing's
+    return "b" not in (mode or OPENERS[name])
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "backends").rglob("*.py"))], ids=lambda path: path.name)
+def test_text_files_have_an_encoding(path):
+    """Under another locale a name or text that is no ASCII would fail, or be written in what others cannot read."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and as_text(node):
+            assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_importing_actcache_loads_no_heavy_library():
@@ -164,4 +201,4 @@ def test_opening_a_store_loads_its_backend_alone(tmp_path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= (500 if unit(path) == "testing" else 350)
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (500 if unit(path) == "testing" else 350)

@@ -61,6 +61,7 @@ def test_golden_fingerprints():
         {"max_length": 511},
         {"max_length": None},
         {"too_long": "windows"},
+        {"via": ("bfloat16",)},
     ],
     ids=str,
 )

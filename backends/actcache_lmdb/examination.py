@@ -18,8 +18,9 @@ def examine(folder: Path) -> str | None:
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE)
-        command = [sys.executable, "-m", "lmdb", "verify", "-e", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        # From within: the verifier takes no name that the locale's encoding lacks.
+        command = [sys.executable, "-m", "lmdb", "verify", "-e", "."]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder, check=False)
         if done.returncode == 0:
             return None
         lines = (done.stdout + done.stderr).strip().splitlines()

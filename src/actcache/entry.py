@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache import codec
+from actcache import codec, lineage
 from actcache.arrays import to_numpy
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES
-from actcache.errors import ShapeError
+from actcache.errors import KeyFormatError, ShapeError
 from actcache.ragged import offsets_of
 from actcache.recipe import Recipe
 from actcache.writer import Columns
@@ -79,6 +79,42 @@ def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec
     if array.dtype.kind != "f":
         raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
     return stored_as.stored_rows(array, what=what)
+
+
+def check_lists(keys: Sequence[bytes], lists: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse what is not one array of each kind for each key, or a key that stands twice.
+
+    Raises:
+        KeyFormatError, ShapeError: saying so.
+    """
+    if len(set(keys)) != len(keys):
+        raise KeyFormatError("the same key stands twice in one put; drop the second copy")
+    for name, rows in lists.items():
+        if len(rows) != len(keys):
+            raise ShapeError(f"{len(keys)} keys and {len(rows)} arrays of {name}: give one a key")
+
+
+def check_digits(arrays: Sequence[Any], recipe: Recipe) -> None:
+    """Refuse rows that have fewer digits than the recipe of a model's weights promises.
+
+    A recycler takes what stands under such a recipe for its own numbers. Rows that were rounded to float16 or bfloat16
+    before they are put are not those, unless they were computed in it or the recipe's lineage says so. Recipes without
+    a digest of weights are the caller's own: there ``compute_dtype`` and ``via`` are for them to say.
+
+    Raises:
+        ShapeError: it names the first such array.
+    """
+    if recipe.weights is None:
+        return
+    for i, array in enumerate(arrays):
+        given = str(getattr(array, "dtype", "")).removeprefix("torch.")
+        if given not in ("float16", "bfloat16") or given == recipe.compute_dtype:
+            continue
+        if lineage.traces((given, *recipe.via, recipe.dtype), recipe.compute_dtype) != recipe.via:
+            raise ShapeError(
+                f"array {i} holds {given}, but the recipe is of rows computed in {recipe.compute_dtype} and stored as "
+                f"{recipe.stored_as}: the digits are gone. Put rows as they were computed"
+            )
 
 
 def encode_entry(

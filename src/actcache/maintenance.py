@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache import codec
 from actcache.backend import (
     EXTRAS,
     GRACE_SECONDS,
@@ -23,7 +24,6 @@ from actcache.backend import (
     Snapshot,
     SpaceDriver,
 )
-from actcache.codec import Codec
 from actcache.errors import UsageError
 from actcache.key import Keys, key_array, key_list
 from actcache.lastuse import LastUse
@@ -69,7 +69,7 @@ class Maintained:
     """The part of ``Space`` that looks after it."""
 
     recipe: Recipe
-    _codec: Codec
+    _codec: codec.Codec
     _seed: int
     _driver: SpaceDriver
     _store: Store
@@ -97,6 +97,15 @@ class Maintained:
             keys = keys[np.random.default_rng().choice(len(keys), sample, replace=False)]
         corrupt, nbytes = self.corrupt_among(keys, progress)
         return Verification(len(keys), nbytes, corrupt, damaged)
+
+    def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
+        """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
+
+        As ``put``, but the rows are what the recipe's lineage (``Recipe.via``) has made of them already. So they are
+        not rounded to its dtypes again, which refuses what bfloat16 has rounded up out of float16's range.
+        """
+        lists = {VALUES: arrays, **others}
+        return self._put(keys, lists, codec.get(self.recipe.dtype), overwrite=False)
 
     def in_order(self, keys: Keys) -> NDArray[np.uint8]:
         """Return keys as ``[n, 32]`` in the order in which their published entries lie, absent ones first."""
@@ -274,4 +283,7 @@ class Maintained:
         raise NotImplementedError
 
     def _append(self, block: Block) -> None:
+        raise NotImplementedError
+
+    def _put(self, keys: Keys, lists: Mapping[str, Sequence[Any]], stored_as: codec.Codec, *, overwrite: bool) -> int:
         raise NotImplementedError

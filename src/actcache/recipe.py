@@ -10,10 +10,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actcache import codec
+from actcache import codec, lineage
 from actcache.errors import FormatError, RecipeError
 
 #: What a document longer than ``max_length`` becomes.
@@ -49,6 +49,8 @@ class Recipe:
         special_tokens: whether the tokenizer adds its special tokens.
         max_length: tokens that a document may have, special tokens included; None for no limit.
         too_long: what a longer document becomes: ``refuse``, ``truncate`` or ``windows``.
+        via: the dtypes that rows were rounded to before they came to be stored as ``dtype``; none for rows that are
+            stored as they were computed. ``stored_again`` makes such recipes. Rows that are put are rounded likewise.
         provenance: model id, revision, library versions, device, ...: recorded, not part of the identity.
 
     Raises:
@@ -66,6 +68,7 @@ class Recipe:
     special_tokens: bool = True
     max_length: int | None = None
     too_long: str = "refuse"
+    via: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +95,19 @@ class Recipe:
             "provenance must map names to texts: make other values texts with str()",
         )
         check(self.too_long in TOO_LONG, f"too_long {self.too_long!r} is not one of {', '.join(TOO_LONG)}")
+        check(
+            isinstance(self.via, list | tuple)
+            and len(self.via) <= len(codec.names())  # each at most once
+            and all(name in codec.names() for name in self.via),
+            f"via holds names of dtypes ({', '.join(codec.names())}), not {self.via!r:.80}",
+        )
+        object.__setattr__(self, "via", tuple(self.via))
+        kept = lineage.traces((*self.via, self.dtype), self.compute_dtype)
+        check(
+            kept == self.via,
+            f"rows that were {', '.join(self.via)} and are stored as {self.dtype} have the lineage "
+            f"{', '.join(kept) or 'of rows that are stored at once'}: let recipe.stored_again(dtype) say it",
+        )
         try:
             config = json.loads(canonical_json(dict(self.config)))
         except (TypeError, ValueError, RecursionError) as error:
@@ -118,6 +134,7 @@ class Recipe:
             "max_length": self.max_length,
             "too_long": self.too_long,
             "dtype": self.dtype,
+            **({"via": list(self.via)} if self.via else {}),
         }
 
     @property
@@ -125,6 +142,22 @@ class Recipe:
         """32 hexadecimal digits: the BLAKE2b digest of the identity. It is the name of the space."""
         text = canonical_json(self.identity())
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"actcache/recipe").hexdigest()
+
+    @property
+    def stored_as(self) -> str:
+        """How rows are stored, for people: ``float32``, or ``float32 via float16`` where they were that before."""
+        return " via ".join([self.dtype, *reversed(self.via)])
+
+    def stored_again(self, dtype: str) -> Recipe:
+        """Return the recipe of this one's rows where they are stored again, as another dtype.
+
+        It is that of rows that were stored so at once only where the numbers are the same: float32 to float16 or
+        bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before.
+
+        Raises:
+            RecipeError: there is no such dtype.
+        """
+        return replace(self, dtype=dtype, via=lineage.traces((*self.via, self.dtype, dtype), self.compute_dtype))
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Return the identity fields in which this recipe and another differ, as ``field -> (this, other)``."""

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from actcache import checksum, codec
 from actcache.arrays import to_buffer
 from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Usage
-from actcache.entry import Entry, ReadReport, columns_of, encode_entry
-from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
+from actcache.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry
+from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
 from actcache.lastuse import LastUse
 from actcache.lookahead import Lookahead
@@ -49,7 +49,7 @@ class Space(Maintained):
         self.recipe = recipe  #: as stored by whoever created the space
         self.created = created  #: whether this call created it
         self._store = store
-        self._codec = codec.get(recipe.dtype)
+        self._codec = codec.get(recipe.dtype, recipe.via)
         self._columns = columns_of(recipe)
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": seconds}
@@ -96,7 +96,8 @@ class Space(Maintained):
 
         Args:
             keys: of the documents, each once.
-            arrays: one ``[tokens, hidden]`` floating point array or tensor a key, on any device.
+            arrays: one ``[tokens, hidden]`` floating point array or tensor a key, on any device, in the dtype that the
+                rows were computed in.
             token_ids: one ``[tokens]`` array a key.
             spans, word_ids, type_ids: optional arrays, ``[tokens, 2]``, ``[tokens]`` and ``[tokens]``.
             overwrite: whether to replace what is there; else keys that are present are skipped.
@@ -106,24 +107,24 @@ class Space(Maintained):
 
         Raises:
             KeyFormatError: a key is none, or stands twice.
-            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe.
+            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe; see ``actcache.entry.check_digits``.
             NonFiniteError, CodecOverflowError: an array holds NaN or infinity, or a value too large for the codec.
             StoreError: read-only, disk full, ...
         """
-        writer = self._writing()
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
         lists = {VALUES: arrays, **{name: rows for name, rows in given.items() if rows is not None}}
+        check_digits(arrays, self.recipe)
+        return self._put(keys, lists, self._codec, overwrite=overwrite)
+
+    def _put(self, keys: Keys, lists: Mapping[str, Sequence[Any]], stored_as: codec.Codec, *, overwrite: bool) -> int:
+        writer = self._writing()
         all_keys = key_array(keys)
         names = key_list(all_keys)
-        if len(set(names)) != len(names):
-            raise KeyFormatError("the same key stands twice in one put; drop the second copy")
-        for name, rows in lists.items():
-            if len(rows) != len(all_keys):
-                raise ShapeError(f"{len(all_keys)} keys and {len(rows)} arrays of {name}: give one a key")
+        check_lists(names, lists)
         with self._write_lock:
             wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
             which = np.flatnonzero(wanted).tolist()
-            encoded = [encode_entry(names[i], lists, i, self._columns, self._codec) for i in which]
+            encoded = [encode_entry(names[i], lists, i, self._columns, stored_as) for i in which]
             for i, stored in zip(which, encoded, strict=True):
                 writer.add(names[i], stored)
         return len(encoded)

@@ -185,7 +185,7 @@ class Store:
         return self.driver.delete_space(fingerprint)
 
     def _explain(self, recipe: Recipe) -> str:
-        lines = [f"{self.url} has no space for {recipe.model} layer {recipe.layer} as {recipe.dtype}"]
+        lines = [f"{self.url} has no space for {recipe.model} layer {recipe.layer} as {recipe.stored_as}"]
         for other, differences in self.nearest(recipe)[:_NEAREST]:
             fields = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in differences.items())
             lines.append(f"{other.fingerprint} ({other.model} layer {other.layer}) differs in {fields}")

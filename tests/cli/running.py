@@ -39,9 +39,24 @@ class Terminal(io.StringIO):
         return True
 
 
-def cachectl(*arguments: object, text: str = "", typed: bool = False) -> Result:
-    """Run a command; stdout is no terminal, and stdin only where its text is ``typed``."""
-    out, err = io.StringIO(), io.StringIO()
+class Pipe(io.TextIOWrapper):
+    """A pipe of an encoding; what it lacks is an error, as it is of a process's own streams."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding, errors="strict")
+
+    def getvalue(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
+
+
+def cachectl(*arguments: object, text: str = "", typed: bool = False, encoding: str | None = None) -> Result:
+    """Run a command; stdout is no terminal, and stdin only where its text is ``typed``.
+
+    Args:
+        encoding: of stdout and stderr; None for one in which everything can be written.
+    """
+    out, err = (io.StringIO() if encoding is None else Pipe(encoding) for _ in range(2))
     given = sys.argv, sys.stdin
     logger = logging.getLogger("actcache")
     handlers = list(logger.handlers)

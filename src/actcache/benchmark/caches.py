@@ -22,7 +22,7 @@ def drop_caches(folder: Path) -> None:
     """Empty the page cache: all of it as root, else of the files in a folder, whose names and sizes stay known."""
     os.sync()
     try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
     except OSError:
         evict(folder)
 
@@ -86,8 +86,8 @@ def refuse_mappings(folders: list[Path]) -> None:
 
 
 def _mapped(folders: Iterable[Path]) -> list[str]:
-    mapped = Path("/proc/self/maps").read_text()
-    return [str(folder) for folder in folders if f"{folder}/" in mapped]
+    mapped = Path("/proc/self/maps").read_bytes()
+    return [str(folder) for folder in folders if os.fsencode(folder) + b"/" in mapped]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -215,7 +215,7 @@ def _machine(folder: Path, load: float) -> tuple[dict[str, str], dict[str, str]]
 
 def _processor() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -230,7 +230,11 @@ def _device(folder: Path) -> str:
     device = path.resolve()
     disk = device if (device / "queue").exists() else device.parent  # a partition's queue is its disk's
     with suppress(OSError):
-        model = (disk / "device" / "model").read_text().strip() if (disk / "device" / "model").exists() else ""
-        turns = (disk / "queue" / "rotational").read_text().strip() == "1"
+        model = (
+            (disk / "device" / "model").read_text(encoding="utf-8", errors="replace").strip()
+            if (disk / "device" / "model").exists()
+            else ""
+        )
+        turns = (disk / "queue" / "rotational").read_text(encoding="ascii").strip() == "1"
         return f"{device.name}{f' ({model})' if model else ''}, {'rotational' if turns else 'not rotational'}"
     return device.name

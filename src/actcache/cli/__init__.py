@@ -24,6 +24,7 @@ from actcache.cli.pin import pin, unpin
 from actcache.cli.plan import plan
 from actcache.cli.prune import prune
 from actcache.cli.repair import repair
+from actcache.cli.streams import escaping
 from actcache.cli.verify import verify
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
 
@@ -68,6 +69,8 @@ _CODES = ((UsageError, 2), (StoreError, 3), (DataError, 4), (ModelError, 5))
 
 def main() -> None:
     """Run ``cachectl``: one line and an exit code for whatever goes wrong, never a traceback."""
+    escaping(sys.stdout)
+    escaping(sys.stderr)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("cachectl: %(message)s"))
     logger = logging.getLogger("actcache")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actcache.cli.streams import shown
 from actcache.corpus import Kind
 from actcache.reporting.words import binary, clean, counted, span
 
@@ -62,7 +63,9 @@ class _Console(Console):
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(clean(text), **options)
+        # First what is no character (a file name's bytes), then what stands for one that is no text.
+        visible = shown(clean(shown(text, self.encoding)), self.encoding)
+        return super().render_str(visible, **options)
 
 
 def console() -> Console:

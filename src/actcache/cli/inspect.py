@@ -23,6 +23,7 @@ from actcache.cli.common import (
 )
 from actcache.cli.inspected import recipe_table, show
 from actcache.cli.progress import Meter
+from actcache.cli.streams import text_of
 from actcache.errors import UsageError
 from actcache.inspection import SpaceReport, StoreReport
 from actcache.reporting import SAMPLE, DocumentReport, SegmentDetail, Survey
@@ -75,7 +76,7 @@ def inspect(
         if segment is not None:
             report = reporting.segment_detail(opened, segment, space or (), **options)
         elif text is not None:
-            report = reporting.document_by_text(opened, text, space or ())
+            report = reporting.document_by_text(opened, text_of(text), space or ())
         elif key is not None:
             report = reporting.document_by_key(opened, key, space or ())
         elif in_detail:
@@ -125,7 +126,7 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
             recipe.fingerprint[:SHORT],
             PurePath(recipe.model).name,
             str(recipe.layer),
-            recipe.dtype,
+            recipe.stored_as,
             f"{usage.entries:,}",
             f"{usage.tokens:,}",
             binary(usage.nbytes),

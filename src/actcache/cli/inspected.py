@@ -99,7 +99,7 @@ def _show_entry(entry: EntryReport) -> None:
         last = ", the last" if window.last else ""
         say(f"  window {window.number}{last}, cut at {window.max_length} tokens with stride {window.stride}")
         say(f"  key {entry.key.hex()}")
-    size = f"{counted(entry.tokens, 'token')} x {recipe.hidden_size} {recipe.dtype}, {binary(entry.nbytes)}"
+    size = f"{counted(entry.tokens, 'token')} x {recipe.hidden_size} {recipe.stored_as}, {binary(entry.nbytes)}"
     say(f"  {size}{'' if entry.segment is None else f', in {entry.segment}'}")
     say(f"  checksum {entry.checksum:016x}: {'intact' if entry.intact else 'CORRUPT, cachectl repair takes it away'}")
     if entry.statistics is not None:

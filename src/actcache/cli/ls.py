@@ -70,7 +70,7 @@ def ls(
         model = PurePath(row["model"]).name
         numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]))
         ago = "" if row["written"] is None else f"{span(row['written'])} ago"
-        listed.add_row(row["fingerprint"][:SHORT], model, str(row["layer"]), row["dtype"], *numbers, ago)
+        listed.add_row(row["fingerprint"][:SHORT], model, str(row["layer"]), row["stored_as"], *numbers, ago)
     console().print(listed)
     for row in rows:
         for segment, what in row["damaged"].items():
@@ -87,7 +87,7 @@ def _tree(store: str, found: Overview) -> Tree:
     for branch in found.spaces:
         recipe, usage = branch.report.recipe, branch.report.usage
         size = f"{counted(usage.entries, 'entry', 'entries')}, {binary(usage.nbytes)}"
-        name = f"{PurePath(recipe.model).name} layer {recipe.layer} {recipe.dtype}"
+        name = f"{PurePath(recipe.model).name} layer {recipe.layer} {recipe.stored_as}"
         space = root.add(f"space {recipe.fingerprint[:SHORT]}  {name}: {size}")
         for segment in branch.segments[:_MOST]:
             space.add(_segment(segment))
@@ -120,6 +120,7 @@ def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
         "model": recipe.model,
         "layer": recipe.layer,
         "dtype": recipe.dtype,
+        "stored_as": recipe.stored_as,
         **dataclasses.asdict(report.usage),
         "damaged": report.damaged,
         "written": inspection.written(files, recipe.fingerprint),

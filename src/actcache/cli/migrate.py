@@ -39,6 +39,9 @@ def migrate(
     compared with its checksum when it is read and again when it is read back; the digests over all keys and checksums
     of both ends are printed. Exit code 4 where they differ.
 
+    With --dtype, float32 becomes just what a fill with that dtype stores. What was float16 or bfloat16 before has lost
+    digits: it gets a recipe that says so (float32 via float16), which a fill for float32 never takes for its own.
+
     Example: cachectl migrate ./activations zarr:s3://bucket/activations
     """
     nbytes = nbytes_of("--segment-bytes", segment_bytes)
@@ -73,6 +76,8 @@ def _show(done: Migration) -> None:
         say(f"{one.source[:SHORT]}{new}: {entries}, {one.copied:,} copied ({binary(one.nbytes)} read)")
         say(f"  should hold {one.digest}")
         say(f"  does hold   {one.target_digest}  {'equal' if one.equal else 'NOT EQUAL'}")
+        if one.via:
+            say(f"  stored as {one.stored_as}: a space of its own, for a fill would compute other digits")
         for line in _complaints(one):
             say(f"  {line}")
     for name, what in done.unreadable.items():

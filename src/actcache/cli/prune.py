@@ -25,6 +25,7 @@ from actcache.cli.common import (
     say,
 )
 from actcache.cli.progress import Meter
+from actcache.cli.streams import text_of
 from actcache.errors import OutOfSpaceError, UsageError
 from actcache.reading.checks import nbytes_of
 from actcache.retention import IDLE_SECONDS, PINNED, Plan, Pruning
@@ -88,7 +89,7 @@ def prune(
         planned = retention.plan(
             opened,
             prefixes=space or (),
-            where=_fields(where or []),
+            where=_fields([text_of(one) for one in where or []]),
             older_than=_seconds("--older-than", older_than),
             unused_for=_seconds("--unused-for", unused_for),
             max_bytes=None if max_bytes is None else nbytes_of("--max-bytes", max_bytes),

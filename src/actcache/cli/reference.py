@@ -112,6 +112,6 @@ def _default(default: Any) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(reference())
+        Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
     else:
         print(reference(), end="")

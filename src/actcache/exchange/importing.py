@@ -90,7 +90,7 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
             }
             rows = [stored.decode(array) for array in arrays.pop(VALUES)]
             if space is not None:
-                count += space.put(file.keys[which], rows, **arrays)
+                count += space.put_stored(file.keys[which], rows, **arrays)
             if progress is not None:
                 progress("import", last, len(file.keys))
         if space is not None:

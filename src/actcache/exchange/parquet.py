@@ -46,7 +46,8 @@ def write(
     step = max(1, PART_BYTES // (space.recipe.hidden_size * 4))
     edges = np.unique(np.r_[np.searchsorted(starts, np.arange(0, int(starts[-1]), step)), len(keys)]).tolist()
     complete = bool(len(keys))
-    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    # An open file: arrow's own paths are UTF-8, and a file's name may be anything.
+    with path.open("xb") as file, parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         held: list[Any] = []
         tokens = 0
         for first, last in itertools.pairwise(edges):

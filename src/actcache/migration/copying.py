@@ -53,6 +53,8 @@ class Copy:
         return SpaceMigration(
             self._name,
             self._target.recipe.fingerprint,
+            self._target.recipe.stored_as,
+            list(self._target.recipe.via),
             len(keys),
             self._copied,
             self._nbytes,

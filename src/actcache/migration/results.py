@@ -16,6 +16,8 @@ class SpaceMigration:
 
     source: str  # fingerprint
     target: str  # the same, unless the dtype changed
+    stored_as: str  # how the target stores rows, see ``Recipe.stored_as``
+    via: list[str]  # dtypes that show in the target's rows, so that no recycler for the target's dtype finds them
     entries: int  # of the source
     copied: int  # the others stood in the target
     nbytes: int  # of the rows that were read from the source

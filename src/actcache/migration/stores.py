@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from actcache.collection import Collection
@@ -33,7 +32,8 @@ def migrate(
     Args:
         source: opened with ``mode="r"``, better, though nothing is written to it either way.
         prefixes: of the fingerprints of the spaces; all where there are none.
-        dtype: how the target stores rows; None keeps each space's own. Another dtype is another recipe.
+        dtype: how the target stores rows; None keeps each space's own. Another dtype is another recipe, and not always
+            that of rows which were computed for it: see ``Recipe.stored_again``.
         segment_bytes: of the target, see ``Store.space``.
         progress: told what is being done, and entries.
 
@@ -45,7 +45,7 @@ def migrate(
     for fingerprint in chosen(source, prefixes):
         try:
             with opened(source, fingerprint) as space:
-                recipe = space.recipe if dtype is None else dataclasses.replace(space.recipe, dtype=dtype)
+                recipe = space.recipe if dtype is None else space.recipe.stored_again(dtype)
                 with target.space(recipe, segment_bytes=segment_bytes) as other:
                     _copy_blobs(source, space, other)
                     spaces.append(Copy(space, other, segment_bytes, progress).run())

@@ -76,7 +76,7 @@ def load_reduced(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        what = json.loads((path / DESCRIPTION_NAME).read_text())
+        what = json.loads((path / DESCRIPTION_NAME).read_text(encoding="utf-8"))
         version, expected = what["version"], {"task_class", "config", "layer", "recipe", "adapters", "tied"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(

@@ -113,7 +113,7 @@ def save(
         tensors = unshared(reduced.state_dict() if state_dict is None else state_dict)
         tensors[_guard(reduced)] = torch.empty(0)
         save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
-        (path / DESCRIPTION_NAME).write_text(json.dumps(what, indent=1))
+        (path / DESCRIPTION_NAME).write_text(json.dumps(what, indent=1), encoding="utf-8")
 
 
 def merge(reduced: Any, full_model: Model) -> Model:

@@ -25,6 +25,7 @@ from actcache.models.record import LowerHalf, plan_batches
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.ragged import TOKEN_IDS
+from actcache.recipe import Recipe
 from actcache.space import Space
 
 # The relative error (L2) that storing adds: a codec's unit roundoff, which no single number exceeds (but for values
@@ -154,7 +155,7 @@ class _Comparison:
     def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, outputs: _Outputs | None) -> None:
         self._lower, self._outputs = lower, outputs
         self._separator = separator_of(encoder)
-        self._tolerance = TOLERANCE[lower.compute_dtype] + ROUNDING.get(space.recipe.dtype, _COARSEST)
+        self._tolerance = TOLERANCE[lower.compute_dtype] + _rounding(space.recipe)
         self._errors: list[float] = []
         self._failed: list[bytes] = []
         self._largest = 0.0
@@ -186,6 +187,11 @@ class _Comparison:
             output_largest=self._outputs.largest,
             output_tolerance=AMPLIFICATION * self._tolerance,
         )
+
+
+def _rounding(recipe: Recipe) -> float:
+    """Return the relative error that storing adds: of each dtype that rows were rounded to."""
+    return sum(ROUNDING.get(dtype, _COARSEST) for dtype in {*recipe.via, recipe.dtype})
 
 
 class _Outputs:

@@ -160,7 +160,7 @@ def _memo_name(quick: str, layer: int, files: list[Path]) -> str | None:
 
 def _read_memo() -> dict[str, Any]:
     try:
-        memo = json.loads(_memo_path().read_text())
+        memo = json.loads(_memo_path().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home directory
         return {}
     return memo if isinstance(memo, dict) else {}
@@ -172,7 +172,9 @@ def _write_memo(memo: dict[str, Any]) -> None:
     try:
         path = _memo_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".weights-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=".weights-", delete=False
+        ) as file:
             temporary = file.name
             json.dump(newest, file)
         os.replace(temporary, path)

@@ -68,6 +68,7 @@ class EntryReport:
             "tokens": self.tokens,
             "hidden_size": recipe.hidden_size,
             "dtype": recipe.dtype,
+            "stored_as": recipe.stored_as,
             "nbytes": self.nbytes,
             "segment": self.segment,
             "checksum": f"{self.checksum:016x}",

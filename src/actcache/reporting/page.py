@@ -102,7 +102,7 @@ def _spaces(found: Survey) -> Markup:
         each = number(one.bytes_per_token)
         written = "" if one.written is None else f"{span(one.written)} ago"
         link = element("a", {"href": f"#{recipe.fingerprint}"}, recipe.fingerprint[:_SHORT])
-        model = (PurePath(recipe.model).name, str(recipe.layer), recipe.dtype)
+        model = (PurePath(recipe.model).name, str(recipe.layer), recipe.stored_as)
         sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), each, f"{usage.segments:,}", written)
         rows.append((link, *model, *sizes))
     figures = element("div", {"class": "plots"}, _bytes_plot(found), _checksum_plot(found), _all_ages(found))
@@ -141,7 +141,7 @@ def _all_ages(found: Survey) -> Markup:
 def _label(one: SpaceDetail) -> str:
     model = PurePath(one.recipe.model).name
     model = model if len(model) <= _MODEL else f"{model[: _MODEL - 1]}…"
-    return f"{model} {one.recipe.layer} {one.recipe.dtype} {one.recipe.fingerprint[:6]}"
+    return f"{model} {one.recipe.layer} {one.recipe.stored_as} {one.recipe.fingerprint[:6]}"
 
 
 # --- one space --------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def _label(one: SpaceDetail) -> str:
 
 def _space(one: SpaceDetail, now: float) -> Markup:
     recipe = one.recipe
-    title = f"{PurePath(recipe.model).name}, layer {recipe.layer}, {recipe.dtype}"
+    title = f"{PurePath(recipe.model).name}, layer {recipe.layer}, {recipe.stored_as}"
     lengths, sample = one.lengths, one.sample
     described = (
         f"{counted(lengths.entries, 'entry', 'entries')} of {lengths.shortest:,} to {lengths.longest:,} tokens: half "

@@ -53,4 +53,6 @@ def spelled(value: object) -> str:
     """Return a field of a recipe in one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name}={item}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return str(value)

@@ -145,6 +145,8 @@ def _fields(recipe: Recipe | None) -> dict[str, str]:
         return {}
     identity: dict[str, Any] = recipe.identity()
     config = {f"config.{name}": value for name, value in identity.pop("config").items()}
+    if recipe.via:
+        identity["via"] = ", ".join(recipe.via)
     return {
         name: str(value) for name, value in {**recipe.provenance, **config, **identity, "model": recipe.model}.items()
     }

@@ -1,0 +1,32 @@
+"""Terminals, pipes and locales that lack characters: what cannot be shown is escaped, and ends no command."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import TextIO
+
+
+def escaping(stream: TextIO | None) -> None:
+    """Have a stream write characters that its encoding lacks as ``\\xe9``; by itself it would raise an error.
+
+    A file name may hold any bytes, a recipe any text, and a locale may have neither.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def shown(text: str, encoding: str) -> str:
+    """Return a text as such a stream shows it, so that a table knows how wide it is."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def text_of(argument: str) -> str:
+    """Return an argument that is a text and no file name: UTF-8, also where the locale is not.
+
+    Python decodes arguments by the locale, ASCII's as surrogates, which no document and no recipe has.
+    """
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:  # it is of the locale's encoding
+        return argument

@@ -155,7 +155,7 @@ def _text(text: str) -> str:
 def _no_document(value: object) -> str:
     """Say what is wrong with a value of another type than documents have."""
     name = type(value).__name__
-    if value is None or name in ("NAType", "NaTType") or (isinstance(value, float) and value != value):
+    if value is None or name in ("NAType", "NaTType") or (isinstance(value, float | np.floating) and value != value):
         return f"a missing value ({value!r}) is no document; leave it out"
     if isinstance(value, Mapping):
         return f"a {name} is no document; give one of its values ({', '.join(map(repr, value))})"

@@ -154,7 +154,7 @@ def checked_layers(layers: Sequence[int]) -> list[int]:
     Raises:
         UsageError: there are none, or one twice, or one is no whole number.
     """
-    numbers = whole_numbers("layers", layers).tolist()
+    numbers: list[int] = whole_numbers("layers", layers).tolist()
     if not numbers or len(set(numbers)) != len(numbers):
         raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")
     return numbers

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actcache import checksum, codec
 from actcache.arrays import to_buffer
 from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Usage
-from actcache.entry import Entry, ReadReport, columns_of, encode_entry
+from actcache.entry import Entry, ReadReport, columns_of, encode_entry, listed
 from actcache.errors import ClosedError, CorruptEntryError, KeyFormatError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
 from actcache.lastuse import LastUse
@@ -112,7 +112,8 @@ class Space(Maintained):
         """
         writer = self._writing()
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
-        lists = {VALUES: arrays, **{name: rows for name, rows in given.items() if rows is not None}}
+        lists = {VALUES: listed(VALUES, arrays)}
+        lists |= {name: listed(name, rows) for name, rows in given.items() if rows is not None}
         all_keys = key_array(keys)
         names = key_list(all_keys)
         if len(set(names)) != len(names):

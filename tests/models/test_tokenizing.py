@@ -153,7 +153,7 @@ def test_documents_without_tokens_or_outside_the_vocabulary(tokenizer: Any) -> N
     small = DocumentEncoder(tokenizer, 16, vocabulary=1000)
     with pytest.raises(DocumentError, match="tokenizer of another model"):
         small.encode(["hello world"])
-    with pytest.raises(DocumentError, match="document 0: .*holds values of float"):
+    with pytest.raises(DocumentError, match=r"document 0: .*holds values of float"):
         bare.encode([[1.5]])  # type: ignore[list-item]
 
 

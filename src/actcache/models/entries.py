@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from actcache.errors import DocumentError, MissingEntryError, UsageError
 from actcache.key import Document, Keys, document_key
 from actcache.windows import Windows
+
+T = TypeVar("T")
 
 
 class Container(Protocol):
@@ -71,7 +73,7 @@ def _one_of(names: list[object]) -> str:
     return f"texts[{example!r}] (there are {there or 'none'})"
 
 
-def streamed(texts: Iterable[Document]) -> Iterator[Document]:
+def streamed(texts: Iterable[T]) -> Iterator[T]:
     """Return an iterator over documents, of which the first has been taken already.
 
     Raises:
@@ -88,7 +90,7 @@ def streamed(texts: Iterable[Document]) -> Iterator[Document]:
     return itertools.chain(first, documents)
 
 
-def listed(texts: Iterable[Document]) -> list[Document]:
+def listed(texts: Iterable[T]) -> list[T]:
     """Return documents as a list.
 
     Raises:

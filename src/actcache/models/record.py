@@ -192,7 +192,7 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
     return batches
 
 
-def check_token_budget(token_budget: object) -> int:
+def check_token_budget(token_budget: Any) -> int:
     """Return the padded tokens of a batch as Python's own number.
 
     Raises:

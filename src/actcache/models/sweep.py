@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from actcache import codec
+from actcache.arrays import to_numpy
 from actcache.errors import UsageError
 from actcache.key import Document
 from actcache.models.entries import listed
@@ -202,6 +203,6 @@ def _sizes(recycler: CachedLayer, documents: Sequence[Document]) -> tuple[int, i
 
 
 def _chosen(labels: Any, which: NDArray[np.int64]) -> Any:
-    if isinstance(labels, list | tuple):
+    if isinstance(labels, Sequence):
         return [labels[i] for i in which.tolist()]
-    return labels[which]
+    return to_numpy(labels)[which]  # by position, as a Series is not indexed

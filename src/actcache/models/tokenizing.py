@@ -270,8 +270,8 @@ class DocumentEncoder:
 
     def _outside(self, ids: NDArray[np.integer], position: int) -> DocumentError:
         return DocumentError(
-            f"document {position} holds token id {ids.max()}, and the model's vocabulary is 0..{self.vocabulary - 1}: is "
-            "it the tokenizer of another model?"
+            f"document {position} holds token id {ids.max()}, and the model's vocabulary is 0..{self.vocabulary - 1}: "
+            "is it the tokenizer of another model?"
         )
 
     def _check_first_texts(self, documents: list[tuple[str, str]], positions: Sequence[int]) -> None:
@@ -288,7 +288,7 @@ class DocumentEncoder:
                 )
 
 
-_KINDS = {str: "text", tuple: "pair", list: "words"}
+_KINDS: dict[type[Any], str] = {str: "text", tuple: "pair", list: "words"}
 
 
 def _normal_forms(documents: Sequence[Document], positions: Sequence[int]) -> list[Any]:

@@ -12,6 +12,16 @@ from actcache.errors import ActcacheError, DocumentError, KeyFormatError, Recipe
 from actcache.plain import whole, whole_numbers
 from tests.support import key, make_store, recipe, rows
 
+
+def test_a_dtype_is_a_name():
+    """NumPy's dtypes are equal to their names; in an identity they would be none."""
+    for name in ("dtype", "compute_dtype"):
+        for value in (np.dtype("float16"), np.float16, None):
+            with pytest.raises(RecipeError, match=f"^{name} .* is not one of"):
+                recipe(**{name: value})
+        assert recipe(**{name: np.str_("float16")}).fingerprint == recipe(**{name: "float16"}).fingerprint
+
+
 WHOLE = [3, np.int64(3), np.int32(3), np.uint8(3)]
 NOT_WHOLE = [3.0, np.float64(3), True, np.True_, "3", None, np.timedelta64(3), np.array([3])]
 

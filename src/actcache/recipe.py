@@ -80,11 +80,10 @@ class Recipe:
         for name, number in (("layer", self.layer), ("hidden_size", self.hidden_size), ("max_length", self.max_length)):
             good = name == "max_length" if number is None else is_whole(number) and 1 <= number <= _LARGEST
             check(good, f"{name} {number!r:.40} is no whole number from 1 to {_LARGEST}")
-        check(self.dtype in codec.names(), f"dtype {self.dtype!r} is not one of {', '.join(codec.names())}")
-        check(
-            self.compute_dtype in COMPUTE_DTYPES,
-            f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}",
-        )
+        dtypes = ("dtype", self.dtype, codec.names()), ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        for name, dtype, known in dtypes:
+            good = isinstance(dtype, str) and dtype in known  # NumPy's dtypes equal their names, and are no JSON
+            check(good, f"{name} {dtype!r} is not one of {', '.join(known)}")
         for name, value in (("weights", self.weights), ("tokenizer", self.tokenizer)):
             good = value is None or (isinstance(value, str) and bool(value))
             check(good, f"{name} is a digest or None, not {value!r}")

@@ -54,7 +54,8 @@ class LowerHalf:
         self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.parameter_dtype = _name(_first_parameter(family.layers_of(base_model)[0]).dtype)
         self.compute_dtype = compute_dtype or self.parameter_dtype
-        if self.compute_dtype not in (self.parameter_dtype, "bfloat16", "float16"):
+        known = self.parameter_dtype, "bfloat16", "float16"
+        if not isinstance(self.compute_dtype, str) or self.compute_dtype not in known:  # NumPy's dtypes equal names
             raise ModelError(
                 f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load "
                 f"the model with dtype=torch.{self.compute_dtype}"

@@ -256,3 +256,14 @@ def test_folders_that_are_no_dataset(tiny, tmp_path):
     assert "train, test" in cachectl("fill", tmp_path / "s", tmp_path / "splits", *options).refused(2)
     assert "no state.json" in cachectl("fill", tmp_path / "s", tmp_path / "empty", *options).refused(2)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_corpus_of_no_documents(tiny, tmp_path):
+    """It is told of, and no iterator's fault."""
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    options = ["--model", tiny, "--layer", 1, "--quiet"]
+    for source, field in (("empty.txt", []), ("empty.jsonl", ["--field", "t"])):
+        for more in ([], ["--dry-run"]):
+            done = cachectl("fill", tmp_path / "s", tmp_path / source, *options, *field, *more)
+            assert (done.code, done.out[:12]) == (0, "0 documents:"), done.err

@@ -11,7 +11,7 @@ from actcache.errors import ShapeError
 
 
 def _is_tensor(array: Any) -> bool:
-    return type(array).__module__.partition(".")[0] == "torch" or hasattr(array, "detach")
+    return hasattr(array, "detach")
 
 
 def _is_bfloat16(array: Any) -> bool:
@@ -19,20 +19,43 @@ def _is_bfloat16(array: Any) -> bool:
 
 
 def to_numpy(array: Any) -> NDArray[Any]:
-    """Return an array or tensor (on any device) as NumPy; bfloat16 becomes float32, which holds it exactly.
+    """Return an array or tensor (on any device) as NumPy.
+
+    Floating point that NumPy has not (bfloat16, float8) becomes float32, which holds it exactly; sparse tensors become
+    dense, quantized ones the numbers that they stand for.
 
     Raises:
-        ShapeError: nested lists of unequal lengths, or something that is no array at all.
+        ShapeError: nested lists of unequal lengths, a tensor without numbers (``meta``) or of a dtype that has no such
+            form, a masked array, or something that is no array at all.
     """
-    if not _is_tensor(array):
-        try:
-            return np.asarray(array)
-        except (ValueError, TypeError) as error:
-            raise ShapeError(f"a {type(array).__name__} is no array: {error}") from None
-    tensor = array.detach()
-    if _is_bfloat16(tensor):
-        tensor = tensor.float()
-    return np.asarray(tensor.cpu().numpy())
+    if _is_tensor(array):
+        return _of_tensor(array)
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise ShapeError("a masked array has places without numbers: fill them, or take those rows out")
+    try:
+        made = np.asarray(array)
+    except (ValueError, TypeError) as error:
+        raise ShapeError(f"a {type(array).__name__} is no array: {error}") from None
+    if made.dtype == object and not made.ndim:
+        raise ShapeError(f"a {type(array).__name__} is no array: give an array, a tensor or a list of numbers")
+    return made
+
+
+def _of_tensor(tensor: Any) -> NDArray[Any]:
+    if tensor.is_meta:
+        raise ShapeError("the tensor is on the meta device and has no numbers: load or compute them first")
+    kind = f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
+    tensor = tensor.detach().cpu()
+    try:
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        tensor = tensor.to_dense().resolve_conj().resolve_neg()
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 4 and str(tensor.dtype) != "torch.float16":
+            tensor = tensor.float()
+        return np.asarray(tensor.numpy())
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ShapeError(f"a tensor of {kind} cannot be read as an array ({reason:.200}): convert it first") from None
 
 
 def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any]:
@@ -49,7 +72,11 @@ def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any
             raise ShapeError(f"{what} is on {array.device}; read into host memory and copy it over")
         tensor = array.detach()
         bits = tensor.new_empty(0).short().dtype  # torch.int16, without importing torch
-        buffer = tensor.view(bits).numpy().view(np.uint16) if _is_bfloat16(tensor) else tensor.numpy()
+        try:
+            buffer = tensor.view(bits).numpy().view(np.uint16) if _is_bfloat16(tensor) else tensor.numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, negated, quantized, float8, ...
+            reason = str(error).partition("\n")[0]
+            raise ShapeError(f"{what} is a tensor that cannot be written into ({reason:.200})") from None
     if not isinstance(buffer, np.ndarray) or buffer.dtype != dtype:
         found = getattr(buffer, "dtype", type(buffer).__name__)
         raise ShapeError(f"{what} must hold {dtype}, the stored dtype, not {found}; decode after reading")

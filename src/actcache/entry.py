@@ -52,6 +52,18 @@ def columns_of(recipe: Recipe) -> Columns:
     return {VALUES: (codec.get(recipe.dtype).stored.str, (recipe.hidden_size,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
 
 
+def listed(name: str, arrays: Any) -> list[Any]:
+    """Return the arrays of several entries as a list: some sequences (a Series) are not indexed by position.
+
+    Raises:
+        ShapeError: they cannot be iterated over.
+    """
+    try:
+        return list(arrays)
+    except TypeError:
+        raise ShapeError(f"{name}: give a list of arrays, one a key, not a {type(arrays).__name__}") from None
+
+
 def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec.Codec, what: str) -> NDArray[Any]:
     """Return one array of one entry in stored form, checked; the caller's own array where it is in that form.
 
@@ -63,7 +75,10 @@ def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec
     Raises:
         ShapeError, NonFiniteError, CodecOverflowError: see ``Space.put``.
     """
-    array = to_numpy(rows)
+    try:
+        array = to_numpy(rows)
+    except ShapeError as error:
+        raise ShapeError(f"{what}: {name}: {error}") from None
     dtype, trailing = columns[name]
     tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
     if array.shape != (tokens, *trailing) or not tokens:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
-from actcache.key import document_key
 from actcache.models.budget import RESERVE, taken
-from actcache.models.entries import find_entries
+from actcache.models.entries import document_keys, find_entries, streamed
 from actcache.models.timing import measure
 from actcache.planning import Corpus, nbytes_of
 from actcache.reading.checks import nbytes_of as size_of
 from actcache.recycler import Recycler, load_pretrained
-from actcache.recyclers import check_layers
+from actcache.recyclers import checked_layers
 from actcache.space import Space
 from actcache.store import open_store
 from actcache.windows import Windows
@@ -73,10 +72,12 @@ def forecast(
 
     Raises:
         ModelError: the model cannot be loaded.
-        UsageError: see ``Recycler``.
+        UsageError: see ``Recycler``; the texts are none (``actcache.models.entries.streamed``).
+        DocumentError: a text has no key; it names its position.
         StoreError: what lies at the store's place cannot be opened.
     """
-    check_layers(layers)
+    layers = checked_layers(layers)
+    documents = streamed(texts)
     limit = None if max_bytes is None else size_of("max_bytes", max_bytes)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long}
     spec = too_long if isinstance(too_long, Windows) else None
@@ -96,7 +97,7 @@ def forecast(
                     continue
                 spaces[layer] = recycler.space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        found = _survey(texts, layers, spaces, spec)
+        found = _survey(documents, layers, spaces, spec)
     if not found.missing:
         return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
     last = max(found.deepest)
@@ -118,13 +119,14 @@ def forecast(
     return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
 
 
-def _survey(texts: Iterable[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Survey:
+def _survey(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Survey:
     found = _Survey()
     seen: set[bytes] = set()
     chance = random.Random(0)
-    iterator = iter(texts)
-    while chunk := list(itertools.islice(iterator, _CHUNK)):
-        new = {key: text for text in chunk if (key := document_key(text)) not in seen}
+    first = 0
+    while chunk := list(itertools.islice(texts, _CHUNK)):
+        new = {key: text for text, key in zip(chunk, document_keys(chunk, first), strict=True) if key not in seen}
+        first += len(chunk)
         seen.update(new)
         missing: dict[bytes, int] = {}  # the deepest layer
         for layer in layers:

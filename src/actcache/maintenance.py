@@ -27,6 +27,7 @@ from actcache.backend import (
 from actcache.errors import UsageError
 from actcache.key import Keys, key_array, key_list
 from actcache.lastuse import LastUse
+from actcache.plain import whole
 from actcache.ragged import offsets_of
 from actcache.recipe import Recipe
 from actcache.request import Request, looking_again
@@ -85,11 +86,11 @@ class Maintained:
             sample: entries that are read, drawn at random; None for all.
 
         Raises:
-            UsageError: ``sample`` is negative.
+            UsageError: ``sample`` is no whole number of 0 or more.
             FormatError: nothing of the space can be read safely (lmdb).
         """
-        if sample is not None and sample < 0:
-            raise UsageError(f"sample is a number of entries, 0 or more, not {sample}")
+        if sample is not None:
+            sample = whole("sample", sample, 0)
         damaged = self._driver.examine()  # first: what is damaged there may be unsafe to read
         self.refresh()
         keys = self._view().keys()
@@ -205,10 +206,12 @@ class Maintained:
 
         Raises:
             StoreError: read-only, disk full, ...; nothing is lost.
-            UsageError: ``grace`` is negative: a replacement that is gone would count as old enough.
+            UsageError: ``target_bytes`` is no whole number; ``grace`` is negative: a replacement that is gone would
+                count as old enough.
         """
         if not grace >= 0:
             raise UsageError(f"grace is a number of seconds, 0 or more, not {grace}")
+        target_bytes = whole("target_bytes", target_bytes, 1)
         with self._write_lock:
             self._writing().flush()
             done = self._driver.compact(target_bytes=target_bytes, waste=waste, grace=grace, progress=progress)

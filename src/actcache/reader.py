@@ -12,8 +12,9 @@ import numpy as np
 
 from actcache.errors import ShapeError, UsageError
 from actcache.key import Keys, key_array
+from actcache.plain import whole, whole_numbers
 from actcache.reading import delivery
-from actcache.reading.checks import check_choice, check_count, check_present, nbytes_of, ranks_of
+from actcache.reading.checks import check_choice, check_present, nbytes_of, ranks_of
 from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work, count_spent
@@ -93,10 +94,8 @@ class Reader:
         on_stats: Callable[[ReaderStats], object] | None = None,
         supplier: Supplier | None = None,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("depth", depth, 0)):
-            check_count(name, value, least)
-        if max_tokens is not None:
-            check_count("max_tokens", max_tokens, 1)
+        depth = whole("depth", depth, 0)
+        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
         check_choice("layout", layout, ("padded", "packed"))
         check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
         wanted = key_array(keys)
@@ -108,7 +107,7 @@ class Reader:
             self._local.use(wanted)
         if ram_cache:
             space = RamCache(space, nbytes_of("ram_cache", ram_cache), stats)
-        positions = np.arange(len(wanted)) if documents is None else np.asarray(documents, np.int64)
+        positions = np.arange(len(wanted)) if documents is None else whole_numbers("documents", documents)
         if positions.shape != (len(wanted),):
             raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
         outlook = Outlook.of(space, wanted)
@@ -124,7 +123,7 @@ class Reader:
             found[:] = True
         self._keys = wanted[found]
         self._lengths = lengths[found]
-        self._order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        self._order = order
         self._work = Work(
             space,
             self._keys,
@@ -183,7 +182,7 @@ class Reader:
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
-        check_count("epoch", epoch, 0)
+        epoch = whole("epoch", epoch, 0)
         if epoch != self._epoch:
             self._epoch, self._consumed = epoch, 0
         self._reached = self._epoch, self._consumed

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from actcache import codec, lineage
 from actcache.errors import FormatError, RecipeError
+from actcache.plain import is_truth, is_whole
 
 #: What a document longer than ``max_length`` becomes.
 TOO_LONG = ("refuse", "truncate", "windows")
@@ -78,17 +81,16 @@ class Recipe:
 
         check(isinstance(self.model, str) and bool(self.model), "model must be a model id or path")
         for name, number in (("layer", self.layer), ("hidden_size", self.hidden_size), ("max_length", self.max_length)):
-            good = name == "max_length" if number is None else _is_int(number) and 1 <= number <= _LARGEST
+            good = name == "max_length" if number is None else is_whole(number) and 1 <= number <= _LARGEST
             check(good, f"{name} {number!r:.40} is no whole number from 1 to {_LARGEST}")
-        check(self.dtype in codec.names(), f"dtype {self.dtype!r} is not one of {', '.join(codec.names())}")
-        check(
-            self.compute_dtype in COMPUTE_DTYPES,
-            f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}",
-        )
+        dtypes = ("dtype", self.dtype, codec.names()), ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        for name, dtype, known in dtypes:
+            good = isinstance(dtype, str) and dtype in known  # NumPy's dtypes equal their names, and are no JSON
+            check(good, f"{name} {dtype!r} is not one of {', '.join(known)}")
         for name, value in (("weights", self.weights), ("tokenizer", self.tokenizer)):
             good = value is None or (isinstance(value, str) and bool(value))
             check(good, f"{name} is a digest or None, not {value!r}")
-        check(isinstance(self.special_tokens, bool), f"special_tokens is True or False, not {self.special_tokens!r}")
+        check(is_truth(self.special_tokens), f"special_tokens is True or False, not {self.special_tokens!r}")
         check(
             isinstance(self.provenance, Mapping)
             and all(isinstance(text, str) for item in self.provenance.items() for text in item),
@@ -109,9 +111,13 @@ class Recipe:
             f"{', '.join(kept) or 'of rows that are stored at once'}: let recipe.stored_again(dtype) say it",
         )
         try:
-            config = json.loads(canonical_json(dict(self.config)))
+            config = json.loads(canonical_json(_plain(dict(self.config))))
         except (TypeError, ValueError, RecursionError) as error:
             raise RecipeError(f"config must hold JSON values only: {error}") from None
+        for name in ("layer", "hidden_size", "max_length"):
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(number))
+        object.__setattr__(self, "special_tokens", bool(self.special_tokens))
         object.__setattr__(self, "config", config)  # the caller's own may change after this
         object.__setattr__(self, "provenance", dict(self.provenance))
 
@@ -190,8 +196,13 @@ class Recipe:
             raise FormatError(f"not a recipe of this format version: {error}") from None
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _plain(value: Any) -> Any:
+    """Return a value with NumPy's numbers and truth values in it as Python's."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) and value.dtype.kind in "biuf" else value
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ class Recycler(TaskModels):
         base = base_model_of(model)
         family = family_of(base)
         self._lower = LowerHalf(base, family, layer, compute_dtype)
+        layer = self._lower.layer
         stored_extras = _check_extras(extras)
         self._encoder = DocumentEncoder(
             tokenizer,
@@ -114,7 +115,7 @@ class Recycler(TaskModels):
             config=family.numbers_of(base.config),
             compute_dtype=self._lower.compute_dtype,
             tokenizer=tokenizer_digest(tokenizer),
-            special_tokens=special_tokens,
+            special_tokens=self._encoder.special_tokens,
             max_length=self._encoder.max_length,
             too_long="windows" if isinstance(too_long, Windows) else too_long,
             provenance={**self._setup, **revision_of(base), **origin(), **(provenance or {})},
@@ -175,13 +176,14 @@ class Recycler(TaskModels):
         skipped. All windows of a document are stored together.
 
         Args:
-            texts: any iterable of documents; it is streamed.
+            texts: any iterable of documents; it is streamed. Of a table give a column: ``frame["text"]``.
             token_budget: padded tokens of a batch. Documents of similar length are computed together.
             progress: whether to show a bar (a line now and then where stderr is no terminal).
             max_bytes: that the space takes on the medium at most, what was there before included: a number or a size
                 like ``"200GiB"``. From the first document on that does not fit, all that are missing are left out.
 
         Raises:
+            UsageError: ``texts`` are none: one text, a table, a file, ..., or an iterator that gives nothing.
             DocumentError, DocumentTooLongError: a document cannot be stored; it names its position.
             NonFiniteError, CodecOverflowError: a document's rows do not fit the stored dtype; it names its position.
             LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
@@ -229,6 +231,7 @@ class Recycler(TaskModels):
             LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
             CanaryError: the model computes other numbers than those of the space (a hook, an adapter, ...).
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
+            UsageError: ``texts`` are none; see ``fill``.
         """
         documents_given = listed(texts)
         check_same_lower_half(self._lower.base_model, self.recipe)
@@ -329,7 +332,7 @@ def load_pretrained(
     base = base_model_of(model)
     family = family_of(base)
     for layer in layers:
-        family.check_layer(base, layer)
+        layer = family.check_layer(base, layer)
         # The digest stays known within the process, so that the constructor does not compute it again.
         weights.pretrained_digest(base, family, layer, weights.weight_files(name, revision))
     try:

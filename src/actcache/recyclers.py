@@ -15,6 +15,7 @@ from actcache.key import Document
 from actcache.models.budget import Account, ByteBudget
 from actcache.models.entries import check_texts
 from actcache.models.filling import TOKEN_BUDGET, Advance, Filler, FillReport, Part
+from actcache.plain import whole_numbers
 from actcache.recycler import Recycler, load_pretrained
 from actcache.store import Store, open_store
 
@@ -26,7 +27,7 @@ class Recyclers(Mapping[int, Recycler]):
 
     Args:
         model, tokenizer: as of ``Recycler``.
-        layers: 1-based, in any order.
+        layers: 1-based, in any order; a list, range or array.
         store: a ``Store``, or a URL or path of one, which this then opens and closes.
         options: the other arguments of ``Recycler``.
 
@@ -43,7 +44,7 @@ class Recyclers(Mapping[int, Recycler]):
         store: Store | str | Path,
         **options: Any,
     ) -> None:
-        check_layers(layers)
+        layers = checked_layers(layers)
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
         self._recyclers: dict[int, Recycler] = {}
@@ -67,6 +68,7 @@ class Recyclers(Mapping[int, Recycler]):
         **options: Any,
     ) -> Recyclers:
         """Load base model and tokenizer, and return their recyclers; see ``Recycler.from_pretrained``."""
+        layers = checked_layers(layers)
         model, tokenizer = load_pretrained(name_or_path, layers, device, revision)
         return cls(model, tokenizer, layers=layers, store=store, **options)
 
@@ -142,11 +144,13 @@ class Recyclers(Mapping[int, Recycler]):
         return f"<Recyclers of layers {', '.join(map(str, self))}>"
 
 
-def check_layers(layers: Sequence[int]) -> None:
-    """Refuse layers that cannot be recorded in one pass, whatever the model.
+def checked_layers(layers: Sequence[int]) -> list[int]:
+    """Return layers as Python's own numbers; refuse what cannot be recorded in one pass, whatever the model.
 
     Raises:
-        UsageError: there are none, or one twice.
+        UsageError: there are none, or one twice, or one is no whole number.
     """
-    if not layers or len(set(layers)) != len(layers):
+    numbers: list[int] = whole_numbers("layers", layers).tolist()
+    if not numbers or len(set(numbers)) != len(numbers):
         raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")
+    return numbers

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actcache import checksum, codec
 from actcache.arrays import to_buffer
 from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, SpaceDriver, Usage
-from actcache.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry
+from actcache.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry, listed
 from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError
 from actcache.key import Keys, key_array, key_list
 from actcache.lastuse import LastUse
@@ -112,8 +112,9 @@ class Space(Maintained):
             StoreError: read-only, disk full, ...
         """
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
-        lists = {VALUES: arrays, **{name: rows for name, rows in given.items() if rows is not None}}
-        check_digits(arrays, self.recipe)
+        lists = {VALUES: listed(VALUES, arrays)}
+        lists |= {name: listed(name, rows) for name, rows in given.items() if rows is not None}
+        check_digits(lists[VALUES], self.recipe)
         return self._put(keys, lists, self._codec, overwrite=overwrite)
 
     def _put(self, keys: Keys, lists: Mapping[str, Sequence[Any]], stored_as: codec.Codec, *, overwrite: bool) -> int:

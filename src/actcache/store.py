@@ -26,6 +26,7 @@ from actcache.errors import (
     SpaceNotFoundError,
     UsageError,
 )
+from actcache.plain import whole
 from actcache.recipe import Recipe, is_fingerprint
 from actcache.space import Space
 from actcache.writer import SEGMENT_BYTES, SEGMENT_SECONDS
@@ -96,7 +97,9 @@ class Store:
         Raises:
             SpaceNotFoundError: it is absent and the store is read-only; the message lists the nearest ones.
             FormatError, FormatVersionError: the space's own description is damaged or newer than this release.
+            UsageError: ``segment_bytes`` is no whole number of 1 or more.
         """
+        segment_bytes = whole("segment_bytes", segment_bytes, 1)
         fingerprint = recipe.fingerprint
         stored = self.recipe(fingerprint)
         created = False

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from actcache.errors import DocumentError
 from actcache.key import window_key
+from actcache.plain import is_whole
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,18 @@ class Windows:
         stride: content tokens that a window shares with the one before it (the tokenizers' ``stride``).
 
     Raises:
-        DocumentError: a window would not move forward.
+        DocumentError: these are no whole numbers, or a window would not move forward.
     """
 
     max_length: int
     stride: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("max_length", "stride"):
+            value = getattr(self, name)
+            if not is_whole(value):
+                raise DocumentError(f"{name} of windows is a whole number of tokens, not {value!r:.80}")
+            object.__setattr__(self, name, int(value))
         if self.max_length < 1 or not 0 <= self.stride < self.max_length:
             raise DocumentError(f"windows of {self.max_length} tokens cannot overlap by {self.stride}")
 

@@ -278,3 +278,14 @@ def test_compressed_shards_and_one_that_is_cut_off(tiny, tmp_path):
         held = store.collection("all")
     assert [key.tobytes() for key in held.keys] == [actcache.document_key(text) for text in many]
     assert held.ids == [text[9:13] for text in many]
+
+
+def test_a_corpus_of_no_documents(tiny, tmp_path):
+    """It is told of, and no iterator's fault."""
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    options = ["--model", tiny, "--layer", 1, "--quiet"]
+    for source, field in (("empty.txt", []), ("empty.jsonl", ["--field", "t"])):
+        for more in ([], ["--dry-run"]):
+            done = cachectl("fill", tmp_path / "s", tmp_path / source, *options, *field, *more)
+            assert (done.code, done.out[:12]) == (0, "0 documents:"), done.err

@@ -1,6 +1,6 @@
 """torchao's and bitsandbytes' quantized weights are part of the identity. Run by ``make test-quantized``.
 
-The libraries are not in the everyday environment, for transformers imports torchao into every process where it is there.
+The libraries are not in the everyday environment: transformers imports torchao into every process where it is there.
 """
 
 from __future__ import annotations

@@ -18,14 +18,22 @@ from actcache.store import Store, open_store
 from actcache.windows import Windows
 
 
-class _Counted:
-    """Texts that are streamed, and about how many there are: a fill shows how far it is by ``len``."""
+class _Streamed:
+    """Texts that are streamed. There may be none: an iterator that gives nothing would be an error."""
 
-    def __init__(self, texts: Iterable[str], count: int) -> None:
-        self._texts, self._count = texts, count
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._texts)
+
+
+class _Counted(_Streamed):
+    """The same, and about how many there are: a fill shows how far it is by ``len``."""
+
+    def __init__(self, texts: Iterable[str], count: int) -> None:
+        super().__init__(texts)
+        self._count = count
 
     def __len__(self) -> int:
         return self._count
@@ -118,13 +126,13 @@ def fill(
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
     documents = corpus.read(source, field, id_field, format)
     notes = None if collection is None else Notes()
-    texts: Iterable[str] = (document.text for document in (documents if notes is None else notes.passing(documents)))
+    streamed = (document.text for document in (documents if notes is None else notes.passing(documents)))
+    count = corpus.count(source, field, format)
+    texts = _Streamed(streamed) if count is None else _Counted(streamed, count)
     if dry_run:
         found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **options)
         _show_forecast(found, as_json)
         return
-    if (count := corpus.count(source, field, format)) is not None:
-        texts = _Counted(texts, count)
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
     if len(places) > 1:
         report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **options)

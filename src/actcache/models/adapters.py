@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 from actcache.errors import LayerError, ModelError, UnsupportedModelError, UsageError
 from actcache.models.family import base_model_of, family_of
 from actcache.models.tensors import unshared
+from actcache.plain import whole, whole_numbers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -123,14 +124,13 @@ def add_adapters(
         UnsupportedModelError: the model's type is not in the table, and ``places`` are not given.
         UsageError: an option has no such value.
     """
-    if bottleneck < 1 or activation not in ACT2FN:
-        raise UsageError(
-            f"adapters have a bottleneck of 1 or more and an activation of transformers, not {activation!r}"
-        )
+    bottleneck = whole("bottleneck", bottleneck, 1)
+    if activation not in ACT2FN:
+        raise UsageError(f"adapters have an activation of transformers, not {activation!r}")
     base = base_model_of(model)
     count = len(family_of(base).layers_of(base))
     own = range(getattr(model, "actcache_layer", 0) + 1, count + 1)
-    wanted = tuple(own) if layers is None else tuple(sorted({int(layer) for layer in layers}))
+    wanted = tuple(own) if layers is None else tuple(sorted({*whole_numbers("layers", layers).tolist()}))
     if not wanted or not set(wanted) <= set(own):
         raise LayerError(
             f"this {type(model).__name__} has layers {own.start}..{count}, so no adapters go into {wanted}"

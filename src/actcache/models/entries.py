@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+import os
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 from actcache.errors import DocumentError, MissingEntryError, UsageError
 from actcache.key import Document, Keys, document_key
 from actcache.windows import Windows
+
+T = TypeVar("T")
 
 
 class Container(Protocol):
@@ -21,25 +25,78 @@ class Container(Protocol):
 
 
 def check_texts(texts: object) -> None:
-    """Refuse what can be iterated over but is not documents.
+    """Refuse what can be iterated over but is not documents, and what cannot be.
 
     Raises:
-        UsageError: it is one text, whose characters would be taken for documents, or a mapping, whose keys would be.
+        UsageError: it is one text, whose characters would be taken for documents; a mapping or a table, whose names
+            would be; a set, which has no order; a file, whose lines end in line feeds; a path; a loader's batches, each
+            of which would be taken for words.
     """
+    name = type(texts).__name__
     if isinstance(texts, str | bytes):
         raise UsageError("give a list or an iterable of documents, not one text")
+    if isinstance(texts, os.PathLike):
+        raise UsageError(f"{texts} is a path, not documents: read the file, or fill from it with cachectl fill")
     if isinstance(texts, Mapping):
-        raise UsageError(f"give a list or an iterable of documents, not a {type(texts).__name__}: one of its values?")
+        raise UsageError(f"give a list of documents, not a {name}: one of its values, such as {_one_of(list(texts))}")
+    if (columns := _columns(texts)) is not None:
+        raise UsageError(f"this {name} is a table, not documents: give one of its columns, such as {_one_of(columns)}")
+    if isinstance(texts, Set) and not isinstance(texts, KeysView):
+        raise UsageError(f"this {name} has no order, by which documents are told apart: give a list")
+    if isinstance(texts, io.IOBase) or hasattr(texts, "readline"):
+        raise UsageError(
+            "an open file is no list of documents, for its lines have their ends: give [line.rstrip('\\n') for line in "
+            "file], or fill from the file with cachectl fill"
+        )
+    if hasattr(texts, "collate_fn"):
+        raise UsageError(f"this {name} gives batches, not documents: give the texts themselves")
+    if isinstance(texts, np.ndarray) and texts.ndim > 1 and texts.dtype.kind not in "iu":
+        raise UsageError("give a list or one-dimensional array of texts: one column of this array, such as texts[:, 0]")
+    iterable = isinstance(texts, Iterable) or hasattr(texts, "__getitem__")
+    if not iterable or getattr(texts, "ndim", 1) == 0:
+        called = ": call it" if callable(texts) else ""
+        raise UsageError(f"give a list or an iterable of documents, not a {name}{called}")
 
 
-def listed(texts: Iterable[Document]) -> list[Document]:
+def _columns(texts: object) -> list[object] | None:
+    """Return the names of a table's columns (of pandas, Polars, Arrow, datasets, ...); None where it is no table."""
+    structured = getattr(getattr(texts, "dtype", None), "names", None)
+    for names in (structured, getattr(texts, "column_names", None), getattr(texts, "columns", None)):
+        if names is not None and not callable(names):
+            return [*names]
+    return None
+
+
+def _one_of(names: list[object]) -> str:
+    example = "text" if "text" in names or not names else names[0]
+    there = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+    return f"texts[{example!r}] (there are {there or 'none'})"
+
+
+def streamed(texts: Iterable[T]) -> Iterator[T]:
+    """Return an iterator over documents, of which the first has been taken already.
+
+    Raises:
+        UsageError: see ``check_texts``; or it is an iterator that gives nothing. An empty list is fine.
+    """
+    check_texts(texts)
+    documents = iter(texts)
+    first = list(itertools.islice(documents, 1))
+    if not first and isinstance(texts, Iterator):
+        raise UsageError(
+            f"the {type(texts).__name__} gave no documents: it was used up before (it can be gone through only once), "
+            "or never had any. Give a list, or make it anew each time"
+        )
+    return itertools.chain(first, documents)
+
+
+def listed(texts: Iterable[T]) -> list[T]:
     """Return documents as a list.
 
     Raises:
-        UsageError: see ``check_texts``.
+        UsageError: see ``streamed``.
     """
-    check_texts(texts)
-    return list(texts)
+    return list(streamed(texts))
 
 
 def document_keys(documents: Sequence[Document], first: int = 0) -> list[bytes]:

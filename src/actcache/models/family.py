@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import LayerError, UnsupportedModelError
+from actcache.plain import is_whole
 
 #: What BERT and its kin call the values that change a lower half's numbers.
 BERT_CONFIG: Mapping[str, Any] = {
@@ -137,18 +138,19 @@ class Family:
         beside = self.beside_of(base_model) | self.alias_of(base_model)
         return beside | {f"{self.layers}.{i}": layers[i] for i in range(layer)}
 
-    def check_layer(self, base_model: nn.Module, layer: int) -> None:
-        """Refuse a layer that leaves nothing to record or nothing to replay.
+    def check_layer(self, base_model: nn.Module, layer: int) -> int:
+        """Return a layer as Python's own number; refuse one that leaves nothing to record or nothing to replay.
 
         Raises:
             LayerError: ``layer`` is not in 1..N-1.
         """
         count = len(self.layers_of(base_model))
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= count - 1:
+        if not is_whole(layer) or not 1 <= layer <= count - 1:
             raise LayerError(
                 f"layer {layer!r} cannot be cut at: {type(base_model).__name__} has layers 1..{count}, and one of "
                 f"1..{count - 1} leaves layers on both sides"
             )
+        return int(layer)
 
     def check_alone(self, config: PreTrainedConfig) -> None:
         """Refuse models of which it is known that a document's rows depend on the others of its batch.

@@ -12,9 +12,9 @@ from typing import Any
 from actcache.errors import NonFiniteError
 from actcache.key import Document
 from actcache.models.budget import ByteBudget, most_bytes
-from actcache.models.entries import document_keys, entry_keys, find_entries
+from actcache.models.entries import document_keys, entry_keys, find_entries, streamed
 from actcache.models.progress import FillProgress
-from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.record import LowerHalf, check_token_budget, plan_batches
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.space import Space
 
@@ -100,7 +100,7 @@ class Filler:
             parts: each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
         """
-        start = time.monotonic()
+        token_budget, start = check_token_budget(token_budget), time.monotonic()
         documents = computed = tokens = left_out = 0
         full = False
         for space in self._spaces.values():
@@ -218,7 +218,7 @@ class Filler:
 
 
 def _parts(texts: Iterable[Document]) -> Iterator[Part]:
-    iterator, first = iter(texts), 0
+    iterator, first = streamed(texts), 0
     while chunk := list(itertools.islice(iterator, CHUNK)):
         yield range(first, first + len(chunk)), chunk
         first += len(chunk)

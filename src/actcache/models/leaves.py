@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from actcache.errors import ModelError
@@ -82,9 +83,7 @@ def _of_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Leaf]]:
             yield from leaves(f"{name}.{attribute}", getattr(tensor, attribute))
         yield from leaves(f"{name}.context", context)
         return
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or isinstance(
-        tensor, torch.nn.parameter.UninitializedTensorMixin
-    ):
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or is_lazy(tensor):
         raise _unknown(name, tensor)
     with torch.no_grad():
         plain = tensor.detach()

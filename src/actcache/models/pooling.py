@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from actcache.errors import ShapeError, UsageError
+from actcache.plain import is_whole
 
 Of = Literal["documents", "tokens"]
 
@@ -30,12 +31,13 @@ class WeightedPooling(nn.Module):
         of: whether it classifies ``"documents"`` or ``"tokens"``.
 
     Raises:
-        UsageError: a number is below 1, or ``of`` is neither.
+        UsageError: a number is no whole one of 1 or more, or ``of`` is neither.
     """
 
     def __init__(self, layers: int, hidden_size: int, classes: int, of: Of = "documents") -> None:
         super().__init__()
-        if min(layers, hidden_size, classes) < 1 or of not in ("documents", "tokens"):
+        sizes = layers, hidden_size, classes
+        if not all(is_whole(size) and size >= 1 for size in sizes) or of not in ("documents", "tokens"):
             raise UsageError("weighted pooling takes one or more layers, columns and classes, of documents or tokens")
         self.of = of
         self.weights = nn.Parameter(torch.zeros(layers))

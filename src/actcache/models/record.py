@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from actcache.errors import ModelError, UsageError
 from actcache.models.family import Family
 from actcache.models.partial import vocabulary_size
+from actcache.plain import is_whole
 
 
 class _Reached(Exception):
@@ -46,14 +47,15 @@ class LowerHalf:
     def __init__(
         self, base_model: PreTrainedModel, family: Family, layer: int, compute_dtype: str | None = None
     ) -> None:
-        family.check_layer(base_model, layer)
+        layer = family.check_layer(base_model, layer)
         family.check_alone(base_model.config)
         self.base_model, self.family, self.layer = base_model, family, layer
         self._stack = family.stack_of(base_model)
         self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.parameter_dtype = _name(_first_parameter(family.layers_of(base_model)[0]).dtype)
         self.compute_dtype = compute_dtype or self.parameter_dtype
-        if self.compute_dtype not in (self.parameter_dtype, "bfloat16", "float16"):
+        known = self.parameter_dtype, "bfloat16", "float16"
+        if not isinstance(self.compute_dtype, str) or self.compute_dtype not in known:  # NumPy's dtypes equal names
             raise ModelError(
                 f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load "
                 f"the model with dtype=torch.{self.compute_dtype}"
@@ -191,10 +193,9 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
         Arrays of positions in ``lengths``, each position in exactly one.
 
     Raises:
-        UsageError: the budget is not positive.
+        UsageError: the budget is no whole number of 1 or more.
     """
-    if token_budget < 1:
-        raise UsageError(f"a token budget of {token_budget} computes nothing; the default is 8192")
+    check_token_budget(token_budget)
     tokens = np.asarray(lengths, np.int64)
     order = np.argsort(-tokens, kind="stable")
     batches, start = [], 0
@@ -203,6 +204,17 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
         batches.append(order[start : start + count])
         start += count
     return batches
+
+
+def check_token_budget(token_budget: Any) -> int:
+    """Return the padded tokens of a batch as Python's own number.
+
+    Raises:
+        UsageError: they are no whole number of 1 or more.
+    """
+    if not is_whole(token_budget) or token_budget < 1:
+        raise UsageError(f"a token budget of {token_budget!r} computes nothing; it is a whole number, by default 8192")
+    return int(token_budget)
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from actcache.errors import UsageError
 from actcache.models.family import Family, base_model_of
 from actcache.models.tokenizing import Encoded
+from actcache.plain import whole
 from actcache.reader import Reader
 from actcache.reading.checks import ranks_of
 from actcache.reading.dataset import EntryDataset
@@ -148,7 +149,7 @@ class TextBatches:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self._epoch = whole("epoch", epoch, 0)
 
     def __len__(self) -> int:
         return len(self._plan())

@@ -67,7 +67,7 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     """
     base = base_model_of(task_model)
     family = family or family_of(base)
-    family.check_layer(base, layer)
+    layer = family.check_layer(base, layer)
     if isinstance(task_model, _Reduced):
         raise ModelError("the model is a reduced one already; reduce the task model")
     if getattr(base.config, "is_decoder", False):

@@ -180,7 +180,7 @@ def _fresh(module: nn.Module, config: Any) -> nn.Module | None:
         return None
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
-            fresh = type(module)(config)  # type: ignore[call-arg]
+            fresh = type(module)(config)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError):
         return None
     return fresh if isinstance(fresh, nn.Module) else None

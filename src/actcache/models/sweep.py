@@ -19,12 +19,14 @@ from torch import nn
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from actcache import codec
+from actcache.arrays import to_numpy
 from actcache.errors import UsageError
 from actcache.key import Document
 from actcache.models.entries import listed
 from actcache.models.jointly import CachedLayer, JointReader, read_jointly
 from actcache.models.pooling import WeightedPooling
 from actcache.models.regimes import Inputs
+from actcache.plain import whole, whole_numbers
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 Metric = Callable[[nn.Module, Iterable[Any]], float]
@@ -136,13 +138,12 @@ def sweep(
         seed: of the order of documents, of dropout and of the pooling's head.
 
     Raises:
-        UsageError: nothing is held out, or nothing else.
+        UsageError: nothing is held out, or nothing else; a number is none.
         MissingEntryError: documents are not in a layer's space.
         LowerHalfMismatchError: the task model has another lower half.
     """
-    documents, count = listed(texts), 0
-    count = len(documents)
-    out = np.unique(np.asarray(held_out, np.int64))
+    documents, epochs, seed = listed(texts), whole("epochs", epochs, 1), whole("seed", seed, 0)
+    count, out = len(documents), np.unique(whole_numbers("held_out: positions of documents", held_out))
     rest = np.setdiff1d(np.arange(count), out)
     if not len(out) or not len(rest) or out[0] < 0 or out[-1] >= count:
         raise UsageError(f"{len(out)} of {count} documents are held out: hold some out by their positions, and not all")
@@ -202,6 +203,6 @@ def _sizes(recycler: CachedLayer, documents: Sequence[Document]) -> tuple[int, i
 
 
 def _chosen(labels: Any, which: NDArray[np.int64]) -> Any:
-    if isinstance(labels, list | tuple):
+    if isinstance(labels, Sequence):
         return [labels[i] for i in which.tolist()]
-    return labels[which]
+    return to_numpy(labels)[which]  # by position, as a Series is not indexed

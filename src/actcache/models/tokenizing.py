@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DocumentError, DocumentTooLongError, ModelError, RecipeError
-from actcache.key import Document
+from actcache.key import Document, normal_form
+from actcache.models.words import joined_words
+from actcache.plain import is_whole, truth, whole
 from actcache.recipe import canonical_json
 from actcache.windows import Windows
 
@@ -71,8 +73,10 @@ class DocumentEncoder:
     Args:
         tokenizer: not changed.
         max_length: tokens that a document may have, special tokens included; None for no limit.
-        too_long: ``"refuse"`` raises, ``"truncate"`` cuts, and ``Windows`` makes several entries of every document (one
-            of a short one). A pair's second text is what windows cut; its first text stands in each.
+        too_long: ``"refuse"`` raises; ``"truncate"`` cuts, every kind of document on the tokenizer's
+            ``truncation_side``; and ``Windows`` makes several entries of every document (one of a short one), from its
+            beginning on, whatever that side is. A pair's second text is what windows cut; its first text stands in
+            each.
         special_tokens: whether the tokenizer adds its special tokens. Documents of token ids are taken as they are.
         vocabulary: token ids that the model knows are below this; None for what the tokenizer has.
         extras: ``spans`` and ``word_ids`` where they are wanted; only fast tokenizers know them.
@@ -92,6 +96,9 @@ class DocumentEncoder:
         vocabulary: int | None = None,
         extras: Sequence[str] = (),
     ) -> None:
+        special_tokens = truth("special_tokens", special_tokens)
+        if max_length is not None:
+            max_length = whole("max_length", max_length, 1)
         if isinstance(too_long, Windows):
             if max_length is not None and too_long.max_length > max_length:
                 raise RecipeError(f"windows of {too_long.max_length} tokens are longer than the {max_length} possible")
@@ -108,6 +115,8 @@ class DocumentEncoder:
             )
         self.tokenizer = copy.deepcopy(tokenizer)  # calls change a fast tokenizer's truncation and padding
         self.tokenizer.model_max_length = int(1e30)  # or it warns of documents that this class is about to handle
+        if isinstance(too_long, Windows):
+            self.tokenizer.truncation_side = "right"  # windows lose nothing; with "left" they came in reverse order
         self.max_length, self.too_long, self.special_tokens = max_length, too_long, special_tokens
         self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
         self.extras = tuple(name for name in ("spans", "word_ids") if name in extras)
@@ -147,24 +156,28 @@ class DocumentEncoder:
             positions: of the documents in the caller's own sequence, for errors; 0, 1, ... by default.
 
         Raises:
-            DocumentError: a document makes no tokens, or holds ids outside the vocabulary.
+            DocumentError: a document is none, makes no tokens, or holds ids outside the vocabulary; it is words, and
+                the tokenizer would run them together.
             DocumentTooLongError: a document is too long and the policy is to refuse.
         """
         names = range(len(documents)) if positions is None else positions
+        given, documents = documents, _normal_forms(documents, names)
         kinds: dict[str, list[int]] = {}
         for i, document in enumerate(documents):
-            kinds.setdefault(_kind(document), []).append(i)
+            kinds.setdefault(_KINDS.get(type(document), "ids"), []).append(i)
         result: list[list[Encoded]] = [[] for _ in documents]
         for kind, members in kinds.items():
             encode = self._encode_ids if kind == "ids" else self._encode_texts
             encoded = encode([documents[i] for i in members], kind, [names[i] for i in members])
             for i, windows in zip(members, encoded, strict=True):
                 result[i] = windows
-        for document, windows, name in zip(documents, result, names, strict=True):
+        for document, windows, name in zip(given, result, names, strict=True):
             self._check(windows, document, name)
         return result
 
     def _encode_texts(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
+        if kind == "words" and self._joined_words is not None:
+            raise self._joins_words(*self._joined_words, positions[0])
         cut: dict[str, Any] = {}
         if isinstance(self.too_long, Windows):
             cut = {"truncation": True, "return_overflowing_tokens": True, "stride": self.too_long.stride}
@@ -192,6 +205,17 @@ class DocumentEncoder:
             result[owner].append(self._encoded(batch, i))
         return result
 
+    @functools.cached_property
+    def _joined_words(self) -> tuple[str, str] | None:
+        return joined_words(self.tokenizer)
+
+    def _joins_words(self, first: str, second: str, position: int) -> DocumentError:
+        return DocumentError(
+            f"document {position} is words, and this {type(self.tokenizer).__name__} would run them together: the "
+            f"words {first!r}, {second!r} get other tokens than the text '{first} {second}'. Load it with "
+            "add_prefix_space=True, or, where that changes nothing, give the document as one text"
+        )
+
     def _encoded(self, batch: Any, i: int) -> Encoded:
         ids = np.array(batch["input_ids"][i], np.int32)
         types = batch.get("token_type_ids")
@@ -207,20 +231,20 @@ class DocumentEncoder:
     def _encode_ids(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
         result = []
         for document, position in zip(documents, positions, strict=True):
-            ids = np.asarray(document)
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise DocumentError(f"document {position} is neither text, pair, words nor a sequence of token ids")
-            windows = [ids]
+            windows = [document]
             if isinstance(self.too_long, Windows):
                 length, step = self.too_long.max_length, self.too_long.max_length - self.too_long.stride
-                windows = [ids[i : i + length] for i in range(0, max(1, len(ids) - self.too_long.stride), step)]
-            elif self.too_long == "truncate":
-                windows = [ids[: self.max_length]]
+                windows = [
+                    document[i : i + length] for i in range(0, max(1, len(document) - self.too_long.stride), step)
+                ]
+            elif self.too_long == "truncate" and self.max_length is not None:
+                left = self.tokenizer.truncation_side == "left"
+                windows = [document[-self.max_length :] if left else document[: self.max_length]]
             result.append([self._plain(window, position) for window in windows])
         return result
 
     def _plain(self, ids: NDArray[np.integer], position: int) -> Encoded:
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
+        if len(ids) and ids.max() >= self.vocabulary:
             raise self._outside(ids, position)
         unknown = np.full(len(ids), -1, np.int32)
         return Encoded(
@@ -244,10 +268,9 @@ class DocumentEncoder:
                 raise self._outside(window.token_ids, position)
 
     def _outside(self, ids: NDArray[np.integer], position: int) -> DocumentError:
-        worst = int(ids.min() if ids.min() < 0 else ids.max())
         return DocumentError(
-            f"document {position} holds token id {worst}, and the model's vocabulary is 0..{self.vocabulary - 1}: is "
-            "it the tokenizer of another model?"
+            f"document {position} holds token id {ids.max()}, and the model's vocabulary is 0..{self.vocabulary - 1}: "
+            "is it the tokenizer of another model?"
         )
 
     def _check_first_texts(self, documents: list[tuple[str, str]], positions: Sequence[int]) -> None:
@@ -264,14 +287,17 @@ class DocumentEncoder:
                 )
 
 
-def _kind(document: Document) -> str:
-    if isinstance(document, str):
-        return "text"
-    if isinstance(document, tuple) and len(document) == 2 and all(isinstance(part, str) for part in document):
-        return "pair"
-    if isinstance(document, Sequence) and document and isinstance(document[0], str):
-        return "words"
-    return "ids"
+_KINDS: dict[type[Any], str] = {str: "text", tuple: "pair", list: "words"}
+
+
+def _normal_forms(documents: Sequence[Document], positions: Sequence[int]) -> list[Any]:
+    normal = []
+    for document, position in zip(documents, positions, strict=True):
+        try:
+            normal.append(normal_form(document))
+        except DocumentError as error:
+            raise DocumentError(f"document {position}: {error}") from None
+    return normal
 
 
 def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int | None:
@@ -281,12 +307,14 @@ def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase,
         positions: tokens that the model has positions for; None for any number.
 
     Raises:
-        RecipeError: ``max_length`` is more than that.
+        RecipeError: ``max_length`` is more than that, or no whole number of 1 or more.
     """
     if max_length is None:
         limit = tokenizer.model_max_length
         limits = [limit] if limit is not None and limit < _NO_LIMIT else []
         return min([*limits, *([] if positions is None else [positions])], default=None)
+    if not is_whole(max_length) or max_length < 1:
+        raise RecipeError(f"max_length is a whole number of tokens, not {max_length!r:.80}")
     if positions is not None and max_length > positions:
         raise RecipeError(f"max_length {max_length} is more than the {positions} tokens that the model takes")
-    return max_length
+    return int(max_length)

@@ -24,6 +24,7 @@ from actcache.models.partial import vocabulary_size
 from actcache.models.record import LowerHalf, plan_batches
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
+from actcache.plain import is_whole, whole
 from actcache.ragged import TOKEN_IDS
 from actcache.recipe import Recipe
 from actcache.space import Space
@@ -85,9 +86,8 @@ def verify(
     seed: int,
 ) -> Verification:
     """Compare a sample of entries with what the lower half computes; see ``Recycler.verify``, which raises."""
-    if sample < 1:
-        raise UsageError(f"a sample of {sample} documents verifies nothing")
-    rng = np.random.default_rng(seed)
+    check_sample(sample)
+    rng = np.random.default_rng(whole("seed", seed, 0))
     keys, encoded = _stored(space, sample, rng) if texts is None else _of_texts(space, encoder, sample, texts, rng)
     outputs = None if task_model is None else _Outputs(task_model, lower)
     comparison = _Comparison(space, lower, encoder, outputs)
@@ -118,13 +118,12 @@ def verify_stored(
     Raises:
         UsageError: the sample is none, or no entry has token ids.
     """
-    if sample < 1:
-        raise UsageError(f"a sample of {sample} documents verifies nothing")
+    check_sample(sample)
     keys = space.key_array()
     there = keys[space.has(TOKEN_IDS, keys)]
     if len(keys) and not len(there):
         raise UsageError("entries were stored without token ids, so they cannot be computed again: put them anew")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(None if seed is None else whole("seed", seed, 0))
     chosen = key_list(there[np.sort(rng.choice(len(there), min(sample, len(there)), replace=False))])
     comparison = _Comparison(space, lower, encoder, None)
     corrupt: list[bytes] = []
@@ -135,6 +134,16 @@ def verify_stored(
         if progress is not None:
             progress(min(start + _CHUNK, len(chosen)), len(chosen))
     return replace(comparison.report(), corrupt=corrupt)
+
+
+def check_sample(sample: object) -> None:
+    """Refuse a number of documents that verifies nothing.
+
+    Raises:
+        UsageError: it is no whole number of 1 or more.
+    """
+    if not is_whole(sample) or sample < 1:
+        raise UsageError(f"a sample of {sample!r} documents verifies nothing: give a whole number of 1 or more")
 
 
 def intact_entries(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dict[bytes, Entry]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 from actcache.key import Document
-from actcache.models.entries import document_keys
+from actcache.models.entries import document_keys, streamed
 from actcache.models.filling import CHUNK, Part
 
 _READ = 256  # documents that are read at a time
@@ -21,10 +21,13 @@ class Dealer:
     Args:
         texts: streamed.
         hands: how many processes there are.
+
+    Raises:
+        UsageError: see ``actcache.models.entries.streamed``.
     """
 
     def __init__(self, texts: Iterable[Document], hands: int) -> None:
-        self._texts = iter(texts)
+        self._texts = streamed(texts)
         self._waiting: list[list[tuple[int, Document]]] = [[] for _ in range(hands)]
         self.dealt = 0  #: documents that were read so far
         self._ended = False

@@ -22,11 +22,12 @@ from actcache.key import Document
 from actcache.models.entries import check_texts
 from actcache.models.filling import TOKEN_BUDGET, FillReport
 from actcache.models.progress import FillProgress
+from actcache.models.record import check_token_budget
 from actcache.parallel import worker
 from actcache.parallel.dealing import Dealer
 from actcache.parallel.worker import Advanced, Done, Failed, Job, More, Ready
 from actcache.reading.checks import nbytes_of
-from actcache.recyclers import check_layers
+from actcache.recyclers import checked_layers
 from actcache.store import open_store
 
 _STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
@@ -58,12 +59,13 @@ def fill(
         options: the other arguments of ``Recyclers.from_pretrained``.
 
     Raises:
-        UsageError: there are no devices, or one is none; the store is seen by one process only.
+        UsageError: the texts are none (see ``Recycler.fill``); there are no devices, or one is none; the store is seen
+            by one process only.
         WorkerError: a process died, or failed with an error that is none of this package's.
         ActcacheError: one failed with this; see ``Recycler.fill``.
     """
     check_texts(texts)
-    check_layers(layers)
+    layers, token_budget = checked_layers(layers), check_token_budget(token_budget)
     check_devices(devices)
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
     job = Job(str(store), str(model), tuple(layers), token_budget, limit, options)

@@ -17,7 +17,9 @@ from actcache.collection import Collection
 from actcache.errors import DocumentError, MissingEntryError, UsageError
 from actcache.key import Document, Keys, key_array, key_list
 from actcache.models import canary
+from actcache.models.entries import streamed
 from actcache.models.tokenizing import DocumentEncoder
+from actcache.plain import whole, whole_numbers
 from actcache.pruning.vocabulary import Vocabulary, count_ids
 from actcache.space import Space
 
@@ -48,11 +50,14 @@ def count_vocabulary(
 
     Raises:
         DocumentError: a document makes no tokens or holds ids that the tokenizer does not know; it names its position.
-        UsageError: ``documents`` is one text.
+        UsageError: ``documents`` is one text, a table, an iterator that is used up, ...
     """
-    if isinstance(documents, str):
-        raise UsageError("give an iterable of documents, not one text")
-    workers = threads or (min(_THREADS, os.cpu_count() or 1) if tokenizer.is_fast else 1)
+    source = streamed(documents)
+    workers = (
+        whole("threads", threads, 1)
+        if threads is not None
+        else (min(_THREADS, os.cpu_count() or 1) if tokenizer.is_fast else 1)
+    )
     own = threading.local()  # an encoder is not thread-safe
 
     def count(start: int, block: list[Document]) -> tuple[int, NDArray[np.int64]]:
@@ -74,14 +79,14 @@ def count_vocabulary(
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for start, block in _blocks(documents):
+            for start, block in _blocks(source):
                 running.append(pool.submit(count, start, block))
                 collect(2 * workers)
             collect(0)
         finally:
             for job in running:
                 job.cancel()
-    always = np.union1d(_always(tokenizer), np.fromiter(keep, np.int64))
+    always = np.union1d(_always(tokenizer), whole_numbers("keep", keep))
     return Vocabulary(total, always, documents_counted, tokenizer)
 
 
@@ -122,7 +127,7 @@ def count_stored(
             total = np.pad(total, (0, max(0, len(counts) - len(total))))
             total[: len(counts)] += counts
     blob = space.blob(canary.BLOB_NAME)
-    always = np.fromiter(keep, np.int64)
+    always = whole_numbers("keep", keep)
     if blob is not None:
         always = np.union1d(always, canary.token_ids(blob, space.recipe.hidden_size))
     if tokenizer is not None:
@@ -130,9 +135,8 @@ def count_stored(
     return Vocabulary(total, always, len(wanted), tokenizer)
 
 
-def _blocks(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
+def _blocks(source: Iterator[Document]) -> Iterator[tuple[int, list[Document]]]:
     start = 0
-    source = iter(documents)
     while block := list(itertools.islice(source, _BLOCK)):
         yield start, block
         start += len(block)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import ModelError, UsageError
 from actcache.models.partial import KEPT, ROW_IDS, kept_of
 from actcache.models.weights import weight_files
+from actcache.plain import whole_numbers
 from actcache.pruning import hooks, saving, sources
 from actcache.pruning.kept import MARK, KeptVocabulary, OnUnseen
 from actcache.pruning.rows import Tokens, all_names, attach, grow, move_rows, roots_of, special_ids, tokens_of
@@ -82,7 +83,7 @@ class Pruned:
             UnseenTokenError: they are no tokens of the model.
             ModelError: the rows are not at hand.
         """
-        wanted = ids.ids if isinstance(ids, Vocabulary) else np.asarray(list(ids), np.int64)
+        wanted = ids.ids if isinstance(ids, Vocabulary) else whole_numbers("token ids", ids)
         unseen = self._kept.unseen(torch.from_numpy(wanted))
         if len(unseen):
             grow(self.model, self._kept, unseen)

@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import MissingEntryError, UsageError
 from actcache.key import key_list
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise UsageError(f"{name} is a whole number of {least} or more, not {value!r:.80}")
-
+from actcache.plain import whole
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -35,8 +29,7 @@ def nbytes_of(name: str, value: int | str) -> int:
         if match is None or match[2].lower() not in _UNITS:
             raise UsageError(f"{name} is a number of bytes or a size like '8GiB', not {value!r:.80}")
         return int(float(match[1]) * _UNITS[match[2].lower()])
-    check_count(name, value, 0)
-    return int(value)
+    return whole(name, value, 0)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -64,8 +57,7 @@ def ranks_of(given: tuple[int, int] | None, digest: str) -> tuple[int, int]:
     """
     if given is not None:
         rank, world = given
-        check_count("the number of ranks", world, 1)
-        check_count("rank", rank, 0)
+        world, rank = whole("the number of ranks", world, 1), whole("rank", rank, 0)
         if rank >= world:
             raise UsageError(f"rank {rank} is not below the number of ranks, {world}")
         return rank, world

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.plain import truth, whole
+
 _POOL_BATCHES = 64  # documents of like length are looked for among so many batches' worth: random, and little padding
 
 
@@ -26,6 +28,9 @@ class Order:
         shuffle: whether the order is random.
         bucket: whether documents of like length share batches.
         drop_last: whether a last round that is not full is left out.
+
+    Raises:
+        UsageError: a number or truth value is none.
     """
 
     batch_size: int
@@ -34,6 +39,17 @@ class Order:
     bucket: bool = False
     seed: int = 0
     drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        # As Python's own: the digest of an order is made from how it prints.
+        plain: dict[str, object] = {
+            name: truth(name, getattr(self, name)) for name in ("shuffle", "bucket", "drop_last")
+        }
+        plain |= {"batch_size": whole("batch_size", self.batch_size, 1), "seed": whole("seed", self.seed, 0)}
+        if self.max_tokens is not None:
+            plain["max_tokens"] = whole("max_tokens", self.max_tokens, 1)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def plan(self, lengths: NDArray[np.int64], epoch: int) -> Plan:
         """Return the plan of an epoch over documents of these lengths in tokens."""

@@ -18,7 +18,7 @@ from actcache.entry import Entry
 from actcache.errors import DataError
 from actcache.inspection import opened
 from actcache.key import Document, Keys, document_key, key_array, key_list
-from actcache.models.entries import document_keys, entry_keys, find_entries
+from actcache.models.entries import check_texts, document_keys, entry_keys, find_entries
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.models.verification import intact_entries
 from actcache.recipe import Recipe
@@ -39,7 +39,9 @@ def of_documents(
 
     Raises:
         DocumentError: a document has no key; it names its position.
+        UsageError: see ``check_texts``.
     """
+    check_texts(documents)
     found: dict[bytes, Encoded] = {}
     wanted = _Whole(space, lost)
     first = 0

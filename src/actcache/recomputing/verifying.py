@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from actcache.errors import DataError, ModelError, UsageError
 from actcache.inspection import Progress, chosen, opened
-from actcache.models.verification import Verification, verify_stored
+from actcache.models.verification import Verification, check_sample, verify_stored
 from actcache.recomputing.models import RecordedModels
 from actcache.store import Store
 
@@ -52,8 +52,7 @@ def recompute(
         UsageError: a prefix fits no space, or the sample is none.
         StoreError: the store cannot be read.
     """
-    if sample < 1:
-        raise UsageError(f"a sample of {sample} documents verifies nothing")
+    check_sample(sample)
     spaces, unable = {}, {}
     for fingerprint in chosen(store, prefixes):
 

@@ -82,6 +82,7 @@ def plan(
     """
     if max_bytes is not None and keep_only is not None:
         raise UsageError("a budget and a corpus at once: prune by one after the other")
+    wanted = None if keep_only is None else key_array(keep_only)
     files = store.driver.listing()
     found = footprint(files)
     everything = states(store)
@@ -97,8 +98,8 @@ def plan(
         if excess is not None and excess <= 0:
             break
         reason = protected(state, idle)
-        if reason is None and keep_only is not None:
-            removal, reason = _others(store, state, key_array(keep_only), stride)
+        if reason is None and wanted is not None:
+            removal, reason = _others(store, state, wanted, stride)
         else:
             removal = Removal(state.fingerprint, state.nbytes, _why(state, max_bytes))
         if reason is not None:

@@ -201,8 +201,3 @@ def test_opening_a_store_loads_its_backend_alone(tmp_path):
     out = run("import sys, actcache; actcache.open(sys.argv[1]).close(); print(*sys.modules)", tmp_path / "store")
     assert {"h5py", "actcache_hdf5"} <= set(out.split())
     assert not {"torch", "zarr", "lmdb", "rich"} & set(out.split())
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= (500 if unit(path) == "testing" else 350)

@@ -77,7 +77,7 @@ def _of_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Leaf]]:
             "(before it is sharded)"
         )
     if is_traceable_wrapper_subclass(tensor):
-        inner, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner, context = tensor.__tensor_flatten__()
         yield name, f"{type(tensor).__name__} {list(tensor.shape)} {tensor.dtype}"
         for attribute in inner:
             yield from leaves(f"{name}.{attribute}", getattr(tensor, attribute))

@@ -82,7 +82,9 @@ def segment_files(folder: Path) -> list[Path]:
 
 def start(code: str, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
     """Start Python with this code; ``sys.argv[1:]`` are the arguments."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **options.pop("env", {})}
+    # Behind the repository comes what this process was given: another working tree than the installed one, maybe.
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **options.pop("env", {})}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -24,6 +24,7 @@ from actcache_lmdb.record import State
 
 _NAME = re.compile(r"[0-9]{8}")
 _LEAST_MAP = 1 << 26
+_BELOW_STORE = 2  # folders above that of the generations: spaces/<fingerprint>
 _FORGOTTEN = 3600.0  # seconds after which what a killed process was building is removed
 
 
@@ -157,9 +158,13 @@ def _age(path: Path) -> float:
 
 
 def _make_folders(folder: Path) -> None:
-    """Make a folder and its parents, each name durable before the next."""
+    """Make a folder and those above it up to the store's own, each name durable before the next.
+
+    Raises:
+        FileNotFoundError: the store's folder has gone.
+    """
     missing = []
-    for path in (folder, *folder.parents):
+    for path in (folder, *folder.parents[:_BELOW_STORE]):
         if path.is_dir():
             break
         missing.append(path)

@@ -22,8 +22,11 @@ from actcache.errors import (
     CollectionNotFoundError,
     FormatError,
     FormatVersionError,
+    NotAStoreError,
     ReadOnlyError,
     SpaceNotFoundError,
+    StoreGoneError,
+    StoreNotFoundError,
     UsageError,
 )
 from actcache.recipe import Recipe, is_fingerprint
@@ -58,21 +61,38 @@ def open_standing(url: str | Path, **options: Any) -> Store:
     Raises:
         StoreNotFoundError, ...: see ``open_store``.
     """
-    open_store(url, "r", **options).close()
-    return open_store(url, "a", **options)
+    return Store(url, "a", options, create=False)
 
 
 SWEEP_SECONDS = 86_400.0
 
 
-class Store:
-    """Made by ``actcache.open``. Thread-safe; pickles as its URL."""
+def _opened_elsewhere(url: str | Path, mode: str, options: dict[str, Any], identity: bytes) -> Store:
+    """Open a store that was pickled: that one, and no other that lies there now."""
+    try:
+        store = Store(url, mode, options, create=False)
+    except (StoreNotFoundError, NotAStoreError) as error:
+        raise StoreGoneError(f"{error}; the store that was sent here was moved, removed, or is not seen here") from None
+    if store.driver.identity != identity:
+        store.close()
+        raise StoreGoneError(f"another store lies at {url} than the one that was sent here: open the one that is meant")
+    return store
 
-    def __init__(self, url: str | Path, mode: str, options: dict[str, Any]) -> None:
+
+class Store:
+    """Made by ``actcache.open``. Thread-safe; pickles as its URL, made absolute.
+
+    A store stays the one that was opened, wherever the working directory goes. Once its folder was moved or removed,
+    or another store was made in its place, whatever would change or list something raises ``StoreGoneError``; reads
+    serve what the store held, or raise that as well.
+    """
+
+    def __init__(self, url: str | Path, mode: str, options: dict[str, Any], *, create: bool = True) -> None:
         self.url = str(url)
         self.writable = mode == "a"
-        self._reopen = (url, mode, options)
-        self._driver: StoreDriver | None = registry.open_driver(url, mode, options)
+        resolved = registry.resolve(url)
+        self._driver: StoreDriver | None = registry.open_driver(resolved, mode, options, create=create)
+        self._reopen = (resolved, mode, options, self._driver.identity)
         self._spaces: list[Space] = []
 
     @property
@@ -269,7 +289,7 @@ class Store:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, self._reopen
+        return _opened_elsewhere, self._reopen
 
     def __repr__(self) -> str:
         return f"<Store {self.url}>"

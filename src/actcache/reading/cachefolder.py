@@ -70,7 +70,7 @@ class CacheFolder:
                 raise NotAStoreError(f"{self.root} holds other files ({strangers[0]}, ...): give local_cache its own")
             plugin = registry.load(registry.DEFAULT)
             value = {"format": "actcache local cache", "format_version": VERSION, "backend": plugin.name}
-            self.place.files.make_folders(self.root)
+            self.place.make()
             with self.changing():
                 self.place.publish_bytes(MARKER, json.dumps(value).encode() + b"\n", replace=False)
         try:

@@ -36,6 +36,7 @@ from actcache.writer import SEGMENT_BYTES, SEGMENT_SECONDS
 SPACE_VERSION = 1
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_LONGEST_NAME = 240  # a file's name has at most 255 bytes, its suffix among them
 _NEAREST = 3
 
 
@@ -219,7 +220,8 @@ class Store:
         """Store a named, ordered list of keys, durably; one of that name is replaced.
 
         Raises:
-            UsageError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``.
+            UsageError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``, begins with a dot,
+                or is longer than 240 characters.
             KeyFormatError, ShapeError: see ``Collection.of``.
         """
         self._check_writable()
@@ -307,6 +309,8 @@ def _recipe_blob(fingerprint: str) -> str:
 
 
 def _collection_blob(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no name for a collection: use letters, digits, '.', '_' and '-'")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
+    if len(name) > _LONGEST_NAME:
+        raise UsageError(f"{name:.40}... has {len(name)} characters; a collection's name has at most {_LONGEST_NAME}")
     return f"collections/{name}{_SUFFIX}"

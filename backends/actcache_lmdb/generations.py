@@ -125,7 +125,8 @@ class Build:
         (folder / "made").touch()  # when: its age decides when older generations go
         # LMDB 0.9's format, which every release reads
         options: dict[str, Any] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
-        self.env = lmdb.open(os.fsencode(folder), map_size=map_size, max_dbs=8, create=False, sync=False, lock=False, **options)
+        options |= {"create": False, "sync": False, "lock": False}
+        self.env = lmdb.open(os.fsencode(folder), map_size=map_size, max_dbs=8, **options)
         self.databases = create_databases(self.env)
         with self.env.begin(write=True) as txn:
             txn.put(State.KEY, State(created=int(time.time() * 1e6)).pack(), db=self.databases["state"])

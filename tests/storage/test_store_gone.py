@@ -13,6 +13,7 @@ import pytest
 import actcache
 from actcache import registry
 from actcache.errors import BackendError, StorageIOError, StoreGoneError
+from actcache.migration import migrate
 from actcache.storage.files import Files
 from tests.backends import each
 from tests.support import check, compact, key, put, recipe
@@ -277,3 +278,24 @@ def test_a_folder_that_moves_while_something_is_being_written(tmp_path, folder):
     assert not root.exists()
     moved.rename(root)
     assert files.publish_bytes(root / "a" / "name", b"data", replace=True)
+
+
+@each()
+def test_a_migration_whose_target_is_moved(kind, tmp_path, root):
+    with actcache.open(tmp_path / "source") as source, source.space(recipe()) as space:
+        for number in range(6):
+            put(space, [number])
+            space.flush()
+        target = actcache.open(kind.url(root))
+        with suppress(StoreGoneError), target, pytest.raises(StoreGoneError):
+            migrate(
+                source,
+                target,
+                segment_bytes=64,
+                progress=lambda *_: root.exists() and root.rename(tmp_path / "moved"),
+            )
+        assert not root.exists()
+        (tmp_path / "moved").rename(root)
+        with actcache.open(kind.url(root)) as target:
+            migrate(source, target)
+    assert everything(root) == set(HELD)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from actcache.backend import Block, BytesDone, Compaction, SegmentFiles, Snapshot, SpaceDriver, StoredFile
+from actcache.backend import Block, Compaction, SegmentFiles, Snapshot, SpaceDriver, StoredFile
 from actcache.errors import StoreGoneError
 from actcache.storage import marker
 from actcache.storage.place import Place
@@ -137,11 +137,9 @@ class StandingSpace(SpaceDriver):
         self._place.check()
         return self._space.snapshot()
 
-    def compact(
-        self, *, target_bytes: int, waste: float, grace: float, progress: BytesDone = lambda done, total: None
-    ) -> Compaction:
+    def compact(self, **how: Any) -> Compaction:
         self._place.check()
-        return self._space.compact(target_bytes=target_bytes, waste=waste, grace=grace, progress=progress)
+        return self._space.compact(**how)
 
     def quarantine(self, keys: NDArray[np.uint8]) -> int:
         self._place.check()

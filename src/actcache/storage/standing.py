@@ -118,7 +118,7 @@ class StandingSpace(SpaceDriver):
         self._place = place
 
     @property
-    def merges_small(self) -> bool:  # type: ignore[override]
+    def merges_small(self) -> bool:
         return self._space.merges_small
 
     @merges_small.setter

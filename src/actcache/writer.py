@@ -185,7 +185,9 @@ class Writer:
         try:
             yield
         except StoreGoneError as error:
-            raise StoreGoneError(f"{error}. {len(self)} entries that were put are not stored; they {then}") from error
+            raise StoreGoneError(
+                f"{error}. Entries that were put and are not stored: {len(self)}, which {then}"
+            ) from error
 
     def abandon(self) -> None:
         """End the thread; what is not published is dropped."""

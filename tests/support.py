@@ -16,6 +16,8 @@ HIDDEN = 8
 #: Where files are only in memory, None where there is no such place. For tests to which syncing means nothing.
 MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 ROOT = Path(__file__).parent.parent
+#: For processes of their own: this repository, and what this one was given (another working tree than the installed).
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def recipe(**changes: Any) -> actcache.Recipe:
@@ -82,7 +84,7 @@ def segment_files(folder: Path) -> list[Path]:
 
 def start(code: str, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
     """Start Python with this code; ``sys.argv[1:]`` are the arguments."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **options.pop("env", {})}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "error", **options.pop("env", {})}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,

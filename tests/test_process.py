@@ -17,7 +17,7 @@ import actcache
 from actcache.backend import SpaceDriver
 from actcache.errors import OutOfSpaceError, StorageIOError
 from actcache.storage.space import SegmentedSpace
-from tests.support import HIDDEN, ROOT, check, ids, key, make_store, put, recipe, rows, run
+from tests.support import HIDDEN, PYTHONPATH, ROOT, check, ids, key, make_store, put, recipe, rows, run
 
 HELD = dict.fromkeys(range(30), 0)
 
@@ -148,7 +148,7 @@ space.close()
 store.close()
 """
     process = subprocess.run(
-        [sys.executable, "-c", code], input=data, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60
+        [sys.executable, "-c", code], input=data, cwd=ROOT, env={**os.environ, "PYTHONPATH": PYTHONPATH}, timeout=60
     )
     assert process.returncode == 0
     with actcache.open(root, "r") as store, store.space(recipe()) as space:

@@ -74,7 +74,7 @@ class Environment:
     def _open_with(self, size: int, modes: Mapping[str, bool]) -> None:
         try:
             self._lmdb = lmdb.open(
-                os.fsencode(self.folder),
+                os.fsencode(self.folder),  # a name need not be UTF-8
                 map_size=size,
                 max_dbs=len(DATABASES),
                 max_readers=_READERS,

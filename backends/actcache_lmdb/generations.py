@@ -24,6 +24,7 @@ from actcache_lmdb.record import State
 
 _NAME = re.compile(r"[0-9]{8}")
 _LEAST_MAP = 1 << 26
+_BELOW_STORE = 2  # folders above that of the generations: spaces/<fingerprint>
 _FORGOTTEN = 3600.0  # seconds after which what a killed process was building is removed
 
 
@@ -124,9 +125,8 @@ class Build:
         (folder / "made").touch()  # when: its age decides when older generations go
         # LMDB 0.9's format, which every release reads
         options: dict[str, Any] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
-        self.env = lmdb.open(
-            os.fsencode(folder), map_size=map_size, max_dbs=8, create=False, sync=False, lock=False, **options
-        )
+        options |= {"create": False, "sync": False, "lock": False}
+        self.env = lmdb.open(os.fsencode(folder), map_size=map_size, max_dbs=8, **options)
         self.databases = create_databases(self.env)
         with self.env.begin(write=True) as txn:
             txn.put(State.KEY, State(created=int(time.time() * 1e6)).pack(), db=self.databases["state"])
@@ -159,9 +159,13 @@ def _age(path: Path) -> float:
 
 
 def _make_folders(folder: Path) -> None:
-    """Make a folder and its parents, each name durable before the next."""
+    """Make a folder and those above it up to the store's own, each name durable before the next.
+
+    Raises:
+        FileNotFoundError: the store's folder has gone.
+    """
     missing = []
-    for path in (folder, *folder.parents):
+    for path in (folder, *folder.parents[:_BELOW_STORE]):
         if path.is_dir():
             break
         missing.append(path)

@@ -241,6 +241,9 @@ class SpaceDriver(ABC):
 class StoreDriver(ABC):
     """A root that holds spaces and small named blobs (recipes, canaries, collections). Thread-safe."""
 
+    #: Tells the store from another one that lies at the same place later; empty where a backend cannot tell.
+    identity: bytes = b""
+
     @abstractmethod
     def read_blob(self, name: str) -> bytes | None:
         """Return a blob, None where there is none."""

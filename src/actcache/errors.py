@@ -77,6 +77,11 @@ class StoreNotFoundError(StoreError, FileNotFoundError):
     """There is no store at the path, and the mode does not create one."""
 
 
+class StoreGoneError(StoreError):
+    """The store that was opened is no longer where it was: moved, removed, or another one lies there. Nothing was
+    written; what was put and not flushed is still held, and a ``flush`` stores it once the store is back."""
+
+
 class NotAStoreError(StoreError):
     """Something that is no store lies at the path."""
 

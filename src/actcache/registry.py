@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def parse(url: str) -> tuple[str | None, str]:
         return None, url
     rest = match[2]
     # "lmdb:///abs" and "lmdb:/abs" are the same place; "s3://bucket" keeps its bucket
-    return match[1].lower(), rest.removeprefix("//") if rest.startswith("///") else rest
+    return match[1].lower(), f"/{rest.lstrip('/')}" if rest.startswith("///") else rest
 
 
 def load(name: str) -> Plugin:
@@ -66,8 +67,31 @@ def _remedy(point: EntryPoint) -> str:
     return f"pip install '{distribution}{extras}'"
 
 
-def open_driver(url: str | Path, mode: str, options: Mapping[str, Any]) -> StoreDriver:
+def resolve(url: str | Path) -> str | Path:
+    """Return a URL or path that means the same from every working directory, and in another process: it travels.
+
+    Raises:
+        BackendError: it names no place, or the scheme is not known.
+    """
+    if not isinstance(url, str | Path):
+        raise BackendError(f"a store is opened by a URL or path, not by {url!r:.80}")
+    scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
+    if not location or "\0" in location:
+        raise BackendError(f"{url!r} names no place; write a path, or scheme:path")
+    if scheme is None:
+        return local_path(location)
+    if location.startswith("//") or _REMOTE.match(location):
+        return url
+    if _is_protocol(scheme):
+        raise BackendError(f"{url!r} names no bucket; write {scheme}://bucket/prefix")
+    return url if isinstance(load(scheme), Backend) else f"{scheme}:{local_path(location)}"
+
+
+def open_driver(url: str | Path, mode: str, options: Mapping[str, Any], *, create: bool = True) -> StoreDriver:
     """Open the store at a URL or path. A store that stands at a bare path says itself which backend it is of.
+
+    Args:
+        create: whether mode ``"a"`` makes a store where none stands.
 
     Raises:
         BackendError: the scheme, or an option, is not known.
@@ -75,25 +99,30 @@ def open_driver(url: str | Path, mode: str, options: Mapping[str, Any]) -> Store
     """
     if mode not in ("r", "a"):
         raise BackendError(f"mode is 'r' (read) or 'a' (read, write, create), not {mode!r}")
-    if not isinstance(url, str | Path):
-        raise BackendError(f"a store is opened by a URL or path, not by {url!r:.80}")
+    url = resolve(url)
+    opening = _Opening(mode, create and mode == "a", options)
     scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
-    if not location or "\0" in location:
-        raise BackendError(f"{url!r} names no place; write a path, or scheme:path")
     if scheme is not None and location.startswith("//"):  # of an object store: "s3://bucket/prefix"
         location = f"{scheme}:{location}"
         plugin = load(scheme)
         if isinstance(plugin, SegmentFormat):
-            return _open_standing(plugin, location, mode, options)
-        return _open(plugin, location, mode, options)
-    if scheme is not None and _is_protocol(scheme):
-        raise BackendError(f"{url!r} names no bucket; write {scheme}://bucket/prefix")
+            return _open_standing(plugin, location, opening)
+        return _open(plugin, location, opening)
     if scheme is None:
-        place = LocalPlace(local_path(location))
+        place = LocalPlace(Path(location))
         check_folder(place.root)
         standing = marker.read(place)
         scheme = standing.backend if standing is not None else DEFAULT
-    return _open(load(scheme), location, mode, options)
+    return _open(load(scheme), location, opening)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How a store is opened."""
+
+    mode: str
+    create: bool
+    options: Mapping[str, Any]
 
 
 def _is_protocol(scheme: str) -> bool:
@@ -102,24 +131,26 @@ def _is_protocol(scheme: str) -> bool:
     return isinstance(plugin, SegmentFormat) and plugin.name != scheme and scheme != DEFAULT
 
 
-def _open(plugin: Plugin, location: str, mode: str, options: Mapping[str, Any]) -> StoreDriver:
+def _open(plugin: Plugin, location: str, how: _Opening) -> StoreDriver:
     if isinstance(plugin, Backend):
-        return plugin.open(location, mode=mode, options=options)
+        if how.mode == "a" and not how.create:
+            plugin.open(location, mode="r", options=how.options).close()
+        return plugin.open(location, mode=how.mode, options=how.options)
     if isinstance(plugin, SpaceEngine):
         if _REMOTE.match(location):
             raise BackendError(f"a {plugin.name} store lies in a folder of this machine, not at {location}")
-        return open_engine(plugin, local_path(location), mode=mode, options=options)
-    return open_segmented(plugin, _place(plugin, location, options), mode=mode)
+        return open_engine(plugin, local_path(location), mode=how.mode, create=how.create, options=how.options)
+    return open_segmented(plugin, _place(plugin, location, how.options), mode=how.mode, create=how.create)
 
 
-def _open_standing(default: SegmentFormat, location: str, mode: str, options: Mapping[str, Any]) -> StoreDriver:
+def _open_standing(default: SegmentFormat, location: str, how: _Opening) -> StoreDriver:
     """Open whatever store of segments stands at a URL; where none does, one of the default format is made."""
-    place = _place(default, location, options)
+    place = _place(default, location, how.options)
     standing = marker.read(place)
     if standing is None or standing.backend == default.name:
-        return open_segmented(default, place, mode=mode)
+        return open_segmented(default, place, mode=how.mode, create=how.create)
     place.close()
-    return _open(load(standing.backend), location, mode, options)
+    return _open(load(standing.backend), location, how)
 
 
 def _place(format: SegmentFormat, location: str, options: Mapping[str, Any]) -> Place:

@@ -140,6 +140,7 @@ class Space(Maintained):
 
         Raises:
             StoreError: the disk is full, ...; nothing is lost, a later flush tries again.
+            StoreGoneError: the store was moved or removed; once it is back, a later flush stores what was put.
         """
         writer, before = self._writing(), self._snapshot
         writer.flush()

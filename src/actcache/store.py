@@ -22,8 +22,11 @@ from actcache.errors import (
     CollectionNotFoundError,
     FormatError,
     FormatVersionError,
+    NotAStoreError,
     ReadOnlyError,
     SpaceNotFoundError,
+    StoreGoneError,
+    StoreNotFoundError,
     UsageError,
 )
 from actcache.plain import whole
@@ -34,6 +37,7 @@ from actcache.writer import SEGMENT_BYTES, SEGMENT_SECONDS
 SPACE_VERSION = 1
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_LONGEST_NAME = 240  # a file's name has at most 255 bytes, its suffix among them
 _NEAREST = 3
 
 
@@ -59,21 +63,38 @@ def open_standing(url: str | Path, **options: Any) -> Store:
     Raises:
         StoreNotFoundError, ...: see ``open_store``.
     """
-    open_store(url, "r", **options).close()
-    return open_store(url, "a", **options)
+    return Store(url, "a", options, create=False)
 
 
 SWEEP_SECONDS = 86_400.0
 
 
-class Store:
-    """Made by ``actcache.open``. Thread-safe; pickles as its URL."""
+def _opened_elsewhere(url: str | Path, mode: str, options: dict[str, Any], identity: bytes) -> Store:
+    """Open a store that was pickled: that one, and no other that lies there now."""
+    try:
+        store = Store(url, mode, options, create=False)
+    except (StoreNotFoundError, NotAStoreError) as error:
+        raise StoreGoneError(f"{error}; the store that was sent here was moved, removed, or is not seen here") from None
+    if store.driver.identity != identity:
+        store.close()
+        raise StoreGoneError(f"another store lies at {url} than the one that was sent here: open the one that is meant")
+    return store
 
-    def __init__(self, url: str | Path, mode: str, options: dict[str, Any]) -> None:
+
+class Store:
+    """Made by ``actcache.open``. Thread-safe; pickles as its URL, made absolute.
+
+    A store stays the one that was opened, wherever the working directory goes. Once its folder was moved or removed,
+    or another store was made in its place, whatever would change or list something raises ``StoreGoneError``; reads
+    serve what the store held, or raise that as well.
+    """
+
+    def __init__(self, url: str | Path, mode: str, options: dict[str, Any], *, create: bool = True) -> None:
         self.url = str(url)
         self.writable = mode == "a"
-        self._reopen = (url, mode, options)
-        self._driver: StoreDriver | None = registry.open_driver(url, mode, options)
+        resolved = registry.resolve(url)
+        self._driver: StoreDriver | None = registry.open_driver(resolved, mode, options, create=create)
+        self._reopen = (resolved, mode, options, self._driver.identity)
         self._spaces: list[Space] = []
 
     @property
@@ -202,7 +223,8 @@ class Store:
         """Store a named, ordered list of keys, durably; one of that name is replaced.
 
         Raises:
-            UsageError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``.
+            UsageError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``, begins with a dot,
+                or is longer than 240 characters.
             KeyFormatError, ShapeError: see ``Collection.of``.
         """
         self._check_writable()
@@ -272,7 +294,7 @@ class Store:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, self._reopen
+        return _opened_elsewhere, self._reopen
 
     def __repr__(self) -> str:
         return f"<Store {self.url}>"
@@ -290,6 +312,8 @@ def _recipe_blob(fingerprint: str) -> str:
 
 
 def _collection_blob(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no name for a collection: use letters, digits, '.', '_' and '-'")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
+    if len(name) > _LONGEST_NAME:
+        raise UsageError(f"{name:.40}... has {len(name)} characters; a collection's name has at most {_LONGEST_NAME}")
     return f"collections/{name}{_SUFFIX}"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from actcache import checksum
 from actcache.backend import TOKEN_IDS, VALUES, Block
+from actcache.errors import StoreGoneError
 from actcache.key import KEY_BYTES
 from actcache.ragged import EXTRAS, offsets_of
 
@@ -159,19 +161,33 @@ class Writer:
         Raises:
             StoreError: the disk is full, ...; the entries are still here.
         """
-        with self._lock:
+        with self._lock, self._counted("are kept in memory: flush again once the store is back"):
+            self._flush()
+
+    def _flush(self) -> None:
+        self._settle()
+        if self._filling is not None:
+            self._hand_over()
             self._settle()
-            if self._filling is not None:
-                self._hand_over()
-                self._settle()
 
     def close(self) -> None:
-        """Publish everything and end the thread."""
+        """Publish everything and end the thread. What cannot be published is dropped, and the failure raised."""
         with self._lock:
             try:
-                self.flush()
+                with self._counted("are lost, as this was closed: fill again"):
+                    self._flush()
             finally:
                 self.abandon()
+
+    @contextmanager
+    def _counted(self, then: str) -> Iterator[None]:
+        """Where the store has gone, say how many entries are not stored, and what becomes of them."""
+        try:
+            yield
+        except StoreGoneError as error:
+            raise StoreGoneError(
+                f"{error}. Entries that were put and are not stored: {len(self)}, which {then}"
+            ) from error
 
     def abandon(self) -> None:
         """End the thread; what is not published is dropped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ import actcache
 from actcache.errors import NotAStoreError, StorageIOError, UsageError
 from actcache.reader import Reader
 from actcache.reading import localentries
+from actcache.reading.leases import in_use
 from actcache.reading.localcache import LocalCache
 from tests.backends import each
 from tests.reading.remote import COUNT, KEYS, Remote, check, reading
@@ -320,6 +322,7 @@ def test_what_is_in_use_is_not_evicted(tmp_path, place, space, remote, monkeypat
     # As long as the first one lives, in another process too.
     code = """
 import sys, actcache
+from actcache.reading.leases import in_use
 from actcache.reading.localcache import LocalCache
 from tests.support import *
 space = actcache.open(sys.argv[1], "r").space(recipe())
@@ -524,6 +527,69 @@ def test_a_forks_child_has_a_lease_of_its_own(remote, place):
     assert lease.exists()
     reader.close()
     assert not lease.exists()
+
+
+def test_a_lease_ends_with_the_parent_though_a_child_lives(remote, place):
+    """The child has the parent's lease open, too, until it lets go of it."""
+    with reading(remote, place) as reader:
+        check(reader)
+    end, told = os.pipe()
+    with reading(remote, place) as reader:
+        check(reader)
+        used = in_use(place / "leases")
+        assert used
+        pid = os.fork()
+        if not pid:
+            os.close(told)
+            os.read(end, 1)  # until the parent has closed its reader, and looked
+            os._exit(0)
+        assert in_use(place / "leases") == used
+    try:
+        assert in_use(place / "leases") == set()
+    finally:
+        os.close(told)
+        os.close(end)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_childs_end_does_not_end_the_parents_lease(remote, place):
+    with reading(remote, place) as reader:
+        check(reader)
+    with reading(remote, place) as reader:
+        check(reader)
+        used = in_use(place / "leases")
+        assert used
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert in_use(place / "leases") == used
+    assert in_use(place / "leases") == set()
+
+
+def test_a_cache_whose_folder_was_moved_writes_nowhere_else(remote, place, tmp_path, caplog):
+    """Neither into a new folder nor into a store that was made there: reading goes on."""
+    with reading(remote, place) as reader:
+        next(iter(reader))
+        place.rename(tmp_path / "moved")
+        actcache.open(place).close()
+        before = sorted(path.name for path in place.rglob("*"))
+        check(reader)
+    assert sorted(path.name for path in place.rglob("*")) == before
+    assert "no local cache any more" in caplog.text
+
+
+def test_a_relative_cache_stays_where_it_was_opened(remote, tmp_path, monkeypatch):
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with reading(remote, "cache") as reader:
+        os.chdir("../elsewhere")
+        for _ in range(2):
+            check(reader)
+    assert remote.read == COUNT
+    assert segments(tmp_path / "here" / "cache")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_forks_child_does_not_keep_the_folder_locked(remote, place):

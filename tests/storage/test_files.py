@@ -57,7 +57,9 @@ def test_the_order_of_the_steps(tmp_path, replace):
     """A folder is durable before anything goes into it; a name comes after the bytes, and is then synced itself."""
     root, disk = tmp_path / "root", Recording()
     target = root / "a" / "b" / "file.bin"
-    assert Files(root, disk).publish_bytes(target, b"data", replace=replace)
+    files = Files(root, disk)
+    files.make_root()
+    assert files.publish_bytes(target, b"data", replace=replace)
     (temporary,) = {path for kind, path in disk.steps if kind == "sync" and path.parent == root / "tmp"}
     assert disk.steps == [
         ("mkdir", root),

@@ -31,6 +31,7 @@ def canonical(value):
 def read_store(root):
     """Return fingerprint -> {key: (rows, token ids or None, extras)} of all spaces of a store."""
     marker = json.loads((root / "actcache.json").read_text())
+    assert len(marker.pop("id")) == 32
     assert marker == {"format": "actcache", "format_version": 1, "backend": "hdf5"}
     spaces = sorted((root / "spaces").iterdir()) if (root / "spaces").is_dir() else []
     return {space.name: read_space(space) for space in spaces}

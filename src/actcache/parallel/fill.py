@@ -28,6 +28,7 @@ from actcache.parallel.dealing import Dealer
 from actcache.parallel.worker import Advanced, Done, Failed, Job, More, Ready
 from actcache.reading.checks import nbytes_of
 from actcache.recyclers import checked_layers
+from actcache.registry import resolve
 from actcache.store import open_store
 
 _STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
@@ -68,7 +69,7 @@ def fill(
     layers, token_budget = checked_layers(layers), check_token_budget(token_budget)
     check_devices(devices)
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
-    job = Job(str(store), str(model), tuple(layers), token_budget, limit, options)
+    job = Job(resolve(store), str(model), tuple(layers), token_budget, limit, options)
     start = time.monotonic()
     dealer = Dealer(texts, len(devices))
     with (

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,7 +27,7 @@ from actcache.recyclers import Recyclers
 class Job:
     """What all the processes do."""
 
-    store: str
+    store: str | Path  # that means the same from everywhere
     model: str
     layers: tuple[int, ...]
     token_budget: int

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from actcache import registry
 from actcache.backend import SegmentFormat
-from actcache.errors import FormatVersionError, NotAStoreError, UsageError
+from actcache.errors import FormatVersionError, NotAStoreError, StoreGoneError, UsageError
 from actcache.reading import leases
 from actcache.recipe import is_fingerprint
 from actcache.storage import marker
@@ -54,7 +54,9 @@ class CacheFolder:
         self.nbytes = nbytes
         self.place = LocalPlace(self.root)
         self.leases = self.root / "leases"
+        self._claimed = False
         self.format = _format_of(self._claim())
+        self._claimed = True
         self.place.files.make_folders(self.leases)
 
     def _claim(self) -> str:
@@ -70,7 +72,7 @@ class CacheFolder:
                 raise NotAStoreError(f"{self.root} holds other files ({strangers[0]}, ...): give local_cache its own")
             plugin = registry.load(registry.DEFAULT)
             value = {"format": "actcache local cache", "format_version": VERSION, "backend": plugin.name}
-            self.place.files.make_folders(self.root)
+            self.place.make()
             with self.changing():
                 self.place.publish_bytes(MARKER, json.dumps(value).encode() + b"\n", replace=False)
         try:
@@ -91,8 +93,10 @@ class CacheFolder:
         What killed writers left behind is gone then.
 
         Raises:
-            StoreError: the folder was removed, ...
+            StoreError: the folder was removed, is something else's now, ...
         """
+        if self._claimed and self.place.read(MARKER) is None:
+            raise StoreGoneError(f"{self.root} is no local cache any more: it was moved, or its {MARKER} removed")
         with translated(f"cannot lock {self.root}"):
             descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

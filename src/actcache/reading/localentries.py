@@ -20,7 +20,7 @@ from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.key import key_list
 from actcache.lookahead import Lookahead
 from actcache.ragged import offsets_of, row_indices
-from actcache.reading.cachefolder import MARKER, CacheFolder
+from actcache.reading.cachefolder import CacheFolder
 from actcache.reading.leases import Lease
 from actcache.recipe import Recipe
 from actcache.request import Request
@@ -232,8 +232,6 @@ class LocalEntries:
         block = block if fresh.all() else _part(block, fresh)
         if not len(block):
             return
-        if not self._folder.place.read(MARKER):
-            raise StoreError("somebody has removed its marker")
         needed = sum(array.nbytes for array in block.arrays().values()) + _overhead(block)
         if not self._folder.make_room(needed + self._space.index_bytes(len(block)), self._fingerprint):
             self._pause()

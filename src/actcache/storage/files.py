@@ -69,29 +69,45 @@ class Files:
         self._tmp = root / "tmp"
         self._durable: set[Path] = set()  # folders below the root whose names this object has synced
 
+    def make_root(self) -> None:
+        """Make the root and what is missing above it, each name durable before the next.
+
+        Nothing else makes it: a root that is not there any more was moved or removed, and a new one would be no store.
+        """
+        with translated(f"cannot make the folder {self.root}"):
+            missing = itertools.takewhile(lambda folder: not folder.is_dir(), (self.root, *self.root.parents))
+            for folder in reversed(list(missing)):
+                self._make(folder)
+
     def make_folders(self, path: Path) -> None:
-        """Make a folder and its parents, each name durable before the next.
+        """Make a folder below the root and its parents down from there, each name durable before the next.
 
         The root, or a folder below it, that stands is synced once as well: who made it may have died before that.
+
+        Raises:
+            StorageIOError, ...: among others, that there is no root.
         """
 
         def unsettled(folder: Path) -> bool:
-            ours = self.root in (folder, *folder.parents)
-            return not folder.is_dir() or (ours and folder not in self._durable)
+            return folder != self.root and not (folder.is_dir() and folder in self._durable)
 
         with translated(f"cannot make the folder {path}"):
+            if self.root not in self._durable and self.root.is_dir():
+                if os.access(self.root.parent, os.R_OK):  # else somebody made it for us where we cannot even look
+                    self.disk.sync_folder(self.root.parent)
+                self._durable.add(self.root)
             for folder in reversed(list(itertools.takewhile(unsettled, (path, *path.parents)))):
-                if folder == self.root and folder.is_dir() and not os.access(folder.parent, os.R_OK):
-                    self._durable.add(folder)  # somebody made it for us where we cannot even look
-                    continue
+                self._make(folder)
+
+    def _make(self, folder: Path) -> None:
+        if not folder.is_dir():
+            try:
+                self.disk.make_folder(folder)
+            except FileExistsError:
                 if not folder.is_dir():
-                    try:
-                        self.disk.make_folder(folder)
-                    except FileExistsError:
-                        if not folder.is_dir():
-                            raise StorageIOError(f"{folder} is a file where the store needs a folder") from None
-                self.disk.sync_folder(folder.parent)
-                self._durable.add(folder)
+                    raise StorageIOError(f"{folder} is a file where the store needs a folder") from None
+        self.disk.sync_folder(folder.parent)
+        self._durable.add(folder)
 
     def publish(self, target: Path, write: Callable[[Path], None], *, replace: bool = False) -> bool:
         """Have ``write(path)`` write a file or folder, then give it its name.

@@ -24,15 +24,20 @@ _DEEPEST = 4  # folders in a segment
 
 
 def local_path(location: str) -> Path:
-    """Return the folder that a location names.
+    """Return the folder that a location names, absolute: it stays the same when the working directory changes.
+
+    Links are left as they are; ``..`` is what the operating system makes of it.
 
     Raises:
-        BackendError: it begins with the home of a user that is not known.
+        BackendError: it begins with the home of a user that is not known, or the working directory is gone.
     """
     try:
-        return Path(location).expanduser()
+        path = Path(location).expanduser().absolute()
     except RuntimeError as error:
         raise BackendError(f"{location}: {error} Write ./~name for a folder of that name") from None
+    except FileNotFoundError:
+        raise BackendError(f"{location}: the working directory was removed; give an absolute path") from None
+    return Path("/", *path.parts[1:])  # pathlib keeps two slashes at the beginning
 
 
 def read_file(path: Path) -> bytes:
@@ -64,7 +69,7 @@ class LocalPlace(Place):
     """See ``Place``.
 
     Args:
-        root: the folder; it is made by the first publication.
+        root: the folder; absolute, or it changes with the working directory.
         mapped: whether rows are gathered from mappings; None decides by the file system.
     """
 
@@ -73,6 +78,9 @@ class LocalPlace(Place):
         self.root = root
         self.files = Files(root)
         self._mapped = mapped
+
+    def make(self) -> None:
+        self.files.make_root()
 
     def names(self, folder: str) -> list[str]:
         with translated(f"cannot list {self.root / folder}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 
 from actcache.errors import (
@@ -19,8 +20,11 @@ NAME = "actcache.json"
 
 @dataclass(frozen=True)
 class Marker:
+    """``data`` are its bytes; they hold a random number, so that no two stores that were made have the same."""
+
     version: int
     backend: str
+    data: bytes
 
 
 def read(place: Place) -> Marker | None:
@@ -35,7 +39,7 @@ def read(place: Place) -> Marker | None:
         return None
     try:
         value = json.loads(text)
-        marker = Marker(value["format_version"], value["backend"])
+        marker = Marker(value["format_version"], value["backend"], bytes(text))
         if not isinstance(marker.version, int) or not isinstance(marker.backend, str):
             raise TypeError("wrong types")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -50,8 +54,11 @@ def read(place: Place) -> Marker | None:
     return marker
 
 
-def claim(place: Place, backend: str, *, create: bool) -> None:
+def claim(place: Place, backend: str, *, create: bool) -> Marker:
     """Make sure that a place is a store of this backend; make one of an empty place where ``create`` allows it.
+
+    Returns:
+        The marker that stands there now.
 
     Raises:
         BackendError: it is another backend's store.
@@ -68,8 +75,10 @@ def claim(place: Place, backend: str, *, create: bool) -> None:
         if not created and not create:
             raise StoreNotFoundError(f"there is no store at {place.where}; open it with mode='a' to create one")
         if not created:
-            text = json.dumps({"format": "actcache", "format_version": FORMAT_VERSION, "backend": backend})
-            # Another process may be creating the same store: whichever marker came first stands, and ours is equal.
+            value = {"format": "actcache", "format_version": FORMAT_VERSION, "backend": backend}
+            text = json.dumps({**value, "id": secrets.token_hex(16)})
+            place.make()
+            # Another process may be creating the same store: whichever marker came first stands, and is read below.
             place.publish_bytes(NAME, text.encode() + b"\n", replace=False)
         marker = read(place)
         if marker is None:
@@ -78,3 +87,4 @@ def claim(place: Place, backend: str, *, create: bool) -> None:
         raise BackendError(
             f"{place.where} is a {marker.backend} store: open it as {marker.backend}:{place.where} or by its path"
         )
+    return marker

@@ -31,6 +31,17 @@ class Place(ABC):
     where: str
 
     @abstractmethod
+    def make(self) -> None:
+        """Make the root where a place has one that can be absent. Publishing makes none."""
+
+    def check(self) -> None:  # noqa: B027 (a place of its own has nothing to compare with)
+        """Look whether the store that was opened here is still here.
+
+        Raises:
+            StoreGoneError: it is not.
+        """
+
+    @abstractmethod
     def names(self, folder: str) -> list[str]:
         """Return the names of the files and complete segments in a folder (``""`` is the root), without the folder's
         own name, sorted; subfolders count as names. Empty where there is no such folder."""

@@ -79,6 +79,8 @@ class SegmentedSpace(SpaceDriver):
                 # What vanished since it was listed was replaced by something that the listing may have missed.
                 if not gone:
                     break
+            if not self.listed.issubset(names):  # compacted away, or the whole store has gone
+                self.place.check()
             self._settle(names)
             self.damaged, self.listed = damaged, frozenset(names) - damaged.keys() - gone
             tables = self._tables()

@@ -29,6 +29,7 @@ from actcache.storage.folder import LocalPlace
 from actcache.storage.place import Place
 from actcache.storage.segment import Columns
 from actcache.storage.space import SegmentedSpace
+from actcache.storage.standing import StandingPlace, StandingSpace
 
 OpenSpace = Callable[[str, Columns], SpaceDriver]
 
@@ -36,14 +37,27 @@ OpenSpace = Callable[[str, Columns], SpaceDriver]
 class PlacedStore(StoreDriver):
     """Implements ``StoreDriver`` at a place. Thread-safe.
 
+    Raises (every method):
+        StoreGoneError: the store that was opened is not there any more; nothing was changed.
+
     Args:
+        standing: the marker that stands at the place.
         open_space: opens the space of a fingerprint.
         mode: ``"r"`` or ``"a"``.
         locks: names of files that readers write to, too.
     """
 
-    def __init__(self, place: Place, open_space: OpenSpace, *, mode: str, locks: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        place: StandingPlace,
+        standing: marker.Marker,
+        open_space: OpenSpace,
+        *,
+        mode: str,
+        locks: frozenset[str] = frozenset(),
+    ) -> None:
         self._place = place
+        self.identity = standing.data
         self._locks = locks
         self._open_space = open_space
         self._writable = mode == "a"
@@ -53,7 +67,11 @@ class PlacedStore(StoreDriver):
             raise ReadOnlyError(f"{self._place.where} was opened with mode='r'; open it with mode='a' to write")
 
     def read_blob(self, name: str) -> bytes | None:
-        return self._place.read(name)
+        data = self._place.read(name)
+        # What lies under a fingerprint is that space's, in whatever store; other names are each store's own.
+        if data is None or not name.startswith("spaces/"):
+            self._place.check()
+        return data
 
     def write_blob(self, name: str, data: bytes, *, replace: bool) -> bool:
         self._check_writable()
@@ -64,9 +82,11 @@ class PlacedStore(StoreDriver):
         return self._place.remove(name)
 
     def blobs(self, prefix: str) -> list[str]:
+        self._place.check()
         return [f"{prefix}/{name}" for name in self._place.names(prefix) if "." in name]
 
     def spaces(self) -> list[str]:
+        self._place.check()
         return [name for name in self._place.names("spaces") if is_fingerprint(name)]
 
     def space(self, fingerprint: str, columns: Columns) -> SpaceDriver:
@@ -77,6 +97,7 @@ class PlacedStore(StoreDriver):
         return self._place.remove_folder(f"spaces/{fingerprint}")
 
     def listing(self) -> dict[str, StoredFile]:
+        self._place.check()
         found = self._place.listing(exact=self._writable)
         for name in [name for name in found if name.rpartition("/")[2] in self._locks]:
             found[name] = replace(found[name], age=math.inf)
@@ -90,21 +111,30 @@ class PlacedStore(StoreDriver):
         self._place.close()
 
 
-def open_segmented(format: SegmentFormat, place: Place, *, mode: str) -> PlacedStore:
+def open_segmented(format: SegmentFormat, place: Place, *, mode: str, create: bool) -> PlacedStore:
     """Open a store of segments.
+
+    Args:
+        create: whether one is made where none stands.
 
     Raises:
         BackendError, NotAStoreError, StoreNotFoundError, FormatVersionError: see ``marker.claim``.
     """
-    marker.claim(place, format.name, create=mode == "a")
-    writable = mode == "a"
+    marked = marker.claim(place, format.name, create=create)
+    standing, writable = StandingPlace(place, marked), mode == "a"
     return PlacedStore(
-        place, lambda name, columns: SegmentedSpace(format, place, name, columns, writable=writable), mode=mode
+        standing,
+        marked,
+        lambda name, columns: SegmentedSpace(format, standing, name, columns, writable=writable),
+        mode=mode,
     )
 
 
-def open_engine(engine: SpaceEngine, root: Path, *, mode: str, options: Mapping[str, Any]) -> PlacedStore:
+def open_engine(engine: SpaceEngine, root: Path, *, mode: str, create: bool, options: Mapping[str, Any]) -> PlacedStore:
     """Open a store whose spaces an engine keeps in folders.
+
+    Args:
+        create: whether one is made where none stands.
 
     Raises:
         BackendError, NotAStoreError, StoreNotFoundError, FormatVersionError: see ``marker.claim``.
@@ -114,11 +144,18 @@ def open_engine(engine: SpaceEngine, root: Path, *, mode: str, options: Mapping[
     check_folder(root)
     engine.check_folder(root)
     place = LocalPlace(root)
-    marker.claim(place, engine.name, create=mode == "a")
-    writable = mode == "a"
+    marked = marker.claim(place, engine.name, create=create)
+    standing, writable = StandingPlace(place, marked), mode == "a"
+
+    def open_space(fingerprint: str, columns: Columns) -> SpaceDriver:
+        standing.check()  # before an engine makes anything
+        opened = engine.open(root / "spaces" / fingerprint, columns, writable=writable, options=options)
+        return StandingSpace(opened, standing)
+
     return PlacedStore(
-        place,
-        lambda name, columns: engine.open(root / "spaces" / name, columns, writable=writable, options=options),
+        standing,
+        marked,
+        open_space,
         mode=mode,
         locks=engine.locks,
     )

@@ -6,6 +6,8 @@ written next), and unfinished uploads are the library's own business.
 
 from __future__ import annotations
 
+import os
+import select
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -54,6 +56,7 @@ class FsspecClient(Client):
             raise MissingExtraError(f"{url} needs another package: {error}") from error
         except (ValueError, TypeError, OSError) as error:
             raise StorageIOError(f"cannot open {url}: {error}; check the options") from error
+        self._loop = getattr(self._fs, "loop", None)  # of those that are asynchronous inside
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
 
     def get(self, key: str, offset: int, nbytes: int) -> Body:
@@ -128,7 +131,7 @@ class FsspecClient(Client):
             self._fs.rm_file(self._path(key))
 
     def abandon(self) -> None:
-        forget_finalizers(self._fs)
+        leave_to_parent(self._fs, self._loop)
 
     def close(self) -> None:
         """fsspec ends its connections when the file system is forgotten."""
@@ -160,12 +163,21 @@ class FsspecClient(Client):
             raise TransientError(f"{what}: {error!r:.300}") from error
 
 
-def forget_finalizers(fs: object) -> None:
-    """Have a file system's finalizers do nothing."""
+def leave_to_parent(fs: object, loop: object) -> None:
+    """In a fork's child: have a file system of the parent's, and its event loop, leave the connections alone.
+
+    Args:
+        loop: as the parent knew it; None where it has none.
+    """
     for reference in weakref.getweakrefs(fs):
         finalizer = reference.__callback__
         if isinstance(finalizer, weakref.finalize):
             finalizer.detach()
+    selector: Any = getattr(loop, "_selector", None)
+    if type(selector).__name__ == "EpollSelector":
+        # The parent's epoll is open here, too: a connection that is closed here would fall silent there.
+        with select.epoll() as empty:
+            os.dup2(empty.fileno(), selector.fileno(), inheritable=False)
 
 
 def _refused(what: str, error: Exception, writing: bool) -> StoreError:

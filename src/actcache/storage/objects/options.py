@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,10 @@ _OF_S3FS = {
 }
 _KNOWN_S3 = _OF_S3FS | {"region", "client"}
 _CLIENTS = ("obstore", "s3fs")
+_BUCKET = re.compile(r"[A-Za-z0-9._-]+")
+#: Control characters, lone surrogates, separators of lines and paragraphs.
+_STRANGE = {"Cc", "Cs", "Zl", "Zp"}
+_LONGEST = 800  # bytes of a prefix: an object's key has 1,024, and the longest below a store's prefix about 150
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _SECRET = {"key", "secret", "token", "password", "account_key", "sas_token", "connection_string"}
 
@@ -77,9 +83,9 @@ def target(url: str, options: Mapping[str, Any]) -> Target:
     rest, _, query = rest.partition("?")
     rest = rest.strip("/")
     bucket, _, prefix = rest.partition("/")
-    parts = prefix.split("/") if prefix else []
-    if not bucket or "" in parts or "." in parts or ".." in parts:
-        raise BackendError(f"{protocol}://{rest} names no place; write {protocol}://bucket/prefix")
+    place = f"{protocol}://{rest}"
+    if wrong := _wrong(protocol, bucket, prefix):
+        raise BackendError(f"{place!r:.300} names no place: {wrong}")
     given: dict[str, Any] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name in _SECRET - {"key"}:
@@ -91,15 +97,35 @@ def target(url: str, options: Mapping[str, Any]) -> Target:
         unknown = sorted(given.keys() - _KNOWN_S3)
         if unknown:
             has = ", ".join(sorted(_KNOWN_S3 | _OURS.keys()))
-            raise BackendError(f"an {protocol}:// store has no option {unknown[0]!r}; it has {has}")
+            hint = "" if unknown[0] in options else "; in a URL options begin at '?', which no prefix can have"
+            raise BackendError(f"an {protocol}:// store has no option {unknown[0]!r}; it has {has}{hint}")
         if given.get("client") not in (None, *_CLIENTS):
             raise BackendError(f"client is one of {', '.join(_CLIENTS)}, not {given['client']!r}")
         if "secret" in given and "key" not in given:
             raise BackendError("secret is given without key")
     elif protocol == "memory" and given:
-        raise BackendError(f"a memory:// store has no option {sorted(given)[0]!r}")
-    place = f"{protocol}://{rest}"
+        raise BackendError(f"a memory:// store has no option {sorted(given)[0]!r}; no name can have a '?'")
     return Target(place, protocol, bucket, f"{prefix}/" if prefix else "", **ours, options=given)
+
+
+def _wrong(protocol: str, bucket: str, prefix: str) -> str:
+    """Return why no store can lie at a bucket and prefix, and what to do about it; empty where one can."""
+    parts = prefix.split("/") if prefix else []
+    if not bucket:
+        return f"there is no bucket in it; write {protocol}://bucket/prefix"
+    if protocol in _S3 and not _BUCKET.fullmatch(bucket):
+        return f"{bucket!r:.80} is no bucket, whose name has letters, digits, '.', '_' and '-'"
+    if "" in parts:
+        return "two slashes follow each other, with an empty name between them that many tools drop; write one"
+    if "." in parts or ".." in parts:
+        return "'.' and '..' mean nothing in an object store, and some tools drop them; write what is meant"
+    # What clients and servers make of these differs, up to another key than was meant.
+    strange = next((c for c in bucket + prefix if unicodedata.category(c) in _STRANGE), None)
+    if strange is not None:
+        return f"{strange!r} is no character that a name can have; rename the prefix"
+    if len(prefix.encode()) > _LONGEST:
+        return f"its prefix has {len(prefix.encode())} bytes, and keys below more than {_LONGEST} become too long"
+    return ""
 
 
 def _seconds(name: str, value: Any) -> float:

@@ -60,6 +60,9 @@ class ObjectPlace(Place):
         self._lock = ProcessLock()
         self._pid = os.getpid()
 
+    def make(self) -> None:
+        """Nothing to do: a prefix is there as soon as something lies under it."""
+
     # --- names -------------------------------------------------------------------------------------------------------
 
     def names(self, folder: str) -> list[str]:

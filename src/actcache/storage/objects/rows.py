@@ -187,7 +187,7 @@ class _Fetches:
         self._failure: BaseException | None = None
         self._next = 0  # all ranges before it were started
         self._ahead = 0  # bytes that were started and not yet taken
-        weakref.finalize(self, _cancel, self._started).atexit = False
+        weakref.finalize(self, _forget, self._started, os.getpid()).atexit = False
         with self._lock:
             self._start_more()
 
@@ -286,6 +286,12 @@ class _Batch:
 
 _TAKEN: Future[Data] = Future()  # stands for a range whose bytes nobody needs any more
 _TAKEN.cancel()
+
+
+def _forget(started: dict[int, Future[Data]], pid: int) -> None:
+    """Cancel, but not in a fork's child: a thread that it does not have may hold a future's lock."""
+    if pid == os.getpid():
+        _cancel(started)
 
 
 def _cancel(started: dict[int, Future[Data]]) -> None:

@@ -6,8 +6,6 @@ s3fs's own retries are switched off, and botocore's: ``Retrying`` decides, and l
 from __future__ import annotations
 
 import asyncio
-import os
-import select
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -36,7 +34,7 @@ from actcache.storage.objects.client import (
     TransientError,
     Upload,
 )
-from actcache.storage.objects.generic import forget_finalizers
+from actcache.storage.objects.generic import leave_to_parent
 
 T = TypeVar("T")
 
@@ -94,6 +92,7 @@ class S3Client(Client):
             session = AioSession(profile=options.pop("profile", None))
             session.register_component("data_loader", _LOADER)
             self.fs = s3fs.S3FileSystem(**options, session=session, skip_instance_cache=True, use_listings_cache=False)
+            self._loop = self.fs.loop  # which it refuses to tell in a fork's child
         self.fs.retries = 1
 
     def endpoint(self) -> tuple[str, str | None]:
@@ -221,20 +220,15 @@ class S3Client(Client):
         self._do("remove", key, ask, writing=True)
 
     def abandon(self) -> None:
-        forget_finalizers(self.fs)
-        selector: Any = getattr(self.fs.loop, "_selector", None)
-        if type(selector).__name__ == "EpollSelector":
-            # The parent's epoll is open here, too: a connection that is closed here would fall silent there.
-            with select.epoll() as empty:
-                os.dup2(empty.fileno(), selector.fileno(), inheritable=False)
+        leave_to_parent(self.fs, self._loop)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             creator = getattr(self.fs, "_s3creator", None)
-            if creator is not None and self.fs.loop.is_running():
+            if creator is not None and self._loop.is_running():
                 with suppress(FSTimeoutError, OSError, HTTPError):
-                    sync(self.fs.loop, creator.__aexit__, None, None, None, timeout=_CLOSE_SECONDS)
+                    sync(self._loop, creator.__aexit__, None, None, None, timeout=_CLOSE_SECONDS)
 
     def _object(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
@@ -249,7 +243,7 @@ class S3Client(Client):
                 return await ask(await self.fs.set_session())
 
         with self._translated(f"cannot {verb} {self.where}/{key}", writing=writing):
-            result: T = sync(self.fs.loop, run)
+            result: T = sync(self._loop, run)
             return result
 
     @contextmanager

@@ -54,6 +54,7 @@ LAZY = {
     ("cli/fill.py", "actcache.recyclers"),
     ("cli/plan.py", "actcache.models.timing"),
     ("cli/recomputing.py", "actcache.recomputing"),
+    ("reader.py", "actcache.reading.dataset"),
     ("reading/delivery.py", "actcache.reading.cuda"),
     ("registry.py", "actcache.storage.objects"),  # the extra s3
     ("storage/objects/options.py", "actcache.storage.objects"),

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from actcache.errors import ShapeError, UsageError
 from actcache.key import Keys, key_array
 from actcache.reading import delivery
 from actcache.reading.checks import check_choice, check_count, check_present, nbytes_of, ranks_of
-from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
 from actcache.reading.epoch import Epoch, Supplier, Work, count_spent
 from actcache.reading.fetch import Outlook, Source
@@ -23,6 +22,9 @@ from actcache.reading.localcache import LocalCache
 from actcache.reading.order import Order, Plan
 from actcache.reading.ramcache import RamCache
 from actcache.reading.stats import ReaderStats
+
+if TYPE_CHECKING:
+    from actcache.reading.dataset import EntryDataset
 
 
 class Reader:
@@ -190,6 +192,8 @@ class Reader:
 
     def dataset(self) -> EntryDataset:
         """Return the reader's documents as a map-style data set, for a ``DataLoader`` or the ``Trainer``."""
+        from actcache.reading.dataset import EntryDataset  # torch's Dataset: who uses a loader has it
+
         return EntryDataset(self._work)
 
     def stats(self) -> ReaderStats:

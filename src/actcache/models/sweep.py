@@ -25,6 +25,7 @@ from actcache.models.entries import listed
 from actcache.models.jointly import CachedLayer, JointReader, read_jointly
 from actcache.models.pooling import WeightedPooling
 from actcache.models.regimes import Inputs
+from actcache.reading.labels import plain
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 Metric = Callable[[nn.Module, Iterable[Any]], float]
@@ -202,6 +203,7 @@ def _sizes(recycler: CachedLayer, documents: Sequence[Document]) -> tuple[int, i
 
 
 def _chosen(labels: Any, which: NDArray[np.int64]) -> Any:
+    labels = plain(labels)
     if isinstance(labels, list | tuple):
         return [labels[i] for i in which.tolist()]
     return labels[which]

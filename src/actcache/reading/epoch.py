@@ -116,7 +116,9 @@ class Epoch(Iterator[Any]):
                 self._tell()
             raise
         try:
-            batch = self._delivery.arrive(self._computed(item) if isinstance(item, _Absent) else item)
+            if isinstance(item, _Absent):
+                item = read_computed(self._work, self._delivery, item.which, item.corrupt)
+            batch = self._delivery.arrive(item)
         except BaseException:
             self.close()  # as after a failure of the thread: to go on would leave this batch out
             raise
@@ -143,19 +145,6 @@ class Epoch(Iterator[Any]):
                 told = replace(self._work.stats)
             self._told(told)
 
-    def _computed(self, absent: _Absent) -> Delivered:
-        """Have what is missing in a batch computed and stored, then read it like any other."""
-        work = self._work
-        assert work.supplier is not None
-        start = time.perf_counter()
-        keys = work.keys[absent.which]
-        missing = work.source.lengths(keys) == 0
-        corrupt = set(absent.corrupt)
-        missing |= np.array([key in corrupt for key in key_list(keys)], bool)
-        work.supplier.supply(work.origins[absent.which[missing]], absent.corrupt)
-        work.stats.compute_seconds += time.perf_counter() - start
-        return read_batch(work, self._delivery, absent.which)
-
 
 _Items = Generator[Delivered | _Absent, None, None]
 
@@ -178,6 +167,19 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
             item = _Absent(which, error.keys)
         yield item
         del item  # or it would hold a buffer for as long as the next is read
+
+
+def read_computed(work: Work, to: Delivery, which: NDArray[np.int64], corrupt: Sequence[bytes]) -> Delivered:
+    """Have what is missing of some documents, or corrupt, computed and stored, then read them like any others."""
+    assert work.supplier is not None
+    start = time.perf_counter()
+    keys = work.keys[which]
+    missing = work.source.lengths(keys) == 0
+    found_corrupt = set(corrupt)
+    missing |= np.array([key in found_corrupt for key in key_list(keys)], bool)
+    work.supplier.supply(work.origins[which[missing]], corrupt)
+    work.stats.compute_seconds += time.perf_counter() - start
+    return read_batch(work, to, which)
 
 
 def count_spent(stats: ReaderStats, to: Delivery) -> None:

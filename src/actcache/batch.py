@@ -83,7 +83,7 @@ class Inputs(dict[str, Any]):
             return default
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Lightning sets fields of a copy where it converts the batches of a precision
 class Batch(_Batch):
     """Some documents' activations, padded to the longest of them.
 
@@ -109,7 +109,7 @@ class Batch(_Batch):
         return Inputs({name: value for name, value in inputs.items() if value is not None})
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedBatch(_Batch):
     """Some documents' activations one after another, without padding: what attention over variable lengths takes.
 

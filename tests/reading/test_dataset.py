@@ -95,7 +95,7 @@ def test_slices_lists_and_arrays_are_read_as_one_batch(reader):
 
 def test_an_item_is_read_when_something_is_asked_of_it(reader, monkeypatch):
     data = reader.dataset()
-    for item in (data[5], pickle.loads(pickle.dumps(data[5]))):
+    for item in (data[5], pickle.loads(pickle.dumps(data[5]))):  # noqa: S301
         assert isinstance(item, Mapping)
         assert sorted(item) == ["activations", "attention_mask", "labels", "token_ids"]
         assert len(item["input_ids"]) == length(5)

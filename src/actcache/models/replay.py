@@ -51,9 +51,10 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     The copy has the task model's own outputs. Its ``forward`` takes ``activations`` [batch, tokens, hidden] in any
     floating point dtype, ``token_ids`` and ``attention_mask`` [batch, tokens], padded on either side, and by name what
     else the task model takes (``labels``, ...). Its ``state_dict`` holds the upper layers and the head, under the task
-    model's names. Of the outputs, ``hidden_states[i]`` is that of layer i and ``attentions[i]`` that of layer i + 1, as in
-    the full model; those of the lower half are not known, and are empty: ``[batch, 0, hidden]`` and ``[batch, heads, 0,
-    0]``. A question answering model takes ``labels`` [batch, 2], too, an answer's first and last token. There is no
+    model's names. A question answering model takes ``labels`` [batch, 2], too, an answer's first and last token.
+
+    In its outputs, ``hidden_states[i]`` is layer i's and ``attentions[i]`` layer i + 1's, as in the full model's; those
+    of the lower half are not known, and are empty: ``[batch, 0, hidden]`` and ``[batch, heads, 0, 0]``. There is no
     key-value cache, and answers never begin or end at padding. Gradient checkpointing must be the non-reentrant kind.
 
     What both halves share is told of in one warning: a head that is tied to the word embeddings gets its own copy of
@@ -247,8 +248,8 @@ def _check_loss(loss: Any, task_class: Any) -> None:
     names = [name for name in inspect.signature(task_class.forward).parameters if "label" in name]
     if loss is None and names:
         raise ModelError(
-            f"a {task_class.__name__} computes no loss of labels alone: it takes {' and '.join(names)} together, so add "
-            "the others to batch.model_inputs()"
+            f"a {task_class.__name__} computes no loss of labels alone: it takes {' and '.join(names)} together, so "
+            "add the others to batch.model_inputs()"
         )
 
 
@@ -260,7 +261,7 @@ def _reentrant(layer: nn.Module) -> bool:
 
 
 def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_layers: bool) -> Any:
-    """Keep hidden_states[i] the output of layer i; those of the lower half are not known, and are tensors of no tokens."""
+    """Keep hidden_states[i] the output of layer i; those of the lower half are not known: tensors of no tokens."""
 
     def marked(item: tuple[Any, ...]) -> tuple[Any, ...]:
         known = item[layer:] if all_layers else item

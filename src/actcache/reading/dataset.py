@@ -26,7 +26,6 @@ from actcache.reading.delivery import Delivered, HostDelivery
 from actcache.reading.epoch import Work, read_batch, read_computed
 from actcache.reading.labels import IGNORED, TokenLabels
 
-
 _ONE_PROCESS = (
     "documents are computed in one process only: take a loader without workers, or fill them first (recycler.fill)"
 )
@@ -35,9 +34,9 @@ _ONE_PROCESS = (
 class Item(Mapping[str, Any]):
     """One document of a data set: a batch of one, which is read when something of it is asked for.
 
-    It has the attributes of ``Batch``; as a mapping it is the keyword arguments of a reduced model's ``forward``, all of
-    them ``[1, ...]``. What groups documents by length (the ``Trainer``) asks for ``len(item["input_ids"])``: this name
-    stands for the positions of the tokens, ``[tokens]``, and nothing is read for it.
+    It has the attributes of ``Batch``; as a mapping it is the keyword arguments of a reduced model's ``forward``, all
+    ``[1, ...]``. What groups documents by length (the ``Trainer``) asks for ``len(item["input_ids"])``: under this name
+    are the positions of the tokens, ``[tokens]``, and nothing is read for it.
     """
 
     def __init__(self, dataset: EntryDataset, position: int) -> None:
@@ -74,9 +73,9 @@ class EntryDataset(Dataset[Any]):
     """The documents of a reader, by position. Made by ``Reader.dataset``. Not thread-safe.
 
     Give a loader ``collate_fn=dataset.collate`` (the ``Trainer``: ``data_collator=dataset.collate``): batches are then
-    the keyword arguments of a reduced model's ``forward``, as torch tensors of the CPU, padded. Where the reader computes
-    what is missing (``on_missing="compute"``), so does the data set, in the process that made it; what was computed is
-    durable when all documents have been asked for.
+    the keyword arguments of a reduced model's ``forward``, as torch tensors of the CPU, padded. Where the reader
+    computes what is missing (``on_missing="compute"``), so does the data set, in the process that made it; what was
+    computed is durable when all documents have been asked for.
 
     Attributes:
         lengths: ``[n]`` int64, tokens of each document.

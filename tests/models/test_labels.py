@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from transformers import (
+    AutoModelForMultipleChoice,
     AutoModelForNextSentencePrediction,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
@@ -172,6 +173,18 @@ def test_two_columns_for_another_head_stay_labels(make_model: Any, tokenizer: An
             assert loss == pytest.approx(full_loss(task, tokenizer, list(range(12)), labels=truths), abs=1e-5)
             data = reader.dataset()
             assert list(data.collate([data[0]])) == ["activations", "token_ids", "attention_mask", "labels"]
+
+
+def test_the_choices_of_a_question_stand_one_after_another(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    task, rights = make_model(AutoModelForMultipleChoice, **NO_DROPOUT), torch.tensor([2, 0, 1, 1])
+    with recycler_of(task, tokenizer, tmp_path) as recycler:
+        inputs = next(iter(recycler.reader(TEXTS, batch_size=12))).model_inputs()
+        choices = {name: value.view(4, 3, *value.shape[1:]) for name, value in inputs.items()}
+        loss = recycler.reduce(task)(**choices, labels=rights).loss
+    logits = torch.stack(
+        [task(**{n: v[None] for n, v in tokenizer(text, return_tensors="pt").items()}).logits[0, 0] for text in TEXTS]
+    )
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.view(4, 3), rights))
 
 
 @pytest.mark.parametrize("head", [AutoModelForNextSentencePrediction, AutoModelForSequenceClassification])

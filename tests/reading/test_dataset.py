@@ -12,7 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, Weighte
 
 import actcache
 from actcache.batch import Inputs
-from actcache.errors import ShapeError
+from actcache.errors import ShapeError, UsageError
+from actcache.reading.epoch import Supplier
 from tests.support import key, length, put, recipe, rows
 
 COUNT = 30
@@ -162,3 +163,40 @@ def test_accelerate_prepares_a_loader(reader):
     assert check(loader) == list(range(COUNT))
     batches = list(loader)
     assert all(type(batch) is Inputs for batch in batches)
+
+
+def test_it_computes_what_is_missing_in_one_process(reader, tmp_path):
+    """As the reader that it is made from; what was computed is durable when all has been asked for."""
+    space, supplied, settled = reader._work.source, [], []
+    space.delete([key(4), key(9)])
+
+    def supply(positions, corrupt):
+        supplied.extend(positions.tolist())
+        put(space, positions.tolist())
+
+    def settle():
+        settled.append(1)
+        space.flush()
+
+    supplier = Supplier(lambda positions: np.array([length(n) for n in positions]), supply, settle)
+    options = {"labels": np.arange(COUNT), "on_missing": "compute", "supplier": supplier}
+    data = space.reader([key(n) for n in range(COUNT)], **options).dataset()
+    assert data.lengths.tolist() == [length(n) for n in range(COUNT)]
+    with pytest.raises(UsageError, match="one process"):
+        pickle.dumps(data)
+    workers = DataLoader(data, batch_size=10, collate_fn=data.collate, num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(UsageError, match="one process"):
+        list(workers)
+    assert supplied == settled == []
+    for _ in range(2):
+        assert check(DataLoader(data, batch_size=7, collate_fn=data.collate)) == list(range(COUNT))
+    assert (supplied, len(settled)) == ([4, 9], 1)
+    with actcache.open(tmp_path / "store", "r") as other:
+        assert len(other.space(recipe())) == COUNT
+    assert check([data.collate([one]) for one in pickle.loads(pickle.dumps(data))]) == list(range(COUNT))  # noqa: S301
+
+
+def test_no_documents_at_all(reader):
+    data = reader.dataset()
+    for nothing in (slice(5, 5), []):
+        assert len(data[nothing]) == 0

@@ -102,13 +102,13 @@ def _stay_evaluating(module: nn.Module, args: Any) -> None:
 class TokenItem(Mapping[str, Any]):
     """One document of a ``TokenDataset``: its token ids (``input_ids``) and their mask, unpadded, as plain lists."""
 
-    def __init__(self, position: int, token_ids: Sequence[int]) -> None:
+    def __init__(self, position: int, token_ids: NDArray[np.integer]) -> None:
         self.position, self.token_ids = position, token_ids
 
     def __getitem__(self, name: str) -> Any:
         if name not in ("input_ids", "attention_mask"):
             raise KeyError(name)
-        return list(self.token_ids) if name == "input_ids" else [1] * len(self.token_ids)
+        return self.token_ids.tolist() if name == "input_ids" else [1] * len(self.token_ids)
 
     def __iter__(self) -> Iterator[str]:
         return iter(("input_ids", "attention_mask"))

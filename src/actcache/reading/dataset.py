@@ -98,7 +98,7 @@ class EntryDataset(Dataset[Any]):
         """
         if isinstance(position, slice):
             return self.read(range(*position.indices(len(self))))
-        if not hasattr(position, "__index__") or getattr(position, "ndim", 0):
+        if np.ndim(position):
             return self.read([self._checked(one) for one in position])
         return Item(self, self._checked(position))
 
@@ -160,10 +160,10 @@ class EntryDataset(Dataset[Any]):
         return _joined(items)
 
     def _checked(self, position: Any) -> int:
-        position = operator.index(position)
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"position {position} of {len(self)} documents")
-        return position % len(self)
+        number = operator.index(position)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"position {number} of {len(self)} documents")
+        return number % len(self)
 
     def __getstate__(self) -> dict[str, Any]:
         work = self._work

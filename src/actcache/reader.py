@@ -197,7 +197,6 @@ class Reader:
         rounds = list(self._rounds(plan, start))
         if start and not rounds and not turn.loaded:
             # Whoever counts batches does not ask for one more, and so has not seen the end of that epoch.
-            self._epoch, self._consumed = epoch + 1, 0
             return self._begin(self._next_turn())
         batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
         return Begun(batches, [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)])

@@ -40,19 +40,12 @@ def answer_tokens(question: Question, spans: np.ndarray, type_ids: np.ndarray) -
     return [int(inside[0]), int(inside[-1])]
 
 
-def positions_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch's inputs with its labels [B, 2] under the names that question answering heads have for them."""
-    rest = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    return {**rest, "start_positions": inputs["labels"][:, 0], "end_positions": inputs["labels"][:, 1]}
-
-
 def loss(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The head's own loss without padding, in which a full model's answers may lie (docs/decisions/0007)."""
-    positions = positions_of(inputs)
-    outputs = model(**positions)
+    outputs = model(**inputs)
     padding = inputs["attention_mask"] == 0
     ends = ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions"))
-    losses = [cross_entropy(logits.masked_fill(padding, -torch.inf), positions[name]) for logits, name in ends]
+    losses = [cross_entropy(logits.masked_fill(padding, -torch.inf), inputs[name]) for logits, name in ends]
     return (losses[0] + losses[1]) / 2
 
 
@@ -60,14 +53,15 @@ def score(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> dict[
     """Return exact matches and overlap (F1 in tokens), in percent; answers end where they begin or later."""
     exact, overlaps = [], []
     for inputs in batches:
-        outputs = model(**positions_of(inputs))
+        outputs = model(**inputs)
         mask = inputs["attention_mask"] == 0  # a full model's answers may lie in padding
         starts = outputs.start_logits.masked_fill(mask, -torch.inf)
         ends = outputs.end_logits.masked_fill(mask, -torch.inf)
         both = (starts[:, :, None] + ends[:, None, :]).masked_fill(~_forward(starts.shape[1]), -torch.inf)
         best = both.flatten(1).argmax(1)
         guesses = torch.stack([best // starts.shape[1], best % starts.shape[1]], 1).tolist()
-        for (start, end), (true_start, true_end) in zip(guesses, inputs["labels"].tolist(), strict=True):
+        truths = torch.stack([inputs["start_positions"], inputs["end_positions"]], 1).tolist()
+        for (start, end), (true_start, true_end) in zip(guesses, truths, strict=True):
             common = max(0, min(end, true_end) - max(start, true_start) + 1)
             overlaps.append(2 * common / (end - start + true_end - true_start + 2))
             exact.append((start, end) == (true_start, true_end))

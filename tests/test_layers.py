@@ -60,6 +60,7 @@ LAZY = {
     ("cli/plan.py", "actcache.models.timing"),
     ("cli/recomputing.py", "actcache.recomputing"),
     ("corpus/places.py", "actcache.storage.objects.reading"),  # the extra s3
+    ("reader.py", "actcache.reading.dataset"),
     ("reading/delivery.py", "actcache.reading.cuda"),
     ("registry.py", "actcache.storage.objects"),  # the extra s3
     ("storage/objects/options.py", "actcache.storage.objects"),

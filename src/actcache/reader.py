@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace, TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,15 +16,27 @@ from actcache.key import Keys, key_array
 from actcache.plain import whole, whole_numbers
 from actcache.reading import delivery
 from actcache.reading.checks import check_choice, check_present, nbytes_of, ranks_of
-from actcache.reading.dataset import EntryDataset
 from actcache.reading.delivery import Delivery
-from actcache.reading.epoch import Epoch, Supplier, Work, count_spent
+from actcache.reading.epoch import Begun, Epoch, Supplier, Work, count_spent
 from actcache.reading.fetch import Outlook, Source
 from actcache.reading.labels import labels_of
 from actcache.reading.localcache import LocalCache
 from actcache.reading.order import Order, Plan
 from actcache.reading.ramcache import RamCache
 from actcache.reading.stats import ReaderStats
+
+if TYPE_CHECKING:
+    from actcache.reading.dataset import EntryDataset
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Where an iteration is to start."""
+
+    epoch: int
+    start: int  # documents of the epoch that were delivered before
+    loaded: bool
+    taken_back: bool = False
 
 
 class Reader:
@@ -141,6 +154,8 @@ class Reader:
         self._epoch = 0
         self._consumed = 0  # documents of that epoch, on all ranks together, that were delivered
         self._reached = (0, 0)  # the same, of the iteration that was begun or advanced last
+        self._loaded = False  # whether that is where a state says
+        self._turn: _Turn | None = None  # of the iteration that was asked for last, until it begins
         self._counting: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -153,13 +168,37 @@ class Reader:
         return self._counting[1]
 
     def __iter__(self) -> Epoch:
-        epoch, start = self._epoch, self._consumed
-        self._epoch, self._consumed, self._reached = epoch + 1, 0, (epoch, start)
+        turn = self._turn = self._next_turn()
+        return Epoch(
+            self._work, self._to(), lambda: self._begin(turn), lambda: self._take_back(turn), self._moved, self._told
+        )
+
+    def _next_turn(self) -> _Turn:
+        """Hand out where an iteration is to start; the one after it has the next epoch."""
+        turn = _Turn(self._epoch, self._consumed, self._loaded)
+        self._epoch, self._consumed, self._reached, self._loaded = turn.epoch + 1, 0, (turn.epoch, turn.start), False
+        return turn
+
+    def _take_back(self, turn: _Turn | None) -> None:
+        """Forget that an iteration was asked for, where it has not begun and none was asked for since."""
+        if turn is not None and turn is self._turn:
+            self._turn, turn.taken_back = None, True
+            self._epoch, self._consumed, self._loaded = turn.epoch, turn.start, turn.loaded
+            self._reached = turn.epoch, turn.start
+
+    def _begin(self, turn: _Turn) -> Begun:
+        if turn.taken_back:  # it was said meanwhile which epoch it is
+            turn = self._next_turn()
+        elif turn is self._turn:
+            self._turn = None
+        epoch, start = turn.epoch, turn.start
         plan = self._order.plan(self._lengths, epoch)
         rounds = list(self._rounds(plan, start))
+        if start and not rounds and not turn.loaded:
+            # Whoever counts batches does not ask for one more, and so has not seen the end of that epoch.
+            return self._begin(self._next_turn())
         batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
-        positions = [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)]
-        return Epoch(self._work, self._to(), batches, positions, self._moved, self._told)
+        return Begun(batches, [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)])
 
     def _to(self) -> Delivery:
         """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
@@ -171,7 +210,7 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         # What travels is where to read, never buffers, nor whom to tell.
-        return {**vars(self), "_delivery": None, "_told": None}
+        return {**vars(self), "_delivery": None, "_told": None, "_turn": None}
 
     def _moved(self, position: tuple[int, int], before: int) -> None:
         """Take note of where an iteration is, unless it has just ended and another one has been begun since."""
@@ -183,12 +222,20 @@ class Reader:
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
         epoch = whole("epoch", epoch, 0)
-        if epoch != self._epoch:
+        self._take_back(self._turn)
+        if epoch != self._epoch or not self._loaded:
             self._epoch, self._consumed = epoch, 0
         self._reached = self._epoch, self._consumed
 
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for what it can tell the epoch: ``batch_sampler.sampler`` is the reader."""
+        return SimpleNamespace(sampler=self)
+
     def dataset(self) -> EntryDataset:
         """Return the reader's documents as a map-style data set, for a ``DataLoader`` or the ``Trainer``."""
+        from actcache.reading.dataset import EntryDataset  # torch's Dataset: who uses a loader has it
+
         return EntryDataset(self._work)
 
     def stats(self) -> ReaderStats:
@@ -240,7 +287,9 @@ class Reader:
             raise UsageError(f"this is no state of a reader: {error!r}") from None
         if order != self.digest() or epoch < 0 or not 0 <= consumed <= len(self._keys):
             raise UsageError("the state is of a reader with other keys, batch sizes or another order; start it anew")
+        self._take_back(self._turn)
         self._epoch, self._consumed = self._reached = epoch, consumed
+        self._loaded = True
 
     def _rounds(self, plan: Plan, start: int) -> Iterator[list[tuple[int, int]]]:
         try:

@@ -81,8 +81,8 @@ def test_answers_are_found_in_the_second_text_and_scored(tokenizer: Any) -> None
         assert inputs["start_positions"].tolist() == [span[0]] * 2
         return SimpleNamespace(start_logits=starts, end_logits=ends)
 
-    labels = torch.tensor([span, span])
-    found = qa.score(model, [{"labels": labels, "attention_mask": mask.long()}])  # type: ignore[arg-type]
+    truth = {"start_positions": torch.tensor([span[0]] * 2), "end_positions": torch.tensor([span[1]] * 2)}
+    found = qa.score(model, [{**truth, "attention_mask": mask.long()}])  # type: ignore[arg-type]
     assert found == {"exact, %": 50.0, "F1, %": 75.0}
 
 

@@ -125,8 +125,9 @@ def test_hidden_states_and_attentions_keep_their_numbers(head: Any, make_model: 
     with torch.no_grad():
         want, got = full_outputs(model, batch, **options), reduced(**batch, **options)
         as_tuple = reduced(**batch, **options, return_dict=False)
-    assert got.hidden_states[:LAYER] == (None,) * LAYER
-    assert got.attentions[:LAYER] == (None,) * LAYER
+    batch_size, heads = len(MASK), model.config.num_attention_heads
+    assert [tuple(one.shape) for one in got.hidden_states[:LAYER]] == [(batch_size, 0, 32)] * LAYER
+    assert [tuple(one.shape) for one in got.attentions[:LAYER]] == [(batch_size, heads, 0, 0)] * LAYER
     for name, first in (("hidden_states", LAYER), ("attentions", LAYER)):
         assert len(got[name]) == len(want[name])
         for mine, theirs in zip(got[name][first:], want[name][first:], strict=True):

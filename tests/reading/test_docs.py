@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from actcache.reading.stats import ReaderStats
 from tests.support import ROOT
 
 TEXT = (ROOT / "docs/reader.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore::UserWarning")  # Lightning's own
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"(<!-- not run -->\n)?```python\n(.*?)```", TEXT, re.DOTALL)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers.initialization import no_init_weights
 
 from actcache.errors import FormatError, LowerHalfMismatchError, ModelError, UsageError
 from actcache.models.adapters import AdapterSpec, insert_adapters
+from actcache.models.family import Family, base_model_of
 from actcache.models.replay import reduce
 from actcache.models.shipping import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
+from actcache.models.standins import Embeddings
 from actcache.recipe import Recipe
 
 #: Fields of a recipe that say how rows and documents are stored, not whose they are.
@@ -31,6 +34,7 @@ def load_reduced(
     *,
     task_class: type[PreTrainedModel] | None = None,
     allow: Collection[str] = (),
+    dtype: torch.dtype | str = "auto",
     **options: Any,
 ) -> PreTrainedModel:
     """Return a saved reduced model, in eval mode, on the CPU.
@@ -41,7 +45,9 @@ def load_reduced(
         task_class: the task model's class, where it is not one of transformers.
         allow: of ``dtype``, ``compute_dtype``, ``max_length`` and ``too_long``, fields in which the recipes may differ:
             trained on float32 entries, run on float16.
-        options: of transformers' ``from_config``: ``dtype``, ``attn_implementation``.
+        dtype: of the weights; ``"auto"`` for the one that each of them was saved in. What is computed anew instead of
+            being saved (rotary frequencies) then has the precision that it had, too.
+        options: of transformers' ``from_config``: ``attn_implementation``.
 
     Raises:
         LowerHalfMismatchError: it was trained on another lower half, layer, or tokenizer than the recipe's.
@@ -55,23 +61,51 @@ def load_reduced(
     if recipe is not None:
         _check_recipe(theirs, recipe, allow, path)
     kind = task_class or _class_named(what["task_class"], path)
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise UsageError(f"dtype {dtype!r} is neither a floating point dtype of torch nor 'auto'")
     try:
+        state = load_file(path / WEIGHTS_NAME)
         config = kind.config_class.from_dict(what["config"])  # type: ignore[union-attr]
         config.tie_word_embeddings = True  # as it may have been: by ties it is seen which embeddings a decoder has
         # The lower half is about to be dropped, and the rest to be loaded.
         with torch.random.fork_rng(devices=[]), no_init_weights():
-            full = kind._from_config(config, **options)
+            full = kind._from_config(config, dtype=_main_dtype(state) if wanted == "auto" else wanted, **options)
         full.tie_weights()
         reduced = reduce(full, int(what["layer"]))
         if what["adapters"] is not None:
             insert_adapters(reduced, AdapterSpec.from_json(what["adapters"]))
         _tie(reduced, what["tied"])
-        reduced.load_state_dict(load_file(path / WEIGHTS_NAME))
+        if wanted == "auto":
+            computed = {name: getattr(torch, dtype) for name, dtype in what.get("buffers", {}).items()}
+            _cast_as(reduced, {**computed, **{name: tensor.dtype for name, tensor in state.items()}})
+        reduced.load_state_dict(state)
         reduced.eval()
     except (OSError, SafetensorError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded as a reduced {kind.__name__}: {error}") from error
     reduced.__dict__["actcache_recipe"] = theirs
     return reduced
+
+
+def _main_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """Return the dtype that most weights have, of those that a model can be made in."""
+    makes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    counts = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in makes and tensor.numel())
+    return max(makes, key=lambda dtype: counts[dtype])
+
+
+def _cast_as(reduced: PreTrainedModel, saved: Mapping[str, torch.dtype]) -> None:
+    """Give weights and buffers the dtypes that they had when they were saved; what is tied stays tied."""
+    for name, tensor in (*reduced.named_parameters(), *reduced.named_buffers()):
+        if name in saved:
+            tensor.data = tensor.data.to(saved[name])
+    # The stub of the embeddings goes with the first layer behind it, whatever dtype the head has.
+    family: Family = reduced.__dict__["actcache_family"]
+    layer = family.layers_of(base_model_of(reduced))[reduced.__dict__["actcache_layer"]]
+    like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    for module in reduced.modules():
+        if isinstance(module, Embeddings):
+            module.zero = module.zero.to(like.dtype)
 
 
 def _read(path: Path) -> dict[str, Any]:

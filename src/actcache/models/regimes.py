@@ -10,22 +10,23 @@ from __future__ import annotations
 import copy
 import enum
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
 from actcache.errors import UsageError
+from actcache.models.answers import with_the_heads_names
 from actcache.models.family import Family, base_model_of
 from actcache.models.tokenizing import Encoded
 from actcache.plain import whole
 from actcache.reader import Reader
 from actcache.reading.checks import ranks_of
-from actcache.reading.dataset import EntryDataset
 from actcache.reading.labels import labels_of
 from actcache.reading.order import Order
 
@@ -99,20 +100,41 @@ def _stay_evaluating(module: nn.Module, args: Any) -> None:
         module.eval()
 
 
-class TokenDataset:
-    """Token ids of documents, for a full model. Items are positions; ``collate`` looks them up. Immutable.
+class TokenItem(Mapping[str, Any]):
+    """One document of a ``TokenDataset``: its token ids (``input_ids``) and their mask, unpadded, as plain lists."""
+
+    def __init__(self, position: int, token_ids: NDArray[np.integer]) -> None:
+        self.position, self.token_ids = position, token_ids
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in ("input_ids", "attention_mask"):
+            raise KeyError(name)
+        return self.token_ids.tolist() if name == "input_ids" else [1] * len(self.token_ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("input_ids", "attention_mask"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class TokenDataset(TorchDataset[TokenItem]):
+    """Token ids of documents, for a full model. ``collate`` looks up what belongs to its items. Immutable.
 
     Args:
         encoded: the documents' entries.
         labels: as a reader takes them, one an entry, or None.
         padding: the token id that fills up a batch, on the right.
+        task_class: of the model, which names the labels.
 
     Raises:
         ShapeError: the labels do not fit.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], labels: Any, padding: int) -> None:
-        self._encoded, self._padding = list(encoded), padding
+    def __init__(
+        self, encoded: Sequence[Encoded], labels: Any, padding: int, task_class: type[PreTrainedModel]
+    ) -> None:
+        self._encoded, self._padding, self._task_class = list(encoded), padding, task_class
         self.lengths: NDArray[np.int64] = np.array([len(entry.token_ids) for entry in self._encoded], np.int64)
         self._labels = None if labels is None else labels_of(labels, self.lengths)
         self._typed = any(entry.type_ids.any() for entry in self._encoded)
@@ -120,12 +142,17 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def __getitem__(self, position: int) -> int:
-        return range(len(self))[operator.index(position)]
+    def __getitem__(self, position: int) -> TokenItem:
+        position = range(len(self))[operator.index(position)]
+        return TokenItem(position, self._encoded[position].token_ids)
 
-    def collate(self, items: Sequence[int]) -> Inputs:
-        """Return a full model's inputs: ``input_ids``, ``attention_mask``, ... [batch, tokens], and ``labels``."""
-        which = np.asarray(items, np.int64)
+    def collate(self, items: Sequence[TokenItem]) -> Inputs:
+        """Return a full model's inputs: ``input_ids``, ``attention_mask``, ... [batch, tokens], and labels."""
+        return self.inputs([item.position for item in items])
+
+    def inputs(self, positions: Sequence[int]) -> Inputs:
+        """Return a full model's inputs for the documents at some positions."""
+        which = np.asarray(positions, np.int64)
         entries, lengths = [self._encoded[i] for i in which], self.lengths[which]
         width = int(lengths.max())
         inputs = {
@@ -136,7 +163,7 @@ class TokenDataset:
             inputs["token_type_ids"] = _padded([entry.type_ids for entry in entries], 0)
         if self._labels is not None:
             inputs["labels"] = torch.from_numpy(self._labels.of_batch(which, lengths, width))
-        return inputs
+        return with_the_heads_names(inputs, self._task_class)
 
 
 class TextBatches:
@@ -168,7 +195,7 @@ class TextBatches:
 
     def _batches(self, plan: list[NDArray[np.int64]]) -> Iterator[Inputs]:
         for which in plan:
-            inputs = self._documents.collate(which.tolist())
+            inputs = self._documents.inputs(which.tolist())
             yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
 
@@ -176,17 +203,11 @@ class StoredBatches:
     """Batches for a reduced model, from a reader.
 
     Args:
-        supply: computes and stores what is missing of the documents at some positions; None where nothing is.
-        settle: makes that durable.
+        task_class: of the model that was reduced, which names the labels.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        supply: Callable[[NDArray[np.int64], Sequence[bytes]], None] | None = None,
-        settle: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.reader, self._supply, self._settle = reader, supply, settle
+    def __init__(self, reader: Reader, task_class: type[PreTrainedModel]) -> None:
+        self.reader, self._task_class = reader, task_class
 
     def set_epoch(self, epoch: int) -> None:
         self.reader.set_epoch(epoch)
@@ -195,47 +216,10 @@ class StoredBatches:
         return len(self.reader)
 
     def __iter__(self) -> Iterator[Inputs]:
-        return (batch.model_inputs() for batch in self.reader)
+        return (with_the_heads_names(batch.model_inputs(), self._task_class) for batch in self.reader)
 
     def dataset(self) -> Dataset:
-        entries = self.reader.dataset()
-        return entries if self._supply is None else _SuppliedDataset(entries, self._supply, self._settle)
-
-
-class _SuppliedDataset:
-    """Entries that are computed and stored when a loader first asks for them. For loaders without workers."""
-
-    def __init__(
-        self,
-        entries: EntryDataset,
-        supply: Callable[[NDArray[np.int64], Sequence[bytes]], None],
-        settle: Callable[[], None],
-    ) -> None:
-        self._entries, self._supply, self._settle = entries, supply, settle
-        self._seen = np.zeros(len(entries), bool)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, position: int) -> Any:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: list[int]) -> list[Any]:
-        which = np.asarray(positions, np.int64)
-        if not self._seen.all():
-            self._supply(which[~self._seen[which]], [])
-            self._seen[which] = True
-            if self._seen.all():
-                self._settle()
-        return list(self._entries.__getitems__(positions))
-
-    def collate(self, items: list[Any]) -> Inputs:
-        return self._entries.collate(items)
-
-    def __reduce__(self) -> NoReturn:
-        raise UsageError(
-            "documents are computed in one process only: take a loader without workers, or fill them first"
-        )
+        return self.reader.dataset()
 
 
 def _padded(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:

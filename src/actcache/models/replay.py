@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, ShapeError, UnsupportedModelError
+from actcache.models.answers import as_positions, takes_answers
 from actcache.models.family import Family, base_model_of, family_of
 from actcache.models.shipping import Shipped
 from actcache.models.standins import (
@@ -50,8 +51,11 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     The copy has the task model's own outputs. Its ``forward`` takes ``activations`` [batch, tokens, hidden] in any
     floating point dtype, ``token_ids`` and ``attention_mask`` [batch, tokens], padded on either side, and by name what
     else the task model takes (``labels``, ...). Its ``state_dict`` holds the upper layers and the head, under the task
-    model's names. Hidden states and attentions of the lower half are None in its outputs, there is no key-value cache,
-    and answers never begin or end at padding. Gradient checkpointing must be the non-reentrant kind.
+    model's names. A question answering model takes ``labels`` [batch, 2], too, an answer's first and last token.
+
+    In its outputs, ``hidden_states[i]`` is layer i's and ``attentions[i]`` layer i + 1's, as in the full model's; those
+    of the lower half are not known, and are empty: ``[batch, 0, hidden]`` and ``[batch, heads, 0, 0]``. There is no
+    key-value cache, and answers never begin or end at padding. Gradient checkpointing must be the non-reentrant kind.
 
     What both halves share is told of in one warning: a head that is tied to the word embeddings gets its own copy of
     the matrix, which training then changes on its own; relative position biases and tables that layers of both halves
@@ -149,9 +153,12 @@ class _Reduced(Shipped):
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
         before = handed.put(activations.flatten(0, -3), attention_mask)
         try:
-            return forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
+            output = forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
         finally:
             handed.put(*before)
+        if kwargs.get("labels") is not None and "loss" in getattr(output, "__dataclass_fields__", ()):
+            _check_loss(output.loss, type(self).__bases__[1])
+        return output
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ModelError(
@@ -170,8 +177,11 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
         self: Any, activations: Any = None, token_ids: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
         original = functools.partial(task_class.forward, self)
+        if answers:
+            kwargs = as_positions(kwargs, task_class)
         return self._replay(original, activations, token_ids, attention_mask, kwargs)
 
+    answers = takes_answers(task_class)
     own = inspect.signature(task_class.forward).parameters
     first = ("activations", "token_ids", "attention_mask")
     either, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
@@ -233,6 +243,16 @@ def _check_options(model: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
+def _check_loss(loss: Any, task_class: Any) -> None:
+    """Refuse labels that a head did nothing with: training would go on without them."""
+    names = [name for name in inspect.signature(task_class.forward).parameters if "label" in name]
+    if loss is None and names:
+        raise ModelError(
+            f"a {task_class.__name__} computes no loss of labels alone: it takes {' and '.join(names)} together, so "
+            "add the others to batch.model_inputs()"
+        )
+
+
 def _reentrant(layer: nn.Module) -> bool:
     if not getattr(layer, "gradient_checkpointing", False):
         return False
@@ -241,9 +261,12 @@ def _reentrant(layer: nn.Module) -> bool:
 
 
 def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_layers: bool) -> Any:
-    # Keep hidden_states[i] the output of layer i; those of the lower half are not known.
+    """Keep hidden_states[i] the output of layer i; those of the lower half are not known: tensors of no tokens."""
+
     def marked(item: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (None,) * layer + (item[layer:] if all_layers else item)
+        known = item[layer:] if all_layers else item
+        like = next((one for one in known if isinstance(one, torch.Tensor)), None)
+        return (None if like is None else _of_no_tokens(like),) * layer + known
 
     if isinstance(output, tuple):
         return tuple(marked(item) if isinstance(item, tuple) else item for item in output)
@@ -251,6 +274,16 @@ def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_l
         if output.get(name):
             output[name] = marked(output[name])
     return output
+
+
+def _of_no_tokens(like: torch.Tensor) -> torch.Tensor:
+    """Return an empty tensor in the place of one: [batch, 0, hidden], or of attentions [batch, heads, 0, 0].
+
+    It is a tensor with the batch's size, since what gathers the outputs of batches, processes and devices (the
+    ``Trainer``, Accelerate) takes nothing else.
+    """
+    batch, *rest = like.shape
+    return like.new_empty((batch, rest[0], 0, 0) if like.ndim == 4 else (batch, 0, rest[-1]))
 
 
 def _untie(task_model: PreTrainedModel, reduced: PreTrainedModel, lower: dict[str, nn.Module]) -> list[str]:

@@ -97,6 +97,7 @@ def save(
     _refuse_peft(reduced)
     spec = spec_of(reduced)
     config = json.loads(reduced.config.to_json_string(use_diff=False))
+    config["dtype"] = str(reduced.dtype).removeprefix("torch.")  # as it is, not as it was once loaded
     what = {
         "actcache": "a reduced model: load it with actcache.Recycler(...).load_reduced(folder)",
         "version": VERSION,
@@ -106,10 +107,12 @@ def save(
         "recipe": None if recipe is None else recipe.to_json(),
         "adapters": None if spec is None else asdict(spec),
         "tied": _tied(reduced),
+        "buffers": _computed_buffers(reduced),
     }
     if write:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        _refuse_packed(reduced)
         tensors = unshared(reduced.state_dict() if state_dict is None else state_dict)
         tensors[_guard(reduced)] = torch.empty(0)
         save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -219,6 +222,22 @@ def _tied(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _computed_buffers(reduced: nn.Module) -> dict[str, str]:
+    """Return the dtypes of the floating point buffers that no state dict has: ``model.to(dtype)`` rounds them, too."""
+    saved = reduced.state_dict()
+    found = {name: buffer for name, buffer in reduced.named_buffers() if name not in saved}
+    return {n: str(b.dtype).removeprefix("torch.") for n, b in found.items() if b.is_floating_point()}
+
+
+def _refuse_packed(reduced: nn.Module) -> None:
+    packed = [name for name, value in reduced.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if packed:
+        raise ModelError(
+            f"{packed[0]} of this reduced model is no plain tensor (a quantized weight?), and safetensors files hold "
+            "nothing else: save the model before it is quantized"
+        )
 
 
 def _refuse_peft(reduced: nn.Module) -> None:

@@ -27,6 +27,7 @@ from actcache.models.jointly import CachedLayer, JointReader, read_jointly
 from actcache.models.pooling import WeightedPooling
 from actcache.models.regimes import Inputs
 from actcache.plain import whole, whole_numbers
+from actcache.reading.labels import out_of_column
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 Metric = Callable[[nn.Module, Iterable[Any]], float]
@@ -203,6 +204,7 @@ def _sizes(recycler: CachedLayer, documents: Sequence[Document]) -> tuple[int, i
 
 
 def _chosen(labels: Any, which: NDArray[np.int64]) -> Any:
-    if isinstance(labels, Sequence):
+    labels = out_of_column(labels)
+    if isinstance(labels, list | tuple):
         return [labels[i] for i in which.tolist()]
     return to_numpy(labels)[which]  # by position, as a Series is not indexed

@@ -17,7 +17,6 @@ from actcache.models import canary, loading, replay, verification
 from actcache.models.entries import listed
 from actcache.models.filling import Filler
 from actcache.models.matching import check_same_lower_half, check_same_numbers
-from actcache.models.on_the_way import OnTheWay
 from actcache.models.provenance import setup_of
 from actcache.models.record import LowerHalf, evaluating
 from actcache.models.regimes import (
@@ -159,22 +158,20 @@ class TaskModels:
         family = check_same_lower_half(task_model, self.recipe)
         order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
         if kind in (Regime.RECYCLE, Regime.SAVE_AND_RECYCLE):
-            save = kind is Regime.SAVE_AND_RECYCLE
             reader = self.reader(
                 documents,
                 labels=labels,
                 device=device,
-                on_missing="compute" if save else "raise",
+                on_missing="compute" if kind is Regime.SAVE_AND_RECYCLE else "raise",
                 **{**vars(order), **reading},
             )
-            way = OnTheWay(self.space, self._filler, self._encoder, documents, self._prepare_to_fill) if save else None
-            batches = StoredBatches(reader, None if way is None else way.supply, self.space.flush)
-            return Prepared(self.reduce(task_model), batches)
+            return Prepared(self.reduce(task_model), StoredBatches(reader, type(task_model)))
         encoded = self._encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
         given = None if labels is None else of_entries(labels, owners, len(documents))
         padding = int(self._lower.base_model.config.pad_token_id or 0)
-        dataset = TokenDataset([window for windows in encoded for window in windows], given, padding)
+        entries = [window for windows in encoded for window in windows]
+        dataset = TokenDataset(entries, given, padding, type(task_model))
         frozen = kind is Regime.FROZEN
         model = with_frozen_lower_half(task_model, family, self.recipe.layer) if frozen else copy.deepcopy(task_model)
         return Prepared(model, TextBatches(dataset, order, torch.device(device)))

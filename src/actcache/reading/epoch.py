@@ -65,30 +65,58 @@ class _Absent:
     corrupt: list[bytes]
 
 
+_Items = Generator[Delivered | _Absent, None, None]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What an iteration goes through.
+
+    Attributes:
+        batches: positions of each batch's documents in ``work.keys``.
+        positions: (epoch, documents consumed) after each batch, and after the last of all.
+    """
+
+    batches: list[NDArray[np.int64]]
+    positions: list[tuple[int, int]]
+
+
 class Epoch(Iterator[Any]):
     """Yields ``Batch`` or ``PackedBatch``. ``close`` ends it; so does leaving it to the collector.
 
+    It begins when it is asked for its first batch: trainers call ``iter`` to see whether they may, and some say only
+    then which epoch it is.
+
     Args:
-        batches: positions of each batch's documents in ``work.keys``.
-        positions: (epoch, documents consumed) after each batch, and after the last of all.
+        begin: called once, then.
+        not_begun: called where that is not going to happen.
         moved: called with the position that was reached, and the epoch before it.
         told: called with the statistics when the consumer has finished with a batch, and at the end.
     """
+
+    _items: Prefetch[Delivered | _Absent] | _Items | None = None
+    _closed = False
 
     def __init__(
         self,
         work: Work,
         to: Delivery,
-        batches: list[NDArray[np.int64]],
-        positions: list[tuple[int, int]],
+        begin: Callable[[], Begun],
+        not_begun: Callable[[], None],
         moved: Callable[[tuple[int, int], int], None],
         told: Callable[[ReaderStats], object] | None = None,
     ) -> None:
-        self._work, self._positions, self._moved, self._told = work, positions, moved, told
+        self._work, self._begin, self._not_begun, self._moved, self._told = work, begin, not_begun, moved, told
         self._delivered = 0
         self._stepping: float | None = None  # since when the consumer has had a batch
         self._delivery = to
-        produce = _produce(work, self._delivery, batches)
+
+    def _start(self) -> Prefetch[Delivered | _Absent] | _Items:
+        begun = self._begin()
+        self._positions = begun.positions
+        produce = _produce(self._work, self._delivery, begun.batches)
+        if not self._work.depth:
+            return produce
         # The thread's iterator must not refer to this one: in a cycle, only the collector would end the thread.
         counting = weakref.WeakMethod(self._waited)
 
@@ -96,7 +124,7 @@ class Epoch(Iterator[Any]):
             if (count := counting()) is not None:
                 count(seconds, ready)
 
-        self._items = Prefetch(produce, work.depth, waited) if work.depth else produce
+        return Prefetch(produce, self._work.depth, waited)
 
     def __next__(self) -> Any:
         stats = self._work.stats
@@ -104,6 +132,10 @@ class Epoch(Iterator[Any]):
             stats.step_seconds += time.perf_counter() - self._stepping
             self._stepping = None
             self._tell()  # here, where a failure of whoever listens leaves no batch out
+        if self._items is None:
+            if self._closed:
+                raise StopIteration
+            self._items = self._start()
         try:
             item = next(self._items)
         except StopIteration:
@@ -116,7 +148,9 @@ class Epoch(Iterator[Any]):
                 self._tell()
             raise
         try:
-            batch = self._delivery.arrive(self._computed(item) if isinstance(item, _Absent) else item)
+            if isinstance(item, _Absent):
+                item = read_computed(self._work, self._delivery, item.which, item.corrupt)
+            batch = self._delivery.arrive(item)
         except BaseException:
             self.close()  # as after a failure of the thread: to go on would leave this batch out
             raise
@@ -128,7 +162,15 @@ class Epoch(Iterator[Any]):
 
     def close(self) -> None:
         """End the iteration; its thread has ended when this returns. Does nothing the second time."""
-        self._items.close()
+        self._closed = True
+        if self._items is not None:
+            self._items.close()
+        else:
+            self._not_begun()
+
+    def __del__(self) -> None:
+        if self._items is None and not self._closed:
+            self._not_begun()
 
     def _waited(self, seconds: float, ready: int) -> None:
         stats = self._work.stats
@@ -142,22 +184,6 @@ class Epoch(Iterator[Any]):
             with _COUNTING:
                 told = replace(self._work.stats)
             self._told(told)
-
-    def _computed(self, absent: _Absent) -> Delivered:
-        """Have what is missing in a batch computed and stored, then read it like any other."""
-        work = self._work
-        assert work.supplier is not None
-        start = time.perf_counter()
-        keys = work.keys[absent.which]
-        missing = work.source.lengths(keys) == 0
-        corrupt = set(absent.corrupt)
-        missing |= np.array([key in corrupt for key in key_list(keys)], bool)
-        work.supplier.supply(work.origins[absent.which[missing]], absent.corrupt)
-        work.stats.compute_seconds += time.perf_counter() - start
-        return read_batch(work, self._delivery, absent.which)
-
-
-_Items = Generator[Delivered | _Absent, None, None]
 
 
 def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Items:
@@ -178,6 +204,19 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
             item = _Absent(which, error.keys)
         yield item
         del item  # or it would hold a buffer for as long as the next is read
+
+
+def read_computed(work: Work, to: Delivery, which: NDArray[np.int64], corrupt: Sequence[bytes]) -> Delivered:
+    """Have what is missing of some documents, or corrupt, computed and stored, then read them like any others."""
+    assert work.supplier is not None
+    start = time.perf_counter()
+    keys = work.keys[which]
+    missing = work.source.lengths(keys) == 0
+    found_corrupt = set(corrupt)
+    missing |= np.array([key in found_corrupt for key in key_list(keys)], bool)
+    work.supplier.supply(work.origins[which[missing]], corrupt)
+    work.stats.compute_seconds += time.perf_counter() - start
+    return read_batch(work, to, which)
 
 
 def count_spent(stats: ReaderStats, to: Delivery) -> None:

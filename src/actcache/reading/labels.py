@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +73,31 @@ class TokenLabels:
 Labels = DocumentLabels | TokenLabels
 
 
+def out_of_column(given: Any) -> Any:
+    """Return labels that a library holds in a column of its own (of datasets, pandas, polars, pyarrow) as a list.
+
+    Arrays, tensors, lists and tuples are returned as they are.
+    """
+    if isinstance(given, np.ndarray | list | tuple | str | bytes):
+        return given
+    for name in ("to_list", "to_pylist"):
+        if hasattr(given, name):
+            return getattr(given, name)()
+    return list(given) if isinstance(given, Sequence) else given
+
+
 def labels_of(given: Any, lengths: NDArray[np.int64]) -> Labels:
     """Return labels in stored form; whole numbers and truth values as int64, which losses want.
 
     Args:
-        given: an array, tensor or list of numbers or of arrays of one shape, one a document; or a list of 1-d arrays of
-            which each has as many elements as its document has tokens.
+        given: an array, tensor, list or column (see ``out_of_column``) of numbers or of arrays of one shape, one a document; or
+            a list or column of 1-d arrays of which each has as many elements as its document has tokens.
         lengths: ``[n]`` tokens of each document, 0 where that is not known.
 
     Raises:
         ShapeError: they are none of these, or not one a document.
     """
-    count = len(lengths)
+    count, given = len(lengths), out_of_column(given)
     if isinstance(given, np.ndarray) and given.dtype == object:
         given = list(given)
     if isinstance(given, list | tuple) and len(given) == count and count and np.ndim(given[0]) == 1:
@@ -112,6 +126,7 @@ def of_entries(given: Any, documents: NDArray[np.int64], count: int) -> Any:
     Raises:
         ShapeError: the labels are not one a document.
     """
+    given = out_of_column(given)
     if isinstance(given, list | tuple):
         if len(given) != count:
             raise ShapeError(f"{count} documents and {len(given)} labels: give one a document")

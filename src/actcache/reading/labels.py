@@ -90,8 +90,8 @@ def labels_of(given: Any, lengths: NDArray[np.int64]) -> Labels:
     """Return labels in stored form; whole numbers and truth values as int64, which losses want.
 
     Args:
-        given: an array, tensor, list or column (see ``out_of_column``) of numbers or of arrays of one shape, one a document; or
-            a list or column of 1-d arrays of which each has as many elements as its document has tokens.
+        given: an array, tensor, list or column (see ``out_of_column``) of numbers or of arrays of one shape, one a
+            document; or a list or column of 1-d arrays of which each has as many elements as its document has tokens.
         lengths: ``[n]`` tokens of each document, 0 where that is not known.
 
     Raises:

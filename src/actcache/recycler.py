@@ -265,10 +265,12 @@ class Recycler(TaskModels):
 
     def close(self) -> None:
         """Close the space, and the store where the recycler opened it. Does nothing the second time."""
-        if hasattr(self, "space"):
-            self.space.close()
-        if self._owns_store:
-            self._store.close()
+        try:
+            if hasattr(self, "space"):
+                self.space.close()
+        finally:
+            if self._owns_store:
+                self._store.close()
 
     def __enter__(self) -> Recycler:
         return self

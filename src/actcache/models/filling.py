@@ -22,7 +22,7 @@ from actcache.space import Space
 TOKEN_BUDGET = 8192  # padded tokens of a batch
 CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
-_PUT_SECONDS = 10.0  # where computing them takes longer, what is complete is put meanwhile
+_PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
 
 #: Documents, with their positions in the corpus.
 Part = tuple[Sequence[int], list[Document]]
@@ -81,13 +81,14 @@ class Filler:
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
     """
 
+    _now = staticmethod(time.monotonic)  # a test has another clock
+
     def __init__(
         self, parts: Sequence[tuple[Space, LowerHalf]], encoder: DocumentEncoder, extras: Sequence[str]
     ) -> None:
         self._spaces = {lower.layer: space for space, lower in parts}
         self._lowers = {lower.layer: lower for _, lower in parts}
         self._encoder, self._extras = encoder, tuple(extras)
-        self._now = time.monotonic
 
     @classmethod
     def together(cls, fillers: Sequence[Filler]) -> Filler:
@@ -247,7 +248,7 @@ class Filler:
                     rows[layer][i] = None
             stored(done)
 
-        put = self._now()
+        put = now = self._now()
         try:
             for batch in plan_batches([len(entry.token_ids) for _, _, entry in entries], token_budget):
                 some = [entries[i][2] for i in batch]
@@ -261,9 +262,10 @@ class Filler:
                     lacking[work.position] -= 1
                     if not lacking[work.position]:
                         waiting.append(work)
-                if waiting and self._now() - put >= _PUT_SECONDS:
+                before, now = now, self._now()
+                if waiting and 2 * now - before - put > _PUT_SECONDS:  # after another batch like this one
                     put_complete()
-                    put = self._now()
+                    put = now = self._now()
             put_complete()
         finally:
             if waiting:  # an interrupt may have come while they were put, too

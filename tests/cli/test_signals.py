@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache.cli.signals import HEEDED
+from actcache.cli import signals
+from actcache.cli.signals import HEEDED, Interrupted, Requests
 from tests.support import ROOT
 from tests.tiny import save_tiny
 
@@ -33,7 +35,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
 
 DRIVER = """
-import functools, json, os, sys
+import functools, json, os, signal, sys
 import h5py, zarr, actcache.cli, actcache.parallel, actcache.recomputing, actcache.models.timing
 from transformers import BertModel, PreTrainedTokenizerFast
 from actcache.models.record import LowerHalf
@@ -48,13 +50,16 @@ def counted(self, layers, token_ids, *rest):
     return rows
 
 for line in sys.stdin:
-    given, out, err, log = json.loads(line)
+    given, out, err, log, ignored = json.loads(line)
     child = os.fork()
     if child == 0:
         os.setsid()
         for path, descriptor in ((out, 1), (err, 2), (log, 9)):
-            opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            how = os.O_NOCTTY if path.startswith("/dev/") else os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            opened = os.open(path, os.O_WRONLY | how)
             os.dup2(opened, descriptor)
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
         LowerHalf.run_at = counted
         sys.argv = ["cachectl", *given]
         code = 99
@@ -65,7 +70,7 @@ for line in sys.stdin:
         except BaseException:
             import traceback
             traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(code)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -84,19 +89,46 @@ class Driver:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self._folder = process, folder
 
-    def run(self, given: list[Any], number: int = 0, after: float = 0.0) -> Ended:
-        """Run a command, and send it a signal after so many seconds."""
+    def run(
+        self,
+        given: list[Any],
+        meanwhile: Callable[[int], object] = lambda child: None,
+        *,
+        ignored: Sequence[int] = (),
+        err: str | None = None,
+    ) -> Ended:
+        """Run a command.
+
+        Args:
+            meanwhile: called with the process's number when it has begun.
+            ignored: signals that it ignores when it starts, as of ``nohup``.
+            err: where its stderr goes, which then is not returned.
+        """
         files = [self._folder / name for name in ("out", "err", "log")]
-        self._process.stdin.write(json.dumps([list(map(str, given)), *map(str, files)]) + "\n")
+        asked = [list(map(str, given)), str(files[0]), err or str(files[1]), str(files[2]), list(ignored)]
+        files[2].unlink(missing_ok=True)  # an earlier command's
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
-        if number:
-            time.sleep(after)
-            with contextlib.suppress(ProcessLookupError):  # it had finished before
-                os.kill(child, number)
+        meanwhile(int(self._process.stdout.readline()))
         code = int(self._process.stdout.readline())
-        out, err, log = (file.read_text() for file in files)
-        return Ended(code, out, err, len(log.splitlines()))
+        said = "" if err else files[1].read_text()
+        return Ended(code, files[0].read_text(), said, len(files[2].read_text().splitlines()))
+
+    def computed(self) -> int:
+        """Return how many documents the command that runs has computed, canaries among them."""
+        log = self._folder / "log"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def sending(number: int, after: float) -> Callable[[int], None]:
+    """Return what sends a signal after so many seconds."""
+
+    def send(child: int) -> None:
+        time.sleep(after)
+        with contextlib.suppress(ProcessLookupError):  # it had finished before
+            os.kill(child, number)
+
+    return send
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +362,7 @@ def rounds(name: str, numbers: list[int], driver: Driver, world: World, folder: 
         place = folder / str(turn)
         place.mkdir()
         command = case.prepare(world, place)
-        ended = driver.run(command, number, chance.uniform(0, longest))
+        ended = driver.run(command, sending(number, chance.uniform(0, longest)))
         codes.append(ended.code)
         told = (name, signal.Signals(number).name, ended.code, ended.err)
         if ended.code == -number:  # it came before the command's first line: a shell tells the same code
@@ -355,6 +387,107 @@ def rounds(name: str, numbers: list[int], driver: Driver, world: World, folder: 
 def test_signals_end_a_command_and_lose_nothing(name, driver, world, tmp_path):
     numbers = [random.Random(name).choice(HEEDED)] if name != "fill" else list(HEEDED)
     rounds(name, numbers, driver, world, tmp_path / "rounds")
+
+
+# --- other ways to be ended, or not -----------------------------------------------------------------------------------
+
+
+def at_work(driver: Driver, then: Callable[[int], object]) -> Callable[[int], None]:
+    """Return what waits until a fill has computed something."""
+
+    def wait(child: int) -> None:
+        deadline = time.monotonic() + 120
+        while driver.computed() < 60:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        then(child)
+
+    return wait
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(driver, world, tmp_path):
+    """``nohup`` has SIGHUP ignored, a shell's job in the background SIGINT."""
+
+    def send(child: int) -> None:
+        for number in (signal.SIGHUP, signal.SIGINT):
+            os.kill(child, number)
+
+    done = driver.run(world.filling(tmp_path / "s"), at_work(driver, send), ignored=[signal.SIGHUP, signal.SIGINT])
+    assert done.code == 0, done.err
+    _same(world, tmp_path)
+
+
+def test_a_terminal_that_is_closed_ends_no_fill(driver, world, tmp_path):
+    """Writing its progress is an error from then on. The signal that goes with it is another matter."""
+    ours, theirs = pty.openpty()
+    done = driver.run(
+        world.filling(tmp_path / "s"), at_work(driver, lambda child: os.close(ours)), err=os.ttyname(theirs)
+    )
+    os.close(theirs)
+    assert done.code == 0
+    _same(world, tmp_path)
+
+
+def test_who_sends_twice_at_once_means_one_end(driver, world, tmp_path):
+    """``timeout`` sends SIGTERM twice, systemd SIGHUP behind it."""
+
+    def send(child: int) -> None:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+            time.sleep(0.02)
+
+    done = driver.run(world.filling(tmp_path / "s"), at_work(driver, send))
+    assert done.code == 143, done.err
+    _filled(world, tmp_path, done)
+    assert len(entries(tmp_path / "s")) >= 50
+
+
+@pytest.fixture
+def requests(monkeypatch) -> Iterator[tuple[Requests, list[int], list[float]]]:
+    """Requests whose clock a test sets, and what ended at once."""
+    at_once: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr(signals, "_end_now", at_once.append)
+    monkeypatch.setattr(signals, "_now", lambda: now[0])
+    given = {number: signal.getsignal(number) for number in HEEDED}, sys.unraisablehook
+    yield signals.heed(), at_once, now
+    for number, handler in given[0].items():
+        signal.signal(number, handler)
+    sys.unraisablehook = given[1]
+
+
+def test_a_second_signal_ends_at_once(requests):
+    asked, at_once, now = requests
+    with pytest.raises(Interrupted):
+        signal.raise_signal(signal.SIGHUP)
+    now[0] += 0.5
+    signal.raise_signal(signal.SIGTERM)
+    now[0] += 10
+    signal.raise_signal(signal.SIGHUP)  # the terminal of a command that is finishing
+    assert (asked.number, at_once) == (signal.SIGHUP, [])
+    signal.raise_signal(signal.SIGINT)
+    assert at_once == [signal.SIGINT]
+
+
+def test_a_request_that_a_finalizer_swallows_is_repeated(requests):
+    asked, at_once, _ = requests
+
+    class Swallowing:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    Swallowing()  # its exception goes nowhere
+    with pytest.raises(Interrupted):
+        time.sleep(60)
+    assert (asked.number, at_once) == (signal.SIGTERM, [])
+
+
+def test_a_command_that_is_done_ends_in_peace(requests):
+    asked, at_once, _ = requests
+    asked.finish()
+    signal.raise_signal(signal.SIGTERM)
+    assert (asked.number, at_once) == (None, [])
 
 
 @pytest.mark.long

@@ -25,6 +25,9 @@ HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_SECONDS = 1.0
 
 
+_now = time.monotonic
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal came."""
 
@@ -42,7 +45,7 @@ class Requests:
         self._others = sys.unraisablehook
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+        now = _now()
         if self._finishing is None:
             self.number, self._finishing = number, now
             raise Interrupted
@@ -53,7 +56,7 @@ class Requests:
     def finish(self) -> None:
         """Let a command that has done its work end in peace."""
         if self._finishing is None:
-            self._finishing = time.monotonic()
+            self._finishing = _now()
 
     def unraised(self, what: Any) -> None:
         """Ask again where the request came in the middle of what lets no exception through, such as a finalizer."""

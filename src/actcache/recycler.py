@@ -214,7 +214,8 @@ class Recycler(TaskModels):
             on_missing: ``"compute"`` computes and stores the missing documents of each batch when its turn comes (and
                 those that are corrupt), and delivers them as they are stored: the first epoch fills, later ones replay,
                 and both see the same numbers. The lower half is computed where the recycler's model is. They are
-                durable at the end of the epoch, and when a minute old. Windows of missing documents are counted by tokenizing them at once.
+                durable at the end of the epoch, and when a minute old. Windows of missing documents are counted by
+                tokenizing them at once.
 
         Raises:
             MissingEntryError: documents are not (or, of windows, not wholly) in the space.

@@ -11,3 +11,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A background job of a shell ignores interrupts, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Likewise one that ``nohup`` started, of hang-ups.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "actcache"
 
 #: A module imports only from layers before its own, or from its own package. ``testing`` is for test suites.
 LAYERS = [
-    {"errors"},
+    {"errors", "unheard"},
     {"key", "windows", "codec", "lineage", "ragged", "checksum", "recipe", "arrays", "plain", "tensorheader"},
     {"segment_format"},
     {"backend"},

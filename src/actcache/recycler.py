@@ -173,7 +173,8 @@ class Recycler(TaskModels):
         """Compute and store the documents that are not in the space; durable when it returns.
 
         A fill that was interrupted (Ctrl-C) or killed goes on where it was when it is called again: what is stored is
-        skipped. All windows of a document are stored together.
+        skipped. An interrupt loses nothing, a kill what was computed in the last minute (docs/reliability.md). All
+        windows of a document are stored together.
 
         Args:
             texts: any iterable of documents; it is streamed. Of a table give a column: ``frame["text"]``.
@@ -224,7 +225,8 @@ class Recycler(TaskModels):
             on_missing: ``"compute"`` computes and stores the missing documents of each batch when its turn comes (and
                 those that are corrupt), and delivers them as they are stored: the first epoch fills, later ones replay,
                 and both see the same numbers. The lower half is computed where the recycler's model is. They are
-                durable at the end of the epoch. Windows of missing documents are counted by tokenizing them at once.
+                durable at the end of the epoch, and when a minute old. Windows of missing documents are counted by
+                tokenizing them at once.
 
         Raises:
             MissingEntryError: documents are not (or, of windows, not wholly) in the space.
@@ -275,10 +277,10 @@ class Recycler(TaskModels):
 
     def close(self) -> None:
         """Close the space, and the store where the recycler opened it. Does nothing the second time."""
-        if hasattr(self, "space"):
-            self.space.close()
         if self._owns_store:
-            self._store.close()
+            self._store.close()  # and with it the space
+        elif hasattr(self, "space"):
+            self.space.close()
 
     def __enter__(self) -> Recycler:
         return self

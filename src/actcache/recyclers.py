@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -120,10 +121,11 @@ class Recyclers(Mapping[int, Recycler]):
 
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""
-        for recycler in self._recyclers.values():
-            recycler.close()
-        if self._owns_store:
-            self._store.close()
+        with ExitStack() as stack:  # all of them, also where one fails
+            if self._owns_store:
+                stack.callback(self._store.close)
+            for recycler in self._recyclers.values():
+                stack.callback(recycler.close)
 
     def __getitem__(self, layer: int) -> Recycler:
         return self._recyclers[layer]

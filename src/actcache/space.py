@@ -282,15 +282,16 @@ class Space(Maintained):
         """Flush and release everything. Does nothing the second time."""
         if self._closed:
             return
-        self._store.forget(self)
-        self._closed = self._forked  # in a fork's child that has done nothing with it, there is nothing to close
-        if self._closed:
+        if self._forked:  # in a fork's child that has done nothing with it, there is nothing to close
+            self._closed = True
+            self._store.forget(self)
             return
         try:
             if self._writer is not None:
                 self._writer.close()
         finally:
             self._closed = True
+            self._store.forget(self)
             self._snapshot = None
             self._driver.close()
 

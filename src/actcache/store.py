@@ -112,8 +112,8 @@ class Store:
         """Open the space of a recipe, creating it where it is absent.
 
         Args:
-            segment_bytes, segment_seconds: a writer publishes what it holds when it is so large, or, at the next
-                ``put``, so old.
+            segment_bytes, segment_seconds: a writer publishes what it holds when it is so large, or so old, whether
+                more is put or not. A process that is killed loses what is younger, and what is being published then.
 
         Raises:
             SpaceNotFoundError: it is absent and the store is read-only; the message lists the nearest ones.

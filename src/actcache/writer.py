@@ -1,13 +1,15 @@
 """The writer: collects entries and publishes them as segments, by size and by time.
 
 One block is being filled while another is being published by a thread of the writer's own, so that whoever records does
-not wait for the disk, and memory is bounded by two blocks.
+not wait for the disk, and memory is bounded by two blocks. A block is published when it has stood for so long, whether
+more comes or not: a process that is killed loses what is younger.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,17 +25,33 @@ from actcache.key import KEY_BYTES
 from actcache.ragged import EXTRAS, offsets_of
 
 SEGMENT_BYTES = 256 << 20
-SEGMENT_SECONDS = 60.0
+SEGMENT_SECONDS = 45.0
+_AGAIN_SECONDS = 1.0  # where the block before is still being published
 
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+class Clock:
+    """Time, and calls that come later. A test has another one. Thread-safe."""
+
+    def now(self) -> float:
+        """Return seconds since whenever."""
+        return time.monotonic()
+
+    def later(self, seconds: float, call: Callable[[], object]) -> Callable[[], None]:
+        """Have a thread make a call after so many seconds; return what calls it off."""
+        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), call)
+        timer.name, timer.daemon = "actcache-clock", True  # it keeps no process from ending
+        timer.start()
+        return timer.cancel
 
 
 class Builder:
     """A block that is being filled. Not thread-safe."""
 
-    def __init__(self, columns: Columns, names: frozenset[str], capacity: int) -> None:
+    def __init__(self, columns: Columns, names: frozenset[str], capacity: int, born: float) -> None:
         self.names = names
-        self.born = time.monotonic()
+        self.born = born
         self._columns = {name: np.empty((capacity, *columns[name][1]), columns[name][0]) for name in sorted(names)}
         self._capacity = capacity
         self._end = 0
@@ -97,8 +115,8 @@ class Writer:
         append: makes a block durable and visible.
         columns: dtype and trailing shape of each ragged array.
         space_seed: see ``checksum.space_seed``.
-        segment_bytes, segment_seconds: a block is published when it holds so many bytes of rows, or at the first
-            ``add`` when its first entry is so old.
+        segment_bytes, segment_seconds: a block is published when it holds so many bytes of rows, or when its first
+            entry is so old.
     """
 
     def __init__(
@@ -109,6 +127,7 @@ class Writer:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         segment_seconds: float = SEGMENT_SECONDS,
+        clock: Clock | None = None,
     ) -> None:
         self._append = append
         self._columns = columns
@@ -116,6 +135,8 @@ class Writer:
         dtype, trailing = columns[VALUES]
         self._capacity = max(1, segment_bytes // (np.dtype(dtype).itemsize * int(np.prod(trailing))))
         self._seconds = segment_seconds
+        self._clock = clock or Clock()
+        self._call_off: Callable[[], None] | None = None  # of the call that looks how old the block is
         self._filling: Builder | None = None
         self._leaving: Builder | None = None  # being published, or failed to be
         self._publishing: Future[None] | None = None
@@ -134,12 +155,14 @@ class Writer:
             names = frozenset(rows)
             current = self._filling
             if current is not None and not (
-                current.fits(tokens) and current.names == names and time.monotonic() - current.born < self._seconds
+                current.fits(tokens) and current.names == names and self._left(current) > 0
             ):
                 self._hand_over()
             if self._filling is None:
-                self._filling = Builder(self._columns, names, max(self._capacity, tokens))
+                self._filling = Builder(self._columns, names, max(self._capacity, tokens), self._clock.now())
             self._filling.add(key, rows)
+            if self._call_off is None:
+                self._look_in(self._left(self._filling))
 
     def keys(self) -> list[bytes]:
         """Return the keys of unpublished entries; one may stand twice."""
@@ -175,7 +198,11 @@ class Writer:
         with self._lock:
             try:
                 with self._counted("are lost, as this was closed: fill again"):
-                    self._flush()
+                    try:
+                        self._flush()
+                    except KeyboardInterrupt:  # it ended the wait, and what was computed is worth another one
+                        self._flush()
+                        raise
             finally:
                 self.abandon()
 
@@ -193,9 +220,40 @@ class Writer:
         """End the thread; what is not published is dropped."""
         with self._lock:
             thread, self._thread = self._thread, None
+            call_off, self._call_off = self._call_off, None
+            if call_off is not None:
+                call_off()
             if thread is not None:
                 thread.shutdown()
             self._filling = self._leaving = self._publishing = None
+
+    def _left(self, builder: Builder) -> float:
+        """Return in how many seconds a block is to be published."""
+        return builder.born + self._seconds - self._clock.now()
+
+    def _look_in(self, seconds: float) -> None:
+        look = weakref.WeakMethod(self._look)  # a writer that nobody has any more is not kept
+
+        def call() -> None:
+            if (looking := look()) is not None:
+                looking()
+
+        self._call_off = self._clock.later(seconds, call)
+
+    def _look(self) -> None:
+        """Publish a block that has stood long enough. What fails is raised where somebody can hear it."""
+        with self._lock:
+            if self._call_off is None:  # closed meanwhile
+                return
+            self._call_off = None
+            if self._filling is None:
+                return
+            left = self._left(self._filling)
+            before = None if self._leaving is None else self._publishing
+            if left > 0 or (before is not None and not before.done()):
+                self._look_in(max(left, _AGAIN_SECONDS))
+            elif self._leaving is None or (before is not None and before.exception() is None):
+                self._hand_over()
 
     def _hand_over(self) -> None:
         """Start publishing the block that was being filled, after the one before it."""

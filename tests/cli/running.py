@@ -6,11 +6,13 @@ import contextlib
 import io
 import json
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from actcache.cli import main
+from actcache.cli.signals import HEEDED
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def cachectl(*arguments: object, text: str = "", typed: bool = False, encoding: 
     out, err = (io.StringIO() if encoding is None else Pipe(encoding) for _ in range(2))
     given = sys.argv, sys.stdin
     logger = logging.getLogger("actcache")
-    handlers = list(logger.handlers)
+    handlers, heeded = list(logger.handlers), {number: signal.getsignal(number) for number in HEEDED}
+    unraisable = sys.unraisablehook
     sys.argv, sys.stdin = ["cachectl", *map(str, arguments)], Terminal(text) if typed else io.StringIO(text)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -71,4 +74,7 @@ def cachectl(*arguments: object, text: str = "", typed: bool = False, encoding: 
         sys.argv, sys.stdin = given
         logger.handlers[:] = handlers
         logger.setLevel(logging.NOTSET)
+        for number, given in heeded.items():
+            signal.signal(number, given)
+        sys.unraisablehook = unraisable
     return Result(code, out.getvalue(), err.getvalue())

@@ -136,18 +136,19 @@ def test_a_process_that_dies_ends_all(when, tiny, tmp_path):  # noqa: F811
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("whom", ["all", "first"])
 @pytest.mark.parametrize("when", ["loading", "working"])
-def test_interrupts_end_all_and_lose_nothing(when, whom, tiny, tmp_path):  # noqa: F811
-    """As a terminal sends them, to the whole group, or to the first process only."""
+def test_signals_end_all_and_lose_nothing(when, whom, number, tiny, tmp_path):  # noqa: F811
+    """As a terminal or a batch system sends them, to the whole group, or to the first process only."""
     command, workers = started(tiny, tmp_path)
     with command:
         if when == "working":
             wait_for(lambda: stored(tmp_path / "s") > 0)
-        (os.killpg if whom == "all" else os.kill)(command.pid, signal.SIGINT)
+        (os.killpg if whom == "all" else os.kill)(command.pid, number)
         _, said = command.communicate(timeout=120)
-    assert command.returncode == 130, said
-    assert "interrupted" in said
+    assert command.returncode == 128 + number, said
+    assert ("interrupted" if number == signal.SIGINT else f"ended by {number.name}") in said
     assert "Traceback" not in said
     gone(workers)
     if when == "working":

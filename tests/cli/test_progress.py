@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import time
 
@@ -9,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from actcache.cli.common import binary, counted, span
-from actcache.cli.progress import Meter, _Console
+from actcache.cli.progress import Meter
+from actcache.models.progress import FillProgress
+from actcache.unheard import Unheard
 
 
 @pytest.fixture
@@ -90,12 +93,18 @@ def test_quiet_and_broken_pipes(clock):
 
     class Broken(io.StringIO):
         def write(self, text):
-            raise BrokenPipeError
+            raise OSError(errno.EIO, "the terminal is closed")
 
-    with Meter("verify", "entries", console=_Console(file=Broken())) as meter:
-        for done in range(5):
-            meter("x", done, 10)
-            clock[0] += 20
+    for terminal in (True, False):
+        console = Console(file=Unheard(Broken()), force_terminal=terminal, width=100)
+        with Meter("verify", "entries", console=console) as meter:
+            for done in range(5):
+                meter("x", done, 10)
+                clock[0] += 20
+        with FillProgress(10, console=console) as bar:
+            for _ in range(5):
+                bar.advance(1)
+                clock[0] += 20
 
 
 def test_units():

@@ -147,11 +147,19 @@ def run(
                     comparisons.append(cold(corpus, scratch, rounds, batches, drop, tell))
         finally:
             if not keep:
-                shutil.rmtree(scratch, ignore_errors=True)
+                _remove(scratch)
     facts, versions = _machine(folder, load)
     if keep:
         facts["kept"] = f"{folder}/{PREFIX}*"
     return Bench(facts, versions, left_out, comparisons)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:  # gigabytes do not stay behind because it came in the middle
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check(

@@ -10,7 +10,7 @@ from actcache.benchmark.disk import Bench
 from actcache.benchmark.reading import Comparison
 from actcache.benchmark.shapes import SHAPES
 from actcache.errors import MissingExtraError, UsageError
-from actcache.storage.files import translated
+from actcache.storage.newfile import replaced_file
 
 _BAR, _LIMIT, _FAINT, _TEXT = "#3b6ea5", "#c0392b", "#d5d8dc", "#2c3e50"
 _WIDEST = 2.0  # where an interval reaches further, it is cut; the numbers beside it are not
@@ -54,8 +54,8 @@ def save(bench: Bench, path: Path) -> None:
         f"actcache {versions['actcache']}, {facts['when']}; medians of paired rounds, lines: 95 % intervals"
     )
     figure.supxlabel(note, fontsize=7.5, color="#7f8c8d")
-    with translated(f"cannot write {path}"):
-        figure.savefig(path, dpi=160, bbox_inches="tight")
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=160, bbox_inches="tight")
 
 
 def _draw(panel: Any, one: Comparison) -> None:

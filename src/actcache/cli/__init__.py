@@ -1,16 +1,20 @@
 """``cachectl``: the store from the shell. One file a command; what a command does is a function of the library.
 
-Exit codes: 0 done, 2 a wrong argument, 3 the store or its place, 4 damaged data, 5 the model, 130 interrupted.
+Exit codes: 0 done, 2 a wrong argument, 3 the store or its place, 4 damaged data, 5 the model, 129 ended by SIGHUP,
+130 interrupted (SIGINT), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 
 import typer
 
+from actcache.cli import signals
 from actcache.cli.bench import bench
 from actcache.cli.compact import compact
 from actcache.cli.doctor import doctor
@@ -28,10 +32,12 @@ from actcache.cli.streams import escaping
 from actcache.cli.verify import verify
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
 
+EXIT_CODES = " ".join((__doc__ or "").partition("\n\n")[2].split())
+
 app = typer.Typer(
     name="cachectl",
     help="Activation caches: compute a transformer's lower layers once, replay them for ever.",
-    epilog=(__doc__ or "").strip().rpartition("\n")[2],  # the exit codes
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,14 +69,34 @@ def _group() -> None:
     """Keeps the commands' names also where there is only one."""
 
 
-_INTERRUPTED = 130
-_CODES = ((UsageError, 2), (StoreError, 3), (DataError, 4), (ModelError, 5))
+_SIGNALLED = 128  # and a signal's number, as shells have it
+_INTERRUPTED = _SIGNALLED + signal.SIGINT
+_NOT_STORED = 3
+_CODES = ((UsageError, 2), (StoreError, _NOT_STORED), (DataError, 4), (ModelError, 5))
 
 
 def main() -> None:
     """Run ``cachectl``: one line and an exit code for whatever goes wrong, never a traceback."""
     escaping(sys.stdout)
     escaping(sys.stderr)
+    requests = signals.heed()
+    try:
+        code = _run()
+        requests.finish()
+    except BaseException:
+        if requests.number is None:
+            raise
+        code = 0  # whatever it is, the signal came first
+    if requests.number is not None and code != _NOT_STORED:
+        code = _SIGNALLED + requests.number
+    if code > _SIGNALLED:
+        _fail(f"{signals.what(code - _SIGNALLED)}; what was flushed is safe, run it again to go on", code)
+    signals.let_go()
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; return the exit code."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("cachectl: %(message)s"))
     logger = logging.getLogger("actcache")
@@ -91,16 +117,14 @@ def main() -> None:
             raise
         code = _unread()
     except OSError as error:
-        code = _fail(str(error), 3)
+        code = _unread() if signals.hung_up(error) else _fail(str(error), _NOT_STORED)
     except Exception as error:
         # Wrong usage. Some releases of typer bring click's exceptions, some have their own of the same form.
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()  # empty where the help was shown instead
         code = _fail(f"{message.rstrip('.')}; see cachectl --help", 2) if message else 2
-    if code == _INTERRUPTED:  # some releases of typer return it, some raise
-        _fail("interrupted; what was flushed is safe, run it again to go on", code)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _unread() -> int:
@@ -110,5 +134,7 @@ def _unread() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"cachectl: error: {' '.join(message.split())}", file=sys.stderr)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):  # a terminal that is closed
+            print(f"cachectl: error: {' '.join(message.split())}", file=sys.stderr)
     return code

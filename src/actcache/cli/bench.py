@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -69,7 +64,7 @@ def bench(
     """
     if plot_file is not None:
         plot.check(plot_file)
-    with _cleaning_up(), Meter("bench", "turns", show=not quiet) as meter:
+    with Meter("bench", "turns", show=not quiet) as meter:
         found = benchmark.run(
             folder,
             backends=backend,
@@ -97,23 +92,6 @@ def bench(
         _show(one, rounds)
     if plot_file is not None:
         say(f"plot: {plot_file}")
-
-
-@contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """Have SIGTERM (of ``timeout``, of a service manager) unwind like Ctrl-C, so that gigabytes do not stay behind."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # others may not choose what a signal does
-        yield
-        return
-    given = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, given)
 
 
 def _shown(found: Bench) -> dict[str, str]:

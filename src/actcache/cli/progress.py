@@ -9,21 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from actcache.cli.common import SHORT, binary
+from actcache.unheard import progress_console
 
 _FIRST_SECONDS = 1.0
 _LINE_SECONDS = 10.0
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich's own ends the process
-
-
 class Meter:
     """Shows how far the steps of a command are, with rate and time left; a context manager. Not thread-safe.
 
-    Called with the step's name, how much is done and how much there is. A command does not end because nobody can read
-    its progress: where printing fails, it is silent from then on.
+    Called with the step's name, how much is done and how much there is.
 
     Args:
         verb: what the command does.
@@ -34,7 +29,7 @@ class Meter:
 
     def __init__(self, verb: str, unit: str, *, show: bool = True, console: Console | None = None) -> None:
         self._verb, self._unit, self._show = verb, unit, show
-        self._console = console or _Console(stderr=True)
+        self._console = console or progress_console()
         self._step: str | None = None
         self._done = self._total = self._first = 0
         self._began = self._last_line = time.monotonic()
@@ -83,10 +78,7 @@ class Meter:
         eta = f", {left / speed:,.0f} s left" if speed and left else ""
         unit = "" if self._unit == "B" else f" {self._unit}"
         amount = f"{self._amount(self._done)}/{self._amount(self._total)}{unit}"
-        try:
-            self._console.print(f"{self._label()}: {amount}, {self._rate()}{eta}", highlight=False, soft_wrap=True)
-        except OSError:
-            self._show = False
+        self._console.print(f"{self._label()}: {amount}, {self._rate()}{eta}", highlight=False, soft_wrap=True)
 
     def _finish(self) -> None:
         """End a step: whoever has read lines of it reads that it is done."""

@@ -13,8 +13,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo, OptionInfo
 
-from actcache.cli import COMMANDS
-from actcache.cli import __doc__ as exit_codes
+from actcache.cli import COMMANDS, EXIT_CODES
 
 _HEAD = """# cachectl
 
@@ -24,7 +23,15 @@ commands and options in your shell.
 
 Every command takes `-h`, and `--json`, which prints one JSON value and nothing else. What takes longer than a second
 shows its progress on stderr: a bar on a terminal, else a line every ten seconds; `--quiet` does without. A failure is
-one line on stderr that says what to do. All commands can be interrupted at any time and run again.
+one line on stderr that says what to do.
+
+All commands can be ended at any time and run again: by Ctrl-C (SIGINT), by what batch systems and containers send
+(SIGTERM), by closing the terminal (SIGHUP). What is computed is stored first, files that are half written are removed,
+processes of `--devices` end too; the exit code is 128 and the signal's number, as shells have it. A second SIGINT or
+SIGTERM, more than a second later, ends the command at once: nothing is partial, but what was not stored is lost.
+Signals that are ignored when the command starts (`nohup`, jobs that `sh` runs in the background) stay ignored. Killed
+without warning (`kill -9`, no memory), a fill loses what it computed in its last minute, and no more than 512 MiB a
+layer.
 
 """
 
@@ -37,8 +44,7 @@ def reference() -> str:
 
 
 def _codes() -> str:
-    text = next(line for line in (exit_codes or "").splitlines() if line.startswith("Exit codes: "))
-    codes = text.removeprefix("Exit codes: ").rstrip(".").split(", ")
+    codes = EXIT_CODES.removeprefix("Exit codes: ").rstrip(".").split(", ")
     rows = "".join(f"| {code} | {what} |\n" for code, _, what in (one.partition(" ") for one in codes))
     return f"| exit code | |\n| --- | --- |\n{rows}"
 

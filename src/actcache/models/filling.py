@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from actcache.space import Space
 TOKEN_BUDGET = 8192  # padded tokens of a batch
 CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
+_PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
 
 #: Documents, with their positions in the corpus.
 Part = tuple[Sequence[int], list[Document]]
@@ -55,6 +57,22 @@ class _Work:
         return sum(len(entry.token_ids) for entry in self.entries)
 
 
+class _Stored:
+    """Counts what a fill has stored. Called with documents of ``absent``, which loses them."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self.absent: dict[bytes, list[int]] = {}
+        self.documents = self.tokens = 0
+
+    def __call__(self, some: list[_Work]) -> None:
+        tokens = sum(work.tokens for work in some)
+        self.documents, self.tokens = self.documents + len(some), self.tokens + tokens
+        for work in some:
+            del self.absent[work.document]
+        self._advance(len(some), len(some), tokens)
+
+
 class Filler:
     """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
@@ -62,6 +80,8 @@ class Filler:
         parts: each layer's space and lower half.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
     """
+
+    _now = staticmethod(time.monotonic)  # a test has another clock
 
     def __init__(
         self, parts: Sequence[tuple[Space, LowerHalf]], encoder: DocumentEncoder, extras: Sequence[str]
@@ -101,8 +121,9 @@ class Filler:
             advance: told of documents that are stored, and of those computed just now and their tokens.
         """
         token_budget, start = check_token_budget(token_budget), time.monotonic()
-        documents = computed = tokens = left_out = 0
+        documents = left_out = 0
         full = False
+        stored = _Stored(advance)
         for space in self._spaces.values():
             space.merge_small_segments(budget is None)
         try:
@@ -113,25 +134,24 @@ class Filler:
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
                     work = self._encoded(chunk, positions, keys, absent)
+                    stored.absent = absent
                     for some in [work] if budget is None else self._admitted(work, budget):
                         for group in _groups(some, _GROUP * token_budget):
-                            done = self._record(group, token_budget)
-                            advance(len(group), len(group), done)
-                            computed, tokens = computed + len(group), tokens + done
-                            for one in group:
-                                del absent[one.document]
+                            self._record(group, token_budget, stored)
                     full = bool(absent)
                 if absent:
                     copies = Counter(keys)
                     left_out += sum(copies[key] for key in absent)
                     advance(len(absent), 0, 0)
         finally:
-            for space in self._spaces.values():
-                space.flush()
-                space.merge_small_segments(True)
-        present = documents - computed - left_out
+            with ExitStack() as stack:  # all of them, also where one fails
+                for space in self._spaces.values():
+                    stack.callback(space.merge_small_segments, True)
+                    stack.callback(space.flush)
+        present = documents - stored.documents - left_out
         spaces = {layer: space.recipe.fingerprint for layer, space in self._spaces.items()}
-        return FillReport(documents, present, computed, tokens, time.monotonic() - start, left_out, spaces)
+        seconds = time.monotonic() - start
+        return FillReport(documents, present, stored.documents, stored.tokens, seconds, left_out, spaces)
 
     def _admitted(self, work: list[_Work], budget: ByteBudget) -> Iterator[list[_Work]]:
         """Yield what there is room for, in the texts' order up to the first document that has none.
@@ -161,7 +181,7 @@ class Filler:
         chunk = list(texts)
         keys = document_keys(chunk, positions[0] if chunk else 0)
         for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
-            self._record(group, token_budget)
+            self._record(group, token_budget, lambda some: None)
 
     def _absent(self, keys: list[bytes]) -> dict[bytes, list[int]]:
         """Return the keys of documents that are to be computed, each once, with the layers where they are missing."""
@@ -187,23 +207,61 @@ class Filler:
             for i, (key, layers), entries in zip(places, absent.items(), encoded, strict=True)
         ]
 
-    def _record(self, group: list[_Work], token_budget: int) -> int:
-        """Compute and put some documents; return their tokens."""
+    def _record(self, group: list[_Work], token_budget: int, stored: Callable[[list[_Work]], object]) -> None:
+        """Compute and put some documents, each with all its entries at once.
+
+        They are put when all are computed, and where that takes long, those that are complete meanwhile; also before an
+        error or an interrupt ends it.
+
+        Args:
+            stored: told what was put.
+        """
         entries = [(work, key, entry) for work in group for key, entry in zip(work.keys, work.entries, strict=True)]
         layers = {layer for work in group for layer in work.layers}
         lower = self._lowers[max(layers)]
         rows: dict[int, list[Any]] = {layer: [None] * len(entries) for layer in layers}
-        for batch in plan_batches([len(entry.token_ids) for _, _, entry in entries], token_budget):
-            some = [entries[i][2] for i in batch]
-            inputs = [one.token_ids for one in some], [one.type_ids for one in some]
-            computed = lower.run_at(layers, *inputs) if len(layers) > 1 else {lower.layer: lower.run(*inputs)}
-            for layer, arrays in computed.items():
-                for i, array in zip(batch, arrays, strict=True):
-                    rows[layer][i] = array
-        for layer in layers:
-            chosen = [i for i, (work, _, _) in enumerate(entries) if layer in work.layers]
-            self._put(layer, [entries[i] for i in chosen], [rows[layer][i] for i in chosen])
-        return sum(work.tokens for work in group)
+        lacking = Counter(work.position for work, _, _ in entries)
+        waiting: list[_Work] = []  # complete, and not put
+
+        def put_complete() -> None:
+            positions = {work.position for work in waiting}
+            which = [i for i, (work, _, _) in enumerate(entries) if work.position in positions]
+            try:
+                for layer in layers:
+                    chosen = [i for i in which if layer in entries[i][0].layers]
+                    self._put(layer, [entries[i] for i in chosen], [rows[layer][i] for i in chosen])
+            except Exception:
+                waiting.clear()  # they would fail again
+                raise
+            done = list(waiting)
+            waiting.clear()
+            for layer in layers:
+                for i in which:
+                    rows[layer][i] = None
+            stored(done)
+
+        put = now = self._now()
+        try:
+            for batch in plan_batches([len(entry.token_ids) for _, _, entry in entries], token_budget):
+                some = [entries[i][2] for i in batch]
+                inputs = [one.token_ids for one in some], [one.type_ids for one in some]
+                computed = lower.run_at(layers, *inputs) if len(layers) > 1 else {lower.layer: lower.run(*inputs)}
+                for layer, arrays in computed.items():
+                    for i, array in zip(batch, arrays, strict=True):
+                        rows[layer][i] = array
+                for i in batch:
+                    work = entries[i][0]
+                    lacking[work.position] -= 1
+                    if not lacking[work.position]:
+                        waiting.append(work)
+                before, now = now, self._now()
+                if waiting and 2 * now - before - put > _PUT_SECONDS:  # after another batch like this one
+                    put_complete()
+                    put = now = self._now()
+            put_complete()
+        finally:
+            if waiting:  # an interrupt may have come while they were put, too
+                put_complete()
 
     def _put(self, layer: int, entries: list[tuple[_Work, bytes, Encoded]], rows: list[Any]) -> None:
         extras: dict[str, Any] = {name: [getattr(entry, name) for *_, entry in entries] for name in self._extras}

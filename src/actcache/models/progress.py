@@ -8,18 +8,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from actcache.unheard import progress_console
+
 _LINE_SECONDS = 10.0
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich's own ends the process
 
 
 class FillProgress:
     """Counts documents and tokens; a context manager. Not thread-safe.
-
-    A fill does not end because nobody can read its progress: where printing fails, it is silent from then on.
 
     Args:
         total: documents in all; None where that is not known, and then there is no ETA.
@@ -29,7 +24,7 @@ class FillProgress:
 
     def __init__(self, total: int | None, *, show: bool = True, console: Console | None = None) -> None:
         self._show = show
-        self._console = console or _Console(stderr=True)
+        self._console = console or progress_console()
         self._total = total
         self._bar: Progress | None = None
         self._documents = self._computed = self._tokens = 0
@@ -66,10 +61,7 @@ class FillProgress:
             left = (self._last_line - self._start) * (self._total - self._documents) / self._documents
             eta = f", {left:,.0f} s left"
         text = f"fill: {self._documents}{of} documents, {self._computed} computed, {self._rate()}{eta}"
-        try:
-            self._console.print(text, highlight=False, soft_wrap=True)
-        except OSError:
-            self._show = False
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> FillProgress:
         if self._bar is not None:

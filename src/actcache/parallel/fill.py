@@ -25,13 +25,13 @@ from actcache.models.progress import FillProgress
 from actcache.models.record import check_token_budget
 from actcache.parallel import worker
 from actcache.parallel.dealing import Dealer
-from actcache.parallel.worker import Advanced, Done, Failed, Job, More, Ready
+from actcache.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
 from actcache.reading.checks import nbytes_of
 from actcache.recyclers import checked_layers
 from actcache.registry import resolve
 from actcache.store import open_store
 
-_STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
+_SAME_SECONDS = 0.5  # within which a signal to all processes comes to each
 
 
 def fill(
@@ -49,7 +49,8 @@ def fill(
     """Fill a store as ``Recyclers.fill`` does, by a process for each device; durable when it returns.
 
     The processes are spawned: a script calls this below ``if __name__ == "__main__":``. Those on CPUs share its cores.
-    When one of them fails or dies, and on Ctrl-C, all end, having stored what they have computed.
+    When one of them fails or dies, and on Ctrl-C, all end, having stored what they have computed; also where this
+    process is ended by a signal that it does not handle, or killed.
 
     Args:
         texts: streamed, and dealt by their keys.
@@ -136,14 +137,24 @@ class _Member:
 
     def death(self) -> WorkerError:
         """Return the error that says how the process died."""
-        self.process.join(_STOP_SECONDS)
+        self.process.join(STOP_SECONDS)
         code = self.process.exitcode
-        if code is not None and code < 0:
-            how = f"was ended by {signal.Signals(-code).name}"
-            why = "; it often means that memory ran out" if -code == signal.SIGKILL else ""
+        ended = _signal_of(code)
+        if ended is not None:
+            time.sleep(_SAME_SECONDS)  # where all were to end, this process ends by its own signal
+            how = f"was ended by {ended.name}"
+            why = "; it often means that memory ran out" if ended == signal.SIGKILL else ""
         else:
             how, why = f"ended with exit code {code}", ""
         return WorkerError(f"the process for {self.device} {how}{why}. What was stored stays: fill again to go on")
+
+
+def _signal_of(code: int | None) -> signal.Signals | None:
+    """Return the signal that ended a process, by its exit code."""
+    try:
+        return signal.Signals(-code if code is not None and code < 0 else (code or 0) - 128)
+    except ValueError:
+        return None
 
 
 class _Crew:
@@ -194,7 +205,7 @@ class _Crew:
             for member in self.members:
                 if member.process.pid is not None and not member.done:
                     member.process.terminate()
-            deadline = time.monotonic() + _STOP_SECONDS
+            deadline = time.monotonic() + STOP_SECONDS
             for process in running:
                 process.join(max(0.0, deadline - time.monotonic()))
         finally:

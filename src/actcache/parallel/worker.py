@@ -6,7 +6,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -74,27 +76,45 @@ class Failed:
     message: str
 
 
+STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
+
+#: SIGTERM is what the first process sends. A batch system sends it to all, a terminal that is closed SIGHUP.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _GONE = (BrokenPipeError, ConnectionResetError, EOFError)  # the first process
 
 
 class _Stopped(BaseException):
-    """The first process wants this one to end, or is gone."""
+    """The first process wants this one to end, or is gone; or whoever ended all."""
 
 
 class _Stop:
-    """Ends what the process does when it gets a signal, once: what follows is storing what was computed."""
+    """Ends what the process does when it gets a signal, once: what follows is storing what was computed.
+
+    Attributes:
+        number: of the signal; 0 where none has come.
+    """
 
     def __init__(self) -> None:
-        self._told = False
+        self.number = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self._told = True
+        self.ignore()
+        self.number = number
         raise _Stopped
+
+    def heed(self) -> None:
+        """Have signals end the process, but SIGHUP where the first process has it ignored (``nohup``)."""
+        for number in _ENDING:
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self)
+
+    def ignore(self) -> None:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
 
     def check(self) -> None:
         """End it where the signal came in the middle of something that lets no exception through."""
-        if self._told:
+        if self.number:
             raise _Stopped
 
 
@@ -108,13 +128,15 @@ def main(channel: Connection, job: Job, device: str, number: int, threads: int, 
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process decides what it means
     stop = _Stop()
-    signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=_follow, daemon=True).start()
     with contextlib.suppress(_Stopped, *_GONE):  # what was computed is stored, and nobody listens
         try:
+            stop.heed()
+            threading.Thread(target=_follow, daemon=True).start()
             channel.send(_result(channel, job, device, number, threads, shared, stop))
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            stop.ignore()
+    if stop.number:
+        sys.exit(128 + stop.number)
 
 
 def _result(
@@ -174,5 +196,6 @@ def _follow() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os._exit(1)

@@ -1,4 +1,4 @@
-"""A file of the user's own, beside any store: new, and whole or not at all."""
+"""A file of the user's own, beside any store: whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def new_file(path: Path) -> Iterator[Path]:
         UsageError: something has that name by then; it is left as it is.
         OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written; nothing became visible.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with translated(f"cannot write {path}"):
         try:
             yield temporary
@@ -41,3 +41,26 @@ def new_file(path: Path) -> Iterator[Path]:
             raise UsageError(f"{path} was made meanwhile; write another file") from None
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """The same for a file that takes the place of what has its name.
+
+    Raises:
+        OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written; what stood there still does.
+    """
+    temporary = _temporary(path)
+    with translated(f"cannot write {path}"):
+        try:
+            yield temporary
+            disk = Disk()
+            disk.sync_file(temporary)
+            disk.rename(temporary, path)
+            disk.sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

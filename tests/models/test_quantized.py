@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from actcache.errors import ModelError, UnsupportedModelError
 from actcache.models import family_of, lower_digest
 from actcache.recycler import Recycler
 from tests.models.test_identity import word_tokenizer
@@ -74,18 +75,46 @@ def bnb_8bit(factor: float) -> PreTrainedModel:
     return _replaced(model_of(factor), make)
 
 
-@pytest.mark.parametrize("make", [torchao_int8, torchao_dynamic, bnb_4bit, bnb_8bit])
-def test_quantized_weights_count(make: Callable[[float], PreTrainedModel], tmp_path: Path) -> None:
-    digests = [lower_digest(model, family_of(model), 2) for model in (make(1.0), make(1.0), make(1.3))]
+def digest(model: PreTrainedModel) -> str:
+    return lower_digest(model, family_of(model), 2)
+
+
+@pytest.mark.parametrize("make", [torchao_int8, torchao_dynamic, bnb_8bit])
+def test_quantized_weights_count(make: Callable[[float], PreTrainedModel]) -> None:
+    digests = [digest(make(factor)) for factor in (1.0, 1.0, 1.3)]
     assert digests[0] == digests[1] != digests[2]
     used = make(1.0)
     used(torch.arange(5)[None] + 3)
-    assert lower_digest(used, family_of(used), 2) == digests[0]
-    spaces = []
+    assert digest(used) == digests[0]
+
+
+@pytest.mark.parametrize("make", [torchao_int8, bnb_8bit])
+def test_quantized_models_have_spaces_of_their_own(make: Callable[[float], PreTrainedModel], tmp_path: Path) -> None:
+    spaces = set()
     for factor in (1.0, 1.3):
-        model = make(factor)
-        with Recycler(model, word_tokenizer(), layer=2, store=tmp_path / "store") as recycler:
-            report = recycler.fill(["one text", "another"], progress=False)
-            spaces.append(recycler.recipe.fingerprint)
-            assert report.computed == 2
-    assert len(set(spaces)) == 2
+        with Recycler(make(factor), word_tokenizer(), layer=2, store=tmp_path / "store") as recycler:
+            assert recycler.fill(["one text", "another"], progress=False).computed == 2
+            spaces.add(recycler.recipe.fingerprint)
+    assert len(spaces) == 2
+
+
+def test_quantized_activations_are_refused(tmp_path: Path) -> None:
+    """Rounding to eight bits makes a hundredth of the last digits that a batch of another shape changes."""
+    with (
+        Recycler(torchao_dynamic(1.0), word_tokenizer(), layer=2, store=tmp_path / "store") as recycler,
+        pytest.raises(UnsupportedModelError, match="quantized"),
+    ):
+        recycler.fill(["one text", "another"], progress=False)
+
+
+def test_weights_that_change_when_they_are_saved_are_refused(tmp_path: Path) -> None:
+    model, ids = bnb_4bit(1.0), torch.arange(5)[None] + 3
+    with torch.inference_mode():
+        before = model(ids).last_hidden_state
+        for _ in range(2):
+            with pytest.raises(ModelError, match="4-bit weight of bitsandbytes on the CPU"):
+                Recycler(model, word_tokenizer(), layer=2, store=tmp_path / "store")
+        assert torch.equal(model(ids).last_hidden_state, before)  # it was not looked at
+        model.state_dict()
+        changed = model(ids).last_hidden_state
+    assert not torch.allclose(changed, before, atol=1e-3)  # where this fails, the refusal can go

@@ -66,8 +66,8 @@ def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, st
             raise UnsupportedModelError(
                 f"this {type(lower.base_model).__name__} computes a document by the others of its batch: the same "
                 f"tokens alone and in a batch are {error:.2g} apart, more than the {TOLERANCE[lower.compute_dtype]:g} "
-                f"that other kernels explain in {lower.compute_dtype}. Such rows cannot be stored. Is it quantized "
-                "with one scale for a whole batch, or has its attention or its experts room for so many tokens a batch?"
+                f"that other kernels explain in {lower.compute_dtype}. Such rows cannot be stored. Are its activations "
+                "quantized, or has its attention or its experts room for so many tokens a batch?"
             )
     what = json.dumps({"texts": TEXTS, "provenance": dict(provenance)}).encode()
     out = io.BytesIO()

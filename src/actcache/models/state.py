@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from actcache.errors import ModelError
 from actcache.models.family import Family
 from actcache.models.partial import kept_of, vocabulary_size, whole_state
 from actcache.models.record import LowerHalf, evaluating
@@ -36,13 +37,14 @@ def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iter
         Names, and what ``leaves`` takes.
 
     Raises:
-        ModelError: the lower half cannot be run to see what it reads.
+        ModelError: the lower half cannot be run to see what it reads, or holds what changes when it is saved.
     """
     layers = family.layers_of(base_model)
     parts = {f"embeddings/{path}": part for path, part in family.beside_of(base_model).items()}
     parts |= {f"layers/{i + 1}": layers[i] for i in range(layer)}
     own = {id(module) for part in parts.values() for module in part.modules()}
     own_tensors = {id(tensor) for part in parts.values() for module in part.modules() for tensor in _tensors(module)}
+    _check_saving(parts.values())
     in_memory = not any(tensor.is_meta for part in parts.values() for tensor in part.parameters())
     # The run comes first: some modules bring their weights into their final form when they are first used.
     read = _Reads(base_model, family, layer) if in_memory else None  # hashing refuses what is not in memory, by name
@@ -62,6 +64,18 @@ def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iter
             others = {name: value for name, value in saved.items() if not _is_one_of(module, name, own_tensors)}
             for name, value in [*others.items(), *_unsaved(module, base_model, family)]:
                 yield f"beside/{path}/{name}", value
+
+
+def _check_saving(parts: Iterable[nn.Module]) -> None:
+    """Refuse weights that change when they are looked at."""
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            if type(parameter).__name__ == "Params4bit" and parameter.device.type == "cpu":
+                # Measured with bitsandbytes 0.50: a state dict after a forward, and the next forward is another one.
+                raise ModelError(
+                    f"{name} of the lower half is a 4-bit weight of bitsandbytes on the CPU, where its state_dict() "
+                    "changes the numbers that the layer computes: put the model on a GPU, or model.dequantize() it"
+                )
 
 
 class _Reads(TorchFunctionMode):

@@ -176,7 +176,7 @@ def as_text(call: ast.Call) -> bool:
     of_path = isinstance(call.func, ast.Attribute) and name == "open"
     first = 0 if of_path or name not in ("open", "fdopen") else 1  # position of the mode
     mode = getattr(given.get("mode", call.args[first] if len(call.args) > first else None), "value", None)
-    if of_path and not (isinstance(mode, str) and set(mode) <= set("rwaxbt+")):
+    if of_path and (not (isinstance(mode, str) and set(mode) <= set("rwaxbt+")) or "options" in given):
         return False  # another thing's
     return "b" not in (mode or OPENERS[name])
 

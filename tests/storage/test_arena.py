@@ -271,7 +271,7 @@ def test_two_thousand_small_segments(tmp_path):
     (folder / "segments").mkdir(exist_ok=True)
     seed = actcache.space.checksum.space_seed(recipe().fingerprint, "float32", HIDDEN)
     for number in range(2000):
-        builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16)
+        builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0)
         ids = np.arange(len(rows(number)), dtype="<i4")
         builder.add(key(number), {"values": rows(number), "token_ids": ids})
         name = new_name(number + 1)

@@ -109,7 +109,11 @@ def whole_state(part: nn.Module) -> Iterator[tuple[str, Any]]:
 
     They are tensors, ``Whole`` for a matrix that was pruned, or whatever else a module puts there (packed parameters).
     """
-    state: dict[str, Any] = part.state_dict()
+    # A hook of the state dict may have left something out.
+    state: dict[str, Any] = {
+        name: parameter.detach() for name, parameter in part.named_parameters(remove_duplicate=False)
+    }
+    state |= part.state_dict()
     for path, module in part.named_modules():
         kept = kept_of(module)
         if kept is None:

@@ -127,7 +127,7 @@ class LowerHalf:
                 self.family.check_layer(self.base_model, layer)
                 following = self.family.layers_of(self.base_model)[layer]
                 hook = functools.partial(take, layer=layer)
-                hooks.callback(following.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hooks.callback(following.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
     def _padding(self) -> int:
@@ -139,7 +139,8 @@ class LowerHalf:
             raise _Reached(_input_of(args, kwargs))
 
         next_layer = self.family.layers_of(self.base_model)[self.layer]
-        handle = next_layer.register_forward_pre_hook(stop, with_kwargs=True)
+        # Before the model's own hooks there, which replay will run.
+        handle = next_layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
         try:
             # Autocast is always entered: an ambient one would otherwise decide the numbers.
             with torch.inference_mode(), self._autocast():

@@ -7,7 +7,8 @@ model) is found by running it once. Python numbers and hooks are in no digest; c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,43 +44,51 @@ def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iter
     parts = {f"embeddings/{path}": part for path, part in family.beside_of(base_model).items()}
     parts |= {f"layers/{i + 1}": layers[i] for i in range(layer)}
     own = {id(module) for part in parts.values() for module in part.modules()}
-    own_tensors = {id(tensor) for part in parts.values() for module in part.modules() for tensor in _tensors(module)}
-    _check_saving(parts.values())
-    in_memory = not any(tensor.is_meta for part in parts.values() for tensor in part.parameters())
+    _check_in_place(parts)
     # The run comes first: some modules bring their weights into their final form when they are first used.
-    read = _Reads(base_model, family, layer) if in_memory else None  # hashing refuses what is not in memory, by name
+    read = _Reads(base_model, family, layer)
+    own_tensors = {id(tensor) for part in parts.values() for module in part.modules() for tensor in _tensors(module)}
     for prefix, part in parts.items():
         for name, value in whole_state(part):
-            yield f"{prefix}/{name}", value
+            yield f"{prefix}/{_plain(name)}", value
         for path, module in part.named_modules():
-            for name, value in _unsaved(module, base_model, family):
-                yield f"{prefix}/{path}.{name}" if path else f"{prefix}/{name}", value
+            for name, value in _unsaved(module, base_model, family, read):
+                yield f"{prefix}/{_plain(f'{path}.{name}' if path else name)}", value
     for path, module in base_model.named_modules():
-        if read is None or id(module) in own:
+        if id(module) in own:
             continue
-        tensors = [tensor for tensor in _tensors(module) if id(tensor) not in own_tensors]
-        if id(module) in read.modules or any(read.has(tensor) for tensor in tensors):
+        if id(module) in read.modules or any(read.has(tensor) for tensor in _tensors(module)):
             saved: dict[str, Any] = {}
             module._save_to_state_dict(saved, "", keep_vars=False)
             others = {name: value for name, value in saved.items() if not _is_one_of(module, name, own_tensors)}
-            for name, value in [*others.items(), *_unsaved(module, base_model, family)]:
-                yield f"beside/{path}/{name}", value
+            for name, value in [*others.items(), *_unsaved(module, base_model, family, read)]:
+                yield f"beside/{_plain(path)}/{name}", value
 
 
-def _check_saving(parts: Iterable[nn.Module]) -> None:
-    """Refuse weights that change when they are looked at."""
-    for part in parts:
-        for name, parameter in part.named_parameters():
-            if type(parameter).__name__ == "Params4bit" and parameter.device.type == "cpu":
+def _plain(path: str) -> str:
+    """Return a path as it is without ``torch.compile`` around a module."""
+    return path.replace("_orig_mod.", "")
+
+
+def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
+    """Refuse weights that are not in memory, and those that change when they are looked at."""
+    for path, part in parts.items():
+        for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
+            if tensor.is_meta:
+                raise ModelError(
+                    f"weight {path}/{name} is on the meta device, so it has no bytes; load the model into memory first"
+                )
+            if type(tensor).__name__ == "Params4bit" and tensor.device.type == "cpu":
                 # Measured with bitsandbytes 0.50: a state dict after a forward, and the next forward is another one.
                 raise ModelError(
-                    f"{name} of the lower half is a 4-bit weight of bitsandbytes on the CPU, where its state_dict() "
-                    "changes the numbers that the layer computes: put the model on a GPU, or model.dequantize() it"
+                    f"{path}/{name} of the lower half is a 4-bit weight of bitsandbytes on the CPU, where its "
+                    "state_dict() changes the numbers that the layer computes: put the model on a GPU, or "
+                    "model.dequantize() it"
                 )
 
 
 class _Reads(TorchFunctionMode):
-    """Which modules run, and which tensors are read, when a lower half computes a few tokens.
+    """Which modules run, and which tensors are read that were there before, when a lower half computes a few tokens.
 
     Attributes:
         modules: their ids.
@@ -89,10 +98,10 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.modules: set[int] = set()
         self._ids: set[int] = set()
-        self._memory: set[int] = set()
-        self._alive: list[torch.Tensor] = []  # so that no id is used twice
+        self._memory: dict[tuple[int, int], bool] = {}  # whether what lies there was there before
+        self._alive: list[torch.Tensor] = []  # so that neither id nor memory is used twice
         lower = LowerHalf(base_model, family, layer)
-        ids = _some_ids(base_model)
+        ids = _some_ids(base_model)[: family.max_tokens(base_model.config)]
         hooks = [module.register_forward_pre_hook(self._ran) for module in base_model.modules()]
         try:
             with evaluating(base_model), torch.compiler.set_stance("force_eager"), self:
@@ -102,20 +111,31 @@ class _Reads(TorchFunctionMode):
                 hook.remove()
 
     def has(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor, or another with the same memory, was read."""
-        return id(tensor) in self._ids or _memory(tensor) in self._memory
+        """Return whether a tensor, or a part of its memory, was read and had been there before the run."""
+        if (here := _memory(tensor)) is None:
+            return id(tensor) in self._ids
+        return any(before and first < here[1] and here[0] < last for (first, last), before in self._memory.items())
 
     def _ran(self, module: nn.Module, args: Any) -> None:
         self.modules.add(id(module))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _in_containers([args, kwargs or {}]):
-            if id(tensor) not in self._ids:
-                self._ids.add(id(tensor))
-                self._alive.append(tensor)
-                if (memory := _memory(tensor)) is not None:
-                    self._memory.add(memory)
-        return func(*args, **(kwargs or {}))
+        self._note([args, kwargs or {}], there_before=True)
+        result = func(*args, **(kwargs or {}))
+        self._note(result, there_before=False)
+        return result
+
+    def _note(self, values: Any, *, there_before: bool) -> None:
+        for tensor in _in_containers(values):
+            if id(tensor) in self._ids:
+                continue
+            self._ids.add(id(tensor))
+            self._alive.append(tensor)
+            if (memory := _memory(tensor)) is not None and not self._made(memory):
+                self._memory.setdefault(memory, there_before)
+
+    def _made(self, memory: tuple[int, int]) -> bool:
+        return self._memory.get(memory) is False
 
 
 def _some_ids(base_model: PreTrainedModel) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -126,10 +146,14 @@ def _some_ids(base_model: PreTrainedModel) -> np.ndarray[Any, np.dtype[np.int64]
     return np.arange(min(_PROBE_TOKENS, vocabulary_size(base_model)), dtype=np.int64)
 
 
-def _memory(tensor: torch.Tensor) -> int | None:
+def _memory(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Return the addresses from the first element of a tensor to behind its last; None where it has no memory."""
     with torch._C.DisableTorchFunction():
         try:
-            return tensor.untyped_storage().data_ptr() or None
+            if tensor.layout != torch.strided or not tensor.numel() or not (first := tensor.data_ptr()):
+                return None
+            elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            return first, first + elements * tensor.element_size()
         except (NotImplementedError, RuntimeError):  # a wrapper has none
             return None
 
@@ -172,11 +196,18 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family) -> Iterable[tuple[str, Any]]:
-    """Return what hangs at a module itself and is in no checkpoint, but for what its class makes of configurations."""
+def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, read: _Reads) -> Iterable[tuple[str, Any]]:
+    """Return what hangs at a module itself and is in no checkpoint, but for what its class makes of configurations.
+
+    Attributes count where they are read: a hook may keep there what it saw, a task model what its loss needs.
+    """
     state = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
     found: dict[str, Any] = {name: value for name, value in state.items() if value is not None}
-    found |= dict(_attributes(module))
+    found |= {
+        name: value
+        for name, value in _attributes(module)
+        if isinstance(value, torch.ScriptObject) or any(read.has(tensor) for tensor in _in_containers(value))
+    }
     if not any(isinstance(value, torch.Tensor) for value in found.values()):
         return found.items()
     fresh = _fresh(module, base_model.config)

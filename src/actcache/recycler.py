@@ -16,22 +16,19 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from actcache.errors import (
     DataError,
     ModelError,
-    ReadOnlyError,
     UsageError,
 )
 from actcache.key import Document
 from actcache.models import weights
-from actcache.models.agreement import agree
+from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget
-from actcache.models.canary import BLOB_NAME
 from actcache.models.entries import check_found, check_texts, document_keys, find_entries, listed
 from actcache.models.family import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
-from actcache.models.matching import check_same_lower_half
 from actcache.models.on_the_way import OnTheWay
 from actcache.models.partial import vocabulary_size
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.record import LowerHalf, evaluating
+from actcache.models.record import LowerHalf
 from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.ragged import EXTRAS
@@ -122,13 +119,14 @@ class Recycler(TaskModels):
         )
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
-        self._checks = check_canaries
-        self._canaries: bytes | None = None  # those of the space, where they agree
         try:
             self.space = self._store.space(self.recipe)
-            self._filler = Filler([(self.space, self._lower)], self._encoder, stored_extras)
-            with evaluating(base):
-                self._check_canaries()
+            self._agreement = Agreement(
+                self.space, self._encoder, self._lower, self._setup, enabled=bool(check_canaries)
+            )
+            parts = [(self.space, self._lower)]
+            self._filler = Filler(parts, self._encoder, stored_extras, [self._agreement])
+            self._agreement.when_opened()
         except BaseException:
             self.close()
             raise
@@ -193,16 +191,10 @@ class Recycler(TaskModels):
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
         check_texts(texts)
-        self._prepare_to_fill()
+        self._store.check_writable()
+        self._filler.check()
         budget = None if max_bytes is None else ByteBudget.of(max_bytes, self._store, [self.space])
         return self._filler.fill(texts, token_budget, progress, budget)
-
-    def _prepare_to_fill(self) -> None:
-        """Make sure, before anything is computed, that the lower half still is the one that was recorded."""
-        if not self._store.writable:
-            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to fill it")
-        check_same_lower_half(self._lower.base_model, self.recipe)
-        self._check_canaries(create=True)
 
     # --- replay ------------------------------------------------------------------------------------------------------
 
@@ -236,16 +228,13 @@ class Recycler(TaskModels):
             UsageError: ``texts`` are none; see ``fill``.
         """
         documents_given = listed(texts)
-        check_same_lower_half(self._lower.base_model, self.recipe)
-        with evaluating(self._lower.base_model):
-            self._check_canaries()
+        keys = document_keys(documents_given)
+        self._agreement.before_serving(keys)
         options |= {"batch_size": batch_size, "device": device}
         if on_missing == "compute":
-            if not self._store.writable:
-                raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to compute documents")
-            way = OnTheWay(self.space, self._filler, self._encoder, documents_given, self._prepare_to_fill)
+            self._store.check_writable()
+            way = OnTheWay(self.space, self._filler, self._encoder, documents_given)
             return way.reader(labels, **options)
-        keys = document_keys(documents_given)
         found = find_entries(self.space, keys, self._encoder.windows)
         if on_missing == "raise":
             check_found(keys, found)
@@ -290,10 +279,6 @@ class Recycler(TaskModels):
 
     def __repr__(self) -> str:
         return f"<Recycler of {self.recipe.model} layer {self.recipe.layer}, space {self.recipe.fingerprint}>"
-
-    def _check_canaries(self, *, create: bool = False) -> None:
-        if self._checks or (create and self.space.blob(BLOB_NAME) is None):
-            self._canaries = agree(self.space, self._encoder, self._lower, self._setup, create=create)
 
     def _log_nearest(self) -> None:
         try:

@@ -87,7 +87,8 @@ class Recyclers(Mapping[int, Recycler]):
         layers together.
         """
         check_texts(texts)
-        self._prepare_to_fill()
+        self._store.check_writable()
+        self._filler.check()
         budget = None if max_bytes is None else self._budget(max_bytes)
         return self._filler.fill(texts, token_budget, progress, budget)
 
@@ -107,13 +108,10 @@ class Recyclers(Mapping[int, Recycler]):
             parts, advance: see ``Filler.fill_parts``.
             account, number: what all of them write under ``max_bytes``, and which of them this is.
         """
-        self._prepare_to_fill()
+        self._store.check_writable()
+        self._filler.check()
         budget = None if max_bytes is None else self._budget(max_bytes, account, number)
         return self._filler.fill_parts(parts, token_budget, advance, budget)
-
-    def _prepare_to_fill(self) -> None:
-        for recycler in self._recyclers.values():
-            recycler._prepare_to_fill()
 
     def _budget(self, max_bytes: int | str, account: Account | None = None, number: int = 0) -> ByteBudget:
         spaces = [recycler.space for recycler in self._recyclers.values()]

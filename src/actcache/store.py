@@ -203,7 +203,7 @@ class Store:
 
         Whoever reads it finds its entries absent; what a writer flushes afterwards is a new space's.
         """
-        self._check_writable()
+        self.check_writable()
         if not is_fingerprint(fingerprint):
             raise UsageError(f"{fingerprint!r} is no fingerprint of a space: see store.fingerprints()")
         return self.driver.delete_space(fingerprint)
@@ -227,7 +227,7 @@ class Store:
                 or is longer than 240 characters.
             KeyFormatError, ShapeError: see ``Collection.of``.
         """
-        self._check_writable()
+        self.check_writable()
         self.driver.write_blob(_collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
 
     def collection(self, name: str) -> Collection:
@@ -255,7 +255,7 @@ class Store:
 
     def delete_collection(self, name: str) -> bool:
         """Delete a collection, not its entries; return whether it was there."""
-        self._check_writable()
+        self.check_writable()
         return self.driver.delete_blob(_collection_blob(name))
 
     def sweep(self, older_than: float = SWEEP_SECONDS) -> int:
@@ -267,7 +267,7 @@ class Store:
         Returns:
             How many were removed.
         """
-        self._check_writable()
+        self.check_writable()
         return self.driver.sweep(older_than)
 
     # --- closing -----------------------------------------------------------------------------------------------------
@@ -299,7 +299,8 @@ class Store:
     def __repr__(self) -> str:
         return f"<Store {self.url}>"
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raise ``ReadOnlyError`` where the store was opened with mode='r'."""
         if not self.writable:
             raise ReadOnlyError(f"{self.url} was opened with mode='r'; open it with mode='a' to write")
 

@@ -20,8 +20,9 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
     AutoModel,
@@ -31,8 +32,9 @@ from transformers import (
 )
 
 import actcache
-from actcache.errors import ActcacheError, CanaryError, LowerHalfMismatchError, ModelError
-from actcache.models import LowerHalf, base_model_of, family_of, lower_digest
+from actcache.errors import ActcacheError, CanaryError, LowerHalfMismatchError, ModelError, NonFiniteError
+from actcache.models import LowerHalf, base_model_of, canary, family_of, lower_digest
+from actcache.models.distance import relative_error
 from actcache.models.leaves import leaves
 from actcache.recycler import Recycler
 from actcache.recyclers import Recyclers
@@ -418,7 +420,7 @@ def test_wrapped_tensors_count() -> None:
 def test_sparse_and_negated_tensors_count() -> None:
     def with_attribute(value: torch.Tensor) -> str:
         model = bert()
-        layer_of(model).steering = value
+        layer_of(model).register_buffer("steering", value, persistent=False)
         return digest(model)
 
     dense = torch.eye(3)
@@ -498,6 +500,205 @@ def test_unchecked_in_so_many_words(store: actcache.Store, tokenizer: Any) -> No
     with Recycler(hooked, tokenizer, check_canaries=False, **options) as recycler:
         assert recycler.fill(TEXTS, progress=False).computed == 0
         recycler.reduce(bert())
+
+
+def flattened(model: PreTrainedModel) -> None:
+    vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
+
+
+def upper_parameter(model: PreTrainedModel) -> None:
+    layer_of(model, LAYER + 1).gate = nn.Parameter(torch.ones(3))
+
+
+def compiled(model: PreTrainedModel) -> None:
+    base_model_of(model).encoder.layer[0] = torch.compile(layer_of(model), backend="eager")
+
+
+def capturing(model: PreTrainedModel) -> None:
+    layer_of(model).register_forward_hook(lambda module, args, output: setattr(module, "seen", output.detach()))
+
+
+def loss_weights(model: PreTrainedModel) -> None:
+    base_model_of(model).class_weights = torch.ones(3)
+
+
+@pytest.mark.parametrize("change", [flattened, upper_parameter, compiled, capturing, loss_weights])
+def test_what_the_lower_half_does_not_read_is_no_matter(
+    change: Callable[[PreTrainedModel], None], store: actcache.Store, tokenizer: Any
+) -> None:
+    fill(store, bert(), tokenizer)
+    changed = bert()
+    change(changed)
+    assert digest(changed) == digest(bert())
+    with Recycler(changed, tokenizer, layer=LAYER, store=store, dtype="float32", max_length=128) as recycler:
+        for _ in range(2):
+            assert recycler.fill(TEXTS, progress=False).computed == 0
+        recycler.reduce(changed)
+
+
+def test_a_state_dict_that_leaves_something_out() -> None:
+    def secretive(factor: float) -> PreTrainedModel:
+        model = bert()
+        linear = linear_of(model)
+        linear.weight.data *= factor
+
+        def forget(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            del state[prefix + "weight"]
+
+        linear._register_state_dict_hook(forget)
+        return model
+
+    assert digest(secretive(1.0)) != digest(secretive(1.3))
+
+
+def test_weights_beside_the_layers_that_are_not_in_memory() -> None:
+    model = llama()
+    base_model_of(model).rotary_emb.to("meta")
+    with pytest.raises(ModelError, match=r"inv_freq is on the meta device"):
+        digest(model)
+
+
+def test_models_of_few_positions() -> None:
+    digest(KINDS["bert"].make(AutoModel, max_position_embeddings=4))
+    digest(KINDS["roberta"].make(AutoModel, max_position_embeddings=8))
+
+
+# --- what canaries alone would not see -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_a_hook_of_the_next_layer_is_replayed_and_not_recorded(
+    make: Callable[[], PreTrainedModel], store: actcache.Store, tokenizer: Any
+) -> None:
+    model = make()
+    model.config.pad_token_id = 0
+    layer_of(model, LAYER + 1).register_forward_pre_hook(lambda module, args: (args[0] + VECTOR, *args[1:]))
+    with Recycler(model, tokenizer, layer=LAYER, store=store, dtype="float32", max_length=128) as recycler:
+        recycler.fill(TEXTS, progress=False)
+        reduced = recycler.reduce(model)
+        [batch] = recycler.reader(TEXTS, batch_size=len(TEXTS))
+        with torch.no_grad():
+            full = model(input_ids=batch.token_ids.long(), attention_mask=batch.attention_mask).logits
+            torch.testing.assert_close(reduced(**batch.model_inputs()).logits, full, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_change_while_documents_are_computed(store: actcache.Store, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"layer": LAYER, "store": store, "dtype": "float32", "max_length": 128}
+
+    def tune(model: PreTrainedModel) -> None:
+        with torch.no_grad():
+            linear_of(model).weight.mul_(1.5)
+
+    for change in (tune, steering_number):
+        model = bert()
+        with Recycler(model, tokenizer, **options) as recycler:
+            batches = iter(recycler.reader(TEXTS, on_missing="compute", batch_size=3, depth=1))
+            next(batches)
+            change(model)
+            with pytest.raises((LowerHalfMismatchError, CanaryError)):
+                list(batches)
+
+            def texts(model: PreTrainedModel = model, change: Any = change) -> Iterator[str]:
+                yield from (f"more {i}" for i in range(2048))
+                change(model)
+                yield "the last one"
+
+        model = bert()
+        with (
+            Recycler(model, tokenizer, **options) as recycler,
+            pytest.raises((LowerHalfMismatchError, CanaryError)),
+        ):
+            recycler.fill(texts(model), progress=False)
+    with Recycler(bert(), tokenizer, **options) as recycler:
+        recycler.verify(5000)
+
+
+class _Events:
+    """A vocabulary that has no word of the canaries' texts."""
+
+    TEXTS = tuple(" ".join(f"ev{(k * k + 7 * i) % 90}" for k in range(20 + 3 * i)) for i in range(6))
+
+    @staticmethod
+    def tokenizer() -> PreTrainedTokenizerFast:
+        words = {"[PAD]": 0, "[UNK]": 1, "[EOS]": 2} | {f"ev{i}": 3 + i for i in range(90)}
+        backend = Tokenizer(WordLevel(words, "[UNK]"))
+        backend.pre_tokenizer = WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]"
+        )
+
+
+def test_a_vocabulary_without_the_canaries_words(store: actcache.Store) -> None:
+    first, second = llama(), llama()
+    for layer in base_model_of(second).layers[:LAYER]:
+        layer.self_attn.scaling *= 3
+    options: dict[str, Any] = {"layer": LAYER, "store": store, "dtype": "float32"}
+    with Recycler(first, _Events.tokenizer(), **options) as recycler:
+        recycler.fill(_Events.TEXTS, progress=False)
+    with pytest.raises(CanaryError):
+        Recycler(second, _Events.tokenizer(), **options)
+
+
+def test_a_hook_that_looks_for_a_token_of_documents(store: actcache.Store) -> None:
+    """Which no canary holds: some of the documents themselves are computed again."""
+    options: dict[str, Any] = {"layer": LAYER, "store": store, "dtype": "float32"}
+    with Recycler(bert(), word_tokenizer(), **options) as recycler:
+        recycler.fill(["ab~cd", "e~~f"], progress=False)
+    assert all("~" not in text for text in canary.TEXTS)
+    model, token = bert(), word_tokenizer()("~")["input_ids"][0]
+
+    def louder(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.where((args[0] == token)[..., None], output * 2, output)
+
+    base_model_of(model).embeddings.word_embeddings.register_forward_hook(louder)
+    for way in (Recycler.fill, Recycler.reader):
+        with (
+            Recycler(model, word_tokenizer(), **options) as recycler,
+            pytest.raises(CanaryError, match="hook that looks at tokens"),
+        ):
+            way(recycler, ["ab~cd", "e~~f"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_columns_and_rows_hide_nothing(dtype: torch.dtype, store: actcache.Store, tokenizer: Any) -> None:
+    """As real decoders have them: a column that is large everywhere, a row that is large at the first token."""
+
+    def model_of(change: Callable[[PreTrainedModel], None] | None) -> PreTrainedModel:
+        model = llama()
+        model.get_input_embeddings().weight.data[:, 5] = 200.0
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                module.weight.data *= 200 / 6
+                module.weight.data[5] = 0
+        if change is not None:
+            change(model)
+        return model.to(dtype)
+
+    def louder(model: PreTrainedModel) -> None:
+        for layer in base_model_of(model).layers[:LAYER]:
+            layer.mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+
+    options: dict[str, Any] = {"layer": LAYER, "store": store, "max_length": 128}
+    with Recycler(model_of(None), tokenizer, **options) as recycler:
+        recycler.fill(TEXTS, progress=False)
+    eager = model_of(None)
+    eager.set_attn_implementation("eager")
+    Recycler(eager, tokenizer, **options).close()
+    with pytest.raises(CanaryError):
+        Recycler(model_of(louder), tokenizer, **options)
+    rows = np.ones((40, 8))
+    rows[0] = 3000
+    assert relative_error(rows, np.where(np.arange(40)[:, None] > 0, rows * 1.3, rows)) > 0.2
+    assert relative_error(rows, np.where(np.arange(40)[:, None] == 3, np.nan, rows)) == np.inf
+
+
+def test_overflow_is_called_so(store: actcache.Store, tokenizer: Any) -> None:
+    model = bert().half()
+    base_model_of(model).encoder.layer[1].output.LayerNorm.weight.data *= 60000
+    with Recycler(model, tokenizer, layer=LAYER, store=store) as recycler:
+        with pytest.raises(NonFiniteError, match="in float16"):
+            recycler.fill(TEXTS, progress=False)
+        assert len(recycler.space) == 0
 
 
 # --- spaces without canaries ------------------------------------------------------------------------------------------

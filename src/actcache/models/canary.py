@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CanaryError, FormatError, UnsupportedModelError
+from actcache.errors import CanaryError, FormatError, NonFiniteError, UnsupportedModelError
+from actcache.models.distance import column_sizes, relative_error
 from actcache.models.record import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 
@@ -37,14 +37,17 @@ TEXTS = (
     "would have computed.",
 )
 
-# The largest relative error (L2, of one canary) that another kernel, device or batch shape explains. Summing in
-# another order moves a layer's output by a few units in the last place (2^-24, 2^-11, 2^-8 relative), and that grows
-# along the layers: 1e-6 was measured in float32 where TF32 and other weights give above 1e-3. So each limit lies well
-# above the rounding of its dtype and well below what a change of the computation does.
+# The largest relative error of a canary (see ``relative_error``) that another kernel, device or batch shape explains.
+# Summing in another order moves a layer's output by a few units in the last place (2^-24, 2^-11, 2^-8 relative), and
+# that grows along the layers: 3e-6, 2e-3 and 1.6e-2 were measured in float32, float16 and bfloat16, where TF32 and
+# other weights give above 1e-3 in float32. So each limit lies above the rounding of its dtype and below what a change of
+# the computation does.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 _LONGEST = 1024  # tokens of the long canary, where the model takes as many
 _LAST = 128  # rows of a canary are kept at most, the last ones: they depend on all before them
+
+_FEW = 32  # different tokens in all texts: fewer say little
 
 _SHORT = 8  # tokens of a document that is computed beside the canaries to see whether company matters
 
@@ -55,13 +58,19 @@ def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, st
     """Compute the canaries, each alone, and return them as one blob: token ids, float32 rows, and where from.
 
     Raises:
+        NonFiniteError: their rows hold infinity or NaN.
         UnsupportedModelError: their rows are others when they are computed as one batch.
         ModelError: the lower half is in train mode.
     """
-    documents = _documents(encoder)
-    alone = [rows for document in documents for rows in _rows(lower, [document])]
-    short = Encoded(documents[-1].token_ids[:_SHORT], documents[-1].type_ids[:_SHORT])
-    for error in _errors([*alone, *_rows(lower, [short])], _rows(lower, [*documents, short])):
+    these = documents(encoder)
+    alone = [rows for document in these for rows in _rows(lower, [document])]
+    if not all(np.isfinite(rows).all() for rows in alone):
+        raise NonFiniteError(
+            f"this {type(lower.base_model).__name__} makes infinity or NaN of the canaries in {lower.compute_dtype}, "
+            "and so it may of documents: compute in another dtype (bfloat16, float32)"
+        )
+    short = Encoded(these[-1].token_ids[:_SHORT], these[-1].type_ids[:_SHORT])
+    for error in _errors([*alone, *_rows(lower, [short])], _rows(lower, [*these, short])):
         if not error <= TOLERANCE[lower.compute_dtype]:
             raise UnsupportedModelError(
                 f"this {type(lower.base_model).__name__} computes a document by the others of its batch: the same "
@@ -73,8 +82,8 @@ def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, st
     out = io.BytesIO()
     np.savez(
         out,
-        token_ids=np.concatenate([one.token_ids for one in documents]),
-        lengths=np.array([len(one.token_ids) for one in documents], np.int64),
+        token_ids=np.concatenate([one.token_ids for one in these]),
+        lengths=np.array([len(one.token_ids) for one in these], np.int64),
         rows=np.concatenate(alone),
         what=np.frombuffer(what, np.uint8),
     )
@@ -99,12 +108,12 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
     where = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changed.items()) or (
         "nothing that is recorded: is it a hook, an adapter, an attribute of a module that was changed after loading?"
     )
-    documents = _documents(encoder)
-    ids = np.concatenate([one.token_ids for one in documents])
-    lengths = np.array([len(one.token_ids) for one in documents], np.int64)
+    these = documents(encoder)
+    ids = np.concatenate([one.token_ids for one in these])
+    lengths = np.array([len(one.token_ids) for one in these], np.int64)
     if not (np.array_equal(stored_ids, ids) and np.array_equal(stored_lengths, lengths)):
         raise CanaryError(f"the space's canary texts make other tokens here, though its recipe is the same ({where})")
-    computed = [*_rows(lower, documents[:-1]), *_rows(lower, documents[-1:])]  # little padding
+    computed = [*_rows(lower, these[:-1]), *_rows(lower, these[-1:])]  # little padding
     ends = np.cumsum([len(rows) for rows in computed])[:-1]
     error = max(_errors(np.split(stored_rows, ends), computed))
     tolerance = TOLERANCE[lower.compute_dtype]
@@ -124,29 +133,39 @@ def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
     return _read(blob, hidden_size)[0]
 
 
-def _documents(encoder: DocumentEncoder) -> list[Encoded]:
+def documents(encoder: DocumentEncoder) -> list[Encoded]:
     """Return the texts, cut to what the model takes, and one long document of their tokens in a fixed disorder."""
     texts = [windows[0] for windows in encoder.truncating().encode(TEXTS)]
     tokens = np.concatenate([one.token_ids for one in texts])
+    if len(np.unique(tokens)) < _FEW:
+        tokens = _spread_ids(encoder)
     count = np.arange(min(_LONGEST, encoder.max_length or _LONGEST))
     # A sequence that does not repeat within _LONGEST: what stands far from a row is not what stands near it.
     ids = tokens[(count * count * 7 + count * 3) % 1021 % len(tokens)]
     return [*texts, Encoded(ids.astype(np.int32), np.zeros(len(ids), np.int8))]
 
 
-def _rows(lower: LowerHalf, documents: Sequence[Encoded]) -> list[NDArray[np.float32]]:
+def _spread_ids(encoder: DocumentEncoder) -> NDArray[np.int64]:
+    """Return ids from all over the vocabulary: of one that has no words of the texts, as of events or amino acids.
+
+    Where all rows of a document are of one unknown token, attention comes to the same whatever its weights are.
+    """
+    size = min(len(encoder.tokenizer), encoder.vocabulary)
+    ids = np.unique(np.linspace(0, size - 1, min(size, _LAST)).astype(np.int64))
+    plain = np.setdiff1d(ids, encoder.tokenizer.all_special_ids)
+    return plain if len(plain) else ids
+
+
+def _rows(lower: LowerHalf, some: Sequence[Encoded]) -> list[NDArray[np.float32]]:
     """Return the rows that are kept of documents that are computed together."""
-    computed = lower.run([one.token_ids for one in documents], [one.type_ids for one in documents])
+    computed = lower.run([one.token_ids for one in some], [one.type_ids for one in some])
     return [rows.astype(np.float32)[-_LAST:] for rows in computed]
 
 
 def _errors(expected: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]) -> list[float]:
-    """Return each document's relative error; infinite where it is not a number."""
-    errors = [
-        float(np.linalg.norm(there - here)) / (float(np.linalg.norm(there)) or 1.0)
-        for there, here in zip(expected, found, strict=True)
-    ]
-    return [error if error == error else math.inf for error in errors]
+    """Return each document's relative error."""
+    columns = column_sizes(np.concatenate(expected))
+    return [relative_error(there, here, columns) for there, here in zip(expected, found, strict=True)]
 
 
 def _read(blob: bytes, hidden_size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], dict[str, str]]:

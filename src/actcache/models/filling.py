@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from actcache.errors import NonFiniteError
 from actcache.key import Document
@@ -73,28 +73,50 @@ class _Stored:
         self._advance(len(some), len(some), tokens)
 
 
+class Watch(Protocol):
+    """What sees to it that a lower half computes the numbers of a space; see ``actcache.models.agreement``."""
+
+    def before_adding(self) -> None: ...
+
+    def of_present(self, documents: Sequence[bytes]) -> None: ...
+
+
 class Filler:
     """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
     Args:
         parts: each layer's space and lower half.
+        watches: asked before anything is computed, and again where weights or hooks have changed meanwhile.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
     """
 
     _now = staticmethod(time.monotonic)  # a test has another clock
 
     def __init__(
-        self, parts: Sequence[tuple[Space, LowerHalf]], encoder: DocumentEncoder, extras: Sequence[str]
+        self,
+        parts: Sequence[tuple[Space, LowerHalf]],
+        encoder: DocumentEncoder,
+        extras: Sequence[str],
+        watches: Sequence[Watch],
     ) -> None:
         self._spaces = {lower.layer: space for space, lower in parts}
         self._lowers = {lower.layer: lower for _, lower in parts}
         self._encoder, self._extras = encoder, tuple(extras)
+        self._watches = watches
+        self._marks: object = None  # of the lower half when it was checked
 
     @classmethod
     def together(cls, fillers: Sequence[Filler]) -> Filler:
         """Return one filler of what several fill, with the first one's tokenizer and extras."""
         parts = [(filler._spaces[layer], lower) for filler in fillers for layer, lower in filler._lowers.items()]
-        return cls(parts, fillers[0]._encoder, fillers[0]._extras)
+        watches = [watch for filler in fillers for watch in filler._watches]
+        return cls(parts, fillers[0]._encoder, fillers[0]._extras, watches)
+
+    def check(self) -> None:
+        """Make sure that the lower half computes the numbers of the spaces; raises what ``Watch`` raises."""
+        for watch in self._watches:
+            watch.before_adding()
+        self._marks = self._lowers[max(self._lowers)].marks()
 
     def fill(
         self,
@@ -122,7 +144,7 @@ class Filler:
         """
         token_budget, start = check_token_budget(token_budget), time.monotonic()
         documents = left_out = 0
-        full = False
+        full = compared = False
         stored = _Stored(advance)
         for space in self._spaces.values():
             space.merge_small_segments(budget is None)
@@ -131,6 +153,10 @@ class Filler:
                 keys = document_keys(chunk, positions[0] if chunk else 0)
                 absent = self._absent(keys)
                 documents += len(chunk)
+                if not compared and (known := [key for key in dict.fromkeys(keys) if key not in absent]):
+                    compared = True
+                    for watch in self._watches:
+                        watch.of_present(known)
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
                     work = self._encoded(chunk, positions, keys, absent)
@@ -219,6 +245,8 @@ class Filler:
         entries = [(work, key, entry) for work in group for key, entry in zip(work.keys, work.entries, strict=True)]
         layers = {layer for work in group for layer in work.layers}
         lower = self._lowers[max(layers)]
+        if self._lowers[max(self._lowers)].marks() != self._marks:
+            self.check()
         rows: dict[int, list[Any]] = {layer: [None] * len(entries) for layer in layers}
         lacking = Counter(work.position for work, _, _ in entries)
         waiting: list[_Work] = []  # complete, and not put

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,6 @@ from actcache.space import Space
 class OnTheWay:
     """What ``actcache.reading.epoch.Supplier`` asks of a recycler.
 
-    Args:
-        prepare: called once, before the first document is computed.
-
     Attributes:
         keys: of all entries, in the order of the texts. How many windows a document that is missing has is found out by
             tokenizing it.
@@ -40,11 +37,8 @@ class OnTheWay:
         filler: Filler,
         encoder: DocumentEncoder,
         texts: Sequence[Document],
-        prepare: Callable[[], None],
     ) -> None:
         self._space, self._filler, self._encoder, self._texts = space, filler, encoder, texts
-        self._prepare = prepare
-        self._prepared = False
         keys = document_keys(texts)
         found = [[key] for key in keys]
         if encoder.windows is not None:
@@ -66,9 +60,6 @@ class OnTheWay:
 
     def supply(self, positions: NDArray[np.int64], corrupt: Sequence[bytes]) -> None:
         """Compute and put what some of the entries come from; those that are corrupt in the place of what is stored."""
-        if not self._prepared:
-            self._prepare()
-            self._prepared = True
         if corrupt:
             self._space.delete(corrupt)
         documents = np.unique(self.documents[positions]).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -68,6 +69,30 @@ class LowerHalf:
     @property
     def device(self) -> torch.device:
         return _first_parameter(self.family.layers_of(self.base_model)[0]).device
+
+    def marks(self) -> tuple[tuple[int, ...], ...]:
+        """Return what changes when weights or hooks of the lower half do, cheap to compare.
+
+        What is written past autograd's eyes (``parameter.data``, memory shared with NumPy) does not show.
+        """
+        modules = [self.base_model, *itertools.chain.from_iterable(part.modules() for part in self._parts())]
+        return tuple(
+            (
+                id(module),
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                *(
+                    number
+                    for tensor in itertools.chain(module._parameters.values(), module._buffers.values())
+                    if tensor is not None
+                    for number in (id(tensor), 0 if tensor.is_inference() else tensor._version)
+                ),
+            )
+            for module in modules
+        )
+
+    def _parts(self) -> Iterable[nn.Module]:
+        return self.family.lower_of(self.base_model, self.layer).values()
 
     def run(
         self, token_ids: Sequence[NDArray[np.integer]], type_ids: Sequence[NDArray[np.integer]] | None = None

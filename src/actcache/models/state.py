@@ -75,9 +75,7 @@ def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
     for path, part in parts.items():
         for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
             if tensor.is_meta:
-                raise ModelError(
-                    f"weight {path}/{name} is on the meta device, so it has no bytes; load the model into memory first"
-                )
+                raise _on_meta(f"{path}/{name}")
             if type(tensor).__name__ == "Params4bit" and tensor.device.type == "cpu":
                 # Measured with bitsandbytes 0.50: a state dict after a forward, and the next forward is another one.
                 raise ModelError(
@@ -85,6 +83,10 @@ def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
                     "state_dict() changes the numbers that the layer computes: put the model on a GPU, or "
                     "model.dequantize() it"
                 )
+
+
+def _on_meta(name: str) -> ModelError:
+    return ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
 
 
 class _Reads(TorchFunctionMode):
@@ -106,6 +108,12 @@ class _Reads(TorchFunctionMode):
         try:
             with evaluating(base_model), torch.compiler.set_stance("force_eager"), self:
                 lower.run([ids])
+        except NotImplementedError as error:  # torch's word for what is done with a tensor without memory
+            for path, module in base_model.named_modules():
+                for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+                    if id(module) in self.modules and tensor is not None and tensor.is_meta:
+                        raise _on_meta(f"{path}.{name}") from error
+            raise
         finally:
             for hook in hooks:
                 hook.remove()

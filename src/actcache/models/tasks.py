@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from actcache.errors import VerificationError
 from actcache.key import Document
-from actcache.models import canary, loading, replay, verification
+from actcache.models import loading, replay, verification
+from actcache.models.agreement import Agreement
 from actcache.models.entries import listed
 from actcache.models.filling import Filler
 from actcache.models.matching import check_same_lower_half, check_same_numbers
-from actcache.models.provenance import setup_of
-from actcache.models.record import LowerHalf, evaluating
+from actcache.models.record import LowerHalf
 from actcache.models.regimes import (
     Prepared,
     Regime,
@@ -42,12 +42,10 @@ class TaskModels:
     recipe: Recipe
     space: Space
     reader: Callable[..., Reader]
-    _prepare_to_fill: Callable[[], None]
     _lower: LowerHalf
     _encoder: DocumentEncoder
     _filler: Filler
-    _canaries: bytes | None
-    _checks: bool
+    _agreement: Agreement
 
     def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
@@ -59,18 +57,11 @@ class TaskModels:
                 weights and configuration, computes other numbers.
         """
         family = check_same_lower_half(task_model, self.recipe)
-        if self._checks:
-            check_same_numbers(task_model, self.recipe, self._encoder, self._reference())
+        if self._agreement.enabled:
+            check_same_numbers(task_model, self.recipe, self._encoder, self._agreement.reference())
         reduced = replay.reduce(task_model, self.recipe.layer, family)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
-
-    def _reference(self) -> bytes:
-        """Return the space's canaries, or, where it has none yet, those that this recycler's model makes."""
-        if self._canaries is not None:
-            return self._canaries
-        with evaluating(self._lower.base_model):
-            return canary.make(self._encoder, self._lower, setup_of(self._lower))
 
     def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``.

@@ -18,6 +18,7 @@ from actcache.entry import Entry
 from actcache.errors import CorruptEntryError, MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.key import Document, key_list
 from actcache.models.canary import TOLERANCE
+from actcache.models.distance import relative_error
 from actcache.models.entries import check_found, document_keys, find_entries, listed
 from actcache.models.filling import TOKEN_BUDGET
 from actcache.models.partial import vocabulary_size
@@ -158,6 +159,22 @@ def intact_entries(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dic
             return {key: entry for key, entry in found.items() if entry is not None and entry.token_ids is not None}
 
 
+def disagreeing(space: Space, lower: LowerHalf, encoder: DocumentEncoder, keys: list[bytes]) -> list[bytes]:
+    """Return those of some entries that are not what the lower half makes of the token ids beside them.
+
+    Those that are absent or corrupt, or have no token ids, are passed over; so are those of two texts where nothing
+    tells the texts apart.
+    """
+    found = intact_entries(space, keys, [])
+    typed = "token_type_ids" in encoder.tokenizer.model_input_names
+    if typed and not encoder.special_tokens:
+        found = {key: entry for key, entry in found.items() if "type_ids" in entry.extras}
+    comparison = _Comparison(space, lower, encoder, None)
+    if found:
+        comparison.add(list(found), list(found.values()), None)
+    return comparison.report().failed
+
+
 class _Comparison:
     """Collects how far entries are from what a lower half computes."""
 
@@ -294,9 +311,7 @@ def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded
         for i, rows in zip(batch, computed, strict=True):
             stored = entries[i].activations
             if stored.shape == rows.shape:
-                difference = stored.astype(np.float64) - rows
-                norm = float(np.linalg.norm(rows.astype(np.float64))) or 1.0
-                result[i] = float(np.linalg.norm(difference)) / norm, float(np.abs(difference).max())
+                result[i] = relative_error(rows, stored), float(np.abs(stored.astype(np.float64) - rows).max())
     return result
 
 

@@ -152,7 +152,7 @@ def _spans(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 def _always(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     special = np.array(tokenizer.all_special_ids, np.int64)
     try:
-        canaries = DocumentEncoder(tokenizer).truncating().encode(canary.TEXTS)
+        canaries = canary.documents(DocumentEncoder(tokenizer))
     except DocumentError:  # a tokenizer that makes nothing of them has no recycler either
         return np.unique(special)
-    return np.union1d(special, np.concatenate([windows[0].token_ids for windows in canaries]))
+    return np.union1d(special, np.concatenate([one.token_ids for one in canaries]))

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import CanaryError, ModelError
-from actcache.models.agreement import agree
+from actcache.models.agreement import Agreement
 from actcache.models.matching import check_same_lower_half
 from actcache.models.partial import vocabulary_size
 from actcache.models.provenance import setup_of
@@ -39,8 +39,12 @@ class RecordedModel:
         Raises:
             CanaryError: they come out differently.
         """
+        agreement = Agreement(space, self.encoder, self.lower, setup_of(self.lower))
         try:
-            agree(space, self.encoder, self.lower, setup_of(self.lower), create=create)
+            if create:
+                agreement.before_adding()
+            else:
+                agreement.when_opened()
         except CanaryError as error:
             raise CanaryError(f"{self.name} with these libraries and this device: {error}") from error
 

@@ -40,8 +40,8 @@ TEXTS = (
 # The largest relative error of a canary (see ``relative_error``) that another kernel, device or batch shape explains.
 # Summing in another order moves a layer's output by a few units in the last place (2^-24, 2^-11, 2^-8 relative), and
 # that grows along the layers: 3e-6, 2e-3 and 1.6e-2 were measured in float32, float16 and bfloat16, where TF32 and
-# other weights give above 1e-3 in float32. So each limit lies above the rounding of its dtype and below what a change of
-# the computation does.
+# other weights give above 1e-3 in float32. So each limit lies above the rounding of its dtype and below what a change
+# of the computation does.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 _LONGEST = 1024  # tokens of the long canary, where the model takes as many

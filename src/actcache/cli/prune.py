@@ -44,8 +44,8 @@ def prune(
     where: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only spaces whose recipe says so: model=..., layer=6, config.NAME=..., dtype=float32 (as computed) or "
-            "'dtype=float32 via float16' (as ls shows it), via= (no lineage)."
+            help="Only spaces whose recipe says so: model=..., layer=6, config.NAME=..., dtype=float32 (as computed) "
+            "or 'dtype=float32 via float16' (as ls shows it), via= (no lineage)."
         ),
     ] = None,
     older_than: Annotated[str | None, typer.Option(help="Only spaces made so long ago: 90d, 12h, 2w.")] = None,

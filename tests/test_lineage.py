@@ -247,6 +247,7 @@ NARROW = [np.ones((1, 8), np.float16), torch.ones(1, 8, dtype=torch.float16), to
         ({"compute_dtype": "float16"}, ("float16",)),
         ({"compute_dtype": "bfloat16", "dtype": "float16"}, ("float16", "bfloat16")),
         ({"via": ("float16",)}, ("float16",)),
+        ({"compute_dtype": "float64"}, ()),
     ],
     ids=str,
 )
@@ -263,4 +264,84 @@ def test_rows_with_fewer_digits_than_the_recipe_promises_are_refused(changes, fi
                     with pytest.raises(ShapeError, match="the digits are gone"):
                         space.put([key(number), key(99)], [rows, rows])
                     assert not space.contains([key(number), key(99)]).any()
-                assert space.put([key(-1 - number)], [np.ones((1, 8), np.float32)]) == 1
+                assert space.put([key(-1 - number)], [np.ones((1, 8))]) == 1
+
+
+class Typed:
+    """Rows of a dtype that NumPy and torch have not, as extensions of NumPy (ml_dtypes) name theirs."""
+
+    shape, ndim = (1, 8), 2
+
+    def __init__(self, name):
+        self.dtype = type("dtype", (), {"name": name})()
+
+    def __len__(self):
+        return 1
+
+    def __array__(self, dtype=None, copy=None):
+        return np.ones((1, 8), np.float32)
+
+
+ROWS = torch.linspace(-1, 1, 8).reshape(1, 8)
+FEWER = {
+    "float8_e4m3fn": ROWS.to(torch.float8_e4m3fn),
+    "float8_e5m2": ROWS.to(torch.float8_e5m2),
+    "qint8": lambda: torch.quantize_per_tensor(ROWS, 0.05, 0, torch.qint8),  # warns of its end
+    "quint8": lambda: torch.quantize_per_channel(ROWS, torch.tensor([0.05]), torch.tensor([9]), 0, torch.quint8),
+    "float16": ROWS.numpy().astype(">f2"),
+    "float4_e2m1fn": Typed("float4_e2m1fn"),
+    "bfloat16": Typed("bfloat16"),
+    "int8": (ROWS * 100).to(torch.int8),
+    "int64": np.ones((1, 8), np.int64),
+    "a list, which says no dtype": list(ROWS.numpy().astype(np.float16)),  # np.asarray makes float16 of it
+    "a tuple, which says no dtype": (ROWS.numpy().astype(np.float16)[0],),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("name", FEWER)
+@pytest.mark.parametrize("dtype", codec.names())
+def test_only_what_is_known_to_have_the_digits_is_put(name, dtype, tmp_path):
+    if name == dtype:
+        pytest.skip("a float32 fill stores just that")
+    one = recipe(weights="ab" * 32, dtype=dtype)
+    fewer = FEWER[name]() if callable(FEWER[name]) else FEWER[name]
+    with actcache.open(tmp_path / "store") as store, store.space(one) as space:
+        for overwrite in (False, True):
+            with pytest.raises(ShapeError, match=f"array 1 (holds|is) {name}"):
+                space.put([key(0), key(1)], [ROWS.double(), fewer], overwrite=overwrite)
+        assert len(space) == 0
+
+
+@pytest.mark.parametrize("compute_dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_rows_in_a_wider_dtype_have_all_digits(compute_dtype, tmp_path):
+    one = recipe(weights="ab" * 32, compute_dtype=compute_dtype)
+    given = [ROWS.numpy().astype(np.longdouble), ROWS.double(), ROWS.numpy().astype(">f8")]
+    given += [] if compute_dtype == "float64" else [ROWS, ROWS.numpy().astype(">f4"), ROWS.to_sparse()]
+    given += [ROWS.to(getattr(torch, compute_dtype))]
+    with actcache.open(tmp_path / "store") as store, store.space(one) as space:
+        assert space.put([key(n) for n in range(len(given))], given) == len(given)
+
+
+@pytest.mark.parametrize("dtype", codec.names())
+def test_only_what_get_returns_is_put_as_stored(dtype, tmp_path):
+    """``put_stored`` rounds nothing, so it takes nothing that is not of the space's own dtype."""
+    with actcache.open(tmp_path / "store") as store, store.space(recipe(dtype=dtype)) as space:
+        delivered = codec.get(dtype).delivered
+        for wrong in {np.dtype("f2"), np.dtype("f4"), np.dtype("f8")} - {delivered}:
+            with pytest.raises(ShapeError, match=f"array 1 holds {wrong.name}, and get returns {delivered.name}"):
+                space.put_stored([key(0), key(1)], [ROWS.numpy().astype(delivered), ROWS.numpy().astype(wrong)])
+        assert len(space) == 0
+        assert space.put_stored([key(0)], [ROWS.numpy().astype(delivered)]) == 1
+
+
+def test_float32_of_float64_rows_would_be_rounded_twice(tmp_path):
+    """Their float16 is not that of the float64 rows; their bfloat16 is, for it is made by way of float32."""
+    with actcache.open(tmp_path / "store") as store:
+        for dtype, taken in (("float16", False), ("bfloat16", True), ("float32", True)):
+            with store.space(recipe(weights="ab" * 32, dtype=dtype, compute_dtype="float64")) as space:
+                if taken:
+                    assert space.put([key(0)], [ROWS]) == 1
+                else:
+                    with pytest.raises(ShapeError, match="the digits are gone"):
+                        space.put([key(0)], [ROWS])

@@ -112,24 +112,39 @@ def check_lists(keys: Sequence[bytes], lists: Mapping[str, Sequence[Any]]) -> No
 def check_digits(arrays: Sequence[Any], recipe: Recipe) -> None:
     """Refuse rows that have fewer digits than the recipe of a model's weights promises.
 
-    A recycler takes what stands under such a recipe for its own numbers. Rows that were rounded to float16 or bfloat16
-    before they are put are not those, unless they were computed in it or the recipe's lineage says so. Recipes without
-    a digest of weights are the caller's own: there ``compute_dtype`` and ``via`` are for them to say.
+    A recycler takes what stands under such a recipe for its own numbers. So rows have to come in the dtype that they
+    were computed in, or one that holds all of its numbers; in a smaller one only where the recipe's dtype and lineage
+    would have made them that. Whatever else there is (float8, quantized tensors, integers) has lost digits. Recipes
+    without a digest of weights are the caller's own: there ``compute_dtype`` and ``via`` are for them to say.
 
     Raises:
-        ShapeError: it names the first such array.
+        ShapeError: it names the first such array; also one that says no dtype: lists may hold rows of several.
     """
     if recipe.weights is None:
         return
     for i, array in enumerate(arrays):
-        given = str(getattr(array, "dtype", "")).removeprefix("torch.")
-        if given not in ("float16", "bfloat16") or given == recipe.compute_dtype:
+        given = _dtype_name(array)
+        if given is None:
+            raise ShapeError(
+                f"array {i} is a {type(array).__name__}, which says no dtype: give an array or a tensor, in the dtype "
+                f"that its rows were computed in ({recipe.compute_dtype})"
+            )
+        if lineage.holds(given, recipe.compute_dtype):
             continue
-        if lineage.traces((given, *recipe.via, recipe.dtype), recipe.compute_dtype) != recipe.via:
+        rounded = given in codec.names()
+        if not rounded or lineage.traces((given, *recipe.via, recipe.dtype), recipe.compute_dtype) != recipe.via:
             raise ShapeError(
                 f"array {i} holds {given}, but the recipe is of rows computed in {recipe.compute_dtype} and stored as "
                 f"{recipe.stored_as}: the digits are gone. Put rows as they were computed"
             )
+
+
+def _dtype_name(array: Any) -> str | None:
+    """Return the name of an array's or tensor's dtype, without importing torch; None where it says none."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
+        return None
+    return str(getattr(dtype, "name", None) or dtype).removeprefix("torch.")
 
 
 def encode_entry(

@@ -34,3 +34,20 @@ def traces(dtypes: Sequence[str], compute_dtype: str) -> tuple[str, ...]:
             rounded = []
         rounded.append(dtype)
     return tuple(rounded[:-1] if rounded[-1:] == [dtypes[-1]] else rounded)
+
+
+def holds(given: str, compute_dtype: str) -> bool:
+    """Return whether every number of ``compute_dtype`` is one of ``given``, a dtype's name; of unknown ones, never.
+
+    Only what is known to hold them does: a dtype of fewer digits that somebody will come up with is unknown here.
+    """
+    return given == compute_dtype or given in _WIDER[compute_dtype]
+
+
+_EXTENDED = ("longdouble", "float96", "float128")  # NumPy's names for what C has beyond float64
+_WIDER = {
+    "float64": _EXTENDED,
+    "float32": ("float64", *_EXTENDED),
+    "float16": ("float32", "float64", *_EXTENDED),
+    "bfloat16": ("float32", "float64", *_EXTENDED),
+}

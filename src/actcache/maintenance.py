@@ -24,7 +24,7 @@ from actcache.backend import (
     Snapshot,
     SpaceDriver,
 )
-from actcache.errors import UsageError
+from actcache.errors import ShapeError, UsageError
 from actcache.key import Keys, key_array, key_list
 from actcache.lastuse import LastUse
 from actcache.plain import whole
@@ -104,9 +104,15 @@ class Maintained:
 
         As ``put``, but the rows are what the recipe's lineage (``Recipe.via``) has made of them already. So they are
         not rounded to its dtypes again, which refuses what bfloat16 has rounded up out of float16's range.
+
+        Raises:
+            ShapeError: also where rows are of another dtype than ``get`` returns.
         """
-        lists = {VALUES: arrays, **others}
-        return self._put(keys, lists, codec.get(self.recipe.dtype), overwrite=False)
+        stored = codec.get(self.recipe.dtype)
+        for i, array in enumerate(arrays):
+            if (given := getattr(array, "dtype", None)) != stored.delivered:
+                raise ShapeError(f"array {i} holds {given}, and get returns {stored.delivered}: use put")
+        return self._put(keys, {VALUES: arrays, **others}, stored, overwrite=False)
 
     def in_order(self, keys: Keys) -> NDArray[np.uint8]:
         """Return keys as ``[n, 32]`` in the order in which their published entries lie, absent ones first."""

@@ -79,6 +79,26 @@ def test_tables_are_those_of_datasets(tmp_path):
     assert [one.text for one in corpus.read(path, "body")] == list(read["body"])
 
 
+def test_cells_that_look_like_something_else_are_texts(tmp_path):
+    """As docs/corpora.md says; without these options pandas and datasets find no texts, numbers and truth values."""
+    cells = ["NA", "null", "None", "nan", "N/A", "2.50", "007", "True", "2020-01-01"]
+    path = tmp_path / "c.csv"
+    path.write_text("body\n" + "\n".join(cells) + "\n")
+    assert [one.text for one in corpus.read(path, "body")] == cells
+    assert list(pd.read_csv(path, keep_default_na=False, dtype=str)["body"]) == cells
+    assert list(pd.read_csv(path)["body"]) != cells
+    options = {"keep_default_na": False, "features": datasets.Features({"body": datasets.Value("string")})}
+    read = datasets.Dataset.from_csv(str(path), cache_dir=str(tmp_path / "cache"), **options)
+    assert list(read["body"]) == cells
+    for texts in (cells, ["12", "13"]):
+        path = tmp_path / f"{len(texts)}.jsonl"
+        path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+        assert [one.text for one in corpus.read(path, "body")] == texts
+        assert list(pd.read_json(path, lines=True, dtype=False)["body"]) == texts
+        read = datasets.Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+        assert list(read["body"]) == texts
+
+
 LINES = (
     "one\n\n  two \r\nthree\rfour\r\r\nfive\u2028six\u2029seven\n\x0beight\x0c\nnine\x1c\x1d\x1e\x85ten\n"
     "\ufeffeleven\n \t \nżółć 東京\na NUL \0 inside\nlast"

@@ -18,9 +18,9 @@ import pytest
 import actcache
 from actcache.errors import CodecOverflowError, StoreNotFoundError, UsageError
 from actcache.migration import migrate
-from tests.backends import KINDS
+from tests.backends import KINDS, each
 from tests.cli.running import cachectl
-from tests.support import ROOT, ids, key, make_store, put, recipe, rows
+from tests.support import ROOT, check, ids, key, make_store, put, recipe, rows
 
 KEYS = [key(n) for n in range(130)]
 NAMES = ("spans", "word_ids", "type_ids")
@@ -158,11 +158,46 @@ def test_a_dtype_that_cannot_hold_the_rows(tmp_path):
     assert run(tmp_path / "source", tmp_path / "target", dtype="bfloat16").equal
 
 
-def test_a_store_can_be_its_own_target_for_another_dtype(tmp_path):
-    make_store(tmp_path / "store", range(20))
-    assert run(tmp_path / "store", tmp_path / "store", dtype="float16").equal
-    with actcache.open(tmp_path / "store", "r") as store:
+@each()
+def test_a_store_can_be_its_own_target_for_another_dtype(kind, tmp_path):
+    url = kind.url(tmp_path / "store")
+    make_store(url, range(20))
+    assert run(url, url, dtype="float16").equal
+    with actcache.open(url, "r") as store:
         assert sorted(r.dtype for r in store.recipes()) == ["float16", "float32"]
+    # Also when it is run again: the space that stays where it is does not meet what becomes it.
+    assert cachectl("migrate", tmp_path / "store", url, "--dtype", "float16").code == 0
+    again = run(url, tmp_path / "store", dtype="float16")
+    assert again.equal
+    assert [one.copied for one in again.spaces] == [0, 0]
+
+
+@each()
+@pytest.mark.parametrize("pair", [("float32", "float16"), ("float32", "float32 via float16")])
+def test_two_spaces_that_would_become_one_are_refused(kind, pair, tmp_path):
+    """Whichever came second would be found with other numbers, and no second run would mend that."""
+    both = [recipe(dtype=name) if " " not in name else recipe(dtype="float16").stored_again("float32") for name in pair]
+    url, target = kind.url(tmp_path / "source"), tmp_path / "target"
+    with actcache.open(url) as store:
+        for number, one in enumerate(both):
+            with store.space(one) as space:
+                put(space, range(10), version=number)
+    said = f"{both[0].fingerprint[:12]} ({pair[0]})", f"{both[1].fingerprint[:12]} ({pair[1]})"
+    line = cachectl("migrate", url, target, "--dtype", "float16").refused(2)
+    assert "--space" in line
+    assert all(one in line for one in said)
+    assert not target.exists()
+    with pytest.raises(UsageError, match="prefixes") as refusal:
+        run(url, target, dtype="float16")
+    assert all(one in str(refusal.value) for one in said)
+    with actcache.open(target, "r") as store:
+        assert store.fingerprints() == []
+    for number, one in enumerate(both):
+        done = cachectl("migrate", url, f"{target}{number}", "--dtype", "float16", "--space", one.fingerprint[:12])
+        assert done.code == 0, done.err
+        with actcache.open(f"{target}{number}", "r") as store, store.space(recipe(dtype="float16")) as space:
+            check(space, dict.fromkeys(range(10), number), range(12))
+    assert cachectl("migrate", url, target).code == 0  # in their own dtypes each has its own
 
 
 def test_what_stands_in_the_target_stays(tmp_path):

@@ -100,6 +100,53 @@ def test_spaces_are_chosen(root, options, gone):
                 check(space, dict.fromkeys(range(20), 0), range(25))
 
 
+def test_spaces_are_told_by_their_lineage(tmp_path):
+    """``dtype=`` is what ``ls`` shows: rows that were float16 once are no float32 of a fill."""
+    root, wide, narrow = tmp_path / "store", recipe(dtype="float16").stored_again("float32"), recipe(dtype="float16")
+    twice = wide.stored_again("bfloat16")
+    with actcache.open(root) as store:
+        for one in (A, wide, narrow, twice):
+            store.space(one).close()
+    shown = cachectl("ls", root).out
+    for where, gone in (
+        ("dtype=float32", {A}),
+        ("dtype=float32 via float16", {wide}),
+        ("dtype=bfloat16 via float16", {twice}),
+        ("via=", {A, narrow}),
+        ("via=float16", {wide, twice}),
+    ):
+        done = cachectl("prune", root, "--where", where, "--dry-run", "--json", "--idle", 0)
+        found = {removal["fingerprint"] for removal in done.json()["plan"]["removals"]}
+        assert (found, done.err) == ({one.fingerprint for one in gone}, ""), where
+        assert "dtype" not in where or where.removeprefix("dtype=") in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["via=None"], "no space fits --where via=None; there are via="),
+        (["dtype=fp16"], "no space fits --where dtype=fp16; there are dtype=float16, dtype=float32"),
+        (["layer=9", "model=other"], "no space fits --where layer=9; there are layer=1, layer=2, layer=3"),
+        (["layer=2", "model=other"], "no space fits --where layer=2 and model=other; there are layer=1, "),
+        (["layer=2", "--space", A.fingerprint], "no space fits --where layer=2; there are layer=1"),
+        (["layer=9", "--older-than", "1s", "--keep-collection", "c"], "no space fits --where layer=9"),
+    ],
+    ids=str,
+)
+def test_fields_that_choose_no_space_are_told(root, options, said):
+    with actcache.open(root) as store:
+        store.put_collection("c", [key(1)])
+    arguments = [text for one in options for text in (["--where", one] if "=" in one else [one])]
+    for more in (["--dry-run"], ["--yes"], ["--yes", "--json"], ["--yes", "--quiet"]):
+        done = cachectl("prune", root, *arguments, *more)
+        assert done.code == 0
+        assert done.err.startswith(said), done.err
+        assert "no space" not in done.out
+    assert spaces(root) == {A, B, C}
+    fits = cachectl("prune", root, "--where", "layer=2", "--unused-for", "900d", "--yes")
+    assert fits.err == ""  # it is the age that none has
+
+
 def test_a_budget_takes_the_least_recently_used_first(root):
     """B was not used for 20 days, C for 10, A for one, though A is the oldest."""
     sizes = {one: size(folder(root, one)) for one in (A, B, C)}
@@ -137,6 +184,7 @@ def test_arguments_that_make_no_sense(root):
     for options, said in (
         (["--where", "color=red"], "config"),
         (["--where", "layer"], "FIELD=VALUE"),
+        (["--where", "dtype=float32", "--where", "dtype=float16"], "no space is both"),
         (["--older-than", "soon"], "30d"),
         (["--max-bytes", "little"], "8GiB"),
         (["--max-bytes", "1", "--keep-collection", "c"], "collection"),

@@ -270,7 +270,7 @@ def test_wrong_inputs_are_refused(make_model: Make) -> None:
         reduced(**{**batch, "activations": batch["activations"].long()})
     with pytest.raises(ShapeError, match="torch tensors"):
         reduced(**{**batch, "activations": batch["activations"].numpy()})
-    with pytest.raises(ShapeError, match="do not fit"):
+    with pytest.raises(ShapeError, match=r"do not fit.*collate_fn=dataset\.collate"):
         reduced(**{name: tensor[None] for name, tensor in batch.items()})
 
 

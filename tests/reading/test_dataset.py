@@ -8,7 +8,16 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, WeightedRandomSampler, random_split
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    WeightedRandomSampler,
+    default_collate,
+    random_split,
+)
+from transformers import DefaultDataCollator, default_data_collator
 
 import actcache
 from actcache.batch import Inputs
@@ -62,6 +71,25 @@ def test_a_loader_whose_workers_are_spawned(reader):
     assert sorted(check(loader)) == list(range(COUNT))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_is_told_nothing(reader, workers):
+    """torch's default_collate puts items together by their own ``collate``, and other things as ever."""
+    data = reader.dataset()
+    options = {"num_workers": workers, "multiprocessing_context": "spawn"} if workers else {}
+    assert check(DataLoader(data, batch_size=7, **options)) == list(range(COUNT))
+    assert check(DataLoader(ConcatDataset([data, data]), batch_size=13)) == [*range(COUNT)] * 2
+    assert check(DataLoader(data, batch_size=None)) == list(range(COUNT))
+    pairs = next(iter(DataLoader([(data[n], n) for n in range(4)], batch_size=4)))
+    assert check([pairs[0]]) == pairs[1].tolist() == [0, 1, 2, 3]
+    assert default_collate([{"a": torch.ones(2)}] * 3)["a"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("collator", [default_data_collator, DefaultDataCollator(return_tensors="np")])
+def test_the_trainers_own_collator_is_told_of_collate(reader, collator):
+    with pytest.raises(UsageError, match=r"data_collator=dataset\.collate"):
+        collator([reader.dataset()[n] for n in range(3)])
+
+
 def test_it_is_one_read_a_batch(reader, monkeypatch):
     data = reader.dataset()
     reads = []
@@ -92,6 +120,21 @@ def test_slices_lists_and_arrays_are_read_as_one_batch(reader):
     with pytest.raises(TypeError):
         data["3"]
     assert data[np.int64(3)].labels.tolist() == data[torch.tensor(3)].labels.tolist() == [3]
+
+
+def test_a_mask_of_truth_values_chooses(reader):
+    data = reader.dataset()
+    even = np.arange(COUNT) % 2 == 0
+    for mask in (even, torch.from_numpy(even), even.tolist()):
+        assert check([data[mask].model_inputs()]) == list(range(0, COUNT, 2))
+    for wrong in (even[1:], [True, False]):
+        with pytest.raises(IndexError, match=f"{len(wrong)} truth values for {COUNT} documents"):
+            data[wrong]
+    for wrong in (True, np.True_, torch.tensor(True), 1.5, "3", None, [1.0, 2.0], [[1, 2]], ["3"], [True, 2.5]):
+        with pytest.raises(TypeError, match="mask of truth values"):
+            data[wrong]
+    with pytest.raises(TypeError, match="mask of truth values"):
+        list(DataLoader(Subset(data, even), batch_size=3))
 
 
 def test_an_item_is_read_when_something_is_asked_of_it(reader, monkeypatch):

@@ -27,6 +27,7 @@ __all__ = [
     "binary",
     "console",
     "counted",
+    "notice",
     "print_json",
     "say",
     "span",
@@ -77,6 +78,11 @@ def console() -> Console:
 def say(text: str) -> None:
     """Print a line of a result."""
     console().print(text, highlight=False, soft_wrap=True)
+
+
+def notice(text: str) -> None:
+    """Print a line beside the result, on stderr: what is no failure, and perhaps not what was meant."""
+    _Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,8 @@ import typer
 
 from actcache.cli.common import SHORT, JsonOption, QuietOption, SpaceOption, binary, counted, print_json, say
 from actcache.cli.progress import Meter
-from actcache.migration import Migration, SpaceMigration
+from actcache.errors import UsageError
+from actcache.migration import Migration, SpaceMigration, meetings
 from actcache.migration import migrate as migrate_store
 from actcache.reading.checks import nbytes_of
 from actcache.store import open_store
@@ -40,17 +41,18 @@ def migrate(
     of both ends are printed. Exit code 4 where they differ.
 
     With --dtype, float32 becomes just what a fill with that dtype stores. What was float16 or bfloat16 before has lost
-    digits: it gets a recipe that says so (float32 via float16), which a fill for float32 never takes for its own.
+    digits: it gets a recipe that says so (float32 via float16), which a fill for float32 never takes for its own. Where
+    two spaces would become one, nothing is copied: choose with --space.
 
     Example: cachectl migrate ./activations zarr:s3://bucket/activations
     """
     nbytes = nbytes_of("--segment-bytes", segment_bytes)
-    with (
-        open_store(source, mode="r") as old,  # first: nothing is made where there is nothing to read
-        open_store(target, mode="a") as new,
-        Meter("migrate", "entries", show=not quiet) as meter,
-    ):
-        done = migrate_store(old, new, prefixes=space or (), dtype=dtype, segment_bytes=nbytes, progress=meter)
+    prefixes = space or ()
+    with open_store(source, mode="r") as old:  # first: nothing is made where there is nothing to read
+        for meeting in meetings(old, target, prefixes=prefixes, dtype=dtype):
+            raise UsageError(f"{meeting}: choose one with --space, and migrate the other to another TARGET")
+        with open_store(target, mode="a") as new, Meter("migrate", "entries", show=not quiet) as meter:
+            done = migrate_store(old, new, prefixes=prefixes, dtype=dtype, segment_bytes=nbytes, progress=meter)
     if as_json:
         spaces = [
             {

@@ -21,6 +21,7 @@ from actcache.cli.common import (
     StoreArgument,
     binary,
     counted,
+    notice,
     print_json,
     say,
 )
@@ -31,6 +32,8 @@ from actcache.reading.checks import nbytes_of
 from actcache.retention import IDLE_SECONDS, PINNED, Plan, Pruning
 from actcache.store import open_standing, open_store
 
+_MOST = 12  # values that are named where none fits
+
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)?")
 _SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
@@ -40,7 +43,10 @@ def prune(
     space: SpaceOption = None,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="Only spaces whose recipe says so: model=..., layer=6, dtype=float32, config.NAME=..."),
+        typer.Option(
+            help="Only spaces whose recipe says so: model=..., layer=6, config.NAME=..., dtype=float32 (as computed) "
+            "or 'dtype=float32 via float16' (as ls shows it), via= (no lineage)."
+        ),
     ] = None,
     older_than: Annotated[str | None, typer.Option(help="Only spaces made so long ago: 90d, 12h, 2w.")] = None,
     unused_for: Annotated[str | None, typer.Option(help="Only spaces that nobody used for so long.")] = None,
@@ -82,6 +88,7 @@ def prune(
         raise UsageError("--keep-only and --keep-collection at once: prune by one after the other")
     if keep_only is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --keep-only FILE")
+    asked = _fields([text_of(one) for one in where or []])
     keys = None if keep_only is None else corpus.keys(keep_only, field, format)
     with open_store(store, mode="r") as opened:
         if keep_collection is not None:
@@ -89,7 +96,7 @@ def prune(
         planned = retention.plan(
             opened,
             prefixes=space or (),
-            where=_fields([text_of(one) for one in where or []]),
+            where=asked,
             older_than=_seconds("--older-than", older_than),
             unused_for=_seconds("--unused-for", unused_for),
             max_bytes=None if max_bytes is None else nbytes_of("--max-bytes", max_bytes),
@@ -97,6 +104,8 @@ def prune(
             stride=stride,
             idle=_seconds("--idle", idle) or 0.0,
         )
+    if planned.unfitting:
+        notice(_nothing_fits(planned, asked))
     if not as_json:
         _show(planned)
     done: Pruning | None = None
@@ -139,11 +148,24 @@ def _agreed(yes: bool) -> bool:
 
 
 def _fields(given: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given]
-    for text, (name, equals, _) in zip(given, pairs, strict=True):
+    fields: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
         if not name or not equals:
             raise UsageError(f"--where takes FIELD=VALUE, such as layer=6, not {text!r}")
-    return {name: value for name, _, value in pairs}
+        if fields.setdefault(name, value) != value:
+            raise UsageError(
+                f"--where {name}={fields[name]} and {text}: no space is both; prune by one after the other"
+            )
+    return fields
+
+
+def _nothing_fits(planned: Plan, asked: dict[str, str]) -> str:
+    """Say why the fields chose no space, and what could be said instead."""
+    missed = " and ".join(f"{name}={asked[name]}" for name in planned.unfitting)
+    there = [f"{name}={value}" for name, values in planned.unfitting.items() for value in values]
+    shown = ", ".join(there[:_MOST]) + (", ..." if len(there) > _MOST else "")
+    return f"no space fits --where {missed}; there are {shown or 'none with such a field'}"
 
 
 def _seconds(name: str, text: str | None) -> float | None:

@@ -11,6 +11,6 @@ memory that is published; the one before is being published; the one before that
 """
 
 from actcache.migration.results import Migration, SpaceMigration
-from actcache.migration.stores import migrate
+from actcache.migration.stores import meetings, migrate
 
-__all__ = ["Migration", "SpaceMigration", "migrate"]
+__all__ = ["Migration", "SpaceMigration", "meetings", "migrate"]

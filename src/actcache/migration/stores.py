@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from actcache import registry
 from actcache.collection import Collection
-from actcache.errors import DataError
+from actcache.errors import DataError, UsageError
 from actcache.inspection import Progress, chosen, opened
 from actcache.migration.copying import Copy
 from actcache.migration.results import Migration
+from actcache.recipe import Recipe
 from actcache.space import Space
 from actcache.store import Store
 from actcache.writer import SEGMENT_BYTES
@@ -38,14 +42,17 @@ def migrate(
         progress: told what is being done, and entries.
 
     Raises:
-        UsageError: a prefix fits no space; a row is too large for the dtype. What was copied before stays.
+        UsageError: a prefix fits no space, or two spaces would become one (see ``meetings``): nothing was copied; a row
+            is too large for the dtype: what was copied before stays.
         StoreError: disk full, network, ...: likewise.
     """
+    for meeting in meetings(source, target.url, prefixes=prefixes, dtype=dtype):
+        raise UsageError(f"{meeting}: name one of them in prefixes, and give the other another target")
     spaces, unreadable = [], {}
     for fingerprint in chosen(source, prefixes):
         try:
             with opened(source, fingerprint) as space:
-                recipe = space.recipe if dtype is None else space.recipe.stored_again(dtype)
+                recipe = _again(space.recipe, dtype)
                 with target.space(recipe, segment_bytes=segment_bytes) as other:
                     _copy_blobs(source, space, other)
                     spaces.append(Copy(space, other, segment_bytes, progress).run())
@@ -53,6 +60,45 @@ def migrate(
             unreadable[fingerprint] = str(error)
     collections = {name: _copy_collection(source, target, name) for name in source.collections()}
     return Migration(spaces, unreadable, collections)
+
+
+def meetings(source: Store, target: str | Path, *, prefixes: Sequence[str] = (), dtype: str | None = None) -> list[str]:
+    """Say which spaces would become one space of the target, a sentence for each; none where each gets its own.
+
+    Their entries may be of other numbers, by the digits that one of them has lost, or by the batches that they were
+    computed in. Which of the two stands in the target would depend on the order, and nothing would be equal to both.
+    A space that stays where it is, because the store is its own target, meets nobody: it is what others become.
+
+    Args:
+        target: path or URL of a store, made or not; it is not opened.
+
+    Raises:
+        UsageError: a prefix fits no space, or there is no such dtype.
+    """
+    in_place = _location(source.url) == _location(target)
+    met: dict[Recipe, list[Recipe]] = {}
+    for fingerprint in chosen(source, prefixes):
+        with suppress(DataError):  # migrate leaves it out, and says so
+            recipe = source.recipe(fingerprint)
+            if recipe is not None and not (in_place and recipe == _again(recipe, dtype)):
+                met.setdefault(_again(recipe, dtype), []).append(recipe)
+    return [
+        f"{' and '.join(_named(one) for one in recipes)} of {source.url} would become one space, {_named(become)}"
+        for become, recipes in met.items()
+        if len(recipes) > 1
+    ]
+
+
+def _named(recipe: Recipe) -> str:
+    return f"{recipe.fingerprint[:12]} ({recipe.stored_as})"
+
+
+def _location(url: str | Path) -> str:
+    return registry.parse(str(registry.resolve(url)))[1]
+
+
+def _again(recipe: Recipe, dtype: str | None) -> Recipe:
+    return recipe if dtype is None else recipe.stored_again(dtype)
 
 
 def _copy_blobs(store: Store, source: Space, target: Space) -> None:

@@ -79,7 +79,11 @@ class Embeddings(nn.Module):
         if input_ids.is_floating_point():
             return input_ids
         if input_ids.ndim != 2:
-            raise ShapeError(f"token_ids do not fit the model, which takes [batch, tokens]: {list(input_ids.shape)}")
+            raise ShapeError(
+                f"token_ids do not fit the model, which takes [batch, tokens]: {list(input_ids.shape)}. Items of a "
+                "reader's dataset() become a batch by its collate: give the loader collate_fn=dataset.collate (the "
+                "Trainer: data_collator=dataset.collate)"
+            )
         return self.zero.expand(*input_ids.shape, self.hidden_size)
 
     def __getattr__(self, name: str) -> Any:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
+from torch.utils.data._utils.collate import default_collate_fn_map  # the way that its documentation names
 
 from actcache.batch import Batch, Inputs
 from actcache.errors import CorruptEntryError, ShapeError, UsageError
@@ -33,6 +34,8 @@ _ONE_PROCESS = (
 
 class Item(Mapping[str, Any]):
     """One document of a data set: a batch of one, which is read when something of it is asked for.
+
+    torch's ``default_collate``, which loaders use that are given no ``collate_fn``, puts items together by ``collate``.
 
     It has the attributes of ``Batch``; as a mapping it is the keyword arguments of a reduced model's ``forward``, all
     ``[1, ...]``. What groups documents by length (the ``Trainer``) asks for ``len(item["input_ids"])``: under this name
@@ -57,6 +60,13 @@ class Item(Mapping[str, Any]):
         return self._batch.model_inputs()[name]
 
     def __contains__(self, name: object) -> bool:
+        if (
+            name == "label_ids"
+        ):  # the Trainer's own collator asks for it, and would stack what has a batch's axis already
+            raise UsageError(
+                "items of a data set are put into a batch by its collate alone: give the Trainer "
+                "data_collator=dataset.collate (an item's labels are its 'labels')"
+            )
         return name == "input_ids" or name in self._batch.model_inputs()
 
     def __iter__(self) -> Iterator[str]:
@@ -91,16 +101,26 @@ class EntryDataset(Dataset[Any]):
         return len(self._work.keys)
 
     def __getitem__(self, position: Any) -> Any:
-        """Return one document's ``Item``; of a slice, list or array of positions, their ``Batch``, read at once.
+        """Return one document's ``Item``; of several, their ``Batch``, read at once.
+
+        Args:
+            position: 0..n-1, or from the end on, -1..-n. Several: a slice, a list or array of positions, ``[m]``, or a
+                mask of truth values, ``[n]``.
 
         Raises:
-            IndexError: there is no such document.
+            IndexError: there is no such document, or a mask is of another length.
+            TypeError: it is none of these.
         """
         if isinstance(position, slice):
             return self.read(range(*position.indices(len(self))))
-        if np.ndim(position):
-            return self.read([self._checked(one) for one in position])
-        return Item(self, self._checked(position))
+        if not np.ndim(position):
+            return Item(self, self._checked(position))
+        several = np.asarray(position)
+        if several.ndim == 1 and several.dtype == np.bool_:
+            if len(several) != len(self):
+                raise IndexError(f"a mask of {len(several)} truth values for {len(self)} documents")
+            return self.read(np.flatnonzero(several).tolist())
+        return self.read([self._checked(one) for one in position])
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
         """Return the items of some documents, as loaders ask for them."""
@@ -160,7 +180,15 @@ class EntryDataset(Dataset[Any]):
         return _joined(items)
 
     def _checked(self, position: Any) -> int:
-        number = operator.index(position)
+        try:
+            if isinstance(position, bool) or getattr(position, "dtype", None) == torch.bool:  # indices to Python
+                raise TypeError
+            number = operator.index(position)
+        except TypeError:
+            raise TypeError(
+                f"a position is a whole number, not {position!r:.80}; several are a slice, a list or array of "
+                f"positions, [m], or a mask of truth values, [{len(self)}]"
+            ) from None
         if not -len(self) <= number < len(self):
             raise IndexError(f"position {number} of {len(self)} documents")
         return number % len(self)
@@ -205,3 +233,10 @@ def _widened(inputs: Mapping[str, Any], width: int, of_tokens: bool) -> dict[str
             added = [0, 0] * (tensor.ndim - 2) + [0, width - tensor.shape[1]]
             wide[name] = pad(tensor, added, value=IGNORED if name == "labels" else 0)
     return wide
+
+
+def _collated(items: Sequence[Item], *, collate_fn_map: Any = None) -> Inputs:
+    return EntryDataset.collate(items)
+
+
+default_collate_fn_map[Item] = _collated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class Plan:
     nbytes: int  # of the whole store, as it is
     max_bytes: int | None = None
     idle: float = IDLE_SECONDS
+    unfitting: dict[str, list[str]] = field(default_factory=dict)  # what no space fits: field -> the values there are
 
     @property
     def freed(self) -> int:
@@ -68,7 +69,8 @@ def plan(
     Args:
         prefixes: of fingerprints.
         where: fields of a recipe, of its identity or provenance (``model``, ``layer``, ``dtype``,
-            ``config.hidden_act``, ...), as texts.
+            ``config.hidden_act``, ...), as texts. ``dtype`` is what rows are stored as, lineage included (``float32 via
+            float16``), and ``via`` is empty where there is none.
         older_than: seconds since the space was made.
         unused_for: seconds since it was last used.
         max_bytes: what the whole store may take on its medium.
@@ -87,7 +89,15 @@ def plan(
     found = footprint(files)
     everything = states(store)
     conditions = (older_than, unused_for, max_bytes, keep_only)
-    candidates = _fitting(store, everything, prefixes, where or {}, older_than, unused_for)
+    where = where or {}
+    named = _named(store, everything, prefixes, where)
+    fitting = _fitting(named, where)
+    unfitting = {} if fitting else _unfitting(named, where)
+    candidates = [
+        state
+        for state in fitting
+        if (older_than is None or state.made >= older_than) and (unused_for is None or state.used >= unused_for)
+    ]
     if not prefixes and not where and all(condition is None for condition in conditions):
         candidates = []
     left_behind = sum(f.nbytes for n, f in files.items() if n.startswith("tmp/") and f.age >= SWEEP_SECONDS)
@@ -107,7 +117,7 @@ def plan(
         elif removal is not None:
             removals.append(removal)
             excess = None if excess is None else excess - removal.nbytes
-    return Plan(removals, kept, left_behind, found.total, max_bytes, idle)
+    return Plan(removals, kept, left_behind, found.total, max_bytes, idle, unfitting)
 
 
 def _why(state: SpaceState, max_bytes: int | None) -> str:
@@ -116,28 +126,29 @@ def _why(state: SpaceState, max_bytes: int | None) -> str:
     return f"least recently used{'; it alone takes more than the budget' if state.nbytes > max_bytes else ''}"
 
 
-def _fitting(
-    store: Store,
-    everything: list[SpaceState],
-    prefixes: Sequence[str],
-    where: Mapping[str, str],
-    older_than: float | None,
-    unused_for: float | None,
+def _named(
+    store: Store, everything: list[SpaceState], prefixes: Sequence[str], where: Mapping[str, str]
 ) -> list[SpaceState]:
+    """Return the spaces with a prefix; refuse fields that no recipe of the store has."""
     names = set(chosen(store, prefixes))
-    fields = [(state, _fields(state.recipe)) for state in everything]
+    fields = {field for state in everything for field in _fields(state.recipe)}
     for name in where:
-        if not any(name in known for _, known in fields):
-            every = sorted({field for _, known in fields for field in known})
-            raise UsageError(f"no recipe of {store.url} has a field {name!r}; there are {', '.join(every) or 'none'}")
-    return [
-        state
-        for state, known in fields
-        if state.fingerprint in names
-        and all(known.get(name) == value for name, value in where.items())
-        and (older_than is None or state.made >= older_than)
-        and (unused_for is None or state.used >= unused_for)
-    ]
+        if name not in fields:
+            there = ", ".join(sorted(fields)) or "none"
+            raise UsageError(f"no recipe of {store.url} has a field {name!r}; there are {there}")
+    return [state for state in everything if state.fingerprint in names]
+
+
+def _fitting(spaces: list[SpaceState], where: Mapping[str, str]) -> list[SpaceState]:
+    fields = [(state, _fields(state.recipe)) for state in spaces]
+    return [state for state, known in fields if all(known.get(name) == value for name, value in where.items())]
+
+
+def _unfitting(spaces: list[SpaceState], where: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the values that there are of fields which no space fits; of all fields where each is fitted by some."""
+    fields = [_fields(state.recipe) for state in spaces]
+    values = {name: sorted({known[name] for known in fields if name in known}) for name in where}
+    return {name: there for name, there in values.items() if where[name] not in there} or values
 
 
 def _fields(recipe: Recipe | None) -> dict[str, str]:
@@ -146,11 +157,8 @@ def _fields(recipe: Recipe | None) -> dict[str, str]:
         return {}
     identity: dict[str, Any] = recipe.identity()
     config = {f"config.{name}": value for name, value in identity.pop("config").items()}
-    if recipe.via:
-        identity["via"] = ", ".join(recipe.via)
-    return {
-        name: str(value) for name, value in {**recipe.provenance, **config, **identity, "model": recipe.model}.items()
-    }
+    identity |= {"dtype": recipe.stored_as, "via": ", ".join(recipe.via), "model": recipe.model}
+    return {name: str(value) for name, value in {**recipe.provenance, **config, **identity}.items()}
 
 
 def _others(

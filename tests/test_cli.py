@@ -26,6 +26,7 @@ import actcache.recycler  # for the forks
 from actcache.cli import main
 from bench.docstrings import docstrings
 from tests.cli.running import cachectl as in_process
+from tests.tiny import save_tiny
 
 COMMAND = [sys.executable, "-c", "from actcache.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
@@ -227,8 +228,9 @@ def test_help_has_an_example():
 def test_an_interrupted_fill_goes_on(tmp_path):
     """Ctrl-C: one line, exit code 130, and the next run computes only the rest."""
     texts = [f"document number {number}" for number in range(2100)]  # a little more than fill looks at in one go
-    options = ["--model", str(get_model_path()), "--layer", "1", "--json"]
-    command = [*COMMAND, "fill", str(tmp_path / "store"), "-", *options]
+    model = save_tiny(tmp_path / "model")
+    arguments = ["fill", str(tmp_path / "store"), "-", "--model", str(model), "--layer", "1", "--json"]
+    command = [*COMMAND, *arguments]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     process.stdin.write("\n".join(texts) + "\n")
     process.stdin.flush()  # and stays open: what has come is computed, then fill waits for more
@@ -240,10 +242,7 @@ def test_an_interrupted_fill_goes_on(tmp_path):
     assert "Traceback" not in errors
     stored = json.loads(cachectl("inspect", tmp_path / "store", "--json").stdout)["spaces"][0]["entries"]
     assert 0 < stored < len(texts)
-    again = subprocess.run(
-        command, input="\n".join(texts), capture_output=True, text=True, env=ENVIRONMENT, timeout=120
-    )
-    report = json.loads(again.stdout)
+    report = json.loads(cachectl(*arguments, text="\n".join(texts)).stdout)
     assert (report["present"], report["computed"]) == (stored, len(texts) - stored)
 
 

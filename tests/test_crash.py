@@ -202,10 +202,10 @@ def in_memory():
 @each()
 def test_killed_writers(kind, in_memory):
     crashes = Crashes(kind, in_memory / "store", 1)
-    crashes.rounds(20)
-    assert len(crashes.may) > 80
-    assert crashes.heard["done"] > 40
-    assert crashes.heard["compacted"] > 3
+    crashes.rounds(8)
+    assert len(crashes.may) > 32
+    assert crashes.heard["done"] > 16
+    assert crashes.heard["compacted"] > 1
     crashes.finish()
 
 

@@ -44,7 +44,9 @@ def full(task: PreTrainedModel, tokenizer: Any, texts: list[str]) -> tuple[torch
     logits, states = [], []
     with torch.no_grad():
         for start in range(0, len(texts), 40):
-            inputs = tokenizer(texts[start : start + 40], truncation=True, max_length=48, padding=True, return_tensors="pt")
+            inputs = tokenizer(
+                texts[start : start + 40], truncation=True, max_length=48, padding=True, return_tensors="pt"
+            )
             outputs = task(**inputs, output_hidden_states=True)
             logits.append(outputs.logits)
             lengths = inputs["attention_mask"].sum(1)
@@ -110,12 +112,12 @@ def test_recorded_rows_are_the_models_own_hidden_states(
 def test_training_gives_the_frozen_full_models_losses(
     minilm: PreTrainedModel, minilm_path: str, tokenizer: Any, docstrings: list[str], tmp_path: Path
 ) -> None:
-    texts = docstrings[:48]
+    texts = docstrings[:96]
     labels = [len(text) % 3 for text in texts]
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     torch.manual_seed(0)
     full = AutoModelForSequenceClassification.from_pretrained(minilm_path, num_labels=3, **no_dropout)
-    with Recycler(minilm, tokenizer, layer=3, store=tmp_path, dtype="float32", max_length=48, too_long="truncate") as r:
+    with Recycler(minilm, tokenizer, layer=3, store=tmp_path, dtype="float32", max_length=24, too_long="truncate") as r:
         r.fill(texts, progress=False)
         reduced = r.reduce(full).train()
         full.train()
@@ -126,9 +128,9 @@ def test_training_gives_the_frozen_full_models_losses(
         ]
         losses = []
         for _ in range(2):
-            for batch in r.reader(texts, labels=labels, batch_size=8, shuffle=True):
+            for batch in r.reader(texts, labels=labels, batch_size=16, shuffle=True):
                 rows = [texts[i] for i in batch.documents.tolist()]
-                inputs = tokenizer(rows, truncation=True, max_length=48, padding=True, return_tensors="pt")
+                inputs = tokenizer(rows, truncation=True, max_length=24, padding=True, return_tensors="pt")
                 pair = [full(**inputs, labels=batch.labels).loss, reduced(**batch.model_inputs()).loss]
                 for loss, optimizer in zip(pair, optimizers, strict=True):
                     optimizer.zero_grad()

@@ -48,14 +48,15 @@ def examine(kind, golden, work, first, last):
 
 @pytest.mark.timeout(250)
 @each()
-def test_damages(kind, golden, work):
-    counts = examine(kind, golden, work, 0, 150)
+@pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.long)])
+def test_damages(kind, golden, work, count):
+    counts = examine(kind, golden, work, 0, count)
     # The damages did something, and mostly left the rest alone.
     ways = len(kind.options)
-    assert counts["right"] > 150 * ways * 8
-    assert counts["absent"] > 20 * ways or not kind.segmented
-    assert counts["corrupt"] > ways or not kind.segmented
-    assert counts["store refused"] + counts["space refused"] > 5 * ways
+    assert counts["right"] > count * ways * 8
+    assert counts["absent"] > count * ways * 20 / 150 or not kind.segmented
+    assert counts["corrupt"] > count * ways / 150 or not kind.segmented
+    assert counts["store refused"] + counts["space refused"] > count * ways * 5 / 150
 
 
 @pytest.mark.long

@@ -183,6 +183,16 @@ def test_many_writers_and_readers(url):
 
 @pytest.mark.parametrize("grace", [0, 300])
 def test_compaction_under_readers_and_writers_that_are_killed(url, grace):
+    rounds(url, grace, 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("grace", [0, 300])
+def test_compaction_under_many_that_are_killed(url, grace):
+    rounds(url, grace, 12)
+
+
+def rounds(url, grace, count):
     """Whatever was acknowledged is there, in whichever generation, whoever died."""
     rng = random.Random(grace)
     acknowledged = 0
@@ -191,7 +201,7 @@ def test_compaction_under_readers_and_writers_that_are_killed(url, grace):
         put(space, range(90000, 90050))
         space.flush()
         held.update(dict.fromkeys(range(90000, 90050), 0))
-        for _ in range(6):
+        for _ in range(count):
             writer = start(WRITER, url, acknowledged, acknowledged + 4000, 5)
             compactors = [start(COMPACTOR, url, grace) for _ in range(2)]
             until = time.monotonic() + 1.5 + rng.random()

@@ -31,14 +31,22 @@ def task(minilm_path: str) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.fixture(scope="module", params=[80, pytest.param(520, marks=pytest.mark.long)])
+def texts(request: pytest.FixtureRequest, docstrings: list[str]) -> list[str]:
+    """Docstrings from all over."""
+    count: int = request.param
+    return docstrings[:: len(docstrings) // count][:count]
+
+
 @pytest.fixture(scope="module")
-def full(task: PreTrainedModel, tokenizer: Any, docstrings: list[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def full(task: PreTrainedModel, tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The oracle: logits and last hidden states of the full model, in batches of the documents as they come."""
     logits, states = [], []
     with torch.no_grad():
-        for start in range(0, len(docstrings), 40):
-            texts = docstrings[start : start + 40]
-            inputs = tokenizer(texts, truncation=True, max_length=48, padding=True, return_tensors="pt")
+        for start in range(0, len(texts), 40):
+            inputs = tokenizer(
+                texts[start : start + 40], truncation=True, max_length=48, padding=True, return_tensors="pt"
+            )
             outputs = task(**inputs, output_hidden_states=True)
             logits.append(outputs.logits)
             lengths = inputs["attention_mask"].sum(1)
@@ -56,26 +64,26 @@ def test_reduced_equals_full(
     tokenizer: Any,
     task: PreTrainedModel,
     full: tuple[torch.Tensor, list[torch.Tensor]],
-    docstrings: list[str],
+    texts: list[str],
     tmp_path: Path,
 ) -> None:
     want_logits, want_states = full
     options: dict[str, Any] = {"layer": layer, "dtype": dtype, "max_length": 48, "too_long": "truncate"}
     with Recycler(minilm, tokenizer, store=tmp_path / "store", **options) as recycler:
-        report = recycler.fill(docstrings, progress=False)
-        assert (report.documents, report.computed) == (520, 520)
+        report = recycler.fill(texts, progress=False)
+        assert (report.documents, report.computed) == (len(texts), len(texts))
         reduced = recycler.reduce(task)
         logit_error = state_error = 0.0
         seen = []
         with torch.no_grad():
-            for batch in recycler.reader(docstrings, batch_size=23, shuffle=True, seed=layer):
+            for batch in recycler.reader(texts, batch_size=23, shuffle=True, seed=layer):
                 outputs = reduced(**batch.model_inputs(), output_hidden_states=True)
                 positions = batch.documents.tolist()
                 seen += positions
                 logit_error = max(logit_error, float((outputs.logits - want_logits[positions]).abs().max()))
                 for rows, n, i in zip(outputs.hidden_states[-1], batch.lengths.tolist(), positions, strict=True):
                     state_error = max(state_error, float((rows[:n] - want_states[i]).abs().max()))
-        assert sorted(seen) == list(range(520))
+        assert sorted(seen) == list(range(len(texts)))
         assert seen != sorted(seen)
         assert logit_error <= tolerance
         if dtype == "float32":
@@ -109,7 +117,7 @@ def test_training_gives_the_frozen_full_models_losses(
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     torch.manual_seed(0)
     full = AutoModelForSequenceClassification.from_pretrained(minilm_path, num_labels=3, **no_dropout)
-    with Recycler(minilm, tokenizer, layer=3, store=tmp_path, dtype="float32", max_length=48, too_long="truncate") as r:
+    with Recycler(minilm, tokenizer, layer=3, store=tmp_path, dtype="float32", max_length=24, too_long="truncate") as r:
         r.fill(texts, progress=False)
         reduced = r.reduce(full).train()
         full.train()
@@ -122,7 +130,7 @@ def test_training_gives_the_frozen_full_models_losses(
         for _ in range(2):
             for batch in r.reader(texts, labels=labels, batch_size=16, shuffle=True):
                 rows = [texts[i] for i in batch.documents.tolist()]
-                inputs = tokenizer(rows, truncation=True, max_length=48, padding=True, return_tensors="pt")
+                inputs = tokenizer(rows, truncation=True, max_length=24, padding=True, return_tensors="pt")
                 pair = [full(**inputs, labels=batch.labels).loss, reduced(**batch.model_inputs()).loss]
                 for loss, optimizer in zip(pair, optimizers, strict=True):
                     optimizer.zero_grad()

@@ -45,6 +45,10 @@ class TestZarrInMemory(BackendConformance):
         yield f"zarr:memory://{name}/store"
         fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
 
+    @pytest.mark.long
+    def test_random_operations_against_a_dictionary(self, url):
+        super().test_random_operations_against_a_dictionary(url)
+
 
 class TestSafetensorsInAFolder(BackendConformance):
     @pytest.fixture

@@ -259,7 +259,8 @@ assert space.damaged() == {}
         run(code, tmp_path / "store", mapped)
 
 
-def test_two_thousand_small_segments(tmp_path):
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.long)])
+def test_many_small_segments(tmp_path, count):
     """Made by the segment format directly; read by both sources, in any order; few descriptors, one mapping each."""
     from actcache.entry import columns_of
     from actcache.storage.segment import metadata, new_name
@@ -270,13 +271,13 @@ def test_two_thousand_small_segments(tmp_path):
     folder = make_store(tmp_path / "store", [])
     (folder / "segments").mkdir(exist_ok=True)
     seed = actcache.space.checksum.space_seed(recipe().fingerprint, "float32", HIDDEN)
-    for number in range(2000):
+    for number in range(count):
         builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0)
         ids = np.arange(len(rows(number)), dtype="<i4")
         builder.add(key(number), {"values": rows(number), "token_ids": ids})
         name = new_name(number + 1)
         backend.write(folder / "segments" / f"{name}.h5", builder.block(seed), metadata(name, recipe().fingerprint))
-    order = np.random.default_rng(0).permutation(2000).tolist()
+    order = np.random.default_rng(0).permutation(count).tolist()
     expected = np.concatenate([rows(n) for n in order])
     for mapped in (True, False):
         with actcache.open(tmp_path / "store", mapped=mapped) as store, store.space(recipe()) as space:
@@ -284,7 +285,7 @@ def test_two_thousand_small_segments(tmp_path):
             space.read_into([key(n) for n in order], out)
             np.testing.assert_array_equal(out, expected)
             assert len(os.listdir("/proc/self/fd")) < descriptors + 100
-            assert space.usage().segments == 2000
+            assert space.usage().segments == count
 
 
 def test_closing_while_threads_read(tmp_path):

@@ -332,7 +332,8 @@ def test_no_space_for_the_copy(url, folder, space, monkeypatch):
     check(space, HELD, range(25))
 
 
-def test_readers_in_threads_while_it_is_compacted(url, space):
+@pytest.mark.parametrize("rounds", [4, pytest.param(12, marks=pytest.mark.long)])
+def test_readers_in_threads_while_it_is_compacted(url, space, rounds):
     reader = another(url, mode="r", mapped=False)
     stop, failures = threading.Event(), []
 
@@ -347,7 +348,7 @@ def test_readers_in_threads_while_it_is_compacted(url, space):
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for step in range(12):
+    for step in range(rounds):
         put(space, [100 + step])
         space.compact(grace=0, waste=0)
     stop.set()

@@ -184,13 +184,14 @@ class World:
 @each(segmented=True)
 def test_every_step_of_a_life(kind, disk, tmp_path):
     """Create, put, flush, overwrite, delete, compact, index, collections: power is lost after each step of each."""
-    a_life(kind, disk, tmp_path, 5 if kind.name == "zarr" else 1)
+    a_life(kind, disk, tmp_path, {"hdf5": 1, "safetensors": 3, "zarr": 10}[kind.name])
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_every_step_of_a_life_with_segments_of_many_files(disk, tmp_path):
-    a_life(KINDS["zarr"], disk, tmp_path, 1)
+@each(segmented=True)
+def test_each_single_step_of_a_life(kind, disk, tmp_path):
+    a_life(kind, disk, tmp_path, 1)
 
 
 def a_life(kind, disk, tmp_path, stride):
@@ -317,8 +318,19 @@ def test_blobs_and_collections_survive_whole(disk, tmp_path):
 
 @each(segmented=True)
 def test_the_heir_of_a_killed_process_owes_it_nothing(kind, disk, tmp_path):
+    heirs_of_processes(kind, disk, tmp_path, {"hdf5": 2, "safetensors": 5, "zarr": 7}[kind.name])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@each(segmented=True)
+def test_the_heir_of_a_process_that_was_killed_at_every_step(kind, disk, tmp_path):
+    heirs_of_processes(kind, disk, tmp_path, 1)
+
+
+def heirs_of_processes(kind, disk, tmp_path, stride):
     """A process dies at any step; the next one finds names that nobody has synced, builds on them, and acknowledges."""
-    for kill_at in range(1, 300, 3 if kind.name == "zarr" else 1):
+    for kill_at in range(1, 300, stride):
         folder = tmp_path / str(kill_at)
         folder.mkdir()
         world = World(disk, folder, kind)

@@ -35,7 +35,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
 
 DRIVER = """
-import functools, json, os, signal, sys
+import functools, json, os, signal, sys, threading
 import h5py, zarr, actcache.cli, actcache.parallel, actcache.recomputing, actcache.models.timing
 from transformers import BertModel, PreTrainedTokenizerFast
 from actcache.models.record import LowerHalf
@@ -72,6 +72,7 @@ for line in sys.stdin:
             import traceback
             traceback.print_exc()
         sys.stdout.flush()
+        threading._shutdown()  # waits for threads, as the interpreter does when it ends
         os._exit(code)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -480,6 +480,38 @@ def test_who_sends_twice_at_once_means_one_end(driver, world, tmp_path):
     _filled(world, tmp_path, done)
 
 
+@pytest.mark.parametrize("module", ["actcache", "typer", "actcache.cli.verify"])
+@pytest.mark.parametrize("number", HEEDED, ids=lambda number: number.name)
+def test_signals_while_a_command_is_imported(number, module):
+    """That takes longer than to change one's mind."""
+    code = (
+        "import os, sys\n"
+        "class Signalling:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Signalling())\n"
+    )
+    code += "import cachectl\ncachectl.main()"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (CODES[number], "")
+    assert ended.stderr == f"cachectl: error: {ENDS[number]}; nothing was begun\n"
+
+
+@pytest.mark.parametrize("number", HEEDED, ids=lambda number: number.name)
+def test_signals_in_the_last_moment(number):
+    """When the interpreter has done away with the handlers."""
+    code = (
+        "import os, cachectl\n"
+        "class Signalling:\n"
+        f"    def __del__(self, kill=os.kill, me=os.getpid()): kill(me, {int(number)})\n"
+        "os.late = Signalling()\n"
+        "cachectl.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "Usage" in ended.stdout
+
+
 @pytest.fixture
 def requests(monkeypatch) -> Iterator[tuple[Requests, list[int], list[float]]]:
     """Requests whose clock a test sets, and what ended at once."""
@@ -488,7 +520,9 @@ def requests(monkeypatch) -> Iterator[tuple[Requests, list[int], list[float]]]:
     monkeypatch.setattr(signals, "_end_now", at_once.append)
     monkeypatch.setattr(signals, "_now", lambda: now[0])
     given = {number: signal.getsignal(number) for number in HEEDED}, sys.unraisablehook
-    yield signals.heed(), at_once, now
+    asked = Requests()
+    asked.heed()
+    yield asked, at_once, now
     for number, handler in given[0].items():
         signal.signal(number, handler)
     sys.unraisablehook = given[1]

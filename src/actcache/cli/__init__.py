@@ -29,6 +29,7 @@ from actcache.cli.prune import prune
 from actcache.cli.repair import repair
 from actcache.cli.streams import escaping, let_go
 from actcache.cli.verify import verify
+from actcache.cli.wording import in_shell
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
 
 EXIT_CODES = " ".join((__doc__ or "").partition("\n\n")[2].split())
@@ -108,7 +109,7 @@ def _run() -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # what fails here would otherwise fail in the interpreter's last moments
     except ActcacheError as error:
-        code = _fail(str(error), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
+        code = _fail(in_shell(str(error)), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except BrokenPipeError:

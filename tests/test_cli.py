@@ -168,7 +168,7 @@ def test_bad_input_is_one_line_and_an_exit_code(corpus, fill, tmp_path):
     newer = tmp_path / "newer"
     newer.mkdir()
     (newer / "actcache.json").write_text('{"format": "actcache", "format_version": 99, "backend": "hdf5"}')
-    assert "mode='a'" in refused(cachectl("inspect", tmp_path / "absent"), 3)
+    assert "cachectl fill makes one" in refused(cachectl("inspect", tmp_path / "absent"), 3)
     assert "no store" in refused(cachectl("inspect", notes), 3)
     assert "upgrade actcache" in refused(cachectl("inspect", newer), 4)
     assert "installed are" in refused(cachectl("inspect", "tape:./x"), 2)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from actcache.backend import Block, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
 
@@ -46,7 +47,10 @@ class ZarrFormat(SegmentFormat):
     commit = _METADATA
 
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
-        group = zarr.create_group(LocalStore(path), zarr_format=3, attributes=dict(metadata))
+        # zarr-python writes in a thread of its own, and goes on when an interrupt has ended the wait for it: only into
+        # this memory, or the folder would be there again after its removal.
+        described: dict[str, Buffer] = {}
+        group = zarr.create_group(MemoryStore(described), zarr_format=3, attributes=dict(metadata))
         for name, array in block.arrays().items():
             rows, trailing = array.shape[0], array.shape[1:]
             target = max(_BLOCK_BYTES, -(-array.nbytes // _MOST_BLOCKS))
@@ -65,11 +69,14 @@ class ZarrFormat(SegmentFormat):
                 chunk_key_encoding=_KEYS,  # type: ignore[arg-type]
             )
             row_bytes = array.dtype.itemsize * math.prod(trailing)
+            (path / name).mkdir(parents=True)
             with open(path / _shard(name, len(array.shape)), "xb") as file:
                 for piece in pieces(array):
                     file.write(piece)
                 file.write(bytes((blocks * block_rows - rows) * row_bytes))
                 file.write(_index(blocks, block_rows * row_bytes))
+        for key, document in described.items():
+            (path / key).write_bytes(document.to_bytes())
 
     def layout(self, files: SegmentFiles) -> Layout:
         group = _metadata(files, "")

@@ -70,7 +70,13 @@ class MissingExtraError(BackendError):
 
 
 class StoreError(ActcacheError):
-    """The store, or the place where it lies, does not allow what was asked."""
+    """The store, or the place where it lies, does not allow what was asked.
+
+    Attributes:
+        lost: how many entries that had been put were dropped, because what held them was closed.
+    """
+
+    lost = 0
 
 
 class StoreNotFoundError(StoreError, FileNotFoundError):

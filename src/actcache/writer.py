@@ -10,9 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from actcache import checksum
 from actcache.backend import TOKEN_IDS, VALUES, Block
-from actcache.errors import StoreGoneError
+from actcache.errors import StoreError, StoreGoneError
 from actcache.key import KEY_BYTES
 from actcache.ragged import EXTRAS, offsets_of
 
@@ -184,8 +183,11 @@ class Writer:
         Raises:
             StoreError: the disk is full, ...; the entries are still here.
         """
-        with self._lock, self._counted("are kept in memory: flush again once the store is back"):
-            self._flush()
+        with self._lock:
+            try:
+                self._flush()
+            except StoreGoneError as error:
+                raise self._counted(error, "are kept in memory: flush again once the store is back") from error
 
     def _flush(self) -> None:
         self._settle()
@@ -197,24 +199,21 @@ class Writer:
         """Publish everything and end the thread. What cannot be published is dropped, and the failure raised."""
         with self._lock:
             try:
-                with self._counted("are lost, as this was closed: fill again"):
-                    try:
-                        self._flush()
-                    except KeyboardInterrupt:  # it ended the wait, and what was computed is worth another one
-                        self._flush()
-                        raise
+                try:
+                    self._flush()
+                except KeyboardInterrupt:  # it ended the wait, and what was computed is worth another one
+                    self._flush()
+                    raise
+            except StoreError as error:
+                counted = self._counted(error, "are lost, as this was closed: fill again")
+                counted.lost = len(self)
+                raise counted from error
             finally:
                 self.abandon()
 
-    @contextmanager
-    def _counted(self, then: str) -> Iterator[None]:
-        """Where the store has gone, say how many entries are not stored, and what becomes of them."""
-        try:
-            yield
-        except StoreGoneError as error:
-            raise StoreGoneError(
-                f"{error}. Entries that were put and are not stored: {len(self)}, which {then}"
-            ) from error
+    def _counted(self, error: StoreError, then: str) -> StoreError:
+        """Return an error that says, too, how many entries are not stored, and what becomes of them."""
+        return type(error)(f"{error}. Entries that were put and are not stored: {len(self)}, which {then}")
 
     def abandon(self) -> None:
         """End the thread; what is not published is dropped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import torch
 
 import actcache
 from actcache import Recyclers, parallel
-from actcache.errors import DocumentTooLongError, ModelError, UsageError, WorkerError
+from actcache.errors import DocumentTooLongError, ModelError, StoreGoneError, UsageError, WorkerError
 from actcache.models.filling import CHUNK, Part
 from actcache.parallel import worker
 from actcache.parallel.dealing import Dealer
+from actcache.parallel.fill import _together
 from actcache.parallel.worker import Failed, Job
 from tests.backends import each
 from tests.cli.running import cachectl
@@ -173,13 +175,43 @@ def test_processes_follow_a_first_one_that_is_killed(tiny, tmp_path):  # noqa: F
     assert stored(tmp_path / "s") == before + report.computed
 
 
+@pytest.mark.parametrize("how", ["moved", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_what_cannot_be_stored_at_the_end_is_said(number, how, tiny, tmp_path):  # noqa: F811
+    command, workers = started(tiny, tmp_path)
+    with command:
+        wait_for(lambda: stored(tmp_path / "s") > 0)
+        for worker_ in workers:
+            worker_.suspend()  # each holds documents that are not flushed
+        if how == "moved":
+            (tmp_path / "s").rename(tmp_path / "elsewhere")
+        else:
+            (tmp_path / "full").touch()
+        os.kill(command.pid, number)
+        for worker_ in workers:
+            worker_.resume()
+        _, said = command.communicate(timeout=120)
+    assert command.returncode == 3, said
+    [line] = [line for line in said.splitlines() if "error" in line]
+    assert ("moved" if how == "moved" else "the disk or quota is full") in line
+    assert re.search(r"not stored: [1-9]\d*, which are lost, .*fill again", line), line
+    gone(workers)
+
+
 def started(model: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """Start a fill by two processes in a group of its own; return when both are there."""
     (folder / "many.txt").write_text("\n".join(MANY))
     code = (
-        "import functools\nfrom actcache.cli import main\n"
+        "import functools\nfrom actcache.cli import main\nfrom actcache.errors import OutOfSpaceError\n"
         "from actcache.store import Store\n"
+        "from actcache.storage.files import Files\n"
         "Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 20)\n"
+        "publish = Files.publish\n"
+        "def full(self, *given, **named):\n"
+        "    if (self.root.parent / 'full').exists():\n"
+        "        raise OutOfSpaceError('the disk or quota is full')\n"
+        "    return publish(self, *given, **named)\n"
+        "Files.publish = full\n"
         "if __name__ == '__main__':\n    main()\n"
     )
     (folder / "fill.py").write_text(code)  # spawned processes run it, too: segments are published often
@@ -263,6 +295,18 @@ def test_documents_are_dealt_once_in_bounded_memory():
     whose = [{text for _, text in hand} for hand in dealt]
     assert not whose[0] & whose[1] and not whose[0] & whose[2] and not whose[1] & whose[2]  # noqa: PT018
     assert min(map(len, dealt)) > 0.3 * len(given)
+
+
+def test_losses_of_several_processes_are_added_up():
+    failures = [Failed(StoreGoneError, "the store is not there; not stored: 7", 7).error() for _ in range(3)]
+    assert [error.lost for error in failures] == [7, 7, 7]
+    assert str(_together(failures[:1])) == "the store is not there; not stored: 7"
+    together = _together(failures)
+    assert isinstance(together, StoreGoneError)
+    assert (together.lost, str(together)) == (
+        21,
+        "the store is not there; not stored: 7. Other processes lost 14 more",
+    )
 
 
 def test_few_documents_are_dealt_to_all():

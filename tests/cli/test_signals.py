@@ -35,19 +35,30 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
 
 DRIVER = """
-import functools, json, os, signal, sys
+import functools, json, os, signal, sys, threading
 import h5py, zarr, actcache.cli, actcache.parallel, actcache.recomputing, actcache.models.timing
 from transformers import BertModel, PreTrainedTokenizerFast
+from actcache.models.filling import Filler
 from actcache.models.record import LowerHalf
 from actcache.store import Store
 
 Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 16)  # many segments: signals hit every phase
-run_at = LowerHalf.run_at
+run_at, record = LowerHalf.run_at, Filler._record
+filling = False
 
 def counted(self, layers, token_ids, *rest):
     rows = run_at(self, layers, token_ids, *rest)
-    os.write(9, b"".join(b"%d\\n" % len(ids) for ids in token_ids))
+    if filling:
+        os.write(9, b"%d\\n" % len(token_ids) * len(token_ids))
     return rows
+
+def recorded(*given):
+    global filling
+    filling = True
+    try:
+        record(*given)
+    finally:
+        filling = False
 
 for line in sys.stdin:
     given, out, err, log, ignored = json.loads(line)
@@ -55,12 +66,13 @@ for line in sys.stdin:
     if child == 0:
         os.setsid()
         for path, descriptor in ((out, 1), (err, 2), (log, 9)):
-            how = os.O_NOCTTY if path.startswith("/dev/") else os.O_CREAT | os.O_TRUNC | os.O_APPEND
-            opened = os.open(path, os.O_WRONLY | how)
+            opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOCTTY)
             os.dup2(opened, descriptor)
+        sys.stdout = open(1, "w", closefd=False)  # a stream remembers whether its file can seek
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
-        LowerHalf.run_at = counted
+        LowerHalf.run_at, Filler._record = counted, recorded
         sys.argv = ["cachectl", *given]
         code = 99
         try:
@@ -71,6 +83,7 @@ for line in sys.stdin:
             import traceback
             traceback.print_exc()
         sys.stdout.flush()
+        threading._shutdown()  # waits for threads, as the interpreter does when it ends
         os._exit(code)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -82,7 +95,8 @@ class Ended:
     code: int
     out: str
     err: str
-    computed: int  # documents
+    computed: int  # documents to be stored, without canaries
+    last: int  # of them, in the last batch
 
 
 class Driver:
@@ -109,13 +123,23 @@ class Driver:
         files[2].unlink(missing_ok=True)  # an earlier command's
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        meanwhile(int(self._process.stdout.readline()))
+        child = int(self._process.stdout.readline())
+        try:
+            meanwhile(child)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            error.add_note(
+                f"The command ended with {self._process.stdout.readline()}{'' if err else files[1].read_text()}"
+            )
+            raise
         code = int(self._process.stdout.readline())
         said = "" if err else files[1].read_text()
-        return Ended(code, files[0].read_text(), said, len(files[2].read_text().splitlines()))
+        batches = files[2].read_text().split()
+        return Ended(code, files[0].read_text(), said, len(batches), int(batches[-1]) if batches else 0)
 
     def computed(self) -> int:
-        """Return how many documents the command that runs has computed, canaries among them."""
+        """Return how many documents the command that runs has computed to store them."""
         log = self._folder / "log"
         return len(log.read_text().splitlines()) if log.exists() else 0
 
@@ -168,6 +192,7 @@ def world(driver, tmp_path_factory) -> World:
     made = World(folder, save_tiny(folder / "tiny"), folder / "corpus.txt", folder / "filled")
     done = driver.run(made.filling(made.filled))
     assert done.code == 0, done.err
+    assert done.computed == len(TEXTS)
     made.entries = entries(made.filled)
     assert made.entries.keys() == {actcache.document_key(text) for text in TEXTS}
     return made
@@ -224,7 +249,9 @@ def _filled(world: World, place: Path, ended: Ended) -> None:
     reported = [line for line in ended.err.splitlines() if line.startswith("fill: ")]
     said = int(reported[-1].split(", ")[1].split()[0]) if reported else 0
     assert said <= len(found), "what was reported as stored is there"
-    LOST.append(ended.computed - 8 - len(found))  # 8 canaries are computed, too
+    lost = ended.computed - len(found)
+    assert 0 <= lost <= ended.last, "only the batch during which the signal came"
+    LOST.append(lost)
 
 
 LOST: list[int] = []
@@ -392,13 +419,17 @@ def test_signals_end_a_command_and_lose_nothing(name, driver, world, tmp_path):
 # --- other ways to be ended, or not -----------------------------------------------------------------------------------
 
 
-def at_work(driver: Driver, then: Callable[[int], object]) -> Callable[[int], None]:
-    """Return what waits until a fill has computed something."""
+def at_work(
+    driver: Driver, then: Callable[[int], object], look: Callable[[], object] = lambda: None
+) -> Callable[[int], None]:
+    """Return what waits until a fill has computed something, and meanwhile looks at something again and again."""
 
     def wait(child: int) -> None:
         deadline = time.monotonic() + 120
         while driver.computed() < 60:
             assert time.monotonic() < deadline
+            os.kill(child, 0)  # an error where it has ended
+            look()
             time.sleep(0.01)
         then(child)
 
@@ -420,8 +451,15 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(driver, world, tmp_
 def test_a_terminal_that_is_closed_ends_no_fill(driver, world, tmp_path):
     """Writing its progress is an error from then on. The signal that goes with it is another matter."""
     ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+
+    def read() -> None:
+        """As terminals do: who writes to one that holds 4 KiB waits."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 1 << 16)
+
     done = driver.run(
-        world.filling(tmp_path / "s"), at_work(driver, lambda child: os.close(ours)), err=os.ttyname(theirs)
+        world.filling(tmp_path / "s"), at_work(driver, lambda child: os.close(ours), read), err=os.ttyname(theirs)
     )
     os.close(theirs)
     assert done.code == 0
@@ -440,7 +478,38 @@ def test_who_sends_twice_at_once_means_one_end(driver, world, tmp_path):
     done = driver.run(world.filling(tmp_path / "s"), at_work(driver, send))
     assert done.code == 143, done.err
     _filled(world, tmp_path, done)
-    assert len(entries(tmp_path / "s")) >= 50
+
+
+@pytest.mark.parametrize("module", ["actcache", "typer", "actcache.cli.verify"])
+@pytest.mark.parametrize("number", HEEDED, ids=lambda number: number.name)
+def test_signals_while_a_command_is_imported(number, module):
+    """That takes longer than to change one's mind."""
+    code = (
+        "import os, sys\n"
+        "class Signalling:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Signalling())\n"
+    )
+    code += "import cachectl\ncachectl.main()"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (CODES[number], "")
+    assert ended.stderr == f"cachectl: error: {ENDS[number]}; nothing was begun\n"
+
+
+@pytest.mark.parametrize("number", HEEDED, ids=lambda number: number.name)
+def test_signals_in_the_last_moment(number):
+    """When the interpreter has done away with the handlers."""
+    code = (
+        "import os, cachectl\n"
+        "class Signalling:\n"
+        f"    def __del__(self, kill=os.kill, me=os.getpid()): kill(me, {int(number)})\n"
+        "os.late = Signalling()\n"
+        "cachectl.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "Usage" in ended.stdout
 
 
 @pytest.fixture
@@ -451,7 +520,9 @@ def requests(monkeypatch) -> Iterator[tuple[Requests, list[int], list[float]]]:
     monkeypatch.setattr(signals, "_end_now", at_once.append)
     monkeypatch.setattr(signals, "_now", lambda: now[0])
     given = {number: signal.getsignal(number) for number in HEEDED}, sys.unraisablehook
-    yield signals.heed(), at_once, now
+    asked = Requests()
+    asked.heed()
+    yield asked, at_once, now
     for number, handler in given[0].items():
         signal.signal(number, handler)
     sys.unraisablehook = given[1]

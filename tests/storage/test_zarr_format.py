@@ -5,22 +5,27 @@ The functions of the reader import zarr, NumPy and json alone.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import json
 import os
 import random
 import shutil
+import signal
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 import xxhash
 import zarr
+from zarr.storage import LocalStore, MemoryStore
 
 import actcache
 from actcache.backend import Block
 from actcache.errors import CorruptEntryError, FormatError
+from actcache.storage.files import Files
 from actcache.storage.folder import LocalSegment
 from actcache.storage.segment import Segment
 from actcache_zarr import _crc32c, backend
@@ -82,6 +87,32 @@ def block_of(lengths, hidden, dtype="<f2", seed=0, zeros=False):
         rng.integers(0, 2**63, len(lengths), np.uint64),
         {"values": np.zeros_like(values) if zeros else values, "token_ids": np.arange(tokens, dtype=np.int32)},
     )
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    """zarr-python's own thread goes on when the wait for it was interrupted."""
+    for kind in (LocalStore, MemoryStore):
+        monkeypatch.setattr(kind, "set", slowly(kind.set))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for seconds in (0.1, 0.3):  # in the midst of the group's metadata, and of an array's
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            with pytest.raises(KeyboardInterrupt):
+                Files(tmp_path).publish(
+                    tmp_path / "segment.zarr", lambda path: backend.write(path, block_of([3], 2), {})
+                )
+            time.sleep(0.6)
+            assert list((tmp_path / "tmp").iterdir()) == []
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def slowly(write):
+    async def later(*given):
+        await asyncio.sleep(0.2)
+        await write(*given)
+
+    return later
 
 
 def test_a_whole_space_read_by_others(tmp_path):

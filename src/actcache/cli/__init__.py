@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 
@@ -28,8 +27,9 @@ from actcache.cli.pin import pin, unpin
 from actcache.cli.plan import plan
 from actcache.cli.prune import prune
 from actcache.cli.repair import repair
-from actcache.cli.streams import escaping
+from actcache.cli.streams import escaping, let_go
 from actcache.cli.verify import verify
+from actcache.cli.wording import in_shell
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
 
 EXIT_CODES = " ".join((__doc__ or "").partition("\n\n")[2].split())
@@ -72,6 +72,7 @@ def _group() -> None:
 _SIGNALLED = 128  # and a signal's number, as shells have it
 _INTERRUPTED = _SIGNALLED + signal.SIGINT
 _NOT_STORED = 3
+_UNREAD = 0  # whoever read the output has gone (``| head``), which is no failure
 _CODES = ((UsageError, 2), (StoreError, _NOT_STORED), (DataError, 4), (ModelError, 5))
 
 
@@ -79,8 +80,9 @@ def main() -> None:
     """Run ``cachectl``: one line and an exit code for whatever goes wrong, never a traceback."""
     escaping(sys.stdout)
     escaping(sys.stderr)
-    requests = signals.heed()
+    requests = signals.Requests()
     try:
+        requests.heed()
         code = _run()
         requests.finish()
     except BaseException:
@@ -91,7 +93,7 @@ def main() -> None:
         code = _SIGNALLED + requests.number
     if code > _SIGNALLED:
         _fail(f"{signals.what(code - _SIGNALLED)}; what was flushed is safe, run it again to go on", code)
-    signals.let_go()
+    let_go()
     sys.exit(code)
 
 
@@ -107,17 +109,17 @@ def _run() -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # what fails here would otherwise fail in the interpreter's last moments
     except ActcacheError as error:
-        code = _fail(str(error), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
+        code = _fail(in_shell(str(error)), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except BrokenPipeError:
-        code = _unread()
+        code = _UNREAD
     except SystemExit as stop:  # rich and typer make one of a broken pipe
         if not isinstance(stop.__context__, BrokenPipeError):
             raise
-        code = _unread()
+        code = _UNREAD
     except OSError as error:
-        code = _unread() if signals.hung_up(error) else _fail(str(error), _NOT_STORED)
+        code = _UNREAD if signals.hung_up(error) else _fail(str(error), _NOT_STORED)
     except Exception as error:
         # Wrong usage. Some releases of typer bring click's exceptions, some have their own of the same form.
         if not hasattr(error, "format_message"):
@@ -125,12 +127,6 @@ def _run() -> int:
         message = error.format_message()  # empty where the help was shown instead
         code = _fail(f"{message.rstrip('.')}; see cachectl --help", 2) if message else 2
     return code if isinstance(code, int) else 0
-
-
-def _unread() -> int:
-    """Whoever read our output has gone (``| head``), which is no failure."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter does not complain when it ends
-    return 0
 
 
 def _fail(message: str, code: int) -> int:

@@ -7,6 +7,7 @@ another program is that program's own business.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -53,6 +54,18 @@ class Requests:
         if number != signal.SIGHUP and now - self._finishing >= SAME_SECONDS:
             _end_now(number)
 
+    def heed(self) -> None:
+        """Have signals end this process's command, but those that whoever started it has it ignore (``nohup``, a
+        shell's job in the background)."""
+        if threading.current_thread() is not threading.main_thread():  # others have no say in it
+            return
+        sys.unraisablehook = self.unraised
+        atexit.unregister(_ignore)
+        atexit.register(_ignore)
+        for number in HEEDED:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                signal.signal(number, self)
+
     def finish(self) -> None:
         """Let a command that has done its work end in peace."""
         if self._finishing is None:
@@ -69,16 +82,10 @@ class Requests:
         again.start()
 
 
-def heed() -> Requests:
-    """Have signals end this process's command, but those that whoever started it has it ignore (``nohup``, a shell's
-    job in the background)."""
-    requests = Requests()
-    if threading.current_thread() is threading.main_thread():  # others have no say in it
-        for number in HEEDED:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                signal.signal(number, requests)
-        sys.unraisablehook = requests.unraised
-    return requests
+def _ignore() -> None:
+    """Let the interpreter end in peace, which would otherwise forget its handlers first and die of a late signal."""
+    for number in HEEDED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_now(number: int) -> None:
@@ -104,15 +111,3 @@ def hung_up(error: OSError) -> bool:
         return stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode)
     except (OSError, ValueError):  # it is no file
         return False
-
-
-def let_go() -> None:
-    """Forget output that nobody reads any more, or the interpreter fails over it in its last moments."""
-    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)

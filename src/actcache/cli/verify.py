@@ -134,6 +134,6 @@ def _show_recomputed(again: Any) -> None:
         for key in one.failed:
             say(f"  wrong {key.hex()}")
         if one.failed:
-            say("  their checksums are right: they were put so; space.delete(keys) has a fill compute them again")
+            say("  their checksums are right: they were put so. In Python, space.delete(keys) makes them misses")
     for name, what in again.unable.items():
         say(f"{name[:SHORT]}: not computed again: {what}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from actcache.errors import StoreNotFoundError, UsageError, WorkerError
+from actcache.errors import ActcacheError, StorageIOError, StoreError, StoreNotFoundError, UsageError, WorkerError
 from actcache.key import Document
 from actcache.models.entries import check_texts
 from actcache.models.filling import TOKEN_BUDGET, FillReport
@@ -65,6 +65,8 @@ def fill(
             by one process only.
         WorkerError: a process died, or failed with an error that is none of this package's.
         ActcacheError: one failed with this; see ``Recycler.fill``.
+        StoreError: also where this was interrupted, or one failed, and what the others had could not be stored; its
+            ``lost`` says how many entries that was.
     """
     check_texts(texts)
     layers, token_budget = checked_layers(layers), check_token_budget(token_budget)
@@ -101,8 +103,9 @@ def _lead(crew: _Crew, dealer: Dealer, bar: FillProgress, job: Job) -> list[Fill
                 case Done(report):
                     reports.append(report)
                     member.done = True
-                case Failed(kind, text):
-                    raise kind(text)
+                case Failed():
+                    member.failed = message.error()
+                    raise member.failed
         waiting, idle = idle, []
         for member in waiting:
             part = dealer.part(member.number)
@@ -122,6 +125,7 @@ class _Member:
     process: SpawnProcess
     channel: Connection
     done: bool = False
+    failed: ActcacheError | None = None
 
     def send(self, part: object) -> None:
         try:
@@ -135,6 +139,19 @@ class _Member:
         except (EOFError, OSError):
             raise self.death() from None
 
+    def end(self, deadline: float) -> StoreError | None:
+        """Wait until it has ended; return why it could not store what it had, None where it did."""
+        with contextlib.suppress(EOFError, OSError):  # its end of the channel is closed
+            while wait([self.channel, self.process.sentinel], _left(deadline)) and self.channel.poll():
+                message = self.channel.recv()
+                if isinstance(message, Failed):
+                    self.failed = message.error()
+        self.process.join(_left(deadline))
+        if self.process.exitcode is None:
+            late = f"the process for {self.device} did not store what it had within {STOP_SECONDS:.0f} s and was killed"
+            return StorageIOError(f"{late}: that is lost, fill again")
+        return self.failed if isinstance(self.failed, StoreError) else None
+
     def death(self) -> WorkerError:
         """Return the error that says how the process died."""
         self.process.join(STOP_SECONDS)
@@ -147,6 +164,20 @@ class _Member:
         else:
             how, why = f"ended with exit code {code}", ""
         return WorkerError(f"the process for {self.device} {how}{why}. What was stored stays: fill again to go on")
+
+
+def _together(failures: Sequence[StoreError]) -> StoreError:
+    """Return one error for what several processes could not store."""
+    first, lost = failures[0], sum(error.lost for error in failures)
+    if lost == first.lost:
+        return first
+    error = type(first)(f"{first}. Other processes lost {lost - first.lost} more")
+    error.lost = lost
+    return error
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
 
 
 def _signal_of(code: int | None) -> signal.Signals | None:
@@ -188,8 +219,10 @@ class _Crew:
             daemon=True,
         )
         self.members.append(_Member(number, device, process, ours))
-        process.start()
-        theirs.close()  # or the end of the process would not be the end of what can be received
+        try:
+            process.start()
+        finally:
+            theirs.close()  # or the end of the process would not be the end of what can be received
 
     def messages(self) -> Iterator[tuple[_Member, object]]:
         """Wait until a process says something, and yield what each says."""
@@ -199,21 +232,26 @@ class _Crew:
             yield member, member.receive()
 
     def _end(self) -> None:
-        """Have the processes store what they have, and end; those that don't, or at a second Ctrl-C, are killed."""
-        running = [member.process for member in self.members if member.process.pid is not None]
+        """Have the processes store what they have, and end; those that don't, or at a second Ctrl-C, are killed.
+
+        Raises:
+            StoreError: one could not store what it had, or not in time; in place of what ended the others.
+        """
+        running = [member for member in self.members if member.process.pid is not None]
         try:
-            for member in self.members:
-                if member.process.pid is not None and not member.done:
+            for member in running:
+                if not member.done:
                     member.process.terminate()
             deadline = time.monotonic() + STOP_SECONDS
-            for process in running:
-                process.join(max(0.0, deadline - time.monotonic()))
+            failures = [error for member in running if (error := member.end(deadline)) is not None]
         finally:
-            for process in running:
-                process.kill()
-                process.join()
+            for member in running:
+                member.process.kill()
+                member.process.join()
             for member in self.members:
                 member.channel.close()
+        if failures:
+            raise _together(failures)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from actcache.errors import ActcacheError, StorageIOError, WorkerError
+from actcache.errors import ActcacheError, StorageIOError, StoreError, WorkerError
 from actcache.models.budget import Account
 from actcache.models.filling import FillReport, Part
 from actcache.recyclers import Recyclers
@@ -74,6 +74,13 @@ class Failed:
 
     kind: type[ActcacheError]
     message: str
+    lost: int = 0  # see ``StoreError``
+
+    def error(self) -> ActcacheError:
+        error = self.kind(self.message)
+        if isinstance(error, StoreError):
+            error.lost = self.lost
+        return error
 
 
 STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
@@ -175,7 +182,7 @@ def _result(
     except _GONE:
         raise
     except ActcacheError as error:
-        return Failed(type(error), str(error))
+        return Failed(type(error), str(error), error.lost if isinstance(error, StoreError) else 0)
     except OSError as error:
         return Failed(StorageIOError, str(error))
     except Exception as error:  # of torch, mostly; it is raised where the fill was called

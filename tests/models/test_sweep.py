@@ -112,7 +112,8 @@ def test_readers_that_do_not_go_together_are_refused(make_model: Make, tokenizer
     computed = read_jointly(recyclers, [*TEXTS, "another one"], on_missing="compute")
     assert sum(len(step[3]) for step in computed) == 41
     key = recyclers[1].keys(TEXTS[:1])
-    recyclers[1].space.put(key, [np.zeros((3, 32), np.float32)], token_ids=[np.arange(3)], overwrite=True)
+    ids = np.arange(3)
+    recyclers[1].space.put(key, recyclers[1]._lower.run([ids]), token_ids=[ids], overwrite=True)
     reader = read_jointly(recyclers, TEXTS[:1], on_missing="skip")
     with pytest.raises(DataError, match="overwritten in one of the spaces"):
         next(iter(reader))

@@ -59,6 +59,13 @@ def test_damages(kind, golden, work, count):
     assert counts["store refused"] + counts["space refused"] > count * ways * 5 / 150
 
 
+@each()
+def test_a_damage_that_once_hung(kind, golden, work):
+    """Seed 112, which had the HDF5 library look for a text for ever; the everyday 40 do not come to it."""
+    counts = examine(kind, golden, work, 112, 113)
+    assert sum(counts.values()) > 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @each()

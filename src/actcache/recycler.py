@@ -233,7 +233,7 @@ class Recycler(TaskModels):
         options |= {"batch_size": batch_size, "device": device}
         if on_missing == "compute":
             self._store.check_writable()
-            way = OnTheWay(self.space, self._filler, self._encoder, documents_given)
+            way = OnTheWay(self.space, self._filler, self._encoder, documents_given, keys)
             return way.reader(labels, **options)
         found = find_entries(self.space, keys, self._encoder.windows)
         if on_missing == "raise":

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.key import Document
-from actcache.models.entries import document_keys, entry_keys, find_entries
+from actcache.models.entries import entry_keys, find_entries
 from actcache.models.filling import TOKEN_BUDGET, Filler
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.reader import Reader
@@ -21,6 +21,9 @@ from actcache.space import Space
 
 class OnTheWay:
     """What ``actcache.reading.epoch.Supplier`` asks of a recycler.
+
+    Args:
+        texts, keys: the documents, and the key of each.
 
     Attributes:
         keys: of all entries, in the order of the texts. How many windows a document that is missing has is found out by
@@ -37,9 +40,9 @@ class OnTheWay:
         filler: Filler,
         encoder: DocumentEncoder,
         texts: Sequence[Document],
+        keys: list[bytes],
     ) -> None:
         self._space, self._filler, self._encoder, self._texts = space, filler, encoder, texts
-        keys = document_keys(texts)
         found = [[key] for key in keys]
         if encoder.windows is not None:
             found = find_entries(space, keys, encoder.windows)

@@ -82,7 +82,7 @@ class TaskModels:
         """Compute a sample of documents again and compare with what is stored.
 
         ``space.verify()`` shows that entries are what was put; this shows that they are what the model computes. An
-        entry's relative error (L2) may be that of other kernels in the compute dtype (``models.canary.TOLERANCE``) and
+        entry's relative error may be that of other kernels in the compute dtype (``models.canary.TOLERANCE``) and
         the stored dtype's rounding: 6e-4 for float16 entries computed in float32.
 
         Args:

@@ -45,7 +45,7 @@ class Way:
     """One way to train.
 
     Attributes:
-        regime: where the batches come from; see ``actcache.models.regimes``.
+        regime: where the batches come from; see ``actcache.models.training.regimes``.
         adapters: whether only adapters and head train.
     """
 

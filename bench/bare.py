@@ -16,9 +16,9 @@ import obstore
 import s3fs
 from obstore.store import S3Store
 
-from actcache.storage.objects.client import Client
-from actcache.storage.objects.options import Target
-from actcache.storage.objects.session import IN_FLIGHT
+from actcache.segments.places.objects.client import Client
+from actcache.segments.places.objects.options import Target
+from actcache.segments.places.objects.session import IN_FLIGHT
 from bench.server import Bucket
 
 PART_BYTES = 16 << 20

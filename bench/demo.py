@@ -34,7 +34,7 @@ import actcache
 from actcache.backend import Usage
 from actcache.cli.inspect import binary
 from actcache.models.filling import FillReport
-from actcache.reading.order import Order
+from actcache.reader.order import Order
 from bench.docstrings import Corpus, corpus
 
 LAYER = 3

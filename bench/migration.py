@@ -22,10 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 import actcache
-from actcache.benchmark import rounds
-from actcache.benchmark.corpus import Documents
-from actcache.benchmark.shapes import SHAPES
-from actcache.migration import migrate
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.corpus import SHAPES, Documents
+from actcache.admin.migration import migrate
 
 console = Console(width=120)
 

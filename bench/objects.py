@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 import actcache
-from actcache.benchmark import rounds
-from actcache.benchmark.shapes import SHAPES, Shape
-from actcache.storage.objects.client import Client
-from actcache.storage.objects.options import target
-from actcache.storage.objects.session import IN_FLIGHT, Session
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.corpus import SHAPES, Shape
+from actcache.segments.places.objects.client import Client
+from actcache.segments.places.objects.options import target
+from actcache.segments.places.objects.session import IN_FLIGHT, Session
 
 console = Console(width=120)
 CLIENTS = ("obstore", "s3fs")

@@ -33,11 +33,10 @@ from typing import Any
 import numpy as np
 
 import actcache
-from actcache.benchmark.caches import drop_caches, refuse_mappings
-from actcache.benchmark.corpus import Corpus, Documents
-from actcache.benchmark.rounds import Spread
-from actcache.benchmark.shapes import SHAPES
-from actcache.reader import Reader
+from actcache.admin.benchmark.caches import drop_caches, refuse_mappings
+from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
+from actcache.admin.benchmark.rounds import Spread
+from actcache.reader.reader import Reader
 from bench.report import Cell, Report
 
 #: Milliseconds a batch in the paper's table: from memory, with prefetch, without.

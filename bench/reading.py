@@ -9,8 +9,8 @@ read, which nothing hides, are part of it. Opening the space and making the read
 their own.
 
 The limit of a warm read brings the same documents, batch by batch in the same order, into a reused buffer of the same
-layout: the fastest of the raw ways of ``actcache.benchmark.limits`` by the median, plus the fastest xxh3 pass over the
-documents' bytes.
+layout: the fastest of the raw ways of ``actcache.admin.benchmark.limits`` by the median, plus the fastest xxh3 pass
+over the documents' bytes.
 It has one buffer, while a reader needs several, for its consumer still looks at one while it fills the next; ``--ring``
 gives the limit as many as you like (the reader has ``depth + 3``). A hash pass of its own is not the least that hashing
 can cost: who hashes rows while they are in the processor's cache can be faster than this limit. The limit of a cold
@@ -33,15 +33,14 @@ from typing import Any
 import numpy as np
 
 import actcache
-from actcache.benchmark import rounds
-from actcache.benchmark.caches import drop_caches, refuse_mappings
-from actcache.benchmark.corpus import Corpus, Documents
-from actcache.benchmark.limits import FlatFile
-from actcache.benchmark.rounds import Spread, fastest
-from actcache.benchmark.shapes import SHAPES
-from actcache.reader import Reader
-from actcache.reading.order import Order
-from actcache.storage.workers import available_cpus
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.caches import drop_caches, refuse_mappings
+from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
+from actcache.admin.benchmark.limits import FlatFile
+from actcache.admin.benchmark.rounds import Spread, fastest
+from actcache.io.workers import available_cpus
+from actcache.reader.order import Order
+from actcache.reader.reader import Reader
 from bench.report import Cell, Report
 
 SEED = 3

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 import actcache
 from actcache import Recycler
-from actcache.benchmark.rounds import Spread, run
+from actcache.admin.benchmark.rounds import Spread, run
 from actcache.models import base_model_of, family_of
 from bench.recycling_cases import CASES, Case, tokenizer
 from bench.report import Report

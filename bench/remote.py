@@ -13,9 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actcache.benchmark import rounds
-from actcache.benchmark.corpus import Corpus, Documents
-from actcache.benchmark.shapes import Shape
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.corpus import Corpus, Documents, Shape
 from bench.bare import Bare, Range, Requests
 from bench.metered import Metered
 from bench.server import Bucket

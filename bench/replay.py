@@ -29,10 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 import actcache
 from actcache import Recycler
-from actcache.benchmark import rounds
-from actcache.benchmark.rounds import Spread
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.rounds import Spread
 from actcache.models import base_model_of, family_of
-from actcache.reader import Reader
+from actcache.reader.reader import Reader
 from bench.recycling_cases import CASES, tokenizer
 from bench.report import Cell, Report
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import actcache
-from actcache.benchmark.rounds import Spread
-from actcache.storage.workers import available_cpus
+from actcache.admin.benchmark.rounds import Spread
+from actcache.io.workers import available_cpus
 
 Cell = str | float | Spread | None
 

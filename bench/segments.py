@@ -26,11 +26,10 @@ from unittest import mock
 import numpy as np
 
 import actcache
-from actcache.benchmark import rounds
-from actcache.benchmark.corpus import Documents
-from actcache.benchmark.rounds import Spread
-from actcache.benchmark.shapes import SHAPES, Shape
-from actcache.reader import Reader
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.corpus import SHAPES, Documents, Shape
+from actcache.admin.benchmark.rounds import Spread
+from actcache.reader.reader import Reader
 from bench.report import Cell, Report
 from bench.stages import Stages
 
@@ -101,7 +100,7 @@ def write(documents: Documents, url: str, segments: int) -> None:
     rows = documents.split()
     with (
         mock.patch("os.fsync"),
-        mock.patch("actcache.storage.small._AT_ONCE", segments + 1),
+        mock.patch("actcache.segments.compaction._AT_ONCE", segments + 1),
         actcache.open(url) as store,
         store.space(documents.recipe, segment_bytes=2 * documents.nbytes) as space,
     ):

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from actcache import Recycler
-from actcache.key import Document
+from actcache.format.keys import Document
 from actcache.models import add_adapters
-from actcache.models.sweep import Loss, evaluate, own_loss, train
+from actcache.models.training.sweep import Loss, evaluate, own_loss, train
 from bench.report import Report
 
 HELD_OUT = 0.25
-#: regime (see ``actcache.models.regimes``), whether only adapters and head train, what it is called
+#: regime (see ``actcache.models.training.regimes``), whether only adapters and head train, what it is called
 WAYS = (
     ("NR", False, "full model"),
     ("F", False, "lower half frozen, no cache"),

@@ -18,16 +18,16 @@ from typing import Any
 
 #: Where a stage is: module, then the path of attributes. A column is told apart where a function takes one.
 STAGES = {
-    "look-up": ("actcache.storage.snapshot", "SegmentedSnapshot.locate"),
-    "which columns": ("actcache.storage.snapshot", "SegmentedSnapshot.has"),
-    "planning": ("actcache.storage.rows", "MappedRows.plan"),
-    "first seeds": ("actcache.checksum", "entry_seeds"),
-    "digests": ("actcache.checksum", "chainer"),
-    "hand-over": ("actcache.reading.delivery", "HostDelivery.deliver"),
-    "buffers": ("actcache.reading.slots", "Slots.take"),
-    "read-ahead hints": ("actcache.storage.rows", "MappedRows.will_need"),
-    "sharing among threads": ("actcache.storage.workers", "Workers.run"),
-    "other Python": ("actcache.reading.epoch", "read_batch"),
+    "look-up": ("actcache.segments.snapshot", "SegmentedSnapshot.locate"),
+    "which columns": ("actcache.segments.snapshot", "SegmentedSnapshot.has"),
+    "planning": ("actcache.segments.rows", "MappedRows.plan"),
+    "first seeds": ("actcache.format.checksum", "entry_seeds"),
+    "digests": ("actcache.format.checksum", "chainer"),
+    "hand-over": ("actcache.reader.delivery", "HostDelivery.deliver"),
+    "buffers": ("actcache.reader.buffers", "Slots.take"),
+    "read-ahead hints": ("actcache.segments.rows", "MappedRows.will_need"),
+    "sharing among threads": ("actcache.io.workers", "Workers.run"),
+    "other Python": ("actcache.reader.epoch", "read_batch"),
 }
 
 

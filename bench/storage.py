@@ -2,8 +2,8 @@
 
     python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold
 
-``actcache.benchmark.reading`` says what is compared and what the limits are. ``cachectl bench`` is the same for a disk
-of the user's; here s3 is measured, too, and where root runs it the whole page cache is emptied, names and all.
+``actcache.admin.benchmark.reading`` says what is compared and what the limits are. ``cachectl bench`` is the same for a
+disk of the user's; here s3 is measured, too, and where root runs it the whole page cache is emptied, names and all.
 
 For s3 see ``bench.remote``, and ``bench.server`` for the server that it takes; it has no modes.
 """
@@ -19,10 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actcache.benchmark.caches import drop_caches
-from actcache.benchmark.corpus import Corpus, Documents
-from actcache.benchmark.reading import Comparison, cold, flat_path, warm
-from actcache.benchmark.shapes import SHAPES, Shape
+from actcache.admin.benchmark.caches import drop_caches
+from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents, Shape
+from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
 from bench import remote
 from bench.server import bucket
 

@@ -19,11 +19,10 @@ from pathlib import Path
 import xxhash
 
 import actcache
-from actcache.benchmark import rounds
-from actcache.benchmark.corpus import Documents
-from actcache.benchmark.rounds import Spread
-from actcache.benchmark.shapes import SHAPES
-from actcache.storage.workers import available_cpus
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.corpus import SHAPES, Documents
+from actcache.admin.benchmark.rounds import Spread
+from actcache.io.workers import available_cpus
 from bench.report import Cell, Report
 
 

@@ -48,7 +48,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from actcache.cli.inspect import binary
-from actcache.pruning import Vocabulary, count_vocabulary, prune
+from actcache.models.vocabulary import Vocabulary, count_vocabulary, prune
 from bench.docstrings import docstrings
 
 console = Console(width=140)

@@ -27,11 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 import actcache
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.corpus import SHAPES, Documents
 from actcache.backend import Block
-from actcache.benchmark import rounds
-from actcache.benchmark.corpus import Documents
-from actcache.benchmark.shapes import SHAPES
-from actcache.writer import SEGMENT_BYTES
+from actcache.entries.writer import SEGMENT_BYTES
 from bench.bare import Bare, Requests
 from bench.metered import Metered
 from bench.server import Bucket, bucket

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from actcache.backend import VALUES, Block, Column, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
-from actcache.backend import tensorheader as header
+from actcache.backend import VALUES, Block, Column, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
+from actcache.format import safetensors
 
 _PAGE = 4096
 _MOST_HEADER = 1 << 20
@@ -37,23 +37,23 @@ class SafetensorsFormat(SegmentFormat):
             lead += column.nbytes
         described = [(name, column.dtype, tuple(column.shape)) for name, column in arrays.items()]
         with open(path, "xb") as file:
-            file.write(header.dumps(described, metadata, align=_PAGE, lead=lead))
+            file.write(safetensors.header(described, metadata, align=_PAGE, lead=lead))
             for column in arrays.values():
                 for piece in pieces(column):
                     file.write(piece)
 
     def layout(self, files: SegmentFiles) -> Layout:
-        head = files.read("", 0, header.LENGTH_BYTES)
+        head = files.read("", 0, safetensors.LENGTH_BYTES)
         size = files.size("")
         try:
-            length = header.length(head, size, _MOST_HEADER)
-            text = files.read("", header.LENGTH_BYTES, length)
+            length = safetensors.header_length(head, size, _MOST_HEADER)
+            text = files.read("", safetensors.LENGTH_BYTES, length)
             if len(text) != length:
                 raise ValueError("it ends inside of its header")
-            metadata, spans = header.loads(text, size)
+            metadata, extents = safetensors.parse_header(text, size)
         except ValueError as error:
             raise FormatError(f"{files.where} is truncated or no safetensors file: {error}") from None
-        return Layout({name: Extent("", span.offset, span.dtype, span.shape) for name, span in spans.items()}, metadata)
+        return Layout(extents, metadata)
 
 
 def _ordered(arrays: Mapping[str, Column]) -> dict[str, Column]:

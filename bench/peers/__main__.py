@@ -6,7 +6,7 @@ Contestants deliver the same documents in shuffled batches of the same size, as 
 ``--layout padded``) and the documents' lengths; a consumer takes them and does nothing. Each is used as its
 documentation shows for shuffled reading, in several settings and with 0 and 2 worker processes; the best of all peers'
 settings is what actcache is held against. actcache verifies checksums and delivers token ids too, which no peer does. A
-turn is one whole epoch; contestants take turns, and ratios are of one round (``actcache.benchmark.rounds``).
+turn is one whole epoch; contestants take turns, and ratios are of one round (``actcache.admin.benchmark.rounds``).
 
 Opening is not timed. Warm: everything in the page cache and workers kept from epoch to epoch. Cold: the
 page cache is dropped, and each turn opens everything anew in a process of its own; that workers have to start is part
@@ -31,11 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
-from actcache.benchmark import rounds
-from actcache.benchmark.caches import drop_caches
-from actcache.benchmark.corpus import Documents
-from actcache.benchmark.rounds import Spread, fastest
-from actcache.benchmark.shapes import SHAPES
+from actcache.admin.benchmark import rounds
+from actcache.admin.benchmark.caches import drop_caches
+from actcache.admin.benchmark.corpus import SHAPES, Documents
+from actcache.admin.benchmark.rounds import Spread, fastest
 from bench.peers.contestant import Contestant, load, prepare, timed
 from bench.peers.loading import Wanted
 from bench.report import Cell, Report

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actcache.benchmark.corpus import Documents
+from actcache.admin.benchmark.corpus import Documents
 from bench.peers.loading import Delivered, Loader, Wanted, torch_loader
 
 PACKAGES = ("datasets", "pyarrow")

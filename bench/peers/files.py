@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from actcache.benchmark.corpus import Documents
+from actcache.admin.benchmark.corpus import Documents
 from bench.peers.loading import Loader, Wanted, torch_loader
 
 PACKAGES = ("torch",)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from litdata import StreamingDataLoader, StreamingDataset, optimize
 
-from actcache.benchmark.corpus import Documents
+from actcache.admin.benchmark.corpus import Documents
 from bench.peers.loading import Loader, Wanted
 
 PACKAGES = ("litdata",)

@@ -19,7 +19,7 @@ import lmdb
 import numpy as np
 from torch.utils.data import Dataset
 
-from actcache.benchmark.corpus import Documents
+from actcache.admin.benchmark.corpus import Documents
 from bench.peers.loading import Delivered, Loader, Wanted, torch_loader
 
 PACKAGES = ("lmdb",)

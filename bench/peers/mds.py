@@ -16,7 +16,7 @@ from streaming import LocalDataset, MDSWriter, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 from torch.utils.data import DataLoader
 
-from actcache.benchmark.corpus import Documents
+from actcache.admin.benchmark.corpus import Documents
 from bench.peers.loading import Delivered, Loader, Wanted, torch_loader
 
 PACKAGES = ("mosaicml-streaming",)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import actcache
-from actcache.benchmark.corpus import Documents
+from actcache.admin.benchmark.corpus import Documents
 from bench.peers.loading import Delivered, Loader, Wanted
 
 PACKAGES = ("actcache",)

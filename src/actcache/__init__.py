@@ -9,20 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from actcache import errors
-from actcache.batch import Batch
-from actcache.collection import Collection
-from actcache.entry import Entry, ReadReport
-from actcache.key import document_key
-from actcache.reader import Reader
-from actcache.recipe import Recipe
-from actcache.space import Space
-from actcache.store import Store
-from actcache.store import open_store as open
-from actcache.windows import Windows, windows
+from actcache.entries.batch import Batch
+from actcache.entries.entry import Entry, ReadReport
+from actcache.format.keys import Windows, document_key, windows
+from actcache.format.recipe import Recipe
+from actcache.reader.reader import Reader
+from actcache.store.collection import Collection
+from actcache.store.space import Space
+from actcache.store.store import Store
+from actcache.store.store import open_store as open
 
 if TYPE_CHECKING:
-    from actcache.recycler import Recycler
-    from actcache.recyclers import Recyclers
+    from actcache.models.recycler import Recycler
+    from actcache.models.recyclers import Recyclers
 
 __version__ = "0.1.0"
 
@@ -48,11 +47,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Recyclers need torch and transformers; the store does not.
     if name == "Recycler":
-        from actcache.recycler import Recycler
+        from actcache.models.recycler import Recycler
 
         return Recycler
     if name == "Recyclers":
-        from actcache.recyclers import Recyclers
+        from actcache.models.recyclers import Recyclers
 
         return Recyclers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -168,7 +168,7 @@ class ModelError(ActcacheError):
 
 
 class UnsupportedModelError(ModelError):
-    """The architecture is not in the table of families (``actcache.models.family``)."""
+    """The architecture is not in the table of families (``actcache.models.families``)."""
 
 
 class UnseenTokenError(ModelError):

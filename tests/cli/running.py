@@ -1,4 +1,4 @@
-"""``cachectl`` in this process, which starts at once; that it works as a process is tests/test_cli.py's business."""
+"""``cachectl`` in this process, which starts at once; that it works as a process is for tests/cli/test_cli.py."""
 
 from __future__ import annotations
 

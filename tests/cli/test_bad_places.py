@@ -17,10 +17,10 @@ import pytest
 import actcache
 from actcache.cli import COMMANDS
 from actcache.cli.progress import Meter
-from tests.backends import each
 from tests.cli.running import cachectl
+from tests.store.test_disk import mount, remount
 from tests.support import check, key, make_store, recipe
-from tests.test_disk import mount, remount
+from tests.support.backends import each
 
 FINGERPRINT = recipe().fingerprint
 

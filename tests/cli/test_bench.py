@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actcache import benchmark
-from actcache.benchmark import SHAPES, Shape, Spread, disk, limits, plot
-from actcache.benchmark.caches import evict, evict_surely, resident
-from actcache.benchmark.corpus import Corpus, Documents
-from actcache.benchmark.limits import FlatFile
+from actcache.admin import benchmark
+from actcache.admin.benchmark import SHAPES, Shape, Spread, disk, limits, plot
+from actcache.admin.benchmark.caches import evict, evict_surely, resident
+from actcache.admin.benchmark.corpus import Corpus, Documents
+from actcache.admin.benchmark.limits import FlatFile
 from actcache.errors import MissingExtraError, StorageIOError
-from actcache.storage.files import mount_of
+from actcache.io.files import mount_of
 from tests.cli.running import cachectl
 from tests.support import MEMORY_FOLDER
 

@@ -8,9 +8,9 @@ import sys
 
 import actcache
 from actcache.cli.progress import Meter
-from tests.backends import each
 from tests.cli.running import cachectl
 from tests.support import check, key, make_store, put, recipe
+from tests.support.backends import each
 
 
 @each()

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import actcache
-from actcache import corpus
+from actcache.cli import corpus
 from actcache.errors import DocumentError, MissingExtraError
 from tests.cli.running import cachectl
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import actcache
-from actcache import corpus
+from actcache.cli import corpus
 from tests.cli.running import cachectl
 
 datasets.disable_progress_bars()

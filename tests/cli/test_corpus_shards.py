@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from actcache import corpus
+from actcache.cli import corpus
 from actcache.errors import ActcacheError, DocumentError, MissingExtraError
-from actcache.key import document_key, key_array
+from actcache.format.keys import document_key, key_array
 from tests.cli.running import cachectl
 
 TEXTS = [f"text {number} żółć\r\n" + "x" * number for number in range(60)]

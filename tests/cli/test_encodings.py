@@ -20,14 +20,14 @@ import pytest
 from rich.console import Console
 
 import actcache
-from actcache.benchmark import SHAPES, Shape
+from actcache.admin.benchmark import SHAPES, Shape
 from actcache.cli import COMMANDS
 from actcache.cli.progress import Meter
 from actcache.models.progress import FillProgress
-from tests.backends import each
 from tests.cli.running import Pipe, Result, cachectl
 from tests.support import ids, key, recipe, rows
-from tests.tiny import save_tiny
+from tests.support.backends import each
+from tests.support.tiny import save_tiny
 
 NAME = os.fsdecode("sé-日本-".encode() + b"\xff")  # its end is no UTF-8: Python has it as a surrogate
 MODEL = "modèle-日本"

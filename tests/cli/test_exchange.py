@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import actcache
-from actcache import exchange
+from actcache.admin import exchange
+from actcache.admin.exchange import exporting, importing, parquet
 from actcache.cli.progress import Meter
 from actcache.errors import CorruptEntryError, FormatError, MissingEntryError
-from actcache.exchange import exporting, importing, parquet
-from tests.backends import each
 from tests.cli.running import cachectl
+from tests.store.test_disk import mount
 from tests.support import check, ids, key, length, make_store, put, recipe, rows, segment_files
-from tests.test_disk import mount
+from tests.support.backends import each
 
 HELD = dict.fromkeys(range(30), 0)
 

@@ -26,11 +26,11 @@ from actcache import Recycler, Recyclers
 from actcache.backend import Block
 from actcache.errors import UsageError
 from actcache.models.budget import taken
-from actcache.recycler import load_pretrained
-from actcache.storage.space import SegmentedSpace
-from actcache.store import Store
-from tests.backends import each
+from actcache.models.recycler import load_pretrained
+from actcache.segments.space import SegmentedSpace
+from actcache.store.store import Store
 from tests.cli.running import cachectl
+from tests.support.backends import each
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

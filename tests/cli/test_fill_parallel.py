@@ -17,16 +17,17 @@ import pytest
 import torch
 
 import actcache
-from actcache import Recyclers, parallel
+from actcache import Recyclers
 from actcache.errors import DocumentTooLongError, ModelError, StoreGoneError, UsageError, WorkerError
+from actcache.models import parallel
 from actcache.models.filling import CHUNK, Part
-from actcache.parallel import worker
-from actcache.parallel.dealing import Dealer
-from actcache.parallel.fill import _together
-from actcache.parallel.worker import Failed, Job
-from tests.backends import each
+from actcache.models.parallel import worker
+from actcache.models.parallel.fill import _together
+from actcache.models.parallel.partitioner import Dealer
+from actcache.models.parallel.worker import Failed, Job
 from tests.cli.running import cachectl
 from tests.cli.test_fill import TEXTS, _own_cache, corpus, loaded, same, tiny, used  # noqa: F401
+from tests.support.backends import each
 
 #: Enough of them that a fill takes seconds.
 MANY = [f"document {i} says " + "la " * (i % 97) for i in range(20_000)]
@@ -204,7 +205,7 @@ def started(model: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psut
     code = (
         "import functools\nfrom actcache.cli import main\nfrom actcache.errors import OutOfSpaceError\n"
         "from actcache.store import Store\n"
-        "from actcache.storage.files import Files\n"
+        "from actcache.io.files import Files\n"
         "Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 20)\n"
         "publish = Files.publish\n"
         "def full(self, *given, **named):\n"

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache import codec, reporting
+from actcache.admin import report
+from actcache.admin.report.statistics import Numbers
 from actcache.errors import UsageError
-from actcache.reporting.statistics import Numbers
-from tests.backends import each
+from actcache.format import codec
 from tests.cli.inspected import COUNT, NAME, damage, filled, strict
 from tests.cli.running import cachectl
 from tests.support import compact, key, make_store, put, recipe, rows, segment_files
+from tests.support.backends import each
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_a_sample_is_drawn_by_its_seed(store):
     with actcache.open(store, "r") as opened:
         for options in ({"sample": -1}, {"seed": -1}):
             with pytest.raises(UsageError):
-                reporting.survey(opened, **options)
+                report.survey(opened, **options)
     cachectl("inspect", store, "--space", NAME, "--sample", -1).refused(2)
 
 
@@ -160,7 +161,7 @@ def test_statistics_piece_by_piece_are_those_of_the_whole(dtype):
 def test_lengths_are_counted_in_round_ranges(longest):
     lengths = np.random.default_rng(longest).integers(1, longest + 1, 1000)
     lengths[0] = longest
-    found = reporting.Lengths.of(lengths).histogram
+    found = report.Lengths.of(lengths).histogram
     widths = set(np.diff(found.edges).tolist())
     assert len(widths) == 1
     assert str(int(widths.pop())).rstrip("0") in ("1", "2", "5")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache import reporting
+from actcache.admin import report
 from actcache.errors import MissingEntryError
-from tests.backends import each
 from tests.cli.inspected import COUNT, NAME, damage, filled, strict
 from tests.cli.running import cachectl
 from tests.support import ids, key, length, make_store, recipe, rows, segment_files
+from tests.support.backends import each
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_documents_that_are_not_there(store):
     )
     cachectl("inspect", store, "--text", "").refused(2)
     with actcache.open(store, "r") as opened, pytest.raises(MissingEntryError):
-        reporting.document_by_text(opened, "another")
+        report.document_by_text(opened, "another")
 
 
 def test_a_corrupt_document(store):

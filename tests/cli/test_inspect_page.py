@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache import reporting
-from actcache.reporting import page as page_module
-from actcache.reporting.markup import Markup, element
-from actcache.reporting.plots import Row, bars, histogram
-from tests.browser import CHROMIUM, Browser
+from actcache.admin import report as reporting
+from actcache.admin.report import page as page_module
+from actcache.admin.report.plots import Markup, Row, bars, element, histogram
 from tests.cli.inspected import damage
 from tests.cli.running import cachectl
 from tests.support import key, make_store, recipe, segment_files
+from tests.support.browser import CHROMIUM, Browser
 
 HOSTILE = "<script>document.title='run'</script>\"'><img src=http://192.0.2.1/x.png onerror=alert(1)>&amp;\x1b[2J\x00"
 LONG = "an-organization-of-note/" + "a-model-with-a-name-that-goes-on-" * 3
@@ -152,7 +151,7 @@ def test_a_page_is_whole_or_absent(store, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("actcache.storage.newfile.Disk.sync_file", full)
+    monkeypatch.setattr("actcache.io.newfile.Disk.sync_file", full)
     assert "free some space" in cachectl("inspect", store, "--html", tmp_path / "report.html").refused(3)
     assert list(tmp_path.iterdir()) == []
 
@@ -163,7 +162,7 @@ def test_a_page_where_there_are_no_links(store, tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr("actcache.storage.files.os.link", refused)
+    monkeypatch.setattr("actcache.io.files.os.link", refused)
     assert cachectl("inspect", store, "--html", tmp_path / "report.html", "--sample", 0).code == 4
     assert (tmp_path / "report.html").read_text().endswith("</html>\n")
     assert len(list(tmp_path.iterdir())) == 1

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache import inspection, maintenance
+from actcache.admin import inspection
 from actcache.errors import SpaceNotFoundError, UsageError
-from tests.backends import each
+from actcache.store import space as maintenance
 from tests.cli.running import cachectl
 from tests.support import check, ids, key, length, make_store, put, recipe, rows, segment_files
+from tests.support.backends import each
 
 LOOKING = ("ls", "inspect", "du", "verify")
 

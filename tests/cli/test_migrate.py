@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import actcache
+from actcache.admin.migration import migrate
 from actcache.errors import CodecOverflowError, StoreNotFoundError, UsageError
-from actcache.migration import migrate
-from tests.backends import KINDS, each
 from tests.cli.running import cachectl
 from tests.support import ROOT, check, ids, key, make_store, put, recipe, rows
+from tests.support.backends import KINDS, each
 
 KEYS = [key(n) for n in range(130)]
 NAMES = ("spans", "word_ids", "type_ids")
@@ -115,7 +115,7 @@ def test_a_chain_of_all_backends(sources, tmp_path):
 
 def test_the_source_is_not_changed(sources, tmp_path):
     for name, (url, _) in sources.items():
-        root = actcache.registry.local_path(url.partition(":")[2])
+        root = actcache.segments.registry.local_path(url.partition(":")[2])
         before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "lock.mdb"}
         run(url, tmp_path / name)
         assert before == {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from actcache import planning
+from actcache.admin import planning
+from actcache.admin.planning import Corpus, Disk, Model, Prices
 from actcache.errors import UsageError
-from actcache.planning import Corpus, Disk, Model, Prices
 from tests.cli.running import cachectl
 
 GIVEN = ["--documents", 1000, "--tokens", 512, "--hidden", 768, "--full-ms", 5, "--upper-ms", 2.5]
@@ -101,8 +101,8 @@ def test_a_model_is_measured(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     expected = [min(len(ids), 512) for ids in tokenizer(texts)["input_ids"]]
     assert found.lengths == expected
-    assert found.model.hidden_size == 384
-    assert 0.1 < found.model.upper / found.model.full < 0.9
+    assert found.hidden_size == 384
+    assert 0.1 < found.upper / found.full < 0.9
     shown = cachectl("plan", tmp_path / "corpus", "--model", get_model_path(), "--layer", 3, *FAST, "--json").json()
     assert shown["corpus"] == {"documents": 12, "tokens": sum(expected)}
     assert shown["nbytes"] >= sum(expected) * 384 * 2

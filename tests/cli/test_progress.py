@@ -11,8 +11,8 @@ from rich.console import Console
 
 from actcache.cli.common import binary, counted, span
 from actcache.cli.progress import Meter
+from actcache.io.progress import Unheard
 from actcache.models.progress import FillProgress
-from actcache.unheard import Unheard
 
 
 @pytest.fixture

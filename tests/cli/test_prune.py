@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache import retention
+from actcache.admin import retention
 from actcache.errors import StoreError, UsageError
-from actcache.lastuse import HOUR, LastUse
-from actcache.windows import Windows
-from tests.backends import each
+from actcache.format.keys import Windows
+from actcache.store.last_use import HOUR, LastUse
 from tests.cli.running import cachectl
 from tests.support import HIDDEN, ROOT, check, ids, key, make_store, put, recipe, rows
+from tests.support.backends import each
 
 A, B, C = recipe(), recipe(layer=2, dtype="float16"), recipe(layer=3, model="other")
 DAY = 86_400

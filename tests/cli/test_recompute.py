@@ -23,7 +23,7 @@ from actcache.models.record import LowerHalf
 from actcache.models.verification import ROUNDING
 from tests.cli.running import cachectl
 from tests.support import make_store
-from tests.tiny import HIDDEN, save_tiny
+from tests.support.tiny import HIDDEN, save_tiny
 
 TEXTS = [f"Document {i} says {'la ' * (i % 11)}to whoever reads it" for i in range(24)]
 LAYER = 2

@@ -28,7 +28,7 @@ import actcache
 from actcache.cli import signals
 from actcache.cli.signals import HEEDED, Interrupted, Requests
 from tests.support import ROOT
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 TEXTS = [f"document {i} says " + "ab " * (i % 37) for i in range(400)]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -36,7 +36,7 @@ ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal
 
 DRIVER = """
 import functools, json, os, signal, sys, threading
-import h5py, zarr, actcache.cli, actcache.parallel, actcache.recomputing, actcache.models.timing
+import h5py, zarr, actcache.cli, actcache.models.parallel, actcache.admin.recompute, actcache.models.timing
 from transformers import BertModel, PreTrainedTokenizerFast
 from actcache.models.filling import Filler
 from actcache.models.record import LowerHalf
@@ -317,7 +317,7 @@ def _exported(world: World, place: Path, *ended: Any) -> None:
     if ended and not path.exists():
         return
     with actcache.open(place / "from", "a") as opened:
-        from actcache.exchange import import_file
+        from actcache.admin.exchange import import_file
 
         assert import_file(opened, path).stored == len(world.entries)
     within(entries(place / "from"), world.entries)
@@ -329,7 +329,7 @@ def _exported(world: World, place: Path, *ended: Any) -> None:
 def _import(world: World, place: Path) -> list[Any]:
     path = world.folder / "all.safetensors"
     if not path.exists():
-        from actcache.exchange import export_space
+        from actcache.admin.exchange import export_space
 
         with actcache.open(world.filled, "r") as opened, opened.space(opened.recipes()[0]) as space:
             export_space(space, path)

@@ -15,7 +15,7 @@ from actcache import Recycler
 from actcache.errors import ShapeError
 from actcache.models.verification import ROUNDING
 from tests.cli.running import cachectl
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 TEXTS = [f"Document {i} says {'la ' * (i % 11)}to whoever reads it" for i in range(12)]
 KEYS = [actcache.document_key(text) for text in TEXTS]

@@ -12,18 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import actcache
-from actcache import registry
-from actcache.collection import Collection
-from actcache.entry import columns_of
+from actcache.admin.exchange import export_space, import_file
+from actcache.entries.entry import columns_of
 from actcache.errors import ActcacheError, DataError
-from actcache.exchange import export_space, import_file
-from actcache.recipe import Recipe
-from actcache.storage import marker, tombstone
-from actcache.storage.folder import LocalSegment
-from actcache.storage.index import Table
-from actcache.storage.segment import Segment
-from tests.backends import KINDS
+from actcache.format.recipe import Recipe
+from actcache.segments import registry, tombstones
+from actcache.segments.index import Table
+from actcache.segments.places import marker
+from actcache.segments.places.local import LocalSegment
+from actcache.segments.segment import Segment
+from actcache.store.collection import Collection
 from tests.support import compact, ids, key, put, recipe, rows
+from tests.support.backends import KINDS
 
 #: What ``tombstone.loads`` documents; its caller turns them into a ``FormatError``.
 _JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -242,7 +242,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "safetensors": lambda: one_file("safetensors"),
     "zarr": zarr_folder,
     "index": index,
-    "tombstone": lambda: Target(tombstone.loads, lambda: bytes_of("hdf5", "spaces/*/tombstones/*.json"), _JSON),
+    "tombstone": lambda: Target(tombstones.loads, lambda: bytes_of("hdf5", "spaces/*/tombstones/*.json"), _JSON),
     "marker": the_marker,
     "recipe": the_recipe,
     "collection": lambda: Target(

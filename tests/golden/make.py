@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import actcache
-from tests.backends import KINDS
 from tests.golden.reader import digests
 from tests.support import compact, ids, key, put, recipe, rows
+from tests.support.backends import KINDS
 
 HERE = Path(__file__).parent
 

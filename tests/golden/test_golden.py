@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import actcache
-from tests.backends import each
 from tests.golden.make import HERE, files
 from tests.golden.reader import digests
 from tests.support import put, recipe
+from tests.support.backends import each
 
 WITHOUT_ACTCACHE = """
 import runpy, sys

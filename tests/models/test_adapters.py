@@ -30,7 +30,7 @@ from actcache.models import (
     reduce,
     save_adapters,
 )
-from actcache.models.adapters import Bottleneck, spec_of, trained_names
+from actcache.models.training.adapters import Bottleneck, spec_of, trained_names
 from tests.models.zoo import CLASSIFY, KINDS, documents, full_inputs, mask_of, padded
 
 LAYER = 2
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused(make_model: Make, tmp_path: Path, monkeypa
     for bad in (path, tmp_path, tmp_path / "absent"):
         with pytest.raises(ModelError, match="no adapters that save_adapters wrote"):
             load_adapters(reduce(task, LAYER), bad)
-    monkeypatch.setattr("actcache.models.adapters._PLACES", {})
+    monkeypatch.setattr("actcache.models.training.adapters._PLACES", {})
     with pytest.raises(UnsupportedModelError, match="places="):
         add_adapters(make_model(AutoModel), 8)
     assert spec_of(add_adapters(make_model(AutoModel), 8, places=["output.dense"])).places == ("output.dense",)

@@ -16,8 +16,8 @@ from actcache import Recycler, Recyclers
 from actcache.errors import MissingEntryError, OutOfSpaceError
 from actcache.models.filling import Filler
 from actcache.models.record import LowerHalf
-from tests.test_writer_clock import Hand, until
-from tests.tiny import save_tiny
+from tests.entries.test_writer_clock import Hand, until
+from tests.support.tiny import save_tiny
 
 BOUND = 60.0  #: seconds, as docs/reliability.md says
 STEP = 7.0  #: that a batch takes
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 def clock(monkeypatch):
     """A clock for all: a batch takes ``STEP`` seconds."""
     hand = Hand()
-    monkeypatch.setattr("actcache.writer.Clock", lambda: hand)
+    monkeypatch.setattr("actcache.entries.writer.Clock", lambda: hand)
     monkeypatch.setattr(Filler, "_now", staticmethod(hand.now))
     return hand
 

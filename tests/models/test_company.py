@@ -13,9 +13,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from actcache.errors import RecipeError, UnsupportedModelError
 from actcache.models import DocumentEncoder, LowerHalf, canary, family_of
-from actcache.models.family import Family
+from actcache.models.families import Family
+from actcache.models.recycler import Recycler
 from actcache.models.tokenizing import check_max_length
-from actcache.recycler import Recycler
 from tests.models.test_identity import word_tokenizer
 from tests.models.zoo import KINDS
 

@@ -19,14 +19,14 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import actcache
 from actcache import Recyclers
+from actcache.admin.forecast import forecast
+from actcache.admin.recompute.inputs import of_documents
 from actcache.errors import DocumentError, UsageError
-from actcache.forecast import forecast
-from actcache.models.jointly import read_jointly
-from actcache.models.sweep import sweep
-from actcache.parallel import fill as fill_parallel
-from actcache.pruning import count_vocabulary
-from actcache.recomputing.inputs import of_documents
-from tests.tiny import save_tiny
+from actcache.models.parallel import fill as fill_parallel
+from actcache.models.training.joint import read_jointly
+from actcache.models.training.sweep import sweep
+from actcache.models.vocabulary import count_vocabulary
+from tests.support.tiny import save_tiny
 
 TEXTS = ["a b", "c d e", "f"]
 FRAME = pandas.DataFrame({"text": TEXTS, "label": [0, 1, 0]})

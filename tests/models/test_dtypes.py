@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM
 
 from actcache.errors import ModelError, UsageError
 from actcache.models import add_adapters, load_reduced, reduce
-from actcache.pruning import load_pruned, prune
+from actcache.models.vocabulary import load_pruned, prune
 from tests.models.zoo import CLASSIFY, KINDS
 
 LAYER = 2

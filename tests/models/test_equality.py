@@ -17,7 +17,7 @@ from transformers import (
 
 import actcache
 from actcache.models import LowerHalf, family_of, reduce
-from actcache.recycler import Recycler
+from actcache.models.recycler import Recycler
 from tests.models.zoo import padded
 
 LAYERS = range(1, 6)

@@ -12,9 +12,9 @@ import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from actcache.format.recipe import Recipe
 from actcache.models import LowerHalf, base_model_of, family_of, lower_digest, reduce
-from actcache.models import family as family_module
-from actcache.recipe import Recipe
+from actcache.models import families as family_module
 from tests.models.zoo import (
     ANSWER,
     CAUSAL,

@@ -36,8 +36,8 @@ from actcache.errors import ActcacheError, CanaryError, LowerHalfMismatchError, 
 from actcache.models import LowerHalf, base_model_of, canary, family_of, lower_digest
 from actcache.models.distance import relative_error
 from actcache.models.leaves import leaves
-from actcache.recycler import Recycler
-from actcache.recyclers import Recyclers
+from actcache.models.recycler import Recycler
+from actcache.models.recyclers import Recyclers
 from tests.models.zoo import KINDS
 from tests.support import ROOT
 

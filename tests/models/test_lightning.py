@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import actcache
-from actcache.batch import Batch, PackedBatch
+from actcache.entries.batch import Batch, PackedBatch
 from tests.support import key, length, put, recipe, rows
 
 lightning = pytest.importorskip("lightning")
@@ -31,7 +31,7 @@ def space(tmp_path: Path) -> Iterator[Any]:
         yield space
 
 
-def reading(space: Any, **options: Any) -> actcache.reader.Reader:
+def reading(space: Any, **options: Any) -> actcache.Reader:
     return space.reader(KEYS, **{"labels": np.arange(COUNT) % 2, "batch_size": BATCH, "device": "cpu", **options})
 
 

@@ -16,12 +16,12 @@ import actcache
 from actcache import Recycler, Recyclers
 from actcache.errors import LayerError, RecipeError, UsageError
 from actcache.models import DocumentEncoder, add_adapters
-from actcache.models.pooling import WeightedPooling
+from actcache.models.parallel import fill as fill_parallel
 from actcache.models.replay import reduce
-from actcache.models.sweep import Candidate, sweep
-from actcache.parallel import fill as fill_parallel
-from actcache.pruning import Vocabulary, count_vocabulary
-from tests.tiny import HIDDEN, save_tiny
+from actcache.models.training.pooling import WeightedPooling
+from actcache.models.training.sweep import Candidate, sweep
+from actcache.models.vocabulary import Vocabulary, count_vocabulary
+from tests.support.tiny import HIDDEN, save_tiny
 
 TEXTS = [f"{'good' if i % 2 else 'bad'} {i}" for i in range(8)]
 

@@ -16,7 +16,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError
 from actcache.models import family_of, lower_digest
-from actcache.recycler import Recycler
+from actcache.models.recycler import Recycler
 from tests.models.test_identity import word_tokenizer
 from tests.models.zoo import KINDS
 

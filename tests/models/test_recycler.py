@@ -36,8 +36,8 @@ from actcache.errors import (
 )
 from actcache.models import base_model_of, canary, filling
 from actcache.models.record import LowerHalf
-from actcache.recycler import Recycler
-from actcache.store import Store
+from actcache.models.recycler import Recycler
+from actcache.store.store import Store
 
 Make = Callable[..., PreTrainedModel]
 

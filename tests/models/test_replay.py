@@ -30,7 +30,7 @@ from transformers import (
 
 from actcache.errors import LayerError, ModelError, ShapeError, UnsupportedModelError
 from actcache.models import Family, base_model_of, reduce, register_family
-from actcache.models.family import _FAMILIES
+from actcache.models.families import _FAMILIES
 
 Make = Callable[..., PreTrainedModel]
 
@@ -294,7 +294,7 @@ def test_models_that_cannot_be_reduced(make_model: Make) -> None:
 
 
 def test_a_family_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actcache.models.family._FAMILIES", dict(_FAMILIES))
+    monkeypatch.setattr("actcache.models.families._FAMILIES", dict(_FAMILIES))
     config = transformers.ErnieConfig(hidden_size=32, num_hidden_layers=3, vocab_size=99, num_attention_heads=2)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with pytest.raises(UnsupportedModelError, match="ernie"):

@@ -17,10 +17,10 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import actcache
 from actcache import Recycler, Recyclers
+from actcache.admin.recompute import RecordedModels, Restoration, repair, restoring
 from actcache.errors import DocumentError
-from actcache.recomputing import RecordedModels, Restoration, repair, restoring
-from tests.backends import each
-from tests.tiny import save_tiny
+from tests.support.backends import each
+from tests.support.tiny import save_tiny
 
 TEXTS = [f"Document {i} says " + "la " * (i % 7) + "." for i in range(12)]
 PAIRS = [(f"question {i}", "and its answer " * (1 + i)) for i in range(3)]

@@ -22,9 +22,9 @@ import actcache
 from actcache import Recyclers
 from actcache.errors import DataError, LowerHalfMismatchError, MissingEntryError, ShapeError, UsageError
 from actcache.models import add_adapters
-from actcache.models.jointly import JointReader, read_jointly
-from actcache.models.pooling import WeightedPooling
-from actcache.models.sweep import accuracy, evaluate, sweep
+from actcache.models.training.joint import JointReader, read_jointly
+from actcache.models.training.pooling import WeightedPooling
+from actcache.models.training.sweep import accuracy, evaluate, sweep
 
 Make = Callable[..., PreTrainedModel]
 
@@ -271,7 +271,7 @@ def test_accuracy_leaves_out_what_has_no_label() -> None:
     logits = torch.tensor([[[0.0, 1], [1, 0], [0, 1]]])
 
     def model(labels: torch.Tensor) -> Any:
-        return actcache.models.pooling.TokenClassifierOutput(logits=logits)
+        return actcache.models.training.pooling.TokenClassifierOutput(logits=logits)
 
     labels = torch.tensor([[-100, 0, 0]])
     assert accuracy(model, [{"labels": labels}]) == 0.5  # type: ignore[arg-type]

@@ -14,13 +14,7 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForS
 
 import actcache
 from actcache import Recycler
-from actcache.errors import (
-    LowerHalfMismatchError,
-    MissingEntryError,
-    ModelError,
-    UsageError,
-    VerificationError,
-)
+from actcache.errors import LowerHalfMismatchError, MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.models.verification import AMPLIFICATION, ROUNDING
 
 TEXTS = [f"document {i} says " + "la " * (i % 13) + "." for i in range(40)]

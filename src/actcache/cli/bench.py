@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from actcache import benchmark
-from actcache.benchmark import Bench, Comparison, plot
+from actcache.admin import benchmark
+from actcache.admin.benchmark import Bench, Comparison, plot
 from actcache.cli.common import JsonOption, QuietOption, console, print_json, say, table
 from actcache.cli.progress import Meter
-from actcache.reading.checks import nbytes_of
+from actcache.reader.checks import nbytes_of
 
 _FEW = 4  # batches of a turn
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actcache.admin.report.words import binary, clean, counted, span
+from actcache.cli.corpus import Kind
 from actcache.cli.streams import shown
-from actcache.corpus import Kind
-from actcache.reporting.words import binary, clean, counted, span
 
 __all__ = [
     "SHORT",

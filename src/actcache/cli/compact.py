@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from actcache.admin.inspection import chosen, opened
 from actcache.backend import GRACE_SECONDS
 from actcache.cli.common import (
     SHORT,
@@ -22,10 +23,9 @@ from actcache.cli.common import (
 )
 from actcache.cli.progress import Meter
 from actcache.errors import DataError
-from actcache.inspection import chosen, opened
-from actcache.maintenance import COMPACT_BYTES
-from actcache.reading.checks import nbytes_of
-from actcache.store import open_standing
+from actcache.reader.checks import nbytes_of
+from actcache.store.space import COMPACT_BYTES
+from actcache.store.store import open_standing
 
 _DAMAGED = 4
 

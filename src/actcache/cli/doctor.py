@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from actcache.admin.doctor import diagnose
 from actcache.cli.common import JsonOption, print_json, say
-from actcache.doctor import diagnose
 
 _STORE = 3
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from actcache import inspection
 from actcache.cli.common import SHORT, JsonOption, StoreArgument, binary, console, print_json, table
-from actcache.store import open_store
+from actcache.store.footprint import footprint
+from actcache.store.store import open_store
 
 
 def du(
@@ -21,7 +21,7 @@ def du(
     Example: cachectl du ./activations
     """
     with open_store(store, mode="r") as opened:
-        found = inspection.footprint(opened.driver.listing())
+        found = footprint(opened.driver.listing())
     if as_json:
         rest = {"collections": found.collections, "temporary": found.temporary, "other": found.other}
         print_json({"store": store, "spaces": found.spaces, **rest, "total": found.total})

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from actcache.admin.exchange import export_space, import_file
+from actcache.admin.inspection import chosen, opened
 from actcache.cli.common import SHORT, JsonOption, QuietOption, StoreArgument, binary, counted, print_json, say
 from actcache.cli.progress import Meter
 from actcache.errors import UsageError
-from actcache.exchange import export_space, import_file
-from actcache.inspection import chosen, opened
-from actcache.store import open_store
+from actcache.store.store import open_store
 
 _DAMAGED = 4
 

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache import corpus, inspection
+from actcache.admin import inspection
+from actcache.cli import corpus
 from actcache.cli.common import FieldOption, FormatOption, JsonOption, QuietOption, binary, counted, say, span
 from actcache.errors import DocumentError, MissingExtraError, OutOfSpaceError, UsageError
-from actcache.reading.checks import nbytes_of
-from actcache.store import Store, open_store
-from actcache.windows import Windows
+from actcache.format.keys import Windows
+from actcache.reader.checks import nbytes_of
+from actcache.store.store import Store, open_store
 
 
 class _Streamed:
@@ -106,10 +107,10 @@ def fill(
     Example: cachectl fill ./activations corpus.txt --model bert-base-uncased --layer 6
     """
     try:
-        from actcache import parallel
-        from actcache.forecast import forecast
-        from actcache.models.collecting import Notes, put_collection
-        from actcache.recyclers import Recyclers
+        from actcache.admin.forecast import forecast
+        from actcache.cli.collecting import Notes, put_collection
+        from actcache.models import parallel
+        from actcache.models.recyclers import Recyclers
     except ImportError as error:
         raise MissingExtraError(
             f"fill needs torch and transformers: pip install 'actcache[models]' ({error})"

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from actcache import inspection, reporting
+from actcache.admin import inspection
+from actcache.admin import report as reporting
+from actcache.admin.inspection import SpaceReport, StoreReport
+from actcache.admin.report import SAMPLE, DocumentReport, SegmentDetail, Survey
 from actcache.cli.common import (
     SHORT,
     JsonOption,
@@ -25,10 +28,8 @@ from actcache.cli.inspected import recipe_table, show
 from actcache.cli.progress import Meter
 from actcache.cli.streams import text_of
 from actcache.errors import UsageError
-from actcache.inspection import SpaceReport, StoreReport
-from actcache.reporting import SAMPLE, DocumentReport, SegmentDetail, Survey
-from actcache.storage.newfile import check_new
-from actcache.store import open_store
+from actcache.io.newfile import check_new
+from actcache.store.store import open_store
 
 _DAMAGED = 4
 

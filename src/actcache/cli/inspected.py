@@ -7,9 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from actcache.cli.common import SHORT, binary, console, counted, say, span, table
-from actcache.recipe import Recipe
-from actcache.reporting import (
+from actcache.admin.report import (
     DocumentReport,
     EntryReport,
     Histogram,
@@ -21,7 +19,9 @@ from actcache.reporting import (
     Statistics,
     Survey,
 )
-from actcache.reporting.words import number, spelled
+from actcache.admin.report.words import number, spelled
+from actcache.cli.common import SHORT, binary, console, counted, say, span, table
+from actcache.format.recipe import Recipe
 
 _BAR = 40  # characters
 _MOST = 20  # segments, ids

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.tree import Tree
 
-from actcache import inspection
+from actcache.admin import inspection
+from actcache.admin.inspection import Coverage, SpaceReport
+from actcache.admin.report import Overview, SegmentReport, overview
 from actcache.backend import StoredFile
 from actcache.cli.common import (
     SHORT,
@@ -24,9 +26,8 @@ from actcache.cli.common import (
     span,
     table,
 )
-from actcache.inspection import Coverage, SpaceReport
-from actcache.reporting import Overview, SegmentReport, overview
-from actcache.store import open_store
+from actcache.store.footprint import segments_in, written
+from actcache.store.store import open_store
 
 _MOST = 20  # segments of a space in a tree
 
@@ -54,7 +55,7 @@ def ls(
         rows = [_row(one, files) for one in report.spaces]
         if space:
             for row in rows:
-                held = inspection.segments(files, row["fingerprint"])
+                held = segments_in(files, row["fingerprint"])
                 row["segment_bytes"] = {name: file.nbytes for name, file in held.items()}
                 row["collections"] = inspection.coverage(opened, row["fingerprint"])
     if as_json:
@@ -123,7 +124,7 @@ def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
         "stored_as": recipe.stored_as,
         **dataclasses.asdict(report.usage),
         "damaged": report.damaged,
-        "written": inspection.written(files, recipe.fingerprint),
+        "written": written(files, recipe.fingerprint),
     }
 
 

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
+from actcache.admin.migration import Migration, SpaceMigration, meetings
+from actcache.admin.migration import migrate as migrate_store
 from actcache.cli.common import SHORT, JsonOption, QuietOption, SpaceOption, binary, counted, print_json, say
 from actcache.cli.progress import Meter
+from actcache.entries.writer import SEGMENT_BYTES
 from actcache.errors import UsageError
-from actcache.migration import Migration, SpaceMigration, meetings
-from actcache.migration import migrate as migrate_store
-from actcache.reading.checks import nbytes_of
-from actcache.store import open_store
-from actcache.writer import SEGMENT_BYTES
+from actcache.reader.checks import nbytes_of
+from actcache.store.store import open_store
 
 _DAMAGED = 4
 

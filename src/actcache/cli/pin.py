@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from actcache import retention
+from actcache.admin import retention
 from actcache.cli.common import JsonOption, StoreArgument, print_json, say
-from actcache.store import open_standing
+from actcache.store.store import open_standing
 
 _Prefixes = Annotated[list[str], typer.Argument(help="Fingerprints of spaces, or how they begin.", show_default=False)]
 

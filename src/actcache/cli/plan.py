@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache import corpus, planning
+from actcache.admin import planning
+from actcache.admin.planning import Corpus, Disk, Estimate, Model, Prices
+from actcache.cli import corpus
 from actcache.cli.common import FieldOption, FormatOption, JsonOption, binary, console, print_json, say, span, table
 from actcache.errors import MissingExtraError, UsageError
-from actcache.planning import Corpus, Disk, Estimate, Model, Prices
 
 _SAMPLE = 5000  # documents whose lengths are looked at
 
@@ -98,7 +99,8 @@ def _measured(
         raise UsageError(f"{source} holds no documents")
     sample = texts[:: -(-len(texts) // _SAMPLE)]
     timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
-    return Corpus(len(texts), round(sum(timing.lengths) / len(sample) * len(texts))), timing.model
+    tokens = round(sum(timing.lengths) / len(sample) * len(texts))
+    return Corpus(len(texts), tokens), Model(timing.full, timing.upper, timing.hidden_size)
 
 
 def _given(

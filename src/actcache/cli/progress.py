@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from actcache.cli.common import SHORT, binary
-from actcache.unheard import progress_console
+from actcache.io.progress import progress_console
 
 _FIRST_SECONDS = 1.0
 _LINE_SECONDS = 10.0

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache import corpus, retention
+from actcache.admin import retention
+from actcache.admin.retention import IDLE_SECONDS, PINNED, Plan, Pruning
 from actcache.backend import GRACE_SECONDS
+from actcache.cli import corpus
 from actcache.cli.common import (
     SHORT,
     FieldOption,
@@ -28,9 +30,8 @@ from actcache.cli.common import (
 from actcache.cli.progress import Meter
 from actcache.cli.streams import text_of
 from actcache.errors import OutOfSpaceError, UsageError
-from actcache.reading.checks import nbytes_of
-from actcache.retention import IDLE_SECONDS, PINNED, Plan, Pruning
-from actcache.store import open_standing, open_store
+from actcache.reader.checks import nbytes_of
+from actcache.store.store import open_standing, open_store
 
 _MOST = 12  # values that are named where none fits
 

@@ -23,11 +23,11 @@ def recorded_models(model: str | None, device: str | None) -> tuple[Any, Any]:
     try:
         from transformers.utils import logging
 
-        from actcache import recomputing
+        from actcache.admin import recompute
     except ImportError as error:
         raise MissingExtraError(
             f"computing entries again needs torch and transformers: pip install 'actcache[models]' ({error})"
         ) from None
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its messages would bury the command's few
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return recomputing, recomputing.RecordedModels(model, device=device)
+    return recompute, recompute.RecordedModels(model, device=device)

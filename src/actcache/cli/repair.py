@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache import corpus, inspection
+from actcache.admin import inspection
+from actcache.cli import corpus
 from actcache.cli.common import (
     SHORT,
     FieldOption,
@@ -22,7 +23,7 @@ from actcache.cli.common import (
 from actcache.cli.progress import Meter
 from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
 from actcache.errors import UsageError
-from actcache.store import open_standing
+from actcache.store.store import open_standing
 
 _DAMAGED, _NO_MODEL = 4, 5
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache import inspection
+from actcache.admin import inspection
 from actcache.cli.common import (
     SHORT,
     JsonOption,
@@ -22,7 +22,7 @@ from actcache.cli.common import (
 from actcache.cli.progress import Meter
 from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
 from actcache.errors import UsageError
-from actcache.store import Store, open_store
+from actcache.store.store import Store, open_store
 
 _DAMAGED, _NO_MODEL = 4, 5
 

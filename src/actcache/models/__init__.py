@@ -12,15 +12,14 @@ except ImportError as error:
         f"recording and replaying models needs {error.name}: pip install 'actcache[models]'"
     ) from error
 
-from actcache.models import families  # noqa: F401  (fills the table)
-from actcache.models.adapters import add_adapters, copy_sharing_frozen, load_adapters, save_adapters
-from actcache.models.family import Family, base_model_of, family_of, register_family
+from actcache.models.families import Family, base_model_of, family_of, register_family
 from actcache.models.loading import load_reduced
 from actcache.models.record import LowerHalf, plan_batches
-from actcache.models.regimes import Regime
 from actcache.models.replay import reduce
-from actcache.models.shipping import merge
+from actcache.models.saving import merge
 from actcache.models.tokenizing import DocumentEncoder, Encoded, tokenizer_digest
+from actcache.models.training.adapters import add_adapters, copy_sharing_frozen, load_adapters, save_adapters
+from actcache.models.training.regimes import Regime
 from actcache.models.verification import Verification
 from actcache.models.weights import lower_digest
 

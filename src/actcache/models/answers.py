@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from actcache.batch import ANSWER_NAMES
+from actcache.entries.batch import ANSWER_NAMES
 from actcache.errors import ModelError, ShapeError
 
 

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
-from actcache.entry import columns_of
-from actcache.inspection import footprint
-from actcache.ragged import TOKEN_IDS, VALUES
-from actcache.reading.checks import nbytes_of
-from actcache.recipe import Recipe
-from actcache.space import Space
-from actcache.store import Store
+from actcache.entries.entry import columns_of
+from actcache.format.ragged import TOKEN_IDS, VALUES
+from actcache.format.recipe import Recipe
+from actcache.reader.checks import nbytes_of
+from actcache.store.footprint import footprint
+from actcache.store.space import Space
+from actcache.store.store import Store
 
 # What an entry may take beside its arrays: rounding up to a page (lmdb), key, offset, checksums, its line of the index.
 _ENTRY_BYTES = 4096 + 256

@@ -1,12 +1,264 @@
-"""The table of families: what differs between the transformers that can be split.
+"""How a transformer is split: what recording and replaying ask of a family of models.
 
-Read off the modeling code of transformers 5.23, which ``tests/models/test_families.py`` watches for new configuration
-fields. Importing this module fills the table.
+A family says where a base model keeps its embeddings and its layers, what its two halves share, and which
+configuration values change the lower half's numbers. The latter is an allow-list: a release of transformers that adds a
+field must not change anybody's identity. The table of families is ``actcache.models.families``.
 """
 
 from __future__ import annotations
 
-from actcache.models.family import BERT_CONFIG, Family, register_family
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from actcache.errors import LayerError, UnsupportedModelError
+from actcache.format.arguments import is_whole
+
+#: What BERT and its kin call the values that change a lower half's numbers.
+BERT_CONFIG: Mapping[str, Any] = {
+    "hidden_size": None,
+    "num_attention_heads": None,
+    "intermediate_size": None,
+    "hidden_act": None,
+    "layer_norm_eps": None,
+    "max_position_embeddings": None,
+    "type_vocab_size": None,
+    "position_embedding_type": "absolute",  # what models without the field do
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_causal": None,  # no field of any class, but transformers looks at it
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that are split in the same way. Immutable.
+
+    Paths are dotted and start at the base model. A path that ends in ``?`` is one that not every member has.
+
+    Args:
+        name: what errors call it.
+        model_types: the ``config.model_type`` of its members.
+        layers: path of the ``ModuleList`` of layers.
+        embeddings: paths of the modules that come before the layers and that a reduced model needs no more. Each is
+            called with token ids or positions, or with what the one before it returned.
+        numeric_config: configuration values that change the lower half's numbers, with the value that stands for a
+            field that the configuration does not have.
+        padding_shifts_positions: positions are numbered from ``pad_token_id + 1`` (the RoBERTa convention).
+        tuple_arity: None where a layer returns the bare tensor, else the length of the tuple that it returns.
+        first_position: the number of the first token's position, where the model's code fixes it.
+        positions_in_layers: layers take positions (rotary embeddings), which replay then counts along the mask.
+        shared: paths of modules that layers of both halves use. They belong to the identity; a reduced model has them,
+            frozen.
+        relative_bias: path, within the first layer, of the attention that computes the position bias of all layers
+            (T5). Its layer returns that bias as the second of its tuple, and takes it as its third argument.
+        convolution: path of a module that adds to the first layer's output; its arguments are ``(its own input, that
+            output, mask)``.
+        matrix_readers: names of task models' heads that read the word embeddings' matrix itself, not a parameter of
+            their own that is tied to it. Where there is one, a reduced model keeps the matrix, frozen.
+        stack: path of the transformers model whose forward runs the layers; empty for the base model itself.
+        dtype: in which a recycler stores rows by default. ``bfloat16`` where some members have activations beyond
+            float16's 65,504.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str = "encoder.layer"
+    embeddings: tuple[str, ...] = ("embeddings",)
+    numeric_config: Mapping[str, Any] = field(default_factory=lambda: dict(BERT_CONFIG))
+    padding_shifts_positions: bool = False
+    tuple_arity: int | None = None
+    first_position: int = 0
+    positions_in_layers: bool = False
+    shared: tuple[str, ...] = ()
+    relative_bias: str | None = None
+    convolution: str | None = None
+    matrix_readers: tuple[str, ...] = ()
+    stack: str = ""
+    dtype: str = "float16"
+
+    def layers_of(self, base_model: nn.Module) -> nn.ModuleList:
+        """Return the layers of a base model, the first at index 0.
+
+        Raises:
+            UnsupportedModelError: the path of ``layers`` leads to no ``ModuleList``.
+        """
+        layers = self._find(base_model, self.layers + "?")
+        if not isinstance(layers, nn.ModuleList):
+            raise UnsupportedModelError(
+                f"family {self.name!r} looks for the layers of a {type(base_model).__name__} at {self.layers!r}; there "
+                "is no list of layers"
+            )
+        return layers
+
+    def stack_of(self, base_model: nn.Module) -> nn.Module:
+        """Return the module whose forward runs embeddings and layers, from ``input_ids`` and ``attention_mask``."""
+        return base_model.get_submodule(self.stack)
+
+    def embeddings_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
+        """Return the modules before the layers by their paths.
+
+        Raises:
+            UnsupportedModelError: one is missing.
+        """
+        return self._existing(base_model, self.embeddings)
+
+    def shared_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
+        """Return, by their paths, the modules that layers of both halves use and that are no part of a layer."""
+        return self._existing(base_model, self.shared)
+
+    def convolution_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
+        """Return the module that adds to the first layer's output by its path; empty where there is none."""
+        return self._existing(base_model, (self.convolution,) if self.convolution else ())
+
+    def beside_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
+        """Return, by their paths, all modules of the lower half that are no layers: they belong to the identity."""
+        return self.embeddings_of(base_model) | self.shared_of(base_model) | self.convolution_of(base_model)
+
+    def alias_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
+        """Return the input embeddings where they only lend their matrix to ``embeddings`` (``T5EncoderModel.shared``).
+
+        Beside a decoder that has the same matrix they are none.
+        """
+        words = base_model.get_input_embeddings() if isinstance(base_model, PreTrainedModel) else None
+        lower = {id(module) for part in self.embeddings_of(base_model).values() for module in part.modules()}
+        users = {
+            path: module
+            for path, module in base_model.named_modules()
+            if id(module) not in lower and getattr(module, "weight", None) is getattr(words, "weight", module)
+        }
+        return users if list(users.values()) == [words] else {}
+
+    def lower_of(self, base_model: nn.Module, layer: int) -> dict[str, nn.Module]:
+        """Return the modules that the lower half runs by their paths: those beside the layers, and 1..``layer``."""
+        layers = self.layers_of(base_model)
+        beside = self.beside_of(base_model) | self.alias_of(base_model)
+        return beside | {f"{self.layers}.{i}": layers[i] for i in range(layer)}
+
+    def check_layer(self, base_model: nn.Module, layer: int) -> int:
+        """Return a layer as Python's own number; refuse one that leaves nothing to record or nothing to replay.
+
+        Raises:
+            LayerError: ``layer`` is not in 1..N-1.
+        """
+        count = len(self.layers_of(base_model))
+        if not is_whole(layer) or not 1 <= layer <= count - 1:
+            raise LayerError(
+                f"layer {layer!r} cannot be cut at: {type(base_model).__name__} has layers 1..{count}, and one of "
+                f"1..{count - 1} leaves layers on both sides"
+            )
+        return int(layer)
+
+    def check_alone(self, config: PreTrainedConfig) -> None:
+        """Refuse models of which it is known that a document's rows depend on the others of its batch.
+
+        What is not known here shows when canaries are made, alone and in a batch (``actcache.models.canary``).
+
+        Raises:
+            UnsupportedModelError: rotary embeddings that change with the longest document of a batch, attention
+                kernels for batches of another form, feed-forward layers in chunks, which take some lengths only.
+        """
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
+        if "longrope" in kinds:
+            raise UnsupportedModelError(
+                f"{type(config).__name__} asks for rope_type 'longrope', which computes each document by the longest "
+                "of its batch: its rows cannot be stored"
+            )
+        attention = str(getattr(config, "_attn_implementation", None))
+        if attention.startswith("paged"):
+            raise UnsupportedModelError(
+                f"attention implementation {attention!r} is for generation from a paged cache: load the model with "
+                "attn_implementation='sdpa' or 'eager'"
+            )
+        if (getattr(config, "chunk_size_feed_forward", 0) or 0) > 1:
+            raise UnsupportedModelError(
+                f"{type(config).__name__} has chunk_size_feed_forward={config.chunk_size_feed_forward}, with which the "
+                "model takes batches of multiples of so many tokens alone: load it with chunk_size_feed_forward=0, "
+                "which computes the same numbers"
+            )
+
+    def numbers_of(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return the configuration values that change the lower half's numbers, and the family's name."""
+        values = {name: getattr(config, name, absent) for name, absent in self.numeric_config.items()}
+        return {"family": self.name, **values}
+
+    def max_tokens(self, config: PreTrainedConfig) -> int | None:
+        """Return how many tokens the model's positions allow; None where there is no limit."""
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None:
+            return None
+        first = int(config.pad_token_id or 0) + 1 if self.padding_shifts_positions else self.first_position
+        return int(positions) - first
+
+    def _existing(self, base_model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
+        found = {path.removesuffix("?"): self._find(base_model, path) for path in paths}
+        return {path: module for path, module in found.items() if module is not None}
+
+    def _find(self, base_model: nn.Module, path: str) -> nn.Module | None:
+        try:
+            return base_model.get_submodule(path.removesuffix("?"))
+        except AttributeError:  # nothing there, or None
+            if path.endswith("?"):
+                return None
+            raise UnsupportedModelError(
+                f"family {self.name!r} looks for a part of a {type(base_model).__name__} at {path!r}; there is none"
+            ) from None
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Add a family to the table; a later registration of a ``model_type`` replaces the earlier one.
+
+    What to check for a new family: that a reduced model's outputs equal the full model's on padded batches, at every
+    layer (``docs/models.md`` shows how), and that every configuration value that changes the numbers of the lower half
+    is named in ``numeric_config``. Not thread-safe: register at import time.
+    """
+    for model_type in family.model_types:
+        _FAMILIES[model_type] = family
+
+
+def base_model_of(model: nn.Module) -> PreTrainedModel:
+    """Return the base model within a task model; a base model is its own.
+
+    Raises:
+        UnsupportedModelError: the model is not one of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
+        )
+    base = model.base_model
+    return base if isinstance(base, PreTrainedModel) else model
+
+
+def family_of(base_model: PreTrainedModel) -> Family:
+    """Return the family of a base model.
+
+    Raises:
+        UnsupportedModelError: it is not in the table; the message says how to describe it.
+    """
+    model_type = base_model.config.model_type
+    try:
+        return _FAMILIES[model_type]
+    except KeyError:
+        raise UnsupportedModelError(
+            f"models of type {model_type!r} ({type(base_model).__name__}) are not in the table of families, which has "
+            f"{', '.join(sorted(_FAMILIES))}. Describe the family with actcache.models.register_family(Family(name, "
+            "model_types, layers=path of its ModuleList, embeddings=paths of what comes before, numeric_config=...)); "
+            "see docs/models.md"
+        ) from None
+
+
+# The table of families: what differs between the transformers that can be split.
+#
+# Read off the modeling code of transformers 5.23, which ``tests/models/test_families.py`` watches for new configuration
+# fields. Importing this module fills the table.
 
 register_family(Family("bert", ("bert",)))  # MiniLM and SciBERT, too
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from actcache.errors import NonFiniteError
-from actcache.key import Document
+from actcache.format.keys import Document
 from actcache.models.budget import ByteBudget, most_bytes
-from actcache.models.entries import document_keys, entry_keys, find_entries, streamed
+from actcache.models.documents import document_keys, entry_keys, find_entries, streamed
 from actcache.models.progress import FillProgress
 from actcache.models.record import LowerHalf, check_token_budget, plan_batches
 from actcache.models.tokenizing import DocumentEncoder, Encoded
-from actcache.space import Space
+from actcache.store.space import Space
 
 TOKEN_BUDGET = 8192  # padded tokens of a batch
 CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from actcache.errors import FormatError, LowerHalfMismatchError, ModelError, UsageError
-from actcache.models.adapters import AdapterSpec, insert_adapters
-from actcache.models.family import Family, base_model_of
+from actcache.format.recipe import Recipe
+from actcache.models.families import Family, base_model_of
 from actcache.models.replay import reduce
-from actcache.models.shipping import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
-from actcache.models.standins import Embeddings
-from actcache.recipe import Recipe
+from actcache.models.saving import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
+from actcache.models.stubs import Embeddings
+from actcache.models.training.adapters import AdapterSpec, insert_adapters
 
 #: Fields of a recipe that say how rows and documents are stored, not whose they are.
 STORED = ("dtype", "compute_dtype", "max_length", "too_long")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from actcache.errors import CanaryError, LowerHalfMismatchError
+from actcache.format.recipe import Recipe
 from actcache.models import canary
-from actcache.models.family import Family, base_model_of, family_of
+from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.provenance import setup_of
 from actcache.models.record import LowerHalf, evaluating
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.weights import lower_digest
-from actcache.recipe import Recipe
 
 
 def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:

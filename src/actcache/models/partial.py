@@ -1,7 +1,7 @@
 """Models whose embedding matrix holds some tokens' rows only, as far as their identity asks.
 
-``actcache.pruning`` makes them. A recipe's digest is that of the whole matrix, so that a pruned model finds the cache
-of the unpruned one; here is how the whole is read where a module has a part.
+``actcache.models.vocabulary`` makes them. A recipe's digest is that of the whole matrix, so that a pruned model finds
+the cache of the unpruned one; here is how the whole is read where a module has a part.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from actcache.unheard import progress_console
+from actcache.io.progress import progress_console
 
 _LINE_SECONDS = 10.0
 

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, UsageError
-from actcache.models.family import Family
+from actcache.format.arguments import is_whole
+from actcache.models.families import Family
 from actcache.models.partial import vocabulary_size
-from actcache.plain import is_whole
 
 
 class _Reached(Exception):

@@ -18,16 +18,9 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, ShapeError, UnsupportedModelError
 from actcache.models.answers import as_positions, takes_answers
-from actcache.models.family import Family, base_model_of, family_of
-from actcache.models.shipping import Shipped
-from actcache.models.standins import (
-    BiasPassThrough,
-    Embeddings,
-    Handed,
-    NoAnswersAtPadding,
-    NoConvolution,
-    PassThrough,
-)
+from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.saving import Shipped
+from actcache.models.stubs import BiasPassThrough, Embeddings, Handed, NoAnswersAtPadding, NoConvolution, PassThrough
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from actcache.errors import ModelError
-from actcache.models.family import Family
+from actcache.format.recipe import canonical_json
+from actcache.models.families import Family
 from actcache.models.partial import kept_of, vocabulary_size, whole_state
 from actcache.models.record import LowerHalf, evaluating
-from actcache.recipe import canonical_json
 
 _PROBE_TOKENS = 8
 _ROUNDING = 2.0**-21  # four units in the last place of float32: what another processor's pow() differs by

@@ -12,14 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from actcache.errors import VerificationError
-from actcache.key import Document
+from actcache.format.keys import Document
+from actcache.format.recipe import Recipe
 from actcache.models import loading, replay, verification
 from actcache.models.agreement import Agreement
-from actcache.models.entries import listed
+from actcache.models.documents import listed
 from actcache.models.filling import Filler
 from actcache.models.matching import check_same_lower_half, check_same_numbers
 from actcache.models.record import LowerHalf
-from actcache.models.regimes import (
+from actcache.models.tokenizing import DocumentEncoder
+from actcache.models.training.regimes import (
     Prepared,
     Regime,
     StoredBatches,
@@ -27,13 +29,11 @@ from actcache.models.regimes import (
     TokenDataset,
     with_frozen_lower_half,
 )
-from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import Verification
-from actcache.reader import Reader
-from actcache.reading.labels import of_entries
-from actcache.reading.order import Order
-from actcache.recipe import Recipe
-from actcache.space import Space
+from actcache.reader.labels import of_entries
+from actcache.reader.order import Order
+from actcache.reader.reader import Reader
+from actcache.store.space import Space
 
 
 class TaskModels:
@@ -135,7 +135,7 @@ class TaskModels:
         options alone.
 
         Args:
-            regime: ``"NR"``, ``"F"``, ``"SR"`` or ``"R"``; see ``actcache.models.regimes``.
+            regime: ``"NR"``, ``"F"``, ``"SR"`` or ``"R"``; see ``actcache.models.training.regimes``.
             task_model: full, with the recorded lower half; not changed.
             texts, labels, batch_size, ...: as of ``reader``. ``device`` is for the batches.
             reading: options of the reader that matter to SR and R alone (``depth``, ``ram_cache``).

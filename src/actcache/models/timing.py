@@ -13,26 +13,26 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from actcache.errors import ModelError
-from actcache.models.family import base_model_of, family_of
+from actcache.models.families import base_model_of, family_of
 from actcache.models.record import LowerHalf, plan_batches
 from actcache.models.tokenizing import DocumentEncoder, check_max_length
-from actcache.planning import Model
 
 _ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured."""
+    """What was measured; seconds a token of computing, on one device."""
 
-    model: Model
+    full: float  # of all layers
+    lower: float  # of the lower half, embeddings included
+    hidden_size: int
     lengths: list[int]  # tokens of each document
     dtype: str  # in which rows of this family are stored by default
 
     @property
-    def lower(self) -> float:
-        """Seconds a token of the lower half."""
-        return self.model.lower
+    def upper(self) -> float:
+        return max(self.full - self.lower, 0.0)
 
 
 def measure(
@@ -76,8 +76,8 @@ def measure(
     for _ in range(1 + _ROUNDS):  # in turns; the first is for warming up
         times["lower"].append(_timed(lambda batch: lower.run(batch), batches))
         times["full"].append(_timed(lambda batch: _whole(lower, batch), batches))
-    below, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
-    return Timing(Model(full, max(full - below, 0.0), lower.hidden_size), lengths, family.dtype)
+    lower_half, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
+    return Timing(full, min(lower_half, full), lower.hidden_size, lengths, family.dtype)
 
 
 def _timed(compute: Callable[[Any], object], batches: Sequence[Any]) -> float:

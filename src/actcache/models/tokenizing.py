@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DocumentError, DocumentTooLongError, ModelError, RecipeError
-from actcache.key import Document, normal_form
+from actcache.format.arguments import is_whole, truth, whole
+from actcache.format.keys import Document, Windows, normal_form
+from actcache.format.recipe import canonical_json
 from actcache.models.words import joined_words
-from actcache.plain import is_whole, truth, whole
-from actcache.recipe import canonical_json
-from actcache.windows import Windows
 
 TooLong = Literal["refuse", "truncate"] | Windows
 

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actcache.entry import Entry
+from actcache.entries.entry import Entry
 from actcache.errors import CorruptEntryError, MissingEntryError, ModelError, UsageError, VerificationError
-from actcache.key import Document, key_list
+from actcache.format.arguments import is_whole, whole
+from actcache.format.keys import Document, key_list
+from actcache.format.ragged import TOKEN_IDS
+from actcache.format.recipe import Recipe
 from actcache.models.canary import TOLERANCE
 from actcache.models.distance import relative_error
-from actcache.models.entries import check_found, document_keys, find_entries, listed
+from actcache.models.documents import check_found, document_keys, find_entries, listed
 from actcache.models.filling import TOKEN_BUDGET
 from actcache.models.partial import vocabulary_size
 from actcache.models.record import LowerHalf, plan_batches
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
-from actcache.plain import is_whole, whole
-from actcache.ragged import TOKEN_IDS
-from actcache.recipe import Recipe
-from actcache.space import Space
+from actcache.store.space import Space
 
 # The relative error (L2) that storing adds: a codec's unit roundoff, which no single number exceeds (but for values
 # below float16's normal range, which weigh nothing in the whole). Others: a whole number of 255 steps, with headroom.

@@ -24,11 +24,11 @@ import xxhash
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from actcache.models.family import Family
+from actcache.format.recipe import canonical_json
+from actcache.models.families import Family
 from actcache.models.leaves import Leaf, leaves
 from actcache.models.partial import Whole
 from actcache.models.state import lower_state
-from actcache.recipe import canonical_json
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
 _MEMO_VERSION = 3

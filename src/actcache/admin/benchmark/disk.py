@@ -1,0 +1,247 @@
+"""The whole benchmark of a folder's disk: make the stores, compare, clean up, and say what machine it was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actcache.admin.benchmark.caches import evict_surely
+from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
+from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
+from actcache.admin.doctor import diagnose
+from actcache.backend import SegmentFormat, SpaceEngine
+from actcache.errors import BackendError, MissingExtraError, OutOfSpaceError, StorageIOError, UsageError
+from actcache.io.files import mount_of, translated
+from actcache.io.workers import available_cpus
+from actcache.segments import registry
+
+MODES = ("cold", "warm")
+PREFIX = "actcache-bench-"  # of the scratch folder
+
+_MEMORY = {"tmpfs", "ramfs"}
+_TOLERATED = 0.001  # share of pages that may have stayed in memory before a cold turn
+_ROOM = 1.25  # of the rows' bytes, for keys, token ids and lmdb's pages
+
+#: Told the step, how much is done and how much there is.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What ``run`` found: comparisons, and all that a reader needs to believe them."""
+
+    facts: dict[str, str]
+    versions: dict[str, str]
+    left_out: dict[str, str]  # backends that could not be measured, and why
+    comparisons: list[Comparison]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values: GB/s, ratios with their intervals, and the seconds of every round."""
+        found = []
+        for one in self.comparisons:
+            rows = []
+            for contestant in one.contestants:
+                names = ("of_the_limit", "of_one_coalesced_read")
+                ratios = {name: asdict(ratio) for name, ratio in zip(names, contestant.ratios, strict=False)}
+                speed, seconds = asdict(one.speed(contestant)), contestant.seconds.tolist()
+                rows.append({"name": contestant.name, "gb_per_s": speed, **ratios, "seconds": seconds})
+            found.append(
+                {
+                    "shape": one.shape,
+                    "mode": one.mode,
+                    "documents": one.documents,
+                    "nbytes": one.nbytes,
+                    "batch": one.batch,
+                    "batches": one.batches,
+                    "limit": one.limit,
+                    "one_coalesced_read": one.coalesced,
+                    "bytes_read": one.payload.tolist(),
+                    "contestants": rows,
+                }
+            )
+        return {**asdict(self), "comparisons": found}
+
+
+def local_backends() -> tuple[list[str], dict[str, str]]:
+    """Return the installed backends that keep a store in a folder, and of others why they cannot be used."""
+    usable, missing = [], {}
+    for name in registry.backends():
+        try:
+            plugin = registry.load(name)
+        except (MissingExtraError, BackendError) as error:
+            missing[name] = str(error)
+            continue
+        if isinstance(plugin, SegmentFormat | SpaceEngine) and plugin.name == name:  # else a protocol of object stores
+            usable.append(name)
+    return usable, missing
+
+
+def run(
+    folder: Path,
+    *,
+    backends: Sequence[str] | None = None,
+    shapes: Sequence[str] = ("paper",),
+    modes: Sequence[str] = ("cold",),
+    nbytes: int = 1 << 30,
+    rounds: int = 15,
+    batches: int = 8,
+    keep: bool = False,
+    progress: Progress = lambda step, done, total: None,
+) -> Bench:
+    """Measure a folder's disk, and the backends on it.
+
+    Writes ``nbytes`` once for each backend and once for the limit, in a new folder inside of ``folder`` that is removed
+    again whatever happens. Holds ``nbytes`` in memory while it writes. Nobody else's pages are dropped from the cache.
+
+    Args:
+        backends: names; None for all that are installed and keep a store in a folder.
+        shapes: ``paper`` (60-512 tokens x 768) and ``short`` (8-48 x 384), float16.
+        modes: ``cold`` and ``warm``.
+        nbytes: of the rows of a shape; never less than one batch.
+        rounds: of which each ratio is one.
+        batches: that are read in a turn.
+        keep: leave the scratch folder where it is; ``facts`` names it.
+
+    Raises:
+        UsageError: a name is not known, or a number not positive.
+        OutOfSpaceError: the folder has too little room; nothing was written.
+        StorageIOError: there is no cold read in this folder, for it is memory or keeps pages that were dropped.
+    """
+    usable, missing = local_backends()
+    chosen = list(dict.fromkeys(usable if backends is None else backends))
+    _check(chosen, usable, missing, shapes, modes, nbytes, rounds, batches)
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; name one on the disk that is to be measured")
+    _, kind = mount_of(folder)
+    if "cold" in modes and kind in _MEMORY:
+        raise StorageIOError(
+            f"{folder} lies on {kind}, which is memory: nothing there is ever read cold; "
+            "take a folder on a disk, or measure warm"
+        )
+    load = os.getloadavg()[0]
+    comparisons: list[Comparison] = []
+    left_out = missing if backends is None else {}
+    for name in shapes:
+        with translated(f"cannot write in {folder}"):
+            scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+        try:
+            _check_room(folder, nbytes, name, len(chosen))
+            corpus = _corpus(scratch, name, nbytes, chosen, left_out, progress)
+            for mode in modes:
+                tell = partial(progress, f"{name} {mode}")
+                if mode == "warm":
+                    comparisons.append(warm(corpus, scratch, rounds, batches, tell))
+                else:
+                    drop = partial(evict_surely, scratch, _TOLERATED)
+                    comparisons.append(cold(corpus, scratch, rounds, batches, drop, tell))
+        finally:
+            if not keep:
+                _remove(scratch)
+    facts, versions = _machine(folder, load)
+    if keep:
+        facts["kept"] = f"{folder}/{PREFIX}*"
+    return Bench(facts, versions, left_out, comparisons)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:  # gigabytes do not stay behind because it came in the middle
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check(
+    chosen: Sequence[str],
+    usable: Sequence[str],
+    missing: Mapping[str, str],
+    shapes: Sequence[str],
+    modes: Sequence[str],
+    nbytes: int,
+    rounds: int,
+    batches: int,
+) -> None:
+    for name in chosen:
+        if name in missing:
+            raise MissingExtraError(missing[name])
+        if name not in usable:
+            raise UsageError(f"{name!r} is no backend that keeps a store in a folder; there are {', '.join(usable)}")
+    for what, names, known in (("shape", shapes, SHAPES), ("mode", modes, MODES)):
+        for name in names:
+            if name not in known:
+                raise UsageError(f"there is no {what} {name!r}; there are {', '.join(known)}")
+    for what, number in (("size", nbytes), ("rounds", rounds), ("batches", batches)):
+        if number < 1:
+            raise UsageError(f"{what} is a number of 1 or more, not {number}")
+
+
+def _check_room(folder: Path, nbytes: int, shape: str, stores: int) -> None:
+    least = SHAPES[shape].batch * SHAPES[shape].longest * SHAPES[shape].row_bytes
+    needed = int(_ROOM * max(nbytes, least)) * (1 + stores)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutOfSpaceError(
+            f"{folder} has {free / 2**30:.1f} GiB free and this takes about {needed / 2**30:.1f} while it runs: "
+            "give a smaller --size, fewer backends, or another folder"
+        )
+
+
+def _corpus(
+    scratch: Path, name: str, nbytes: int, chosen: list[str], left_out: dict[str, str], progress: Progress
+) -> Corpus:
+    tell = partial(progress, f"{name} stores")
+    tell(0, 1 + len(chosen))
+    urls = {backend: f"{backend}:{scratch / backend}" for backend in chosen}
+    return Corpus(Documents(SHAPES[name], nbytes), urls, {}, flat_path(scratch), tell)
+
+
+def _machine(folder: Path, load: float) -> tuple[dict[str, str], dict[str, str]]:
+    found = diagnose().facts
+    machine, versions = found["machine"], found["versions"]
+    point, kind = mount_of(folder)
+    facts = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": f"{_processor()}, {available_cpus()} of {os.cpu_count()} usable",
+        "memory": machine["memory"],
+        "system": machine["system"],
+        "folder": f"{folder}, {kind or 'unknown file system'} at {point or 'unknown'}, {_device(folder)}",
+        "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after",
+    }
+    return facts, versions
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _device(folder: Path) -> str:
+    """Return the block device of a folder, and whether it turns; the kernel's word, which a virtual disk may invent."""
+    number = folder.stat().st_dev
+    path = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not path.exists():
+        return "no block device of this machine"
+    device = path.resolve()
+    disk = device if (device / "queue").exists() else device.parent  # a partition's queue is its disk's
+    with suppress(OSError):
+        model = (
+            (disk / "device" / "model").read_text(encoding="utf-8", errors="replace").strip()
+            if (disk / "device" / "model").exists()
+            else ""
+        )
+        turns = (disk / "queue" / "rotational").read_text(encoding="ascii").strip() == "1"
+        return f"{device.name}{f' ({model})' if model else ''}, {'rotational' if turns else 'not rotational'}"
+    return device.name

@@ -1,0 +1,264 @@
+"""What the machine itself can do with the same rows: the limits that storage is held against.
+
+Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``preadv``, NumPy ``take``, each at one
+and more threads, into the same reused buffer, packed or padded with zeros. Cold: direct reads of the same extents, 8
+and 16 at a time.
+
+One coalesced read is what the same number of bytes costs that lie side by side: warm, one copy of the stretch; cold,
+direct reads of it in large pieces.
+
+Without torch, ``index_select`` is left out; ``take`` is the same in NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from actcache.errors import StorageIOError
+from actcache.format.ragged import offsets_of, row_indices
+
+_PAGE = 4096
+_PIECE = 1 << 20  # of a coalesced direct read
+
+Positions = NDArray[np.int64]
+Rows = NDArray[np.float16]
+Read = Callable[[Positions], None]
+
+
+class FlatFile:
+    """All rows in one file, and the ways to read a batch of documents from it.
+
+    Args:
+        path: raw rows, and a last one of zeros, which belongs to no document.
+        lengths: of the documents, in the order of the file.
+        hidden: columns, float16.
+        outs: ``[rows, hidden]`` each, the reused buffers, which take turns batch by batch.
+    """
+
+    def __init__(self, path: Path, lengths: Positions, hidden: int, outs: list[Rows], threads: int) -> None:
+        self._torch: Any = importlib.import_module("torch") if find_spec("torch") else None
+        self._starts = offsets_of(lengths)
+        self._lengths = lengths
+        self._row_bytes = hidden * 2
+        self._outs = [(out, self._tensor_of(out)) for out in outs]
+        self._turn()
+        self._threads = threads
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._direct = -1
+        self._rows = np.memmap(path, np.float16, "c").reshape(-1, hidden)
+        self._tensor = self._tensor_of(self._rows)
+        self._pool = ThreadPoolExecutor(16)
+        self._aligned = threading.local()  # one buffer a thread for direct reads, which is used again
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        os.close(self._descriptor)
+        if self._direct >= 0:
+            os.close(self._direct)
+        del self._tensor, self._rows
+
+    def _tensor_of(self, rows: Rows) -> Any:
+        return None if self._torch is None else self._torch.from_numpy(rows)
+
+    def _turn(self) -> None:
+        """Have the next batch go into the next buffer."""
+        self._outs.append(self._outs.pop(0))
+        self._out, self._out_tensor = self._outs[0]
+
+    @property
+    def filled(self) -> Rows:
+        """The buffer that the last batch went into."""
+        return self._out
+
+    def smear(self) -> None:
+        """Fill all buffers with what no document has."""
+        for out, _ in self._outs:
+            out[:] = np.nan
+
+    def document(self, position: int) -> Rows:
+        """Return a document's rows."""
+        return self._rows[self._starts[position] :][: self._lengths[position]]
+
+    def warm(self, *, padded: bool = False) -> dict[str, Read]:
+        """Return the contestants; each reads the documents of a batch, given by position.
+
+        Args:
+            padded: whether each document takes up the rows of the longest of its batch, zeros behind its own.
+        """
+        ways: dict[str, Read] = {}
+        if self._torch is not None:
+            ways["index_select"] = self._spread(self._index_select, 1, padded)
+        for threads in sorted({1, self._threads}):
+            ways[f"memcpy x{threads}"] = self._spread(self._memcpy, threads, padded)
+            ways[f"preadv x{threads}"] = self._spread(self._preadv, threads, padded)
+            ways[f"take x{threads}"] = self._spread(self._take, threads, padded)
+        return ways
+
+    def cold(self) -> dict[str, Read]:
+        """Return the contestants; each reads any number of documents without a pause in between.
+
+        Raises:
+            StorageIOError: the file system takes no direct reads.
+        """
+        self._open_direct()
+        return {f"direct x{depth}": self._stream(depth) for depth in (8, 16)}
+
+    def coalesced_warm(self) -> dict[str, Read]:
+        """Return the ways to read as many bytes as a batch has, from one place."""
+        ways: dict[str, Read] = {}
+        for threads in sorted({1, self._threads}):
+            ways[f"one memcpy x{threads}"] = self._together(self._copy_stretch, threads)
+            ways[f"one preadv x{threads}"] = self._together(self._read_stretch, threads)
+        return ways
+
+    def coalesced_cold(self) -> dict[str, Read]:
+        """Return the ways to read as many bytes as a batch has by direct reads of one place; raises as ``cold``."""
+        self._open_direct()
+        return {f"one direct x{depth}": self._together(self._direct_stretch, depth) for depth in (8, 16)}
+
+    def _open_direct(self) -> None:
+        if self._direct >= 0:
+            return
+        try:
+            self._direct = os.open(self._path, os.O_RDONLY | os.O_DIRECT)
+        except (AttributeError, OSError) as error:
+            raise StorageIOError(
+                f"{self._path.parent} takes no direct reads ({error}), which are the limit of a cold read: "
+                "take a folder on a local disk, or measure warm"
+            ) from None
+
+    def hash_passes(self, which: Positions) -> dict[str, Callable[[], None]]:
+        """Return one xxh3 pass over the bytes of a batch, on one thread and shared by all."""
+        nbytes = int(self._lengths[which].sum()) * self._row_bytes
+        self._turn()
+        data = self._out.reshape(-1).view(np.uint8).data[:nbytes]
+
+        def shared() -> None:
+            cuts = [nbytes * i // self._threads for i in range(self._threads + 1)]
+            list(self._pool.map(lambda i: xxhash.xxh3_64_intdigest(data[cuts[i] : cuts[i + 1]]), range(self._threads)))
+
+        return {"one": lambda: (xxhash.xxh3_64_intdigest(data), None)[1], "shared": shared}
+
+    def _spread(self, part: Callable[[Positions, Positions], None], threads: int, padded: bool) -> Read:
+        """Have each thread bring its part of a batch: ``part(documents, bounds of the rows of each in the buffer)``."""
+
+        def read(which: Positions) -> None:
+            self._turn()
+            lengths = self._lengths[which]
+            bounds = offsets_of(np.full(len(which), lengths.max()) if padded else lengths)
+            cuts = [len(which) * i // threads for i in range(threads + 1)]
+            if threads == 1:
+                part(which, bounds)
+            else:
+                jobs = range(threads)
+                parts = [slice(cuts[i], cuts[i + 1]) for i in jobs]
+                list(self._pool.map(lambda i: part(which[parts[i]], bounds[cuts[i] : cuts[i + 1] + 1]), jobs))
+
+        return read
+
+    def _stream(self, depth: int) -> Read:
+        """Have ``depth`` threads read, each the next few documents when it is done with some."""
+
+        def read(which: Positions) -> None:
+            few = max(1, int(_PIECE / (self._lengths[which].mean() * self._row_bytes)))
+            parts = deque(which[i : i + few] for i in range(0, len(which), few))
+
+            def work() -> None:
+                while True:
+                    try:
+                        some = parts.popleft()
+                    except IndexError:
+                        return
+                    self._direct_reads(some)
+
+            for future in [self._pool.submit(work) for _ in range(depth)]:
+                future.result()
+
+        return read
+
+    def _together(self, part: Callable[[int, int, int], None], threads: int) -> Read:
+        """Have each thread read its part of one stretch: ``part(first, last, at)``, rows."""
+
+        def read(which: Positions) -> None:
+            count = int(self._lengths[which].sum())
+            first = min(int(self._starts[which[0]]), len(self._rows) - count)
+            cuts = [count * i // threads for i in range(threads + 1)]
+            if threads == 1:
+                part(first, first + count, 0)
+            else:
+                jobs = range(threads)
+                list(self._pool.map(lambda i: part(first + cuts[i], first + cuts[i + 1], cuts[i]), jobs))
+
+        return read
+
+    def _copy_stretch(self, first: int, last: int, at: int) -> None:
+        self._out[at : at + last - first] = self._rows[first:last]
+
+    def _read_stretch(self, first: int, last: int, at: int) -> None:
+        view = self._out.reshape(-1).view(np.uint8).data[at * self._row_bytes : (at + last - first) * self._row_bytes]
+        os.preadv(self._descriptor, [view], first * self._row_bytes)
+
+    def _direct_stretch(self, first: int, last: int, at: int) -> None:
+        begin, end = first * self._row_bytes // _PAGE * _PAGE, last * self._row_bytes
+        for offset in range(begin, end, _PIECE):
+            self._direct_read(offset, min(offset + _PIECE, end))
+
+    def _direct_reads(self, which: Positions) -> None:
+        for start, length in zip(self._starts[which].tolist(), self._lengths[which].tolist(), strict=True):
+            self._direct_read(start * self._row_bytes, (start + length) * self._row_bytes)
+
+    def _direct_read(self, begin: int, end: int) -> None:
+        """Read the pages of some bytes into memory of this thread."""
+        begin, end = begin // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE
+        buffer = getattr(self._aligned, "buffer", None)
+        if buffer is None or len(buffer) < end - begin:
+            self._aligned.buffer = buffer = memoryview(mmap.mmap(-1, max(2 * _PIECE, end - begin)))
+        os.preadv(self._direct, [buffer[: end - begin]], begin)
+
+    def _index_select(self, which: Positions, bounds: Positions) -> None:
+        rows = self._source_rows(which, bounds)
+        self._torch.index_select(self._tensor, 0, self._torch.from_numpy(rows), out=self._out_tensor[: len(rows)])
+
+    def _take(self, which: Positions, bounds: Positions) -> None:
+        rows = self._source_rows(which, bounds)
+        np.take(self._rows, rows, axis=0, out=self._out[bounds[0] : bounds[-1]], mode="clip")
+
+    def _source_rows(self, which: Positions, bounds: Positions) -> Positions:
+        """Return the row of the file for each row of the buffer."""
+        starts, lengths = self._starts[which], self._lengths[which]
+        if int(bounds[-1] - bounds[0]) == int(lengths.sum()):
+            return row_indices(starts, lengths, None)
+        column = np.arange(bounds[1] - bounds[0])
+        return np.where(column < lengths[:, None], starts[:, None] + column, len(self._rows) - 1).reshape(-1)
+
+    def _extents(self, which: Positions, bounds: Positions) -> Iterator[tuple[int, int, int, int]]:
+        starts, lengths, begins = self._starts[which].tolist(), self._lengths[which].tolist(), bounds.tolist()
+        return zip(starts, lengths, begins[:-1], begins[1:], strict=True)
+
+    def _memcpy(self, which: Positions, bounds: Positions) -> None:
+        for start, length, begin, end in self._extents(which, bounds):
+            self._out[begin : begin + length] = self._rows[start : start + length]
+            if begin + length < end:
+                self._out[begin + length : end] = 0
+
+    def _preadv(self, which: Positions, bounds: Positions) -> None:
+        data = self._out.reshape(-1).view(np.uint8).data
+        size = self._row_bytes
+        for start, length, begin, end in self._extents(which, bounds):
+            os.preadv(self._descriptor, [data[begin * size : (begin + length) * size]], start * size)
+            if begin + length < end:
+                self._out[begin + length : end] = 0

@@ -1,0 +1,168 @@
+"""Storing the entries of a file that an export wrote."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.admin.exchange import files, parquet
+from actcache.admin.exchange.files import OPTIONAL, PART_BYTES, RECIPE_NAME, VERSION, VERSION_NAME, sums_of
+from actcache.admin.inspection import Progress
+from actcache.entries.entry import columns_of
+from actcache.errors import FormatError, UsageError
+from actcache.format import codec, safetensors
+from actcache.format.keys import key_list
+from actcache.format.ragged import EXTRAS, VALUES, check_offsets
+from actcache.format.recipe import Recipe
+from actcache.store.store import Store
+
+_MAX_RECIPE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did."""
+
+    fingerprint: str
+    entries: int  # of the file
+    stored: int  # the others were there
+    corrupt: list[bytes]  # keys of entries of the file that fail their checksums: not stored
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file whose arrays fit together; whether its entries are right, their checksums say."""
+
+    recipe: Recipe
+    keys: NDArray[np.uint8]  # [n, 32]
+    offsets: NDArray[np.int64]  # [n + 1]
+    checksums: NDArray[np.uint64]  # [n]
+    extra_checksums: NDArray[np.uint64] | None  # [n]
+    columns: dict[str, NDArray[Any]]  # the ragged arrays, mapped
+
+
+def import_file(store: Store, path: Path, *, progress: Progress | None = None) -> Imported:
+    """Store the entries of a ``.safetensors`` or ``.npz`` that ``export_space`` wrote; what is there is skipped.
+
+    Each entry is compared with its checksums, which bind it to its key and recipe. The file is mapped, not loaded, and
+    nothing in it is executed. Run it again where it was interrupted.
+
+    Raises:
+        UsageError: the file is not there, or is a Parquet file, which holds no activations.
+        FormatError: it is no such file.
+        StoreError: read-only, disk full, ...
+    """
+    file = _checked(path, *_arrays_of(path))
+    lengths, begins = np.diff(file.offsets), file.offsets[:-1]
+    stored = codec.get(file.recipe.dtype)
+    step = max(1, PART_BYTES // (stored.stored.itemsize * file.recipe.hidden_size))
+    edges = np.searchsorted(file.offsets, np.arange(0, int(file.offsets[-1]), step))
+    corrupt: list[bytes] = []
+    count = 0
+    with ExitStack() as stack:
+        # Where nothing of the file is right, its recipe may not be either, and no space is made of it.
+        space = None if len(file.keys) else stack.enter_context(store.space(file.recipe))
+        for first, last in itertools.pairwise(np.unique(np.r_[edges, len(file.keys)]).tolist()):
+            part = slice(first, last)
+            sums = sums_of(file.recipe, file.keys[part], begins[part], lengths[part], file.columns)
+            right = sums.checksums == file.checksums[part]
+            if sums.extra_checksums is not None and file.extra_checksums is not None:
+                right &= sums.extra_checksums == file.extra_checksums[part]
+            corrupt += key_list(file.keys[part][~right])
+            which = (first + np.flatnonzero(right)).tolist()
+            if space is None and which:
+                space = stack.enter_context(store.space(file.recipe))
+            arrays: dict[str, Any] = {
+                name: [np.array(column[file.offsets[i] : file.offsets[i + 1]]) for i in which]
+                for name, column in file.columns.items()
+            }
+            rows = [stored.decode(array) for array in arrays.pop(VALUES)]
+            if space is not None:
+                count += space.put_stored(file.keys[which], rows, **arrays)
+            if progress is not None:
+                progress("import", last, len(file.keys))
+        if space is not None:
+            space.flush()
+    return Imported(file.recipe.fingerprint, len(file.keys), count, corrupt)
+
+
+def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]]]:
+    """Return a file's metadata and arrays, mapped."""
+    if path.suffix in parquet.SUFFIXES:
+        raise UsageError(f"{path} holds keys and token ids, no activations: import a .safetensors or .npz")
+    try:
+        if path.suffix != ".npz":
+            return safetensors.mapped(path)
+        with _opened(path) as file:
+            arrays = files.mapped(file, str(path))
+    except FileNotFoundError:
+        raise UsageError(f"cannot read {path}: there is no such file") from None
+    metadata = {}
+    for name in (VERSION_NAME, RECIPE_NAME):
+        text = arrays.pop(name, None)
+        if text is None or text.dtype != np.uint8 or text.ndim != 1 or len(text) > _MAX_RECIPE:
+            raise FormatError(f"{path} was not written by cachectl export: it has no {name}")
+        metadata[name] = text.tobytes().decode(errors="replace")
+    return metadata, arrays
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file to be mapped; a pipe would block, and a device has no end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES):
+            raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{path} is no file")
+    return open(descriptor, "rb")
+
+
+def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> _File:
+    try:
+        if metadata[VERSION_NAME] != VERSION:
+            raise ValueError(f"it is of version {metadata[VERSION_NAME]!r}")
+        recipe = Recipe.from_json(json.loads(metadata[RECIPE_NAME]))
+        of = columns_of(recipe)
+        columns = [VALUES, *(name for name in OPTIONAL if name in arrays)]
+        extras = any(name in EXTRAS for name in columns)
+        count, rows = len(arrays["keys"]), len(arrays[VALUES])
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {
+            "keys": ("|u1", (count, 32)),
+            "offsets": ("<i8", (count + 1,)),
+            "checksums": ("<u8", (count,)),
+            **({"extra_checksums": ("<u8", (count,))} if extras else {}),
+            **{name: (of[name][0], (rows, *of[name][1])) for name in columns},
+        }
+        for name, (dtype, shape) in expected.items():
+            if arrays[name].dtype.str != dtype or arrays[name].shape != shape:
+                found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
+                raise ValueError(f"its {name} are {found}, not {np.dtype(dtype)} {list(shape)}")
+        keys = np.array(arrays["keys"])
+        if len(np.unique(keys, axis=0)) != len(keys):
+            raise ValueError("a key stands twice in it")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path} was not written by cachectl export: {error}") from None
+    offsets = np.array(arrays["offsets"])
+    check_offsets(offsets, len(keys), rows, str(path))
+    return _File(
+        recipe,
+        keys,
+        offsets,
+        np.array(arrays["checksums"]),
+        np.array(arrays["extra_checksums"]) if extras else None,
+        {name: arrays[name] for name in columns},
+    )

@@ -1,0 +1,144 @@
+"""What a fill would do, before it does it: how much is there, how many bytes the rest takes, and how long."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from actcache.admin.planning import Corpus, nbytes_of
+from actcache.errors import SpaceNotFoundError, StoreNotFoundError
+from actcache.format.keys import Windows
+from actcache.models.budget import RESERVE, taken
+from actcache.models.documents import document_keys, find_entries, streamed
+from actcache.models.recycler import Recycler, load_pretrained
+from actcache.models.recyclers import checked_layers
+from actcache.models.timing import measure
+from actcache.reader.checks import nbytes_of as size_of
+from actcache.store.space import Space
+from actcache.store.store import open_store
+
+_SAMPLE = 2000  # documents whose lengths are looked at
+_CHUNK = 2048  # documents that are looked up at a time
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a fill would do."""
+
+    documents: int  # given, each counted once
+    present: int  # of those, stored already, at all the layers
+    tokens: int  # about, of the others; of windows, without what they share
+    nbytes: int  # about, that the others take, at all the layers where they are missing
+    seconds: float  # about, by computing some of them here; tokenizing and writing are not counted
+    fits: int | None = None  # about how many of the others a bound on the bytes has room for; None without one
+
+
+@dataclass
+class _Survey:
+    """What of a corpus is missing."""
+
+    documents: int = 0
+    lacking: Counter[int] = field(default_factory=Counter)  # documents by layer
+    deepest: Counter[int] = field(default_factory=Counter)  # documents by the deepest layer where they are missing
+    sample: list[str] = field(default_factory=list)  # of those that are missing
+
+    @property
+    def missing(self) -> int:
+        return self.deepest.total()
+
+
+def forecast(
+    store: str,
+    texts: Iterable[str],
+    model: str,
+    *,
+    layers: Sequence[int],
+    dtype: str | None = None,
+    devices: Sequence[str | None] = (None,),
+    max_length: int | None = None,
+    too_long: Any = "refuse",
+    max_bytes: int | str | None = None,
+) -> Forecast:
+    """Say what a fill of these texts would do; stores nothing, and makes no store. The arguments are a fill's.
+
+    Args:
+        texts: streamed; a key of each is held.
+        devices: the time is divided by the number of different ones: processes on the CPU share its cores.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        UsageError: see ``Recycler``; the texts are none (``actcache.models.documents.streamed``).
+        DocumentError: a text has no key; it names its position.
+        StoreError: what lies at the store's place cannot be opened.
+    """
+    layers = checked_layers(layers)
+    documents = streamed(texts)
+    limit = None if max_bytes is None else size_of("max_bytes", max_bytes)
+    options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long}
+    spec = too_long if isinstance(too_long, Windows) else None
+    with ExitStack() as stack:
+        spaces: dict[int, Space] = {}
+        used = 0
+        try:
+            opened = stack.enter_context(open_store(store, mode="r"))
+        except StoreNotFoundError:
+            pass
+        else:
+            loaded = load_pretrained(model, layers, devices[0], None)
+            for layer in layers:
+                try:
+                    recycler = stack.enter_context(Recycler(*loaded, layer=layer, store=opened, **options))
+                except SpaceNotFoundError:
+                    continue
+                spaces[layer] = recycler.space
+            used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
+        found = _survey(documents, layers, spaces, spec)
+    if not found.missing:
+        return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
+    last = max(found.deepest)
+    longest = None if spec is not None else max_length
+    timing = measure(model, found.sample, layer=last, device=devices[0], max_length=longest)
+    length = sum(timing.lengths) / len(timing.lengths)
+    stored_as = dtype or timing.dtype
+    nbytes = sum(
+        nbytes_of(Corpus(count, round(count * length)), timing.hidden_size, stored_as)
+        for count in found.lacking.values()
+    )
+    # Layers cost about the same each.
+    layers_of_tokens = sum(count * length * layer for layer, count in found.deepest.items())
+    seconds = layers_of_tokens * timing.lower / last / len(set(devices))
+    fits = None
+    if limit is not None:
+        fits = min(found.missing, max(0, limit - RESERVE - used) * found.missing // nbytes)
+    present = found.documents - found.missing
+    return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
+
+
+def _survey(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Survey:
+    found = _Survey()
+    seen: set[bytes] = set()
+    chance = random.Random(0)
+    first = 0
+    while chunk := list(itertools.islice(texts, _CHUNK)):
+        new = {key: text for text, key in zip(chunk, document_keys(chunk, first), strict=True) if key not in seen}
+        first += len(chunk)
+        seen.update(new)
+        missing: dict[bytes, int] = {}  # the deepest layer
+        for layer in layers:
+            there = find_entries(spaces[layer], list(new), spec) if layer in spaces else [[]] * len(new)
+            lacking = [key for key, entries in zip(new, there, strict=True) if not entries]
+            found.lacking[layer] += len(lacking)
+            missing.update({key: max(layer, missing.get(key, 0)) for key in lacking})
+        for key, layer in missing.items():
+            found.deepest[layer] += 1
+            if len(found.sample) < _SAMPLE:
+                found.sample.append(new[key])
+            elif (place := chance.randrange(found.missing)) < _SAMPLE:  # each has the same chance to be in the sample
+                found.sample[place] = new[key]
+    found.documents = len(seen)
+    return found

@@ -1,0 +1,180 @@
+"""What a store holds, as plain data: the library side of ``cachectl inspect``, ``ls``, ``du`` and ``verify``.
+
+One damaged space never hides the others: it is named with what is wrong, and the rest is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from actcache.backend import Usage
+from actcache.errors import DataError, UsageError
+from actcache.format.recipe import Recipe
+from actcache.store.space import Repair, Space, Verification
+from actcache.store.store import Store
+
+#: Called with what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+NO_RECIPE = (
+    "has no recipe.json: a deletion was cut short, or the file was lost; opening the space with its recipe writes it "
+    "again, deleting the space removes the rest"
+)
+
+
+@dataclass(frozen=True)
+class SpaceReport:
+    """One space: its recipe, what it holds, and which of its segments could not be read (name -> what is wrong)."""
+
+    recipe: Recipe
+    usage: Usage
+    damaged: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "fingerprint": self.recipe.fingerprint,
+            **self.recipe.to_json(),
+            **asdict(self.usage),
+            "damaged": self.damaged,
+        }
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """A store: its spaces by fingerprint, those that cannot be read (fingerprint -> what is wrong), its collections."""
+
+    spaces: list[SpaceReport]
+    unreadable: dict[str, str]
+    collections: list[str]
+
+
+def chosen(store: Store, prefixes: Sequence[str] = ()) -> list[str]:
+    """Return the fingerprints that begin with one of some prefixes, in their order; all where none is given.
+
+    Raises:
+        UsageError: a prefix fits no space, or several.
+    """
+    fingerprints = store.fingerprints()
+    if not prefixes:
+        return fingerprints
+    found = set()
+    for prefix in prefixes:
+        fitting = [name for name in fingerprints if name.startswith(prefix)] if prefix else []
+        if len(fitting) != 1:
+            what = f"{len(fitting)} spaces begin with {prefix}" if fitting else f"no space begins with {prefix!r}"
+            raise UsageError(f"{what} in {store.url}; it has {', '.join(fingerprints) or 'none'}")
+        found.add(fitting[0])
+    return sorted(found)
+
+
+@contextmanager
+def opened(store: Store, fingerprint: str) -> Iterator[Space]:
+    """Open a space by its fingerprint, to look after it: it does not count as used.
+
+    Raises:
+        DataError: its recipe is damaged, missing, or of a newer release; or nothing of it can be read safely.
+    """
+    recipe = store.recipe(fingerprint)
+    if recipe is None:
+        raise DataError(f"space {fingerprint} {NO_RECIPE}")
+    with store.space(recipe) as space:
+        space.leave_no_trace()
+        yield space
+
+
+def inspect(store: Store, prefixes: Sequence[str] = ()) -> StoreReport:
+    """Describe the spaces of a store. Reads keys, no activations."""
+    spaces, unreadable = [], {}
+    for fingerprint in chosen(store, prefixes):
+        try:
+            with opened(store, fingerprint) as space:
+                spaces.append(SpaceReport(space.recipe, space.usage(), space.damaged()))
+        except DataError as error:
+            unreadable[fingerprint] = str(error)
+    return StoreReport(spaces, unreadable, store.collections())
+
+
+# --- verifying and repairing ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoreVerification:
+    """What ``verify`` found, by fingerprint."""
+
+    spaces: dict[str, Verification]
+    unreadable: dict[str, str]
+
+    @property
+    def intact(self) -> bool:
+        return not self.unreadable and all(found.intact for found in self.spaces.values())
+
+
+def verify(
+    store: Store, prefixes: Sequence[str] = (), *, sample: int | None = None, progress: Progress | None = None
+) -> StoreVerification:
+    """Read the entries of a store and compare them with their checksums, on all processors; changes nothing.
+
+    Args:
+        prefixes: of the fingerprints of the spaces; all where there are none.
+        sample: entries of each space that are read, drawn at random; None for all.
+        progress: told the fingerprint, and entries.
+    """
+    spaces, unreadable = {}, {}
+    for fingerprint in chosen(store, prefixes):
+        try:
+            with opened(store, fingerprint) as space:
+                spaces[fingerprint] = space.verify(_named(progress, fingerprint), sample=sample)
+        except DataError as error:
+            unreadable[fingerprint] = str(error)
+    return StoreVerification(spaces, unreadable)
+
+
+@dataclass(frozen=True)
+class StoreRepair:
+    """What ``repair`` did, by fingerprint; what is unreadable was left alone."""
+
+    spaces: dict[str, Repair]
+    unreadable: dict[str, str]
+
+
+def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | None = None) -> StoreRepair:
+    """Verify the spaces of a store and quarantine what is corrupt: it becomes a miss, its bytes are kept aside."""
+    spaces, unreadable = {}, {}
+    for fingerprint in chosen(store, prefixes):
+        try:
+            with opened(store, fingerprint) as space:
+                found = space.verify(_named(progress, fingerprint))
+                spaces[fingerprint] = space.repair(found) if not found.intact else Repair([], [])
+        except DataError as error:
+            unreadable[fingerprint] = str(error)
+    return StoreRepair(spaces, unreadable)
+
+
+def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a collection a space has."""
+
+    documents: int
+    present: int
+
+
+def coverage(store: Store, fingerprint: str) -> dict[str, Coverage | str]:
+    """Return how much of each collection a space has, name -> coverage, or what is wrong with the collection."""
+    found: dict[str, Coverage | str] = {}
+    with opened(store, fingerprint) as space:
+        for name in store.collections():
+            try:
+                keys = store.collection(name).keys
+            except DataError as error:
+                found[name] = str(error)
+            else:
+                found[name] = Coverage(len(keys), int(space.contains(keys).sum()))
+    return found

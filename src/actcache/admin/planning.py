@@ -1,0 +1,222 @@
+"""Whether caching pays: bytes, times and prices of a corpus under one model, with and without a cache.
+
+The break-even arithmetic is that of the paper's appendix A.8: an entry pays when the computing that one pass over it
+saves is worth more than the storage it takes until the next pass. Its Table 7 follows from its Table 4 (``PAPER``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.errors import UsageError
+from actcache.format import codec
+from actcache.io.files import translated
+from actcache.reader.checks import nbytes_of as size_of
+
+GIB = 1 << 30
+HOUR = 3600.0
+
+_SMALL_BYTES = 64  # of each entry beside its rows: key, checksum, offset, its share of the index
+_TOKEN_ID_BYTES = 4
+_PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a disk gives, bytes a second."""
+
+    read: float
+    write: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model costs, seconds a token of computing, on one device."""
+
+    full: float  # all layers
+    upper: float  # those above the cache: what is left of it
+    hidden_size: int
+
+    @property
+    def lower(self) -> float:
+        return max(self.full - self.upper, 0.0)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prices:
+    """In one currency."""
+
+    device_hour: float
+    gib_month: float  # of storage
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a cache of a corpus takes and gives. Times are seconds of all devices together."""
+
+    nbytes: int
+    fill: float  # computing the lower half and writing it, whichever takes longer
+    recompute: float  # one pass without a cache
+    replay: float  # one pass with it: the upper half, or reading, whichever takes longer
+    months: float | None  # between passes at most, so that storage costs no more than is saved; None without prices
+
+    @property
+    def saved(self) -> float:
+        """Seconds that each pass saves; negative where reading takes longer than computing."""
+        return self.recompute - self.replay
+
+    @property
+    def break_even(self) -> int | None:
+        """Passes from which on the fill has paid, counted without it; None where it never does."""
+        return math.floor(self.fill / self.saved) + 1 if self.saved > 0 else None
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.break_even is None:
+            return "caching loses: reading the entries takes as long as computing them"
+        share = f"{self.replay / self.recompute:.0%}"
+        passes = f"caching pays from pass {self.break_even} on, each then takes {share} of the time"
+        if self.months is None:
+            return passes
+        return f"{passes}; its storage pays where a pass is made at least every {_months(self.months)}"
+
+
+def _months(months: float) -> str:
+    return f"{months:.1f} months" if months >= 1 else f"{months * 30.4:.1f} days"
+
+
+def nbytes_of(corpus: Corpus, hidden_size: int, dtype: str) -> int:
+    """Return about what a corpus's entries take, token ids and what is beside them included.
+
+    Raises:
+        RecipeError: there is no such dtype.
+    """
+    row = codec.get(dtype).stored.itemsize * hidden_size
+    return corpus.tokens * (row + _TOKEN_ID_BYTES) + corpus.documents * _SMALL_BYTES
+
+
+def estimate(
+    corpus: Corpus, model: Model, dtype: str, disk: Disk, *, devices: int = 1, prices: Prices | None = None
+) -> Estimate:
+    """Say what a cache takes and gives.
+
+    Args:
+        disk: shared by all devices.
+        devices: that compute at the same time.
+
+    Raises:
+        UsageError: a number is not positive.
+    """
+    numbers = {
+        "tokens": corpus.tokens,
+        "documents": corpus.documents,
+        "devices": devices,
+        "the model's time": model.full,
+        "read bandwidth": disk.read,
+        "write bandwidth": disk.write,
+    }
+    for name, value in numbers.items():
+        if not value > 0:
+            raise UsageError(f"{name} must be positive, not {value}")
+    nbytes = nbytes_of(corpus, model.hidden_size, dtype)
+    fill = max(corpus.tokens * model.lower / devices, nbytes / disk.write)
+    recompute = corpus.tokens * model.full / devices
+    replay = max(corpus.tokens * model.upper / devices, nbytes / disk.read)
+    months = None
+    if prices is not None:
+        saved = max(recompute - replay, 0.0) * devices
+        months = months_between(saved, prices.device_hour, nbytes, prices.gib_month)
+    return Estimate(nbytes, fill, recompute, replay, months)
+
+
+def months_between(saved: float, device_hour: float, nbytes: float, gib_month: float) -> float:
+    """Return the months for which storage costs as much as one pass saves: passes have to be at least so frequent.
+
+    Args:
+        saved: seconds of one device.
+        device_hour: price of that device.
+        nbytes: that are stored.
+        gib_month: price of storage.
+    """
+    storage = nbytes / GIB * gib_month
+    return saved / HOUR * device_hour / storage if storage else math.inf
+
+
+def bandwidth(name: str, text: str) -> float:
+    """Return bytes a second, given as a size (``"2GB"``).
+
+    Raises:
+        UsageError: it is none.
+    """
+    return float(size_of(name, text))
+
+
+def measure_disk(folder: Path, nbytes: int = 256 << 20) -> Disk:
+    """Write a temporary file there, synced, and read it, dropped from the page cache; from one thread.
+
+    Raises:
+        OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written.
+    """
+    piece = os.urandom(_PIECE_BYTES)
+    count = max(1, nbytes // _PIECE_BYTES)
+    with translated(f"cannot measure {folder}"), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        began = time.perf_counter()
+        for _ in range(count):
+            file.write(piece)
+        os.fsync(file.fileno())
+        written = time.perf_counter() - began
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        began = time.perf_counter()
+        while file.read(_PIECE_BYTES):
+            pass
+        read = time.perf_counter() - began
+    size = count * _PIECE_BYTES
+    return Disk(size / read, size / written)
+
+
+# --- the paper --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A model of the paper: its Table 4 (A10G, milliseconds a batch of 128, fp16 cache) and its Table 7 (months)."""
+
+    model: str
+    hidden_size: int
+    baseline: float
+    recycling: float
+    cloud: float
+    local: float
+
+    def months(self) -> tuple[float, float]:
+        """Return what ``months_between`` makes of Table 4: in the cloud, and on local disks.
+
+        Inputs of 512 tokens in fp16; a g5.12xlarge, four A10G, at 5.67 $/h; 0.01 $/GB/month in the cloud and
+        0.23 $/TB/month on local disks. Its numbers are met with GB = 2**30 bytes and TB = 1000 of those.
+        """
+        saved, nbytes = (self.baseline - self.recycling) / 1e3 / 128, 512 * self.hidden_size * 2
+        device = 5.67 / 4
+        return months_between(saved, device, nbytes, 0.01), months_between(saved, device, nbytes, 0.23 / 1000)
+
+
+PAPER = (
+    PaperRow("MiniLM L6-H384", 384, 183, 123, 0.05, 2.2),
+    PaperRow("MiniLM L6-H768", 768, 325, 195, 0.05, 2.4),
+    PaperRow("BERT base", 768, 647, 343, 0.13, 5.6),
+    PaperRow("BERT large", 1024, 1943, 1004, 0.30, 12.9),
+    PaperRow("DeBERTa V2-XLarge", 1536, 1914, 985, 0.20, 8.5),
+)

@@ -1,0 +1,226 @@
+"""One document: its entries in the spaces of a store, by its text or by its key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from actcache.admin.inspection import chosen, opened
+from actcache.admin.report.sample import read_intact
+from actcache.admin.report.segments import stem_of
+from actcache.admin.report.statistics import Numbers, Statistics
+from actcache.backend import EXTRAS, TOKEN_IDS, StoredFile
+from actcache.entries.entry import columns_of
+from actcache.errors import DataError, MissingEntryError, UsageError
+from actcache.format import codec
+from actcache.format.keys import KEY_BYTES, Windows, document_key, key_list
+from actcache.format.recipe import Recipe
+from actcache.store.footprint import segments_in
+from actcache.store.space import Space
+from actcache.store.store import Store
+
+T = TypeVar("T")
+
+_HEX = re.compile(rf"[0-9a-f]{{1,{2 * KEY_BYTES}}}")
+_NAMED = 5  # of several keys that a prefix fits
+_MOST_STRIDES = 1 << 16  # that are tried
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which part of its document an entry is."""
+
+    number: int  # from 0
+    last: bool
+    max_length: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class EntryReport:
+    """One entry of a document. Statistics, token ids and optional arrays are None where it is corrupt."""
+
+    recipe: Recipe
+    key: bytes
+    window: Window | None
+    tokens: int
+    nbytes: int  # of its arrays, as stored
+    segment: str | None  # the file or folder where it lies; None where the backend has no segments
+    checksum: int
+    intact: bool
+    statistics: Statistics | None = None
+    token_ids: list[int] | None = None
+    extras: dict[str, list[Any]] | None = None  # spans, word_ids, type_ids: those that were stored
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        recipe = self.recipe
+        return {
+            "space": recipe.fingerprint,
+            "model": recipe.model,
+            "layer": recipe.layer,
+            "key": self.key.hex(),
+            "window": None if self.window is None else vars(self.window),
+            "tokens": self.tokens,
+            "hidden_size": recipe.hidden_size,
+            "dtype": recipe.dtype,
+            "stored_as": recipe.stored_as,
+            "nbytes": self.nbytes,
+            "segment": self.segment,
+            "checksum": f"{self.checksum:016x}",
+            "intact": self.intact,
+            "statistics": None if self.statistics is None else self.statistics.to_json(),
+            "token_ids": self.token_ids,
+            "extras": self.extras,
+        }
+
+
+@dataclass(frozen=True)
+class DocumentReport:
+    """A document's entries, space by space, windows in their order; and the spaces that could not be looked into."""
+
+    key: bytes
+    entries: list[EntryReport]
+    unreadable: dict[str, str]
+
+    @property
+    def intact(self) -> bool:
+        return all(entry.intact for entry in self.entries)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        entries = [entry.to_json() for entry in self.entries]
+        return {"key": self.key.hex(), "intact": self.intact, "entries": entries, "unreadable": self.unreadable}
+
+
+def document_by_text(store: Store, text: str, spaces: Sequence[str] = ()) -> DocumentReport:
+    """Look at the document with this text; raises as ``document_by_key`` does.
+
+    Raises:
+        DocumentError: the text is empty, or has no UTF-8 form.
+    """
+    return _document(store, document_key(text), spaces, f"the text {text!r:.60}")
+
+
+def document_by_key(store: Store, digits: str, spaces: Sequence[str] = ()) -> DocumentReport:
+    """Look at the document, or the window of one, with this key.
+
+    Args:
+        digits: its key in hexadecimal; or how that begins, where it fits one key of the spaces. A document that was cut
+            into windows is found by all digits of its own key, or by a window's.
+        spaces: prefixes of the fingerprints of spaces; all where there are none.
+
+    Raises:
+        UsageError: these are no digits of a key, or several keys begin so.
+        MissingEntryError: no space has such an entry.
+    """
+    digits = digits.lower()
+    if not _HEX.fullmatch(digits):
+        raise UsageError(f"{digits!r:.80} is no key: a key is {2 * KEY_BYTES} hexadecimal digits, or how they begin")
+    if len(digits) == 2 * KEY_BYTES:
+        return _document(store, bytes.fromhex(digits), spaces, f"key {digits}")
+    keys, unreadable = _in_each(store, spaces, lambda space: _beginning(space, digits))
+    found = set(keys)
+    if len(found) > 1:
+        some = ", ".join(key.hex()[: len(digits) + 8] for key in sorted(found)[:_NAMED])
+        more = ", ..." if len(found) > _NAMED else ""
+        raise UsageError(f"{len(found)} keys begin with {digits}: {some}{more}; give more digits")
+    if not found:
+        raise _missing(store, f"a key that begins with {digits}", spaces, unreadable)
+    return _document(store, found.pop(), spaces, f"key {digits}")
+
+
+def _beginning(space: Space, digits: str) -> list[bytes]:
+    """Return the keys of a space that begin with hexadecimal digits, fewer than a key has."""
+    keys = space.key_array()
+    low, high = (bytes.fromhex(digits.ljust(2 * KEY_BYTES, end)) for end in "0f")
+    fitting = np.ones(len(keys), bool)
+    for column in range((len(digits) + 1) // 2):  # of the last one, its upper half may be all that is given
+        fitting &= (keys[:, column] >= low[column]) & (keys[:, column] <= high[column])
+    return key_list(keys[fitting])
+
+
+def _in_each(
+    store: Store, spaces: Sequence[str], look: Callable[[Space], Iterable[T]]
+) -> tuple[list[T], dict[str, str]]:
+    """Return what a look into each space finds, and the spaces that cannot be read, with what is wrong."""
+    found: list[T] = []
+    unreadable: dict[str, str] = {}
+    for fingerprint in chosen(store, spaces):
+        try:
+            with opened(store, fingerprint) as space:
+                found += look(space)
+        except DataError as error:
+            unreadable[fingerprint] = str(error)
+    return found, unreadable
+
+
+def _document(store: Store, key: bytes, spaces: Sequence[str], what: str) -> DocumentReport:
+    files = store.driver.listing()
+
+    def look(space: Space) -> list[EntryReport]:
+        found: list[tuple[bytes, Window | None]] = [(key, None)] if key in space else []
+        if space.recipe.too_long == "windows" and space.recipe.max_length:
+            found += _windows(space, key, space.recipe.max_length)
+        return [_entry(space, files, *one) for one in found]
+
+    entries, unreadable = _in_each(store, spaces, look)
+    if not entries:
+        raise _missing(store, what, spaces, unreadable)
+    return DocumentReport(key, entries, unreadable)
+
+
+def _missing(store: Store, what: str, spaces: Sequence[str], unreadable: dict[str, str]) -> MissingEntryError:
+    looked = len(chosen(store, spaces)) - len(unreadable)
+    message = f"{store.url} has no entry for {what}: looked into {looked} space{'' if looked == 1 else 's'}"
+    if unreadable:
+        message += f"; {len(unreadable)} cannot be read ({', '.join(sorted(unreadable))}): see cachectl verify"
+    return MissingEntryError(message)
+
+
+def _windows(space: Space, document: bytes, max_length: int) -> Iterator[tuple[bytes, Window]]:
+    """Yield the windows of a document that a space has, with any stride: recipes do not name it."""
+    specs = [Windows(max_length, stride) for stride in range(min(max_length, _MOST_STRIDES))]
+    first = [spec.key(document, 0, last=last) for spec in specs for last in (True, False)]
+    has = space.contains(first).reshape(-1, 2).any(axis=1)
+    for spec in (specs[i] for i in np.flatnonzero(has).tolist()):
+        number, last = 0, False
+        while not last:
+            keys = [spec.key(document, number, last=end) for end in (True, False)]
+            has_last, goes_on = space.contains(keys).tolist()
+            if not has_last and not goes_on:
+                break
+            last = has_last
+            yield keys[0 if last else 1], Window(number, last, spec.max_length, spec.stride)
+            number += 1
+
+
+def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Window | None) -> EntryReport:
+    names, which = space.whereabouts([key])
+    listed = {stem_of(name): name for name in segments_in(files, space.recipe.fingerprint)}
+    stem = names[int(which[0])] if which[0] >= 0 else None
+    tokens, checksum, _ = space.stored_checksums([key])[0].tolist()
+    columns = columns_of(space.recipe)
+    row_bytes = codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size
+    for name in (TOKEN_IDS, *EXTRAS):
+        if space.has(name, [key])[0]:
+            dtype, trailing = columns[name]
+            row_bytes += np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=int))
+    where = None if stem is None else listed.get(stem, stem)
+    report = EntryReport(space.recipe, key, window, tokens, tokens * row_bytes, where, checksum, intact=False)
+    found, _ = read_intact(space, [key])
+    if not found:
+        return report
+    (entry,), numbers = found, Numbers()
+    numbers.add(entry.activations)
+    return replace(
+        report,
+        intact=True,
+        statistics=numbers.statistics(),
+        token_ids=None if entry.token_ids is None else entry.token_ids.tolist(),
+        extras={name: rows.tolist() for name, rows in entry.extras.items()},
+    )

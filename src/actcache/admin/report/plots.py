@@ -1,0 +1,161 @@
+"""Plots as inline SVG: each with a title and a description that says in words what it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from actcache.admin.report.statistics import Histogram
+from actcache.admin.report.words import clean
+
+# HTML and SVG from elements. What is not markup already is escaped: a model's name is text, whatever stands in it.
+
+_VOID = frozenset({"meta", "link"})
+
+
+class Markup(str):
+    """Text that is HTML: made by ``element`` and ``joined`` alone."""
+
+    __slots__ = ()
+
+
+def element(name: str, attributes: Mapping[str, object] | None = None, *children: str) -> Markup:
+    """Return an element.
+
+    Args:
+        attributes: name -> value, which is escaped.
+        children: ``Markup`` as it is, other texts escaped.
+    """
+    given = "".join(f' {key}="{escaped(str(value))}"' for key, value in (attributes or {}).items())
+    return Markup(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{joined(*children)}</{name}>")
+
+
+def joined(*children: str) -> Markup:
+    """Return children one after another: ``Markup`` as it is, other texts escaped."""
+    return Markup("".join(child if isinstance(child, Markup) else escaped(child) for child in children))
+
+
+def escaped(text: str) -> str:
+    """Return a text that may stand between tags and in quotes; what is no character is replaced."""
+    return html.escape(clean(text), quote=True)
+
+
+_WIDTH = 380
+_HEIGHT = 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 16, 40  # around a histogram's bars
+_BAR = 44  # of a histogram, at most
+_ROW, _LINE = 42, 16  # of a list of bars; more where texts stand below
+_LABEL = 34  # characters
+_BESIDE = 50  # characters of label and text that have room beside each other
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bar of a list: its parts from left to right, each ``(kind, amount)``, and what is written beside it."""
+
+    label: str
+    parts: Sequence[tuple[str, float]]
+    text: str
+
+
+def figure(title: str, described: str, plot: Callable[[str, str], Markup], *notes: str) -> Markup:
+    """Return a figure: its caption, a plot, and notes.
+
+    Args:
+        described: what the plot shows, for those who do not see it.
+        plot: makes the SVG, given title and description.
+    """
+    caption = element("figcaption", None, title)
+    return element("figure", None, caption, plot(title, described), *(element("p", None, note) for note in notes))
+
+
+def _svg(title: str, described: str, height: int, content: Markup) -> Markup:
+    name = hashlib.blake2b(joined(title, described, content).encode(), digest_size=6).hexdigest()
+    return element(
+        "svg",
+        {"viewBox": f"0 0 {_WIDTH} {height}", "role": "img", "aria-labelledby": f"t{name} d{name}"},
+        element("title", {"id": f"t{name}"}, title),
+        element("desc", {"id": f"d{name}"}, described),
+        content,
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> Markup:
+    given = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
+    return element("text", given | ({"class": kind} if kind else {}), text)
+
+
+def _rect(x: float, y: float, width: float, height: float, kind: str, *told: str) -> Markup:
+    given = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}", "class": kind}
+    return element("rect", given, *(element("title", None, one) for one in told))
+
+
+def histogram(
+    counts: Histogram, edge: Callable[[float], str], count: Callable[[float], str], axis: str, *, ticks: int = 5
+) -> Callable[[str, str], Markup]:
+    """Return what makes a histogram.
+
+    Args:
+        edge, count: write an edge of a range, and a count.
+        axis: what the edges are.
+        ticks: edges that are written, about; at least 2.
+    """
+    number, most = len(counts.counts), max(counts.counts, default=0)
+    inner, floor = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
+    slot = inner / max(1, number)
+    parts = [_rule(_LEFT, floor, "axis"), _text(_LEFT - 6, floor + 4, count(0), "end")]
+    if most:
+        parts += [_rule(_LEFT, _TOP, "grid"), _text(_LEFT - 6, _TOP + 4, count(most), "end")]
+    width = min(_BAR, max(slot - 1, 0.5 * slot))
+    for i, amount in enumerate(counts.counts):
+        height = max(1.0, (floor - _TOP) * amount / most) if amount else 0.0
+        told = f"{edge(counts.edges[i])} to {edge(counts.edges[i + 1])}: {count(amount)}"
+        parts.append(_rect(_LEFT + (i + 0.5) * slot - width / 2, floor - height, width, height, "one", told))
+    if number:
+        step = max(1, -(-number // (ticks - 1)))
+        shown = [*range(0, number - step // 2, step), number] if number > 1 else [0, 1]
+        for i in shown:
+            anchor = "start" if i == 0 else "end" if i == number else "middle"
+            parts.append(_text(_LEFT + i * slot, floor + 15, edge(counts.edges[i]), anchor))
+    else:
+        parts.append(_text(_LEFT + inner / 2, (_TOP + floor) / 2, "nothing to show", "middle"))
+    parts.append(_text(_LEFT + inner / 2, _HEIGHT - 6, axis, "middle", "soft"))
+    return lambda title, described: _svg(title, described, _HEIGHT, joined(*parts))
+
+
+def _rule(x: float, y: float, kind: str) -> Markup:
+    given = {"x1": f"{x:.1f}", "x2": f"{_WIDTH - _RIGHT:.1f}", "y1": f"{y:.1f}", "y2": f"{y:.1f}", "class": kind}
+    return element("line", given)
+
+
+def bars(rows: Sequence[Row]) -> Callable[[str, str], Markup]:
+    """Return what makes a list of bars, all to one scale."""
+    most = max((sum(amount for _, amount in row.parts) for row in rows), default=0.0)
+    labels = [row.label if len(row.label) <= _LABEL else f"{row.label[: _LABEL - 1]}…" for row in rows]
+    below = any(len(label) + len(row.text) > _BESIDE for label, row in zip(labels, rows, strict=True))
+    step = _ROW + below * _LINE
+    parts = []
+    for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        y, x = i * step, 0.0
+        text = _text(0, y + 45, row.text, "start", "soft") if below else _text(_WIDTH, y + 14, row.text, "end", "soft")
+        parts += [
+            element("g", None, element("title", None, row.label), _text(0, y + 14, label)),
+            text,
+            _rect(0, y + 20, _WIDTH, 11, "track"),
+        ]
+        for kind, amount in row.parts:
+            width = _WIDTH * amount / most if most else 0.0
+            if amount:
+                parts.append(_rect(x, y + 20, max(width, 1.0), 11, kind, f"{row.label}: {row.text}"))
+            x += width
+    if not rows:
+        parts.append(_text(_WIDTH / 2, _ROW / 2, "nothing to show", "middle"))
+    return lambda title, described: _svg(title, described, step * max(1, len(rows)), joined(*parts))
+
+
+def legend(*kinds: tuple[str, str]) -> Markup:
+    """Return what the colours mean, each ``(kind, meaning)``."""
+    items = (element("span", {"class": "key"}, element("i", {"class": kind}), text) for kind, text in kinds)
+    return element("p", {"class": "legend"}, *items)

@@ -1,0 +1,126 @@
+"""What a reader yields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.format.keys import key_list
+
+
+class _Batch:
+    """What both layouts have: which entries they hold, and ways to a device."""
+
+    key_array: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.key_array)
+
+    @property
+    def keys(self) -> list[bytes]:
+        """The keys of the entries."""
+        return key_list(self.key_array)
+
+    def to(self, device: Any, non_blocking: bool = False) -> Self:
+        """Return the batch with its tensors on a torch device. NumPy arrays become tensors; dtypes stay.
+
+        Lightning, Accelerate and others move batches by this. A reader with that ``device`` does it faster, beside the
+        consumer's steps.
+
+        Args:
+            non_blocking: as of ``torch.Tensor.to``.
+        """
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self, device: Any = None) -> Self:
+        """Return the batch with its tensors in pinned memory; NumPy arrays become tensors.
+
+        Args:
+            device: as of ``torch.Tensor.pin_memory``, which no longer needs it.
+
+        Raises:
+            RuntimeError: torch has no device that memory could be pinned for.
+        """
+        return self._each(lambda tensor: tensor.pin_memory() if device is None else tensor.pin_memory(device))
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        import torch  # who asks for tensors has it
+
+        changed = {}
+        for name, value in vars(self).items():
+            if name != "key_array" and isinstance(value, np.ndarray):
+                value = torch.from_numpy(value)
+            if isinstance(value, torch.Tensor):
+                changed[name] = change(value)
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+#: What question answering heads of transformers call the two columns of an answer's labels.
+ANSWER_NAMES = ("start_positions", "end_positions")
+
+
+class Inputs(dict[str, Any]):
+    """Keyword arguments of a model's ``forward``, by name.
+
+    Which head they are for is the model's business: a reduced question answering model takes ``labels`` [B, 2] as its
+    two positions. But the Hugging Face ``Trainer`` looks for labels before it calls the model, by ``get`` under the
+    names of the head; so the columns of such labels answer to these names, too.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        if name in ANSWER_NAMES and "labels" in self and tuple(self["labels"].shape[1:]) == (2,):
+            return self["labels"][:, ANSWER_NAMES.index(name)]
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
+@dataclass(eq=False)  # not frozen: Lightning sets fields of a copy where it converts the batches of a precision
+class Batch(_Batch):
+    """Some documents' activations, padded to the longest of them.
+
+    Torch tensors where the reader has a device, NumPy arrays where it has none.
+    """
+
+    activations: Any  # [B, L, hidden], in the stored dtype (NumPy: bfloat16 as float32); zeros where the mask is 0
+    attention_mask: Any  # [B, L] int64, 1 at tokens, on the right side 0 at padding
+    token_ids: Any  # [B, L] int64, 0 at padding; None where entries were stored without them
+    lengths: Any  # [B] int64 tokens
+    key_array: NDArray[np.uint8]  # [B, 32], of the entries
+    documents: Any  # [B] int64 positions in what the reader was given
+    labels: Any = None  # [B, ...], or of tokens [B, L] with -100 at padding; None where the reader was given none
+
+    def model_inputs(self) -> Inputs:
+        """Return the keyword arguments of a reduced model's ``forward``."""
+        inputs = {
+            "activations": self.activations,
+            "token_ids": self.token_ids,
+            "attention_mask": self.attention_mask,
+            "labels": self.labels,
+        }
+        return Inputs({name: value for name, value in inputs.items() if value is not None})
+
+
+@dataclass(eq=False)
+class PackedBatch(_Batch):
+    """Some documents' activations one after another, without padding: what attention over variable lengths takes.
+
+    Torch tensors where the reader has a device, NumPy arrays where it has none.
+    """
+
+    activations: Any  # [T, hidden], in the stored dtype (NumPy: bfloat16 as float32)
+    offsets: Any  # [B + 1] int32: document i is rows offsets[i]:offsets[i + 1] ("cu_seqlens")
+    longest: int  # tokens of the longest document
+    token_ids: Any  # [T] int64; None where entries were stored without them
+    lengths: Any  # [B] int64 tokens
+    key_array: NDArray[np.uint8]  # [B, 32], of the entries
+    documents: Any  # [B] int64 positions in what the reader was given
+    labels: Any = None  # [B, ...], or of tokens [T]; None where the reader was given none

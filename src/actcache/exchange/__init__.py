@@ -1,6 +1,0 @@
-"""A space's entries as one file that other programs read, and back. docs/format.md describes the files."""
-
-from actcache.exchange.exporting import Exported, export_space
-from actcache.exchange.importing import Imported, import_file
-
-__all__ = ["Exported", "Imported", "export_space", "import_file"]

@@ -1,0 +1,1 @@
+"""What is stored: keys, recipes, codecs, ragged blocks, extents, checksums, files of named arrays."""

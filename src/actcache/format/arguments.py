@@ -1,0 +1,140 @@
+"""Numbers and truth values of callers, as Python's own: NumPy's are taken, what only looks like one is not."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import ShapeError, UsageError
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number, Python's or NumPy's; truth values and durations are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.timedelta64)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """Return a whole number as Python's own, which prints, and goes into JSON and digests, in one way.
+
+    Args:
+        name: how an error calls it.
+
+    Raises:
+        UsageError: it is no whole number, or below ``least``.
+    """
+    if not is_whole(value) or value < least:
+        raise UsageError(f"{name} is a whole number of {least} or more, not {value!r:.80}")
+    return int(value)
+
+
+def whole_numbers(name: str, values: Any) -> NDArray[np.int64]:
+    """Return whole numbers, of any container, as an array, ``[n]``; where NumPy alone would cut off fractions.
+
+    Raises:
+        UsageError: they are none, or truth values.
+    """
+    try:
+        given = values if hasattr(values, "__array__") else list(values)
+        array = np.asarray(given)
+    except (ValueError, TypeError):
+        given, array = [], np.empty((), object)
+    mixed = isinstance(given, list) and any(map(is_truth, given))  # of which NumPy makes numbers beside numbers
+    if array.ndim != 1 or mixed or (array.size and array.dtype.kind not in "iu"):
+        raise UsageError(f"{name} are whole numbers, not {values!r:.80}")
+    return array.astype(np.int64)
+
+
+def is_truth(value: object) -> bool:
+    """Return whether a value is a truth value, Python's or NumPy's; 0 and 1 are none."""
+    return isinstance(value, bool | np.bool_)
+
+
+def truth(name: str, value: Any) -> bool:
+    """Return a truth value as Python's own.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not is_truth(value):
+        raise UsageError(f"{name} is True or False, not {value!r:.80}")
+    return bool(value)
+
+
+# Arrays of callers: NumPy arrays and torch tensors alike, without importing torch.
+
+
+def _is_tensor(array: Any) -> bool:
+    return hasattr(array, "detach")
+
+
+def _is_bfloat16(array: Any) -> bool:
+    return str(array.dtype) == "torch.bfloat16"
+
+
+def to_numpy(array: Any) -> NDArray[Any]:
+    """Return an array or tensor (on any device) as NumPy.
+
+    Floating point that NumPy has not (bfloat16, float8) becomes float32, which holds it exactly; sparse tensors become
+    dense, quantized ones the numbers that they stand for.
+
+    Raises:
+        ShapeError: nested lists of unequal lengths, a tensor without numbers (``meta``) or of a dtype that has no such
+            form, a masked array, or something that is no array at all.
+    """
+    if _is_tensor(array):
+        return _of_tensor(array)
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise ShapeError("a masked array has places without numbers: fill them, or take those rows out")
+    try:
+        made = np.asarray(array)
+    except (ValueError, TypeError) as error:
+        raise ShapeError(f"a {type(array).__name__} is no array: {error}") from None
+    if made.dtype == object and not made.ndim:
+        raise ShapeError(f"a {type(array).__name__} is no array: give an array, a tensor or a list of numbers")
+    return made
+
+
+def _of_tensor(tensor: Any) -> NDArray[Any]:
+    if tensor.is_meta:
+        raise ShapeError("the tensor is on the meta device and has no numbers: load or compute them first")
+    kind = f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
+    tensor = tensor.detach().cpu()
+    try:
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        tensor = tensor.to_dense().resolve_conj().resolve_neg()
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 4 and str(tensor.dtype) != "torch.float16":
+            tensor = tensor.float()
+        return np.asarray(tensor.numpy())
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ShapeError(f"a tensor of {kind} cannot be read as an array ({reason:.200}): convert it first") from None
+
+
+def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any]:
+    """Return the memory of an array or CPU tensor, to write into, as a NumPy array of ``dtype``.
+
+    A bfloat16 tensor is its bits, uint16.
+
+    Raises:
+        ShapeError: it is not C-contiguous, not writable, not on the CPU, or of another dtype.
+    """
+    buffer = array
+    if _is_tensor(array):
+        if array.device.type != "cpu":
+            raise ShapeError(f"{what} is on {array.device}; read into host memory and copy it over")
+        tensor = array.detach()
+        bits = tensor.new_empty(0).short().dtype  # torch.int16, without importing torch
+        try:
+            buffer = tensor.view(bits).numpy().view(np.uint16) if _is_bfloat16(tensor) else tensor.numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, negated, quantized, float8, ...
+            reason = str(error).partition("\n")[0]
+            raise ShapeError(f"{what} is a tensor that cannot be written into ({reason:.200})") from None
+    if not isinstance(buffer, np.ndarray) or buffer.dtype != dtype:
+        found = getattr(buffer, "dtype", type(buffer).__name__)
+        raise ShapeError(f"{what} must hold {dtype}, the stored dtype, not {found}; decode after reading")
+    if not buffer.flags.c_contiguous or not buffer.flags.writeable:
+        raise ShapeError(f"{what} must be C-contiguous and writable")
+    return buffer

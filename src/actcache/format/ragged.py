@@ -1,0 +1,164 @@
+"""Ragged blocks: the rows of many entries, one after another, and where each begins.
+
+The one schema that every backend stores (docs/format.md). All arrays of ``columns`` have T rows; entry i is rows
+``offsets[i]:offsets[i + 1]`` of each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from actcache.errors import FormatError
+
+VALUES = "values"
+TOKEN_IDS = "token_ids"
+
+#: The optional ragged arrays: name -> (dtype, trailing shape). Labels cannot be aligned without them.
+EXTRAS: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    "spans": ("<i4", (2,)),  # character span of each token in its text, [start, end)
+    "word_ids": ("<i4", ()),  # number of the word each token belongs to, -1 for special tokens
+    "type_ids": ("|i1", ()),  # token type ids, 1 for the second text of a pair
+}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A column that is made while it is written, so that a block of any size fits into little memory."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[NDArray[np.generic]]]  # C-contiguous pieces along the first axis, in order
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+Column = NDArray[np.generic] | Pieces
+
+
+def pieces(column: Column) -> Iterator[memoryview]:
+    """Yield the bytes of a column, piece by piece."""
+    for array in column.make() if isinstance(column, Pieces) else (column,):
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where the entries of a compacted block come from.
+
+    An entry is born in the segment that it was first written to, as its so-manieth entry. That never changes, however
+    often it is copied: deletions name it, and of two copies of a key the one born later is served.
+    """
+
+    births: tuple[str, ...]  # names of segments
+    birth: NDArray[np.uint32]  # [n] position in ``births``
+    birth_entries: NDArray[np.uint32]  # [n] number of the entry in the segment of its birth
+    sources: tuple[str, ...]  # names of the segments that the block replaces
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays by their stored names."""
+        return {
+            "births": names_to_array(self.births),
+            "birth": self.birth,
+            "birth_entries": self.birth_entries,
+            "sources": names_to_array(self.sources),
+            "lineage_checksum": np.array([self.checksum()], np.uint64),
+        }
+
+    def checksum(self) -> int:
+        """Return the XXH3-64 of the arrays: with a wrong birth, an entry that was deleted would be served again."""
+        digest = xxhash.xxh3_64(names_to_array(self.births).tobytes())
+        for array in (self.birth, self.birth_entries, names_to_array(self.sources)):
+            digest.update(array.tobytes())
+        return digest.intdigest()
+
+
+def names_to_array(names: Sequence[str]) -> NDArray[np.uint8]:
+    """Return names of segments as ``[n, 14]`` bytes, which their hexadecimal digits stand for."""
+    return np.frombuffer(bytes.fromhex("".join(names).replace("-", "")), np.uint8).reshape(len(names), 14)
+
+
+def names_from_array(array: NDArray[np.uint8]) -> tuple[str, ...]:
+    """Return the names of segments from ``[n, 14]`` bytes."""
+    digits = [row.tobytes().hex() for row in array]
+    return tuple(f"{text[:12]}-{text[12:]}" for text in digits)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Entries in stored form. ``columns`` always has ``values`` [T, hidden] in the stored dtype.
+
+    ``checksums`` binds values, token ids and key (``actcache.format.checksum``); ``extra_checksums`` the optional
+    arrays, and is None where there are none. Only ``values`` may be ``Pieces``.
+    """
+
+    keys: NDArray[np.uint8]  # [n, 32]
+    offsets: NDArray[np.int64]  # [n + 1]
+    checksums: NDArray[np.uint64]  # [n]
+    columns: Mapping[str, Column]
+    extra_checksums: NDArray[np.uint64] | None = None
+    lineage: Lineage | None = None  # None where the entries are born here
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def arrays(self) -> dict[str, Column]:
+        """Return all arrays by their stored names, ``values`` first."""
+        arrays: dict[str, Column] = {
+            VALUES: self.columns[VALUES],
+            "offsets": self.offsets,
+            "keys": self.keys,
+            "checksums": self.checksums,
+        }
+        if self.lineage is not None:
+            arrays |= self.lineage.arrays()
+        if self.extra_checksums is not None:
+            arrays["extra_checksums"] = self.extra_checksums
+        return arrays | {name: column for name, column in self.columns.items() if name != VALUES}
+
+
+def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return ``[n + 1]`` offsets from ``[n]`` lengths."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:
+    """Refuse offsets that do not cut ``tokens`` rows into ``entries`` entries of one row or more.
+
+    Raises:
+        FormatError: naming ``where``.
+    """
+    good = (
+        len(offsets) == entries + 1 and offsets[0] == 0 and offsets[-1] == tokens and bool((np.diff(offsets) > 0).all())
+    )
+    if not good:
+        raise FormatError(f"{where}: its offsets do not cut {tokens} rows into {entries} entries")
+
+
+def row_indices(starts: NDArray[np.int64], lengths: NDArray[np.int64], width: int | None) -> NDArray[np.int64]:
+    """Return the source row of every row of a batch; row 0 stands for padding.
+
+    Args:
+        starts: ``[n]`` first source row of each entry.
+        lengths: ``[n]`` rows of each entry.
+        width: None for packed rows, ``[sum(lengths)]``; else each entry is padded to ``width``, ``[n * width]``.
+    """
+    if width is None:
+        offsets = offsets_of(lengths)
+        return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    column = np.arange(width)
+    return np.where(column < lengths[:, None], starts[:, None] + column, 0).reshape(-1)

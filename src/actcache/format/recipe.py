@@ -1,0 +1,210 @@
+"""Recipes: what decides the numbers of a space (identity) and where they came from (provenance).
+
+The identity names the space: two runs share entries exactly when every field of it is equal. The provenance is recorded
+beside it and compared only by way of canary documents (``actcache.models.canary``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from actcache.errors import FormatError, RecipeError
+from actcache.format import codec, rounding
+from actcache.format.arguments import is_truth, is_whole
+
+#: What a document longer than ``max_length`` becomes.
+TOO_LONG = ("refuse", "truncate", "windows")
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+_LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text that equal values have: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def is_fingerprint(name: str) -> bool:
+    return _FINGERPRINT.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the entries of a space are made. Immutable and hashable by its identity.
+
+    Args:
+        model: model id or path. Part of the identity only where ``weights`` is not given.
+        layer: the entries are the output of this layer, 1-based.
+        hidden_size: columns of an entry.
+        dtype: how rows are stored, the name of a codec: ``float16``, ``float32`` or ``bfloat16``.
+        weights: digest of the lower half's weights (embeddings and layers 1..``layer``); None where it is not known.
+        config: the model's configuration values that change the lower half's numbers.
+        compute_dtype: what the lower half computes in.
+        tokenizer: digest of the tokenizer's canonical form.
+        special_tokens: whether the tokenizer adds its special tokens.
+        max_length: tokens that a document may have, special tokens included; None for no limit.
+        too_long: what a longer document becomes: ``refuse``, ``truncate`` or ``windows``.
+        via: the dtypes that rows were rounded to before they came to be stored as ``dtype``; none for rows that are
+            stored as they were computed. ``stored_again`` makes such recipes. Rows that are put are rounded likewise.
+        provenance: model id, revision, library versions, device, ...: recorded, not part of the identity.
+
+    Raises:
+        RecipeError: a field has a value that no recipe can have.
+    """
+
+    model: str
+    layer: int
+    hidden_size: int
+    dtype: str = "float16"
+    weights: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    compute_dtype: str = "float32"
+    tokenizer: str | None = None
+    special_tokens: bool = True
+    max_length: int | None = None
+    too_long: str = "refuse"
+    via: tuple[str, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        def check(good: bool, what: str) -> None:
+            if not good:
+                raise RecipeError(what)
+
+        check(isinstance(self.model, str) and bool(self.model), "model must be a model id or path")
+        for name, number in (("layer", self.layer), ("hidden_size", self.hidden_size), ("max_length", self.max_length)):
+            good = name == "max_length" if number is None else is_whole(number) and 1 <= number <= _LARGEST
+            check(good, f"{name} {number!r:.40} is no whole number from 1 to {_LARGEST}")
+        dtypes = ("dtype", self.dtype, codec.names()), ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        for name, dtype, known in dtypes:
+            good = isinstance(dtype, str) and dtype in known  # NumPy's dtypes equal their names, and are no JSON
+            check(good, f"{name} {dtype!r} is not one of {', '.join(known)}")
+        for name, value in (("weights", self.weights), ("tokenizer", self.tokenizer)):
+            good = value is None or (isinstance(value, str) and bool(value))
+            check(good, f"{name} is a digest or None, not {value!r}")
+        check(is_truth(self.special_tokens), f"special_tokens is True or False, not {self.special_tokens!r}")
+        check(
+            isinstance(self.provenance, Mapping)
+            and all(isinstance(text, str) for item in self.provenance.items() for text in item),
+            "provenance must map names to texts: make other values texts with str()",
+        )
+        check(self.too_long in TOO_LONG, f"too_long {self.too_long!r} is not one of {', '.join(TOO_LONG)}")
+        check(
+            isinstance(self.via, list | tuple)
+            and len(self.via) <= len(codec.names())  # each at most once
+            and all(name in codec.names() for name in self.via),
+            f"via holds names of dtypes ({', '.join(codec.names())}), not {self.via!r:.80}",
+        )
+        object.__setattr__(self, "via", tuple(self.via))
+        kept = rounding.traces((*self.via, self.dtype), self.compute_dtype)
+        check(
+            kept == self.via,
+            f"rows that were {', '.join(self.via)} and are stored as {self.dtype} have the lineage "
+            f"{', '.join(kept) or 'of rows that are stored at once'}: let recipe.stored_again(dtype) say it",
+        )
+        try:
+            config = json.loads(canonical_json(_plain(dict(self.config))))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RecipeError(f"config must hold JSON values only: {error}") from None
+        for name in ("layer", "hidden_size", "max_length"):
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(number))
+        object.__setattr__(self, "special_tokens", bool(self.special_tokens))
+        object.__setattr__(self, "config", config)  # the caller's own may change after this
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.fingerprint == other.fingerprint
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the numbers, as JSON values."""
+        return {
+            "weights": self.weights if self.weights is not None else {"model": self.model},
+            "config": dict(self.config),
+            "layer": self.layer,
+            "hidden_size": self.hidden_size,
+            "compute_dtype": self.compute_dtype,
+            "tokenizer": self.tokenizer,
+            "special_tokens": self.special_tokens,
+            "max_length": self.max_length,
+            "too_long": self.too_long,
+            "dtype": self.dtype,
+            **({"via": list(self.via)} if self.via else {}),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: the BLAKE2b digest of the identity. It is the name of the space."""
+        text = canonical_json(self.identity())
+        return hashlib.blake2b(text.encode(), digest_size=16, person=b"actcache/recipe").hexdigest()
+
+    @property
+    def stored_as(self) -> str:
+        """How rows are stored, for people: ``float32``, or ``float32 via float16`` where they were that before."""
+        return " via ".join([self.dtype, *reversed(self.via)])
+
+    def stored_again(self, dtype: str) -> Recipe:
+        """Return the recipe of this one's rows where they are stored again, as another dtype.
+
+        It is that of rows that were stored so at once only where the numbers are the same: float32 to float16 or
+        bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before.
+
+        Raises:
+            RecipeError: there is no such dtype.
+        """
+        return replace(self, dtype=dtype, via=rounding.traces((*self.via, self.dtype, dtype), self.compute_dtype))
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Return the identity fields in which this recipe and another differ, as ``field -> (this, other)``."""
+        mine, theirs = _flat(self.identity()), _flat(other.identity())
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in sorted(mine.keys() | theirs.keys())
+            if (name in mine, mine.get(name)) != (name in theirs, theirs.get(name))
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return identity and provenance as JSON values; ``from_json`` is the inverse."""
+        return {"identity": self.identity(), "provenance": {"model": self.model, **self.provenance}}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Recipe:
+        """Rebuild a recipe from ``to_json``.
+
+        Raises:
+            FormatError: the value is not what ``to_json`` returns.
+        """
+        try:
+            identity, provenance = dict(value["identity"]), dict(value["provenance"])
+            if not all(isinstance(item, str) for item in provenance.values()):
+                raise TypeError("a provenance value is no text")
+            if isinstance(identity["weights"], dict):
+                identity["weights"] = None
+            return cls(model=provenance["model"], provenance=provenance, **identity)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"not a recipe of this format version: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with NumPy's numbers and truth values in it as Python's."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) and value.dtype.kind in "biuf" else value
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    flat = {name: value for name, value in identity.items() if name != "config"}
+    return flat | {f"config.{name}": value for name, value in identity["config"].items()}

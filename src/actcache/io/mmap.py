@@ -1,0 +1,254 @@
+"""Mapped files: an arena of rows that lie in many files, addressable as one array, and what the kernel is told of them.
+
+Files are mapped side by side into one reserved range of addresses, each placed so that its first row falls on a whole
+row of the range. A batch that is spread over a thousand segments is then one native gather over one array, and no
+document costs any Python. Row 0 of the range is zeros; it stands for padding.
+
+Python's ``mmap`` cannot choose addresses, so the system call is made through ``ctypes``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import FormatError, StorageIOError
+
+_PAGE = mmap.PAGESIZE
+_MAP_FIXED = 0x10  # Linux and macOS
+_MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0x40
+_PROT_NONE = 0
+_FAILED = ctypes.c_void_p(-1).value
+_FIRST_RESERVATION = 64 << 30
+_LEAST_RESERVATION = 1 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+)
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+_NO_MEMORY = (
+    ": the process has too many mappings (compact the space) or too little address space (ulimit -v); "
+    "a store that is opened with mapped=False needs neither"
+)
+if hasattr(_libc, "mremap"):
+    _libc.mremap.restype = ctypes.c_void_p
+    _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_MREMAP_MAYMOVE_FIXED = 3
+
+
+# Linux 5.10 and later, the same number on every architecture; the C libraries have no name for it.
+_PROCESS_MADVISE = 440
+_MOST_RANGES = 1024  # of one call
+_LOOKS = 64  # pages that are looked at before a batch is asked for
+
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.syscall.restype = ctypes.c_long
+if hasattr(_libc, "mincore"):
+    _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+_in_one_call = hasattr(os, "pidfd_open") and hasattr(_libc, "syscall")
+
+
+def will_need(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
+    """Ask for ranges of whole pages, ``[n]`` each; returns at once.
+
+    For many of them a system call each costs more than reading warm rows.
+    """
+    global _in_one_call
+    if _in_one_call:
+        ranges = np.ascontiguousarray(np.stack([addresses, nbytes], axis=1), np.uint64)
+        me = os.pidfd_open(os.getpid())
+        try:
+            for start in range(0, len(ranges), _MOST_RANGES):
+                some = ranges[start : start + _MOST_RANGES]
+                arguments = ctypes.c_int(me), ctypes.c_void_p(some.ctypes.data), ctypes.c_size_t(len(some))
+                if _libc.syscall(ctypes.c_long(_PROCESS_MADVISE), *arguments, mmap.MADV_WILLNEED, 0) < 0:
+                    _in_one_call = False  # an older kernel, or one that asks for a privilege
+                    break
+        finally:
+            os.close(me)
+    if not _in_one_call:
+        for address, length in zip(addresses.tolist(), nbytes.tolist(), strict=True):
+            _libc.madvise(address, length, mmap.MADV_WILLNEED)
+
+
+def tells(path: Path) -> bool:
+    """Return whether the kernel tells this process which pages of a file are in memory.
+
+    Of a file that is neither its own nor one that it may write, Linux says that all of them are (mincore(2)).
+    """
+    if not hasattr(_libc, "mincore"):
+        return False
+    effective = os.access in os.supports_effective_ids
+    return os.stat(path).st_uid == os.geteuid() or os.access(path, os.W_OK, effective_ids=effective)
+
+
+def in_memory(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
+    """Return whether ranges of whole pages seem to be in memory: some pages, evenly spread over them, all are.
+
+    Asking for what is there costs the kernel a walk over every range: for a thousand of them three times what a look
+    costs. Where one page in twenty is not there, this is wrong once in twenty-seven times (0.95 to the power of 64),
+    and the read then waits for those.
+    """
+    ends = np.cumsum(nbytes // _PAGE)
+    pages = np.linspace(0, int(ends[-1]) - 1, min(_LOOKS, int(ends[-1])), dtype=np.int64)
+    which = np.searchsorted(ends, pages, side="right")
+    places = addresses[which] + nbytes[which] - (ends[which] - pages) * _PAGE
+    state = ctypes.create_string_buffer(1)
+    return all(_libc.mincore(place, _PAGE, state) == 0 and state.raw[0] & 1 for place in places.tolist())
+
+
+def _mmap(address: int | None, length: int, protection: int, flags: int, descriptor: int = -1, offset: int = 0) -> int:
+    result = _libc.mmap(address, length, protection, flags, descriptor, offset)
+    if result == _FAILED or result is None:
+        code = ctypes.get_errno()
+        hint = _NO_MEMORY if code == errno.ENOMEM else ""
+        raise StorageIOError(f"cannot map {length} bytes: {os.strerror(code)}{hint}")
+    return int(result)
+
+
+def _check_size(path: Path, size: int, needed: int) -> None:
+    if size < needed:
+        raise FormatError(f"{path} is truncated: it has {size} bytes and should have {needed} or more")
+
+
+class _Range:
+    """A reserved range of addresses; given back when nothing refers to it any more."""
+
+    def __init__(self, length: int) -> None:
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.length = length
+        self.address = _mmap(None, length, _PROT_NONE, anonymous | _MAP_NORESERVE)
+        self.buffer = (ctypes.c_char * length).from_address(self.address)
+        # Arrays made over the buffer keep it alive, and the buffer keeps the mapping.
+        # Not at the interpreter's exit: threads that still read would crash it.
+        weakref.finalize(self.buffer, _libc.munmap, self.address, length).atexit = False
+
+
+class Arena:
+    """The rows of one array of every segment of a space, ``[N, *trailing]``.
+
+    Thread-safe. An array that ``rows`` returned stays valid, with all that was placed before, while it is referred to.
+
+    Args:
+        dtype, trailing: of a row.
+    """
+
+    def __init__(self, dtype: str, trailing: tuple[int, ...], reserve: int = _FIRST_RESERVATION) -> None:
+        self._dtype = np.dtype(dtype)
+        self._trailing = trailing
+        self.row_bytes = self._dtype.itemsize * int(np.prod(trailing))
+        self._lock = threading.Lock()
+        self._placed: list[tuple[Path, int, int, int]] = []  # path, file offset, rows, first row in the range
+        self._told = True  # of all files that are placed: whether the kernel tells what is in memory
+        self._end = 0
+        while True:
+            try:
+                self._grow(reserve)
+                break
+            except StorageIOError:
+                if reserve <= _LEAST_RESERVATION:
+                    raise
+                reserve //= 8  # the address space is limited
+
+    def _grow(self, length: int) -> None:
+        """Move to a longer range. Old arrays keep the old one alive; the new one shows only when all is mapped."""
+        grown = _Range(length)
+        zeros = -(-self.row_bytes // _PAGE) * _PAGE
+        _mmap(grown.address, zeros, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED)
+        for path, offset, rows, first in self._placed:
+            if hasattr(_libc, "mremap"):
+                self._map_again(grown, offset, rows, first)
+            else:
+                self._map(grown, path, offset, rows, first)
+        usable = length // self.row_bytes
+        rows_of_range = np.frombuffer(memoryview(grown.buffer).cast("B"), np.uint8, usable * self.row_bytes).view(
+            self._dtype
+        )
+        rows_of_range = rows_of_range.reshape(usable, *self._trailing)
+        rows_of_range.flags.writeable = False
+        self._end = max(self._end, zeros)
+        self._range = grown
+        self._rows: NDArray[np.generic] = rows_of_range
+
+    def rows(self) -> NDArray[np.generic]:
+        """Return the whole range as one array. Only row 0 and rows that were placed may be touched."""
+        return self._rows
+
+    def place(self, path: Path, offset: int, rows: int) -> int:
+        """Map the ``rows`` rows at ``offset`` of a file and return the number of their first row.
+
+        Raises:
+            FormatError: the file is shorter than that.
+            FileNotFoundError: there is none.
+        """
+        _check_size(path, os.path.getsize(path), offset + rows * self.row_bytes)  # before a range is made for it
+        with self._lock:
+            base = -(-self._end // _PAGE) * _PAGE  # where the page that holds the file's first row will go
+            shift = offset % _PAGE
+            for _ in range(self.row_bytes):
+                if (base + shift) % self.row_bytes == 0:
+                    break
+                base += _PAGE
+            else:
+                raise FormatError(f"{path}: rows of {self.row_bytes} bytes at offset {offset} cannot be aligned")
+            first = (base + shift) // self.row_bytes
+            end = base + shift + rows * self.row_bytes
+            if end > self._range.length:
+                self._grow(max(2 * self._range.length, 2 * end))
+            self._map(self._range, path, offset, rows, first)
+            self._end = end
+            self._placed.append((path, offset, rows, first))
+            self._told = self._told and tells(path)
+            return first
+
+    def _map(self, target: _Range, path: Path, offset: int, rows: int, first: int) -> None:
+        nbytes = rows * self.row_bytes
+        shift = offset % _PAGE
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Beyond the end of the file a mapping kills the process with SIGBUS.
+            _check_size(path, os.fstat(descriptor).st_size, offset + nbytes)
+            address = target.address + first * self.row_bytes - shift
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            _mmap(address, nbytes + shift, mmap.PROT_READ, flags, descriptor, offset - shift)
+        finally:
+            os.close(descriptor)
+
+    def _map_again(self, target: _Range, offset: int, rows: int, first: int) -> None:
+        """Give the mapping of placed rows a second place. The file may have lost its name since."""
+        shift = offset % _PAGE
+        begin = first * self.row_bytes - shift
+        old, new = self._range.address + begin, target.address + begin
+        # An old size of zero leaves the old mapping, which arrays in use refer to, where it is.
+        if _libc.mremap(old, 0, rows * self.row_bytes + shift, _MREMAP_MAYMOVE_FIXED, new) != new:
+            code = ctypes.get_errno()
+            hint = _NO_MEMORY if code == errno.ENOMEM else ""
+            raise StorageIOError(f"cannot move a mapping of {rows} rows: {os.strerror(code)}{hint}")
+
+    def will_need(self, firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Ask the kernel to load runs of placed rows, ``counts[i]`` from ``firsts[i]`` on; returns at once.
+
+        Where they seem to be in memory, it is not asked.
+        """
+        begins = firsts * self.row_bytes // _PAGE * _PAGE
+        ends = -(-(firsts + counts) * self.row_bytes // _PAGE) * _PAGE
+        ranges = self._range.address + begins, ends - begins
+        if not (self._told and in_memory(*ranges)):
+            will_need(*ranges)

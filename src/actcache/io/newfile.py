@@ -1,0 +1,66 @@
+"""A file of the user's own, beside any store: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from actcache.errors import UsageError
+from actcache.io.files import Disk, claim, translated
+
+
+def check_new(path: Path) -> None:
+    """Refuse a path where something stands, before much work is done for it.
+
+    Raises:
+        UsageError: saying so.
+    """
+    if os.path.lexists(path):
+        raise UsageError(f"{path} stands already; remove it, or write another file")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; what is written there gets its name at the end, durably.
+
+    Raises:
+        UsageError: something has that name by then; it is left as it is.
+        OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written; nothing became visible.
+    """
+    temporary = _temporary(path)
+    with translated(f"cannot write {path}"):
+        try:
+            yield temporary
+            disk = Disk()
+            disk.sync_file(temporary)
+            claim(disk, temporary, path)  # never over another's
+            disk.sync_folder(path.parent)
+        except FileExistsError:
+            raise UsageError(f"{path} was made meanwhile; write another file") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """The same for a file that takes the place of what has its name.
+
+    Raises:
+        OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written; what stood there still does.
+    """
+    temporary = _temporary(path)
+    with translated(f"cannot write {path}"):
+        try:
+            yield temporary
+            disk = Disk()
+            disk.sync_file(temporary)
+            disk.rename(temporary, path)
+            disk.sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

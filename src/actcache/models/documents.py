@@ -1,0 +1,158 @@
+"""Which entries of a space belong to a document: itself, or its windows."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import DocumentError, MissingEntryError, UsageError
+from actcache.format.keys import Document, Keys, Windows, document_key
+
+T = TypeVar("T")
+
+
+class Container(Protocol):
+    """What is asked of a space."""
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]: ...
+
+
+def check_texts(texts: object) -> None:
+    """Refuse what can be iterated over but is not documents, and what cannot be.
+
+    Raises:
+        UsageError: it is one text, whose characters would be taken for documents; a mapping or a table, whose names
+            would be; a set, which has no order; a file, whose lines end in line feeds; a path; a loader's batches, each
+            of which would be taken for words.
+    """
+    name = type(texts).__name__
+    if isinstance(texts, str | bytes):
+        raise UsageError("give a list or an iterable of documents, not one text")
+    if isinstance(texts, os.PathLike):
+        raise UsageError(f"{texts} is a path, not documents: read the file, or fill from it with cachectl fill")
+    if isinstance(texts, Mapping):
+        raise UsageError(f"give a list of documents, not a {name}: one of its values, such as {_one_of(list(texts))}")
+    if (columns := _columns(texts)) is not None:
+        raise UsageError(f"this {name} is a table, not documents: give one of its columns, such as {_one_of(columns)}")
+    if isinstance(texts, Set) and not isinstance(texts, KeysView):
+        raise UsageError(f"this {name} has no order, by which documents are told apart: give a list")
+    if isinstance(texts, io.IOBase) or hasattr(texts, "readline"):
+        raise UsageError(
+            "an open file is no list of documents, for its lines have their ends: give [line.rstrip('\\n') for line in "
+            "file], or fill from the file with cachectl fill"
+        )
+    if hasattr(texts, "collate_fn"):
+        raise UsageError(f"this {name} gives batches, not documents: give the texts themselves")
+    if isinstance(texts, np.ndarray) and texts.ndim > 1 and texts.dtype.kind not in "iu":
+        raise UsageError("give a list or one-dimensional array of texts: one column of this array, such as texts[:, 0]")
+    iterable = isinstance(texts, Iterable) or hasattr(texts, "__getitem__")
+    if not iterable or getattr(texts, "ndim", 1) == 0:
+        called = ": call it" if callable(texts) else ""
+        raise UsageError(f"give a list or an iterable of documents, not a {name}{called}")
+
+
+def _columns(texts: object) -> list[object] | None:
+    """Return the names of a table's columns (of pandas, Polars, Arrow, datasets, ...); None where it is no table."""
+    structured = getattr(getattr(texts, "dtype", None), "names", None)
+    for names in (structured, getattr(texts, "column_names", None), getattr(texts, "columns", None)):
+        if names is not None and not callable(names):
+            return [*names]
+    return None
+
+
+def _one_of(names: list[object]) -> str:
+    example = "text" if "text" in names or not names else names[0]
+    there = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+    return f"texts[{example!r}] (there are {there or 'none'})"
+
+
+def streamed(texts: Iterable[T]) -> Iterator[T]:
+    """Return an iterator over documents, of which the first has been taken already.
+
+    Raises:
+        UsageError: see ``check_texts``; or it is an iterator that gives nothing. An empty list is fine.
+    """
+    check_texts(texts)
+    documents = iter(texts)
+    first = list(itertools.islice(documents, 1))
+    if not first and isinstance(texts, Iterator):
+        raise UsageError(
+            f"the {type(texts).__name__} gave no documents: it was used up before (it can be gone through only once), "
+            "or never had any. Give a list, or make it anew each time"
+        )
+    return itertools.chain(first, documents)
+
+
+def listed(texts: Iterable[T]) -> list[T]:
+    """Return documents as a list.
+
+    Raises:
+        UsageError: see ``streamed``.
+    """
+    return list(streamed(texts))
+
+
+def document_keys(documents: Sequence[Document], first: int = 0) -> list[bytes]:
+    """Return the documents' keys.
+
+    Raises:
+        DocumentError: a document has none; it names its position, counted from ``first``.
+    """
+    keys = []
+    for position, document in enumerate(documents, first):
+        try:
+            keys.append(document_key(document))
+        except DocumentError as error:
+            raise DocumentError(f"position {position} of the texts: {error}") from None
+    return keys
+
+
+def entry_keys(document: bytes, count: int, spec: Windows | None) -> list[bytes]:
+    """Return the keys of a document's ``count`` entries."""
+    return [document] if spec is None else spec.keys(document, count)
+
+
+def find_entries(space: Container, documents: list[bytes], spec: Windows | None) -> list[list[bytes]]:
+    """Return the keys of each document's entries, in order; none where the document is not wholly in the space."""
+    if spec is None:
+        there = space.contains(documents).tolist()
+        return [[key] if is_there else [] for key, is_there in zip(documents, there, strict=True)]
+    found: list[list[bytes]] = [[] for _ in documents]
+    unfinished = list(range(len(documents)))
+    for number in itertools.count():  # one look-up a round: window 0 of all, window 1 of those that go on, ...
+        if not unfinished:
+            break
+        probes = [[spec.key(documents[i], number, last=last) for last in (True, False)] for i in unfinished]
+        there = space.contains([key for pair in probes for key in pair]).reshape(-1, 2).tolist()
+        going_on = []
+        for i, (last, further), (is_last, goes_on) in zip(unfinished, probes, there, strict=True):
+            if is_last:
+                found[i].append(last)
+            elif goes_on:
+                found[i].append(further)
+                going_on.append(i)
+            else:
+                found[i] = []
+        unfinished = going_on
+    return found
+
+
+def check_found(documents: list[bytes], found: list[list[bytes]]) -> None:
+    """Refuse documents without entries.
+
+    Raises:
+        MissingEntryError: holding their keys.
+    """
+    missing = [key for key, entries in zip(documents, found, strict=True) if not entries]
+    if missing:
+        raise MissingEntryError(
+            f"{len(missing)} of {len(documents)} documents are not in the space, the first at position "
+            f"{documents.index(missing[0])}: fill them first, or have a reader skip them (on_missing='skip')",
+            missing,
+        )

@@ -1,0 +1,208 @@
+"""One of the processes that fill: its messages, its signals, and what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from actcache.errors import ActcacheError, StorageIOError, StoreError, WorkerError
+from actcache.models.budget import Account
+from actcache.models.filling import FillReport, Part
+from actcache.models.recyclers import Recyclers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all the processes do."""
+
+    store: str | Path  # that means the same from everywhere
+    model: str
+    layers: tuple[int, ...]
+    token_budget: int
+    max_bytes: int | None
+    options: dict[str, Any] = field(default_factory=dict)  # of ``Recyclers``
+
+
+# --- what a process says; only ``More`` is answered, by a ``Part`` or None --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded, and these spaces are there."""
+
+    fingerprints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class More:
+    """It wants a part."""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many documents are stored, of which so many, with so many tokens, were computed just now."""
+
+    documents: int
+    computed: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """All is stored, and everything is closed."""
+
+    report: FillReport
+
+
+@dataclass(frozen=True)
+class Failed:
+    """It ends with an error."""
+
+    kind: type[ActcacheError]
+    message: str
+    lost: int = 0  # see ``StoreError``
+
+    def error(self) -> ActcacheError:
+        error = self.kind(self.message)
+        if isinstance(error, StoreError):
+            error.lost = self.lost
+        return error
+
+
+STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
+
+#: SIGTERM is what the first process sends. A batch system sends it to all, a terminal that is closed SIGHUP.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_GONE = (BrokenPipeError, ConnectionResetError, EOFError)  # the first process
+
+
+class _Stopped(BaseException):
+    """The first process wants this one to end, or is gone; or whoever ended all."""
+
+
+class _Stop:
+    """Ends what the process does when it gets a signal, once: what follows is storing what was computed.
+
+    Attributes:
+        number: of the signal; 0 where none has come.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.ignore()
+        self.number = number
+        raise _Stopped
+
+    def heed(self) -> None:
+        """Have signals end the process, but SIGHUP where the first process has it ignored (``nohup``)."""
+        for number in _ENDING:
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self)
+
+    def ignore(self) -> None:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
+
+    def check(self) -> None:
+        """End it where the signal came in the middle of something that lets no exception through."""
+        if self.number:
+            raise _Stopped
+
+
+def main(channel: Connection, job: Job, device: str, number: int, threads: int, shared: tuple[Any, Any] | None) -> None:
+    """Fill the parts that the first process sends. The process's own main function.
+
+    Args:
+        number: of this process, from 0.
+        threads: that it may compute with.
+        shared: numbers and lock of an ``Account``.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process decides what it means
+    stop = _Stop()
+    with contextlib.suppress(_Stopped, *_GONE):  # what was computed is stored, and nobody listens
+        try:
+            stop.heed()
+            threading.Thread(target=_follow, daemon=True).start()
+            channel.send(_result(channel, job, device, number, threads, shared, stop))
+        finally:
+            stop.ignore()
+    if stop.number:
+        sys.exit(128 + stop.number)
+
+
+def _result(
+    channel: Connection,
+    job: Job,
+    device: str,
+    number: int,
+    threads: int,
+    shared: tuple[Any, Any] | None,
+    stop: _Stop,
+) -> Done | Failed:
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    def advance(*counts: int) -> None:
+        stop.check()
+        channel.send(Advanced(*counts))
+
+    try:
+        account = None if shared is None else Account(*shared)
+        with Recyclers.from_pretrained(
+            job.model, layers=job.layers, store=job.store, device=device, **job.options
+        ) as recyclers:
+            channel.send(Ready(tuple(recycler.recipe.fingerprint for recycler in recyclers.values())))
+            report = recyclers.fill_parts(
+                _parts(channel),
+                advance=advance,
+                token_budget=job.token_budget,
+                max_bytes=job.max_bytes,
+                account=account,
+                number=number,
+            )
+        return Done(report)
+    except _GONE:
+        raise
+    except ActcacheError as error:
+        return Failed(type(error), str(error), error.lost if isinstance(error, StoreError) else 0)
+    except OSError as error:
+        return Failed(StorageIOError, str(error))
+    except Exception as error:  # of torch, mostly; it is raised where the fill was called
+        return Failed(WorkerError, f"the process for {device} failed: {type(error).__name__}: {error}")
+
+
+def _parts(channel: Connection) -> Iterator[Part]:
+    while True:
+        channel.send(More())
+        part = channel.recv()
+        if part is None:
+            return
+        yield part
+
+
+def _follow() -> None:
+    """End with the first process, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os._exit(1)

@@ -1,0 +1,156 @@
+"""Several layers of one model, recorded in one pass: to learn which layer suits a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.errors import UsageError
+from actcache.format.arguments import whole_numbers
+from actcache.format.keys import Document
+from actcache.models.budget import Account, ByteBudget
+from actcache.models.documents import check_texts
+from actcache.models.filling import TOKEN_BUDGET, Advance, Filler, FillReport, Part
+from actcache.models.recycler import Recycler, load_pretrained
+from actcache.store.store import Store, open_store
+
+
+class Recyclers(Mapping[int, Recycler]):
+    """The recyclers of one model by layer; each layer is a space of its own. Not thread-safe.
+
+    A space that was filled this way is the one that a ``Recycler`` of that layer finds, and the other way round.
+
+    Args:
+        model, tokenizer: as of ``Recycler``.
+        layers: 1-based, in any order; a list, range or array.
+        store: a ``Store``, or a URL or path of one, which this then opens and closes.
+        options: the other arguments of ``Recycler``.
+
+    Raises:
+        UsageError: there are no layers, or one twice; else as ``Recycler``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layers: Sequence[int],
+        store: Store | str | Path,
+        **options: Any,
+    ) -> None:
+        layers = checked_layers(layers)
+        self._store = store if isinstance(store, Store) else open_store(store)
+        self._owns_store = self._store is not store
+        self._recyclers: dict[int, Recycler] = {}
+        try:
+            for layer in layers:
+                self._recyclers[layer] = Recycler(model, tokenizer, layer=layer, store=self._store, **options)
+        except BaseException:
+            self.close()
+            raise
+        self._filler = Filler.together([recycler._filler for recycler in self._recyclers.values()])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        layers: Sequence[int],
+        store: Store | str | Path,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Recyclers:
+        """Load base model and tokenizer, and return their recyclers; see ``Recycler.from_pretrained``."""
+        layers = checked_layers(layers)
+        model, tokenizer = load_pretrained(name_or_path, layers, device, revision)
+        return cls(model, tokenizer, layers=layers, store=store, **options)
+
+    def fill(
+        self,
+        texts: Iterable[Document],
+        *,
+        token_budget: int = TOKEN_BUDGET,
+        progress: bool = True,
+        max_bytes: int | str | None = None,
+    ) -> FillReport:
+        """Compute each document once, as far as the deepest layer that lacks it, and store it at each layer that does.
+
+        Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked, and ``max_bytes`` is for all
+        layers together.
+        """
+        check_texts(texts)
+        self._store.check_writable()
+        self._filler.check()
+        budget = None if max_bytes is None else self._budget(max_bytes)
+        return self._filler.fill(texts, token_budget, progress, budget)
+
+    def fill_parts(
+        self,
+        parts: Iterable[Part],
+        *,
+        advance: Advance,
+        token_budget: int = TOKEN_BUDGET,
+        max_bytes: int | str | None = None,
+        account: Account | None = None,
+        number: int = 0,
+    ) -> FillReport:
+        """Do this process's part of a fill by several; see ``actcache.models.parallel``.
+
+        Args:
+            parts, advance: see ``Filler.fill_parts``.
+            account, number: what all of them write under ``max_bytes``, and which of them this is.
+        """
+        self._store.check_writable()
+        self._filler.check()
+        budget = None if max_bytes is None else self._budget(max_bytes, account, number)
+        return self._filler.fill_parts(parts, token_budget, advance, budget)
+
+    def _budget(self, max_bytes: int | str, account: Account | None = None, number: int = 0) -> ByteBudget:
+        spaces = [recycler.space for recycler in self._recyclers.values()]
+        return ByteBudget.of(max_bytes, self._store, spaces, account, number)
+
+    def close(self) -> None:
+        """Close all spaces, and the store where this opened it. Does nothing the second time."""
+        with ExitStack() as stack:  # all of them, also where one fails
+            if self._owns_store:
+                stack.callback(self._store.close)
+            for recycler in self._recyclers.values():
+                stack.callback(recycler.close)
+
+    def __getitem__(self, layer: int) -> Recycler:
+        return self._recyclers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._recyclers)
+
+    def __len__(self) -> int:
+        return len(self._recyclers)
+
+    def __enter__(self) -> Recyclers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Recyclers of layers {', '.join(map(str, self))}>"
+
+
+def checked_layers(layers: Sequence[int]) -> list[int]:
+    """Return layers as Python's own numbers; refuse what cannot be recorded in one pass, whatever the model.
+
+    Raises:
+        UsageError: there are none, or one twice, or one is no whole number.
+    """
+    numbers: list[int] = whole_numbers("layers", layers).tolist()
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")
+    return numbers

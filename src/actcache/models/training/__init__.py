@@ -1,0 +1,1 @@
+"""Training upper layers from stored rows: regimes, adapters, pooling, sweeps over layers."""

@@ -1,0 +1,229 @@
+"""The four ways to train that the paper compares, behind one interface: a model, and batches of its inputs.
+
+No recycling (NR) trains the whole model; frozen (F) computes the lower half anew in every epoch but does not train it;
+save-and-recycle (SR) computes and stores it in the first epoch; recycling (R) finds it stored. With the same options
+all four go through the same documents in the same order, and F, SR and R see the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedModel
+
+from actcache.errors import UsageError
+from actcache.format.arguments import whole
+from actcache.models.answers import with_the_heads_names
+from actcache.models.families import Family, base_model_of
+from actcache.models.tokenizing import Encoded
+from actcache.reader.checks import ranks_of
+from actcache.reader.labels import labels_of
+from actcache.reader.order import Order
+from actcache.reader.reader import Reader
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Regime(enum.StrEnum):
+    """How much of the lower half's work is done again."""
+
+    NO_RECYCLING = "NR"
+    FROZEN = "F"
+    SAVE_AND_RECYCLE = "SR"
+    RECYCLE = "R"
+
+    @classmethod
+    def named(cls, name: str) -> Regime:
+        """Return a regime by its letters.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise UsageError(f"there is no regime {name!r}; there are {', '.join(cls)}") from None
+
+
+class Dataset(Protocol):
+    """What a ``DataLoader`` or the ``Trainer`` takes, with its own ``collate_fn`` or ``data_collator``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Any: ...
+
+    def collate(self, items: list[Any]) -> Inputs:
+        """Return the model's inputs."""
+
+
+class Batches(Protocol):
+    """Epochs of batches: each iteration is one, and the next has the next order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Inputs]: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+
+    def dataset(self) -> Dataset:
+        """Return the same documents as a map-style data set."""
+
+
+class Prepared(NamedTuple):
+    """A model and what it is trained on: ``for batch in batches: model(**batch).loss``."""
+
+    model: PreTrainedModel
+    batches: Batches
+
+
+def with_frozen_lower_half(task_model: PreTrainedModel, family: Family, layer: int) -> PreTrainedModel:
+    """Return a copy of a task model whose lower half has no gradients and, as when it is recorded, no dropout."""
+    model = copy.deepcopy(task_model)
+    for part in family.lower_of(base_model_of(model), layer).values():
+        part.requires_grad_(False)
+        part.register_forward_pre_hook(_stay_evaluating)
+    return model
+
+
+def _stay_evaluating(module: nn.Module, args: Any) -> None:
+    if module.training:  # model.train() has been there
+        module.eval()
+
+
+class TokenItem(Mapping[str, Any]):
+    """One document of a ``TokenDataset``: its token ids (``input_ids``) and their mask, unpadded, as plain lists."""
+
+    def __init__(self, position: int, token_ids: NDArray[np.integer]) -> None:
+        self.position, self.token_ids = position, token_ids
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in ("input_ids", "attention_mask"):
+            raise KeyError(name)
+        return self.token_ids.tolist() if name == "input_ids" else [1] * len(self.token_ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("input_ids", "attention_mask"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class TokenDataset(TorchDataset[TokenItem]):
+    """Token ids of documents, for a full model. ``collate`` looks up what belongs to its items. Immutable.
+
+    Args:
+        encoded: the documents' entries.
+        labels: as a reader takes them, one an entry, or None.
+        padding: the token id that fills up a batch, on the right.
+        task_class: of the model, which names the labels.
+
+    Raises:
+        ShapeError: the labels do not fit.
+    """
+
+    def __init__(
+        self, encoded: Sequence[Encoded], labels: Any, padding: int, task_class: type[PreTrainedModel]
+    ) -> None:
+        self._encoded, self._padding, self._task_class = list(encoded), padding, task_class
+        self.lengths: NDArray[np.int64] = np.array([len(entry.token_ids) for entry in self._encoded], np.int64)
+        self._labels = None if labels is None else labels_of(labels, self.lengths)
+        self._typed = any(entry.type_ids.any() for entry in self._encoded)
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, position: int) -> TokenItem:
+        position = range(len(self))[operator.index(position)]
+        return TokenItem(position, self._encoded[position].token_ids)
+
+    def collate(self, items: Sequence[TokenItem]) -> Inputs:
+        """Return a full model's inputs: ``input_ids``, ``attention_mask``, ... [batch, tokens], and labels."""
+        return self.inputs([item.position for item in items])
+
+    def inputs(self, positions: Sequence[int]) -> Inputs:
+        """Return a full model's inputs for the documents at some positions."""
+        which = np.asarray(positions, np.int64)
+        entries, lengths = [self._encoded[i] for i in which], self.lengths[which]
+        width = int(lengths.max())
+        inputs = {
+            "input_ids": _padded([entry.token_ids for entry in entries], self._padding),
+            "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
+        }
+        if self._typed:
+            inputs["token_type_ids"] = _padded([entry.type_ids for entry in entries], 0)
+        if self._labels is not None:
+            inputs["labels"] = torch.from_numpy(self._labels.of_batch(which, lengths, width))
+        return with_the_heads_names(inputs, self._task_class)
+
+
+class TextBatches:
+    """Batches for a full model, in the order of a reader's. Not thread-safe."""
+
+    def __init__(self, documents: TokenDataset, order: Order, device: Any) -> None:
+        self._documents, self._order, self._device = documents, order, device
+        self._lengths = documents.lengths
+        self._rank, self._world = ranks_of(None, repr(order))
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = whole("epoch", epoch, 0)
+
+    def __len__(self) -> int:
+        return len(self._plan())
+
+    def __iter__(self) -> Iterator[Inputs]:
+        plan = self._plan()
+        self._epoch += 1
+        return self._batches(plan)
+
+    def dataset(self) -> TokenDataset:
+        return self._documents
+
+    def _plan(self) -> list[NDArray[np.int64]]:
+        plan = self._order.plan(self._lengths, self._epoch)
+        return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
+
+    def _batches(self, plan: list[NDArray[np.int64]]) -> Iterator[Inputs]:
+        for which in plan:
+            inputs = self._documents.inputs(which.tolist())
+            yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
+
+
+class StoredBatches:
+    """Batches for a reduced model, from a reader.
+
+    Args:
+        task_class: of the model that was reduced, which names the labels.
+    """
+
+    def __init__(self, reader: Reader, task_class: type[PreTrainedModel]) -> None:
+        self.reader, self._task_class = reader, task_class
+
+    def set_epoch(self, epoch: int) -> None:
+        self.reader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return (with_the_heads_names(batch.model_inputs(), self._task_class) for batch in self.reader)
+
+    def dataset(self) -> Dataset:
+        return self.reader.dataset()
+
+
+def _padded(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:
+    out = np.full((len(arrays), max(len(array) for array in arrays)), value, np.int64)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(out)

@@ -1,0 +1,1 @@
+"""Entries nearer than their store: in memory, or on a local disk."""

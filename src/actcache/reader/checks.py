@@ -1,0 +1,73 @@
+"""What a reader is given, checked; and which rank it is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import MissingEntryError, UsageError
+from actcache.format.arguments import whole
+from actcache.format.keys import key_list
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
+
+
+def nbytes_of(name: str, value: int | str) -> int:
+    """Return a number of bytes, given as such or as ``"8GiB"``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None or match[2].lower() not in _UNITS:
+            raise UsageError(f"{name} is a number of bytes or a size like '8GiB', not {value!r:.80}")
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    return whole(name, value, 0)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of some words."""
+    if value not in choices:
+        raise UsageError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r:.80}")
+
+
+def check_present(keys: NDArray[np.uint8], found: NDArray[np.bool_]) -> None:
+    """Refuse keys that are absent."""
+    if not found.all():
+        missing = key_list(keys[~found])
+        raise MissingEntryError(
+            f"{len(missing)} of {len(keys)} documents are not in the space, the first at position "
+            f"{int(np.argmin(found))}: fill them first, or pass on_missing='skip'",
+            missing,
+        )
+
+
+def ranks_of(given: tuple[int, int] | None, digest: str) -> tuple[int, int]:
+    """Return this process's rank and how many there are.
+
+    Raises:
+        UsageError: they are no ranks, or the ranks of ``torch.distributed`` read in different orders.
+    """
+    if given is not None:
+        rank, world = given
+        world, rank = whole("the number of ranks", world, 1), whole("rank", rank, 0)
+        if rank >= world:
+            raise UsageError(f"rank {rank} is not below the number of ranks, {world}")
+        return rank, world
+    torch = sys.modules.get("torch")
+    distributed = getattr(torch, "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return 0, 1
+    world = distributed.get_world_size()
+    digests: list[Any] = [None] * world
+    distributed.all_gather_object(digests, digest)
+    if len(set(digests)) > 1:
+        raise UsageError("the ranks' readers have other documents, options, or views of the store; refresh the spaces")
+    return distributed.get_rank(), world

@@ -1,0 +1,146 @@
+"""From host buffers to the batch that the consumer gets: on the host, or on a CUDA device by a stream of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.entries.batch import Batch, PackedBatch
+from actcache.format import codec
+from actcache.format.ragged import offsets_of
+from actcache.reader.buffers import Slots
+from actcache.reader.fetch import HostBatch
+
+
+@dataclass(frozen=True)
+class Which:
+    """Which documents a batch has."""
+
+    keys: NDArray[np.uint8]  # [B, 32]
+    documents: NDArray[np.int64]  # [B]
+    labels: NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A batch that is on its way."""
+
+    batch: Batch | PackedBatch
+    ready: Any = None  # the event at which it will be there
+
+
+class Delivery(ABC):
+    """Makes batches of what was read. ``deliver`` is called by the thread that reads, ``arrive`` by the consumer's."""
+
+    packed: bool  # whether rows are read without padding
+    padded: bool  # whether they are delivered with it
+    slots: Slots  # host buffers to read into
+
+    def __init__(self) -> None:
+        self._copied = self._decoded = 0.0
+        self._counting = threading.Lock()  # several iterations deliver at a time
+
+    @abstractmethod
+    def deliver(self, read: HostBatch, which: Which) -> Delivered: ...
+
+    def arrive(self, delivered: Delivered) -> Batch | PackedBatch:
+        """Return a batch that the consumer may use from here on."""
+        return delivered.batch
+
+    def spent(self) -> tuple[float, float]:
+        """Return the seconds of copying and of decoding that have ended since this was asked last."""
+        with self._counting:
+            spent = self._copied, self._decoded
+            self._copied = self._decoded = 0.0
+        return spent
+
+    def _spend(self, copied: float, decoded: float) -> None:
+        with self._counting:
+            self._copied += copied
+            self._decoded += decoded
+
+
+class HostDelivery(Delivery):
+    """NumPy arrays, or torch tensors of the CPU over the same memory.
+
+    Args:
+        dtype: the recipe's.
+        torch: the torch module; None for NumPy arrays.
+        packed: the layout.
+        depth: batches that are read ahead.
+    """
+
+    def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:
+        super().__init__()
+        self.packed, self.padded = packed, not packed
+        self.slots = Slots(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
+        self._dtype = dtype
+        self._torch = torch
+
+    def deliver(self, read: HostBatch, which: Which) -> Delivered:
+        start = time.perf_counter()
+        batch = self._made(read, which)
+        self._spend(0.0, time.perf_counter() - start)
+        return Delivered(batch)
+
+    def _made(self, read: HostBatch, which: Which) -> Batch | PackedBatch:
+        ids = None if read.token_ids is None else read.token_ids.astype(np.int64)
+        values: Any = read.values if self._torch is not None else codec.get(self._dtype).decode(read.values)
+        common = {"lengths": read.lengths, "documents": which.documents, "labels": which.labels}
+        if self.packed:
+            offsets, longest = offsets_of(read.lengths).astype(np.int32), int(read.lengths.max(initial=0))
+            batch: Batch | PackedBatch = PackedBatch(values, offsets, longest, ids, key_array=which.keys, **common)
+        else:
+            mask = (np.arange(read.values.shape[1]) < read.lengths[:, None]).astype(np.int64)
+            batch = Batch(values, mask, ids, key_array=which.keys, **common)
+        return batch if self._torch is None else self._as_tensors(batch)
+
+    def _as_tensors(self, batch: Batch | PackedBatch) -> Batch | PackedBatch:
+        torch = self._torch
+        arrays = {
+            name: torch.from_numpy(np.ascontiguousarray(value))
+            for name, value in vars(batch).items()
+            if isinstance(value, np.ndarray) and name != "key_array"
+        }
+        if self._dtype == "bfloat16":
+            arrays["activations"] = arrays["activations"].view(torch.bfloat16)
+        return replace(batch, **arrays)
+
+
+class DeviceDelivery(Delivery):
+    """Tensors of another device, copied as one block each; for devices without streams of their own (mps, xpu)."""
+
+    def __init__(self, dtype: str, torch: Any, device: Any, *, packed: bool, depth: int) -> None:
+        super().__init__()
+        self._host = HostDelivery(dtype, torch, packed=packed, depth=depth)
+        self.packed, self.padded, self.slots = packed, not packed, self._host.slots
+        self._torch, self._device = torch, device
+
+    def deliver(self, read: HostBatch, which: Which) -> Delivered:
+        batch = self._host.deliver(read, which).batch
+        start = time.perf_counter()
+        moved = {n: v.to(self._device) for n, v in vars(batch).items() if isinstance(v, self._torch.Tensor)}
+        self._spend(time.perf_counter() - start, self._host.spent()[1])
+        return Delivered(replace(batch, **moved))
+
+
+def make(dtype: str, device: Any, *, packed: bool, depth: int) -> Delivery:
+    """Return the delivery to a device; None for NumPy arrays."""
+    if device is None:
+        return HostDelivery(dtype, None, packed=packed, depth=depth)
+    import torch  # only those who name a device need it
+
+    device = torch.device(device)
+    if device.type == "cpu":
+        return HostDelivery(dtype, torch, packed=packed, depth=depth)
+    if device.type == "cuda":
+        from actcache.reader.cuda import CudaDelivery
+
+        return CudaDelivery(dtype, device, packed=packed, depth=depth)
+    return DeviceDelivery(dtype, torch, device, packed=packed, depth=depth)

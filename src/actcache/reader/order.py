@@ -1,0 +1,144 @@
+"""The order of an epoch: pure functions of (seed, epoch, lengths), planned for all ranks and then dealt out.
+
+An epoch is a sequence of documents, cut into batches. A round is one batch for each rank. Rounds are cut one after the
+other, each by what is left alone, so that an epoch can be taken up again at any round, by another number of ranks too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.format.arguments import truth, whole
+
+_POOL_BATCHES = 64  # documents of like length are looked for among so many batches' worth: random, and little padding
+
+
+@dataclass(frozen=True)
+class Order:
+    """How documents follow each other.
+
+    Attributes:
+        batch_size: documents of a batch at most.
+        max_tokens: of a batch as it is padded, at most (a longer document is alone); None for no such limit.
+        shuffle: whether the order is random.
+        bucket: whether documents of like length share batches.
+        drop_last: whether a last round that is not full is left out.
+
+    Raises:
+        UsageError: a number or truth value is none.
+    """
+
+    batch_size: int
+    max_tokens: int | None = None
+    shuffle: bool = False
+    bucket: bool = False
+    seed: int = 0
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        # As Python's own: the digest of an order is made from how it prints.
+        plain: dict[str, object] = {
+            name: truth(name, getattr(self, name)) for name in ("shuffle", "bucket", "drop_last")
+        }
+        plain |= {"batch_size": whole("batch_size", self.batch_size, 1), "seed": whole("seed", self.seed, 0)}
+        if self.max_tokens is not None:
+            plain["max_tokens"] = whole("max_tokens", self.max_tokens, 1)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    def plan(self, lengths: NDArray[np.int64], epoch: int) -> Plan:
+        """Return the plan of an epoch over documents of these lengths in tokens."""
+        count = len(lengths)
+        rng = np.random.default_rng([self.seed, epoch])
+        sequence = rng.permutation(count) if self.shuffle else np.arange(count)
+        if not self.bucket:
+            return Plan(sequence, self._cut(lengths[sequence]), self)
+        # Sorted inside of pools (without shuffling, as a whole); then the batches of all pools change places.
+        pool = _POOL_BATCHES * self.batch_size if self.shuffle else max(count, 1)
+        pools = [part[np.argsort(lengths[part], kind="stable")] for part in _split(sequence, pool)]
+        batches = [part[begin:end] for part in pools for begin, end in _pairs(self._cut(lengths[part]))]
+        if self.shuffle and batches:
+            whole = [batch for batch in batches if self.max_tokens or len(batch) == self.batch_size]
+            rest = [batch for batch in batches if not (self.max_tokens or len(batch) == self.batch_size)]
+            batches = [whole[i] for i in rng.permutation(len(whole))] + rest
+        sequence = np.concatenate([np.empty(0, np.int64), *batches])
+        return Plan(sequence, np.cumsum([0, *map(len, batches)]), self)
+
+    def _cut(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where batches begin and end in a sequence of documents of these lengths, ``[batches + 1]``."""
+        count = len(lengths)
+        if self.max_tokens is None:
+            return np.unique(np.r_[np.arange(0, count, self.batch_size), count])
+        cuts, begin, longest = [0], 0, 0
+        for i, length in enumerate(lengths.tolist()):
+            longest = max(longest, length)
+            if i > begin and (longest * (i + 1 - begin) > self.max_tokens or i - begin == self.batch_size):
+                cuts.append(i)
+                begin, longest = i, length
+        return np.array([*cuts, count] if count else [0], np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch's documents in their order, ``sequence`` [n], and where its batches begin and end, ``cuts``."""
+
+    sequence: NDArray[np.int64]
+    cuts: NDArray[np.int64]
+    order: Order
+
+    def rounds(self, ranks: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """Yield each round: one ``(begin, end)`` of ``sequence`` for each rank, none of them empty.
+
+        Every document from ``start`` on comes once; the last round is split smaller. Where fewer documents than ranks
+        would be left for it, the round before leaves it some; and where even then there are not enough, one round takes
+        a document more in some batches.
+
+        Raises:
+            ValueError: fewer documents are left than there are ranks.
+        """
+        end = len(self.sequence)
+        if start < end < start + ranks and not self.order.drop_last:
+            raise ValueError(f"{end - start} documents are left for {ranks} ranks")
+        while start < end:
+            bounds = [start, *self.cuts[np.searchsorted(self.cuts, start, "right") :][:ranks].tolist()]
+            batches = list(_pairs(bounds))
+            left = end - bounds[-1]
+            if self.order.drop_last:
+                full = self.order.batch_size
+                if len(batches) < ranks or (not self.order.max_tokens and any(j - i < full for i, j in batches)):
+                    return
+            elif len(batches) < ranks or 0 < left < ranks:
+                # Near the end: either all that is left, or all but one document a rank.
+                take = end - start if left == 0 or end - start < 2 * ranks else end - start - ranks
+                batches = self._spread(start, start + take, ranks)
+            yield batches
+            start = batches[-1][1]
+
+    def _spread(self, start: int, end: int, ranks: int) -> list[tuple[int, int]]:
+        """Cut a part of the sequence into one batch a rank, inside of the planned batches where these suffice."""
+        inner = self.cuts[(self.cuts > start) & (self.cuts < end)].tolist()
+        batches = list(_pairs([start, *inner, end]))
+        while len(batches) < ranks:  # halve the one with most documents
+            largest = max(range(len(batches)), key=lambda i: batches[i][1] - batches[i][0])
+            begin, stop = batches[largest]
+            middle = (begin + stop + 1) // 2
+            batches[largest : largest + 1] = [(begin, middle), (middle, stop)]
+        while len(batches) > ranks:  # join the two neighbours that are smallest together
+            sizes = [batches[i + 1][1] - batches[i][0] for i in range(len(batches) - 1)]
+            smallest = sizes.index(min(sizes))
+            batches[smallest : smallest + 2] = [(batches[smallest][0], batches[smallest + 1][1])]
+        return batches
+
+
+def _split(sequence: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [sequence[start : start + size] for start in range(0, len(sequence), size)]
+
+
+def _pairs(cuts: NDArray[np.int64] | list[int]) -> Iterator[tuple[int, int]]:
+    bounds = cuts if isinstance(cuts, list) else cuts.tolist()
+    return itertools.pairwise(bounds)

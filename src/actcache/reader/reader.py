@@ -1,0 +1,298 @@
+"""The reader: batches of entries, epoch after epoch, read ahead by a thread."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actcache.errors import ShapeError, UsageError
+from actcache.format.arguments import whole, whole_numbers
+from actcache.format.keys import Keys, key_array
+from actcache.reader import delivery
+from actcache.reader.caches.local import LocalCache
+from actcache.reader.caches.ram import RamCache
+from actcache.reader.checks import check_choice, check_present, nbytes_of, ranks_of
+from actcache.reader.delivery import Delivery
+from actcache.reader.epoch import Begun, Epoch, Supplier, Work, count_spent
+from actcache.reader.fetch import Outlook, Source
+from actcache.reader.labels import labels_of
+from actcache.reader.order import Order, Plan
+from actcache.reader.stats import ReaderStats
+
+if TYPE_CHECKING:
+    from actcache.reader.dataset import EntryDataset
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Where an iteration is to start."""
+
+    epoch: int
+    start: int  # documents of the epoch that were delivered before
+    loaded: bool
+    taken_back: bool = False
+
+
+class Reader:
+    """Iterates over the entries of keys in batches; each iteration is one epoch, and the next has the next order.
+
+    A thread reads ``depth`` batches ahead. Several readers of one space, and several iterations of one reader, are
+    fine; one thread at a time per iteration. An iteration that is broken off, closed or collected leaves no thread.
+    Batches may be kept: their memory is used again only when nothing refers to it. The reader holds memory for
+    ``depth + 3`` batches for as long as it lives.
+
+    Args:
+        space: where the entries are.
+        keys: of the documents, in the given order; a key may stand more than once.
+        batch_size: documents of a batch, at most.
+        max_tokens: tokens of a batch as it is padded, at most; a longer document is alone.
+        shuffle: whether each epoch has a random order, decided by ``seed`` and the number of the epoch.
+        bucket: whether documents of like length share a batch, for less padding; with ``shuffle`` still at random.
+        seed: of the order.
+        drop_last: whether to leave out an epoch's last batch where it is not full.
+        labels: one label a key (numbers, or arrays of one shape), or a list of one array a key, with one number a token
+            (padded with -100, or packed like the rows), or None. Whole numbers and truth values are delivered as int64,
+            which losses want.
+        documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
+        layout: ``"padded"`` (``Batch``) or ``"packed"`` (``PackedBatch``).
+        device: a torch device for the batches; None for NumPy arrays.
+        on_missing: ``"raise"`` or ``"skip"`` documents that are absent when the reader is made; a recycler's reader
+            can also ``"compute"`` them. One that is deleted later is a ``MissingEntryError`` when its turn comes.
+        depth: batches that are read ahead; 0 reads each when it is asked for, without a thread.
+        ram_cache: bytes of activations (``"8GiB"``, or a number) that are kept in memory, those that are read first:
+            later epochs do not read them again. What is overwritten in the space meanwhile is not noticed.
+        local_cache: a folder of a local disk where copies of what is read from a remote store are kept, for later
+            epochs, runs and other processes; see docs/reader.md.
+        local_bytes: that this folder may take up (``"200GiB"``, or a number); evicted is what nobody uses.
+        ranks: ``(rank, how many there are)``: this reader delivers its share of each round of batches. Those of
+            ``torch.distributed`` by default, where it is initialized.
+        on_stats: called with a copy of the statistics when the consumer has finished with a batch and at the end of an
+            epoch, by the consumer's thread, which its exceptions reach; for export (``ReaderStats.metrics``).
+        supplier: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
+
+    Raises:
+        MissingEntryError: entries are absent; it names them.
+        ShapeError, UsageError: an option does not fit.
+    """
+
+    _local: LocalCache | None = None
+
+    def __init__(
+        self,
+        space: Source,
+        keys: Keys,
+        *,
+        batch_size: int = 32,
+        max_tokens: int | None = None,
+        shuffle: bool = False,
+        bucket: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        labels: Any = None,
+        documents: Any = None,
+        layout: str = "padded",
+        device: Any = None,
+        on_missing: str = "raise",
+        depth: int = 2,
+        ram_cache: int | str = 0,
+        local_cache: str | os.PathLike[str] | None = None,
+        local_bytes: int | str = 0,
+        ranks: tuple[int, int] | None = None,
+        on_stats: Callable[[ReaderStats], object] | None = None,
+        supplier: Supplier | None = None,
+    ) -> None:
+        depth = whole("depth", depth, 0)
+        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        check_choice("layout", layout, ("padded", "packed"))
+        check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
+        wanted = key_array(keys)
+        stats = ReaderStats()
+        if local_bytes and local_cache is None:
+            raise UsageError("local_bytes bounds a local cache: name its folder, too, as local_cache")
+        if local_cache is not None:
+            space = self._local = LocalCache(space, local_cache, nbytes_of("local_bytes", local_bytes), stats)
+            self._local.use(wanted)
+        if ram_cache:
+            space = RamCache(space, nbytes_of("ram_cache", ram_cache), stats)
+        positions = np.arange(len(wanted)) if documents is None else whole_numbers("documents", documents)
+        if positions.shape != (len(wanted),):
+            raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
+        outlook = Outlook.of(space, wanted)
+        lengths = outlook.lengths.copy()
+        wanted_labels = None if labels is None else labels_of(labels, lengths)
+        found = lengths > 0
+        if on_missing == "raise":
+            check_present(wanted, found)
+        elif on_missing == "compute":
+            if not found.all() and (bucket or max_tokens):
+                assert supplier is not None
+                lengths[~found] = supplier.lengths(np.flatnonzero(~found))
+            found[:] = True
+        self._keys = wanted[found]
+        self._lengths = lengths[found]
+        self._order = order
+        self._work = Work(
+            space,
+            self._keys,
+            positions[found],
+            None if wanted_labels is None else wanted_labels[found],
+            np.flatnonzero(found),
+            outlook[found],
+            depth=depth,
+            supplier=supplier if on_missing == "compute" else None,
+            stats=stats,
+        )
+        self._layout, self._device, self._told = layout, device, on_stats
+        self._delivery: tuple[int, Delivery] | None = None
+        self._rank, self._world = ranks_of(ranks, self.digest())
+        self._epoch = 0
+        self._consumed = 0  # documents of that epoch, on all ranks together, that were delivered
+        self._reached = (0, 0)  # the same, of the iteration that was begun or advanced last
+        self._loaded = False  # whether that is where a state says
+        self._turn: _Turn | None = None  # of the iteration that was asked for last, until it begins
+        self._counting: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches that a whole epoch has on this rank (with ``max_tokens``, the coming one)."""
+        varies = self._order.max_tokens is not None or self._order.bucket
+        epoch = self._epoch if varies else 0
+        if self._counting is None or self._counting[0] != epoch:
+            plan = self._order.plan(self._lengths, epoch)
+            self._counting = epoch, sum(1 for _ in self._rounds(plan, 0))
+        return self._counting[1]
+
+    def __iter__(self) -> Epoch:
+        turn = self._turn = self._next_turn()
+        return Epoch(
+            self._work, self._to(), lambda: self._begin(turn), lambda: self._take_back(turn), self._moved, self._told
+        )
+
+    def _next_turn(self) -> _Turn:
+        """Hand out where an iteration is to start; the one after it has the next epoch."""
+        turn = _Turn(self._epoch, self._consumed, self._loaded)
+        self._epoch, self._consumed, self._reached, self._loaded = turn.epoch + 1, 0, (turn.epoch, turn.start), False
+        return turn
+
+    def _take_back(self, turn: _Turn | None) -> None:
+        """Forget that an iteration was asked for, where it has not begun and none was asked for since."""
+        if turn is not None and turn is self._turn:
+            self._turn, turn.taken_back = None, True
+            self._epoch, self._consumed, self._loaded = turn.epoch, turn.start, turn.loaded
+            self._reached = turn.epoch, turn.start
+
+    def _begin(self, turn: _Turn) -> Begun:
+        if turn.taken_back:  # it was said meanwhile which epoch it is
+            turn = self._next_turn()
+        elif turn is self._turn:
+            self._turn = None
+        epoch, start = turn.epoch, turn.start
+        plan = self._order.plan(self._lengths, epoch)
+        rounds = list(self._rounds(plan, start))
+        if start and not rounds and not turn.loaded:
+            # Whoever counts batches does not ask for one more, and so has not seen the end of that epoch.
+            return self._begin(self._next_turn())
+        batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
+        return Begun(batches, [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)])
+
+    def _to(self) -> Delivery:
+        """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
+        if self._delivery is None or self._delivery[0] != os.getpid():
+            dtype, packed = self._work.source.recipe.dtype, self._layout == "packed"
+            made = delivery.make(dtype, self._device, packed=packed, depth=self._work.depth)
+            self._delivery = os.getpid(), made
+        return self._delivery[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What travels is where to read, never buffers, nor whom to tell.
+        return {**vars(self), "_delivery": None, "_told": None, "_turn": None}
+
+    def _moved(self, position: tuple[int, int], before: int) -> None:
+        """Take note of where an iteration is, unless it has just ended and another one has been begun since."""
+        if position[1] or self._epoch == before:
+            self._epoch, self._consumed = self._reached = position
+        elif self._reached[0] == before:  # it had no batches
+            self._reached = position
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
+        epoch = whole("epoch", epoch, 0)
+        self._take_back(self._turn)
+        if epoch != self._epoch or not self._loaded:
+            self._epoch, self._consumed = epoch, 0
+        self._reached = self._epoch, self._consumed
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for what it can tell the epoch: ``batch_sampler.sampler`` is the reader."""
+        return SimpleNamespace(sampler=self)
+
+    def dataset(self) -> EntryDataset:
+        """Return the reader's documents as a map-style data set, for a ``DataLoader`` or the ``Trainer``."""
+        from actcache.reader.dataset import EntryDataset
+
+        return EntryDataset(self._work)
+
+    def stats(self) -> ReaderStats:
+        """Return what was read so far and where the time went; the object goes on counting."""
+        if self._delivery is not None and self._delivery[0] == os.getpid():
+            count_spent(self._work.stats, self._delivery[1])  # copies that have ended since the last batch was read
+        return self._work.stats
+
+    def close(self) -> None:
+        """Write to the local cache what waits to be written, and let others evict what it holds.
+
+        Without one there is nothing to do. A reader that is collected does the same, and so does the end of a process;
+        a reader that was closed can be used, and reads without a local cache. Does nothing the second time.
+        """
+        if self._local is not None:
+            self._local.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def digest(self) -> str:
+        """Return what identifies the order of this reader's epochs, on all ranks: its keys and options."""
+        digest = hashlib.blake2b(repr(self._order).encode(), digest_size=16, person=b"actcache/reader")
+        digest.update(np.ascontiguousarray(self._keys).data)
+        if self._order.bucket or self._order.max_tokens:
+            digest.update(np.ascontiguousarray(self._lengths).data)
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the iteration that was begun or advanced last is: after the batch that it returned last.
+
+        The state is the same on all ranks, and another number of ranks can go on from it.
+        """
+        epoch, consumed = self._reached
+        return {"epoch": epoch, "consumed": consumed, "order": self.digest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next iteration go on at a state.
+
+        Raises:
+            UsageError: it is of a reader with other keys or another order.
+        """
+        try:
+            epoch, consumed, order = int(state["epoch"]), int(state["consumed"]), state["order"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"this is no state of a reader: {error!r}") from None
+        if order != self.digest() or epoch < 0 or not 0 <= consumed <= len(self._keys):
+            raise UsageError("the state is of a reader with other keys, batch sizes or another order; start it anew")
+        self._take_back(self._turn)
+        self._epoch, self._consumed = self._reached = epoch, consumed
+        self._loaded = True
+
+    def _rounds(self, plan: Plan, start: int) -> Iterator[list[tuple[int, int]]]:
+        try:
+            yield from plan.rounds(self._world, start)
+        except ValueError as error:
+            raise UsageError(f"{error}: give more documents, or run fewer ranks") from None

@@ -1,0 +1,153 @@
+"""What a reader tells about itself: where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Measurements for monitoring systems as plain data: names, kinds and units of OpenTelemetry and Prometheus.
+
+_PREFIX = "actcache.reader."
+#: OpenTelemetry's units -> what Prometheus wants names to end in.
+_SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
+
+
+class Row(NamedTuple):
+    """What is said about one measurement.
+
+    Attributes:
+        attribute: of the object that is measured.
+        short: its name without the prefix.
+        kind: ``"counter"`` only grows, ``"gauge"`` does not.
+        unit: in UCUM, as OpenTelemetry writes it.
+    """
+
+    attribute: str
+    short: str
+    kind: str
+    unit: str
+    description: str
+
+
+class Metric(NamedTuple):
+    """One measurement and its value; see ``Row``."""
+
+    attribute: str
+    short: str
+    kind: str
+    unit: str
+    description: str
+    value: float
+
+    @property
+    def name(self) -> str:
+        """The name for OpenTelemetry: ``actcache.reader.reader.read.time``."""
+        return f"{_PREFIX}{self.short}"
+
+    @property
+    def prometheus_name(self) -> str:
+        """The name for Prometheus: ``actcache_reader_read_time_seconds_total``."""
+        total = "_total" if self.kind == "counter" else ""
+        return self.name.replace(".", "_") + _SUFFIXES.get(self.unit, "") + total
+
+
+def prometheus_text(metrics: Iterable[Metric], **labels: str) -> str:
+    """Return measurements in Prometheus' text format (0.0.4), for a textfile collector or an HTTP handler.
+
+    Args:
+        labels: put on every one of them, such as ``rank="0"``.
+    """
+    tags = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    lines = []
+    for metric in metrics:
+        name = metric.prometheus_name
+        lines += [f"# HELP {name} {metric.description}", f"# TYPE {name} {metric.kind}"]
+        lines.append(f"{name}{{{tags}}} {metric.value!r}" if tags else f"{name} {metric.value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+@dataclass
+class ReaderStats:
+    """Counts since the reader was made, over all epochs. Times in seconds.
+
+    Reading, copying and decoding happen beside each other and beside the consumer's steps: their times add up to more
+    than what passes on the clock, and none of them is lost time. That is ``wait_seconds``.
+    """
+
+    epochs: int = 0  # that were read to their end
+    batches: int = 0
+    documents: int = 0
+    ram_documents: int = 0  # of which from ``ram_cache``
+    local_documents: int = 0  # of which from ``local_cache``
+    tokens: int = 0
+    nbytes: int = 0  # of activations, as they are stored, without padding
+    read_seconds: float = 0.0  # in the thread that reads ahead: look-up, rows, checksums
+    deliver_seconds: float = 0.0  # in that thread too: from host buffer to batch, or to the queue of the device
+    copy_seconds: float = 0.0  # from host to device, by the device's own clock where it is a CUDA device
+    decode_seconds: float = 0.0  # the rest of making a batch: decoding, padding, masks; on a CUDA device, by its clock
+    compute_seconds: float = 0.0  # the lower half, for documents that were missing
+    wait_seconds: float = 0.0  # the consumer waited for a batch
+    first_seconds: float = 0.0  # of which for the first batch of an epoch, when there is nothing to hide behind
+    step_seconds: float = 0.0  # the consumer worked between two batches
+    ready: int = 0  # batches that stood ready when the consumer asked, summed over its requests
+
+    @property
+    def read_gb_per_second(self) -> float:
+        """GB (10**9 bytes) of activations a second of reading."""
+        return self.nbytes / self.read_seconds / 1e9 if self.read_seconds else 0.0
+
+    @property
+    def stall_fraction(self) -> float:
+        """The share of the consumer's time that it waited, first batches of epochs aside."""
+        waited = max(0.0, self.wait_seconds - self.first_seconds)
+        total = waited + self.step_seconds
+        return waited / total if total else 0.0
+
+    @property
+    def queue_depth(self) -> float:
+        """Batches that stood ready when the consumer asked for one, on average."""
+        return self.ready / self.batches if self.batches else 0.0
+
+    def metrics(self) -> list[Metric]:
+        """Return what to export to a monitoring system, with names and units as OpenTelemetry has them."""
+        return [Metric(*row, float(getattr(self, row.attribute))) for row in _ROWS]
+
+    def verdict(self) -> str:
+        """Return in one line what the consumer's time went to."""
+        if not self.batches:
+            return "nothing was read yet"
+        stalled = self.stall_fraction
+        if self.compute_seconds > max(self.read_seconds, self.step_seconds):
+            return f"filling: the lower half took {self.compute_seconds:.1f} s for documents that were not stored yet"
+        if stalled <= 0.02:
+            return f"compute-bound: loading hid behind {1 - stalled:.1%} of the steps"
+        return (
+            f"loading-bound: the consumer waited {stalled:.1%} of its time; reading gives "
+            f"{self.read_gb_per_second:.2f} GB/s"
+        )
+
+
+_ROWS = [
+    Row("epochs", "epochs", "counter", "{epoch}", "Epochs that were read to their end"),
+    Row("batches", "batches", "counter", "{batch}", "Batches handed to the consumer"),
+    Row("documents", "documents", "counter", "{document}", "Documents read"),
+    Row("ram_documents", "ram.documents", "counter", "{document}", "Of which from the RAM cache"),
+    Row("local_documents", "local.documents", "counter", "{document}", "Of which from the local cache"),
+    Row("tokens", "tokens", "counter", "{token}", "Tokens read"),
+    Row("nbytes", "io", "counter", "By", "Activations read, as stored, without padding"),
+    Row("read_seconds", "read.time", "counter", "s", "Reading: look-up, rows, checksums"),
+    Row("deliver_seconds", "deliver.time", "counter", "s", "From host buffer to batch, in the reading thread"),
+    Row("copy_seconds", "copy.time", "counter", "s", "Copying to the device"),
+    Row("decode_seconds", "decode.time", "counter", "s", "Decoding and padding"),
+    Row("compute_seconds", "compute.time", "counter", "s", "The lower half, for documents that were missing"),
+    Row("wait_seconds", "wait.time", "counter", "s", "The consumer waited for a batch"),
+    Row("first_seconds", "first_wait.time", "counter", "s", "Of which for the first batches of epochs"),
+    Row("step_seconds", "step.time", "counter", "s", "The consumer worked between two batches"),
+    Row("stall_fraction", "stall", "gauge", "1", "Share of the consumer's time that it waited, first batches aside"),
+    Row("queue_depth", "queue.depth", "gauge", "{batch}", "Batches that stood ready when asked for, on average"),
+]

@@ -1,0 +1,433 @@
+"""Compaction: rows that are still served move from many or wasteful segments into few large ones.
+
+Nothing is locked. A compacted segment names the segments that it replaces, which from then on nobody looks into, and
+the birth of each entry, by which deletions and the order of copies hold as before. Two compactors at once write the
+same rows twice, and the next one drops the second copy. Replaced segments are removed after a grace period, for readers
+that still have them in a snapshot; a reader that comes later yet finds them gone and looks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Compaction, Located
+from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
+from actcache.format.keys import KEY_BYTES
+from actcache.format.ragged import Lineage, Pieces, offsets_of
+from actcache.io.workers import Workers
+from actcache.segments.index import Table
+from actcache.segments.rows import ReadRows
+from actcache.segments.segment import Columns, Segment
+from actcache.segments.snapshot import SegmentedSnapshot
+
+if TYPE_CHECKING:
+    from actcache.segments.space import SegmentedSpace
+
+
+logger = logging.getLogger(__name__)
+
+_PIECE_BYTES = 4 << 20  # gathered at once
+#: A compaction that takes longer is thrown away. Tombstones outlive the last copy of their entries by twice as long, so
+#: that what a compactor copied before a deletion, and publishes after it, still meets the tombstone.
+SECONDS = 1800.0
+
+_FIRST = np.zeros(1, np.int64)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The entries of one segment that are served, in the order of their rows."""
+
+    segment: Segment
+    keys: NDArray[np.uint8]  # [n, 32]
+    located: Located
+
+    @property
+    def tokens(self) -> int:
+        return int(self.located.tokens.sum())
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.segment.extents[VALUES].row_bytes
+
+    @property
+    def waste(self) -> float:
+        """The share of the segment's rows that nobody is served."""
+        return 1 - self.tokens / max(1, self.segment.tokens)
+
+    def is_whole(self) -> bool:
+        """Return whether these are all entries of the segment, as the segment itself says and not only an index."""
+        segment, located = self.segment, self.located
+        offsets = segment.offsets()
+        said = (
+            (located.row, offsets[:-1]),
+            (located.tokens, np.diff(offsets)),
+            (located.checksums, segment.read("checksums")),
+            (self.keys, segment.read("keys")),
+        )
+        return all(np.array_equal(one, other) for one, other in said)
+
+
+def survey(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> list[Live]:
+    """Return the live entries of every served segment (those named in ``only``), in the order of the names."""
+    if only is None:
+        keys = snapshot.keys()
+    else:
+        wanted = [s.read("keys") for s in snapshot.served().values() if s.name in only]
+        keys = np.unique(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *wanted]), axis=0)
+    located = snapshot.locate(keys)
+    order = np.lexsort((located.row, located.segment))  # the entries of a segment are then a run
+    numbers = located.segment[order]
+    found = []
+    for number, segment in snapshot.served().items():
+        if only is None or segment.name in only:
+            first, last = np.searchsorted(numbers, (number, number + 1)).tolist()
+            which = order[first:last]
+            found.append(Live(segment, keys[which], located[which]))
+    return sorted(found, key=lambda live: live.segment.name)
+
+
+def plan(candidates: Sequence[Live], target_bytes: int, waste: float) -> list[list[Live]]:
+    """Return which segments to merge into one each: small ones with their neighbours, and wasteful ones.
+
+    Args:
+        target_bytes: of rows, about what a merged segment gets at most.
+        waste: the share of unserved rows from which on a segment is rewritten even alone.
+    """
+    worthy = [live for live in candidates if live.nbytes < target_bytes // 2 or live.waste >= waste]
+    groups: list[list[Live]] = []
+    for columns in sorted({live.segment.columns() for live in worthy}, key=sorted):
+        group: list[Live] = []
+        held = 0  # bytes of the group
+        for live in worthy:
+            if live.segment.columns() == columns:
+                if group and held + live.nbytes > target_bytes:
+                    groups.append(group)
+                    group, held = [], 0
+                group.append(live)
+                held += live.nbytes
+        groups.append(group)
+    return [
+        group for group in groups if any(live.tokens for live in group) and (len(group) > 1 or group[0].waste >= waste)
+    ]
+
+
+class Merger:
+    """Makes one block of the live entries of some segments, and proves that what was written is what was read.
+
+    Args:
+        snapshot: has the segments.
+        standing: the names of all segments that are listed.
+        moved: told the bytes of rows that were written, or read back, since it was told last.
+
+    Raises:
+        FormatError, SegmentGoneError: a segment is damaged, or gone; also while the block is being written.
+    """
+
+    def __init__(
+        self,
+        snapshot: SegmentedSnapshot,
+        group: Sequence[Live],
+        columns: Columns,
+        standing: Collection[str],
+        moved: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        self._began = time.monotonic()
+        self._moved = moved
+        self._columns = columns
+        self._digests: list[int] = []  # of the pieces of the rows
+        fields = ("tokens", "checksums", "segment", "row")
+        located = Located(*(np.concatenate([getattr(live.located, name) for live in group]) for name in fields))
+        keys = np.concatenate([live.keys for live in group])
+        self._small = {
+            name: self._rows(snapshot, located, name) for name in sorted(group[0].segment.columns() - {VALUES})
+        }
+        tokens, (dtype, trailing) = int(located.tokens.sum()), columns[VALUES]
+
+        def make() -> Iterator[NDArray[np.generic]]:
+            self._digests.clear()
+            for rows in self._pieces(snapshot, located):
+                self._digests.append(_digest(rows))
+                yield rows
+
+        lineage, extra = _lineage(group, standing)
+        values = Pieces(np.dtype(dtype), (tokens, *trailing), make)
+        self.block = Block(
+            keys, offsets_of(located.tokens), located.checksums, {VALUES: values, **self._small}, extra, lineage
+        )
+
+    def verify(self, segment: Segment) -> None:
+        """Refuse what was written unless it is exactly what was read, and in good time.
+
+        Raises:
+            FormatError: it is not.
+        """
+        rows = ReadRows([segment])
+        try:
+            written = SegmentedSnapshot([segment], [Table.of_segments([segment])], [_FIRST], {}, rows, Workers(1), {})
+            located = written.locate(self.block.keys)
+            starts = self.block.offsets[:-1]
+            same = bool((located.row == starts).all() and (located.checksums == self.block.checksums).all())
+            same = same and all(
+                np.array_equal(self._rows(written, located, name), rows) for name, rows in self._small.items()
+            )
+            if not same or list(map(_digest, self._pieces(written, located))) != self._digests:
+                raise FormatError(f"{segment.files.where} is not what was read; its sources stay")
+        finally:
+            rows.close()
+        if time.monotonic() - self._began > SECONDS:
+            raise FormatError(f"{segment.files.where} took longer than {SECONDS:.0f} s; its sources stay")
+
+    def _rows(self, snapshot: SegmentedSnapshot, located: Located, name: str) -> NDArray[np.generic]:
+        dtype, trailing = self._columns[name]
+        rows = np.empty((int(located.tokens.sum()), *trailing), dtype)
+        snapshot.gather(located, {name: rows}, None, lambda first, last: None)
+        return rows
+
+    def _pieces(self, snapshot: SegmentedSnapshot, located: Located) -> Iterator[NDArray[np.generic]]:
+        dtype, trailing = self._columns[VALUES]
+        starts = offsets_of(located.tokens) * np.dtype(dtype).itemsize * int(np.prod(trailing))
+        wanted = np.arange(0, int(starts[-1]), _PIECE_BYTES)
+        cuts = np.unique(np.r_[np.searchsorted(starts, wanted), len(located.tokens)])
+        for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            rows = self._rows(snapshot, located[first:last], VALUES)
+            yield rows
+            self._moved(rows.nbytes)
+
+
+def _digest(rows: NDArray[np.generic]) -> int:
+    return xxhash.xxh3_64_intdigest(rows.reshape(-1).view(np.uint8).data)
+
+
+def _lineage(group: Sequence[Live], standing: Collection[str]) -> tuple[Lineage, NDArray[np.uint64] | None]:
+    """Return where the entries were born, and their extra checksums."""
+    births: dict[str, int] = {}
+    birth, entries, extra, sources = [], [], [], []
+    for live in group:
+        entry = np.searchsorted(live.segment.offsets()[:-1], live.located.row)
+        lineage = live.segment.lineage()
+        numbers = np.array([births.setdefault(name, len(births)) for name in lineage.births], np.uint32)
+        birth.append(numbers[lineage.birth[entry]])
+        entries.append(lineage.birth_entries[entry])
+        # And what a source replaces and still stands: it would come back when the source is removed first.
+        sources += [live.segment.name, *(name for name in live.segment.sources if name in standing)]
+        if "extra_checksums" in live.segment.extents:
+            extra.append(live.segment.read("extra_checksums")[entry])
+    lineage = Lineage(tuple(births), np.concatenate(birth), np.concatenate(entries), tuple(dict.fromkeys(sources)))
+    return lineage, np.concatenate(extra) if extra else None
+
+
+# What a space does with compaction: publish merged segments, remove what they replace, forget settled deletions.
+
+_NO_LIMIT, _ANY_WASTE = 1 << 62, 2.0
+
+
+def compact(
+    space: SegmentedSpace,
+    *,
+    target_bytes: int,
+    waste: float,
+    grace: float,
+    progress: BytesDone = lambda done, total: None,
+) -> Compaction:
+    """Merge what is small or wasteful, and remove what has long been replaced. See ``SpaceDriver.compact``."""
+    with ExitStack() as stack:
+        lives = survey(space.snapshot())
+        if plan(lives, target_bytes, waste) or not all(live.tokens for live in lives):
+            stack.enter_context(space.without_index())
+        snapshot = space.snapshot()
+        groups = plan(survey(snapshot), target_bytes, waste)
+        moved = Moved(2 * sum(live.nbytes for group in groups for live in group), progress)  # written, and read back
+        merged = [group for group in groups if merge(space, snapshot, group, moved)]
+        removed, freed = remove_replaced(space, grace)
+        more, bytes_more = remove_dead(space, grace)
+        settle_tombstones(space, grace)
+    return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
+
+
+class Moved:
+    """Counts the bytes of rows that a compaction has written or read back."""
+
+    def __init__(self, total: int, progress: BytesDone = lambda done, total: None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(min(self._done, self._total), self._total)
+
+
+def merge(
+    space: SegmentedSpace,
+    snapshot: SegmentedSnapshot,
+    group: Sequence[Live],
+    moved: Callable[[int], None] = lambda nbytes: None,
+) -> str:
+    """Publish one segment in the place of some; return its name, an empty one where that could not be done.
+
+    Where another compactor has removed a source, or one is damaged, everything stays as it is.
+
+    Raises:
+        StoreError: the disk is full, ...; nothing has changed.
+    """
+    try:
+        merger = Merger(snapshot, group, space.columns, space.listed, moved)
+
+        def verify(segment: Segment) -> None:
+            merger.verify(segment)
+            # Whoever has deleted a key since a source is gone knew nothing of what it held: an overwritten copy, say.
+            if not space.stand([live.segment.name for live in group]):
+                raise SegmentGoneError(f"a source of {segment.files.where} is gone")
+
+        return space.publish(merger.block, verify)
+    except SegmentGoneError as error:
+        logger.info("another process has compacted the same segments: %s", error)
+    except (DataError, FileNotFoundError) as error:
+        logger.warning("some segments are left as they are; verify says more: %s", error)
+    return ""
+
+
+def merge_some(space: SegmentedSpace, names: Collection[str]) -> dict[str, int]:
+    """Merge the segments of these names, those that can be; return the tokens of each new segment."""
+    snapshot = space.snapshot()
+    covered = space.covered()
+    lives = [live for live in survey(snapshot, names) if live.segment.name not in covered or live.is_whole()]
+    groups = plan(lives, _NO_LIMIT, _ANY_WASTE)
+    merged = {merge(space, snapshot, group): sum(live.tokens for live in group) for group in groups}
+    return {name: tokens for name, tokens in merged.items() if name}
+
+
+def remove_replaced(space: SegmentedSpace, grace: float) -> tuple[int, int]:
+    """Remove segments that others have replaced so many seconds ago; return how many, and their bytes."""
+    removed = freed = 0
+    space.snapshot()
+    if not space.replaced:
+        return 0, 0
+    replacing: dict[str, list[str]] = {}
+    for segment in space.described():
+        for source in segment.sources:
+            replacing.setdefault(source, []).append(segment.name)
+    sizes = {segment.name: segment.nbytes for segment in space.described()}
+    ages = _Ages(space)
+    for name in sorted(space.replaced):
+        if any(ages.segment(by) >= grace for by in replacing[name]) and space.place.remove(space.segment_name(name)):
+            removed, freed = removed + 1, freed + sizes[name]
+    return removed, freed
+
+
+def remove_dead(space: SegmentedSpace, grace: float) -> tuple[int, int]:
+    """Remove segments all of whose entries were deleted or overwritten so many seconds ago."""
+    removed = freed = 0
+    snapshot = space.snapshot()
+    served, ages = snapshot.served(), _Ages(space)
+    for live in survey(snapshot):
+        if live.tokens:
+            continue
+        segment = live.segment
+        try:
+            keys, births = segment.read("keys"), segment.lineage().births
+        except (DataError, FileNotFoundError):
+            continue
+        numbers = snapshot.locate(keys).segment
+        newer = {served[n].name for n in np.unique(numbers[numbers >= 0]).tolist()}
+        deleters = [file for file, deleted in space.tombstones.items() if not deleted.keys().isdisjoint(births)]
+        youngest = min([*map(ages.segment, newer), *map(ages.tombstone, deleters)], default=-1.0)
+        if youngest >= grace and space.place.remove(space.segment_name(segment.name)):
+            removed, freed = removed + 1, freed + segment.nbytes
+    return removed, freed
+
+
+def settle_tombstones(space: SegmentedSpace, grace: float) -> None:
+    """Join the tombstones into one, without entries that no segment has any more."""
+    space.snapshot()
+    if space.damaged:  # one that comes back from a copy brings its deleted entries with it
+        return
+    ages = _Ages(space)
+    settled = [name for name in space.tombstones if ages.tombstone(name) >= max(grace, 2 * SECONDS)]
+    if not settled:
+        return
+    deleted: dict[str, set[int]] = {}
+    for name in settled:
+        for segment, entries in space.tombstones[name].items():
+            deleted.setdefault(segment, set()).update(entries)
+    needed = space.still_there(deleted)
+    if len(settled) == 1 and needed == deleted:
+        return
+    if needed:
+        space.tombstones.publish(needed)
+    for name in settled:
+        space.place.remove(space.tombstones.path(name))
+
+
+class _Ages:
+    """Ages in seconds, each asked for once; what is gone is of no age."""
+
+    def __init__(self, space: SegmentedSpace) -> None:
+        self._space = space
+        self._known: dict[str, float] = {}
+
+    def segment(self, name: str) -> float:
+        return self._age(self._space.segment_name(name))
+
+    def tombstone(self, name: str) -> float:
+        return self._age(self._space.tombstones.path(name))
+
+    def _age(self, name: str) -> float:
+        if name not in self._known:
+            age = self._space.place.age(name)
+            self._known[name] = -1.0 if age is None else max(0.0, age)
+        return self._known[name]
+
+
+# The small segments of one writer, which are merged on the way: sixteen of about one size into one, and so on.
+
+_AT_ONCE = 16
+_BYTES = 16 << 20  # of rows; larger ones are not worth writing twice
+
+
+class SmallSegments:
+    """What a space object has published and may merge. Not thread-safe."""
+
+    def __init__(self, space: SegmentedSpace) -> None:
+        self._space = space
+        dtype, trailing = space.columns[VALUES]
+        self._most_tokens = _BYTES // (np.dtype(dtype).itemsize * int(np.prod(trailing)))
+        self._tokens: dict[str, int] = {}  # of each segment
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def add(self, name: str, tokens: int) -> None:
+        """Take note of a segment; merge what there is enough of.
+
+        A failure is only logged: what was published is safe, in more segments than it need be.
+        """
+        if tokens > self._most_tokens:
+            return
+        self._tokens[name] = tokens
+        alike = [other for other, size in self._tokens.items() if _tier(size) == _tier(tokens)]
+        if len(alike) < _AT_ONCE:
+            return
+        for other in alike:
+            del self._tokens[other]
+        try:
+            merged = merge_some(self._space, alike)
+            remove_replaced(self._space, GRACE_SECONDS)
+        except (StoreError, DataError, FileNotFoundError) as error:
+            logger.warning("could not merge small segments of %s: %s", self._space.place.where, error)
+            return
+        for new, size in merged.items():
+            self.add(new, size)
+
+
+def _tier(tokens: int) -> int:
+    """Return the order of magnitude of a segment, so that merging costs each row a few copies at most."""
+    return max(tokens, 1).bit_length() // 4

@@ -1,0 +1,242 @@
+"""The index of a space: a table of entries sorted by key, searched for a whole batch in one vectorized pass.
+
+A table covers some segments. On disk it is a safetensors file that is mapped, not read: ten million entries open in
+milliseconds and cost no memory of their own. It can be rebuilt from the segments at any time, so it is never trusted: a
+wrong row or length is out of bounds or fails the entry's checksum, and a wrong key is a miss. The numbers of entries,
+by which tombstones name them, have a checksum of their own: a wrong one would bring back what was deleted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from actcache.errors import FormatError, FormatVersionError
+from actcache.format import safetensors
+from actcache.format.ragged import row_indices
+from actcache.segments.segment import Access, Columns, Segment, dumps, is_name
+
+VERSION = "1"
+
+_ARRAYS = {
+    "prefix": ("<u8", ()),  # first 8 bytes of the key, as a big-endian number
+    "row": ("<i8", ()),  # first row of the entry in its segment
+    "checksum": ("<u8", ()),
+    "rest": ("|u1", (24,)),  # the other bytes of the key
+    "segment": ("<u4", ()),  # position in ``segments``
+    "birth": ("<u4", ()),  # position in ``births`` of the segment where it was born
+    "entry": ("<u4", ()),  # number of the entry in that segment
+    "tokens": ("<u4", ()),
+}
+
+
+def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Return the prefixes ``[n]`` and rests ``[n, 24]`` of ``[n, 32]`` keys."""
+    keys = np.ascontiguousarray(keys)
+    return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64), keys[:, 8:]
+
+
+def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return ``[n, 32]`` keys; the inverse of ``split_keys``."""
+    keys = np.empty((len(prefix), 32), np.uint8)
+    keys[:, :8] = prefix.astype(">u8").view(np.uint8).reshape(-1, 8)
+    keys[:, 8:] = rest
+    return keys
+
+
+@dataclass(frozen=True)
+class Table:
+    """Entries of some segments, sorted by key prefix; among equal prefixes, later born ones first. Immutable.
+
+    In compacted segments, where an entry lies (``segment``, ``row``) is not where it was born (``birth``, ``entry``).
+    """
+
+    segments: tuple[Segment, ...]
+    births: tuple[str, ...]  # names of segments, each once
+    prefix: NDArray[np.uint64]
+    rest: NDArray[np.uint8]
+    segment: NDArray[np.uint32]
+    birth: NDArray[np.uint32]
+    entry: NDArray[np.uint32]
+    row: NDArray[np.int64]
+    tokens: NDArray[np.uint32]
+    checksum: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.prefix)
+
+    def find(
+        self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8], alive: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int64]:
+        """Return the position of each key's served copy, ``[n]``, -1 where there is none.
+
+        Args:
+            prefix, rest: the keys that are looked up.
+            alive: which positions count; None for all.
+        """
+        found = np.full(len(prefix), -1, np.int64)
+        if not len(self):
+            return found
+        # Sorted queries walk the table once instead of jumping about in it: 15 times faster on 5 million keys.
+        open_queries = np.argsort(prefix)
+        position = np.searchsorted(self.prefix, prefix[open_queries])
+        while len(open_queries):
+            inside = position < len(self)
+            open_queries, position = open_queries[inside], position[inside]
+            same = self.prefix[position] == prefix[open_queries]
+            open_queries, position = open_queries[same], position[same]
+            hit = (self.rest[position] == rest[open_queries]).all(axis=1)
+            if alive is not None:
+                hit &= alive[position]
+            found[open_queries[hit]] = position[hit]
+            # What is left shares its prefix with another key, or its latest copy is deleted.
+            open_queries, position = open_queries[~hit], position[~hit] + 1
+        return found
+
+    def copies(self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Return the positions of all copies of the keys, served or not."""
+        first: NDArray[np.int64] = np.searchsorted(self.prefix, prefix, "left")
+        count = np.searchsorted(self.prefix, prefix, "right") - first
+        position = row_indices(first, count, None)
+        same = (self.rest[position] == np.repeat(rest, count, axis=0)).all(axis=1)
+        copies: NDArray[np.int64] = position[same]
+        return copies
+
+    @classmethod
+    def of_segments(cls, segments: Sequence[Segment]) -> Table:
+        """Read the keys of segments.
+
+        Raises:
+            FormatError: a segment is truncated or contradicts itself; the table has to be made without it.
+        """
+        parts = []
+        for number, segment in enumerate(segments):
+            offsets, lineage = segment.offsets(), segment.lineage()
+            prefix, rest = split_keys(segment.read("keys"))
+            parts.append(
+                cls(
+                    (segment,),
+                    lineage.births,
+                    prefix,
+                    rest,
+                    np.full(len(prefix), number, np.uint32),
+                    lineage.birth,
+                    lineage.birth_entries,
+                    offsets[:-1],
+                    np.diff(offsets).astype(np.uint32),
+                    segment.read("checksums"),
+                )
+            )
+        return cls._sorted(tuple(segments), parts)
+
+    @classmethod
+    def merged(cls, tables: Sequence[Table], keep: frozenset[str]) -> Table:
+        """Join tables, leaving out segments whose names are not in ``keep``."""
+        segments = [segment for table in tables for segment in table.segments]
+        parts, first = [], 0
+        for table in tables:
+            kept = np.array([segment.name in keep for segment in table.segments], bool)
+            which = kept[table.segment] if not kept.all() else slice(None)
+            arrays = {name: getattr(table, name)[which] for name in _ARRAYS}
+            arrays["segment"] = arrays["segment"] + np.uint32(first)
+            parts.append(cls(table.segments, table.births, **arrays))
+            first += len(table.segments)
+        return cls._sorted(tuple(segments), parts)._without_strangers(keep)
+
+    def _without_strangers(self, keep: frozenset[str]) -> Table:
+        """Drop the descriptions of segments that have no entries any more, and births of none."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        kept = [number for number, segment in enumerate(self.segments) if segment.name in keep]
+        born = np.unique(self.birth)
+        if len(kept) == len(self.segments) and len(born) == len(self.births):
+            return self
+        for name, numbers, count in (
+            ("segment", kept, len(self.segments)),
+            ("birth", born.tolist(), len(self.births)),
+        ):
+            renumber = np.zeros(count, np.uint32)
+            renumber[numbers] = np.arange(len(numbers), dtype=np.uint32)
+            arrays[name] = renumber[arrays[name]]
+        return Table(
+            tuple(self.segments[number] for number in kept),
+            tuple(self.births[number] for number in born.tolist()),
+            **arrays,
+        )
+
+    @classmethod
+    def _sorted(cls, segments: tuple[Segment, ...], parts: Sequence[Table]) -> Table:
+        births = tuple(sorted({birth for part in parts for birth in part.births}))  # names sort by their sequence
+        numbers = {birth: number for number, birth in enumerate(births)}
+
+        def joined(name: str) -> NDArray[np.generic]:
+            dtype, trailing = _ARRAYS[name]
+            return np.concatenate([np.empty((0, *trailing), dtype), *(getattr(part, name) for part in parts)])
+
+        arrays = {name: joined(name) for name in _ARRAYS if name != "birth"}
+        renumbered = [np.array([numbers[birth] for birth in part.births], np.uint32)[part.birth] for part in parts]
+        arrays["birth"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
+        # Later births first, and of equal ones the segment of the last name.
+        ranks = np.empty(len(segments), np.int64)
+        ranks[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
+        order = np.lexsort((-ranks[arrays["segment"].astype(np.int64)], -arrays["birth"].astype(np.int64)))
+        order = order[np.argsort(arrays["prefix"][order], kind="stable")]
+        return cls(segments, births, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
+
+    def write(self, path: Path) -> None:
+        """Write the table as an index file of format version 1."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        texts = {"segments": dumps(list(self.segments)), "births": json.dumps(self.births, separators=(",", ":"))}
+        checksum = _checksum(texts, arrays)
+        safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": checksum})
+
+    @classmethod
+    def open(cls, path: Path, access: Access, columns: Columns) -> Table:
+        """Map an index file.
+
+        Args:
+            access: gives the files of the segments that it describes.
+            columns: the ragged arrays of the space.
+
+        Raises:
+            FormatError: the file is truncated or foreign; it can be removed, the segments have all that it says.
+            FormatVersionError: a newer release wrote it.
+            FileNotFoundError: another process has replaced it.
+        """
+        metadata, arrays = safetensors.mapped(path)
+        version = metadata.get("actcache_index", "")
+        if version != VERSION:
+            newer = version.isdigit() and int(version) > int(VERSION)
+            raise (FormatVersionError if newer else FormatError)(f"{path} is an index of version {version!r}")
+        try:
+            if metadata["checksum"] != _checksum(metadata, arrays):
+                raise ValueError("what it says of the segments fails its checksum")
+            segments = tuple(Segment.from_json(access, value, columns) for value in json.loads(metadata["segments"]))
+            births = tuple(json.loads(metadata["births"]))
+            if not all(isinstance(birth, str) and is_name(birth) for birth in births):
+                raise ValueError("births in what is no segment")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise FormatError(f"{path} is damaged: {error}") from None
+        count = arrays["entry"].size
+        for name, (dtype, trailing) in _ARRAYS.items():
+            array = arrays.get(name)
+            if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
+                raise FormatError(f"{path} is damaged: {name} is missing or of another shape")
+        for name, known in (("segment", len(segments)), ("birth", len(births))):
+            if count and int(arrays[name].max()) >= known:
+                raise FormatError(f"{path} is damaged: it counts more segments than it describes")
+        return cls(segments, births, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
+
+
+def _checksum(texts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]) -> str:
+    """Return the XXH3-64 of the description of the segments and of where each entry lies and was born."""
+    digest = xxhash.xxh3_64(texts["segments"].encode())
+    digest.update(texts["births"].encode())
+    for name in ("segment", "birth", "entry"):
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

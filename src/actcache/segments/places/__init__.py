@@ -1,0 +1,1 @@
+"""Where stores lie: a folder, or a prefix of an object store."""

@@ -1,0 +1,203 @@
+"""Any other store that fsspec knows: ``memory://``, ``gs://``, ``az://`` and so on.
+
+What fsspec has no words for is done without: there are no conditional writes everywhere (then it is looked first, and
+written next), and unfinished uploads are the library's own business.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fsspec
+from fsspec.exceptions import FSTimeoutError
+
+from actcache.errors import MissingExtraError, ReadOnlyError, StorageIOError, StoreError
+from actcache.segments.places.objects.client import (
+    AbsentError,
+    Body,
+    Client,
+    Data,
+    Head,
+    Listed,
+    Listing,
+    StandsError,
+    TransientError,
+    Upload,
+)
+
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
+_REFUSED = (401, 403)
+
+
+class FsspecClient(Client):
+    """See ``Client``. As thread-safe as the file system of fsspec; belongs to the process that made it.
+
+    Args:
+        url: the root.
+        options: of the file system.
+    """
+
+    multipart = False
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        self.where = url.rstrip("/")
+        protocol = url.partition("://")[0]
+        try:
+            self._fs: Any = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
+        except ImportError as error:
+            raise MissingExtraError(f"{url} needs another package: {error}") from error
+        except (ValueError, TypeError, OSError) as error:
+            raise StorageIOError(f"cannot open {url}: {error}; check the options") from error
+        self._loop = getattr(self._fs, "loop", None)  # of those that are asynchronous inside
+        self._root = str(self._fs._strip_protocol(url)).rstrip("/")
+
+    def get(self, key: str, offset: int, nbytes: int) -> Body:
+        with self._translated("read", key):
+            size = int(self._fs.info(self._path(key))["size"])
+            end = min(size, offset + nbytes)
+            data = bytes(self._fs.cat_file(self._path(key), start=offset, end=end)) if end > offset else b""
+        if len(data) != max(0, end - offset):
+            raise TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
+        return Body(data, size)
+
+    def head(self, key: str) -> Head:
+        with self._translated("look at", key):
+            info = self._fs.info(self._path(key))
+            if info["type"] != "file":
+                raise FileNotFoundError(key)
+            return Head(int(info["size"]), _age(info), None)
+
+    def listing(self, prefix: str, *, recursive: bool) -> Listing:
+        files: dict[str, Listed] = {}
+        folders: set[str] = set()
+        pending = [prefix]
+        while pending:
+            folder = pending.pop()
+            with self._translated("list", folder):
+                try:
+                    found = self._fs.ls(self._path(folder).rstrip("/"), detail=True)
+                except (FileNotFoundError, NotADirectoryError):
+                    found = []
+            for info in found:
+                key = str(info["name"]).rstrip("/").removeprefix(f"{self._root}/")
+                if info["type"] == "directory":
+                    (pending.append if recursive else folders.add)(f"{key}/")
+                elif f"{key}/" != folder and key.startswith(prefix):
+                    files[key] = Listed(int(info["size"]), _age(info))
+        return Listing(files, frozenset(folders))
+
+    def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
+        with self._translated("write", key, writing=True):
+            if create and self._fs.exists(self._path(key)):
+                raise StandsError(key)
+            try:
+                self._fs.pipe_file(self._path(key), bytes(data), mode="create" if create else "overwrite")
+            except FileExistsError:
+                raise StandsError(key) from None
+
+    def put_file(self, key: str, path: Path) -> None:
+        with self._translated("write", key, writing=True):
+            self._fs.put_file(str(path), self._path(key))
+
+    def begin(self, key: str, token: str) -> NoReturn:
+        raise NotImplementedError("fsspec uploads by itself")
+
+    def part(self, key: str, upload: str, number: int, data: Data) -> NoReturn:
+        raise NotImplementedError("fsspec uploads by itself")
+
+    def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> NoReturn:
+        raise NotImplementedError("fsspec uploads by itself")
+
+    def abort(self, key: str, upload: str) -> NoReturn:
+        raise NotImplementedError("fsspec uploads by itself")
+
+    def uploads(self) -> list[Upload]:
+        return []
+
+    def copy(self, key: str, target: str) -> None:
+        with self._translated("copy", key, writing=True):
+            self._fs.cp_file(self._path(key), self._path(target))
+
+    def remove(self, key: str) -> None:
+        with self._translated("remove", key, writing=True), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
+    def abandon(self) -> None:
+        leave_to_parent(self._fs, self._loop)
+
+    def close(self) -> None:
+        """fsspec ends its connections when the file system is forgotten."""
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    @contextmanager
+    def _translated(self, verb: str, key: str, *, writing: bool = False) -> Iterator[None]:
+        what = f"cannot {verb} {self.where}/{key}"
+        try:
+            yield
+        except (StoreError, AbsentError, StandsError):
+            raise
+        except FileNotFoundError as error:
+            raise AbsentError(what) from error
+        except PermissionError as error:
+            raise _refused(what, error, writing) from error
+        except (OSError, FSTimeoutError) as error:
+            raise TransientError(f"{what}: {str(error) or type(error).__name__}") from error
+        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+            raise StorageIOError(f"{what}: {error!r:.300}; check the URL and the options") from error
+        except Exception as error:  # gcsfs and adlfs raise exceptions of libraries that need not be installed
+            status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", 0)
+            if status in _REFUSED:
+                raise _refused(what, error, writing) from error
+            if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
+                raise StorageIOError(f"{what}: {error!r:.300}") from error
+            raise TransientError(f"{what}: {error!r:.300}") from error
+
+
+def leave_to_parent(fs: object, loop: object) -> None:
+    """In a fork's child: have a file system of the parent's, and its event loop, leave the connections alone.
+
+    Args:
+        loop: as the parent knew it; None where it has none.
+    """
+    for reference in weakref.getweakrefs(fs):
+        finalizer = reference.__callback__
+        if isinstance(finalizer, weakref.finalize):
+            finalizer.detach()
+    selector: Any = getattr(loop, "_selector", None)
+    if type(selector).__name__ == "EpollSelector":
+        # The parent's epoll is open here, too: a connection that is closed here would fall silent there.
+        with select.epoll() as empty:
+            os.dup2(empty.fileno(), selector.fileno(), inheritable=False)
+
+
+def _refused(what: str, error: Exception, writing: bool) -> StoreError:
+    if writing:
+        return ReadOnlyError(f"{what}: {error}; check what these credentials may do, or read with mode='r'")
+    return StorageIOError(f"{what}: {error}; check the credentials and what they may do")
+
+
+def _age(info: dict[str, Any]) -> float:
+    """Return the seconds since something was written; by this machine's clock, as fsspec does not tell the server's."""
+    for name in _TIMES:
+        written = info.get(name)
+        if isinstance(written, str):
+            try:
+                written = datetime.fromisoformat(written)
+            except ValueError:
+                continue
+        if isinstance(written, datetime):
+            written = written if written.tzinfo else written.replace(tzinfo=UTC)
+            return max(0.0, (datetime.now(UTC) - written).total_seconds())
+        if isinstance(written, int | float):
+            return max(0.0, time.time() - written)
+    return 0.0  # not told: nothing is ever old enough to be swept

@@ -1,0 +1,291 @@
+"""S3 through s3fs: it brings configuration, credentials and the event loop; the requests are made with its client.
+
+s3fs's own retries are switched off, and botocore's: ``Retrying`` decides, and looks for lost answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import botocore.exceptions as boto
+import s3fs
+from aiobotocore.session import AioSession
+from aiohttp import ClientError as HTTPError
+from botocore.loaders import create_loader
+from fsspec.asyn import sync
+from fsspec.exceptions import FSTimeoutError
+
+from actcache.errors import StorageIOError
+from actcache.segments.places.objects import failures
+from actcache.segments.places.objects.client import (
+    AbsentError,
+    Body,
+    Client,
+    Data,
+    Head,
+    Listed,
+    Listing,
+    TransientError,
+    Upload,
+)
+from actcache.segments.places.objects.generic import leave_to_parent
+
+T = TypeVar("T")
+
+_TOKEN = "actcache-upload"
+_CLOSE_SECONDS = 5.0
+_PAGE = 1000  # keys of a listing
+_LOADER = create_loader()  # of botocore's tables: 0.1 s to read, 0.01 s a client afterwards
+_SLOWEST = 100_000  # bytes a second; a transfer that is slower is given up
+CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile=..., key= and secret=, or anon=True"
+#: Failures to find credentials or to make sense of the configuration.
+_UNCONFIGURED = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.ProfileNotFound,
+    boto.ParamValidationError,
+    boto.InvalidConfigError,
+    boto.ConfigParseError,
+    boto.ConfigNotFound,
+    boto.UnauthorizedSSOTokenError,
+    boto.SSOTokenLoadError,
+    boto.InvalidRegionError,
+    boto.NoRegionError,
+)
+
+
+class S3Client(Client):
+    """See ``Client``. Thread-safe; belongs to the process that made it.
+
+    Args:
+        bucket, prefix: the root; the prefix is empty or ends with a slash.
+        options: of ``s3fs.S3FileSystem``.
+        timeout: seconds without a byte after which an attempt is given up.
+    """
+
+    multipart = True
+
+    def __init__(self, bucket: str, prefix: str, options: dict[str, Any], timeout: float) -> None:
+        self.where = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._bucket = bucket
+        self._prefix = prefix
+        self._timeout = timeout
+        self._closed = False
+        config = {
+            "connect_timeout": min(timeout, 10),
+            "read_timeout": timeout,
+            "max_pool_connections": 64,
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            # Checksums that AWS added later, and that other servers may not know. Entries have their own.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
+        options = {**options, "config_kwargs": config | options.get("config_kwargs", {})}
+        with self._translated("cannot set up s3fs"):
+            session = AioSession(profile=options.pop("profile", None))
+            session.register_component("data_loader", _LOADER)
+            self.fs = s3fs.S3FileSystem(**options, session=session, skip_instance_cache=True, use_listings_cache=False)
+            self._loop = self.fs.loop  # which it refuses to tell in a fork's child
+        self.fs.retries = 1
+
+    def endpoint(self) -> tuple[str, str | None]:
+        """Return the URL of the endpoint and the region, after the whole configuration of AWS was looked at."""
+
+        async def ask(s3: Any) -> tuple[str, str | None]:
+            return str(s3.meta.endpoint_url), s3.meta.region_name
+
+        return self._do("connect", "", ask)
+
+    def get(self, key: str, offset: int, nbytes: int) -> Body:
+        async def ask(s3: Any) -> Body:
+            try:
+                answer = await s3.get_object(**self._object(key), Range=f"bytes={offset}-{offset + nbytes - 1}")
+            except boto.ClientError as error:
+                if _status(error) != 416:
+                    raise
+                answer = await s3.head_object(**self._object(key))  # nothing lies there
+                return Body(b"", int(answer["ContentLength"]))
+            async with answer["Body"] as stream:
+                data = await stream.read()
+            size = int(answer.get("ContentRange", "/-1").rpartition("/")[2])
+            if size < 0:  # a server that knows no ranges sends everything
+                data, size = data[offset : offset + nbytes], len(data)
+            if len(data) != max(0, min(nbytes, size - offset)):
+                raise TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
+            return Body(data, size)
+
+        return self._do("read", key, ask, nbytes)
+
+    def head(self, key: str) -> Head:
+        async def ask(s3: Any) -> Head:
+            answer = await s3.head_object(**self._object(key))
+            age = _seconds(answer["LastModified"], _now(answer))
+            return Head(int(answer["ContentLength"]), age, answer.get("Metadata", {}).get(_TOKEN))
+
+        return self._do("look at", key, ask)
+
+    def listing(self, prefix: str, *, recursive: bool) -> Listing:
+        async def ask(s3: Any) -> Listing:
+            files: dict[str, Listed] = {}
+            folders: set[str] = set()
+            options: dict[str, Any] = {"MaxKeys": _PAGE} | ({} if recursive else {"Delimiter": "/"})
+            while True:
+                page = await s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **options)
+                now = _now(page)
+                for found in page.get("Contents", ()):
+                    age = _seconds(found["LastModified"], now)
+                    files[found["Key"].removeprefix(self._prefix)] = Listed(int(found["Size"]), age)
+                folders.update(f["Prefix"].removeprefix(self._prefix) for f in page.get("CommonPrefixes", ()))
+                if not page.get("IsTruncated"):
+                    return Listing(files, frozenset(folders))
+                options["ContinuationToken"] = page["NextContinuationToken"]
+
+        return self._do("list", prefix, ask, 1 << 30)
+
+    def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
+        async def ask(s3: Any) -> None:
+            condition = {"IfNoneMatch": "*"} if create else {}
+            body = data if isinstance(data, bytes) else bytes(data)
+            await s3.put_object(**self._object(key), Body=body, Metadata={_TOKEN: token}, **condition)
+
+        self._do("write", key, ask, len(data), writing=True)
+
+    def put_file(self, key: str, path: Path) -> NoReturn:
+        raise NotImplementedError("an S3 client uploads in parts")
+
+    def begin(self, key: str, token: str) -> str:
+        async def ask(s3: Any) -> str:
+            return str((await s3.create_multipart_upload(**self._object(key), Metadata={_TOKEN: token}))["UploadId"])
+
+        return self._do("write", key, ask, writing=True)
+
+    def part(self, key: str, upload: str, number: int, data: Data) -> str:
+        async def ask(s3: Any) -> str:
+            where = {**self._object(key), "UploadId": upload, "PartNumber": number}
+            body = data if isinstance(data, bytes) else bytes(data)
+            return str((await s3.upload_part(**where, Body=body))["ETag"])
+
+        return self._do("write", key, ask, len(data), writing=True)
+
+    def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
+        async def ask(s3: Any) -> None:
+            condition = {"IfNoneMatch": "*"} if create else {}
+            parts = [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(etags, 1)]
+            where = {**self._object(key), "UploadId": upload}
+            await s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts}, **condition)
+
+        # Stores put the parts together before they answer, and some send blanks meanwhile.
+        self._do("write", key, ask, 1 << 28, writing=True)
+
+    def abort(self, key: str, upload: str) -> None:
+        async def ask(s3: Any) -> None:
+            await s3.abort_multipart_upload(**self._object(key), UploadId=upload)
+
+        self._do("abort the upload of", key, ask, writing=True)
+
+    def uploads(self) -> list[Upload]:
+        async def ask(s3: Any) -> list[Upload]:
+            found: list[Upload] = []
+            after: dict[str, str] = {}
+            while True:
+                page = await s3.list_multipart_uploads(Bucket=self._bucket, Prefix=self._prefix, **after)
+                now = _now(page)
+                for upload in page.get("Uploads", ()):
+                    key, age = upload["Key"].removeprefix(self._prefix), _seconds(upload["Initiated"], now)
+                    found.append(Upload(key, upload["UploadId"], age))
+                if not page.get("IsTruncated"):
+                    return found
+                after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+        return self._do("list the uploads of", "", ask, 1 << 30)
+
+    def copy(self, key: str, target: str) -> None:
+        async def ask(s3: Any) -> None:
+            # s3fs copies what is larger than 5 GB in parts
+            await self.fs._cp_file(f"{self._bucket}/{self._prefix}{key}", f"{self._bucket}/{self._prefix}{target}")
+
+        self._do("copy", key, ask, 1 << 30, writing=True)
+
+    def remove(self, key: str) -> None:
+        async def ask(s3: Any) -> None:
+            await s3.delete_object(**self._object(key))
+
+        self._do("remove", key, ask, writing=True)
+
+    def abandon(self) -> None:
+        leave_to_parent(self.fs, self._loop)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            creator = getattr(self.fs, "_s3creator", None)
+            if creator is not None and self._loop.is_running():
+                with suppress(FSTimeoutError, OSError, HTTPError):
+                    sync(self._loop, creator.__aexit__, None, None, None, timeout=_CLOSE_SECONDS)
+
+    def _object(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _do(
+        self, verb: str, key: str, ask: Callable[[Any], Awaitable[T]], nbytes: int = 0, *, writing: bool = False
+    ) -> T:
+        """Run a request on the event loop; it ends in bounded time."""
+
+        async def run() -> T:
+            async with asyncio.timeout(3 * self._timeout + nbytes / _SLOWEST):
+                return await ask(await self.fs.set_session())
+
+        with self._translated(f"cannot {verb} {self.where}/{key}", writing=writing):
+            result: T = sync(self._loop, run)
+            return result
+
+    @contextmanager
+    def _translated(self, what: str, *, writing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except boto.ClientError as error:
+            raise self._answer(error, what, writing) from error
+        except _UNCONFIGURED as error:
+            raise StorageIOError(f"{what}: {error}; {CREDENTIALS}") from error
+        except StorageIOError:
+            raise
+        except (boto.BotoCoreError, boto.HTTPClientError, HTTPError, FSTimeoutError, TimeoutError, OSError) as error:
+            answer = error.__cause__  # s3fs's own methods make OSErrors of what botocore raises
+            if isinstance(answer, boto.ClientError):
+                raise self._answer(answer, what, writing) from error
+            if isinstance(error, FileNotFoundError):
+                raise AbsentError(what) from error
+            raise TransientError(f"{what}: {str(error) or type(error).__name__}") from error
+        except RuntimeError as error:  # the session was closed under the request
+            raise TransientError(f"{what}: {error!r:.200}") from error
+        except (ValueError, KeyError, TypeError) as error:  # an endpoint that is no URL, an answer without sense
+            raise StorageIOError(f"{what}: {error!r:.200}; check endpoint_url") from error
+
+    def _answer(self, error: boto.ClientError, what: str, writing: bool) -> Exception:
+        said = error.response.get("Error", {})
+        code, message = str(said.get("Code", "")), str(said.get("Message", ""))
+        bucket = f"{self._bucket} at {self.fs.endpoint_url or 'the configured endpoint'}"
+        return failures.of_answer(_status(error), code, message, what, bucket, writing=writing)
+
+
+def _status(error: boto.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _seconds(begin: datetime, end: datetime) -> float:
+    return max(0.0, (end - begin).total_seconds())  # servers round one up and the other down
+
+
+def _now(answer: dict[str, Any]) -> datetime:
+    """Return the server's time."""
+    try:
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    except (KeyError, ValueError, TypeError):
+        return datetime.now(UTC)

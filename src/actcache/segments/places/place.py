@@ -1,0 +1,126 @@
+"""The place where a store lies: named things below a root, each published whole or not at all.
+
+``LocalPlace`` is a folder of a local or shared file system, ``ObjectPlace`` a prefix of an object store. Everything
+that a segmented store does to its files goes through one of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actcache.backend import SegmentFiles, StoredFile
+
+if TYPE_CHECKING:
+    from actcache.segments.rows import RowSource
+    from actcache.segments.segment import Segment
+
+
+class Place(ABC):
+    """Names are relative to the root, their parts joined by ``/``; a name is a file's or a whole segment's.
+
+    Thread-safe, and safe beside other processes. Failures of disk or network are raised as ``StoreError`` or one of its
+    subclasses; what is said about other exceptions below is all there is.
+
+    Attributes:
+        where: the root, for messages.
+    """
+
+    where: str
+
+    @abstractmethod
+    def make(self) -> None:
+        """Make the root where a place has one that can be absent. Publishing makes none."""
+
+    def check(self) -> None:  # noqa: B027 (a place of its own has nothing to compare with)
+        """Look whether the store that was opened here is still here.
+
+        Raises:
+            StoreGoneError: it is not.
+        """
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the files and complete segments in a folder (``""`` is the root), without the folder's
+        own name, sorted; subfolders count as names. Empty where there is no such folder."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """Return a small file's bytes, None where there is none."""
+
+    @abstractmethod
+    def publish(self, name: str, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+        """Have ``write(path)`` write a local file or folder, then give it its name here, durably, all or nothing.
+
+        Returns:
+            False where the name stands already and ``replace`` is False; it is left as it is.
+
+        Raises:
+            OutOfSpaceError, ReadOnlyError, StorageIOError: nothing became visible.
+        """
+
+    @abstractmethod
+    def publish_bytes(self, name: str, data: bytes, *, replace: bool) -> bool:
+        """Publish a small file."""
+
+    @abstractmethod
+    def remove(self, name: str) -> bool:
+        """Remove a file or a segment, durably: from the first moment on it is no longer listed, even where this is cut
+        short. Return whether it was there."""
+
+    @abstractmethod
+    def move(self, name: str, target: str) -> bool:
+        """Give a file or segment another name, durably; at each moment one of the two names is complete. Return whether
+        it was there."""
+
+    @abstractmethod
+    def settle(self, folder: str) -> None:
+        """Make the names in a folder durable that other processes gave."""
+
+    @abstractmethod
+    def age(self, name: str) -> float | None:
+        """Return the seconds since something was published, by the place's own clock; None where it is gone."""
+
+    @abstractmethod
+    def segment(self, name: str) -> SegmentFiles:
+        """Return access to a segment's files; nothing is read yet."""
+
+    @abstractmethod
+    def local_copy(self, name: str) -> Path:
+        """Return the path of a file that can be mapped: the file itself, or a copy that is removed with this object.
+
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+
+    @abstractmethod
+    def rows(self, segments: list[Segment]) -> RowSource:
+        """Return a source for the rows of these segments; the list grows while it is in use."""
+
+    @abstractmethod
+    def remove_folder(self, folder: str) -> bool:
+        """Remove a folder and all below it, durably; return whether it was there.
+
+        Where the place can rename, it goes at once. Where it cannot, its own files go first, in the order of their
+        names but ``recipe.json`` before all, then segments, and tombstones last: what is deleted never comes back, and
+        calling this again removes the rest.
+        """
+
+    @abstractmethod
+    def listing(self, *, exact: bool) -> dict[str, StoredFile]:
+        """Return all files below the root by their names, temporary ones included.
+
+        Args:
+            exact: whether the ages go by the place's own clock, even where a temporary file has to be written for that.
+        """
+
+    @abstractmethod
+    def sweep(self, older_than: float) -> int:
+        """Remove what killed writers left behind (temporary files, unfinished uploads) that is older than so many
+        seconds; return how many things were removed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release connections and local copies. Does nothing the second time."""

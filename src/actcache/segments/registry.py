@@ -1,0 +1,166 @@
+"""The registry: from a URL to a backend, by entry points. Nothing here knows a backend's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from actcache.backend import Backend, SegmentFormat, SpaceEngine, StoreDriver
+from actcache.errors import BackendError, MissingExtraError
+from actcache.segments.places import marker
+from actcache.segments.places.local import LocalPlace, local_path
+from actcache.segments.places.place import Place
+from actcache.segments.store import check_folder, check_options, open_engine, open_segmented
+
+GROUP = "actcache.backends"
+DEFAULT = "default"  # the entry point that serves a bare path where no store stands yet
+
+Plugin = Backend | SegmentFormat | SpaceEngine
+
+_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(.*)", re.DOTALL)
+
+
+def backends() -> list[str]:
+    """Return the names (URL schemes) of the installed backends, sorted."""
+    return sorted({point.name for point in entry_points(group=GROUP)} - {DEFAULT})
+
+
+def parse(url: str) -> tuple[str | None, str]:
+    """Split ``"scheme:rest"``; the scheme is None for a bare path, ``./a:b`` and ``C:\\x`` among them."""
+    match = _SCHEME.fullmatch(url)
+    if match is None or "/" in match[1]:
+        return None, url
+    rest = match[2]
+    # "lmdb:///abs" and "lmdb:/abs" are the same place; "s3://bucket" keeps its bucket
+    return match[1].lower(), f"/{rest.lstrip('/')}" if rest.startswith("///") else rest
+
+
+def load(name: str) -> Plugin:
+    """Import a backend.
+
+    Raises:
+        BackendError: none of that name is installed.
+        MissingExtraError: its storage library is not installed.
+    """
+    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not points:
+        raise BackendError(f"there is no backend {name!r}; installed are {', '.join(backends())}")
+    try:
+        plugin = points[0].load()
+    except ImportError as error:
+        raise MissingExtraError(f"the {name} backend cannot be imported ({error}): {_remedy(points[0])}") from error
+    except AttributeError as error:
+        raise BackendError(f"the {name} backend is broken: {error}; its entry point is {points[0].value}") from error
+    if not isinstance(plugin, Plugin):
+        raise BackendError(f"{points[0].value} is no Backend, SpaceEngine or SegmentFormat; see actcache.backend")
+    return plugin
+
+
+def _remedy(point: EntryPoint) -> str:
+    distribution = point.dist.name if point.dist is not None else "actcache"
+    extras = f"[{','.join(point.extras)}]" if point.extras else ""
+    return f"pip install '{distribution}{extras}'"
+
+
+def resolve(url: str | Path) -> str | Path:
+    """Return a URL or path that means the same from every working directory, and in another process: it travels.
+
+    Raises:
+        BackendError: it names no place, or the scheme is not known.
+    """
+    if not isinstance(url, str | Path):
+        raise BackendError(f"a store is opened by a URL or path, not by {url!r:.80}")
+    scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
+    if not location or "\0" in location:
+        raise BackendError(f"{url!r} names no place; write a path, or scheme:path")
+    if scheme is None:
+        return local_path(location)
+    if location.startswith("//") or _REMOTE.match(location):
+        return url
+    if _is_protocol(scheme):
+        raise BackendError(f"{url!r} names no bucket; write {scheme}://bucket/prefix")
+    return url if isinstance(load(scheme), Backend) else f"{scheme}:{local_path(location)}"
+
+
+def open_driver(url: str | Path, mode: str, options: Mapping[str, Any], *, create: bool = True) -> StoreDriver:
+    """Open the store at a URL or path. A store that stands at a bare path says itself which backend it is of.
+
+    Args:
+        create: whether mode ``"a"`` makes a store where none stands.
+
+    Raises:
+        BackendError: the scheme, or an option, is not known.
+        StoreNotFoundError, NotAStoreError, ReadOnlyError, FormatVersionError: see ``Backend.open``.
+    """
+    if mode not in ("r", "a"):
+        raise BackendError(f"mode is 'r' (read) or 'a' (read, write, create), not {mode!r}")
+    url = resolve(url)
+    opening = _Opening(mode, create and mode == "a", options)
+    scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
+    if scheme is not None and location.startswith("//"):  # of an object store: "s3://bucket/prefix"
+        location = f"{scheme}:{location}"
+        plugin = load(scheme)
+        if isinstance(plugin, SegmentFormat):
+            return _open_standing(plugin, location, opening)
+        return _open(plugin, location, opening)
+    if scheme is None:
+        place = LocalPlace(Path(location))
+        check_folder(place.root)
+        standing = marker.read(place)
+        scheme = standing.backend if standing is not None else DEFAULT
+    return _open(load(scheme), location, opening)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How a store is opened."""
+
+    mode: str
+    create: bool
+    options: Mapping[str, Any]
+
+
+def _is_protocol(scheme: str) -> bool:
+    """Return whether a scheme stands for an object store's protocol, and not for a format."""
+    plugin = load(scheme)
+    return isinstance(plugin, SegmentFormat) and plugin.name != scheme and scheme != DEFAULT
+
+
+def _open(plugin: Plugin, location: str, how: _Opening) -> StoreDriver:
+    if isinstance(plugin, Backend):
+        if how.mode == "a" and not how.create:
+            plugin.open(location, mode="r", options=how.options).close()
+        return plugin.open(location, mode=how.mode, options=how.options)
+    if isinstance(plugin, SpaceEngine):
+        if _REMOTE.match(location):
+            raise BackendError(f"a {plugin.name} store lies in a folder of this machine, not at {location}")
+        return open_engine(plugin, local_path(location), mode=how.mode, create=how.create, options=how.options)
+    return open_segmented(plugin, _place(plugin, location, how.options), mode=how.mode, create=how.create)
+
+
+def _open_standing(default: SegmentFormat, location: str, how: _Opening) -> StoreDriver:
+    """Open whatever store of segments stands at a URL; where none does, one of the default format is made."""
+    place = _place(default, location, how.options)
+    standing = marker.read(place)
+    if standing is None or standing.backend == default.name:
+        return open_segmented(default, place, mode=how.mode, create=how.create)
+    place.close()
+    return _open(load(standing.backend), location, how)
+
+
+def _place(format: SegmentFormat, location: str, options: Mapping[str, Any]) -> Place:
+    if not _REMOTE.match(location):
+        check_options(format.name, options, frozenset({"mapped"}))
+        root = local_path(location)
+        check_folder(root)
+        return LocalPlace(root, mapped=options.get("mapped"))
+    try:
+        from actcache.segments.places.objects import ObjectPlace
+    except ImportError as error:
+        raise MissingExtraError(f"{location} needs fsspec ({error}): pip install 'actcache[s3]'") from error
+    return ObjectPlace(location, format.commit, options)

@@ -1,0 +1,255 @@
+"""One segment: its name, where its arrays lie, and the checks that let the rest of the core trust both."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import Extent, SegmentFiles, SegmentFormat
+from actcache.errors import FormatError, FormatVersionError
+from actcache.format.keys import KEY_BYTES
+from actcache.format.ragged import VALUES, Lineage, check_offsets, names_from_array
+from actcache.segments.places.place import Place
+
+VERSION = 1
+
+#: Ragged array -> (dtype, trailing shape), as a space stores them.
+Columns = Mapping[str, tuple[str, tuple[int, ...]]]
+#: From the name of a segment to its files.
+Access = Callable[[str], SegmentFiles]
+
+_FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
+    "offsets": ("<i8", ()),
+    "keys": ("|u1", (KEY_BYTES,)),
+    "checksums": ("<u8", ()),
+    "extra_checksums": ("<u8", ()),
+    "births": ("|u1", (14,)),
+    "birth": ("<u4", ()),
+    "birth_entries": ("<u4", ()),
+    "sources": ("|u1", (14,)),
+    "lineage_checksum": ("<u8", ()),
+}
+_LINEAGE = frozenset({"births", "birth", "birth_entries", "sources", "lineage_checksum"})
+_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
+_LAST_SEQUENCE = (1 << 48) - 1
+
+
+def new_name(sequence: int) -> str:
+    """Return a unique segment name. Names sort by their sequence number, and of two copies of a key the later one is
+    served: a sequence number above all that the writer saw works without synchronized clocks.
+
+    Raises:
+        FormatError: there is no higher number; only a file that is not ours can have brought us there.
+    """
+    if sequence > _LAST_SEQUENCE:
+        raise FormatError(f"a file is named as if it came after all others ({_LAST_SEQUENCE:012x}-...): move it away")
+    return f"{sequence:012x}-{secrets.token_hex(8)}"
+
+
+def sequence_of(name: str) -> int:
+    return int(name.partition("-")[0], 16)
+
+
+def is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+def unique_names(place: Place, folder: str, suffix: str) -> list[str]:
+    """Return the names in a folder without their suffix, sorted; foreign names are not ours to read."""
+    names = place.names(folder)
+    return sorted(stem for name in names if name.endswith(suffix) and is_name(stem := name.removesuffix(suffix)))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment that is known to fit its space: arrays present, of the right dtypes and shapes, inside their files."""
+
+    files: SegmentFiles = field(compare=False)
+    name: str
+    extents: Mapping[str, Extent]
+    nbytes: int = field(compare=False)
+    sources: tuple[str, ...] = ()  # names of the segments that it replaces
+
+    @property
+    def entries(self) -> int:
+        return self.extents["keys"].shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.extents[VALUES].shape[0]
+
+    def columns(self) -> frozenset[str]:
+        """Return the names of the ragged arrays."""
+        return frozenset(self.extents) - frozenset(_FIXED)
+
+    def file(self, array: str) -> Path:
+        """Return the local file that has an array."""
+        relative, path = self.extents[array].path, self.files.path
+        if path is None:
+            raise FormatError(f"{self.files.where} is no local file")
+        return path / relative if relative else path
+
+    def read(self, array: str) -> NDArray[Any]:
+        """Return one whole array, in memory. Meant for the small ones.
+
+        Raises:
+            FormatError: the file is shorter than it was.
+            FileNotFoundError: the segment is gone.
+        """
+        extent = self.extents[array]
+        data = self.files.read(extent.path, extent.offset, extent.nbytes)
+        if len(data) != extent.nbytes:
+            raise FormatError(f"{self.files.where} is truncated")
+        return np.frombuffer(data, extent.dtype).reshape(extent.shape)
+
+    def offsets(self) -> NDArray[np.int64]:
+        """Return the entries' offsets, checked against the rows."""
+        offsets = self.read("offsets")
+        check_offsets(offsets, self.entries, self.tokens, self.files.where)
+        return offsets
+
+    def lineage(self) -> Lineage:
+        """Return where the entries were born: here, unless this is a compacted segment.
+
+        Raises:
+            FormatError: what it says of that is impossible.
+        """
+        if "births" not in self.extents:
+            entries = np.arange(self.entries, dtype=np.uint32)
+            return Lineage((self.name,), np.zeros(self.entries, np.uint32), entries, ())
+        births, birth = names_from_array(self.read("births")), self.read("birth")
+        if len(birth) and int(birth.max()) >= len(births):
+            raise FormatError(f"{self.files.where} is damaged: entries are born in segments that it does not name")
+        lineage = Lineage(births, birth, self.read("birth_entries"), self.sources)
+        if self.read("lineage_checksum").tolist() != [lineage.checksum()]:
+            raise FormatError(f"{self.files.where} is damaged: what it says of its entries' births fails its checksum")
+        return lineage
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the index needs to find the arrays without opening the segment."""
+        extents = {name: [e.path, e.offset, e.dtype, list(e.shape)] for name, e in self.extents.items()}
+        described = {"name": self.name, "nbytes": self.nbytes, "extents": extents}
+        return described | ({"sources": list(self.sources)} if self.sources else {})
+
+    @classmethod
+    def from_json(cls, access: Access, value: Any, columns: Columns) -> Segment:
+        """Rebuild a segment from the index.
+
+        Raises:
+            FormatError: the value does not describe a segment of this space.
+        """
+        try:
+            extents = {
+                str(name): Extent(str(path), int(offset), str(dtype), tuple(int(size) for size in shape))
+                for name, (path, offset, dtype, shape) in value["extents"].items()
+            }
+            name, nbytes, sources = str(value["name"]), int(value["nbytes"]), tuple(value.get("sources", ()))
+            if not all(isinstance(known, str) and is_name(known) for known in (name, *sources)):
+                raise ValueError("names that are none")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise FormatError(f"the index describes a segment wrongly: {error}") from None
+        files = access(name)
+        _check(files.where, extents, columns)
+        return cls(files, name, extents, nbytes, sources)
+
+    @classmethod
+    def open(cls, format: SegmentFormat, files: SegmentFiles, name: str, space: str, columns: Columns) -> Segment:
+        """Describe a segment.
+
+        Args:
+            name, space: its own name and its space's, which it has to confirm.
+
+        Raises:
+            FormatError: it is truncated, foreign, in another's place, or does not fit the space.
+            FormatVersionError: a newer release wrote it.
+            FileNotFoundError: there is none.
+        """
+        layout = format.layout(files)
+        _check_metadata(files.where, layout.metadata, name, space)
+        _check(files.where, layout.extents, columns)
+        segment = cls(files, name, layout.extents, 0)
+        segment = replace(segment, nbytes=segment.measure())
+        if "sources" in layout.extents:
+            segment = replace(segment, sources=names_from_array(segment.read("sources")))
+        return segment
+
+    def measure(self) -> int:
+        """Return the bytes that the segment takes up.
+
+        Raises:
+            FormatError: a file is missing, or shorter than what should lie in it.
+            FileNotFoundError: the segment is gone.
+            PermissionError: a file may not be read.
+        """
+        ends: dict[str, int] = {}
+        for extent in self.extents.values():
+            ends[extent.path] = max(ends.get(extent.path, 0), extent.offset + extent.nbytes)
+        nbytes = 0
+        for name, end in ends.items():
+            size = self.files.size(name)
+            nbytes += size
+            if end > size:
+                where = f"{self.files.where}/{name}" if name else self.files.where
+                raise FormatError(f"{where} is truncated: it has {size} bytes and should have {end} or more")
+        return nbytes
+
+
+def metadata(name: str, space: str) -> dict[str, str]:
+    """Return what a segment says about itself beside its arrays."""
+    return {"actcache_segment": str(VERSION), "space": space, "segment": name}
+
+
+def _check_metadata(where: str, found: Mapping[str, str], name: str, space: str) -> None:
+    version = found.get("actcache_segment", "")
+    if version.isdigit() and len(version) < 9 and int(version) > VERSION:
+        raise FormatVersionError(f"{where} was written by a newer release (version {version}): upgrade actcache")
+    for field_name, expected in metadata(name, space).items():
+        if found.get(field_name) != expected:
+            # Tombstones name segments: one under another's name would bring back what was deleted, and lose others.
+            raise FormatError(
+                f"{where} says {field_name} {found.get(field_name)!r:.60} and should say {expected!r}: "
+                "it is not where it was written"
+            )
+
+
+def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
+    """Refuse arrays that a segment of this space cannot have."""
+    known = {**_FIXED, **columns}
+    missing = {"offsets", "keys", "checksums", VALUES} - extents.keys()
+    if not _LINEAGE.isdisjoint(extents):
+        missing |= _LINEAGE - extents.keys()
+    if missing:
+        raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
+    entries, tokens = extents["keys"].shape[:1], extents[VALUES].shape[:1]
+    for name, extent in extents.items():
+        if name not in known:
+            raise FormatError(f"{where} has an array {name!r} that this release does not know")
+        dtype, trailing = known[name]
+        length = entries if name in _FIXED else tokens
+        if name == "offsets":
+            length = (entries[0] + 1,) if entries else ()
+        elif name in ("births", "sources"):
+            length = extent.shape[:1]
+        elif name == "lineage_checksum":
+            length = (1,)
+        if extent.dtype != dtype or extent.shape != (*length, *trailing) or len(length) != 1:
+            raise FormatError(
+                f"{where} does not fit its space: {name} is {extent.dtype} {list(extent.shape)}, "
+                f"not {dtype} {[*length, *trailing]}"
+            )
+        parts = Path(extent.path).parts
+        if extent.offset < 0 or min(extent.shape) < 0 or Path(extent.path).is_absolute() or ".." in parts:
+            raise FormatError(f"{where} says that {name} lies outside of it")
+
+
+def dumps(segments: list[Segment]) -> str:
+    """Return the index's description of segments."""
+    return json.dumps([segment.to_json() for segment in segments], separators=(",", ":"))

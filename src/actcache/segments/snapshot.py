@@ -1,0 +1,198 @@
+"""A snapshot of a segmented space: the tables that find its entries and the source that reads their rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import VALUES, Located, Snapshot, Usage
+from actcache.errors import FormatError, SegmentGoneError
+from actcache.format.ragged import offsets_of
+from actcache.io.workers import Workers
+from actcache.segments.index import Table, join_keys, split_keys
+from actcache.segments.rows import RowSource
+from actcache.segments.segment import Segment
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache (docs/decisions/0002)
+
+
+class SegmentedSnapshot(Snapshot):
+    """What was visible at one moment.
+
+    Args:
+        segments: all segments that the space ever knew, by number.
+        tables: disjoint tables, the mapped index first.
+        numbers: for each table, the number of each of its segments, -1 where the segment is gone or replaced.
+        dead: entries that tombstones name, segment of birth -> numbers.
+        damaged: segments that could not be read, name -> what is wrong.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        tables: Sequence[Table],
+        numbers: Sequence[NDArray[np.int64]],
+        dead: Mapping[str, Collection[int]],
+        rows: RowSource,
+        workers: Workers,
+        damaged: Mapping[str, str],
+    ) -> None:
+        self._segments = segments
+        self._tables = tables
+        self._numbers = numbers
+        self._rows = rows
+        self._workers = workers
+        self._damaged = dict(damaged)
+        self._dead = dead
+        self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
+        self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
+        births = sorted({birth for table in tables for birth in table.births})
+        rank = {birth: number for number, birth in enumerate(births)}
+        self._ranks = [np.array([rank[birth] for birth in table.births], np.int64) for table in tables]
+        # Of copies that were born as one, the one in the segment of the last name: whoever looks finds the same.
+        self._names = np.zeros(len(segments), np.int64)
+        self._names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
+        self._limits = np.array([segment.tokens for segment in segments], np.int64)
+
+    def locate(self, keys: NDArray[np.uint8]) -> Located:
+        prefix, rest = split_keys(keys)
+        count = len(keys)
+        located = Located(np.zeros(count, np.int64), np.zeros(count, np.uint64), *np.full((2, count), -1, np.int64))
+        rank = np.full(count, -1, np.int64)
+        parts = zip(self._tables, self._numbers, self._alive, self._ranks, strict=True)
+        for table, numbers, alive, ranks in parts:
+            position = table.find(prefix, rest, alive)
+            which = np.flatnonzero(position >= 0)
+            if not len(which):
+                continue
+            position = position[which]
+            number = numbers[table.segment[position]]
+            row, tokens = table.row[position], table.tokens[position].astype(np.int64)
+            inside = (row >= 0) & (tokens > 0) & (row <= self._limits[number] - tokens)
+            if not inside.all():
+                logger.warning("the index points outside of %d segments: rebuild it", (~inside).sum())
+            place = ranks[table.birth[position]] * len(self._segments) + self._names[number]
+            better = inside & (place > rank[which])
+            which, position, number = which[better], position[better], number[better]
+            located.tokens[which] = tokens[better]
+            located.checksums[which] = table.checksum[position]
+            located.segment[which] = number
+            located.row[which] = row[better]
+            rank[which] = place[better]
+        return located
+
+    def copies(self, keys: NDArray[np.uint8]) -> dict[str, list[int]]:
+        """Return every copy of these keys that is not deleted, by its birth: segment -> numbers of entries.
+
+        Those in replaced segments too: they are served again should the segment be lost that replaces them.
+        """
+        prefix, rest = split_keys(keys)
+        copies: dict[str, set[int]] = {}
+        for table in self._tables:
+            position = table.copies(prefix, rest)
+            for birth, entry in zip(table.birth[position].tolist(), table.entry[position].tolist(), strict=True):
+                if entry not in self._dead.get(table.births[birth], ()):
+                    copies.setdefault(table.births[birth], set()).add(entry)
+        return {birth: sorted(entries) for birth, entries in copies.items()}
+
+    def served(self) -> dict[int, Segment]:
+        """Return the segments whose entries are served, by number."""
+        return {int(n): self._segments[n] for numbers in self._numbers for n in numbers[numbers >= 0]}
+
+    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+        having = self._having.get(column)
+        if having is None:
+            having = np.array([column in segment.extents for segment in self._segments], bool)
+            self._having[column] = having
+        return having[located.segment] & located.found if len(having) else located.found
+
+    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+        sums = np.zeros(len(located.tokens), np.uint64)
+        for i, (number, row) in enumerate(zip(located.segment.tolist(), located.row.tolist(), strict=True)):
+            segment = self._segments[number] if number >= 0 else None
+            if segment is not None and "extra_checksums" in segment.extents:
+                try:
+                    sums[i] = segment.read("extra_checksums")[np.searchsorted(segment.offsets()[:-1], row)]
+                except FileNotFoundError:
+                    raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
+                except IndexError:
+                    raise FormatError(f"{segment.files.where} has no entry that begins at row {row}") from None
+        return sums
+
+    def gather(
+        self,
+        located: Located,
+        out: Mapping[str, NDArray[np.generic]],
+        width: int | None,
+        done: Callable[[int, int], None],
+    ) -> None:
+        count = len(located.tokens)
+        if not located.found.any():
+            for buffer in out.values():
+                buffer[: count * (width or 0)] = 0
+            done(0, count)
+            return
+        # An absent entry stands under some segment's number; none of its rows are read.
+        segment = np.where(located.found, located.segment, located.segment[located.found][0])
+        row = np.where(located.found, located.row, 0)
+        reads = [self._rows.plan(c, segment, row, located.tokens, buffer, width) for c, buffer in out.items()]
+        starts = offsets_of(located.tokens if width is None else np.full(count, width))
+        row_bytes = max(buffer.strides[0] for buffer in out.values())
+        # Chunks of whole entries; the threads take the next one as they become free.
+        wanted = np.arange(0, int(starts[-1]) * row_bytes, _CHUNK_BYTES)
+        cuts = np.unique(np.r_[np.searchsorted(starts * row_bytes, wanted), count])
+
+        def job(number: int) -> None:
+            first, last = int(cuts[number]), int(cuts[number + 1])
+            for read in reads:
+                read(first, last)
+            done(first, last)
+
+        self._workers.run(job, len(cuts) - 1)
+
+    def read_ahead(self, located: Located) -> None:
+        found = located[located.found]
+        if len(found.tokens):
+            with suppress(FormatError):  # the read itself will say which entries are lost
+                self._rows.will_need(VALUES, found.segment, found.row, found.tokens)
+
+    def keys(self) -> NDArray[np.uint8]:
+        live = [
+            join_keys(*((table.prefix, table.rest) if alive is None else (table.prefix[alive], table.rest[alive])))
+            for table, alive in zip(self._tables, self._alive, strict=True)
+        ]
+        keys = np.concatenate([np.empty((0, 32), np.uint8), *live])
+        words = keys.view(">u8")
+        keys = keys[np.lexsort(words.T[::-1])]
+        fresh = np.ones(len(keys), bool)
+        fresh[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+        return keys[fresh]
+
+    def usage(self) -> Usage:
+        keys = self.keys()
+        present = {number for numbers in self._numbers for number in numbers.tolist() if number >= 0}
+        nbytes = sum(self._segments[number].nbytes for number in present)
+        return Usage(len(keys), int(self.locate(keys).tokens.sum()), nbytes, len(present))
+
+    def damaged(self) -> dict[str, str]:
+        return dict(self._damaged)
+
+    def whereabouts(self, located: Located) -> tuple[list[str], NDArray[np.int64]]:
+        return [segment.name for segment in self._segments], np.where(located.found, located.segment, -1)
+
+
+def _alive(table: Table, numbers: NDArray[np.int64], dead: Mapping[str, Collection[int]]) -> NDArray[np.bool_] | None:
+    """Return which entries of a table are served, ``[n]``; None for all."""
+    codes = [birth << 32 | entry for birth, name in enumerate(table.births) if name in dead for entry in dead[name]]
+    if not codes and (not len(numbers) or numbers.min() >= 0):
+        return None
+    alive: NDArray[np.bool_] = numbers[table.segment] >= 0
+    if codes:
+        alive &= ~np.isin(table.birth.astype(np.int64) << 32 | table.entry, np.array(codes, np.int64))
+    return alive

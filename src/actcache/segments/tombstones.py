@@ -1,0 +1,111 @@
+"""Tombstones: small JSON files that say which entries of which segments are deleted.
+
+Like the entries, they have a checksum: a flipped digit would serve what was deleted and lose another entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import xxhash
+
+from actcache.errors import FormatError
+from actcache.format.recipe import canonical_json
+from actcache.segments.places.place import Place
+from actcache.segments.segment import new_name, sequence_of, unique_names
+
+_MOST_ENTRIES = 1 << 32
+LISTINGS = 5  # while other processes replace what was listed
+_SUFFIX = ".json"
+
+
+class Tombstones(Mapping[str, dict[str, list[int]]]):
+    """The tombstones of a space, as of the last ``refresh``: name -> segment of birth -> numbers of entries.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, place: Place, folder: str) -> None:
+        self._place = place
+        self._folder = f"{folder}/tombstones"
+        self._known: dict[str, dict[str, list[int]]] = {}
+
+    def __getitem__(self, name: str) -> dict[str, list[int]]:
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def path(self, name: str) -> str:
+        """Return the name of a tombstone's file at the place."""
+        return f"{self._folder}/{name}{_SUFFIX}"
+
+    def refresh(self) -> None:
+        """Read those that are new; they never change.
+
+        Raises:
+            FormatError: one is damaged.
+        """
+        before = set(self._known)
+        for _ in range(LISTINGS):
+            found = {name: self._read(name) for name in unique_names(self._place, self._folder, _SUFFIX)}
+            if None not in found.values() and before <= set(found):
+                break  # else one was joined with others, in a new one that the listing may have missed
+            before = set(found)
+        self._known = {name: deleted for name, deleted in found.items() if deleted is not None}
+
+    def deleted(self) -> dict[str, set[int]]:
+        """Return all deleted entries by their births: segment -> numbers."""
+        dead: dict[str, set[int]] = {}
+        for deleted in self._known.values():
+            for birth, entries in deleted.items():
+                dead.setdefault(birth, set()).update(entries)
+        return dead
+
+    def publish(self, deleted: Mapping[str, Collection[int]]) -> None:
+        """Delete entries, named by their births, durably."""
+        names = unique_names(self._place, self._folder, _SUFFIX)
+        name = new_name(1 + max(map(sequence_of, names), default=0))
+        data = dumps({birth: sorted(entries) for birth, entries in deleted.items()})
+        self._place.publish_bytes(self.path(name), data, replace=True)
+
+    def _read(self, name: str) -> dict[str, list[int]] | None:
+        if name in self._known:
+            return self._known[name]
+        data = self._place.read(self.path(name))
+        try:
+            return None if data is None else loads(data)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # Passing over it would serve deleted entries again.
+            raise FormatError(
+                f"{self._place.where}/{self.path(name)} is damaged ({error}); move it away to see its deletions undone"
+            ) from None
+
+
+def dumps(deleted: Mapping[str, Sequence[int]]) -> bytes:
+    """Return the tombstone of these entries, segment name -> numbers of entries."""
+    return canonical_json({"deleted": deleted, "checksum": _checksum(deleted)}).encode() + b"\n"
+
+
+def loads(data: bytes) -> dict[str, list[int]]:
+    """Return what ``dumps`` was given.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: the data are damaged or no tombstone.
+    """
+    value = json.loads(data)
+    deleted: dict[str, list[int]] = value["deleted"]
+    for entries in deleted.values():
+        if not all(type(entry) is int and 0 <= entry < _MOST_ENTRIES for entry in entries):
+            raise ValueError("it names entries by what is no number of one")
+    if value["checksum"] != _checksum(deleted):
+        raise ValueError("it fails its checksum")
+    return deleted
+
+
+def _checksum(deleted: Mapping[str, Sequence[int]]) -> str:
+    return xxhash.xxh3_64_hexdigest(canonical_json(deleted).encode())

@@ -1,0 +1,1 @@
+"""Stores, and the spaces and collections in them."""

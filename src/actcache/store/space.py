@@ -1,0 +1,598 @@
+"""A space: all entries of one recipe."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import (
+    EXTRAS,
+    GRACE_SECONDS,
+    TOKEN_IDS,
+    VALUES,
+    Block,
+    BytesDone,
+    Compaction,
+    Snapshot,
+    SpaceDriver,
+    Usage,
+)
+from actcache.entries.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry, listed
+from actcache.entries.read import Lookahead, Request, looking_again
+from actcache.entries.writer import Writer
+from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError, UsageError
+from actcache.format import checksum, codec
+from actcache.format.arguments import to_buffer, whole
+from actcache.format.keys import Keys, key_array, key_list
+from actcache.format.ragged import offsets_of
+from actcache.format.recipe import Recipe
+from actcache.io.workers import available_cpus
+from actcache.reader.reader import Reader
+from actcache.store.last_use import LastUse
+
+if TYPE_CHECKING:
+    from actcache.store.store import Store
+
+_SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
+_CLOSED = "the space is closed; open it again with store.space(recipe)"
+
+
+COMPACT_BYTES = 2 << 30
+_PART_BYTES = 16 << 20  # read and checked at once by a thread
+
+#: Called with the entries that have been checked and how many there are.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found."""
+
+    entries: int  # that were read and checked
+    nbytes: int  # of their activations
+    corrupt: list[bytes] = field(default_factory=list)  # keys of entries that fail their checksums
+    damaged: dict[str, str] = field(default_factory=dict)  # segments that cannot be read, name -> what is wrong
+
+    @property
+    def intact(self) -> bool:
+        return not self.corrupt and not self.damaged
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What ``repair`` did."""
+
+    quarantined: list[bytes]  # keys of corrupt entries, which are misses now
+    set_aside: list[str]  # segments that could not be read, which are out of the way now
+
+
+class Space:
+    """Made by ``Store.space``. Any number of threads may read and write; writes take turns.
+
+    Reads see what this object has put, flushed or not, and what other processes had flushed when the space was opened,
+    last flushed, or last refreshed.
+    """
+
+    def __init__(
+        self, store: Store, driver: SpaceDriver, recipe: Recipe, *, created: bool, segment_bytes: int, seconds: float
+    ) -> None:
+        self.recipe = recipe  #: as stored by whoever created the space
+        self.created = created  #: whether this call created it
+        self._store = store
+        self._codec = codec.get(recipe.dtype, recipe.via)
+        self._columns = columns_of(recipe)
+        self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
+        self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": seconds}
+        self._used = LastUse(store.driver, recipe.fingerprint, writable=store.writable)
+        self._closed = False
+        self._open(driver)
+        _SPACES.add(self)
+
+    def _open(self, driver: SpaceDriver) -> None:
+        self._driver = driver
+        self._write_lock = threading.RLock()
+        self._snapshot_lock = threading.Lock()
+        self._writer: Writer | None = None
+        if self._store.writable:
+            self._writer = Writer(self._append, self._columns, self._seed, **self._segments)
+        self._snapshot: Snapshot | None = driver.snapshot()
+        self._ahead = Lookahead()
+        self._forked = False
+
+    def _take_snapshot(self) -> None:
+        # One after the other: the older of two would hide what the writer has published and forgotten meanwhile.
+        with self._snapshot_lock:
+            self._snapshot = self._driver.snapshot()
+
+    def after_fork(self) -> None:
+        """Have a fork's child open everything anew: the parent's threads, locks and pending entries are not its."""
+        self._write_lock = threading.RLock()
+        self._forked = True
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        keys: Keys,
+        arrays: Sequence[Any],
+        token_ids: Sequence[Any] | None = None,
+        *,
+        spans: Sequence[Any] | None = None,
+        word_ids: Sequence[Any] | None = None,
+        type_ids: Sequence[Any] | None = None,
+        overwrite: bool = False,
+    ) -> int:
+        """Store entries: all that are new, or, where anything is wrong with one of them, none.
+
+        Args:
+            keys: of the documents, each once.
+            arrays: one ``[tokens, hidden]`` floating point array or tensor a key, on any device, in the dtype that the
+                rows were computed in.
+            token_ids: one ``[tokens]`` array a key.
+            spans, word_ids, type_ids: optional arrays, ``[tokens, 2]``, ``[tokens]`` and ``[tokens]``.
+            overwrite: whether to replace what is there; else keys that are present are skipped.
+
+        Returns:
+            How many were stored. They are durable after ``flush``.
+
+        Raises:
+            KeyFormatError: a key is none, or stands twice.
+            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe; see
+                ``actcache.entries.entry.check_digits``.
+            NonFiniteError, CodecOverflowError: an array holds NaN or infinity, or a value too large for the codec.
+            StoreError: read-only, disk full, ...
+        """
+        given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
+        lists = {VALUES: listed(VALUES, arrays)}
+        lists |= {name: listed(name, rows) for name, rows in given.items() if rows is not None}
+        check_digits(lists[VALUES], self.recipe)
+        return self._put(keys, lists, self._codec, overwrite=overwrite)
+
+    def _put(self, keys: Keys, lists: Mapping[str, Sequence[Any]], stored_as: codec.Codec, *, overwrite: bool) -> int:
+        writer = self._writing()
+        all_keys = key_array(keys)
+        names = key_list(all_keys)
+        check_lists(names, lists)
+        with self._write_lock:
+            wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
+            which = np.flatnonzero(wanted).tolist()
+            encoded = [encode_entry(names[i], lists, i, self._columns, stored_as) for i in which]
+            for i, stored in zip(which, encoded, strict=True):
+                writer.add(names[i], stored)
+        return len(encoded)
+
+    def _append(self, block: Block) -> None:
+        self._driver.append(block)
+        self._store.describe(self.recipe)  # it may have been deleted under us
+        self._take_snapshot()  # before the writer forgets the block
+
+    def flush(self) -> None:
+        """Make everything that was put durable, and visible to others.
+
+        Raises:
+            StoreError: the disk is full, ...; nothing is lost, a later flush tries again.
+            StoreGoneError: the store was moved or removed; once it is back, a later flush stores what was put.
+        """
+        writer, before = self._writing(), self._snapshot
+        writer.flush()
+        if self._snapshot is before:  # else it was taken just now, after the last block was published
+            self.refresh()
+
+    def delete(self, keys: Keys) -> int:
+        """Delete entries, durably; return how many of the keys were there."""
+        wanted = key_array(keys)
+        with self._write_lock:
+            self._writing().flush()
+            count = self._driver.delete(wanted)
+            self.refresh()
+        return count
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    @looking_again
+    def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
+        """Return the entries of the keys, in their order; None where there is none.
+
+        Raises:
+            CorruptEntryError: entries fail their checksums; it names them.
+        """
+        wanted = key_array(keys)
+        request = self._request(wanted)
+        total = int(request.lengths.sum())
+        values = np.empty((total, self.recipe.hidden_size), self._codec.stored)
+        ids = np.empty(total, np.int32)
+        corrupt = set(request.read({VALUES: values, TOKEN_IDS: ids}, None, verify=verify))
+        offsets, has_ids = offsets_of(request.lengths).tolist(), request.has(TOKEN_IDS)
+        entries: list[Entry | None] = []
+        for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
+            if begin == end:
+                entries.append(None)
+                continue
+            extras, intact = request.read_extras(i)
+            if not intact:
+                corrupt.add(i)
+            entries.append(Entry(self._codec.decode(values[begin:end]), ids[begin:end] if has_ids[i] else None, extras))
+        self._refuse_corrupt(wanted, corrupt)
+        return entries
+
+    @looking_again
+    def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
+        """Read rows in the stored dtype straight into the caller's buffer.
+
+        Args:
+            out: NumPy array or CPU tensor, C-contiguous: ``[rows, hidden]`` to have the entries packed one after
+                another (absent ones take no rows), or ``[n, length, hidden]`` to have each padded with zeros.
+            token_ids: int32, ``[rows]`` or ``[n, length]``: filled alike.
+            verify: whether to check the entries' checksums.
+
+        Raises:
+            ShapeError: a buffer is too small or of the wrong dtype. Nothing was read.
+            CorruptEntryError: it names the entries; the rows of all others are in place.
+        """
+        wanted = key_array(keys)
+        buffer = to_buffer(out, self._codec.stored, "out")
+        ids = None if token_ids is None else to_buffer(token_ids, np.dtype(np.int32), "token_ids")
+        hidden = self.recipe.hidden_size
+        if buffer.ndim not in (2, 3) or buffer.shape[-1] != hidden:
+            raise ShapeError(f"out must be [rows, {hidden}] or [n, length, {hidden}], not {list(buffer.shape)}")
+        if ids is not None and ids.shape != buffer.shape[:-1]:
+            raise ShapeError(f"token_ids must be {list(buffer.shape[:-1])} beside this out, not {list(ids.shape)}")
+        request = self._request(wanted)
+        width = buffer.shape[1] if buffer.ndim == 3 else None
+        longest, total = int(request.lengths.max(initial=0)), int(request.lengths.sum())
+        if width is None and total > len(buffer):
+            raise ShapeError(f"these entries have {total} rows and out has {len(buffer)}")
+        if width is not None and (longest > width or len(wanted) > len(buffer)):
+            raise ShapeError(
+                f"{len(wanted)} entries of up to {longest} tokens do not fit an out of {list(buffer.shape)}"
+            )
+        flat_ids = np.empty(buffer.size // hidden, np.int32) if ids is None else ids.reshape(-1)
+        if ids is not None and not request.has(TOKEN_IDS)[request.lengths > 0].all():
+            raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
+        rows = {VALUES: buffer.reshape(-1, hidden), TOKEN_IDS: flat_ids}
+        self._refuse_corrupt(wanted, request.read(rows, width, verify=verify))
+        return ReadReport(request.lengths)
+
+    def read_ahead(self, keys: Keys) -> None:
+        """Ask the operating system to load these entries soon; returns at once."""
+        snapshot = self._view()
+        snapshot.read_ahead(self._ahead.locate(snapshot, key_array(keys)))
+
+    def lengths(self, keys: Keys) -> NDArray[np.int64]:
+        """Return the tokens of each entry, ``[n]`` int64, 0 where it is absent."""
+        return self._request(key_array(keys)).lengths
+
+    def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
+        """Return which entries have a ragged array (``token_ids``, ``spans``, ``word_ids``, ``type_ids``), ``[n]``."""
+        return self._request(key_array(keys)).has(column)
+
+    def checksums(self, keys: Keys) -> NDArray[np.uint64]:
+        """Return each entry's checksum, ``[n]``: other contents have another; 0 where it is absent or not published."""
+        return self._request(key_array(keys)).checksums
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Return which keys are there, ``[n]``."""
+        return self.lengths(keys) > 0
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, bytes) and bool(self.contains([key])[0])
+
+    def keys(self) -> Iterator[bytes]:
+        """Iterate over the keys, unpublished ones included."""
+        return iter(key_list(self.key_array()))
+
+    def key_array(self) -> NDArray[np.uint8]:
+        """Return all keys as ``[n, 32]`` uint8, sorted."""
+        self._check_open()
+        pending = self._writer.keys() if self._writer is not None else []
+        return np.unique(np.concatenate([self._view().keys(), key_array(pending)]), axis=0)
+
+    def __len__(self) -> int:
+        return len(self.key_array())
+
+    def refresh(self) -> None:
+        """See what other processes have flushed or deleted since."""
+        self._check_open()
+        self._take_snapshot()
+
+    def usage(self) -> Usage:
+        """Return how many entries, tokens, bytes and segments are published."""
+        return self._view().usage()
+
+    def damaged(self) -> dict[str, str]:
+        """Return segments that could not be read, name -> what is wrong; their entries are absent."""
+        return self._view().damaged()
+
+    def reader(self, keys: Keys, **options: Any) -> Reader:
+        """Iterate over entries in batches; see ``actcache.Reader`` for the options."""
+        return Reader(self, keys, **options)
+
+    # --- closing -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Flush and release everything. Does nothing the second time."""
+        if self._closed:
+            return
+        if self._forked:  # in a fork's child that has done nothing with it, there is nothing to close
+            self._closed = True
+            self._store.forget(self)
+            return
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            self._closed = True
+            self._store.forget(self)
+            self._snapshot = None
+            self._driver.close()
+
+    def __enter__(self) -> Space:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._store.space, (self.recipe,)  # what travels is the store's URL and the recipe, never a handle
+
+    def __repr__(self) -> str:
+        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
+
+    def _request(self, keys: NDArray[np.uint8]) -> Request:
+        self._check_open()  # before the writer is looked at: a fork has another
+        self._used.note()
+        return Request(self._view, self._writer, self._seed, keys, self._ahead)
+
+    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:
+        if corrupt:
+            bad = key_list(keys[sorted(corrupt)])
+            raise CorruptEntryError(
+                f"{len(bad)} of {len(keys)} entries fail their checksum, the first is {bad[0].hex()}: "
+                "space.delete(error.keys) makes them misses, fill computes them again",
+                bad,
+            )
+
+    def _view(self) -> Snapshot:
+        self._check_open()
+        if (snapshot := self._snapshot) is None:  # another thread closed it just now
+            raise ClosedError(_CLOSED)
+        return snapshot
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(_CLOSED)
+        if self._forked:
+            with self._write_lock:
+                if self._forked:
+                    self._open(self._store.driver.space(self.recipe.fingerprint, self._columns))
+
+    def _writing(self) -> Writer:
+        self._check_open()
+        if self._writer is None:
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
+        return self._writer
+
+    # --- looking after it -----------------------------------------------------------------------------------------
+
+    def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> Verification:
+        """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
+
+        Segments are looked at without the help of an index, too.
+
+        Args:
+            sample: entries that are read, drawn at random; None for all.
+
+        Raises:
+            UsageError: ``sample`` is no whole number of 0 or more.
+            FormatError: nothing of the space can be read safely (lmdb).
+        """
+        if sample is not None:
+            sample = whole("sample", sample, 0)
+        damaged = self._driver.examine()  # first: what is damaged there may be unsafe to read
+        self.refresh()
+        keys = self._view().keys()
+        if sample is not None and sample < len(keys):
+            keys = keys[np.random.default_rng().choice(len(keys), sample, replace=False)]
+        corrupt, nbytes = self.corrupt_among(keys, progress)
+        return Verification(len(keys), nbytes, corrupt, damaged)
+
+    def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
+        """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
+
+        As ``put``, but the rows are what the recipe's lineage (``Recipe.via``) has made of them already. So they are
+        not rounded to its dtypes again, which refuses what bfloat16 has rounded up out of float16's range.
+
+        Raises:
+            ShapeError: also where rows are of another dtype than ``get`` returns.
+        """
+        stored = codec.get(self.recipe.dtype)
+        for i, array in enumerate(arrays):
+            if (given := getattr(array, "dtype", None)) != stored.delivered:
+                raise ShapeError(f"array {i} holds {given}, and get returns {stored.delivered}: use put")
+        return self._put(keys, {VALUES: arrays, **others}, stored, overwrite=False)
+
+    def in_order(self, keys: Keys) -> NDArray[np.uint8]:
+        """Return keys as ``[n, 32]`` in the order in which their published entries lie, absent ones first."""
+        wanted = key_array(keys)
+        located = self._view().locate(wanted)
+        return wanted[np.lexsort((located.row, located.segment))]
+
+    @looking_again
+    def stored_checksums(self, keys: Keys) -> NDArray[np.uint64]:
+        """Return tokens, checksum and checksum of the optional arrays of each published entry, ``[n, 3]``; 0 where
+        it is absent or has none. Reads no activations."""
+        view = self._view()
+        located = view.locate(key_array(keys))
+        columns = (located.tokens.astype(np.uint64), located.checksums, view.extra_checksums(located))
+        return np.stack(columns, axis=1) * located.found[:, None]
+
+    @looking_again
+    def whereabouts(self, keys: Keys) -> tuple[list[str], NDArray[np.int64]]:
+        """Return names of segments, and which of them holds each published entry, ``[n]``; -1 where it is absent.
+
+        A backend that has no segments returns no names, and -1 throughout.
+        """
+        view = self._view()
+        return view.whereabouts(view.locate(key_array(keys)))
+
+    def corrupt_among(self, keys: Keys, progress: Progress | None = None) -> tuple[list[bytes], int]:
+        """Read published entries on all processors; return which fail their checksums, and the bytes of rows read."""
+        keys = self.in_order(keys)
+        lengths = self._view().locate(keys).tokens
+        starts = offsets_of(lengths) * self._codec.stored.itemsize * self.recipe.hidden_size
+        wanted = np.arange(0, int(starts[-1]), _PART_BYTES)
+        cuts = np.unique(np.r_[np.searchsorted(starts, wanted), len(keys)]).tolist() if len(keys) else [0]
+        parts = [keys[first:last] for first, last in itertools.pairwise(cuts)]
+        corrupt: list[bytes] = []
+        checked = 0
+        with ThreadPoolExecutor(available_cpus(), thread_name_prefix="actcache-verify") as pool:
+            futures = [pool.submit(self._corrupt, part) for part in parts]
+            try:
+                for part, future in zip(parts, futures, strict=True):
+                    corrupt += key_list(part[future.result()])
+                    checked += len(part)
+                    if progress is not None:
+                        progress(checked, len(keys))
+            finally:
+                for future in futures:
+                    future.cancel()
+        return corrupt, int(starts[-1])
+
+    def repair(self, found: Verification | None = None) -> Repair:
+        """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.
+
+        Args:
+            found: what ``verify`` said; None verifies first. What has been mended since is left alone.
+
+        Raises:
+            StoreError: read-only, disk full, ...; nothing is lost.
+        """
+        self._writing()
+        found = self.verify() if found is None else found
+        with self._write_lock:
+            corrupt = key_array(found.corrupt)
+            if len(corrupt):
+                self._driver.examine()  # no index has a say in what is deleted
+                self.refresh()
+                corrupt = corrupt[self._corrupt(corrupt)]
+            if len(corrupt):
+                self._driver.quarantine(corrupt)
+            repair = Repair(key_list(corrupt), self._driver.set_aside() if found.damaged else [])
+            self.refresh()
+        return repair
+
+    def merge_small_segments(self, allowed: bool) -> None:
+        """Say whether this object's writer may merge its own small segments on the way, which it does unless told.
+
+        For ten minutes, for those who read them, what it merged lies there twice. What stays is for ``compact``.
+        """
+        self._driver.merges_small = allowed
+
+    def compact(
+        self,
+        *,
+        target_bytes: int = COMPACT_BYTES,
+        waste: float = 0.1,
+        grace: float = GRACE_SECONDS,
+        progress: BytesDone = lambda done, total: None,
+    ) -> Compaction:
+        """Join small segments, and give back the space of deleted and overwritten entries.
+
+        Others may read, write and compact at the same time. Memory: some tens of MiB, and 200 bytes an entry.
+
+        Args:
+            target_bytes: of activations, about what a merged segment gets at most.
+            waste: the share of deleted or overwritten rows from which on a segment is rewritten.
+            grace: seconds for which what was replaced stays, for readers that still use it; a later compaction
+                removes it.
+            progress: called with the bytes that are moved and how many there are to move.
+
+        Raises:
+            StoreError: read-only, disk full, ...; nothing is lost.
+            UsageError: ``target_bytes`` is no whole number; ``grace`` is negative: a replacement that is gone would
+                count as old enough.
+        """
+        if not grace >= 0:
+            raise UsageError(f"grace is a number of seconds, 0 or more, not {grace}")
+        target_bytes = whole("target_bytes", target_bytes, 1)
+        with self._write_lock:
+            self._writing().flush()
+            done = self._driver.compact(target_bytes=target_bytes, waste=waste, grace=grace, progress=progress)
+            self.refresh()
+        return done
+
+    @looking_again
+    def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
+        """Return the positions of published entries that fail their checksums; absent ones do not."""
+        view = self._view()  # one for all: another might know of other arrays
+        request = Request(lambda: view, None, self._seed, keys)
+        total = int(request.lengths.sum())
+        rows = {VALUES: np.empty((total, self.recipe.hidden_size), self._codec.stored)}
+        found = set(request.read({**rows, TOKEN_IDS: np.empty(total, np.int32)}, None, verify=True))
+        had = np.array([request.has(name) for name in EXTRAS]).T
+        for kind in np.unique(had[had.any(axis=1)], axis=0):  # entries with the same optional arrays at once
+            which = np.flatnonzero((had == kind).all(axis=1))
+            part = Request(lambda: view, None, self._seed, keys[which])
+            columns = [column for column, there in zip(EXTRAS.items(), kind.tolist(), strict=True) if there]
+            total = int(part.lengths.sum())
+            out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns}
+            found.update(which[part.read(out, None, verify=True)].tolist())
+        return sorted(found)
+
+    @looking_again
+    def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:
+        """Return the token ids of published entries as they lie, intact or not; None where there are none to be read.
+
+        An entry's checksum is over ids and rows together: of a corrupt entry, nothing here says that the ids are right.
+        """
+        request = Request(self._view, None, self._seed, key_array(keys))
+        has, offsets = request.has(TOKEN_IDS), offsets_of(request.lengths)
+        ids = np.empty(int(offsets[-1]), np.int32)
+        lost = set(request.read({TOKEN_IDS: ids}, None, verify=False))
+        cuts = enumerate(itertools.pairwise(offsets.tolist()))
+        return [ids[begin:end] if has[i] and i not in lost else None for i, (begin, end) in cuts]
+
+    def put_block(self, block: Block) -> None:
+        """Publish entries that are in stored form already, as one segment; durable when this returns.
+
+        For whoever has read them, verified, where they stood under an equal recipe: nothing is looked at, computed or
+        copied. What stands here under one of the keys is replaced.
+
+        Raises:
+            StoreError: read-only, disk full, ...; nothing of the block is there.
+        """
+        with self._write_lock:
+            self._writing().flush()  # what was put before is older
+            self._append(block)
+
+    def leave_no_trace(self) -> None:
+        """Have nothing that is done through this object from here on count as a use of the space."""
+        self._used.stop()
+
+    # --- blobs -----------------------------------------------------------------------------------------------------
+
+    def blob(self, name: str) -> bytes | None:
+        """Return a small named file of the space (its canaries, say), None where there is none."""
+        return self._store.driver.read_blob(f"spaces/{self.recipe.fingerprint}/{name}")
+
+    def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        """Write a small named file of the space, durably; return False where it stands and ``replace`` is False."""
+        return self._store.driver.write_blob(f"spaces/{self.recipe.fingerprint}/{name}", data, replace=replace)
+
+
+def _after_fork() -> None:
+    for space in list(_SPACES):
+        space.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

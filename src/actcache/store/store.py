@@ -1,0 +1,320 @@
+"""A store: a root that holds spaces and collections."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.backend import StoreDriver
+from actcache.entries.entry import columns_of
+from actcache.entries.writer import SEGMENT_BYTES, SEGMENT_SECONDS
+from actcache.errors import (
+    ClosedError,
+    CollectionNotFoundError,
+    FormatError,
+    FormatVersionError,
+    NotAStoreError,
+    ReadOnlyError,
+    SpaceNotFoundError,
+    StoreGoneError,
+    StoreNotFoundError,
+    UsageError,
+)
+from actcache.format.arguments import whole
+from actcache.format.recipe import Recipe, is_fingerprint
+from actcache.segments import registry
+from actcache.store.collection import Collection
+from actcache.store.space import Space
+
+SPACE_VERSION = 1
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_LONGEST_NAME = 240  # a file's name has at most 255 bytes, its suffix among them
+_NEAREST = 3
+
+
+def open_store(url: str | Path, mode: str = "a", **options: Any) -> Store:
+    """Open the store at a path or URL.
+
+    Args:
+        url: a path, or ``scheme:place`` with the scheme of a backend (``hdf5:./activations``). A path where a store
+            stands opens whatever backend made it; where none stands, the default backend makes one.
+        mode: ``"a"`` to read and write, creating the store where it is absent; ``"r"`` to read.
+        options: the backend's own.
+
+    Raises:
+        BackendError, MissingExtraError: the scheme is not known, or its library is not installed.
+        StoreNotFoundError, NotAStoreError, FormatVersionError, ReadOnlyError: what lies there cannot be opened.
+    """
+    return Store(url, mode, options)
+
+
+def open_standing(url: str | Path, **options: Any) -> Store:
+    """Open a store to read and write, as ``open_store`` does, but make none where none stands.
+
+    Raises:
+        StoreNotFoundError, ...: see ``open_store``.
+    """
+    return Store(url, "a", options, create=False)
+
+
+SWEEP_SECONDS = 86_400.0
+
+
+def _opened_elsewhere(url: str | Path, mode: str, options: dict[str, Any], identity: bytes) -> Store:
+    """Open a store that was pickled: that one, and no other that lies there now."""
+    try:
+        store = Store(url, mode, options, create=False)
+    except (StoreNotFoundError, NotAStoreError) as error:
+        raise StoreGoneError(f"{error}; the store that was sent here was moved, removed, or is not seen here") from None
+    if store.driver.identity != identity:
+        store.close()
+        raise StoreGoneError(f"another store lies at {url} than the one that was sent here: open the one that is meant")
+    return store
+
+
+class Store:
+    """Made by ``actcache.open``. Thread-safe; pickles as its URL, made absolute.
+
+    A store stays the one that was opened, wherever the working directory goes. Once its folder was moved or removed,
+    or another store was made in its place, whatever would change or list something raises ``StoreGoneError``; reads
+    serve what the store held, or raise that as well.
+    """
+
+    def __init__(self, url: str | Path, mode: str, options: dict[str, Any], *, create: bool = True) -> None:
+        self.url = str(url)
+        self.writable = mode == "a"
+        resolved = registry.resolve(url)
+        self._driver: StoreDriver | None = registry.open_driver(resolved, mode, options, create=create)
+        self._reopen = (resolved, mode, options, self._driver.identity)
+        self._spaces: list[Space] = []
+
+    @property
+    def driver(self) -> StoreDriver:
+        """The backend's side of the store."""
+        if self._driver is None:
+            raise ClosedError(f"the store {self.url} is closed; open it again with actcache.open")
+        return self._driver
+
+    # --- spaces ------------------------------------------------------------------------------------------------------
+
+    def space(
+        self, recipe: Recipe, *, segment_bytes: int = SEGMENT_BYTES, segment_seconds: float = SEGMENT_SECONDS
+    ) -> Space:
+        """Open the space of a recipe, creating it where it is absent.
+
+        Args:
+            segment_bytes, segment_seconds: a writer publishes what it holds when it is so large, or so old, whether
+                more is put or not. A process that is killed loses what is younger, and what is being published then.
+
+        Raises:
+            SpaceNotFoundError: it is absent and the store is read-only; the message lists the nearest ones.
+            FormatError, FormatVersionError: the space's own description is damaged or newer than this release.
+            UsageError: ``segment_bytes`` is no whole number of 1 or more.
+        """
+        segment_bytes = whole("segment_bytes", segment_bytes, 1)
+        fingerprint = recipe.fingerprint
+        stored = self.recipe(fingerprint)
+        created = False
+        if stored is None:
+            if not self.writable:
+                raise SpaceNotFoundError(self._explain(recipe))
+            created = self.describe(recipe)
+            stored = self.recipe(fingerprint) or recipe
+        space = Space(
+            self,
+            self.driver.space(fingerprint, columns_of(stored)),
+            stored,
+            created=created,
+            segment_bytes=segment_bytes,
+            seconds=segment_seconds,
+        )
+        self._spaces.append(space)
+        return space
+
+    def describe(self, recipe: Recipe) -> bool:
+        """Make sure that a space's recipe stands in the store, durably; return whether it was missing.
+
+        A space that was deleted while somebody wrote to it begins anew with what is written afterwards.
+        """
+        name = _recipe_blob(recipe.fingerprint)
+        if self.driver.read_blob(name) is not None:
+            return False
+        description = {"format_version": SPACE_VERSION, **recipe.to_json()}
+        return self.driver.write_blob(name, json.dumps(description, indent=1).encode() + b"\n", replace=False)
+
+    def fingerprints(self) -> list[str]:
+        """Return the names of all spaces, sorted; of those whose description cannot be read, too."""
+        return self.driver.spaces()
+
+    def recipes(self) -> list[Recipe]:
+        """Return the recipes of all spaces, in the order of their fingerprints.
+
+        Raises:
+            FormatError, FormatVersionError: a space's description is damaged or newer than this release.
+        """
+        found = (self.recipe(fingerprint) for fingerprint in self.driver.spaces())
+        return [recipe for recipe in found if recipe is not None]
+
+    def nearest(self, recipe: Recipe) -> list[tuple[Recipe, dict[str, tuple[Any, Any]]]]:
+        """Return the other recipes of the store, those with the fewest differences first, each with its differences
+        as ``field -> (the given recipe's, the other's)``. Spaces whose description cannot be read are left out."""
+        readable = []
+        for fingerprint in self.fingerprints():
+            with suppress(FormatError):
+                readable.append(self.recipe(fingerprint))
+        others = [(other, recipe.differences(other)) for other in readable if other is not None and other != recipe]
+        return sorted(others, key=lambda pair: len(pair[1]))
+
+    def recipe(self, fingerprint: str) -> Recipe | None:
+        """Return the recipe of a space, None where it has none: it is being made, or was deleted.
+
+        Raises:
+            FormatError, FormatVersionError: see ``recipes``.
+        """
+        data = self.driver.read_blob(_recipe_blob(fingerprint))
+        if data is None:
+            return None
+        where = f"{self.url}: {_recipe_blob(fingerprint)}"
+        try:
+            description = json.loads(data)
+            version = description["format_version"]
+            if not isinstance(version, int):
+                raise TypeError(f"its format version is {version!r}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FormatError(f"{where} is damaged: {error}") from None
+        if version > SPACE_VERSION:
+            raise FormatVersionError(f"{where} has format version {version}, newer than this release: upgrade actcache")
+        recipe = Recipe.from_json(description)
+        if recipe.fingerprint != fingerprint:
+            raise FormatError(f"{where} describes another space ({recipe.fingerprint}); restore it from a copy")
+        return recipe
+
+    def delete_space(self, fingerprint: str) -> bool:
+        """Delete a space with all its entries, durably; return whether it was there.
+
+        Whoever reads it finds its entries absent; what a writer flushes afterwards is a new space's.
+        """
+        self.check_writable()
+        if not is_fingerprint(fingerprint):
+            raise UsageError(f"{fingerprint!r} is no fingerprint of a space: see store.fingerprints()")
+        return self.driver.delete_space(fingerprint)
+
+    def _explain(self, recipe: Recipe) -> str:
+        lines = [f"{self.url} has no space for {recipe.model} layer {recipe.layer} as {recipe.stored_as}"]
+        for other, differences in self.nearest(recipe)[:_NEAREST]:
+            fields = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in differences.items())
+            lines.append(f"{other.fingerprint} ({other.model} layer {other.layer}) differs in {fields}")
+        return "; nearest: ".join([lines[0], " | ".join(lines[1:])]) if lines[1:] else f"{lines[0]}, nor any other"
+
+    # --- collections -------------------------------------------------------------------------------------------------
+
+    def put_collection(
+        self, name: str, keys: Sequence[bytes] | NDArray[np.uint8], ids: Sequence[str] | None = None
+    ) -> None:
+        """Store a named, ordered list of keys, durably; one of that name is replaced.
+
+        Raises:
+            UsageError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``, begins with a dot,
+                or is longer than 240 characters.
+            KeyFormatError, ShapeError: see ``Collection.of``.
+        """
+        self.check_writable()
+        self.driver.write_blob(_collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
+
+    def collection(self, name: str) -> Collection:
+        """Return a collection.
+
+        Raises:
+            CollectionNotFoundError: there is none of that name.
+            FormatError: its file is damaged.
+        """
+        data = self.driver.read_blob(_collection_blob(name))
+        if data is None:
+            known = ", ".join(self.collections()) or "none"
+            raise CollectionNotFoundError(f"{self.url} has no collection {name!r}; it has {known}")
+        return Collection.from_bytes(data, f"{self.url}: collection {name!r}")
+
+    def collections(self) -> list[str]:
+        """Return the names of all collections, sorted."""
+        names = (blob.rpartition("/")[2] for blob in self.driver.blobs("collections"))
+        return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
+
+    @staticmethod
+    def collection_blob(name: str) -> str:
+        """Return the name of a collection's blob."""
+        return _collection_blob(name)
+
+    def delete_collection(self, name: str) -> bool:
+        """Delete a collection, not its entries; return whether it was there."""
+        self.check_writable()
+        return self.driver.delete_blob(_collection_blob(name))
+
+    def sweep(self, older_than: float = SWEEP_SECONDS) -> int:
+        """Remove what killed writers left behind: temporary files, unfinished uploads.
+
+        Args:
+            older_than: seconds without a change; less than a live writer takes for one segment endangers its work.
+
+        Returns:
+            How many were removed.
+        """
+        self.check_writable()
+        return self.driver.sweep(older_than)
+
+    # --- closing -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Flush and close all spaces that were opened through this object. Does nothing the second time."""
+        if self._driver is None:
+            return
+        with ExitStack() as stack:  # all of it, also where one of them fails
+            stack.callback(setattr, self, "_driver", None)
+            stack.callback(self._driver.close)
+            for space in list(self._spaces):
+                stack.callback(space.close)
+
+    def forget(self, space: Space) -> None:
+        """Drop a space that was closed."""
+        if space in self._spaces:
+            self._spaces.remove(space)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened_elsewhere, self._reopen
+
+    def __repr__(self) -> str:
+        return f"<Store {self.url}>"
+
+    def check_writable(self) -> None:
+        """Raise ``ReadOnlyError`` where the store was opened with mode='r'."""
+        if not self.writable:
+            raise ReadOnlyError(f"{self.url} was opened with mode='r'; open it with mode='a' to write")
+
+
+_SUFFIX = ".safetensors"
+
+
+def _recipe_blob(fingerprint: str) -> str:
+    return f"spaces/{fingerprint}/recipe.json"
+
+
+def _collection_blob(name: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
+    if len(name) > _LONGEST_NAME:
+        raise UsageError(f"{name:.40}... has {len(name)} characters; a collection's name has at most {_LONGEST_NAME}")
+    return f"collections/{name}{_SUFFIX}"

@@ -1,0 +1,276 @@
+"""The seam through which every name of a store is published."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import threading
+
+import pytest
+
+import actcache
+from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError
+from actcache.io.files import Disk, Files, is_local
+from tests.support import ROOT, check, put, recipe
+
+
+class Recording(Disk):
+    """Notes the steps; fails at the one numbered ``failing`` with ``code``."""
+
+    def __init__(self, failing=-1, code=errno.EIO):
+        self.steps = []
+        self.failing, self.code = failing, code
+
+    def _note(self, kind, path):
+        self.steps.append((kind, path))
+        if len(self.steps) - 1 == self.failing:
+            raise OSError(self.code, os.strerror(self.code), str(path))
+
+    def sync_file(self, path):
+        self._note("sync", path)
+        super().sync_file(path)
+
+    def sync_folder(self, path):
+        self._note("sync", path)
+        super().sync_folder(path)
+
+    def rename(self, source, target):
+        self._note("name", target)
+        super().rename(source, target)
+
+    def link(self, source, target):
+        self._note("name", target)
+        super().link(source, target)
+
+    def unlink(self, path):
+        self._note("unlink", path)
+        super().unlink(path)
+
+    def make_folder(self, path):
+        self._note("mkdir", path)
+        super().make_folder(path)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_the_order_of_the_steps(tmp_path, replace):
+    """A folder is durable before anything goes into it; a name comes after the bytes, and is then synced itself."""
+    root, disk = tmp_path / "root", Recording()
+    target = root / "a" / "b" / "file.bin"
+    files = Files(root, disk)
+    files.make_root()
+    assert files.publish_bytes(target, b"data", replace=replace)
+    (temporary,) = {path for kind, path in disk.steps if kind == "sync" and path.parent == root / "tmp"}
+    assert disk.steps == [
+        ("mkdir", root),
+        ("sync", tmp_path),
+        ("mkdir", root / "tmp"),
+        ("sync", root),
+        ("mkdir", root / "a"),
+        ("sync", root),
+        ("mkdir", root / "a" / "b"),
+        ("sync", root / "a"),
+        ("sync", temporary),
+        ("name", target),
+        ("sync", target.parent),
+    ]
+    assert target.read_bytes() == b"data"
+    assert list((root / "tmp").iterdir()) == []
+
+
+def test_a_second_file_costs_no_more_than_its_own_steps(tmp_path):
+    disk = Recording()
+    files = Files(tmp_path, disk)
+    files.publish_bytes(tmp_path / "a/one", b"1", replace=False)
+    before = len(disk.steps)
+    files.publish_bytes(tmp_path / "a/two", b"2", replace=False)
+    assert [kind for kind, _ in disk.steps[before:]] == ["sync", "name", "sync"]
+
+
+def test_folders_are_synced_bottom_up(tmp_path):
+    def write(path):
+        (path / "x/y").mkdir(parents=True)
+        (path / "x/y/deep").write_bytes(b"1")
+        (path / "top").write_bytes(b"2")
+
+    disk = Recording()
+    Files(tmp_path, disk).publish(tmp_path / "made", write, replace=True)
+    synced = [path for kind, path in disk.steps if kind == "sync" and tmp_path / "tmp" in path.parents]
+    root = min(synced, key=lambda path: len(path.parts))
+    assert set(synced) == {root, root / "x", root / "x/y", root / "x/y/deep", root / "top"}
+    for path in synced:
+        inside = [other for other in synced if path in other.parents]
+        assert all(synced.index(other) < synced.index(path) for other in inside)
+    assert (tmp_path / "made/x/y/deep").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_failure_at_any_step_leaves_nothing(tmp_path, replace):
+    for failing in range(100):
+        root = tmp_path / str(failing)
+        root.mkdir()
+        disk = Recording(failing)
+        files, target = Files(root, disk), root / "a" / "file"
+        try:
+            files.publish_bytes(target, b"data", replace=replace)
+        except StorageIOError as error:
+            said = str(error)
+        else:
+            assert failing == len(disk.steps)
+            break
+        assert str(root) in said
+        last = disk.steps[-1] == ("sync", target.parent) and disk.steps[-2][0] == "name"
+        assert target.exists() == last
+        assert not target.exists() or target.read_bytes() == b"data"  # whole, where its name could not be synced
+        assert not (root / "tmp").exists() or list((root / "tmp").iterdir()) == []
+        # And what failed can be done again, by the same object.
+        disk.failing = -1
+        assert files.publish_bytes(target, b"data", replace=replace) == (replace or not last)
+        assert target.read_bytes() == b"data"
+    assert failing > 5
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (errno.ENOSPC, OutOfSpaceError),
+        (errno.EDQUOT, OutOfSpaceError),
+        (errno.EFBIG, OutOfSpaceError),
+        (errno.EROFS, ReadOnlyError),
+        (errno.EACCES, ReadOnlyError),
+        (errno.EIO, StorageIOError),
+        (errno.EMFILE, StorageIOError),
+        (errno.ENAMETOOLONG, StorageIOError),
+        (errno.ESTALE, StorageIOError),
+    ],
+)
+def test_what_the_operating_system_says_is_translated(tmp_path, code, expected):
+    def write(path):
+        path.write_bytes(b"some of it")
+        raise OSError(code, os.strerror(code))
+
+    files = Files(tmp_path)
+    with pytest.raises(expected) as caught:
+        files.publish(tmp_path / "file", write)
+    assert type(caught.value) is expected
+    assert list((tmp_path / "tmp").iterdir()) == []
+    for step in range(5):
+        broken = Files(tmp_path, Recording(step, code))
+        with pytest.raises(expected):
+            broken.publish_bytes(tmp_path / "file", b"x", replace=True)
+    (tmp_path / "other").touch()
+    with pytest.raises(expected):
+        Files(tmp_path, Recording(0, code)).remove(tmp_path / "other")
+
+
+def test_replacing(tmp_path):
+    files = Files(tmp_path)
+    assert files.publish_bytes(tmp_path / "f", b"1", replace=False)
+    assert not files.publish_bytes(tmp_path / "f", b"2", replace=False)
+    assert (tmp_path / "f").read_bytes() == b"1"
+    assert files.publish_bytes(tmp_path / "f", b"3", replace=True)
+    assert (tmp_path / "f").read_bytes() == b"3"
+    assert files.remove(tmp_path / "f")
+    assert not files.remove(tmp_path / "f")
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(StorageIOError, match=r"a file where the store needs a folder|Not a directory"):
+        Files(tmp_path).publish_bytes(tmp_path / "a/b/c", b"", replace=True)
+
+
+def test_file_systems_without_hard_links(tmp_path):
+    class NoLinks(Disk):
+        def link(self, source, target):
+            raise PermissionError(errno.EPERM, "no links here")
+
+    files = Files(tmp_path, NoLinks())
+    assert files.publish_bytes(tmp_path / "f", b"1", replace=False)
+    assert not files.publish_bytes(tmp_path / "f", b"2", replace=False)
+    assert (tmp_path / "f").read_bytes() == b"1"
+
+
+def test_of_racing_creators_one_wins(tmp_path):
+    for number in range(30):
+        target, results, gate = tmp_path / f"{number}", [], threading.Barrier(6)
+
+        def create(name, target=target, results=results, gate=gate):
+            gate.wait()
+            if Files(tmp_path).publish_bytes(target, name, replace=False):
+                results.append(name)
+
+        threads = [threading.Thread(target=create, args=(b"%d" % n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == 1
+        assert target.read_bytes() == results[0]
+
+
+def test_racing_creators_of_one_store(tmp_path):
+    for number in range(20):
+        root, failures, gate = tmp_path / f"{number}", [], threading.Barrier(6)
+
+        def create(n, root=root, failures=failures, gate=gate):
+            gate.wait()
+            try:
+                with actcache.open(root) as store, store.space(recipe()) as space:
+                    put(space, [n])
+            except BaseException as error:  # reported by the test
+                failures.append(error)
+                raise SystemExit from None
+
+        threads = [threading.Thread(target=create, args=(n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        with actcache.open(root, "r") as store, store.space(recipe()) as space:
+            check(space, dict.fromkeys(range(6), 0), range(7))
+
+
+def test_a_temporary_folder_that_somebody_cleans_away(tmp_path):
+    with actcache.open(tmp_path / "s") as store, store.space(recipe()) as space:
+        put(space, [1])
+        space.flush()
+        (tmp_path / "s/tmp").rmdir()
+        put(space, [2])
+        space.flush()
+        check(space, {1: 0, 2: 0}, range(4))
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("/", True),
+        ("/nfs/share/x", False),
+        ("/nfs/share2", True),
+        ("/nfs/share/local/x", True),
+        ("/with space/x", False),
+        ("/h\u00f6me/x", False),
+        ("/fuse", False),
+    ],
+)
+def test_which_file_systems_are_local(tmp_path, path, local):
+    mounts = tmp_path / "mountinfo"
+    lines = ["1 0 8:1 / / rw - ext4 /dev/sda rw", "2 1 0:5 / /nfs/share rw shared:1 - nfs4 host:/x rw"]
+    lines += ["3 2 8:2 / /nfs/share/local rw - xfs /dev/sdb rw", "4 1 0:6 / /with\\040space rw - cifs //host/x rw"]
+    lines += ["5 1 0:7 / /h\u00f6me rw - nfs host:/h rw", "6 1 0:8 / /fuse rw - fuse.sshfs host: rw"]
+    mounts.write_bytes("\n".join(lines).encode() + b"\n7 1 0:9 / /lat\xefn rw - nfs host:/l rw\n")
+    assert is_local(type(tmp_path)(path), mounts) == local
+    assert is_local(tmp_path, tmp_path / "absent")
+
+
+def test_the_seam_is_the_only_way():
+    """No other module of the store renames, links, or removes files; LMDB keeps its own, in one module of its own."""
+    seams = {ROOT / "src/actcache/storage/files.py", ROOT / "backends/actcache_lmdb/generations.py"}
+    names = {"rename", "replace", "link", "symlink", "unlink", "remove", "rmtree", "move", "rmdir", "renames"}
+    sources = [*(ROOT / "src/actcache").glob("*.py"), *(ROOT / "src/actcache/storage").glob("*.py")]
+    for path in [*sources, *(ROOT / "backends").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in names and path not in seams:
+                assert ast.unparse(node.value) not in ("os", "shutil", "path", "Path"), f"{path}:{node.lineno}"

@@ -1,0 +1,387 @@
+"""What networks and servers do to requests, through a proxy: right results, or a clear error, in bounded time."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import numpy as np
+import pytest
+
+import actcache
+from actcache.errors import (
+    ActcacheError,
+    BackendError,
+    ClosedError,
+    FormatError,
+    ReadOnlyError,
+    StorageIOError,
+    StoreError,
+    StoreNotFoundError,
+)
+from actcache.segments.places.objects import ObjectPlace
+from tests import support
+
+LARGE = 40 << 20  # three parts
+PATTERN_PART = r"PUT .*partNumber=2"
+PATTERN_COMPLETE = r"POST .*\?uploadId="
+PATTERN_OBJECT = r"PUT [^?]*/thing(\?x-id=PutObject)?$"
+FAULTS = [("InternalError", 500), ("SlowDown", 503), ("ServiceUnavailable", 503), ("cut", 0), ("truncate", 0)]
+
+
+@pytest.fixture(params=["obstore", "s3fs"])
+def options(request, bucket, proxy):
+    if bucket.server.name == "real" and request.param == "s3fs":
+        pytest.skip("the slow server sees the faster client; moto's sees both")
+    return {**bucket.through(proxy), "client": request.param, "timeout": 2, "retry_seconds": 20}
+
+
+@pytest.fixture
+def place(bucket, options):
+    found = ObjectPlace(bucket.url, "", options)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def impatient(bucket, options):
+    found = ObjectPlace(bucket.url, "", {**options, "retry_seconds": 1})
+    yield found
+    found.close()
+
+
+def body(nbytes=1000):
+    return np.random.default_rng(nbytes).bytes(nbytes)
+
+
+def publish(place, data, name="thing", **options):
+    return place.publish(name, lambda path: path.write_bytes(data), **options)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "status"), FAULTS)
+def test_a_read_is_repeated(place, proxy, kind, status):
+    place.publish_bytes("thing", body(), replace=False)
+    rule = proxy.rule(kind, "GET .*thing", times=3, status=status)
+    assert place.read("thing") == body()
+    assert rule.hits == 3
+
+
+def test_a_read_that_stalls_is_given_up_and_repeated(place, proxy):
+    place.publish_bytes("thing", body(100_000), replace=False)
+    rule = proxy.rule("stall", "GET .*thing")
+    begin = time.monotonic()
+    assert place.read("thing") == body(100_000)
+    assert rule.hits == 1
+    assert time.monotonic() - begin < 15
+
+
+def test_a_body_that_is_too_short_is_asked_for_again(place, proxy):
+    place.publish_bytes("thing", body(), replace=False)
+    rule = proxy.rule("short", "GET .*thing", times=2)
+    assert place.read("thing") == body()
+    assert rule.hits == 2
+
+
+@pytest.mark.parametrize("pattern", ["GET .*thing", "GET .*list-type", "PUT ", "HEAD "])
+def test_a_failure_that_lasts_is_raised_in_bounded_time(impatient, proxy, pattern):
+    impatient.publish_bytes("thing", body(), replace=False)
+    proxy.rule("SlowDown", pattern, times=10**6)
+    calls = {
+        "GET .*thing": lambda: impatient.read("thing"),
+        "GET .*list-type": lambda: impatient.names(""),
+        "PUT ": lambda: impatient.publish_bytes("other", b"x", replace=True),
+        "HEAD ": lambda: impatient.age("thing"),
+    }
+    begin = time.monotonic()
+    with pytest.raises(StorageIOError, match="tried"):
+        calls[pattern]()
+    assert time.monotonic() - begin < 25
+    proxy.clear()
+    assert impatient.read("thing") == body()  # and works on
+
+
+def test_a_server_that_is_gone_is_an_error_in_bounded_time(bucket):
+    options = {**bucket.options, "endpoint_url": "http://127.0.0.1:9", "retry_seconds": 1}
+    begin = time.monotonic()
+    with pytest.raises(StorageIOError, match=r"tried|cannot"):
+        actcache.open(bucket.url, **options)
+    assert time.monotonic() - begin < 25
+
+
+def test_a_listing_is_whole_or_fails(place, proxy, monkeypatch):
+    for number in range(7):
+        place.publish_bytes(f"folder/{number}", b"x", replace=True)
+    for kind in ("truncate", "cut", "InternalError"):
+        rule = proxy.rule(kind, "GET .*list-type", status=500)
+        assert place.names("folder") == [str(number) for number in range(7)]
+        assert rule.hits == 1
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(("kind", "status"), [*FAULTS[:4], ("lost", 0)])
+def test_a_small_write_is_repeated_until_it_is_done(place, bucket, proxy, kind, status, replace):
+    rule = proxy.rule(kind, PATTERN_OBJECT, status=status)
+    assert place.publish_bytes("thing", body(), replace=replace) is True
+    assert rule.hits == 1
+    assert place.read("thing") == body()
+
+
+def test_a_lost_answer_does_not_claim_what_another_wrote(place, bucket, proxy):
+    bucket.s3.put_object(Bucket=bucket.name, Key="some/store/thing", Body=b"theirs")
+    proxy.rule("cut", PATTERN_OBJECT)
+    assert place.publish_bytes("thing", body(), replace=False) is False
+    assert place.read("thing") == b"theirs"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("SlowDown", PATTERN_PART),
+        ("cut", PATTERN_PART),
+        ("lost", PATTERN_PART),
+        ("SlowDown", r"POST .*\?uploads"),
+        ("lost", r"POST .*\?uploads"),
+        ("InternalError", PATTERN_COMPLETE),
+        ("cut", PATTERN_COMPLETE),
+        ("lost", PATTERN_COMPLETE),
+        ("truncate", PATTERN_COMPLETE),
+    ],
+)
+def test_a_large_write_is_repeated_until_it_is_done(bucket, proxy, kind, pattern):
+    place = ObjectPlace(bucket.url, "", {**bucket.through(proxy), "timeout": 10, "retry_seconds": 30})
+    rule = proxy.rule(kind, pattern)
+    assert publish(place, body(LARGE), replace=True)
+    assert rule.hits == 1
+    got = bucket.s3.get_object(Bucket=bucket.name, Key="some/store/thing")["Body"].read()
+    assert got == body(LARGE)
+    if (kind, pattern) == ("lost", PATTERN_COMPLETE):
+        assert sum("POST" in request and "uploadId" in request for request in proxy.requests) == 1
+    assert len(bucket.uploads()) == (pattern == r"POST .*\?uploads" and kind == "lost")
+    place.close()
+
+
+def test_a_large_write_that_fails_leaves_nothing(bucket, proxy):
+    place = ObjectPlace(bucket.url, "", {**bucket.through(proxy), "retry_seconds": 0.5})
+    proxy.rule("InternalError", PATTERN_PART, times=10**6, status=500)
+    with pytest.raises(StorageIOError):
+        publish(place, body(LARGE), replace=True)
+    assert bucket.listed() == []
+    assert bucket.uploads() == []
+    place.close()
+
+
+def test_what_a_killed_uploader_left_is_swept(bucket):
+    code = """
+import sys, os, signal, json
+from actcache.storage.objects import ObjectPlace, place
+from actcache.storage.objects.s3 import S3Client
+part, sent = S3Client.part, []
+def kill(self, key, upload, number, data):
+    etag = part(self, key, upload, number, data)
+    print("part", flush=True)
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return etag
+S3Client.part = kill
+ObjectPlace(sys.argv[1], "", json.loads(sys.argv[2])).publish("thing", lambda p: p.write_bytes(bytes(40 << 20)))
+"""
+
+    child = support.start(code, bucket.url, json.dumps(bucket.options))
+    out, err = child.communicate(timeout=60)
+    assert "part" in out, err
+    assert child.returncode == -9
+    assert bucket.uploads() == ["some/store/thing"]
+    bucket.s3.create_multipart_upload(Bucket=bucket.name, Key="elsewhere/thing")  # not below our root
+    place = ObjectPlace(bucket.url, "", bucket.options)
+    assert place.names("") == []
+    if bucket.server.name != "moto":  # whose uploads were all begun in 2010
+        assert place.sweep(3600) == 0
+    assert place.sweep(0) >= 1
+    assert bucket.uploads() == ["elsewhere/thing"]
+    place.close()
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", ["obstore", "s3fs"])
+def test_wrong_credentials_are_told_at_once(bucket, proxy, client):
+    if bucket.server.name == "moto":
+        proxy.rule("SignatureDoesNotMatch", times=10**6, status=403)
+    options = {**bucket.through(proxy), "secret": "wrong", "client": client}
+    begin = time.monotonic()
+    with pytest.raises(StorageIOError, match="credentials") as raised:
+        actcache.open(bucket.url, **options)
+    assert time.monotonic() - begin < 15
+    assert not isinstance(raised.value, FileNotFoundError)
+    assert len(proxy.requests) == 1
+
+
+def test_absent_credentials_are_told(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = {name: value for name, value in bucket.options.items() if name not in ("key", "secret")}
+    with pytest.raises(StorageIOError, match="AWS_ACCESS_KEY_ID"):
+        actcache.open(bucket.url, **options)
+
+
+def test_no_permission_to_write_is_told(place, proxy):
+    proxy.rule("AccessDenied", "PUT", times=10**6, status=403)
+    with pytest.raises(ReadOnlyError, match="mode='r'"):
+        place.publish_bytes("thing", b"x", replace=True)
+
+
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_an_absent_bucket_is_told_at_once(bucket, mode):
+    begin = time.monotonic()
+    with pytest.raises(StoreNotFoundError, match="no bucket actcache-absent"):
+        actcache.open("s3://actcache-absent/store", mode, **bucket.options)
+    assert time.monotonic() - begin < 15
+
+
+def test_a_full_store_is_told(place, proxy):
+    proxy.rule("QuotaExceeded", "PUT", times=10**6, status=403)
+    with pytest.raises(StoreError, match="full"):
+        place.publish_bytes("thing", b"x", replace=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "message"),
+    [
+        ("s3://bucket/p", {"reegion": "x"}, "'reegion'"),
+        ("s3://bucket/p", {"client": "boto"}, "client is one of"),
+        ("s3://bucket/p?timeout=soon", {}, "timeout"),
+        ("s3://bucket/p?secret=x", {}, "does not belong in a URL"),
+        ("s3://bucket//p", {}, "names no place: two slashes"),
+        ("s3://bucket/a//b", {}, "two slashes follow each other"),
+        ("zarr:memory://bucket/a//b", {}, "two slashes follow each other"),
+        ("s3://bucket/../p", {}, "names no place: .* mean nothing in an object store"),
+        ("memory://bucket/./p", {}, "mean nothing in an object store"),
+        ("s3://bucket/a\tb", {}, r"'\\t' is no character that a name can have"),
+        ("memory://bucket/a\nb", {}, r"'\\n' is no character"),
+        ("s3://bucket/a\x7fb", {"client": "s3fs"}, "is no character"),
+        ("zarr:s3://bucket/a\x85b", {}, "is no character"),
+        ("memory://bucket/a\u2028b", {}, "is no character"),
+        ("s3://bucket/a\udc80b", {}, "is no character"),
+        ("s3://buck et/p", {}, "'buck et' is no bucket"),
+        ("s3://b\u00fccket/p", {}, "is no bucket"),
+        ("s3://arn:aws:s3:us-east-1:123456789012:accesspoint/ap", {}, "is no bucket"),
+        ("s3:///p", {}, "no bucket"),
+        ("memory://", {}, "there is no bucket"),
+        ("s3://bucket/" + "\u00fc" * 401, {}, "802 bytes"),
+        ("s3://bucket/a?b", {}, r"'b'.* options begin at '\?'"),
+        ("memory://a?b", {}, r"no name can have a '\?'"),
+        ("memory://bucket/p", {"mapped": True}, "'mapped'"),
+    ],
+)
+def test_options_that_make_no_sense(url, options, message):
+    with pytest.raises(BackendError, match=message):
+        actcache.open(url, **options)
+
+
+# --- a reader's segments ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(bucket):
+    with actcache.open(bucket.url, **bucket.options) as store, store.space(support.recipe()) as space:
+        for part in range(4):
+            support.put(space, range(part * 10, part * 10 + 10))
+            space.flush()
+    return bucket
+
+
+@pytest.mark.parametrize(("kind", "status"), [*FAULTS, ("short", 0)])
+def test_a_batch_is_right_though_every_fourth_request_fails(filled, proxy, options, kind, status):
+    with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
+        for _ in range(3):
+            proxy.rule(kind, r"GET .*\.safetensors", times=2, status=status)
+            support.check(space, dict.fromkeys(range(40), 0), range(40))
+
+
+def test_segments_deleted_under_a_reader(filled, options):
+    with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
+        assert len(space) == 40
+        gone = [key for key in filled.listed() if "/segments/" in key][1]
+        filled.s3.delete_object(Bucket=filled.name, Key=gone)
+        entries = []
+        begin = time.monotonic()
+        for number in range(40):
+            try:
+                entry = space.get([support.key(number)])[0]
+            except ActcacheError:
+                entry = None
+            if entry is not None:
+                np.testing.assert_array_equal(entry.activations, support.rows(number))
+            entries.append(entry)
+        assert time.monotonic() - begin < 20
+        assert all(entry is not None for number, entry in enumerate(entries) if not 10 <= number < 20)
+        assert all(entry is None for entry in entries[10:20])
+
+
+def test_a_segment_truncated_under_a_reader(filled, options):
+    keys = [key for key in filled.listed() if "/segments/" in key]
+    with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
+        assert len(space) == 40
+        whole = filled.s3.get_object(Bucket=filled.name, Key=keys[2])["Body"].read()
+        filled.s3.put_object(Bucket=filled.name, Key=keys[2], Body=whole[:-40])
+        with pytest.raises(ActcacheError):
+            space.get([support.key(number) for number in range(40)])
+    with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
+        support.check(space, {n: 0 for n in range(40) if not 20 <= n < 30}, range(40))
+
+
+def test_closing_ends_what_waits(bucket, proxy):
+    place = ObjectPlace(bucket.url, "", {**bucket.through(proxy), "retry_seconds": 60})
+    place.publish_bytes("thing", b"x", replace=True)
+    proxy.rule("SlowDown", "GET .*thing", times=10**6)
+    future = place._session.submit(lambda: place.read("thing"))
+    while len(proxy.requests) < 4:
+        time.sleep(0.01)
+    begin = time.monotonic()
+    place.close()
+    assert time.monotonic() - begin < 20
+    with pytest.raises((ClosedError, StorageIOError)):
+        future.result(timeout=1)
+    with pytest.raises(ClosedError):
+        place.read("thing")
+    place.close()
+
+
+def test_a_format_error_names_the_object(place):
+    with pytest.raises(FormatError, match=r"s3://.*nothing"):
+        place.segment("nothing").read("inside", 0, 1)
+    with pytest.raises(FileNotFoundError):
+        place.segment("nothing").size("")
+
+
+@pytest.mark.parametrize("client", ["obstore", "s3fs"])
+def test_a_server_that_never_answers_is_given_up(client):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {
+            "endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "key": "a",
+            "secret": "b",
+            "region": "us-east-1",
+            "client": client,
+            "timeout": 0.5,
+            "retry_seconds": 2,
+        }
+        place = ObjectPlace("s3://bucket/store", "", options)
+        calls = (
+            lambda: place.read("thing"),
+            lambda: place.names(""),
+            lambda: place.publish_bytes("thing", b"x", replace=True),
+        )
+        for call in calls:
+            begin = time.monotonic()
+            with pytest.raises(StorageIOError, match="tried"):
+                call()
+            assert time.monotonic() - begin < 25
+        place.close()

@@ -1,0 +1,108 @@
+"""What the tests of the storage engine share: documents by number, and processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import actcache
+
+HIDDEN = 8
+#: Where files are only in memory, None where there is no such place. For tests to which syncing means nothing.
+MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+ROOT = Path(__file__).parents[2]
+#: For processes of their own: this repository, and what this one was given (another working tree than the installed).
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def recipe(**changes: Any) -> actcache.Recipe:
+    return actcache.Recipe(**{"model": "tests", "layer": 1, "hidden_size": HIDDEN, "dtype": "float32", **changes})
+
+
+def key(number: int) -> bytes:
+    return actcache.document_key(f"document {number}")
+
+
+def length(number: int, version: int = 0) -> int:
+    return 1 + (number * 7 + version * 3) % 9
+
+
+def rows(number: int, version: int = 0) -> np.ndarray:
+    """The activations of a document: small integers, exact in every codec."""
+    rng = np.random.default_rng([number, version])
+    return rng.integers(-100, 100, (length(number, version), HIDDEN)).astype(np.float32)
+
+
+def ids(number: int, version: int = 0) -> np.ndarray:
+    return np.random.default_rng([number, version, 1]).integers(0, 30000, length(number, version))
+
+
+def put(space: actcache.Space, numbers: Any, version: int = 0, **options: Any) -> int:
+    numbers = list(numbers)
+    return space.put(
+        [key(n) for n in numbers],
+        [rows(n, version) for n in numbers],
+        [ids(n, version) for n in numbers],
+        **options,
+    )
+
+
+def compact(space: actcache.Space, **options: Any) -> None:
+    """Join all segments into one and remove what that replaces at once, unless the options say otherwise."""
+    space.compact(**{"waste": 0.0, "grace": 0.0, **options})
+
+
+def check(space: actcache.Space, held: dict[int, int], numbers: Any) -> None:
+    """Compare a ``get`` of ``numbers`` with the oracle ``number -> version``."""
+    numbers = list(numbers)
+    for number, entry in zip(numbers, space.get([key(n) for n in numbers]), strict=True):
+        if number not in held:
+            assert entry is None, f"{number} should be absent"
+            continue
+        assert entry is not None, f"{number} is missing"
+        np.testing.assert_array_equal(entry.activations, rows(number, held[number]))
+        np.testing.assert_array_equal(entry.token_ids, ids(number, held[number]))
+
+
+def make_store(url: Any, numbers: Any, *, segments: int = 1, **changes: Any) -> Path:
+    """Make a store with these documents in so many segments; return the folder of its space."""
+    with actcache.open(url) as store, store.space(recipe(**changes)) as space:
+        for part in np.array_split(list(numbers), segments):
+            put(space, part.tolist())
+            space.flush()
+    return Path(str(url).removeprefix("hdf5:")) / "spaces" / recipe(**changes).fingerprint
+
+
+def segment_files(folder: Path) -> list[Path]:
+    return sorted((folder / "segments").iterdir())
+
+
+def start(code: str, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    """Start Python with this code; ``sys.argv[1:]`` are the arguments."""
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "error", **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        **options,
+    )
+
+
+def run(code: str, *arguments: Any, timeout: float = 150, **options: Any) -> str:
+    """Run Python with this code to its end; return what it printed. Signals and tracebacks fail the test."""
+    process = start(code, *arguments, **options)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{err}"
+    return out

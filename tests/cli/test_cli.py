@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 import actcache
-import actcache.recycler  # for the forks
+import actcache.models.recycler  # for the forks
 from actcache.cli import main
 from bench.docstrings import docstrings
 from tests.cli.running import cachectl as in_process

@@ -21,7 +21,7 @@ from actcache.backend import FormatError
 from actcache.errors import ClosedError, ReadOnlyError, StorageIOError, StoreError
 from actcache_lmdb.datafile import read_meta
 from actcache_lmdb.failures import full, is_full, translated
-from actcache_lmdb.gate import Gate
+from actcache_lmdb.readers_writer_lock import ReadersWriterLock
 from actcache_lmdb.record import PAGE_HEADER, State
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ _MAP_SIZE = 64 << 30  # of addresses, not of memory; it grows by itself
 _LEAST_MAP = 1 << 20
 _READERS = 2048
 
-GATE = Gate()
+GATE = ReadersWriterLock()
 
 
 class Environment:

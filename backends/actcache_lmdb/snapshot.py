@@ -12,7 +12,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, FormatError, Located, SegmentGoneError, Snapshot, Usage, Workers, offsets_of
+from actcache.backend import VALUES, EntryLocations, FormatError, SegmentGoneError, Snapshot, Usage, Workers, offsets_of
 from actcache.errors import StoreError
 from actcache_lmdb.copying import copier
 from actcache_lmdb.environment import Environment
@@ -23,11 +23,11 @@ from actcache_lmdb.registry import release, retain
 
 _CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache
 _MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each
-_BITS = 8  # of ``Located.row``, below the entry's number: its columns
+_BITS = 8  # of ``EntryLocations.row``, below the entry's number: its columns
 
 
 class LMDBSnapshot(Snapshot):
-    """See ``Snapshot``. Thread-safe. ``Located.segment`` is an entry's first page, ``row`` its number and columns.
+    """See ``Snapshot``. Thread-safe. A location's ``segment`` is its entry's first page, ``row`` its number and columns.
 
     Every call is one short read transaction of its own: between them, nothing is pinned. What this snapshot shows stays
     where it is until a later transaction has removed what was superseded after it; from then on calls raise
@@ -60,7 +60,7 @@ class LMDBSnapshot(Snapshot):
                 raise SegmentGoneError(f"{self._environment.folder}: what was replaced is gone; refresh the space")
             yield txn
 
-    def locate(self, keys: NDArray[np.uint8]) -> Located:
+    def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
         index = self._index_if_due(len(keys))
         if index is not None:
             heads = index.find(keys)
@@ -68,7 +68,7 @@ class LMDBSnapshot(Snapshot):
             with self._reading() as txn:
                 heads = find(txn, self._environment.dbs["heads"], keys, self._state.sequence)
         live = heads["id"] > 0
-        return Located(
+        return EntryLocations(
             np.where(live, heads["tokens"], 0).astype(np.int64),
             np.where(live, heads["checksum"], 0).astype(np.uint64),
             np.where(live, heads["page"], 0).astype(np.int64),
@@ -86,11 +86,11 @@ class LMDBSnapshot(Snapshot):
                     self._index = index if index.usable else None
         return self._index
 
-    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+    def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
         bit = 1 << COLUMNS.index(column)
         return (located.row & bit > 0) & located.found
 
-    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+    def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         sums = np.zeros(len(located.tokens), np.uint64)
         which = np.flatnonzero(located.found)
         if len(which):
@@ -103,7 +103,7 @@ class LMDBSnapshot(Snapshot):
     # --- rows --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _memory(self, located: Located) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    def _memory(self, located: EntryLocations) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         """The mapped file, and the first page of each of these entries, which are all there.
 
         Raises:
@@ -125,7 +125,7 @@ class LMDBSnapshot(Snapshot):
                     raise FormatError(f"{environment.data}: pages are damaged that should hold entries")
             yield memory, pages
 
-    def _fit(self, memory: NDArray[np.uint8], located: Located, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _fit(self, memory: NDArray[np.uint8], located: EntryLocations, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which pages begin entries of these numbers, of this size, ``[n]``."""
         page_size = self._environment.page_size
         words = memory[: len(memory) & ~7].view("<u8")
@@ -154,7 +154,7 @@ class LMDBSnapshot(Snapshot):
 
     def gather(
         self,
-        located: Located,
+        located: EntryLocations,
         out: Mapping[str, NDArray[np.generic]],
         width: int | None,
         done: Callable[[int, int], None],
@@ -195,7 +195,7 @@ class LMDBSnapshot(Snapshot):
 
             self._workers.run(job, len(cuts) - 1)
 
-    def read_ahead(self, located: Located) -> None:
+    def read_ahead(self, located: EntryLocations) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
         self._environment.check_size()
@@ -230,7 +230,7 @@ class LMDBSnapshot(Snapshot):
         state = self._state
         return Usage(state.entries, state.tokens, state.nbytes, 1 if state.entries else 0)
 
-    def whereabouts(self, located: Located) -> tuple[list[str], NDArray[np.int64]]:
+    def whereabouts(self, located: EntryLocations) -> tuple[list[str], NDArray[np.int64]]:
         return [self._environment.folder.name], np.where(located.found, 0, -1)
 
     def damaged(self) -> dict[str, str]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from actcache.backend import GRACE_SECONDS, Block, BytesDone, Columns, Compaction, Snapshot, SpaceDriver, Workers
 from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError
 from actcache_lmdb import compaction, examination, writing
+from actcache_lmdb.empty import EmptySnapshot
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.failures import translated
 from actcache_lmdb.generations import Generations
-from actcache_lmdb.nothing import NothingYet
 from actcache_lmdb.record import Shapes, State
 from actcache_lmdb.registry import acquire, release, retain
 from actcache_lmdb.snapshot import LMDBSnapshot
@@ -151,7 +151,7 @@ class LMDBSpace(SpaceDriver):
     def snapshot(self) -> Snapshot:
         _, environment = self._current()
         if environment is None:
-            return NothingYet()
+            return EmptySnapshot()
         if self._damage:
             raise FormatError(self._damage)
         with environment.reading() as txn:

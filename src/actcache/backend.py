@@ -45,7 +45,7 @@ __all__ = [
     "Extent",
     "FormatError",
     "Layout",
-    "Located",
+    "EntryLocations",
     "SegmentFiles",
     "SegmentFormat",
     "SegmentGoneError",
@@ -67,7 +67,7 @@ Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Located:
+class EntryLocations:
     """Where the entries of a batch of keys are; arrays aligned with the request, ``[n]`` each.
 
     ``segment`` and ``row`` are the backend's own; the core only hands them back.
@@ -82,8 +82,8 @@ class Located:
     def found(self) -> NDArray[np.bool_]:
         return self.tokens > 0
 
-    def __getitem__(self, which: slice | NDArray[np.generic]) -> Located:
-        return Located(self.tokens[which], self.checksums[which], self.segment[which], self.row[which])
+    def __getitem__(self, which: slice | NDArray[np.generic]) -> EntryLocations:
+        return EntryLocations(self.tokens[which], self.checksums[which], self.segment[which], self.row[which])
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,21 @@ class Snapshot(ABC):
     """An immutable view of a space. Thread-safe; stays valid until its space is closed."""
 
     @abstractmethod
-    def locate(self, keys: NDArray[np.uint8]) -> Located:
+    def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
         """Look up ``[n, 32]`` keys in one go."""
 
     @abstractmethod
-    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+    def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
         """Return which entries have that ragged array, ``[n]``; False where the key is absent."""
 
     @abstractmethod
-    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+    def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         """Return the checksums of the optional arrays, ``[n]``; 0 where there are none."""
 
     @abstractmethod
     def gather(
         self,
-        located: Located,
+        located: EntryLocations,
         out: Mapping[str, NDArray[np.generic]],
         width: int | None,
         done: Callable[[int, int], None],
@@ -160,7 +160,7 @@ class Snapshot(ABC):
         """
 
     @abstractmethod
-    def read_ahead(self, located: Located) -> None:
+    def read_ahead(self, located: EntryLocations) -> None:
         """Ask the operating system to load the rows of these entries soon; a hint, returns at once."""
 
     @abstractmethod
@@ -174,7 +174,7 @@ class Snapshot(ABC):
     def damaged(self) -> dict[str, str]:
         """Return segments that could not be read, name -> what is wrong; their entries are absent."""
 
-    def whereabouts(self, located: Located) -> tuple[list[str], NDArray[np.int64]]:
+    def whereabouts(self, located: EntryLocations) -> tuple[list[str], NDArray[np.int64]]:
         """Return names of segments (or of an engine's own files), and which of them holds each entry, ``[n]``.
 
         A segment's file is named so in the store's listing, but for its suffix; -1 where an entry is absent. A backend

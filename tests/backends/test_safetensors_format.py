@@ -14,7 +14,7 @@ import safetensors.numpy
 import actcache
 from actcache.backend import Block
 from actcache.errors import FormatError
-from actcache.format.ragged import Lineage
+from actcache.format.ragged import Origins
 from actcache.segments.places.local import LocalSegment
 from actcache_s3 import backend
 from tests.support import HIDDEN, check, key, put, recipe, segment_files
@@ -46,7 +46,7 @@ def block(lengths=(3, 1, 4), dtype=np.float32, hidden=HIDDEN, extras=False, line
     )
 
 
-LINEAGE = Lineage(
+LINEAGE = Origins(
     ("000000000001-" + "a" * 16, "000000000002-" + "b" * 16),
     np.array([0, 1, 1], np.uint32),
     np.array([5, 0, 7], np.uint32),

@@ -23,7 +23,7 @@ from actcache.models import parallel
 from actcache.models.filling import CHUNK, Part
 from actcache.models.parallel import worker
 from actcache.models.parallel.fill import _together
-from actcache.models.parallel.partitioner import Dealer
+from actcache.models.parallel.partitioner import Partitioner
 from actcache.models.parallel.worker import Failed, Job
 from tests.cli.running import cachectl
 from tests.cli.test_fill import TEXTS, _own_cache, corpus, loaded, same, tiny, used  # noqa: F401
@@ -275,7 +275,7 @@ def test_documents_are_dealt_once_in_bounded_memory():
             read += 1
             yield text
 
-    dealer = Dealer(texts(), 3)
+    dealer = Partitioner(texts(), 3)
     got: list[list[Part]] = [[], [], []]
     while (part := dealer.part(0)) is not None and part[1]:  # the others do nothing
         got[0].append(part)
@@ -311,7 +311,7 @@ def test_losses_of_several_processes_are_added_up():
 
 
 def test_few_documents_are_dealt_to_all():
-    dealer = Dealer(MANY[:100], 4)
+    dealer = Partitioner(MANY[:100], 4)
     sizes = [len(dealer.part(hand)[1]) for hand in range(4)]
     assert sum(sizes) == 100
     assert min(sizes) > 10

@@ -11,11 +11,11 @@ import pytest
 
 import actcache
 from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError
-from actcache.io.files import Disk, Files, is_local
+from actcache.io.files import FileOperations, Files, is_local
 from tests.support import ROOT, check, put, recipe
 
 
-class Recording(Disk):
+class Recording(FileOperations):
     """Notes the steps; fails at the one numbered ``failing`` with ``code``."""
 
     def __init__(self, failing=-1, code=errno.EIO):
@@ -182,7 +182,7 @@ def test_a_file_where_a_folder_should_be(tmp_path):
 
 
 def test_file_systems_without_hard_links(tmp_path):
-    class NoLinks(Disk):
+    class NoLinks(FileOperations):
         def link(self, source, target):
             raise PermissionError(errno.EPERM, "no links here")
 

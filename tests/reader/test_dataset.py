@@ -22,7 +22,7 @@ from transformers import DefaultDataCollator, default_data_collator
 import actcache
 from actcache.entries.batch import Inputs
 from actcache.errors import ShapeError, UsageError
-from actcache.reader.epoch import Supplier
+from actcache.reader.epoch import MissComputer
 from tests.support import key, length, put, recipe, rows
 
 COUNT = 30
@@ -221,7 +221,7 @@ def test_it_computes_what_is_missing_in_one_process(reader, tmp_path):
         settled.append(1)
         space.flush()
 
-    supplier = Supplier(lambda positions: np.array([length(n) for n in positions]), supply, settle)
+    supplier = MissComputer(lambda positions: np.array([length(n) for n in positions]), supply, settle)
     options = {"labels": np.arange(COUNT), "on_missing": "compute", "supplier": supplier}
     data = space.reader([key(n) for n in range(COUNT)], **options).dataset()
     assert data.lengths.tolist() == [length(n) for n in range(COUNT)]

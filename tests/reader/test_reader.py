@@ -16,8 +16,8 @@ import torch
 
 import actcache
 from actcache.errors import ClosedError, CorruptEntryError, MissingEntryError, UsageError
-from actcache.reader.buffers import Slots
-from actcache.reader.epoch import Supplier
+from actcache.reader.buffers import BufferPool
+from actcache.reader.epoch import MissComputer
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows, run, segment_files
 
 COUNT = 60
@@ -482,7 +482,7 @@ def test_a_failure_to_compute_ends_the_iteration(space):
         put(space, positions.tolist())
         failing.append(False)
 
-    supplier = Supplier(lambda positions: np.array([length(n) for n in positions]), supply, space.flush)
+    supplier = MissComputer(lambda positions: np.array([length(n) for n in positions]), supply, space.flush)
     space.delete([key(4)])
     reader = space.reader(KEYS, batch_size=3, on_missing="compute", supplier=supplier)
     iterator = iter(reader)
@@ -532,7 +532,7 @@ def test_a_buffer_comes_back_when_a_batch_fails(space):
     """Pinned ones are not counted by references."""
     taken = []
 
-    class Counting(Slots):
+    class Counting(BufferPool):
         def take(self, shape, dtype):
             taken.append(super().take(shape, dtype))
             return taken[-1]

@@ -510,7 +510,7 @@ def test_a_segment_in_anothers_place(url, folder, space):
 
 def test_a_foreign_lineage_is_damage(tmp_path):
     """Births that are no segments, or too few of them."""
-    from actcache.format.ragged import Lineage, names_from_array, names_to_array
+    from actcache.format.ragged import Origins, names_from_array, names_to_array
 
     names = ("0000000000ab-0123456789abcdef", "ffffffffffff-ffffffffffffffff")
     assert names_from_array(names_to_array(names)) == names
@@ -518,7 +518,7 @@ def test_a_foreign_lineage_is_damage(tmp_path):
     with actcache.open(tmp_path / "store") as store, store.space(recipe()) as space:
         live = compaction.survey(space._driver.snapshot())
         merger = compaction.Merger(space._driver.snapshot(), live, space._driver.columns, ())
-        bad = Lineage(names, np.full(5, 2, np.uint32), np.arange(5, dtype=np.uint32), names)
+        bad = Origins(names, np.full(5, 2, np.uint32), np.arange(5, dtype=np.uint32), names)
         block = merger.block.__class__(**{**merger.block.__dict__, "lineage": bad})
         name = space._driver.publish(block)
         space.refresh()

@@ -19,7 +19,7 @@ import pytest
 import actcache
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.io import files as seam
-from actcache.io.files import Disk
+from actcache.io.files import FileOperations
 from tests.support import check, compact, key, put, recipe, rows
 from tests.support.backends import KINDS, each
 
@@ -28,7 +28,7 @@ class Killed(BaseException):
     """The process ends here; nothing catches this."""
 
 
-class JournalingDisk(Disk):
+class JournalingDisk(FileOperations):
     def __init__(self):
         self.bytes = {}  # inode -> content at its last sync
         self.names = {}  # inode of a folder -> {name: inode} at its last sync
@@ -122,7 +122,7 @@ def tmp_path():
 @pytest.fixture
 def disk(monkeypatch):
     disk = JournalingDisk()
-    monkeypatch.setattr(seam, "Disk", lambda: disk)
+    monkeypatch.setattr(seam, "FileOperations", lambda: disk)
     yield disk
     for descriptor in disk.held.values():
         os.close(descriptor)

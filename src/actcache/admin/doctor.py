@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from actcache.errors import ActcacheError, BackendError, MissingExtraError, StoreNotFoundError
-from actcache.io.files import Disk, is_local, mount_of
+from actcache.io.files import FileOperations, is_local, mount_of
 from actcache.segments import registry
 from actcache.segments.places.local import local_path
 from actcache.store.store import open_store
@@ -173,7 +173,7 @@ def _probe(folder: Path, warnings: list[str]) -> dict[str, str]:
                     os.fsync(file.fileno())
                 seconds.append(time.perf_counter() - began)
             found = {"write and fsync of 4 KiB": f"{sorted(seconds)[_PROBES // 2] * 1e3:.2f} ms"}
-            found["hard links"] = _tried(lambda: Disk().link(one, other))
+            found["hard links"] = _tried(lambda: FileOperations().link(one, other))
             if found["hard links"] != "yes":
                 warnings.append("no hard links: two writers that create one store at the same moment write equal bytes")
             skew = time.time() - one.stat().st_mtime

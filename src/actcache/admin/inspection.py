@@ -13,7 +13,7 @@ from typing import Any
 from actcache.backend import Usage
 from actcache.errors import DataError, UsageError
 from actcache.format.recipe import Recipe
-from actcache.store.space import Repair, Space, Verification
+from actcache.store.space import IntegrityReport, Repair, Space
 from actcache.store.store import Store
 
 #: Called with what is being done, how much of it is done, and how much there is.
@@ -102,10 +102,10 @@ def inspect(store: Store, prefixes: Sequence[str] = ()) -> StoreReport:
 
 
 @dataclass(frozen=True)
-class StoreVerification:
+class StoreIntegrityReport:
     """What ``verify`` found, by fingerprint."""
 
-    spaces: dict[str, Verification]
+    spaces: dict[str, IntegrityReport]
     unreadable: dict[str, str]
 
     @property
@@ -115,7 +115,7 @@ class StoreVerification:
 
 def verify(
     store: Store, prefixes: Sequence[str] = (), *, sample: int | None = None, progress: Progress | None = None
-) -> StoreVerification:
+) -> StoreIntegrityReport:
     """Read the entries of a store and compare them with their checksums, on all processors; changes nothing.
 
     Args:
@@ -130,7 +130,7 @@ def verify(
                 spaces[fingerprint] = space.verify(_named(progress, fingerprint), sample=sample)
         except DataError as error:
             unreadable[fingerprint] = str(error)
-    return StoreVerification(spaces, unreadable)
+    return StoreIntegrityReport(spaces, unreadable)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None  # JSON has no infinity
 
 
-def _show(found: inspection.StoreVerification, store: str) -> None:
+def _show(found: inspection.StoreIntegrityReport, store: str) -> None:
     for name, one in found.spaces.items():
         state = "intact" if one.intact else f"{counted(len(one.corrupt), 'corrupt entry', 'corrupt entries')}"
         say(f"{name[:SHORT]}: {counted(one.entries, 'entry', 'entries')}, {binary(one.nbytes)} read: {state}")

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Located, Snapshot
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, EntryLocations, Snapshot
 from actcache.entries.writer import Writer
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format import checksum
@@ -27,13 +27,13 @@ _KEPT = 8  # a few batches ahead of each of several readers
 _MOST_KEYS = 1 << 16  # of a batch; more than that is a whole corpus, which is looked up once
 
 
-class Lookahead:
+class LookupCache:
     """Remembers where the entries of the last batches lie, as long as the snapshot is the same. Thread-safe."""
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[bytes, weakref.ref[Snapshot], Located]] = deque(maxlen=_KEPT)
+        self._kept: deque[tuple[bytes, weakref.ref[Snapshot], EntryLocations]] = deque(maxlen=_KEPT)
 
-    def locate(self, snapshot: Snapshot, keys: NDArray[np.uint8]) -> Located:
+    def locate(self, snapshot: Snapshot, keys: NDArray[np.uint8]) -> EntryLocations:
         """Return where the entries of ``[n, 32]`` keys lie."""
         if len(keys) > _MOST_KEYS:
             return snapshot.locate(keys)
@@ -61,7 +61,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def looking_again(read: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+def retry_on_stale_snapshot(read: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
     """Have a read of a space begin again with a new snapshot where a segment of its snapshot is gone."""
 
     @functools.wraps(read)
@@ -90,7 +90,7 @@ class Request:
         writer: Writer | None,
         space_seed: int,
         keys: NDArray[np.uint8],
-        ahead: Lookahead | None = None,
+        ahead: LookupCache | None = None,
     ) -> None:
         self._keys = keys
         self._seed = space_seed
@@ -204,7 +204,7 @@ class Request:
         return sorted(corrupt)
 
     def _gather_checked(
-        self, first: int, located: Located, out: Rows, width: int | None, starts: NDArray[np.int64], verify: bool
+        self, first: int, located: EntryLocations, out: Rows, width: int | None, starts: NDArray[np.int64], verify: bool
     ) -> list[int]:
         # The small arrays in one go, then the rows, each chunk of which is checked by the thread that brought it.
         small = {name: buffer for name, buffer in out.items() if name != VALUES}

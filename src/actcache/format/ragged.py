@@ -51,7 +51,7 @@ def pieces(column: Column) -> Iterator[memoryview]:
 
 
 @dataclass(frozen=True)
-class Lineage:
+class Origins:
     """Where the entries of a compacted block come from.
 
     An entry is born in the segment that it was first written to, as its so-manieth entry. That never changes, however
@@ -105,7 +105,7 @@ class Block:
     checksums: NDArray[np.uint64]  # [n]
     columns: Mapping[str, Column]
     extra_checksums: NDArray[np.uint64] | None = None
-    lineage: Lineage | None = None  # None where the entries are born here
+    lineage: Origins | None = None  # None where the entries are born here
 
     def __len__(self) -> int:
         return len(self.keys)

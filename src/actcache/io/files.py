@@ -1,7 +1,7 @@
 """The one seam through which every local file of a store is published, replaced or removed.
 
 A name appears in a store only after all bytes behind it are on the medium: write to a temporary file, sync it, rename
-it, sync the folder. Nothing else in the core or in a backend makes a name visible. ``Disk`` holds the primitive steps,
+it, sync the folder. Nothing else in the core or in a backend makes a name visible. ``FileOperations`` holds the steps,
 so that a test can put a file system under them that forgets whatever was not synced.
 """
 
@@ -25,7 +25,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-class Disk:
+class FileOperations:
     """The primitive steps. Thread-safe. All raise ``OSError`` as the operating system does."""
 
     def sync_file(self, path: Path) -> None:
@@ -63,9 +63,9 @@ class Files:
     Thread-safe, and safe beside other processes: names that must not be replaced are claimed by ``link``.
     """
 
-    def __init__(self, root: Path, disk: Disk | None = None) -> None:
+    def __init__(self, root: Path, disk: FileOperations | None = None) -> None:
         self.root = root
-        self.disk = disk or Disk()
+        self.disk = disk or FileOperations()
         self._tmp = root / "tmp"
         self._durable: set[Path] = set()  # folders below the root whose names this object has synced
 
@@ -217,7 +217,7 @@ class Files:
             self.disk.sync_file(path)
 
 
-def claim(disk: Disk, temporary: Path, target: Path) -> None:
+def claim(disk: FileOperations, temporary: Path, target: Path) -> None:
     """Name a file unless the name is taken (``FileExistsError``)."""
     try:
         disk.link(temporary, target)

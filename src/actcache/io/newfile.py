@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actcache.errors import UsageError
-from actcache.io.files import Disk, claim, translated
+from actcache.io.files import FileOperations, claim, translated
 
 
 def check_new(path: Path) -> None:
@@ -33,7 +33,7 @@ def new_file(path: Path) -> Iterator[Path]:
     with translated(f"cannot write {path}"):
         try:
             yield temporary
-            disk = Disk()
+            disk = FileOperations()
             disk.sync_file(temporary)
             claim(disk, temporary, path)  # never over another's
             disk.sync_folder(path.parent)
@@ -54,7 +54,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     with translated(f"cannot write {path}"):
         try:
             yield temporary
-            disk = Disk()
+            disk = FileOperations()
             disk.sync_file(temporary)
             disk.rename(temporary, path)
             disk.sync_folder(path.parent)

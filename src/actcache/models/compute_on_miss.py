@@ -13,14 +13,14 @@ from actcache.format.keys import Document
 from actcache.models.documents import entry_keys, find_entries
 from actcache.models.filling import TOKEN_BUDGET, Filler
 from actcache.models.tokenizing import DocumentEncoder
-from actcache.reader.epoch import Supplier
+from actcache.reader.epoch import MissComputer
 from actcache.reader.labels import of_entries
 from actcache.reader.reader import Reader
 from actcache.store.space import Space
 
 
-class OnTheWay:
-    """What ``actcache.reader.epoch.Supplier`` asks of a recycler.
+class ComputeOnMiss:
+    """What ``actcache.reader.epoch.MissComputer`` asks of a recycler.
 
     Args:
         texts, keys: the documents, and the key of each.
@@ -75,6 +75,6 @@ class OnTheWay:
             labels=None if labels is None else of_entries(labels, self.documents, len(self._texts)),
             documents=self.documents,
             on_missing="compute",
-            supplier=Supplier(self.lengths, self.supply, self._space.flush),
+            supplier=MissComputer(self.lengths, self.supply, self._space.flush),
             **options,
         )

@@ -20,7 +20,7 @@ from actcache.format.recipe import Recipe
 from actcache.models import weights
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget
-from actcache.models.compute_on_miss import OnTheWay
+from actcache.models.compute_on_miss import ComputeOnMiss
 from actcache.models.documents import check_found, check_texts, document_keys, find_entries, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
@@ -228,7 +228,7 @@ class Recycler(TaskModels):
         options |= {"batch_size": batch_size, "device": device}
         if on_missing == "compute":
             self._store.check_writable()
-            way = OnTheWay(self.space, self._filler, self._encoder, documents_given, keys)
+            way = ComputeOnMiss(self.space, self._filler, self._encoder, documents_given, keys)
             return way.reader(labels, **options)
         found = find_entries(self.space, keys, self._encoder.windows)
         if on_missing == "raise":

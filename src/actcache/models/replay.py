@@ -20,7 +20,14 @@ from actcache.errors import ModelError, ShapeError, UnsupportedModelError
 from actcache.models.answers import as_positions, takes_answers
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.saving import Shipped
-from actcache.models.stubs import BiasPassThrough, Embeddings, Handed, NoAnswersAtPadding, NoConvolution, PassThrough
+from actcache.models.stubs import (
+    BiasPassThrough,
+    Embeddings,
+    InjectedRows,
+    NoAnswersAtPadding,
+    NoConvolution,
+    PassThrough,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +81,7 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
         )
     lower = family.lower_of(base, layer)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
-    handed = Handed()
+    handed = InjectedRows()
     reduced = copy.deepcopy(task_model, _stand_ins(task_model, base, family, layer, handed))
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
@@ -96,7 +103,7 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
 
 
 def _stand_ins(
-    task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int, handed: Handed
+    task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int, handed: InjectedRows
 ) -> dict[int, Any]:
     """Return what stands for each part of the lower half, by the part's id."""
     layers = family.layers_of(base)
@@ -134,7 +141,7 @@ class _Reduced(Shipped):
     def _replay(self, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
         family: Family = self.actcache_family  # type: ignore[attr-defined]
         config: Any = self.config  # type: ignore[attr-defined]
-        handed: Handed = self.actcache_handed  # type: ignore[attr-defined]
+        handed: InjectedRows = self.actcache_handed  # type: ignore[attr-defined]
         _check_inputs(activations, token_ids, attention_mask, config.hidden_size)
         _check_options(self, kwargs)
         if attention_mask is not None:

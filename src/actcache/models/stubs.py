@@ -15,7 +15,7 @@ from actcache.errors import ShapeError
 _WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings")
 
 
-class Handed:
+class InjectedRows:
     """The rows of one forward of a reduced model, and their mask: from its beginning to where they are taken.
 
     Threads may run one model at once, so each has its own. Dynamo knows no such thing: what it compiles reads what was
@@ -104,7 +104,7 @@ class PassThrough(nn.Module):
         handed: where the rows are, of the last pass-through.
     """
 
-    def __init__(self, layer: nn.Module, tuple_arity: int | None, handed: Handed | None = None) -> None:
+    def __init__(self, layer: nn.Module, tuple_arity: int | None, handed: InjectedRows | None = None) -> None:
         super().__init__()
         self.tuple_arity, self.handed = tuple_arity, handed
         for name, value in vars(layer).items():
@@ -132,7 +132,7 @@ class BiasPassThrough(PassThrough):
             that attention the bias's weights are kept, frozen, under their own names.
     """
 
-    def __init__(self, layer: nn.Module, tuple_arity: int, handed: Handed | None, bias: str | None) -> None:
+    def __init__(self, layer: nn.Module, tuple_arity: int, handed: InjectedRows | None, bias: str | None) -> None:
         super().__init__(layer, tuple_arity, handed)
         self.bias = bias
         if bias is None:
@@ -171,7 +171,7 @@ class NoAnswersAtPadding:
     is what it is alone.
     """
 
-    def __init__(self, handed: Handed) -> None:
+    def __init__(self, handed: InjectedRows) -> None:
         self.handed = handed
 
     def __call__(self, head: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Slots:
+class BufferPool:
     """A few buffers of bytes. Thread-safe.
 
     Args:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from actcache.entries.batch import Batch, PackedBatch
 from actcache.format.ragged import offsets_of, row_indices
-from actcache.reader.buffers import Slots
-from actcache.reader.delivery import Delivered, Delivery, Which
+from actcache.reader.buffers import BufferPool
+from actcache.reader.delivery import BatchMembers, Delivered, Delivery
 from actcache.reader.fetch import HostBatch
 
 
@@ -35,7 +35,7 @@ class _Pinned:
         self.array = self.tensor.numpy()
 
 
-class PinnedSlots(Slots):
+class PinnedSlots(BufferPool):
     """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe.
 
     As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made, so
@@ -102,7 +102,7 @@ class CudaDelivery(Delivery):
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._timed: deque[tuple[Any, Any, Any]] = deque()  # events: copying begins, ends; the batch is there
 
-    def deliver(self, read: HostBatch, which: Which) -> Delivered:
+    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:
         values = torch.from_numpy(read.values)
         with torch.cuda.stream(self._stream):
             begun = self._event()

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from actcache.entries.batch import Batch, PackedBatch
 from actcache.format import codec
 from actcache.format.ragged import offsets_of
-from actcache.reader.buffers import Slots
+from actcache.reader.buffers import BufferPool
 from actcache.reader.fetch import HostBatch
 
 
 @dataclass(frozen=True)
-class Which:
+class BatchMembers:
     """Which documents a batch has."""
 
     keys: NDArray[np.uint8]  # [B, 32]
@@ -40,14 +40,14 @@ class Delivery(ABC):
 
     packed: bool  # whether rows are read without padding
     padded: bool  # whether they are delivered with it
-    slots: Slots  # host buffers to read into
+    slots: BufferPool  # host buffers to read into
 
     def __init__(self) -> None:
         self._copied = self._decoded = 0.0
         self._counting = threading.Lock()  # several iterations deliver at a time
 
     @abstractmethod
-    def deliver(self, read: HostBatch, which: Which) -> Delivered: ...
+    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered: ...
 
     def arrive(self, delivered: Delivered) -> Batch | PackedBatch:
         """Return a batch that the consumer may use from here on."""
@@ -79,17 +79,17 @@ class HostDelivery(Delivery):
     def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:
         super().__init__()
         self.packed, self.padded = packed, not packed
-        self.slots = Slots(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
+        self.slots = BufferPool(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
         self._dtype = dtype
         self._torch = torch
 
-    def deliver(self, read: HostBatch, which: Which) -> Delivered:
+    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:
         start = time.perf_counter()
         batch = self._made(read, which)
         self._spend(0.0, time.perf_counter() - start)
         return Delivered(batch)
 
-    def _made(self, read: HostBatch, which: Which) -> Batch | PackedBatch:
+    def _made(self, read: HostBatch, which: BatchMembers) -> Batch | PackedBatch:
         ids = None if read.token_ids is None else read.token_ids.astype(np.int64)
         values: Any = read.values if self._torch is not None else codec.get(self._dtype).decode(read.values)
         common = {"lengths": read.lengths, "documents": which.documents, "labels": which.labels}
@@ -122,7 +122,7 @@ class DeviceDelivery(Delivery):
         self.packed, self.padded, self.slots = packed, not packed, self._host.slots
         self._torch, self._device = torch, device
 
-    def deliver(self, read: HostBatch, which: Which) -> Delivered:
+    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:
         batch = self._host.deliver(read, which).batch
         start = time.perf_counter()
         moved = {n: v.to(self._device) for n, v in vars(batch).items() if isinstance(v, self._torch.Tensor)}

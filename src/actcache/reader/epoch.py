@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from actcache.errors import CorruptEntryError, MissingEntryError, ShapeError
 from actcache.format.keys import key_list
-from actcache.reader.delivery import Delivered, Delivery, Which
-from actcache.reader.fetch import Outlook, Source, fetch
+from actcache.reader.delivery import BatchMembers, Delivered, Delivery
+from actcache.reader.fetch import EntryInfo, Source, fetch
 from actcache.reader.labels import Labels
 from actcache.reader.prefetch import Prefetch
 from actcache.reader.stats import ReaderStats
@@ -34,7 +34,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
-class Supplier:
+class MissComputer:
     """Computes what is missing, for ``on_missing="compute"``. Called by the consumer's thread."""
 
     lengths: Callable[[NDArray[np.int64]], NDArray[np.int64]]  # positions in the keys given -> tokens
@@ -51,9 +51,9 @@ class Work:
     documents: NDArray[np.int64]  # [n] as delivered
     labels: Labels | None
     origins: NDArray[np.int64]  # [n] positions in the keys that the reader was given
-    outlook: Outlook  # [n]
+    outlook: EntryInfo  # [n]
     depth: int
-    supplier: Supplier | None
+    supplier: MissComputer | None
     stats: ReaderStats = field(default_factory=ReaderStats)
 
 
@@ -253,7 +253,7 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
         except ShapeError:
             to.slots.give_back(read.values, None)
             raise
-    delivered = to.deliver(read, Which(keys, work.documents[which], labels))
+    delivered = to.deliver(read, BatchMembers(keys, work.documents[which], labels))
     tokens = int(read.lengths.sum())
     with _COUNTING:
         stats = work.stats

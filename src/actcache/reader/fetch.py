@@ -56,23 +56,23 @@ class HostBatch:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class EntryInfo:
     """What was known of entries when a reader was made. They may have been replaced or deleted since."""
 
     lengths: NDArray[np.int64]  # [n], 0 where it was absent
     has_ids: NDArray[np.bool_]  # [n]
 
     @classmethod
-    def of(cls, source: Source, keys: NDArray[np.uint8]) -> Outlook:
+    def of(cls, source: Source, keys: NDArray[np.uint8]) -> EntryInfo:
         lengths = source.lengths(keys)
         return cls(lengths, source.has(TOKEN_IDS, keys) | (lengths == 0))
 
-    def __getitem__(self, which: NDArray[np.generic]) -> Outlook:
-        return Outlook(self.lengths[which], self.has_ids[which])
+    def __getitem__(self, which: NDArray[np.generic]) -> EntryInfo:
+        return EntryInfo(self.lengths[which], self.has_ids[which])
 
 
 def fetch(
-    source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool, outlook: Outlook | None = None
+    source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool, outlook: EntryInfo | None = None
 ) -> HostBatch:
     """Read the entries of ``[B, 32]`` keys.
 
@@ -93,13 +93,13 @@ def fetch(
             buffers.give_back(read.values, None)
     for _ in range(_LOOKS - 1):
         try:
-            return _fetch(source, keys, buffers, Outlook.of(source, keys), packed=packed)
+            return _fetch(source, keys, buffers, EntryInfo.of(source, keys), packed=packed)
         except ShapeError:  # entries were replaced by longer ones between the looks at their lengths and at their rows
             continue
-    return _fetch(source, keys, buffers, Outlook.of(source, keys), packed=packed)
+    return _fetch(source, keys, buffers, EntryInfo.of(source, keys), packed=packed)
 
 
-def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, outlook: Outlook, *, packed: bool) -> HostBatch:
+def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, outlook: EntryInfo, *, packed: bool) -> HostBatch:
     recipe, lengths = source.recipe, outlook.lengths
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
     shape = (total,) if packed else (len(keys), longest)

@@ -19,8 +19,8 @@ from actcache.reader.caches.local import LocalCache
 from actcache.reader.caches.ram import RamCache
 from actcache.reader.checks import check_choice, check_present, nbytes_of, ranks_of
 from actcache.reader.delivery import Delivery
-from actcache.reader.epoch import Begun, Epoch, Supplier, Work, count_spent
-from actcache.reader.fetch import Outlook, Source
+from actcache.reader.epoch import Begun, Epoch, MissComputer, Work, count_spent
+from actcache.reader.fetch import EntryInfo, Source
 from actcache.reader.labels import labels_of
 from actcache.reader.order import Order, Plan
 from actcache.reader.stats import ReaderStats
@@ -105,7 +105,7 @@ class Reader:
         local_bytes: int | str = 0,
         ranks: tuple[int, int] | None = None,
         on_stats: Callable[[ReaderStats], object] | None = None,
-        supplier: Supplier | None = None,
+        supplier: MissComputer | None = None,
     ) -> None:
         depth = whole("depth", depth, 0)
         order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
@@ -123,7 +123,7 @@ class Reader:
         positions = np.arange(len(wanted)) if documents is None else whole_numbers("documents", documents)
         if positions.shape != (len(wanted),):
             raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
-        outlook = Outlook.of(space, wanted)
+        outlook = EntryInfo.of(space, wanted)
         lengths = outlook.lengths.copy()
         wanted_labels = None if labels is None else labels_of(labels, lengths)
         found = lengths > 0

@@ -19,10 +19,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Compaction, Located
+from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Compaction, EntryLocations
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import Lineage, Pieces, offsets_of
+from actcache.format.ragged import Origins, Pieces, offsets_of
 from actcache.io.workers import Workers
 from actcache.segments.index import Table
 from actcache.segments.rows import ReadRows
@@ -44,12 +44,12 @@ _FIRST = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveSegment:
     """The entries of one segment that are served, in the order of their rows."""
 
     segment: Segment
     keys: NDArray[np.uint8]  # [n, 32]
-    located: Located
+    located: EntryLocations
 
     @property
     def tokens(self) -> int:
@@ -77,7 +77,7 @@ class Live:
         return all(np.array_equal(one, other) for one, other in said)
 
 
-def survey(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> list[Live]:
+def survey(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> list[LiveSegment]:
     """Return the live entries of every served segment (those named in ``only``), in the order of the names."""
     if only is None:
         keys = snapshot.keys()
@@ -92,11 +92,11 @@ def survey(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> 
         if only is None or segment.name in only:
             first, last = np.searchsorted(numbers, (number, number + 1)).tolist()
             which = order[first:last]
-            found.append(Live(segment, keys[which], located[which]))
+            found.append(LiveSegment(segment, keys[which], located[which]))
     return sorted(found, key=lambda live: live.segment.name)
 
 
-def plan(candidates: Sequence[Live], target_bytes: int, waste: float) -> list[list[Live]]:
+def plan(candidates: Sequence[LiveSegment], target_bytes: int, waste: float) -> list[list[LiveSegment]]:
     """Return which segments to merge into one each: small ones with their neighbours, and wasteful ones.
 
     Args:
@@ -104,9 +104,9 @@ def plan(candidates: Sequence[Live], target_bytes: int, waste: float) -> list[li
         waste: the share of unserved rows from which on a segment is rewritten even alone.
     """
     worthy = [live for live in candidates if live.nbytes < target_bytes // 2 or live.waste >= waste]
-    groups: list[list[Live]] = []
+    groups: list[list[LiveSegment]] = []
     for columns in sorted({live.segment.columns() for live in worthy}, key=sorted):
-        group: list[Live] = []
+        group: list[LiveSegment] = []
         held = 0  # bytes of the group
         for live in worthy:
             if live.segment.columns() == columns:
@@ -136,7 +136,7 @@ class Merger:
     def __init__(
         self,
         snapshot: SegmentedSnapshot,
-        group: Sequence[Live],
+        group: Sequence[LiveSegment],
         columns: Columns,
         standing: Collection[str],
         moved: Callable[[int], None] = lambda nbytes: None,
@@ -146,7 +146,7 @@ class Merger:
         self._columns = columns
         self._digests: list[int] = []  # of the pieces of the rows
         fields = ("tokens", "checksums", "segment", "row")
-        located = Located(*(np.concatenate([getattr(live.located, name) for live in group]) for name in fields))
+        located = EntryLocations(*(np.concatenate([getattr(live.located, name) for live in group]) for name in fields))
         keys = np.concatenate([live.keys for live in group])
         self._small = {
             name: self._rows(snapshot, located, name) for name in sorted(group[0].segment.columns() - {VALUES})
@@ -187,13 +187,13 @@ class Merger:
         if time.monotonic() - self._began > SECONDS:
             raise FormatError(f"{segment.files.where} took longer than {SECONDS:.0f} s; its sources stay")
 
-    def _rows(self, snapshot: SegmentedSnapshot, located: Located, name: str) -> NDArray[np.generic]:
+    def _rows(self, snapshot: SegmentedSnapshot, located: EntryLocations, name: str) -> NDArray[np.generic]:
         dtype, trailing = self._columns[name]
         rows = np.empty((int(located.tokens.sum()), *trailing), dtype)
         snapshot.gather(located, {name: rows}, None, lambda first, last: None)
         return rows
 
-    def _pieces(self, snapshot: SegmentedSnapshot, located: Located) -> Iterator[NDArray[np.generic]]:
+    def _pieces(self, snapshot: SegmentedSnapshot, located: EntryLocations) -> Iterator[NDArray[np.generic]]:
         dtype, trailing = self._columns[VALUES]
         starts = offsets_of(located.tokens) * np.dtype(dtype).itemsize * int(np.prod(trailing))
         wanted = np.arange(0, int(starts[-1]), _PIECE_BYTES)
@@ -208,7 +208,7 @@ def _digest(rows: NDArray[np.generic]) -> int:
     return xxhash.xxh3_64_intdigest(rows.reshape(-1).view(np.uint8).data)
 
 
-def _lineage(group: Sequence[Live], standing: Collection[str]) -> tuple[Lineage, NDArray[np.uint64] | None]:
+def _lineage(group: Sequence[LiveSegment], standing: Collection[str]) -> tuple[Origins, NDArray[np.uint64] | None]:
     """Return where the entries were born, and their extra checksums."""
     births: dict[str, int] = {}
     birth, entries, extra, sources = [], [], [], []
@@ -222,7 +222,7 @@ def _lineage(group: Sequence[Live], standing: Collection[str]) -> tuple[Lineage,
         sources += [live.segment.name, *(name for name in live.segment.sources if name in standing)]
         if "extra_checksums" in live.segment.extents:
             extra.append(live.segment.read("extra_checksums")[entry])
-    lineage = Lineage(tuple(births), np.concatenate(birth), np.concatenate(entries), tuple(dict.fromkeys(sources)))
+    lineage = Origins(tuple(births), np.concatenate(birth), np.concatenate(entries), tuple(dict.fromkeys(sources)))
     return lineage, np.concatenate(extra) if extra else None
 
 
@@ -268,7 +268,7 @@ class Moved:
 def merge(
     space: SegmentedSpace,
     snapshot: SegmentedSnapshot,
-    group: Sequence[Live],
+    group: Sequence[LiveSegment],
     moved: Callable[[int], None] = lambda nbytes: None,
 ) -> str:
     """Publish one segment in the place of some; return its name, an empty one where that could not be done.

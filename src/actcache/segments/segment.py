@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actcache.backend import Extent, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import VALUES, Lineage, check_offsets, names_from_array
+from actcache.format.ragged import VALUES, Origins, check_offsets, names_from_array
 from actcache.segments.places.place import Place
 
 VERSION = 1
@@ -116,7 +116,7 @@ class Segment:
         check_offsets(offsets, self.entries, self.tokens, self.files.where)
         return offsets
 
-    def lineage(self) -> Lineage:
+    def lineage(self) -> Origins:
         """Return where the entries were born: here, unless this is a compacted segment.
 
         Raises:
@@ -124,11 +124,11 @@ class Segment:
         """
         if "births" not in self.extents:
             entries = np.arange(self.entries, dtype=np.uint32)
-            return Lineage((self.name,), np.zeros(self.entries, np.uint32), entries, ())
+            return Origins((self.name,), np.zeros(self.entries, np.uint32), entries, ())
         births, birth = names_from_array(self.read("births")), self.read("birth")
         if len(birth) and int(birth.max()) >= len(births):
             raise FormatError(f"{self.files.where} is damaged: entries are born in segments that it does not name")
-        lineage = Lineage(births, birth, self.read("birth_entries"), self.sources)
+        lineage = Origins(births, birth, self.read("birth_entries"), self.sources)
         if self.read("lineage_checksum").tolist() != [lineage.checksum()]:
             raise FormatError(f"{self.files.where} is damaged: what it says of its entries' births fails its checksum")
         return lineage

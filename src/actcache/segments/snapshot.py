@@ -9,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Located, Snapshot, Usage
+from actcache.backend import VALUES, EntryLocations, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.ragged import offsets_of
 from actcache.io.workers import Workers
@@ -60,10 +60,12 @@ class SegmentedSnapshot(Snapshot):
         self._names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
         self._limits = np.array([segment.tokens for segment in segments], np.int64)
 
-    def locate(self, keys: NDArray[np.uint8]) -> Located:
+    def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
         prefix, rest = split_keys(keys)
         count = len(keys)
-        located = Located(np.zeros(count, np.int64), np.zeros(count, np.uint64), *np.full((2, count), -1, np.int64))
+        located = EntryLocations(
+            np.zeros(count, np.int64), np.zeros(count, np.uint64), *np.full((2, count), -1, np.int64)
+        )
         rank = np.full(count, -1, np.int64)
         parts = zip(self._tables, self._numbers, self._alive, self._ranks, strict=True)
         for table, numbers, alive, ranks in parts:
@@ -105,14 +107,14 @@ class SegmentedSnapshot(Snapshot):
         """Return the segments whose entries are served, by number."""
         return {int(n): self._segments[n] for numbers in self._numbers for n in numbers[numbers >= 0]}
 
-    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+    def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
         having = self._having.get(column)
         if having is None:
             having = np.array([column in segment.extents for segment in self._segments], bool)
             self._having[column] = having
         return having[located.segment] & located.found if len(having) else located.found
 
-    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+    def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         sums = np.zeros(len(located.tokens), np.uint64)
         for i, (number, row) in enumerate(zip(located.segment.tolist(), located.row.tolist(), strict=True)):
             segment = self._segments[number] if number >= 0 else None
@@ -127,7 +129,7 @@ class SegmentedSnapshot(Snapshot):
 
     def gather(
         self,
-        located: Located,
+        located: EntryLocations,
         out: Mapping[str, NDArray[np.generic]],
         width: int | None,
         done: Callable[[int, int], None],
@@ -156,7 +158,7 @@ class SegmentedSnapshot(Snapshot):
 
         self._workers.run(job, len(cuts) - 1)
 
-    def read_ahead(self, located: Located) -> None:
+    def read_ahead(self, located: EntryLocations) -> None:
         found = located[located.found]
         if len(found.tokens):
             with suppress(FormatError):  # the read itself will say which entries are lost
@@ -183,7 +185,7 @@ class SegmentedSnapshot(Snapshot):
     def damaged(self) -> dict[str, str]:
         return dict(self._damaged)
 
-    def whereabouts(self, located: Located) -> tuple[list[str], NDArray[np.int64]]:
+    def whereabouts(self, located: EntryLocations) -> tuple[list[str], NDArray[np.int64]]:
         return [segment.name for segment in self._segments], np.where(located.found, located.segment, -1)
 
 

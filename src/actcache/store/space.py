@@ -28,7 +28,7 @@ from actcache.backend import (
     Usage,
 )
 from actcache.entries.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry, listed
-from actcache.entries.read import Lookahead, Request, looking_again
+from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import Writer
 from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError, UsageError
 from actcache.format import checksum, codec
@@ -55,7 +55,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Verification:
+class IntegrityReport:
     """What ``verify`` found."""
 
     entries: int  # that were read and checked
@@ -106,7 +106,7 @@ class Space:
         if self._store.writable:
             self._writer = Writer(self._append, self._columns, self._seed, **self._segments)
         self._snapshot: Snapshot | None = driver.snapshot()
-        self._ahead = Lookahead()
+        self._ahead = LookupCache()
         self._forked = False
 
     def _take_snapshot(self) -> None:
@@ -199,7 +199,7 @@ class Space:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    @looking_again
+    @retry_on_stale_snapshot
     def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
         """Return the entries of the keys, in their order; None where there is none.
 
@@ -225,7 +225,7 @@ class Space:
         self._refuse_corrupt(wanted, corrupt)
         return entries
 
-    @looking_again
+    @retry_on_stale_snapshot
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
         """Read rows in the stored dtype straight into the caller's buffer.
 
@@ -384,7 +384,7 @@ class Space:
 
     # --- looking after it -----------------------------------------------------------------------------------------
 
-    def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> Verification:
+    def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> IntegrityReport:
         """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
 
         Segments are looked at without the help of an index, too.
@@ -404,7 +404,7 @@ class Space:
         if sample is not None and sample < len(keys):
             keys = keys[np.random.default_rng().choice(len(keys), sample, replace=False)]
         corrupt, nbytes = self.corrupt_among(keys, progress)
-        return Verification(len(keys), nbytes, corrupt, damaged)
+        return IntegrityReport(len(keys), nbytes, corrupt, damaged)
 
     def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
         """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
@@ -427,7 +427,7 @@ class Space:
         located = self._view().locate(wanted)
         return wanted[np.lexsort((located.row, located.segment))]
 
-    @looking_again
+    @retry_on_stale_snapshot
     def stored_checksums(self, keys: Keys) -> NDArray[np.uint64]:
         """Return tokens, checksum and checksum of the optional arrays of each published entry, ``[n, 3]``; 0 where
         it is absent or has none. Reads no activations."""
@@ -436,7 +436,7 @@ class Space:
         columns = (located.tokens.astype(np.uint64), located.checksums, view.extra_checksums(located))
         return np.stack(columns, axis=1) * located.found[:, None]
 
-    @looking_again
+    @retry_on_stale_snapshot
     def whereabouts(self, keys: Keys) -> tuple[list[str], NDArray[np.int64]]:
         """Return names of segments, and which of them holds each published entry, ``[n]``; -1 where it is absent.
 
@@ -468,7 +468,7 @@ class Space:
                     future.cancel()
         return corrupt, int(starts[-1])
 
-    def repair(self, found: Verification | None = None) -> Repair:
+    def repair(self, found: IntegrityReport | None = None) -> Repair:
         """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.
 
         Args:
@@ -531,7 +531,7 @@ class Space:
             self.refresh()
         return done
 
-    @looking_again
+    @retry_on_stale_snapshot
     def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
         """Return the positions of published entries that fail their checksums; absent ones do not."""
         view = self._view()  # one for all: another might know of other arrays
@@ -549,7 +549,7 @@ class Space:
             found.update(which[part.read(out, None, verify=True)].tolist())
         return sorted(found)
 
-    @looking_again
+    @retry_on_stale_snapshot
     def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:
         """Return the token ids of published entries as they lie, intact or not; None where there are none to be read.
 

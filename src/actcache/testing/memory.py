@@ -14,7 +14,17 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Backend, Block, Located, Snapshot, SpaceDriver, StoredFile, StoreDriver, Usage
+from actcache.backend import (
+    VALUES,
+    Backend,
+    Block,
+    EntryLocations,
+    Snapshot,
+    SpaceDriver,
+    StoredFile,
+    StoreDriver,
+    Usage,
+)
 from actcache.errors import BackendError, ReadOnlyError, StoreNotFoundError
 
 
@@ -147,32 +157,32 @@ class _MemorySpace(SpaceDriver):
 
 
 class _MemorySnapshot(Snapshot):
-    """``Located.row`` is the position of the key among the snapshot's entries."""
+    """``EntryLocations.row`` is the position of the key among the snapshot's entries."""
 
     def __init__(self, entries: dict[bytes, _Entry]) -> None:
         self._keys = list(entries)
         self._positions = {key: i for i, key in enumerate(self._keys)}
         self._entries = list(entries.values())
 
-    def locate(self, keys: NDArray[np.uint8]) -> Located:
+    def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
         rows = [self._positions.get(key.tobytes(), -1) for key in keys]
         found = [self._entries[row] if row >= 0 else None for row in rows]
-        return Located(
+        return EntryLocations(
             np.array([len(entry.rows[VALUES]) if entry else 0 for entry in found], np.int64),
             np.array([entry.checksum if entry else 0 for entry in found], np.uint64),
             np.zeros(len(rows), np.int64),
             np.array(rows, np.int64),
         )
 
-    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+    def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
         return np.array([row >= 0 and column in self._entries[row].rows for row in located.row.tolist()], bool)
 
-    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+    def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         return np.array([self._entries[row].extra_checksum if row >= 0 else 0 for row in located.row], np.uint64)
 
     def gather(
         self,
-        located: Located,
+        located: EntryLocations,
         out: Mapping[str, NDArray[np.generic]],
         width: int | None,
         done: Callable[[int, int], None],
@@ -187,7 +197,7 @@ class _MemorySnapshot(Snapshot):
                 buffer[end:position] = 0
         done(0, len(located.tokens))
 
-    def read_ahead(self, located: Located) -> None:
+    def read_ahead(self, located: EntryLocations) -> None:
         """Do nothing: all is in memory."""
 
     def keys(self) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ import pytest
 import actcache
 from actcache.errors import ClosedError, FormatError, OutOfSpaceError, StorageIOError
 from actcache.segments.places.objects import ObjectPlace, blocks, obstore_reads, place, s3, transfers
-from actcache.segments.places.objects.client import StandsError, TransientError
+from actcache.segments.places.objects.client import ObjectExistsError, TransientError
 from actcache.segments.places.objects.generic import FsspecClient
 from actcache.segments.places.objects.retry import Retrying
 from actcache.segments.places.objects.rows import coalesce
@@ -303,10 +303,10 @@ def test_a_lost_answer_where_no_token_is_kept():
     url = f"memory://{uuid.uuid4().hex}"
     client = Retrying(_Forgetful(url, {}), 5)
     client.put("a", b"mine", "token", create=True)
-    with pytest.raises(StandsError):
+    with pytest.raises(ObjectExistsError):
         client.put("a", b"mine", "token", create=True)
     other = Retrying(_Forgetful(url, {}), 5)
-    with pytest.raises(StandsError):
+    with pytest.raises(ObjectExistsError):
         other.put("a", b"else", "token", create=True)
 
 

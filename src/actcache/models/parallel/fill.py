@@ -22,7 +22,7 @@ from actcache.format.keys import Document
 from actcache.models.documents import check_texts
 from actcache.models.filling import TOKEN_BUDGET, FillReport
 from actcache.models.parallel import worker
-from actcache.models.parallel.partitioner import Dealer
+from actcache.models.parallel.partitioner import Partitioner
 from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
 from actcache.models.progress import FillProgress
 from actcache.models.record import check_token_budget
@@ -74,7 +74,7 @@ def fill(
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
     job = Job(resolve(store), str(model), tuple(layers), token_budget, limit, options)
     start = time.monotonic()
-    dealer = Dealer(texts, len(devices))
+    dealer = Partitioner(texts, len(devices))
     with (
         FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar,
         _Crew(job, devices) as crew,
@@ -87,7 +87,7 @@ def fill(
     return FillReport(dealer.dealt, present, computed, tokens, seconds, left_out, reports[0].spaces)
 
 
-def _lead(crew: _Crew, dealer: Dealer, bar: FillProgress, job: Job) -> list[FillReport]:
+def _lead(crew: _Crew, dealer: Partitioner, bar: FillProgress, job: Job) -> list[FillReport]:
     """Answer the processes until all are done."""
     reports: list[FillReport] = []
     idle: list[_Member] = []

@@ -13,7 +13,7 @@ _READ = 256  # documents that are read at a time
 _AHEAD = 4 * CHUNK  # documents that wait for one process at most: another one that has none left then waits, too
 
 
-class Dealer:
+class Partitioner:
     """Deals documents to processes by their keys, so that one that is given twice comes to the same process twice.
 
     Not thread-safe. What is held is bounded, however unlike the processes' speeds are.

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import TOKEN_IDS, VALUES, Block, Located
+from actcache.backend import TOKEN_IDS, VALUES, Block, EntryLocations
 from actcache.entries.entry import columns_of
-from actcache.entries.read import Lookahead, Request
+from actcache.entries.read import LookupCache, Request
 from actcache.entries.writer import Writer
 from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.format import checksum
@@ -89,7 +89,7 @@ class LocalEntries:
             segment_bytes=_segment_bytes(folder.nbytes),
             segment_seconds=_SEGMENT_SECONDS,
         )
-        self._ahead = Lookahead()
+        self._ahead = LookupCache()
         self._lock = threading.RLock()
         self._pending: dict[bytes, int] = {}  # checksums of what the writer holds
         self._leaving: list[bytes] = []  # keys of the block that was published last
@@ -137,11 +137,11 @@ class LocalEntries:
             self._fail(error)
             raise SegmentGoneError(str(error)) from error
 
-    def read_ahead(self, located: Located) -> None:
+    def read_ahead(self, located: EntryLocations) -> None:
         """Ask the operating system to load some entries soon."""
         self._snapshot.read_ahead(located)
 
-    def use(self, located: Located) -> None:
+    def use(self, located: EntryLocations) -> None:
         """Take the segments of some entries into use: nobody evicts them as long as this is open."""
         numbers = set(np.unique(located.segment).tolist()) - self._used - {-1}
         if numbers:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from actcache.backend import SegmentFiles
 from actcache.errors import FormatError
-from actcache.segments.places.objects.client import AbsentError
+from actcache.segments.places.objects.client import ObjectNotFoundError
 from actcache.segments.places.objects.session import ProcessLock, Session
 
 BLOCK = 256 << 10
@@ -46,7 +46,7 @@ class Blocks:
                 self._held -= len(self._kept.pop(block))
 
     def size(self, key: str) -> int:
-        """Return the bytes of an object. Raises ``AbsentError``, and what a client raises."""
+        """Return the bytes of an object. Raises ``ObjectNotFoundError``, and what a client raises."""
         size = self._sizes.get(key)
         if size is None:
             self._load(key, 0, 1)
@@ -54,7 +54,7 @@ class Blocks:
         return size
 
     def read(self, key: str, offset: int, nbytes: int, *, ahead: bool = False) -> bytes:
-        """Return a range of an object, as much of it as there is. Raises ``AbsentError``, and what a client raises."""
+        """Return a range of an object, as much of it as there is. Raises ``ObjectNotFoundError``, and as a client."""
         if nbytes <= 0:
             return b""
         if nbytes > _LARGEST:
@@ -141,14 +141,14 @@ class ObjectSegment(SegmentFiles):
         key = self._key(name)
         try:
             return self._blocks.size(key)
-        except AbsentError:
+        except ObjectNotFoundError:
             raise self._lost(name) from None
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
         key = self._key(name)
         try:
             return self._blocks.read(key, offset, nbytes, ahead=True)
-        except AbsentError:
+        except ObjectNotFoundError:
             raise self._lost(name) from None
 
     def _key(self, name: str) -> str:
@@ -169,6 +169,6 @@ class ObjectSegment(SegmentFiles):
             return self._gone()
         try:
             self._session.client().head(f"{self._name}/{self._commit}")
-        except AbsentError:
+        except ObjectNotFoundError:
             return self._gone()
         return FormatError(f"{self.where} is damaged: {name} is missing")

@@ -18,11 +18,11 @@ from actcache.errors import StorageIOError
 Data: TypeAlias = bytes | memoryview
 
 
-class AbsentError(Exception):
+class ObjectNotFoundError(Exception):
     """There is no such object, or no such upload."""
 
 
-class StandsError(Exception):
+class ObjectExistsError(Exception):
     """An object that must not be replaced stands already."""
 
 
@@ -103,7 +103,7 @@ class Client(ABC):
 
         Args:
             token: kept with the object, so that after a lost response ``head`` tells whose it is.
-            create: raise ``StandsError`` where it stands.
+            create: raise ``ObjectExistsError`` where it stands.
         """
 
     @abstractmethod

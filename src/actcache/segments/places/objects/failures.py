@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, StoreNotFoundError
-from actcache.segments.places.objects.client import AbsentError, StandsError, TransientError
+from actcache.segments.places.objects.client import ObjectExistsError, ObjectNotFoundError, TransientError
 
 _AGAIN = {
     *("InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"),
@@ -31,11 +31,11 @@ def of_answer(status: int, code: str, message: str, what: str, bucket: str, *, w
     if code == "NoSuchBucket":
         return StoreNotFoundError(f"{what}: there is no bucket {bucket}; create it, or check its name and endpoint_url")
     if code in ("NoSuchKey", "NoSuchUpload", "NotFound") or status == 404:
-        return AbsentError(what)
+        return ObjectNotFoundError(what)
     if code == "ConditionalRequestConflict" or code in _AGAIN:
         return TransientError(f"{what}: {said}")
     if code == "PreconditionFailed" or status == 412:
-        return StandsError(what)
+        return ObjectExistsError(what)
     if code in _FULL or status == 507:
         return OutOfSpaceError(f"{what}: the store or quota is full ({said}); free some space and flush again")
     if code == "RequestTimeTooSkewed":

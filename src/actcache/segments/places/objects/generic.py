@@ -21,14 +21,14 @@ from fsspec.exceptions import FSTimeoutError
 
 from actcache.errors import MissingExtraError, ReadOnlyError, StorageIOError, StoreError
 from actcache.segments.places.objects.client import (
-    AbsentError,
     Body,
     Client,
     Data,
     Head,
     Listed,
     Listing,
-    StandsError,
+    ObjectExistsError,
+    ObjectNotFoundError,
     TransientError,
     Upload,
 )
@@ -97,11 +97,11 @@ class FsspecClient(Client):
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
         with self._translated("write", key, writing=True):
             if create and self._fs.exists(self._path(key)):
-                raise StandsError(key)
+                raise ObjectExistsError(key)
             try:
                 self._fs.pipe_file(self._path(key), bytes(data), mode="create" if create else "overwrite")
             except FileExistsError:
-                raise StandsError(key) from None
+                raise ObjectExistsError(key) from None
 
     def put_file(self, key: str, path: Path) -> None:
         with self._translated("write", key, writing=True):
@@ -144,10 +144,10 @@ class FsspecClient(Client):
         what = f"cannot {verb} {self.where}/{key}"
         try:
             yield
-        except (StoreError, AbsentError, StandsError):
+        except (StoreError, ObjectNotFoundError, ObjectExistsError):
             raise
         except FileNotFoundError as error:
-            raise AbsentError(what) from error
+            raise ObjectNotFoundError(what) from error
         except PermissionError as error:
             raise _refused(what, error, writing) from error
         except (OSError, FSTimeoutError) as error:

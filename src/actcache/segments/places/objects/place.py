@@ -25,7 +25,7 @@ from actcache.errors import OutOfSpaceError, StoreError
 from actcache.io.files import translated
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.blocks import Blocks, ObjectSegment
-from actcache.segments.places.objects.client import AbsentError, Listed, StandsError
+from actcache.segments.places.objects.client import Listed, ObjectExistsError, ObjectNotFoundError
 from actcache.segments.places.objects.rows import FetchedRows
 from actcache.segments.places.objects.session import ProcessLock, Session
 from actcache.segments.places.objects.transfers import download, upload, upload_bytes
@@ -83,11 +83,11 @@ class ObjectPlace(Place):
         return bool(self._commit) and _is_unique(name)
 
     def age(self, name: str) -> float | None:
-        with suppress(AbsentError):
+        with suppress(ObjectNotFoundError):
             return self._session.client().head(f"{name}/{self._commit}" if self._is_segment(name) else name).age
         if not self._is_segment(name):
             return None
-        with suppress(AbsentError):  # a plain file with a segment's name, such as a tombstone
+        with suppress(ObjectNotFoundError):  # a plain file with a segment's name, such as a tombstone
             return self._session.client().head(name).age
         return None
 
@@ -96,7 +96,7 @@ class ObjectPlace(Place):
             if _is_unique(name):  # a tombstone, which every snapshot reads again
                 return self._blocks.read(name, 0, self._blocks.size(name))
             return bytes(self._whole(name))
-        except AbsentError:
+        except ObjectNotFoundError:
             return None
 
     def _whole(self, name: str) -> memoryview:
@@ -123,7 +123,7 @@ class ObjectPlace(Place):
     def _created(write: Callable[[], None]) -> bool:
         try:
             write()
-        except StandsError:
+        except ObjectExistsError:
             return False
         return True
 
@@ -131,7 +131,7 @@ class ObjectPlace(Place):
         client = self._session.client()
         commit = f"{name}/{self._commit}"
         if not replace:
-            with suppress(AbsentError):
+            with suppress(ObjectNotFoundError):
                 client.head(commit)
                 return False
         files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
@@ -169,7 +169,7 @@ class ObjectPlace(Place):
         client = self._session.client()
         try:
             client.head(key)
-        except AbsentError:
+        except ObjectNotFoundError:
             return False
         client.remove(key)
         return True
@@ -190,7 +190,7 @@ class ObjectPlace(Place):
         try:
             for key in reversed(keys):  # the commit object last
                 client.copy(key, target + key.removeprefix(name))
-        except AbsentError:
+        except ObjectNotFoundError:
             return False
         for key in keys:
             client.remove(key)
@@ -222,7 +222,7 @@ class ObjectPlace(Place):
         try:
             with translated(f"cannot copy {self.where}/{name}"), open(descriptor, "wb") as file:
                 download(self._session, name, file)
-        except AbsentError:
+        except ObjectNotFoundError:
             path.unlink()
             raise FileNotFoundError(f"{self.where}/{name}") from None
         except BaseException:

@@ -15,7 +15,7 @@ from typing import Any
 
 from actcache.errors import BackendError, StorageIOError
 from actcache.segments.places.objects import options as opt
-from actcache.segments.places.objects.client import AbsentError
+from actcache.segments.places.objects.client import ObjectNotFoundError
 from actcache.segments.places.objects.session import Session
 
 _WILD = "*["  # a question mark begins a URL's options
@@ -43,7 +43,7 @@ class Bucket:
         """Return whether there is such an object."""
         try:
             self._session.client().head(key)
-        except AbsentError:
+        except ObjectNotFoundError:
             return False
         return True
 
@@ -101,7 +101,7 @@ class _Object(io.RawIOBase):
         client = self._session.client()
         try:
             body = client.get(self._key, start, self._next)
-        except AbsentError:
+        except ObjectNotFoundError:
             raise FileNotFoundError(2, "there is no such object", f"{client.where}/{self._key}") from None
         if self._size not in (None, body.size):
             raise StorageIOError(f"{client.where}/{self._key} was replaced while it was read; do the same again")

@@ -13,13 +13,13 @@ from typing import TypeVar
 
 from actcache.errors import ClosedError, StorageIOError
 from actcache.segments.places.objects.client import (
-    AbsentError,
     Body,
     Client,
     Data,
     Head,
     Listing,
-    StandsError,
+    ObjectExistsError,
+    ObjectNotFoundError,
     TransientError,
     Upload,
 )
@@ -81,7 +81,7 @@ class Retrying(Client):
             attempts += 1
             try:
                 self._client.put(key, data, token, create=create)
-            except StandsError:
+            except ObjectExistsError:
                 # An attempt that seemed to fail may have been the one that made it.
                 if not self._wrote(key, len(data), token) and not (attempts > 1 and self._holds(key, data)):
                     raise
@@ -102,9 +102,9 @@ class Retrying(Client):
         def attempt() -> bool:
             try:
                 self._client.complete(key, upload, etags, token, create=create)
-            except (AbsentError, StandsError) as error:  # the upload ended: well, or by another's hand
+            except (ObjectNotFoundError, ObjectExistsError) as error:  # the upload ended: well, or by another's hand
                 if not self._wrote(key, None, token):
-                    if isinstance(error, StandsError):
+                    if isinstance(error, ObjectExistsError):
                         raise
                     raise StorageIOError(
                         f"the upload of {self.where}/{key} was aborted by somebody else; do the same again"
@@ -117,7 +117,7 @@ class Retrying(Client):
         """Return whether the object is there and is ours."""
         try:
             head = self._client.head(key)
-        except AbsentError:
+        except ObjectNotFoundError:
             return False
         return head.token is not None and secrets.compare_digest(head.token, token) and size in (None, head.size)
 
@@ -127,12 +127,12 @@ class Retrying(Client):
             if self._client.head(key).token is not None:
                 return False
             body = self._client.get(key, 0, len(data) + 1)
-        except AbsentError:
+        except ObjectNotFoundError:
             return False
         return body.size == len(data) and bytes(body.data) == bytes(data)
 
     def abort(self, key: str, upload: str) -> None:
-        with suppress(AbsentError):
+        with suppress(ObjectNotFoundError):
             self._run(lambda: self._client.abort(key, upload))
 
     def uploads(self) -> list[Upload]:

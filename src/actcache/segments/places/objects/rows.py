@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from actcache.errors import ClosedError, FormatError, SegmentGoneError
 from actcache.format.ragged import offsets_of
 from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, Blocks
-from actcache.segments.places.objects.client import AbsentError, Data
+from actcache.segments.places.objects.client import Data, ObjectNotFoundError
 from actcache.segments.places.objects.session import ProcessLock, Session
 from actcache.segments.rows import RowSource
 from actcache.segments.segment import Segment
@@ -218,7 +218,7 @@ class _Fetches:
             future = self._start(number)  # also where the window is full: whoever waits is first
         try:
             return future.result()
-        except AbsentError:
+        except ObjectNotFoundError:
             raise SegmentGoneError(f"{self.where(number)} is gone; refresh the space") from None
         except CancelledError:
             if isinstance(self._failure, Exception):  # another thread has told of it; that one counts

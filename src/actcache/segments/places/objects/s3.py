@@ -24,13 +24,13 @@ from fsspec.exceptions import FSTimeoutError
 from actcache.errors import StorageIOError
 from actcache.segments.places.objects import failures
 from actcache.segments.places.objects.client import (
-    AbsentError,
     Body,
     Client,
     Data,
     Head,
     Listed,
     Listing,
+    ObjectNotFoundError,
     TransientError,
     Upload,
 )
@@ -261,7 +261,7 @@ class S3Client(Client):
             if isinstance(answer, boto.ClientError):
                 raise self._answer(answer, what, writing) from error
             if isinstance(error, FileNotFoundError):
-                raise AbsentError(what) from error
+                raise ObjectNotFoundError(what) from error
             raise TransientError(f"{what}: {str(error) or type(error).__name__}") from error
         except RuntimeError as error:  # the session was closed under the request
             raise TransientError(f"{what}: {error!r:.200}") from error

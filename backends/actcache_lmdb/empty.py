@@ -7,25 +7,25 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Located, Snapshot, Usage
+from actcache.backend import EntryLocations, Snapshot, Usage
 
 
-class NothingYet(Snapshot):
+class EmptySnapshot(Snapshot):
     """See ``Snapshot``. Stateless."""
 
-    def locate(self, keys: NDArray[np.uint8]) -> Located:
+    def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
         zeros = np.zeros(len(keys), np.int64)
-        return Located(zeros, zeros.astype(np.uint64), zeros, zeros)
+        return EntryLocations(zeros, zeros.astype(np.uint64), zeros, zeros)
 
-    def has(self, column: str, located: Located) -> NDArray[np.bool_]:
+    def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
         return np.zeros(len(located.tokens), bool)
 
-    def extra_checksums(self, located: Located) -> NDArray[np.uint64]:
+    def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         return np.zeros(len(located.tokens), np.uint64)
 
     def gather(
         self,
-        located: Located,
+        located: EntryLocations,
         out: Mapping[str, NDArray[np.generic]],
         width: int | None,
         done: Callable[[int, int], None],
@@ -34,7 +34,7 @@ class NothingYet(Snapshot):
             buffer[: len(located.tokens) * (width or 0)] = 0
         done(0, len(located.tokens))
 
-    def read_ahead(self, located: Located) -> None:
+    def read_ahead(self, located: EntryLocations) -> None:
         """Do nothing."""
 
     def keys(self) -> NDArray[np.uint8]:

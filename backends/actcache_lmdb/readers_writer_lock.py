@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Gate:
+class ReadersWriterLock:
     """Lets any number of threads in, or one alone. Not reentrant: nobody may enter twice, or be alone inside."""
 
     def __init__(self) -> None:

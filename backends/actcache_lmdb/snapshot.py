@@ -27,7 +27,7 @@ _BITS = 8  # of ``EntryLocations.row``, below the entry's number: its columns
 
 
 class LMDBSnapshot(Snapshot):
-    """See ``Snapshot``. Thread-safe. A location's ``segment`` is its entry's first page, ``row`` its number and columns.
+    """See ``Snapshot``. Thread-safe. A location's ``segment`` is an entry's first page, ``row`` its number and columns.
 
     Every call is one short read transaction of its own: between them, nothing is pinned. What this snapshot shows stays
     where it is until a later transaction has removed what was superseded after it; from then on calls raise

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import (
-    EXTRAS,
     GRACE_SECONDS,
     TOKEN_IDS,
     VALUES,
@@ -208,22 +207,27 @@ class Space:
         """
         wanted = key_array(keys)
         request = self._request(wanted)
-        total = int(request.lengths.sum())
-        values = np.empty((total, self.recipe.hidden_size), self._codec.stored)
-        ids = np.empty(total, np.int32)
-        corrupt = set(request.read({VALUES: values, TOKEN_IDS: ids}, None, verify=verify))
-        offsets, has_ids = offsets_of(request.lengths).tolist(), request.has(TOKEN_IDS)
-        entries: list[Entry | None] = []
-        for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
-            if begin == end:
-                entries.append(None)
-                continue
-            extras, intact = request.read_extras(i)
-            if not intact:
-                corrupt.add(i)
-            entries.append(Entry(self._codec.decode(values[begin:end]), ids[begin:end] if has_ids[i] else None, extras))
+        out, has, corrupt = self._read_all(request, verify=verify)
         self._refuse_corrupt(wanted, corrupt)
+        entries: list[Entry | None] = []
+        for i, (begin, end) in enumerate(itertools.pairwise(offsets_of(request.lengths).tolist())):
+            others = {name: out[name][begin:end] for name, there in has.items() if there[i]}
+            rows, ids = self._codec.decode(out[VALUES][begin:end]), others.pop(TOKEN_IDS, None)
+            entries.append(Entry(rows, ids, others) if end > begin else None)
         return entries
+
+    def _read_all(
+        self, request: Request, *, verify: bool
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, list[bool]], list[int]]:
+        """Read all arrays of some entries, packed; return them by name, which entries have each of them but their
+        rows, and the positions of entries that are corrupt."""
+        has = {name: request.has(name) for name in self._columns if name != VALUES}
+        has = {name: there for name, there in has.items() if there.any()}
+        columns = {name: column for name, column in self._columns.items() if name == VALUES or name in has}
+        total = int(request.lengths.sum())
+        out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns.items()}
+        corrupt = request.read(out, None, verify=verify)
+        return out, {name: there.tolist() for name, there in has.items()}, corrupt
 
     @retry_on_stale_snapshot
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
@@ -535,19 +539,7 @@ class Space:
     def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
         """Return the positions of published entries that fail their checksums; absent ones do not."""
         view = self._view()  # one for all: another might know of other arrays
-        request = Request(lambda: view, None, self._seed, keys)
-        total = int(request.lengths.sum())
-        rows = {VALUES: np.empty((total, self.recipe.hidden_size), self._codec.stored)}
-        found = set(request.read({**rows, TOKEN_IDS: np.empty(total, np.int32)}, None, verify=True))
-        had = np.array([request.has(name) for name in EXTRAS]).T
-        for kind in np.unique(had[had.any(axis=1)], axis=0):  # entries with the same optional arrays at once
-            which = np.flatnonzero((had == kind).all(axis=1))
-            part = Request(lambda: view, None, self._seed, keys[which])
-            columns = [column for column, there in zip(EXTRAS.items(), kind.tolist(), strict=True) if there]
-            total = int(part.lengths.sum())
-            out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns}
-            found.update(which[part.read(out, None, verify=True)].tolist())
-        return sorted(found)
+        return self._read_all(Request(lambda: view, None, self._seed, keys), verify=True)[2]
 
     @retry_on_stale_snapshot
     def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:

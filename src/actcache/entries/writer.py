@@ -190,10 +190,10 @@ class Writer:
                 raise self._counted(error, "are kept in memory: flush again once the store is back") from error
 
     def _flush(self) -> None:
-        self._settle()
+        self._finish_publishing()
         if self._filling is not None:
             self._hand_over()
-            self._settle()
+            self._finish_publishing()
 
     def close(self) -> None:
         """Publish everything and end the thread. What cannot be published is dropped, and the failure raised."""
@@ -256,7 +256,7 @@ class Writer:
 
     def _hand_over(self) -> None:
         """Start publishing the block that was being filled, after the one before it."""
-        self._settle()
+        self._finish_publishing()
         self._leaving, self._filling = self._filling, None
         self._start()
 
@@ -272,7 +272,7 @@ class Writer:
     def _publish(self, builder: Any) -> None:
         self._append(builder.block(self._seed))
 
-    def _settle(self) -> None:
+    def _finish_publishing(self) -> None:
         """Wait until nothing is being published; try again what failed before."""
         if self._leaving is None:
             return

@@ -35,7 +35,7 @@ class _Pinned:
         self.array = self.tensor.numpy()
 
 
-class PinnedSlots(BufferPool):
+class PinnedBuffers(BufferPool):
     """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe.
 
     As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made, so
@@ -49,30 +49,30 @@ class PinnedSlots(BufferPool):
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        slot = self._choose()
-        if slot is not None and slot.copied is not None:
-            slot.copied.synchronize()
-            slot.copied = None
-        if slot is None or slot.array.nbytes < nbytes:
+        pinned = self._choose()
+        if pinned is not None and pinned.copied is not None:
+            pinned.copied.synchronize()
+            pinned.copied = None
+        if pinned is None or pinned.array.nbytes < nbytes:
             fresh = _Pinned(self._allocate(max(1, nbytes + nbytes // 8)), taken=True)
             with self._guard:
-                if slot is not None:
-                    self._pinned.remove(slot)
+                if pinned is not None:
+                    self._pinned.remove(pinned)
                 self._pinned.append(fresh)
-            slot = fresh
-        array: NDArray[Any] = slot.array[:nbytes].view(dtype).reshape(shape)
+            pinned = fresh
+        array: NDArray[Any] = pinned.array[:nbytes].view(dtype).reshape(shape)
         return array
 
     def _choose(self) -> _Pinned | None:
         """Take a buffer into use, whose copy may still have to be waited for; None to have one made."""
         with self._guard:
             free = [one for one in self._pinned if not one.taken]
-            slot = next((one for one in free if one.copied is None or one.copied.query()), None)
-            if slot is None and free and len(self._pinned) >= self._most:
-                slot = free[0]  # its copy began first
-            if slot is not None:
-                slot.taken = True
-            return slot
+            pinned = next((one for one in free if one.copied is None or one.copied.query()), None)
+            if pinned is None and free and len(self._pinned) >= self._most:
+                pinned = free[0]  # its copy began first
+            if pinned is not None:
+                pinned.taken = True
+            return pinned
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -80,11 +80,11 @@ class PinnedSlots(BufferPool):
     def give_back(self, array: NDArray[Any], copied: Any) -> None:
         """Have the buffer of an array that ``take`` returned used again after an event; None: at once."""
         with self._guard:
-            for slot in self._pinned:
-                if slot.taken and slot.array.ctypes.data == array.ctypes.data:
-                    self._pinned.remove(slot)
-                    self._pinned.append(slot)
-                    slot.taken, slot.copied = False, copied
+            for pinned in self._pinned:
+                if pinned.taken and pinned.array.ctypes.data == array.ctypes.data:
+                    self._pinned.remove(pinned)
+                    self._pinned.append(pinned)
+                    pinned.taken, pinned.copied = False, copied
                     return
 
 
@@ -96,7 +96,7 @@ class CudaDelivery(Delivery):
         if device.index is None:  # another thread may have another current device
             device = torch.device(device.type, torch.cuda.current_device())
         self.packed, self.padded = True, not packed
-        self.slots: PinnedSlots = PinnedSlots(depth + 2)
+        self.buffers: PinnedBuffers = PinnedBuffers(depth + 2)
         self._bfloat16 = dtype == "bfloat16"
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -109,10 +109,10 @@ class CudaDelivery(Delivery):
             try:
                 rows = values.to(self._device, non_blocking=True)
             except BaseException:
-                self.slots.give_back(read.values, None)  # no memory on the device: nothing is being copied
+                self.buffers.give_back(read.values, None)  # no memory on the device: nothing is being copied
                 raise
             copied = self._event()
-            self.slots.give_back(read.values, copied)
+            self.buffers.give_back(read.values, copied)
             if self._bfloat16:
                 rows = rows.view(torch.bfloat16)
             small = {

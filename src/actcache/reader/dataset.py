@@ -136,13 +136,13 @@ class EntryDataset(Dataset[Any]):
         if self._delivery is None:
             self._delivery = HostDelivery(self._work.source.recipe.dtype, torch, packed=False, depth=2)
         which = np.asarray(positions, np.int64)
-        read = read_batch if self._work.supplier is None else self._read_or_compute
+        read = read_batch if self._work.miss_computer is None else self._read_or_compute
         batch = read(self._work, self._delivery, which).batch
         assert isinstance(batch, Batch)
-        if self._work.supplier is not None and self._unseen.any() and os.getpid() == self._pid:
+        if self._work.miss_computer is not None and self._unseen.any() and os.getpid() == self._pid:
             self._unseen[which] = False
             if not self._unseen.any():
-                self._work.supplier.settle()
+                self._work.miss_computer.flush()
         return batch
 
     def _read_or_compute(self, work: Work, to: HostDelivery, which: NDArray[np.int64]) -> Delivered:
@@ -159,10 +159,10 @@ class EntryDataset(Dataset[Any]):
     @functools.cached_property
     def lengths(self) -> NDArray[np.int64]:
         work = self._work
-        lengths = work.outlook.lengths.copy()
+        lengths = work.info.lengths.copy()
         missing = np.flatnonzero(lengths == 0)
-        if work.supplier is not None and len(missing):
-            lengths[missing] = work.supplier.lengths(work.origins[missing])
+        if work.miss_computer is not None and len(missing):
+            lengths[missing] = work.miss_computer.lengths(work.origins[missing])
         return lengths
 
     @property
@@ -195,10 +195,10 @@ class EntryDataset(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         work = self._work
-        if work.supplier is not None:
+        if work.miss_computer is not None:
             if not (work.source.lengths(work.keys) > 0).all():
                 raise UsageError(_ONE_PROCESS)
-            work = replace(work, supplier=None)
+            work = replace(work, miss_computer=None)
         return {**vars(self), "_work": work, "_delivery": None}
 
 

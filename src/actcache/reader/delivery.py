@@ -40,7 +40,7 @@ class Delivery(ABC):
 
     packed: bool  # whether rows are read without padding
     padded: bool  # whether they are delivered with it
-    slots: BufferPool  # host buffers to read into
+    buffers: BufferPool  # host buffers to read into
 
     def __init__(self) -> None:
         self._copied = self._decoded = 0.0
@@ -79,7 +79,7 @@ class HostDelivery(Delivery):
     def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:
         super().__init__()
         self.packed, self.padded = packed, not packed
-        self.slots = BufferPool(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
+        self.buffers = BufferPool(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
         self._dtype = dtype
         self._torch = torch
 
@@ -119,7 +119,7 @@ class DeviceDelivery(Delivery):
     def __init__(self, dtype: str, torch: Any, device: Any, *, packed: bool, depth: int) -> None:
         super().__init__()
         self._host = HostDelivery(dtype, torch, packed=packed, depth=depth)
-        self.packed, self.padded, self.slots = packed, not packed, self._host.slots
+        self.packed, self.padded, self.buffers = packed, not packed, self._host.buffers
         self._torch, self._device = torch, device
 
     def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:

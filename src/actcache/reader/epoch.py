@@ -38,8 +38,8 @@ class MissComputer:
     """Computes what is missing, for ``on_missing="compute"``. Called by the consumer's thread."""
 
     lengths: Callable[[NDArray[np.int64]], NDArray[np.int64]]  # positions in the keys given -> tokens
-    supply: Callable[[NDArray[np.int64], Sequence[bytes]], None]  # (positions, corrupt keys): puts their entries
-    settle: Callable[[], None]  # makes them durable
+    compute: Callable[[NDArray[np.int64], Sequence[bytes]], None]  # (positions, corrupt keys): puts their entries
+    flush: Callable[[], None]  # makes them durable
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Work:
     documents: NDArray[np.int64]  # [n] as delivered
     labels: Labels | None
     origins: NDArray[np.int64]  # [n] positions in the keys that the reader was given
-    outlook: EntryInfo  # [n]
+    info: EntryInfo  # [n]
     depth: int
-    supplier: MissComputer | None
+    miss_computer: MissComputer | None
     stats: ReaderStats = field(default_factory=ReaderStats)
 
 
@@ -142,8 +142,8 @@ class Epoch(Iterator[Any]):
             if self._delivered + 1 == len(self._positions):
                 self._delivered += 1
                 self._moved(self._positions[-1], self._positions[-1][0] - 1)
-                if self._work.supplier is not None:
-                    self._work.supplier.settle()
+                if self._work.miss_computer is not None:
+                    self._work.miss_computer.flush()
                 stats.epochs += 1
                 self._tell()
             raise
@@ -193,13 +193,13 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
         while asked < min(number + 1 + _AHEAD, len(batches)):
             work.source.read_ahead(work.keys[batches[asked]])
             asked += 1
-        if work.supplier is not None and (work.source.lengths(work.keys[which]) == 0).any():
+        if work.miss_computer is not None and (work.source.lengths(work.keys[which]) == 0).any():
             yield _Absent(which, [])
             continue
         try:
             item: Delivered | _Absent = read_batch(work, to, which)
         except CorruptEntryError as error:
-            if work.supplier is None:
+            if work.miss_computer is None:
                 raise
             item = _Absent(which, error.keys)
         yield item
@@ -208,13 +208,13 @@ def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Ite
 
 def read_computed(work: Work, to: Delivery, which: NDArray[np.int64], corrupt: Sequence[bytes]) -> Delivered:
     """Have what is missing of some documents, or corrupt, computed and stored, then read them like any others."""
-    assert work.supplier is not None
+    assert work.miss_computer is not None
     start = time.perf_counter()
     keys = work.keys[which]
     missing = work.source.lengths(keys) == 0
     found_corrupt = set(corrupt)
     missing |= np.array([key in found_corrupt for key in key_list(keys)], bool)
-    work.supplier.supply(work.origins[which[missing]], corrupt)
+    work.miss_computer.compute(work.origins[which[missing]], corrupt)
     work.stats.compute_seconds += time.perf_counter() - start
     return read_batch(work, to, which)
 
@@ -235,10 +235,10 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
         ShapeError: an entry has not as many tokens as its label.
     """
     start, keys = time.perf_counter(), work.keys[which]
-    read = fetch(work.source, keys, to.slots, packed=to.packed, outlook=work.outlook[which])
+    read = fetch(work.source, keys, to.buffers, packed=to.packed, info=work.info[which])
     done = time.perf_counter()
     if not read.lengths.all():
-        to.slots.give_back(read.values, None)
+        to.buffers.give_back(read.values, None)
         gone = key_list(keys[read.lengths == 0])
         raise MissingEntryError(
             f"{len(gone)} documents of this batch were deleted since the reader was made, the first at position "
@@ -251,7 +251,7 @@ def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
         try:
             labels = work.labels.of_batch(which, read.lengths, width)
         except ShapeError:
-            to.slots.give_back(read.values, None)
+            to.buffers.give_back(read.values, None)
             raise
     delivered = to.deliver(read, BatchMembers(keys, work.documents[which], labels))
     tokens = int(read.lengths.sum())

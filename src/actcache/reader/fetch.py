@@ -72,23 +72,23 @@ class EntryInfo:
 
 
 def fetch(
-    source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool, outlook: EntryInfo | None = None
+    source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool, info: EntryInfo | None = None
 ) -> HostBatch:
     """Read the entries of ``[B, 32]`` keys.
 
     Args:
-        outlook: spares a look at their lengths, as long as it is right.
+        info: spares a look at their lengths, as long as it is right.
 
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
-    if outlook is not None and outlook.lengths.all() and outlook.has_ids.all():
+    if info is not None and info.lengths.all() and info.has_ids.all():
         try:
-            read = _fetch(source, keys, buffers, outlook, packed=packed)
+            read = _fetch(source, keys, buffers, info, packed=packed)
         except ShapeError:
             pass
         else:
-            if np.array_equal(read.lengths, outlook.lengths):
+            if np.array_equal(read.lengths, info.lengths):
                 return read
             buffers.give_back(read.values, None)
     for _ in range(_LOOKS - 1):
@@ -99,12 +99,12 @@ def fetch(
     return _fetch(source, keys, buffers, EntryInfo.of(source, keys), packed=packed)
 
 
-def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, outlook: EntryInfo, *, packed: bool) -> HostBatch:
-    recipe, lengths = source.recipe, outlook.lengths
+def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, info: EntryInfo, *, packed: bool) -> HostBatch:
+    recipe, lengths = source.recipe, info.lengths
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
     shape = (total,) if packed else (len(keys), longest)
     values = buffers.take((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
-    ids = np.empty(shape, np.int32) if outlook.has_ids.all() else None
+    ids = np.empty(shape, np.int32) if info.has_ids.all() else None
     # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
     try:
         lengths = source.read_into(keys, values, token_ids=ids).lengths

@@ -51,13 +51,13 @@ class Order:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    def plan(self, lengths: NDArray[np.int64], epoch: int) -> Plan:
-        """Return the plan of an epoch over documents of these lengths in tokens."""
+    def of_epoch(self, lengths: NDArray[np.int64], epoch: int) -> EpochOrder:
+        """Return the order of an epoch over documents of these lengths in tokens."""
         count = len(lengths)
         rng = np.random.default_rng([self.seed, epoch])
         sequence = rng.permutation(count) if self.shuffle else np.arange(count)
         if not self.bucket:
-            return Plan(sequence, self._cut(lengths[sequence]), self)
+            return EpochOrder(sequence, self._cut(lengths[sequence]), self)
         # Sorted inside of pools (without shuffling, as a whole); then the batches of all pools change places.
         pool = _POOL_BATCHES * self.batch_size if self.shuffle else max(count, 1)
         pools = [part[np.argsort(lengths[part], kind="stable")] for part in _split(sequence, pool)]
@@ -67,7 +67,7 @@ class Order:
             rest = [batch for batch in batches if not (self.max_tokens or len(batch) == self.batch_size)]
             batches = [whole[i] for i in rng.permutation(len(whole))] + rest
         sequence = np.concatenate([np.empty(0, np.int64), *batches])
-        return Plan(sequence, np.cumsum([0, *map(len, batches)]), self)
+        return EpochOrder(sequence, np.cumsum([0, *map(len, batches)]), self)
 
     def _cut(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where batches begin and end in a sequence of documents of these lengths, ``[batches + 1]``."""
@@ -84,7 +84,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochOrder:
     """An epoch's documents in their order, ``sequence`` [n], and where its batches begin and end, ``cuts``."""
 
     sequence: NDArray[np.int64]

@@ -22,7 +22,7 @@ from actcache.reader.delivery import Delivery
 from actcache.reader.epoch import Begun, Epoch, MissComputer, Work, count_spent
 from actcache.reader.fetch import EntryInfo, Source
 from actcache.reader.labels import labels_of
-from actcache.reader.order import Order, Plan
+from actcache.reader.order import EpochOrder, Order
 from actcache.reader.stats import ReaderStats
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Reader:
             ``torch.distributed`` by default, where it is initialized.
         on_stats: called with a copy of the statistics when the consumer has finished with a batch and at the end of an
             epoch, by the consumer's thread, which its exceptions reach; for export (``ReaderStats.metrics``).
-        supplier: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
+        miss_computer: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
 
     Raises:
         MissingEntryError: entries are absent; it names them.
@@ -105,12 +105,12 @@ class Reader:
         local_bytes: int | str = 0,
         ranks: tuple[int, int] | None = None,
         on_stats: Callable[[ReaderStats], object] | None = None,
-        supplier: MissComputer | None = None,
+        miss_computer: MissComputer | None = None,
     ) -> None:
         depth = whole("depth", depth, 0)
         order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
         check_choice("layout", layout, ("padded", "packed"))
-        check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
+        check_choice("on_missing", on_missing, ("raise", "skip", "compute") if miss_computer else ("raise", "skip"))
         wanted = key_array(keys)
         stats = ReaderStats()
         if local_bytes and local_cache is None:
@@ -123,16 +123,16 @@ class Reader:
         positions = np.arange(len(wanted)) if documents is None else whole_numbers("documents", documents)
         if positions.shape != (len(wanted),):
             raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
-        outlook = EntryInfo.of(space, wanted)
-        lengths = outlook.lengths.copy()
+        info = EntryInfo.of(space, wanted)
+        lengths = info.lengths.copy()
         wanted_labels = None if labels is None else labels_of(labels, lengths)
         found = lengths > 0
         if on_missing == "raise":
             check_present(wanted, found)
         elif on_missing == "compute":
             if not found.all() and (bucket or max_tokens):
-                assert supplier is not None
-                lengths[~found] = supplier.lengths(np.flatnonzero(~found))
+                assert miss_computer is not None
+                lengths[~found] = miss_computer.lengths(np.flatnonzero(~found))
             found[:] = True
         self._keys = wanted[found]
         self._lengths = lengths[found]
@@ -143,9 +143,9 @@ class Reader:
             positions[found],
             None if wanted_labels is None else wanted_labels[found],
             np.flatnonzero(found),
-            outlook[found],
+            info[found],
             depth=depth,
-            supplier=supplier if on_missing == "compute" else None,
+            miss_computer=miss_computer if on_missing == "compute" else None,
             stats=stats,
         )
         self._layout, self._device, self._told = layout, device, on_stats
@@ -163,7 +163,7 @@ class Reader:
         varies = self._order.max_tokens is not None or self._order.bucket
         epoch = self._epoch if varies else 0
         if self._counting is None or self._counting[0] != epoch:
-            plan = self._order.plan(self._lengths, epoch)
+            plan = self._order.of_epoch(self._lengths, epoch)
             self._counting = epoch, sum(1 for _ in self._rounds(plan, 0))
         return self._counting[1]
 
@@ -192,7 +192,7 @@ class Reader:
         elif turn is self._turn:
             self._turn = None
         epoch, start = turn.epoch, turn.start
-        plan = self._order.plan(self._lengths, epoch)
+        plan = self._order.of_epoch(self._lengths, epoch)
         rounds = list(self._rounds(plan, start))
         if start and not rounds and not turn.loaded:
             # Whoever counts batches does not ask for one more, and so has not seen the end of that epoch.
@@ -291,7 +291,7 @@ class Reader:
         self._epoch, self._consumed = self._reached = epoch, consumed
         self._loaded = True
 
-    def _rounds(self, plan: Plan, start: int) -> Iterator[list[tuple[int, int]]]:
+    def _rounds(self, plan: EpochOrder, start: int) -> Iterator[list[tuple[int, int]]]:
         try:
             yield from plan.rounds(self._world, start)
         except ValueError as error:

@@ -173,7 +173,7 @@ def test_memory_and_buffers_stay_flat(space):
             pass
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before + (1 << 20)
-    assert len(reader._to().buffers._pinned) <= 2 + 2
+    assert len(reader._to_device().buffers._pinned) <= 2 + 2
 
 
 @needs_cuda
@@ -184,7 +184,7 @@ def test_times_are_the_devices(space):
     stats = reader.stats()
     assert stats.copy_seconds > 0
     assert stats.decode_seconds > 0
-    assert not reader._to()._timed  # all of it was counted
+    assert not reader._to_device()._timed  # all of it was counted
 
 
 @needs_cuda

@@ -541,7 +541,7 @@ def test_a_buffer_comes_back_when_a_batch_fails(space):
             taken.pop()
 
     reader = space.reader(KEYS[:5], depth=0)
-    reader._to().buffers = Counting(2)
+    reader._to_device().buffers = Counting(2)
     space.delete([KEYS[3]])
     with pytest.raises(MissingEntryError):
         next(iter(reader))

@@ -102,7 +102,7 @@ class CudaDelivery(Delivery):
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._timed: deque[tuple[Any, Any, Any]] = deque()  # events: copying begins, ends; the batch is there
 
-    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:
+    def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
         values = torch.from_numpy(read.values)
         with torch.cuda.stream(self._stream):
             begun = self._event()
@@ -117,17 +117,17 @@ class CudaDelivery(Delivery):
                 rows = rows.view(torch.bfloat16)
             small = {
                 "lengths": self._move(read.lengths),
-                "documents": self._move(which.documents),
-                "labels": None if which.labels is None else self._move(which.labels),
+                "documents": self._move(members.documents),
+                "labels": None if members.labels is None else self._move(members.labels),
             }
             ids = None if read.token_ids is None else self._move(read.token_ids).long()
             batch: Batch | PackedBatch
             if self.padded:
-                batch = self._pad(rows, ids, read.lengths, which.keys, small)
+                batch = self._pad(rows, ids, read.lengths, members.keys, small)
             else:
                 offsets = self._move(offsets_of(read.lengths).astype(np.int32))
                 longest = int(read.lengths.max(initial=0))
-                batch = PackedBatch(rows, offsets, longest, ids, key_array=which.keys, **small)
+                batch = PackedBatch(rows, offsets, longest, ids, key_array=members.keys, **small)
             ready = self._event()
         with self._counting:
             self._timed.append((begun, copied, ready))

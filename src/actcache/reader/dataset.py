@@ -135,26 +135,26 @@ class EntryDataset(Dataset[Any]):
         """
         if self._delivery is None:
             self._delivery = HostDelivery(self._work.source.recipe.dtype, torch, packed=False, depth=2)
-        which = np.asarray(positions, np.int64)
+        members = np.asarray(positions, np.int64)
         read = read_batch if self._work.miss_computer is None else self._read_or_compute
-        batch = read(self._work, self._delivery, which).batch
+        batch = read(self._work, self._delivery, members).batch
         assert isinstance(batch, Batch)
         if self._work.miss_computer is not None and self._unseen.any() and os.getpid() == self._pid:
-            self._unseen[which] = False
+            self._unseen[members] = False
             if not self._unseen.any():
                 self._work.miss_computer.flush()
         return batch
 
-    def _read_or_compute(self, work: Work, to: HostDelivery, which: NDArray[np.int64]) -> Delivered:
+    def _read_or_compute(self, work: Work, delivery: HostDelivery, members: NDArray[np.int64]) -> Delivered:
         corrupt: Sequence[bytes] = []
-        if (work.source.lengths(work.keys[which]) > 0).all():
+        if (work.source.lengths(work.keys[members]) > 0).all():
             try:
-                return read_batch(work, to, which)
+                return read_batch(work, delivery, members)
             except CorruptEntryError as error:
                 corrupt = error.keys
         if os.getpid() != self._pid:
             raise UsageError(_ONE_PROCESS)
-        return read_computed(work, to, which, corrupt)
+        return read_computed(work, delivery, members, corrupt)
 
     @functools.cached_property
     def lengths(self) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ other, each by what is left alone, so that an epoch can be taken up again at any
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ class Order:
             plain["max_tokens"] = whole("max_tokens", self.max_tokens, 1)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+    def digest(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> str:
+        """Return what identifies the order that documents of these keys and lengths come in, in all epochs."""
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=16, person=b"actcache/reader")
+        digest.update(np.ascontiguousarray(keys).data)
+        if self.bucket or self.max_tokens:
+            digest.update(np.ascontiguousarray(lengths).data)
+        return digest.hexdigest()
 
     def of_epoch(self, lengths: NDArray[np.int64], epoch: int) -> EpochOrder:
         """Return the order of an epoch over documents of these lengths in tokens."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import TOKEN_IDS, VALUES, Block
+from actcache.backend import TOKEN_IDS, VALUES, Block, Columns
 from actcache.errors import StoreError, StoreGoneError
 from actcache.format import checksum
 from actcache.format.keys import KEY_BYTES
@@ -26,8 +26,6 @@ from actcache.format.ragged import EXTRAS, offsets_of
 SEGMENT_BYTES = 256 << 20
 SEGMENT_SECONDS = 45.0
 _AGAIN_SECONDS = 1.0  # where the block before is still being published
-
-Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 class Clock:

@@ -38,8 +38,7 @@ class _Pinned:
 class PinnedBuffers(BufferPool):
     """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe.
 
-    As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made, so
-    that a batch is read while the one before is copied.
+    As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made.
     """
 
     def __init__(self, most: int) -> None:
@@ -89,7 +88,7 @@ class PinnedBuffers(BufferPool):
 
 
 class CudaDelivery(Delivery):
-    """See the module. Rows are always read packed; ``layout`` says whether they are padded on the device."""
+    """See the module. Rows are always read packed, and padded on the device where ``packed`` is not wanted."""
 
     def __init__(self, dtype: str, device: torch.device, *, packed: bool, depth: int) -> None:
         super().__init__()

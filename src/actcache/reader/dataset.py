@@ -60,9 +60,7 @@ class Item(Mapping[str, Any]):
         return self._batch.model_inputs()[name]
 
     def __contains__(self, name: object) -> bool:
-        if (
-            name == "label_ids"
-        ):  # the Trainer's own collator asks for it, and would stack what has a batch's axis already
+        if name == "label_ids":  # the Trainer's own collator asks, and would stack what has a batch's axis already
             raise UsageError(
                 "items of a data set are put into a batch by its collate alone: give the Trainer "
                 "data_collator=dataset.collate (an item's labels are its 'labels')"
@@ -171,7 +169,7 @@ class EntryDataset(Dataset[Any]):
         return isinstance(self._work.labels, TokenLabels)
 
     @staticmethod
-    def collate(items: Sequence[Item]) -> Inputs:
+    def collate(items: Sequence[Item], *, collate_fn_map: Any = None) -> Inputs:
         """Return the keyword arguments of a reduced model for the items of one data set, or of several of one kind.
 
         Raises:
@@ -208,9 +206,9 @@ def _joined(items: Sequence[Item]) -> Inputs:
     for place, item in enumerate(items):
         places.setdefault(id(item._dataset), []).append(place)
     parts = []
-    for which in places.values():
-        dataset = items[which[0]]._dataset
-        parts.append((dataset, dataset.read([items[place]._position for place in which])))
+    for members in places.values():
+        dataset = items[members[0]]._dataset
+        parts.append((dataset, dataset.read([items[place]._position for place in members])))
     if len(parts) == 1:
         return parts[0][1].model_inputs()
     width = max(batch.activations.shape[1] for _, batch in parts)
@@ -235,8 +233,4 @@ def _widened(inputs: Mapping[str, Any], width: int, of_tokens: bool) -> dict[str
     return wide
 
 
-def _collated(items: Sequence[Item], *, collate_fn_map: Any = None) -> Inputs:
-    return EntryDataset.collate(items)
-
-
-default_collate_fn_map[Item] = _collated
+default_collate_fn_map[Item] = EntryDataset.collate

@@ -200,9 +200,9 @@ class Space:
         check_lists(names, lists)
         with self._write_lock:
             wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
-            which = np.flatnonzero(wanted).tolist()
-            encoded = [encode_entry(names[i], lists, i, self._columns, stored_as) for i in which]
-            for i, stored in zip(which, encoded, strict=True):
+            fresh = np.flatnonzero(wanted).tolist()
+            encoded = [encode_entry(names[i], lists, i, self._columns, stored_as) for i in fresh]
+            for i, stored in zip(fresh, encoded, strict=True):
                 writer.add(names[i], stored)
         return len(encoded)
 

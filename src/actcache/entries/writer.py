@@ -143,7 +143,10 @@ class Writer:
     def __len__(self) -> int:
         """Return how many entries are not published yet."""
         with self._lock:
-            return sum(len(builder) for builder in (self._filling, self._leaving) if builder is not None)
+            return sum(map(len, self._builders()))
+
+    def _builders(self) -> list[Builder]:
+        return [builder for builder in (self._filling, self._leaving) if builder is not None]
 
     def add(self, key: bytes, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Add one entry in stored form, replacing what the writer holds under that key."""
@@ -164,14 +167,13 @@ class Writer:
     def keys(self) -> list[bytes]:
         """Return the keys of unpublished entries; one may stand twice."""
         with self._lock:
-            return [key for builder in (self._filling, self._leaving) if builder is not None for key in builder.held()]
+            return [key for builder in self._builders() for key in builder.held()]
 
     def rows(self, key: bytes) -> dict[str, NDArray[np.generic]] | None:
         """Return an unpublished entry's stored rows; None where the writer does not hold it."""
         with self._lock:
-            for builder in (self._filling, self._leaving):
-                rows = builder.rows(key) if builder is not None else None
-                if rows is not None:
+            for builder in self._builders():
+                if (rows := builder.rows(key)) is not None:
                     return rows
             return None
 

@@ -69,8 +69,9 @@ class Order:
             return EpochOrder(sequence, self._cut(lengths[sequence]), self)
         # Sorted inside of pools (without shuffling, as a whole); then the batches of all pools change places.
         pool = _POOL_BATCHES * self.batch_size if self.shuffle else max(count, 1)
-        pools = [part[np.argsort(lengths[part], kind="stable")] for part in _split(sequence, pool)]
-        batches = [part[begin:end] for part in pools for begin, end in _pairs(self._cut(lengths[part]))]
+        parts = (sequence[start : start + pool] for start in range(0, count, pool))
+        pools = [part[np.argsort(lengths[part], kind="stable")] for part in parts]
+        batches = [part[begin:end] for part in pools for begin, end in itertools.pairwise(self._cut(lengths[part]))]
         if self.shuffle and batches:
             whole = [batch for batch in batches if self.max_tokens or len(batch) == self.batch_size]
             rest = [batch for batch in batches if not (self.max_tokens or len(batch) == self.batch_size)]
@@ -115,7 +116,7 @@ class EpochOrder:
             raise ValueError(f"{end - start} documents are left for {ranks} ranks")
         while start < end:
             bounds = [start, *self.cuts[np.searchsorted(self.cuts, start, "right") :][:ranks].tolist()]
-            batches = list(_pairs(bounds))
+            batches = list(itertools.pairwise(bounds))
             left = end - bounds[-1]
             if self.order.drop_last:
                 full = self.order.batch_size
@@ -131,7 +132,7 @@ class EpochOrder:
     def _spread(self, start: int, end: int, ranks: int) -> list[tuple[int, int]]:
         """Cut a part of the sequence into one batch a rank, inside of the planned batches where these suffice."""
         inner = self.cuts[(self.cuts > start) & (self.cuts < end)].tolist()
-        batches = list(_pairs([start, *inner, end]))
+        batches = list(itertools.pairwise([start, *inner, end]))
         while len(batches) < ranks:  # halve the one with most documents
             largest = max(range(len(batches)), key=lambda i: batches[i][1] - batches[i][0])
             begin, stop = batches[largest]
@@ -142,12 +143,3 @@ class EpochOrder:
             smallest = sizes.index(min(sizes))
             batches[smallest : smallest + 2] = [(batches[smallest][0], batches[smallest + 1][1])]
         return batches
-
-
-def _split(sequence: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    return [sequence[start : start + size] for start in range(0, len(sequence), size)]
-
-
-def _pairs(cuts: NDArray[np.int64] | list[int]) -> Iterator[tuple[int, int]]:
-    bounds = cuts if isinstance(cuts, list) else cuts.tolist()
-    return itertools.pairwise(bounds)

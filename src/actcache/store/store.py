@@ -199,7 +199,7 @@ class Store:
             KeyFormatError, ShapeError: see ``Collection.of``.
         """
         self.check_writable()
-        self.driver.write_blob(_collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
+        self.driver.write_blob(self.collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
 
     def collection(self, name: str) -> Collection:
         """Return a collection.
@@ -208,7 +208,7 @@ class Store:
             CollectionNotFoundError: there is none of that name.
             FormatError: its file is damaged.
         """
-        data = self.driver.read_blob(_collection_blob(name))
+        data = self.driver.read_blob(self.collection_blob(name))
         if data is None:
             known = ", ".join(self.collections()) or "none"
             raise CollectionNotFoundError(f"{self.url} has no collection {name!r}; it has {known}")
@@ -221,13 +221,22 @@ class Store:
 
     @staticmethod
     def collection_blob(name: str) -> str:
-        """Return the name of a collection's blob."""
-        return _collection_blob(name)
+        """Return the name of a collection's blob.
+
+        Raises:
+            UsageError: see ``put_collection``.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
+        if len(name) > _LONGEST_NAME:
+            count = f"{name:.40}... has {len(name)} characters"
+            raise UsageError(f"{count}; a collection's name has at most {_LONGEST_NAME}")
+        return f"collections/{name}{_SUFFIX}"
 
     def delete_collection(self, name: str) -> bool:
         """Delete a collection, not its entries; return whether it was there."""
         self.check_writable()
-        return self.driver.delete_blob(_collection_blob(name))
+        return self.driver.delete_blob(self.collection_blob(name))
 
     def sweep(self, older_than: float = SWEEP_SECONDS) -> int:
         """Remove what killed writers left behind: temporary files, unfinished uploads.
@@ -273,11 +282,3 @@ class Store:
         """Raise ``ReadOnlyError`` where the store was opened with mode='r'."""
         if not self.writable:
             raise ReadOnlyError(f"{self.url} was opened with mode='r'; open it with mode='a' to write")
-
-
-def _collection_blob(name: str) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
-    if len(name) > _LONGEST_NAME:
-        raise UsageError(f"{name:.40}... has {len(name)} characters; a collection's name has at most {_LONGEST_NAME}")
-    return f"collections/{name}{_SUFFIX}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Extent
 from actcache.segments.index import Table
-from actcache.segments.places.local import LocalSegment
+from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.segment import Segment, new_name
 
 COLUMNS = {VALUES: ("<f2", (384,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}

@@ -12,7 +12,7 @@ from typing import Any
 
 from actcache.backend import GRACE_SECONDS, Columns, SpaceDriver, SpaceEngine, is_local
 from actcache.errors import BackendError, StoreError
-from actcache_lmdb.space import LMDBSpace
+from actcache_lmdb.driver import LMDBSpace
 
 _LEAST_MAP = 1 << 16
 

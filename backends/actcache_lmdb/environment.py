@@ -35,7 +35,7 @@ GATE = ReadersWriterLock()
 
 
 class Environment:
-    """One environment, shared by all of this process that use its file. Thread-safe. Made by ``registry`` alone.
+    """One environment, shared by all of this process that use its file. Thread-safe. ``shared_environments`` makes it.
 
     Raises (all that does something):
         ClosedError: it is closed, or the process was forked since.

@@ -19,7 +19,7 @@ from actcache_lmdb.environment import Environment
 from actcache_lmdb.index import HeadIndex
 from actcache_lmdb.lookup import find, latest, scan
 from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
-from actcache_lmdb.registry import release, retain
+from actcache_lmdb.shared_environments import release, retain
 
 _CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache
 _MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each

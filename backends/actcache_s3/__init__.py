@@ -17,7 +17,7 @@ _PAGE = 4096
 _MOST_HEADER = 1 << 20
 #: What is looked for first stands first; two numbers a row (spans) just before the rows, on a multiple of eight.
 _ORDER = (
-    *("offsets", "checksums", "extra_checksums", "lineage_checksum", "keys", "birth", "birth_entries"),
+    *("offsets", "checksums", "extra_checksums", "origins_checksum", "keys", "origin", "origin_entries"),
     *("token_ids", "word_ids", "spans"),
 )
 

@@ -187,7 +187,7 @@ class SpaceDriver(ABC):
     """One space of a store. ``append`` and ``delete`` are called from one thread at a time, ``snapshot`` from any."""
 
     #: Whether ``append`` may merge small segments on the way. For ten minutes what it merged lies there twice.
-    merges_small: bool = True
+    merges_tiers: bool = True
 
     @abstractmethod
     def append(self, block: Block) -> None:

@@ -59,7 +59,7 @@ LAZY = {
     ("cli/fill.py", "actcache.models.recyclers"),
     ("cli/plan.py", "actcache.models.timing"),
     ("cli/recomputing.py", "actcache.admin.recompute"),
-    ("corpus/places.py", "actcache.segments.places.objects.reading"),  # the extra s3
+    ("corpus/places.py", "actcache.segments.places.objects.buckets"),  # the extra s3
     ("reader.py", "actcache.reader.dataset"),
     ("reading/delivery.py", "actcache.reader.cuda"),
     ("registry.py", "actcache.segments.places.objects"),  # the extra s3

@@ -15,7 +15,7 @@ import pytest
 import actcache
 from actcache.backend import VALUES
 from actcache.errors import OutOfSpaceError, ReadOnlyError, SegmentGoneError, StoreError
-from actcache_lmdb import registry
+from actcache_lmdb import shared_environments
 from actcache_lmdb.environment import GATE
 from tests.support import HIDDEN, check, key, length, put, recipe, rows
 
@@ -148,7 +148,7 @@ def test_two_stores_of_one_process_share_the_environment(url, tmp_path):
     check(reading, dict.fromkeys(range(10), 0), range(12))
     reading.close()
     gc.collect()
-    assert not [e for e in registry._OPEN.values() if e.folder.is_relative_to(tmp_path)]
+    assert not [e for e in shared_environments._OPEN.values() if e.folder.is_relative_to(tmp_path)]
     assert not GATE._inside
 
 

@@ -27,7 +27,7 @@ from actcache.backend import Block
 from actcache.errors import UsageError
 from actcache.models.budget import taken
 from actcache.models.recycler import load_pretrained
-from actcache.segments.space import SegmentedSpace
+from actcache.segments.space_driver import SegmentedSpace
 from actcache.store.store import Store
 from tests.cli.running import cachectl
 from tests.support.backends import each

@@ -20,7 +20,7 @@ import actcache
 from actcache.errors import ClosedError, FormatError, SegmentGoneError, StorageIOError
 from actcache.io import mmap
 from actcache.io.mmap import Arena
-from actcache.segments.places.local import LocalSegment
+from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.rows import MappedRows, ReadRows
 from actcache.segments.segment import Segment
 from tests.support import HIDDEN, key, make_store, recipe, rows, run, segment_files

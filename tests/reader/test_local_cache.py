@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 import actcache
 from actcache.errors import NotAStoreError, StorageIOError, UsageError
-from actcache.reader.caches import entries as localentries
-from actcache.reader.caches.folder import in_use
-from actcache.reader.caches.local import LocalCache
+from actcache.reader.caches import local_entries as localentries
+from actcache.reader.caches.local_cache import LocalCache
+from actcache.reader.caches.local_folder import in_use
 from actcache.reader.reader import Reader
 from tests.reader.remote import COUNT, KEYS, Remote, check, reading
 from tests.store.test_disk import mount, small_disk  # noqa: F401 (a fixture)

@@ -508,8 +508,8 @@ def test_a_segment_in_anothers_place(url, folder, space):
     check(again, dict.fromkeys(range(10, 20), 0), range(25))
 
 
-def test_a_foreign_lineage_is_damage(tmp_path):
-    """Births that are no segments, or too few of them."""
+def test_foreign_origins_are_damage(tmp_path):
+    """Origins that are no segments, or too few of them."""
     from actcache.format.ragged import Origins, names_from_array, names_to_array
 
     names = ("0000000000ab-0123456789abcdef", "ffffffffffff-ffffffffffffffff")
@@ -519,12 +519,12 @@ def test_a_foreign_lineage_is_damage(tmp_path):
         live = compaction.survey(space._driver.snapshot())
         merger = compaction.Merger(space._driver.snapshot(), live, space._driver.columns, ())
         bad = Origins(names, np.full(5, 2, np.uint32), np.arange(5, dtype=np.uint32), names)
-        block = merger.block.__class__(**{**merger.block.__dict__, "lineage": bad})
+        block = merger.block.__class__(**{**merger.block.__dict__, "origins": bad})
         name = space._driver.publish(block)
         space.refresh()
         assert list(space.damaged()) == [name]
         with pytest.raises(FormatError):
-            space._driver.open_segment(name).lineage()
+            space._driver.open_segment(name).origins()
         check(space, dict.fromkeys(range(5), 0), range(6))
 
 
@@ -619,7 +619,7 @@ def test_a_listing_that_spans_the_joining_of_deletions(url, folder, space, monke
         before = listed(of)
         if of.endswith("tombstones") and not joined:
             monkeypatch.setattr(compactor, "SECONDS", -1.0)
-            compactor.settle_tombstones(space._driver, 0)
+            compactor.join_tombstones(space._driver, 0)
             joined.append(names(folder, "tombstones"))
             return before[:1]
         return before

@@ -16,7 +16,7 @@ import pytest
 import actcache
 from actcache.backend import SpaceDriver
 from actcache.errors import OutOfSpaceError, StorageIOError
-from actcache.segments.space import SegmentedSpace
+from actcache.segments.space_driver import SegmentedSpace
 from tests.support import HIDDEN, PYTHONPATH, ROOT, check, ids, key, make_store, put, recipe, rows, run
 
 HELD = dict.fromkeys(range(30), 0)

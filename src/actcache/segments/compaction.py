@@ -1,7 +1,7 @@
 """Compaction: rows that are still served move from many or wasteful segments into few large ones.
 
 Nothing is locked. A compacted segment names the segments that it replaces, which from then on nobody looks into, and
-the birth of each entry, by which deletions and the order of copies hold as before. Two compactors at once write the
+the origin of each entry, by which deletions and the order of copies hold as before. Two compactors at once write the
 same rows twice, and the next one drops the second copy. Replaced segments are removed after a grace period, for readers
 that still have them in a snapshot; a reader that comes later yet finds them gone and looks again.
 """
@@ -30,7 +30,7 @@ from actcache.segments.segment import Columns, Segment
 from actcache.segments.snapshot import SegmentedSnapshot
 
 if TYPE_CHECKING:
-    from actcache.segments.space import SegmentedSpace
+    from actcache.segments.space_driver import SegmentedSpace
 
 
 logger = logging.getLogger(__name__)
@@ -159,10 +159,10 @@ class Merger:
                 self._digests.append(_digest(rows))
                 yield rows
 
-        lineage, extra = _lineage(group, standing)
+        origins, extra = _origins(group, standing)
         values = Pieces(np.dtype(dtype), (tokens, *trailing), make)
         self.block = Block(
-            keys, offsets_of(located.tokens), located.checksums, {VALUES: values, **self._small}, extra, lineage
+            keys, offsets_of(located.tokens), located.checksums, {VALUES: values, **self._small}, extra, origins
         )
 
     def verify(self, segment: Segment) -> None:
@@ -208,25 +208,25 @@ def _digest(rows: NDArray[np.generic]) -> int:
     return xxhash.xxh3_64_intdigest(rows.reshape(-1).view(np.uint8).data)
 
 
-def _lineage(group: Sequence[LiveSegment], standing: Collection[str]) -> tuple[Origins, NDArray[np.uint64] | None]:
-    """Return where the entries were born, and their extra checksums."""
-    births: dict[str, int] = {}
-    birth, entries, extra, sources = [], [], [], []
+def _origins(group: Sequence[LiveSegment], standing: Collection[str]) -> tuple[Origins, NDArray[np.uint64] | None]:
+    """Return where the entries come from, and their extra checksums."""
+    numbers: dict[str, int] = {}  # name of a segment of origin -> its position
+    segments, entries, extra, sources = [], [], [], []
     for live in group:
         entry = np.searchsorted(live.segment.offsets()[:-1], live.located.row)
-        lineage = live.segment.lineage()
-        numbers = np.array([births.setdefault(name, len(births)) for name in lineage.births], np.uint32)
-        birth.append(numbers[lineage.birth[entry]])
-        entries.append(lineage.birth_entries[entry])
+        origins = live.segment.origins()
+        renumber = np.array([numbers.setdefault(name, len(numbers)) for name in origins.segments], np.uint32)
+        segments.append(renumber[origins.segment[entry]])
+        entries.append(origins.entries[entry])
         # And what a source replaces and still stands: it would come back when the source is removed first.
         sources += [live.segment.name, *(name for name in live.segment.sources if name in standing)]
         if "extra_checksums" in live.segment.extents:
             extra.append(live.segment.read("extra_checksums")[entry])
-    lineage = Origins(tuple(births), np.concatenate(birth), np.concatenate(entries), tuple(dict.fromkeys(sources)))
-    return lineage, np.concatenate(extra) if extra else None
+    origins = Origins(tuple(numbers), np.concatenate(segments), np.concatenate(entries), tuple(dict.fromkeys(sources)))
+    return origins, np.concatenate(extra) if extra else None
 
 
-# What a space does with compaction: publish merged segments, remove what they replace, forget settled deletions.
+# What a space does with compaction: publish merged segments, remove what they replace, join tombstones.
 
 _NO_LIMIT, _ANY_WASTE = 1 << 62, 2.0
 
@@ -250,7 +250,7 @@ def compact(
         merged = [group for group in groups if merge(space, snapshot, group, moved)]
         removed, freed = remove_replaced(space, grace)
         more, bytes_more = remove_dead(space, grace)
-        settle_tombstones(space, grace)
+        join_tombstones(space, grace)
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
 
 
@@ -333,37 +333,37 @@ def remove_dead(space: SegmentedSpace, grace: float) -> tuple[int, int]:
             continue
         segment = live.segment
         try:
-            keys, births = segment.read("keys"), segment.lineage().births
+            keys, named = segment.read("keys"), segment.origins().segments
         except (DataError, FileNotFoundError):
             continue
         numbers = snapshot.locate(keys).segment
         newer = {served[n].name for n in np.unique(numbers[numbers >= 0]).tolist()}
-        deleters = [file for file, deleted in space.tombstones.items() if not deleted.keys().isdisjoint(births)]
+        deleters = [file for file, deleted in space.tombstones.items() if not deleted.keys().isdisjoint(named)]
         youngest = min([*map(ages.segment, newer), *map(ages.tombstone, deleters)], default=-1.0)
         if youngest >= grace and space.place.remove(space.segment_name(segment.name)):
             removed, freed = removed + 1, freed + segment.nbytes
     return removed, freed
 
 
-def settle_tombstones(space: SegmentedSpace, grace: float) -> None:
+def join_tombstones(space: SegmentedSpace, grace: float) -> None:
     """Join the tombstones into one, without entries that no segment has any more."""
     space.snapshot()
     if space.damaged:  # one that comes back from a copy brings its deleted entries with it
         return
     ages = _Ages(space)
-    settled = [name for name in space.tombstones if ages.tombstone(name) >= max(grace, 2 * SECONDS)]
-    if not settled:
+    old = [name for name in space.tombstones if ages.tombstone(name) >= max(grace, 2 * SECONDS)]
+    if not old:
         return
     deleted: dict[str, set[int]] = {}
-    for name in settled:
+    for name in old:
         for segment, entries in space.tombstones[name].items():
             deleted.setdefault(segment, set()).update(entries)
     needed = space.still_there(deleted)
-    if len(settled) == 1 and needed == deleted:
+    if len(old) == 1 and needed == deleted:
         return
     if needed:
         space.tombstones.publish(needed)
-    for name in settled:
+    for name in old:
         space.place.remove(space.tombstones.path(name))
 
 
@@ -393,7 +393,7 @@ _AT_ONCE = 16
 _BYTES = 16 << 20  # of rows; larger ones are not worth writing twice
 
 
-class SmallSegments:
+class TieredMerge:
     """What a space object has published and may merge. Not thread-safe."""
 
     def __init__(self, space: SegmentedSpace) -> None:

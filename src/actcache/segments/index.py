@@ -30,7 +30,7 @@ _ARRAYS = {
     "checksum": ("<u8", ()),
     "rest": ("|u1", (24,)),  # the other bytes of the key
     "segment": ("<u4", ()),  # position in ``segments``
-    "birth": ("<u4", ()),  # position in ``births`` of the segment where it was born
+    "origin": ("<u4", ()),  # position in ``origins`` of the segment of its origin
     "entry": ("<u4", ()),  # number of the entry in that segment
     "tokens": ("<u4", ()),
 }
@@ -52,17 +52,17 @@ def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np
 
 @dataclass(frozen=True)
 class Table:
-    """Entries of some segments, sorted by key prefix; among equal prefixes, later born ones first. Immutable.
+    """Entries of some segments, sorted by key prefix; among equal prefixes, those of later origin first. Immutable.
 
-    In compacted segments, where an entry lies (``segment``, ``row``) is not where it was born (``birth``, ``entry``).
+    In compacted segments, where an entry lies (``segment``, ``row``) is not what its origin is (``origin``, ``entry``).
     """
 
     segments: tuple[Segment, ...]
-    births: tuple[str, ...]  # names of segments, each once
+    origins: tuple[str, ...]  # names of segments, each once
     prefix: NDArray[np.uint64]
     rest: NDArray[np.uint8]
     segment: NDArray[np.uint32]
-    birth: NDArray[np.uint32]
+    origin: NDArray[np.uint32]
     entry: NDArray[np.uint32]
     row: NDArray[np.int64]
     tokens: NDArray[np.uint32]
@@ -117,17 +117,17 @@ class Table:
         """
         parts = []
         for number, segment in enumerate(segments):
-            offsets, lineage = segment.offsets(), segment.lineage()
+            offsets, origins = segment.offsets(), segment.origins()
             prefix, rest = split_keys(segment.read("keys"))
             parts.append(
                 cls(
                     (segment,),
-                    lineage.births,
+                    origins.segments,
                     prefix,
                     rest,
                     np.full(len(prefix), number, np.uint32),
-                    lineage.birth,
-                    lineage.birth_entries,
+                    origins.segment,
+                    origins.entries,
                     offsets[:-1],
                     np.diff(offsets).astype(np.uint32),
                     segment.read("checksums"),
@@ -145,53 +145,53 @@ class Table:
             which = kept[table.segment] if not kept.all() else slice(None)
             arrays = {name: getattr(table, name)[which] for name in _ARRAYS}
             arrays["segment"] = arrays["segment"] + np.uint32(first)
-            parts.append(cls(table.segments, table.births, **arrays))
+            parts.append(cls(table.segments, table.origins, **arrays))
             first += len(table.segments)
         return cls._sorted(tuple(segments), parts)._without_strangers(keep)
 
     def _without_strangers(self, keep: frozenset[str]) -> Table:
-        """Drop the descriptions of segments that have no entries any more, and births of none."""
+        """Drop the descriptions of segments that have no entries any more, and origins of none."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         kept = [number for number, segment in enumerate(self.segments) if segment.name in keep]
-        born = np.unique(self.birth)
-        if len(kept) == len(self.segments) and len(born) == len(self.births):
+        named = np.unique(self.origin)
+        if len(kept) == len(self.segments) and len(named) == len(self.origins):
             return self
         for name, numbers, count in (
             ("segment", kept, len(self.segments)),
-            ("birth", born.tolist(), len(self.births)),
+            ("origin", named.tolist(), len(self.origins)),
         ):
             renumber = np.zeros(count, np.uint32)
             renumber[numbers] = np.arange(len(numbers), dtype=np.uint32)
             arrays[name] = renumber[arrays[name]]
         return Table(
             tuple(self.segments[number] for number in kept),
-            tuple(self.births[number] for number in born.tolist()),
+            tuple(self.origins[number] for number in named.tolist()),
             **arrays,
         )
 
     @classmethod
     def _sorted(cls, segments: tuple[Segment, ...], parts: Sequence[Table]) -> Table:
-        births = tuple(sorted({birth for part in parts for birth in part.births}))  # names sort by their sequence
-        numbers = {birth: number for number, birth in enumerate(births)}
+        origins = tuple(sorted({origin for part in parts for origin in part.origins}))  # names sort by their sequence
+        numbers = {origin: number for number, origin in enumerate(origins)}
 
         def joined(name: str) -> NDArray[np.generic]:
             dtype, trailing = _ARRAYS[name]
             return np.concatenate([np.empty((0, *trailing), dtype), *(getattr(part, name) for part in parts)])
 
-        arrays = {name: joined(name) for name in _ARRAYS if name != "birth"}
-        renumbered = [np.array([numbers[birth] for birth in part.births], np.uint32)[part.birth] for part in parts]
-        arrays["birth"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
-        # Later births first, and of equal ones the segment of the last name.
+        arrays = {name: joined(name) for name in _ARRAYS if name != "origin"}
+        renumbered = [np.array([numbers[origin] for origin in part.origins], np.uint32)[part.origin] for part in parts]
+        arrays["origin"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
+        # Later origins first, and of equal ones the segment of the last name.
         ranks = np.empty(len(segments), np.int64)
         ranks[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
-        order = np.lexsort((-ranks[arrays["segment"].astype(np.int64)], -arrays["birth"].astype(np.int64)))
+        order = np.lexsort((-ranks[arrays["segment"].astype(np.int64)], -arrays["origin"].astype(np.int64)))
         order = order[np.argsort(arrays["prefix"][order], kind="stable")]
-        return cls(segments, births, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
+        return cls(segments, origins, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
 
     def write(self, path: Path) -> None:
         """Write the table as an index file of format version 1."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        texts = {"segments": dumps(list(self.segments)), "births": json.dumps(self.births, separators=(",", ":"))}
+        texts = {"segments": dumps(list(self.segments)), "origins": json.dumps(self.origins, separators=(",", ":"))}
         checksum = _checksum(texts, arrays)
         safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": checksum})
 
@@ -217,9 +217,9 @@ class Table:
             if metadata["checksum"] != _checksum(metadata, arrays):
                 raise ValueError("what it says of the segments fails its checksum")
             segments = tuple(Segment.from_json(access, value, columns) for value in json.loads(metadata["segments"]))
-            births = tuple(json.loads(metadata["births"]))
-            if not all(isinstance(birth, str) and is_name(birth) for birth in births):
-                raise ValueError("births in what is no segment")
+            origins = tuple(json.loads(metadata["origins"]))
+            if not all(isinstance(origin, str) and is_name(origin) for origin in origins):
+                raise ValueError("origins that are no segments")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path} is damaged: {error}") from None
         count = arrays["entry"].size
@@ -227,16 +227,16 @@ class Table:
             array = arrays.get(name)
             if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
                 raise FormatError(f"{path} is damaged: {name} is missing or of another shape")
-        for name, known in (("segment", len(segments)), ("birth", len(births))):
+        for name, known in (("segment", len(segments)), ("origin", len(origins))):
             if count and int(arrays[name].max()) >= known:
                 raise FormatError(f"{path} is damaged: it counts more segments than it describes")
-        return cls(segments, births, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
+        return cls(segments, origins, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
 
 
 def _checksum(texts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]) -> str:
-    """Return the XXH3-64 of the description of the segments and of where each entry lies and was born."""
+    """Return the XXH3-64 of the description of the segments and of where each entry lies and comes from."""
     digest = xxhash.xxh3_64(texts["segments"].encode())
-    digest.update(texts["births"].encode())
-    for name in ("segment", "birth", "entry"):
+    digest.update(texts["origins"].encode())
+    for name in ("segment", "origin", "entry"):
         digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

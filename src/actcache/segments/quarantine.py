@@ -20,7 +20,7 @@ from actcache.segments.segment import new_name, sequence_of
 from actcache.segments.snapshot import SegmentedSnapshot
 
 if TYPE_CHECKING:
-    from actcache.segments.space import SegmentedSpace
+    from actcache.segments.space_driver import SegmentedSpace
 
 
 def quarantine(space: SegmentedSpace, keys: NDArray[np.uint8]) -> int:

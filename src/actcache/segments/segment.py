@@ -31,13 +31,13 @@ _FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
     "keys": ("|u1", (KEY_BYTES,)),
     "checksums": ("<u8", ()),
     "extra_checksums": ("<u8", ()),
-    "births": ("|u1", (14,)),
-    "birth": ("<u4", ()),
-    "birth_entries": ("<u4", ()),
+    "origins": ("|u1", (14,)),
+    "origin": ("<u4", ()),
+    "origin_entries": ("<u4", ()),
     "sources": ("|u1", (14,)),
-    "lineage_checksum": ("<u8", ()),
+    "origins_checksum": ("<u8", ()),
 }
-_LINEAGE = frozenset({"births", "birth", "birth_entries", "sources", "lineage_checksum"})
+_ORIGINS = frozenset({"origins", "origin", "origin_entries", "sources", "origins_checksum"})
 _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
 _LAST_SEQUENCE = (1 << 48) - 1
 
@@ -116,22 +116,22 @@ class Segment:
         check_offsets(offsets, self.entries, self.tokens, self.files.where)
         return offsets
 
-    def lineage(self) -> Origins:
-        """Return where the entries were born: here, unless this is a compacted segment.
+    def origins(self) -> Origins:
+        """Return where the entries come from: from here, unless this is a compacted segment.
 
         Raises:
             FormatError: what it says of that is impossible.
         """
-        if "births" not in self.extents:
+        if "origins" not in self.extents:
             entries = np.arange(self.entries, dtype=np.uint32)
             return Origins((self.name,), np.zeros(self.entries, np.uint32), entries, ())
-        births, birth = names_from_array(self.read("births")), self.read("birth")
-        if len(birth) and int(birth.max()) >= len(births):
-            raise FormatError(f"{self.files.where} is damaged: entries are born in segments that it does not name")
-        lineage = Origins(births, birth, self.read("birth_entries"), self.sources)
-        if self.read("lineage_checksum").tolist() != [lineage.checksum()]:
-            raise FormatError(f"{self.files.where} is damaged: what it says of its entries' births fails its checksum")
-        return lineage
+        segments, segment = names_from_array(self.read("origins")), self.read("origin")
+        if len(segment) and int(segment.max()) >= len(segments):
+            raise FormatError(f"{self.files.where} is damaged: entries come from segments that it does not name")
+        origins = Origins(segments, segment, self.read("origin_entries"), self.sources)
+        if self.read("origins_checksum").tolist() != [origins.checksum()]:
+            raise FormatError(f"{self.files.where} is damaged: what it says of its entries' origins fails its checksum")
+        return origins
 
     def to_json(self) -> dict[str, Any]:
         """Return what the index needs to find the arrays without opening the segment."""
@@ -224,8 +224,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
     """Refuse arrays that a segment of this space cannot have."""
     known = {**_FIXED, **columns}
     missing = {"offsets", "keys", "checksums", VALUES} - extents.keys()
-    if not _LINEAGE.isdisjoint(extents):
-        missing |= _LINEAGE - extents.keys()
+    if not _ORIGINS.isdisjoint(extents):
+        missing |= _ORIGINS - extents.keys()
     if missing:
         raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
     entries, tokens = extents["keys"].shape[:1], extents[VALUES].shape[:1]
@@ -236,9 +236,9 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
         length = entries if name in _FIXED else tokens
         if name == "offsets":
             length = (entries[0] + 1,) if entries else ()
-        elif name in ("births", "sources"):
+        elif name in ("origins", "sources"):
             length = extent.shape[:1]
-        elif name == "lineage_checksum":
+        elif name == "origins_checksum":
             length = (1,)
         if extent.dtype != dtype or extent.shape != (*length, *trailing) or len(length) != 1:
             raise FormatError(

@@ -29,7 +29,7 @@ class SegmentedSnapshot(Snapshot):
         segments: all segments that the space ever knew, by number.
         tables: disjoint tables, the mapped index first.
         numbers: for each table, the number of each of its segments, -1 where the segment is gone or replaced.
-        dead: entries that tombstones name, segment of birth -> numbers.
+        dead: entries that tombstones name, segment of origin -> numbers.
         damaged: segments that could not be read, name -> what is wrong.
     """
 
@@ -52,10 +52,10 @@ class SegmentedSnapshot(Snapshot):
         self._dead = dead
         self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
         self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
-        births = sorted({birth for table in tables for birth in table.births})
-        rank = {birth: number for number, birth in enumerate(births)}
-        self._ranks = [np.array([rank[birth] for birth in table.births], np.int64) for table in tables]
-        # Of copies that were born as one, the one in the segment of the last name: whoever looks finds the same.
+        origins = sorted({origin for table in tables for origin in table.origins})
+        rank = {origin: number for number, origin in enumerate(origins)}
+        self._ranks = [np.array([rank[origin] for origin in table.origins], np.int64) for table in tables]
+        # Of copies of one origin, the one in the segment of the last name: whoever looks finds the same.
         self._names = np.zeros(len(segments), np.int64)
         self._names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
         self._limits = np.array([segment.tokens for segment in segments], np.int64)
@@ -79,7 +79,7 @@ class SegmentedSnapshot(Snapshot):
             inside = (row >= 0) & (tokens > 0) & (row <= self._limits[number] - tokens)
             if not inside.all():
                 logger.warning("the index points outside of %d segments: rebuild it", (~inside).sum())
-            place = ranks[table.birth[position]] * len(self._segments) + self._names[number]
+            place = ranks[table.origin[position]] * len(self._segments) + self._names[number]
             better = inside & (place > rank[which])
             which, position, number = which[better], position[better], number[better]
             located.tokens[which] = tokens[better]
@@ -90,7 +90,7 @@ class SegmentedSnapshot(Snapshot):
         return located
 
     def copies(self, keys: NDArray[np.uint8]) -> dict[str, list[int]]:
-        """Return every copy of these keys that is not deleted, by its birth: segment -> numbers of entries.
+        """Return every copy of these keys that is not deleted, by its origin: segment -> numbers of entries.
 
         Those in replaced segments too: they are served again should the segment be lost that replaces them.
         """
@@ -98,10 +98,10 @@ class SegmentedSnapshot(Snapshot):
         copies: dict[str, set[int]] = {}
         for table in self._tables:
             position = table.copies(prefix, rest)
-            for birth, entry in zip(table.birth[position].tolist(), table.entry[position].tolist(), strict=True):
-                if entry not in self._dead.get(table.births[birth], ()):
-                    copies.setdefault(table.births[birth], set()).add(entry)
-        return {birth: sorted(entries) for birth, entries in copies.items()}
+            for origin, entry in zip(table.origin[position].tolist(), table.entry[position].tolist(), strict=True):
+                if entry not in self._dead.get(table.origins[origin], ()):
+                    copies.setdefault(table.origins[origin], set()).add(entry)
+        return {origin: sorted(entries) for origin, entries in copies.items()}
 
     def served(self) -> dict[int, Segment]:
         """Return the segments whose entries are served, by number."""
@@ -191,10 +191,10 @@ class SegmentedSnapshot(Snapshot):
 
 def _alive(table: Table, numbers: NDArray[np.int64], dead: Mapping[str, Collection[int]]) -> NDArray[np.bool_] | None:
     """Return which entries of a table are served, ``[n]``; None for all."""
-    codes = [birth << 32 | entry for birth, name in enumerate(table.births) if name in dead for entry in dead[name]]
+    codes = [origin << 32 | entry for origin, name in enumerate(table.origins) if name in dead for entry in dead[name]]
     if not codes and (not len(numbers) or numbers.min() >= 0):
         return None
     alive: NDArray[np.bool_] = numbers[table.segment] >= 0
     if codes:
-        alive &= ~np.isin(table.birth.astype(np.int64) << 32 | table.entry, np.array(codes, np.int64))
+        alive &= ~np.isin(table.origin.astype(np.int64) << 32 | table.entry, np.array(codes, np.int64))
     return alive

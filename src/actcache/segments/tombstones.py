@@ -21,7 +21,7 @@ _SUFFIX = ".json"
 
 
 class Tombstones(Mapping[str, dict[str, list[int]]]):
-    """The tombstones of a space, as of the last ``refresh``: name -> segment of birth -> numbers of entries.
+    """The tombstones of a space, as of the last ``refresh``: name -> segment of origin -> numbers of entries.
 
     Not thread-safe.
     """
@@ -59,18 +59,18 @@ class Tombstones(Mapping[str, dict[str, list[int]]]):
         self._known = {name: deleted for name, deleted in found.items() if deleted is not None}
 
     def deleted(self) -> dict[str, set[int]]:
-        """Return all deleted entries by their births: segment -> numbers."""
+        """Return all deleted entries by their origins: segment -> numbers."""
         dead: dict[str, set[int]] = {}
         for deleted in self._known.values():
-            for birth, entries in deleted.items():
-                dead.setdefault(birth, set()).update(entries)
+            for origin, entries in deleted.items():
+                dead.setdefault(origin, set()).update(entries)
         return dead
 
     def publish(self, deleted: Mapping[str, Collection[int]]) -> None:
-        """Delete entries, named by their births, durably."""
+        """Delete entries, named by their origins, durably."""
         names = unique_names(self._place, self._folder, _SUFFIX)
         name = new_name(1 + max(map(sequence_of, names), default=0))
-        data = dumps({birth: sorted(entries) for birth, entries in deleted.items()})
+        data = dumps({origin: sorted(entries) for origin, entries in deleted.items()})
         self._place.publish_bytes(self.path(name), data, replace=True)
 
     def _read(self, name: str) -> dict[str, list[int]] | None:

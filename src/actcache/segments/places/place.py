@@ -76,7 +76,7 @@ class Place(ABC):
         it was there."""
 
     @abstractmethod
-    def settle(self, folder: str) -> None:
+    def sync_names(self, folder: str) -> None:
         """Make the names in a folder durable that other processes gave."""
 
     @abstractmethod

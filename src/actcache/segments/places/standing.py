@@ -77,8 +77,8 @@ class StandingPlace(Place):
         self.check()
         return self._place.move(name, target)
 
-    def settle(self, folder: str) -> None:
-        self._place.settle(folder)
+    def sync_names(self, folder: str) -> None:
+        self._place.sync_names(folder)
 
     def age(self, name: str) -> float | None:
         return self._place.age(name)
@@ -118,12 +118,12 @@ class StandingSpace(SpaceDriver):
         self._place = place
 
     @property
-    def merges_small(self) -> bool:
-        return self._space.merges_small
+    def merges_tiers(self) -> bool:
+        return self._space.merges_tiers
 
-    @merges_small.setter
-    def merges_small(self, allowed: bool) -> None:
-        self._space.merges_small = allowed
+    @merges_tiers.setter
+    def merges_tiers(self, allowed: bool) -> None:
+        self._space.merges_tiers = allowed
 
     def append(self, block: Block) -> None:
         self._place.check()

@@ -196,7 +196,7 @@ from tests.support import *
 space = actcache.open(sys.argv[1], "r", mapped=True).space(recipe())
 keys = [key(n) for n in range(50)] * 20
 space.get(keys)
-arena, firsts = space._driver._rows._columns["values"]
+arena, firsts = space._driver.catalog._rows._columns["values"]
 rows, first, spare = arena.rows(), firsts[0], np.empty((1000, HIDDEN), np.float32)
 def hammer():
     while True:
@@ -264,7 +264,7 @@ def test_many_small_segments(tmp_path, count):
     """Made by the segment format directly; read by both sources, in any order; few descriptors, one mapping each."""
     from actcache.entries.entry import columns_of
     from actcache.entries.writer import Builder
-    from actcache.segments.segment import metadata, new_name
+    from actcache.segments.segment import metadata, next_name
     from actcache_hdf5 import backend
 
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -275,7 +275,7 @@ def test_many_small_segments(tmp_path, count):
         builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0)
         ids = np.arange(len(rows(number)), dtype="<i4")
         builder.add(key(number), {"values": rows(number), "token_ids": ids})
-        name = new_name(number + 1)
+        name = next_name([f"{number:012x}-"])
         backend.write(folder / "segments" / f"{name}.h5", builder.block(seed), metadata(name, recipe().fingerprint))
     order = np.random.default_rng(0).permutation(count).tolist()
     expected = np.concatenate([rows(n) for n in order])

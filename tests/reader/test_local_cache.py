@@ -201,9 +201,9 @@ def test_a_disk_that_cannot_be_read(remote, place, caplog, what):
         if what == "rows":
             entries._snapshot.gather = broken
         else:
-            entries._space.snapshot, entries._seen = broken, -1
+            entries._catalog.snapshot, entries._seen = broken, -1
         assert sorted(check(reader)) == sorted(check(reader)) == list(range(COUNT))
-        entries._space.snapshot = lambda: None  # closing looks once more
+        entries._catalog.snapshot = lambda: None  # closing looks once more
     assert [record.message[:31] for record in caplog.records] == ["going on without the local cache"[:31]]
     caplog.clear()
 

@@ -91,7 +91,7 @@ def test_origins_that_are_wrong_are_refused(kind, array, tmp_path):
             space.flush()
         compact(space)
         space.delete([key(3)])
-        (segment,) = space._driver.described()
+        (segment,) = space._driver.catalog.described()
         extent = segment.extents[array]
         path = segment.file(array)
     data = bytearray(path.read_bytes())

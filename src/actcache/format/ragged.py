@@ -136,6 +136,16 @@ def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return offsets
 
 
+def cuts(offsets: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Return where to cut entries into runs of about ``size``, ``[m + 1]``: from 0 to n, no run empty.
+
+    Args:
+        offsets: ``[n + 1]`` where each entry begins, in what ``size`` counts (rows, bytes).
+    """
+    wanted = np.searchsorted(offsets, np.arange(0, int(offsets[-1]), size))
+    return np.unique(np.r_[0, wanted, len(offsets) - 1])
+
+
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:
     """Refuse offsets that do not cut ``tokens`` rows into ``entries`` entries of one row or more.
 

@@ -17,10 +17,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from actcache.backend import Columns
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors
 from actcache.format.ragged import row_indices
-from actcache.segments.segment import Access, Columns, Segment, dumps, is_name
+from actcache.segments.segment import Access, Segment, dumps, is_name
 
 VERSION = "1"
 

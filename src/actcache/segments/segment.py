@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Extent, SegmentFiles, SegmentFormat
+from actcache.backend import Columns, Extent, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.keys import KEY_BYTES
 from actcache.format.ragged import VALUES, Origins, check_offsets, names_from_array
-from actcache.segments.places.place import Place
 
 VERSION = 1
 
-#: Ragged array -> (dtype, trailing shape), as a space stores them.
-Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 #: From the name of a segment to its files.
 Access = Callable[[str], SegmentFiles]
 
@@ -42,30 +39,21 @@ _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
 _LAST_SEQUENCE = (1 << 48) - 1
 
 
-def new_name(sequence: int) -> str:
-    """Return a unique segment name. Names sort by their sequence number, and of two copies of a key the later one is
-    served: a sequence number above all that the writer saw works without synchronized clocks.
+def next_name(names: Iterable[str]) -> str:
+    """Return a unique name that sorts behind all of these. Of two copies of a key the one of the later name is served:
+    a sequence number above all that the writer saw works without synchronized clocks.
 
     Raises:
         FormatError: there is no higher number; only a file that is not ours can have brought us there.
     """
+    sequence = 1 + max((int(name.partition("-")[0], 16) for name in names), default=0)
     if sequence > _LAST_SEQUENCE:
         raise FormatError(f"a file is named as if it came after all others ({_LAST_SEQUENCE:012x}-...): move it away")
     return f"{sequence:012x}-{secrets.token_hex(8)}"
 
 
-def sequence_of(name: str) -> int:
-    return int(name.partition("-")[0], 16)
-
-
 def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
-
-
-def unique_names(place: Place, folder: str, suffix: str) -> list[str]:
-    """Return the names in a folder without their suffix, sorted; foreign names are not ours to read."""
-    names = place.names(folder)
-    return sorted(stem for name in names if name.endswith(suffix) and is_name(stem := name.removesuffix(suffix)))
 
 
 @dataclass(frozen=True)

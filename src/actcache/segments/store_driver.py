@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actcache.backend import SegmentFormat, SpaceDriver, SpaceEngine, StoredFile, StoreDriver
+from actcache.backend import Columns, SegmentFormat, SpaceDriver, SpaceEngine, StoredFile, StoreDriver
 from actcache.errors import BackendError, NotAStoreError, ReadOnlyError
 from actcache.format.recipe import is_fingerprint
 from actcache.io.files import translated
@@ -28,7 +28,6 @@ from actcache.segments.places import marker
 from actcache.segments.places.local_place import LocalPlace
 from actcache.segments.places.place import Place
 from actcache.segments.places.standing import StandingPlace, StandingSpace
-from actcache.segments.segment import Columns
 from actcache.segments.space_driver import SegmentedSpace
 
 OpenSpace = Callable[[str, Columns], SpaceDriver]

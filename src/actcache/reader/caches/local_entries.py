@@ -24,9 +24,8 @@ from actcache.format.ragged import offsets_of, row_indices
 from actcache.format.recipe import Recipe
 from actcache.io.files import translated
 from actcache.reader.caches.local_folder import CacheFolder, Lease
-from actcache.segments.segment import Segment
+from actcache.segments.catalog import Catalog
 from actcache.segments.snapshot import SegmentedSnapshot
-from actcache.segments.space_driver import SegmentedSpace
 
 logger = logging.getLogger(__name__)
 
@@ -36,35 +35,6 @@ _SMALL_BYTES, _FEW_SEGMENTS = 256 << 10, 4
 _SEGMENT_SECONDS = 30.0
 _PAUSE_SECONDS = 60.0  # where there is no room, until it is looked for again
 _EXIT_PRIORITY = 10
-
-
-class _CachedSegments(SegmentedSpace):
-    """A space that merges nothing on its way: replaced segments would take up room for their grace period."""
-
-    def append(self, block: Block) -> None:
-        self.publish(block)
-        self._index_if_due()
-
-    def index_bytes(self, more: int) -> int:
-        """Return about how large the next index is, with so many entries more."""
-        tables = self._tables()
-        entries, segments = sum(map(len, tables)), sum(len(table.segments) for table in tables)
-        return 80 * (entries + more) + 2048 * (segments + 1)
-
-    def numbered(self, number: int) -> Segment:
-        """Return the segment that a snapshot's look-ups call by this number."""
-        return self._segments[number]
-
-    def changed_at(self) -> int:
-        """Return when segments came or went, by the file system's clock; 0 where there are none."""
-        try:
-            return os.stat(f"{self.place.where}/{self.folder}/segments").st_mtime_ns
-        except FileNotFoundError:
-            return 0
-
-    def abandon_index(self) -> None:
-        """Write no index from now on."""
-        self._writable = False
 
 
 class LocalEntries:
@@ -81,7 +51,8 @@ class LocalEntries:
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         with translated(f"cannot use {folder.root}"):
             self._lease = Lease(folder.leases)
-        self._space = _CachedSegments(folder.format, folder.place, recipe.fingerprint, columns, writable=True)
+        # Without a driver, which merges on its way: replaced segments would take up room for their grace period.
+        self._catalog = Catalog(folder.format, folder.place, recipe.fingerprint, columns, writable=True)
         self._writer = Writer(
             self._append,
             columns,
@@ -147,9 +118,10 @@ class LocalEntries:
         if numbers:
             self._used |= numbers
             try:
-                self._lease.add([self._space.numbered(number).name for number in numbers])
-                for number in numbers:
-                    os.utime(f"{self._folder.root}/{self._space.segment_name(self._space.numbered(number).name)}")
+                names = [self._catalog.segments[number].name for number in numbers]
+                self._lease.add(names)
+                for name in names:
+                    os.utime(f"{self._folder.root}/{self._catalog.segment_name(name)}")
             except FileNotFoundError:
                 pass  # evicted just now
             except OSError as error:
@@ -157,7 +129,14 @@ class LocalEntries:
 
     def stale(self) -> bool:
         """Return whether segments came or went since the last look."""
-        return self._space.changed_at() != self._seen
+        return self._changed_at() != self._seen
+
+    def _changed_at(self) -> int:
+        """Return when segments came or went, by the file system's clock; 0 where there are none."""
+        try:
+            return os.stat(f"{self._folder.root}/{self._catalog.folder}/segments").st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def refresh(self) -> None:
         """See what others have added and evicted."""
@@ -168,8 +147,8 @@ class LocalEntries:
 
     def _look(self) -> None:
         with self._lock:
-            self._seen = self._space.changed_at()  # before the look: what comes meanwhile is looked at again
-            self._snapshot: SegmentedSnapshot = self._space.snapshot()
+            self._seen = self._changed_at()  # before the look: what comes meanwhile is looked at again
+            self._snapshot: SegmentedSnapshot = self._catalog.snapshot()
 
     def _fail(self, error: Exception) -> None:
         """Serve nothing any more: the disk cannot be read, or the process has no more descriptors, say."""
@@ -203,10 +182,10 @@ class LocalEntries:
         with self._lock:
             self._bad = np.union1d(self._bad, numbers)
         for number in numbers[numbers >= 0].tolist():
-            name = self._space.numbered(number).name
+            name = self._catalog.segments[number].name
             logger.warning("removing a damaged segment of the local cache %s: %s", self._folder.root, name)
             try:
-                self._folder.place.remove(self._space.segment_name(name))
+                self._catalog.remove(name)
             except StoreError as error:
                 self._give_up(error)
 
@@ -231,10 +210,11 @@ class LocalEntries:
         if not len(block):
             return
         needed = sum(array.nbytes for array in block.arrays().values()) + _overhead(block)
-        if not self._folder.make_room(needed + self._space.index_bytes(len(block)), self._fingerprint):
+        if not self._folder.make_room(needed + self._catalog.index_bytes(len(block)), self._fingerprint):
             self._pause()
             return
-        self._space.append(block)
+        self._catalog.publish(block)
+        self._catalog.index_if_due()
         self.refresh()
         located = self._snapshot.locate(block.keys)  # not by a request: that waits for the writer, which waits for this
         self.use(located[located.found])
@@ -259,13 +239,11 @@ class LocalEntries:
                 self._writer.abandon()
             self._writer.close()
             with self._folder.changing() as allowed:
-                if not (allowed and self._folder.make_room(self._space.index_bytes(0), self._fingerprint)):
-                    self._space.abandon_index()
-                self._space.close()
+                room = allowed and self._folder.make_room(self._catalog.index_bytes(0), self._fingerprint)
+                self._catalog.close(index=room)
         except (StoreError, FormatError) as error:
             logger.warning("could not write the last entries to the local cache %s: %s", self._folder.root, error)
-            self._space.abandon_index()
-            self._space.close()
+            self._catalog.close(index=False)
         finally:
             self._lease.release()
 

@@ -13,16 +13,16 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import GRACE_SECONDS, Block, BytesDone, Columns, Compaction, Snapshot, SpaceDriver, Workers
+from actcache.backend import GRACE_SECONDS, Block, BytesDone, Columns, Compaction, Snapshot, SpaceDriver
 from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError
-from actcache_lmdb import compaction, examination, writing
-from actcache_lmdb.empty import EmptySnapshot
+from actcache.io.workers import Workers
+from actcache_lmdb import datafile, writing
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.failures import translated
-from actcache_lmdb.generations import Generations
+from actcache_lmdb.generations import Filling, Generations
 from actcache_lmdb.record import Shapes, State
 from actcache_lmdb.shared_environments import acquire, release, retain
-from actcache_lmdb.snapshot import LMDBSnapshot
+from actcache_lmdb.snapshot import EmptySnapshot, LMDBSnapshot
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ class LMDBSpace(SpaceDriver):
         return self._examine(self._generations.path(number))
 
     def _examine(self, path: Path) -> dict[str, str]:
-        wrong = examination.examine(path)
+        wrong = datafile.examine(path)
         if wrong is not None:
             self._damage = f"{path} is damaged inside ({wrong}): restore it from a copy, or remove it and fill again"
         return {} if wrong is None else {path.name: wrong}
@@ -212,7 +212,7 @@ class LMDBSpace(SpaceDriver):
     def _rewrite(self, number: int, environment: Environment, progress: BytesDone) -> bool:
         size = environment.check_size()
         with self._generations.building(map_size=3 * size + (256 << 20)) as build:
-            compacting = compaction.Filling(environment, build, self._shapes)
+            compacting = Filling(environment, build, self._shapes)
             compacting.copy(progress)
 
             def finish(txn: Txn) -> bool:

@@ -17,8 +17,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import FormatError
-from actcache.errors import ClosedError, ReadOnlyError, StorageIOError, StoreError
+from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError, StoreError
 from actcache_lmdb.datafile import read_meta
 from actcache_lmdb.failures import full, is_full, translated
 from actcache_lmdb.readers_writer_lock import ReadersWriterLock

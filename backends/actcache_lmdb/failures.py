@@ -11,8 +11,7 @@ from pathlib import Path
 
 import lmdb
 
-from actcache.backend import FormatError
-from actcache.errors import ActcacheError, OutOfSpaceError, ReadOnlyError, StorageIOError, StoreError
+from actcache.errors import ActcacheError, FormatError, OutOfSpaceError, ReadOnlyError, StorageIOError, StoreError
 
 _DAMAGE = (
     lmdb.CorruptedError,

@@ -19,14 +19,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, FormatError
-from actcache.errors import FormatVersionError
+from actcache.backend import Columns
+from actcache.errors import FormatError, FormatVersionError
+from actcache.format.keys import KEY_BYTES
+from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
 
 FORMAT_VERSION = 1
-KEY_BYTES = 32
 PAGE_HEADER = 16  # bytes that LMDB puts before a value that has pages of its own
 HEADER_BYTES = 112  # of an entry, so that rows begin 128 bytes into their page
 ROWS_AT = PAGE_HEADER + HEADER_BYTES
+EXTRA_AT = PAGE_HEADER + 72  # a header's ``extra``
 OVERFLOW = 0x04  # LMDB's flag of such pages
 ENTRY_MAGIC = 0x45544341  # "ACTE"
 
@@ -146,7 +148,7 @@ class Shapes:
         columns: the dtype and trailing shape of each ragged array of the space.
     """
 
-    def __init__(self, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(self, columns: Columns) -> None:
         self.row_bytes = {
             name: np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=np.int64))
             for name, (dtype, trailing) in columns.items()

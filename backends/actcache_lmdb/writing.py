@@ -11,17 +11,18 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Block, pieces
+from actcache.backend import Block
 from actcache.errors import ShapeError
+from actcache.format.keys import KEY_BYTES, key_order
+from actcache.format.ragged import pieces
 from actcache_lmdb.environment import page_of
-from actcache_lmdb.lookup import latest, records_of, scan
+from actcache_lmdb.lookup import NEWEST, latest, records_of, scan
 from actcache_lmdb.record import (
     COLUMNS,
     ENTRY_MAGIC,
     FORMAT_VERSION,
     HEAD,
     HEADER,
-    KEY_BYTES,
     RECORD,
     RETIRED,
     Shapes,
@@ -31,7 +32,6 @@ from actcache_lmdb.record import (
     joined,
 )
 
-_NEWEST = 2**64 - 1
 _MOST_REMOVED = 4096  # versions that one transaction removes
 _LARGEST = 0xFFFF0000  # bytes of a value
 _PADDING = bytes(1 << 16)
@@ -81,7 +81,7 @@ class Blocks:
 
     def number(self, sequence: int, first_id: int) -> None:
         """Give the entries their numbers."""
-        self.records["head"]["age"] = _NEWEST - sequence
+        self.records["head"]["age"] = NEWEST - sequence
         self.records["head"]["id"] = np.arange(first_id, first_id + len(self.records))
         headers = np.zeros(len(self.records), HEADER)
         headers["magic"], headers["version"], headers["sequence"] = ENTRY_MAGIC, FORMAT_VERSION, sequence
@@ -167,13 +167,13 @@ def _supersede(
     if len(broken):
         state = _recount(txn, databases, shapes, state).changed(horizon=state.sequence + 1)
         records = records_of(txn, databases["heads"], data)
-    newest = latest(records, _NEWEST)
+    newest = latest(records, NEWEST)
     live = newest[newest["head"]["id"] > 0]
     sequence = state.sequence + 1
     retired = [live]
     if tombstones:
         dead = np.zeros(len(live), RECORD)
-        dead["key"], dead["head"]["age"] = live["key"], _NEWEST - sequence
+        dead["key"], dead["head"]["age"] = live["key"], NEWEST - sequence
         dead["head"]["check"] = checks(dead)
         put_heads(txn, databases, dead)
         retired.append(dead)
@@ -196,7 +196,7 @@ def count(records: NDArray[np.void], shapes: Shapes) -> tuple[int, int]:
 def _recount(txn: Txn, databases: Databases, shapes: Shapes, state: State) -> State:
     entries = tokens = nbytes = 0
     for records in scan(txn, databases["heads"]):
-        newest = latest(records, _NEWEST)
+        newest = latest(records, NEWEST)
         live = newest[newest["head"]["id"] > 0]
         more_tokens, more_bytes = count(live, shapes)
         entries, tokens, nbytes = entries + len(live), tokens + more_tokens, nbytes + more_bytes
@@ -204,8 +204,7 @@ def _recount(txn: Txn, databases: Databases, shapes: Shapes, state: State) -> St
 
 
 def put_heads(txn: Txn, databases: Databases, records: NDArray[np.void]) -> None:
-    order = np.lexsort(np.ascontiguousarray(records["key"]).view(">u8").T[::-1])
-    data = records[order].tobytes()
+    data = records[key_order(records["key"])].tobytes()
     size = RECORD.itemsize
     items = [(data[i : i + KEY_BYTES], data[i + KEY_BYTES : i + size]) for i in range(0, len(data), size)]
     with txn.cursor(databases["heads"]) as cursor:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from actcache.backend import VALUES, Block, Column, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
+from actcache.backend import VALUES, Block, Layout, SegmentFiles, SegmentFormat
+from actcache.errors import FormatError
 from actcache.format import safetensors
+from actcache.format.ragged import Column, pieces
 
 _PAGE = 4096
 _MOST_HEADER = 1 << 20

@@ -21,7 +21,7 @@ from actcache.errors import ClosedError, FormatError, SegmentGoneError, StorageI
 from actcache.io import mmap
 from actcache.io.mmap import Arena
 from actcache.segments.places.local_place import LocalSegment
-from actcache.segments.rows import MappedRows, ReadRows
+from actcache.segments.rows import MappedRows, ReadRows, RowPlan
 from actcache.segments.segment import Segment
 from tests.support import HIDDEN, key, make_store, recipe, rows, run, segment_files
 
@@ -227,10 +227,10 @@ def test_row_sources_name_the_segment_that_is_gone(tmp_path, source):
     where = np.array([0, 3, 1]), np.zeros(3, np.int64), np.ones(3, np.int64)
     out = np.empty((3, HIDDEN), np.float32)
     with pytest.raises(SegmentGoneError, match=re.escape(segments[1].files.where)):
-        opened.plan("values", *where, out, None)(0, 3)
+        opened.prepare(RowPlan("values", *where), out, None)(0, 3)
     with pytest.raises(FormatError, match=r"truncated"):
-        opened.plan("values", np.array([2]), np.array([0]), np.array([1]), out, None)(0, 1)
-    opened.plan("values", np.array([3, 0]), where[1][:2], where[2][:2], out, None)(0, 2)
+        opened.prepare(RowPlan("values", np.array([2]), np.array([0]), np.array([1])), out, None)(0, 1)
+    opened.prepare(RowPlan("values", np.array([3, 0]), where[1][:2], where[2][:2]), out, None)(0, 2)
     np.testing.assert_array_equal(out[:2], [rows(15)[0], rows(0)[0]])
     opened.close()
 

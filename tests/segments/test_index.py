@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import actcache
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors as tensorfile
-from actcache.segments.index import Table, join_keys, split_keys
+from actcache.format.keys import join_keys, split_keys
+from actcache.segments.index import Table
 from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.segment import Access, Segment
 from tests.support import check, key, make_store, put, recipe, run, segment_files
@@ -503,7 +504,8 @@ def test_two_million_entries(big_index):
 import sys, time
 from pathlib import Path
 import numpy as np, psutil
-from actcache.segments.index import Table, split_keys
+from actcache.format.keys import split_keys
+from actcache.segments.index import Table
 from tests.segments.test_index import COLUMNS, nowhere
 path = Path(sys.argv[1])
 private = lambda: (lambda m: m.rss - m.shared)(psutil.Process().memory_info())

@@ -129,8 +129,10 @@ class Block:
         return arrays | {name: column for name, column in self.columns.items() if name != VALUES}
 
 
-def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return ``[n + 1]`` offsets from ``[n]`` lengths."""
+def offsets_of(lengths: NDArray[np.int64], width: int | None = None) -> NDArray[np.int64]:
+    """Return ``[n + 1]`` offsets from ``[n]`` lengths; with ``width``, of entries that are padded to so many."""
+    if width is not None:
+        return np.arange(len(lengths) + 1, dtype=np.int64) * width
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
+CHUNK_BYTES = 1 << 20
 _MOST = 8  # gathering is bound by memory bandwidth, which a few cores use up
 
 
@@ -57,6 +58,19 @@ class Workers:
             wait(futures)
         for future in futures:
             future.result()
+
+    def run_chunks(self, steps: Sequence[Callable[[int, int], None]], bounds: Sequence[int]) -> None:
+        """Call all ``steps``, one after another, with each two neighbours of ``bounds``, as ``run`` calls its jobs.
+
+        Where a step reads rows and the next one checks them, ``bounds`` about ``CHUNK_BYTES`` apart have it find them
+        in the processor's cache (docs/decisions/0002).
+        """
+
+        def job(number: int) -> None:
+            for step in steps:
+                step(bounds[number], bounds[number + 1])
+
+        self.run(job, len(bounds) - 1)
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from actcache.backend import Columns
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors
+from actcache.format.keys import split_keys
 from actcache.format.ragged import row_indices
 from actcache.segments.segment import Access, Segment, dumps, is_name
 
@@ -35,20 +36,6 @@ _ARRAYS = {
     "entry": ("<u4", ()),  # number of the entry in that segment
     "tokens": ("<u4", ()),
 }
-
-
-def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Return the prefixes ``[n]`` and rests ``[n, 24]`` of ``[n, 32]`` keys."""
-    keys = np.ascontiguousarray(keys)
-    return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64), keys[:, 8:]
-
-
-def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return ``[n, 32]`` keys; the inverse of ``split_keys``."""
-    keys = np.empty((len(prefix), 32), np.uint8)
-    keys[:, :8] = prefix.astype(">u8").view(np.uint8).reshape(-1, 8)
-    keys[:, 8:] = rest
-    return keys
 
 
 @dataclass(frozen=True)

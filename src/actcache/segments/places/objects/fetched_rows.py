@@ -22,7 +22,7 @@ from actcache.format.ragged import offsets_of
 from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, Blocks
 from actcache.segments.places.objects.client import Data, ObjectNotFoundError
 from actcache.segments.places.objects.session import ProcessLock, Session
-from actcache.segments.rows import RowSource
+from actcache.segments.rows import Read, RowPlan, RowSource
 from actcache.segments.segment import Segment
 
 _GAP = 64 << 10  # bytes that are read along rather than asked around
@@ -103,48 +103,37 @@ class FetchedRows(RowSource):
         self._ahead: OrderedDict[tuple[int, str, bytes], _Fetches] = OrderedDict()
         self._lock = ProcessLock()
 
-    def plan(
-        self,
-        column: str,
-        segments: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        out: NDArray[np.generic],
-        width: int | None,
-    ) -> Callable[[int, int], None]:
-        ranges, begins, row_bytes, small = self._ranges(column, segments, starts, lengths)
+    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
+        ranges, begins, row_bytes, small = self._ranges(plan)
         with self._lock:
-            fetches = self._ahead.pop((os.getpid(), column, ranges.digest()), None)
+            fetches = self._ahead.pop((os.getpid(), plan.column, ranges.digest()), None)
         if fetches is None:
-            fetches = _Fetches(self, column, ranges, small)
-        places = offsets_of(lengths if width is None else np.full(len(lengths), width, np.int64)) * row_bytes
-        return _Batch(fetches, ranges, begins, lengths * row_bytes, out, places).read
+            fetches = _Fetches(self, plan.column, ranges, small)
+        places = offsets_of(plan.lengths, width) * row_bytes
+        return _Batch(fetches, ranges, begins, plan.lengths * row_bytes, out, places).read
 
-    def _ranges(
-        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> tuple[Ranges, NDArray[np.int64], int, bool]:
+    def _ranges(self, plan: RowPlan) -> tuple[Ranges, NDArray[np.int64], int, bool]:
         """Return what to fetch, where each entry begins in its file, the bytes of a row, and whether rows are small."""
-        numbers, where = np.unique(segments, return_inverse=True)
+        column = plan.column
+        numbers, where = np.unique(plan.segments, return_inverse=True)
         extents = [self._segments[number].extents[column] for number in numbers.tolist()]
         row_bytes = extents[0].row_bytes if extents else 0
         offsets = np.array([extent.offset for extent in extents], np.int64)[where]
-        begins = offsets + starts * row_bytes
+        begins = offsets + plan.starts * row_bytes
         # Token ids lie some hundred bytes an entry, far apart in a shuffled batch: whole blocks of them are kept.
         total = sum(s.extents[column].nbytes for s in self._segments[:] if column in s.extents)
         small = row_bytes <= _SMALL and total <= CACHE_BYTES // 2
-        ranges = coalesce(segments, begins, begins + lengths * row_bytes, gap=BLOCK if small else _GAP)
+        ranges = coalesce(plan.segments, begins, begins + plan.lengths * row_bytes, gap=BLOCK if small else _GAP)
         return ranges, begins, row_bytes, small
 
-    def will_need(
-        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> None:
-        """Fetch the rows of a batch that will be planned soon; the one that was announced first is given up for it."""
-        ranges, _, _, small = self._ranges(column, segments, starts, lengths)
-        name = os.getpid(), column, ranges.digest()
+    def will_need(self, plan: RowPlan) -> None:
+        """Fetch the rows of a batch that will be read soon; the one that was announced first is given up for it."""
+        ranges, _, _, small = self._ranges(plan)
+        name = os.getpid(), plan.column, ranges.digest()
         with self._lock:
             if name in self._ahead:
                 return
-            self._ahead[name] = _Fetches(self, column, ranges, small)
+            self._ahead[name] = _Fetches(self, plan.column, ranges, small)
             while len(self._ahead) > _MOST_AHEAD:
                 self._ahead.popitem(last=False)
 
@@ -262,7 +251,7 @@ class _Batch:
         self._out = out.reshape(-1).view(np.uint8)
 
     def read(self, first: int, last: int) -> None:
-        """See ``RowSource.plan``."""
+        """See ``Read``."""
         try:
             for i in range(first, last):
                 begin, end = self._places[i], self._places[i] + self._sizes[i]

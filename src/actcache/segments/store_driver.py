@@ -48,7 +48,7 @@ class PlacedStore(StoreDriver):
 
     def __init__(
         self,
-        place: StandingPlace,
+        place: Place,
         standing: marker.Marker,
         open_space: OpenSpace,
         *,

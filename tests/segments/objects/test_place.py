@@ -22,7 +22,7 @@ from actcache.segments.places.objects import ObjectPlace, blocks, object_place, 
 from actcache.segments.places.objects.client import ObjectExistsError, TransientError
 from actcache.segments.places.objects.fetched_rows import coalesce
 from actcache.segments.places.objects.generic import FsspecClient
-from actcache.segments.places.objects.retry import Retrying
+from actcache.segments.places.objects.session import Retrying
 from tests import support
 
 SEGMENT = "segments/000000000001-0123456789abcdef.zarr"

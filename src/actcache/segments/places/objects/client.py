@@ -106,28 +106,30 @@ class Client(ABC):
             create: raise ``ObjectExistsError`` where it stands.
         """
 
-    @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
-        """Write an object from a file of any size, all or nothing."""
+        """Write an object from a file of any size, all or nothing; where uploads are not in parts."""
+        raise NotImplementedError
 
-    @abstractmethod
+    # Uploads in parts, where there are such.
+
     def begin(self, key: str, token: str) -> str:
         """Begin a multipart upload; return its id."""
+        raise NotImplementedError
 
-    @abstractmethod
     def part(self, key: str, upload: str, number: int, data: Data) -> str:
         """Upload a part, numbered from 1; return its etag."""
+        raise NotImplementedError
 
-    @abstractmethod
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
         """Make an object of the parts, all or nothing; ``token`` is what ``begin`` was given."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def abort(self, key: str, upload: str) -> None: ...
+    def abort(self, key: str, upload: str) -> None:
+        raise NotImplementedError
 
-    @abstractmethod
     def uploads(self) -> list[Upload]:
         """Return the unfinished uploads below the root."""
+        return []
 
     @abstractmethod
     def copy(self, key: str, target: str) -> None:

@@ -10,11 +10,11 @@ import os
 import select
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import fsspec
 from fsspec.exceptions import FSTimeoutError
@@ -30,7 +30,6 @@ from actcache.segments.places.objects.client import (
     ObjectExistsError,
     ObjectNotFoundError,
     TransientError,
-    Upload,
 )
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
@@ -106,21 +105,6 @@ class FsspecClient(Client):
     def put_file(self, key: str, path: Path) -> None:
         with self._translated("write", key, writing=True):
             self._fs.put_file(str(path), self._path(key))
-
-    def begin(self, key: str, token: str) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def part(self, key: str, upload: str, number: int, data: Data) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def abort(self, key: str, upload: str) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def uploads(self) -> list[Upload]:
-        return []
 
     def copy(self, key: str, target: str) -> None:
         with self._translated("copy", key, writing=True):

@@ -10,8 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import botocore.exceptions as boto
 import s3fs
@@ -21,8 +20,7 @@ from botocore.loaders import create_loader
 from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
-from actcache.errors import StorageIOError
-from actcache.segments.places.objects import failures
+from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, StoreNotFoundError
 from actcache.segments.places.objects.client import (
     Body,
     Client,
@@ -30,6 +28,7 @@ from actcache.segments.places.objects.client import (
     Head,
     Listed,
     Listing,
+    ObjectExistsError,
     ObjectNotFoundError,
     TransientError,
     Upload,
@@ -59,6 +58,19 @@ _UNCONFIGURED = (
     boto.InvalidRegionError,
     boto.NoRegionError,
 )
+
+
+_AGAIN = {
+    *("InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"),
+    *("RequestLimitExceeded", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest"),
+    *("TooManyRequests", "Busy", "XAmzContentSHA256Mismatch"),
+}
+_KEYS = {
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"),
+    *("InvalidSecurity", "NotSignedUp", "InvalidSignature"),
+}
+_FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "InsufficientCapacity"}
+_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 
 
 class S3Client(Client):
@@ -156,9 +168,6 @@ class S3Client(Client):
             await s3.put_object(**self._object(key), Body=body, Metadata={_TOKEN: token}, **condition)
 
         self._do("write", key, ask, len(data), writing=True)
-
-    def put_file(self, key: str, path: Path) -> NoReturn:
-        raise NotImplementedError("an S3 client uploads in parts")
 
     def begin(self, key: str, token: str) -> str:
         async def ask(s3: Any) -> str:
@@ -272,7 +281,7 @@ class S3Client(Client):
         said = error.response.get("Error", {})
         code, message = str(said.get("Code", "")), str(said.get("Message", ""))
         bucket = f"{self._bucket} at {self.fs.endpoint_url or 'the configured endpoint'}"
-        return failures.of_answer(_status(error), code, message, what, bucket, writing=writing)
+        return failure(_status(error), code, message, what, bucket, writing=writing)
 
 
 def _status(error: boto.ClientError) -> int:
@@ -289,3 +298,44 @@ def _now(answer: dict[str, Any]) -> datetime:
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
     except (KeyError, ValueError, TypeError):
         return datetime.now(UTC)
+
+
+def failure(status: int, code: str, message: str, what: str, bucket: str, *, writing: bool) -> Exception:
+    """Return the exception that an answer of a store stands for.
+
+    Args:
+        status: of HTTP; 0 where it is not known.
+        code: the error code of S3, such as ``NoSuchKey``.
+        what: the request, such as ``"cannot read s3://bucket/key"``.
+        bucket: the bucket and endpoint, for messages.
+    """
+    said = f"{code or status}{f': {message[:200]}' if message else ''}"
+    if code == "NoSuchBucket":
+        return StoreNotFoundError(f"{what}: there is no bucket {bucket}; create it, or check its name and endpoint_url")
+    if code in ("NoSuchKey", "NoSuchUpload", "NotFound") or status == 404:
+        return ObjectNotFoundError(what)
+    if code == "ConditionalRequestConflict" or code in _AGAIN:
+        return TransientError(f"{what}: {said}")
+    if code == "PreconditionFailed" or status == 412:
+        return ObjectExistsError(what)
+    if code in _FULL or status == 507:
+        return OutOfSpaceError(f"{what}: the store or quota is full ({said}); free some space and flush again")
+    if code == "RequestTimeTooSkewed":
+        return StorageIOError(f"{what}: this machine's clock differs too much from the store's; set it right")
+    if code in _KEYS or status == 401:
+        return StorageIOError(
+            f"{what}: {bucket} does not know these credentials ({said}); check key and secret, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or the profile"
+        )
+    if code in _ELSEWHERE or status in (301, 307):
+        return StorageIOError(f"{what}: the bucket is in another region ({said}); give region=...")
+    if status == 403:
+        if writing:
+            return ReadOnlyError(f"{what}: {bucket} does not let these credentials write ({said}); read with mode='r'")
+        return StorageIOError(
+            f"{what}: {bucket} refuses these credentials ({said}); check which they are, what they may do, and "
+            "the bucket's name"
+        )
+    if status >= 500 or status in (408, 429):
+        return TransientError(f"{what}: {said}")
+    return StorageIOError(f"{what}: {bucket} answers {said}")

@@ -6,6 +6,7 @@ Every transaction of the backend begins here, behind the gate.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError, StoreError
+from actcache.io.files import failure
 from actcache_lmdb.datafile import read_meta
-from actcache_lmdb.failures import full, is_full, translated
+from actcache_lmdb.failures import is_full, translated
 from actcache_lmdb.readers_writer_lock import ReadersWriterLock
 from actcache_lmdb.record import PAGE_HEADER, State
 
@@ -199,7 +201,7 @@ class Environment:
                 except StoreError as error:
                     if isinstance(error, StorageIOError) and is_full(self.folder):
                         # LMDB reports a write that was cut short, as the last one on a full disk is, as an I/O error.
-                        raise full(what) from error
+                        raise failure(what, errno.ENOSPC, "") from error
                     if isinstance(error.__cause__, lmdb.PanicError):
                         with GATE.alone(), translated(what):
                             self.close()

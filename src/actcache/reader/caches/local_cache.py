@@ -11,8 +11,6 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,55 +20,19 @@ from actcache.backend import TOKEN_IDS, VALUES
 from actcache.errors import OutOfSpaceError, SegmentGoneError, ShapeError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.keys import Keys, key_array, key_list
-from actcache.format.ragged import offsets_of, row_indices
-from actcache.format.recipe import Recipe
+from actcache.format.ragged import offsets_of
+from actcache.reader.caches.batches import Ids, Lengths, Part, Wrapper, flat, join
 from actcache.reader.caches.local_entries import LocalEntries
 from actcache.reader.caches.local_folder import CacheFolder
-from actcache.reader.caches.ram_cache import Lengths
 from actcache.reader.fetch import Source
 from actcache.reader.stats import ReaderStats
-
-# Batches whose entries come from two places: read apart, then put where they belong in one buffer.
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some entries of a batch, their rows one after another or anywhere else in an array."""
-
-    which: NDArray[np.int64]  # positions in the batch
-    rows: NDArray[Any]  # [R, hidden]
-    ids: NDArray[np.int32] | None  # [R]
-    begins: NDArray[np.int64]  # of each entry, its first row
-
-
-def join(parts: Iterable[Part], lengths: NDArray[np.int64], out: NDArray[Any], ids: NDArray[np.int32] | None) -> None:
-    """Put the rows of all entries into a batch's buffers, packed or padded with zeros (see ``Space.read_into``).
-
-    Args:
-        lengths: ``[n]``, of all entries; those of length 0 are in no part, or take no rows.
-    """
-    width = out.shape[1] if out.ndim == 3 else None
-    rows, flat_ids = out.reshape(-1, out.shape[-1]), None if ids is None else ids.reshape(-1)
-    if width is None:
-        firsts = offsets_of(lengths)[:-1]
-    else:
-        firsts = np.arange(len(lengths), dtype=np.int64) * width
-        rows[: len(lengths) * width] = 0
-        if flat_ids is not None:
-            flat_ids[: len(lengths) * width] = 0
-    for part in parts:
-        to, come_from = (row_indices(begins, lengths[part.which], None) for begins in (firsts[part.which], part.begins))
-        rows[to] = part.rows[come_from]
-        if flat_ids is not None and part.ids is not None:
-            flat_ids[to] = part.ids[come_from]
-
 
 logger = logging.getLogger(__name__)
 
 _LOOKS = 5  # while others evict what was found
 
 
-class LocalCache:
+class LocalCache(Wrapper):
     """Wraps a source: reads of entries whose copies are on the local disk do not reach it. Thread-safe.
 
     Any number of processes may share a folder. When it is full, segments that no living object has looked at are
@@ -117,19 +79,6 @@ class LocalCache:
                     self._usable = False
                     logger.warning("going on without a local cache: %s", error)
             return self._opened
-
-    @property
-    def recipe(self) -> Recipe:
-        return self._source.recipe
-
-    def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
-        return self._source.has(column, keys)
-
-    def lengths(self, keys: Keys) -> NDArray[np.int64]:
-        return self._source.lengths(keys)
-
-    def checksums(self, keys: Keys) -> NDArray[np.uint64]:
-        return self._source.checksums(keys)
 
     def use(self, keys: Keys) -> int:
         """Say which entries are going to be read: their copies are not evicted. Return how many there are."""
@@ -227,7 +176,7 @@ class LocalCache:
         with self._lock:
             self._stats.local_documents += int(hits.sum())
 
-    def _buffers(self, lengths: NDArray[np.int64], ids: Any) -> tuple[NDArray[Any], NDArray[np.int32] | None]:
+    def _buffers(self, lengths: NDArray[np.int64], ids: Ids) -> tuple[NDArray[Any], Ids]:
         rows = int(lengths.sum())
         values = np.empty((rows, self.recipe.hidden_size), self._stored)
         return values, None if ids is None else np.empty(rows, np.int32)
@@ -236,10 +185,8 @@ class LocalCache:
         self, entries: LocalEntries, keys: NDArray[np.uint8], lengths: NDArray[np.int64], out: Any, ids: Any
     ) -> None:
         """Keep the entries of a whole batch, padded or packed."""
-        width = out.shape[1] if out.ndim == 3 else None
-        begins = offsets_of(lengths)[:-1] if width is None else np.arange(len(keys), dtype=np.int64) * width
-        flat_ids = None if ids is None else ids.reshape(-1)
-        self._keep(entries, keys, lengths, begins, out.reshape(-1, out.shape[-1]), flat_ids)
+        rows, flat_ids, width = flat(out, ids)
+        self._keep(entries, keys, lengths, offsets_of(lengths, width)[:-1], rows, flat_ids)
 
     def _keep(
         self,
@@ -248,7 +195,7 @@ class LocalCache:
         lengths: NDArray[np.int64],
         begins: NDArray[np.int64],
         rows: NDArray[Any],
-        ids: NDArray[np.int32] | None,
+        ids: Ids,
     ) -> None:
         """Keep what was read, where it is just what the space says that it has.
 

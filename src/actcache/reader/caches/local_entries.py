@@ -23,6 +23,7 @@ from actcache.format.keys import key_list
 from actcache.format.ragged import offsets_of, row_indices
 from actcache.format.recipe import Recipe
 from actcache.io.files import translated
+from actcache.reader.caches.batches import Ids, flat
 from actcache.reader.caches.local_folder import CacheFolder, Lease
 from actcache.segments.catalog import Catalog
 from actcache.segments.snapshot import SegmentedSnapshot
@@ -93,17 +94,16 @@ class LocalEntries:
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         return Request(lambda: self._snapshot, self._writer, self._seed, keys, self._ahead)
 
-    def read(self, request: Request, out: NDArray[Any], ids: NDArray[np.int32] | None) -> list[int]:
+    def read(self, request: Request, out: NDArray[Any], ids: Ids) -> list[int]:
         """Read all of a request's entries, packed or padded (see ``Space.read_into``); return which are corrupt.
 
         Raises:
             SegmentGoneError: others have evicted a segment, or nothing can be read here any more: refresh, look again.
         """
-        width = out.shape[1] if out.ndim == 3 else None
-        rows = out.reshape(-1, out.shape[-1])
-        flat_ids = np.empty(len(rows), np.int32) if ids is None else ids.reshape(-1)
+        rows, flat_ids, width = flat(out, ids)
         try:
-            return request.read({VALUES: rows, TOKEN_IDS: flat_ids}, width, verify=True)
+            token_ids = np.empty(len(rows), np.int32) if flat_ids is None else flat_ids
+            return request.read({VALUES: rows, TOKEN_IDS: token_ids}, width, verify=True)
         except StoreError as error:
             self._fail(error)
             raise SegmentGoneError(str(error)) from error

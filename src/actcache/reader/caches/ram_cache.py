@@ -18,14 +18,14 @@ from actcache.backend import TOKEN_IDS
 from actcache.format import codec
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, row_indices
-from actcache.format.recipe import Recipe
+from actcache.reader.caches.batches import Lengths, Part, Wrapper, flat, join
 from actcache.reader.fetch import Source
 from actcache.reader.stats import ReaderStats
 
 _NOT_HELD = (0, 0, False)
 
 
-class RamCache:
+class RamCache(Wrapper):
     """Wraps a source: reads of entries that are held do not reach it. Thread-safe.
 
     What is held is what was read and verified once; an entry that is overwritten later is not read again.
@@ -56,10 +56,6 @@ class RamCache:
         self._places: dict[bytes, tuple[int, int, bool]] = {}
 
     @property
-    def recipe(self) -> Recipe:
-        return self._source.recipe
-
-    @property
     def held(self) -> int:
         """Bytes of activations that are in memory."""
         return (self._end - 1) * self._rows.itemsize * self.recipe.hidden_size
@@ -74,9 +70,6 @@ class RamCache:
     def lengths(self, keys: Keys) -> NDArray[np.int64]:
         held = self._find(key_list(key_array(keys)))[1]
         return np.where(held > 0, held, self._source.lengths(keys))
-
-    def checksums(self, keys: Keys) -> NDArray[np.uint64]:
-        return self._source.checksums(keys)
 
     def read_ahead(self, keys: Keys) -> None:
         wanted = key_array(keys)
@@ -118,7 +111,6 @@ class RamCache:
     ) -> Any:
         """Read a batch some of which is held."""
         held = np.flatnonzero(lengths)
-        fresh = fresh_ids = None
         if len(missing):
             absent = self._source.lengths(wanted[missing])
             fresh = np.empty((int(absent.sum()), out.shape[-1]), out.dtype)
@@ -126,43 +118,26 @@ class RamCache:
             report = self._source.read_into(wanted[missing], fresh, token_ids=fresh_ids)
             lengths[missing] = report.lengths
             self._keep(key_list(wanted[missing]), report.lengths, fresh, fresh_ids)
-        width = out.shape[1] if out.ndim == 3 else None
-        rows = out.reshape(-1, out.shape[-1])
-        flat_ids = None if ids is None else ids.reshape(-1)
-        if not len(missing):
-            source = row_indices(starts, lengths, width)
-            np.take(self._rows, source, axis=0, out=rows[: len(source)], mode="clip")
-            if flat_ids is not None:
-                np.take(self._ids, source, out=flat_ids[: len(source)], mode="clip")
+            part = Part(missing, fresh, fresh_ids, offsets_of(report.lengths)[:-1])
+            join([Part(held, self._rows, self._ids, starts[held]), part], lengths, out, ids)
             return Lengths(lengths)
-        # Where each entry's rows go; then both kinds are put there.
-        firsts = offsets_of(lengths)[:-1] if width is None else np.arange(len(wanted), dtype=np.int64) * width
-        if width is not None:
-            rows[: len(wanted) * width] = 0
-            if flat_ids is not None:
-                flat_ids[: len(wanted) * width] = 0
-        for which, values, value_ids, begins in (
-            (held, self._rows, self._ids, starts[held]),
-            (missing, fresh, fresh_ids, offsets_of(lengths[missing])[:-1]),
-        ):
-            assert values is not None
-            to, come_from = (row_indices(b, lengths[which], None) for b in (firsts[which], begins))
-            rows[to] = values[come_from]
-            if flat_ids is not None and value_ids is not None:
-                flat_ids[to] = value_ids[come_from]
+        rows, flat_ids, width = flat(out, ids)
+        source = row_indices(starts, lengths, width)
+        np.take(self._rows, source, axis=0, out=rows[: len(source)], mode="clip")
+        if flat_ids is not None:
+            np.take(self._ids, source, out=flat_ids[: len(source)], mode="clip")
         return Lengths(lengths)
 
     def _keep_batch(self, names: list[bytes], lengths: NDArray[np.int64], out: Any, ids: Any) -> None:
         """Keep the entries of a whole batch, padded or packed."""
-        width = out.shape[1] if out.ndim == 3 else None
-        firsts = offsets_of(lengths)[:-1] if width is None else np.arange(len(names), dtype=np.int64) * width
+        rows, flat_ids, width = flat(out, ids)
+        firsts = offsets_of(lengths, width)
         with self._lock:
             room = np.cumsum(lengths) <= len(self._rows) - self._end
         if room.any():
             count = int(room.sum())
             source = row_indices(firsts[:count], lengths[:count], None)
-            some = out.reshape(-1, out.shape[-1])[source]
-            self._keep(names[:count], lengths[:count], some, None if ids is None else ids.reshape(-1)[source])
+            self._keep(names[:count], lengths[:count], rows[source], None if flat_ids is None else flat_ids[source])
 
     def _keep(self, names: list[bytes], lengths: NDArray[np.int64], rows: NDArray[Any], ids: Any) -> None:
         """Keep packed entries, as many as there is room for."""
@@ -198,10 +173,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-class Lengths:
-    """What ``Space.read_into`` reports."""
-
-    def __init__(self, lengths: NDArray[np.int64]) -> None:
-        self.lengths = lengths

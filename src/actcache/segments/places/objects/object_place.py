@@ -13,12 +13,12 @@ import tempfile
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actcache.backend import SegmentFiles, StoredFile
 from actcache.errors import OutOfSpaceError, StoreError
@@ -32,6 +32,8 @@ from actcache.segments.places.objects.transfers import download, upload, upload_
 from actcache.segments.places.place import Place
 from actcache.segments.rows import RowSource
 from actcache.segments.segment import Segment, is_name
+
+T = TypeVar("T")
 
 _TEMPORARY = "actcache-object-"
 _COPIES = 8  # local ones at a time; what is mapped stays so without its name
@@ -83,12 +85,10 @@ class ObjectPlace(Place):
         return bool(self._commit) and _is_unique(name)
 
     def age(self, name: str) -> float | None:
-        with suppress(ObjectNotFoundError):
-            return self._session.client().head(f"{name}/{self._commit}" if self._is_segment(name) else name).age
-        if not self._is_segment(name):
-            return None
-        with suppress(ObjectNotFoundError):  # a plain file with a segment's name, such as a tombstone
-            return self._session.client().head(name).age
+        # A plain file may have a segment's name: a tombstone has.
+        for key in (f"{name}/{self._commit}", name) if self._is_segment(name) else (name,):
+            with suppress(ObjectNotFoundError):
+                return self._session.client().head(key).age
         return None
 
     def read(self, name: str) -> bytes | None:
@@ -138,32 +138,27 @@ class ObjectPlace(Place):
         if self._commit not in files:
             raise ValueError(f"the format wrote no {self._commit!r}")
         files.remove(self._commit)
-        done: list[str] = []
         try:
-            done = [f"{name}/{file}" for file in files]
-            sent = [
-                self._session.submit(partial(upload, client, key, path / file))
-                for key, file in zip(done, files, strict=True)
-            ]
-            wait(sent)
-            for future in sent:
-                future.result()
+            self._each(lambda file: upload(client, f"{name}/{file}", path / file), files)
             return self._created(lambda: upload(client, commit, path / self._commit, create=not replace))
         except BaseException:
             # An answer may have been lost: the commit object goes first. What stays is not listed, and swept later.
-            for key in (commit, *done):
+            for file in (self._commit, *files):
                 with suppress(StoreError):
-                    client.remove(key)
+                    client.remove(f"{name}/{file}")
             raise
+
+    def _each(self, job: Callable[[str], T], names: Iterable[str]) -> list[T]:
+        """Do a job for each name, some at a time; raise the first failure when all have ended."""
+        futures = [self._session.submit(partial(job, name)) for name in names]
+        wait(futures)
+        return [future.result() for future in futures]
 
     def remove(self, name: str) -> bool:
         commit, *rest = self._keys(name)
-        there = self._remove(commit)
-        removals = [self._session.submit(partial(self._remove, key)) for key in rest]
-        wait(removals)
-        there |= any(removal.result() for removal in removals)
+        there = [self._remove(commit), *self._each(self._remove, rest)]
         self._blocks.forget(f"{name}/" if self._is_segment(name) else name)
-        return there
+        return any(there)
 
     def _remove(self, key: str) -> bool:
         client = self._session.client()
@@ -256,10 +251,7 @@ class ObjectPlace(Place):
             return 1 if self._commit and key.endswith(f"/{self._commit}") else 2
 
         for now in range(4):
-            removals = [self._session.submit(partial(self._remove, key)) for key in found if turn(key) == now]
-            wait(removals)
-            for removal in removals:
-                removal.result()
+            self._each(self._remove, (key for key in found if turn(key) == now))
         self._blocks.forget(f"{folder}/")
         return bool(found)
 

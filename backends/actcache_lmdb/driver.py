@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from actcache.backend import GRACE_SECONDS, Block, BytesDone, Columns, Compaction, Snapshot, SpaceDriver
 from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError
 from actcache.io.workers import Workers
-from actcache_lmdb import datafile, writing
+from actcache_lmdb import datafile
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.failures import translated
 from actcache_lmdb.generations import Filling, Generations
 from actcache_lmdb.record import Shapes, State
 from actcache_lmdb.shared_environments import acquire, release, retain
 from actcache_lmdb.snapshot import EmptySnapshot, LMDBSnapshot
+from actcache_lmdb.writing import Blocks, Writing
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ _TRIES = 20  # to open a generation that others replace meanwhile
 
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[memoryview]
-    Work = Callable[[Txn, Environment], T]
+    Work = Callable[[Writing], T]
 
 
 class _Retired(Exception):
@@ -127,26 +128,23 @@ class LMDBSpace(SpaceDriver):
         # Whoever compacts publishes the new generation while it holds the write lock of the old one.
         if not self._is_newest(number, environment):
             raise _Retired
-        return work(txn, environment)
+        return work(Writing(txn, environment.dbs, self._shapes, environment.data))
 
     # --- SpaceDriver -------------------------------------------------------------------------------------------------
 
     def append(self, block: Block) -> None:
         _, environment = self._current()
         page_size = environment.page_size if environment is not None else 4096
-        records = writing.Blocks(block, self._shapes, page_size)
+        records = Blocks(block, self._shapes, page_size)
 
-        def work(txn: Txn, environment: Environment) -> None:
-            writing.remove_retired(txn, environment.dbs, environment.data, self._grace)
-            writing.append(txn, environment.dbs, records, self._shapes, environment.data)
+        def work(writing: Writing) -> None:
+            writing.remove_retired(self._grace)
+            writing.append(records)
 
         self._write(work)
 
     def delete(self, keys: NDArray[np.uint8]) -> int:
-        def work(txn: Txn, environment: Environment) -> int:
-            return writing.delete(txn, environment.dbs, keys, self._shapes, environment.data)
-
-        return self._write(work)
+        return self._write(lambda writing: writing.delete(keys))
 
     def snapshot(self) -> Snapshot:
         _, environment = self._current()

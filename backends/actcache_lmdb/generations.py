@@ -26,9 +26,9 @@ from actcache.format.ragged import cuts, offsets_of
 from actcache.io.files import FileOperations, Files
 from actcache_lmdb.environment import Environment, create_databases, page_of
 from actcache_lmdb.failures import translated
-from actcache_lmdb.lookup import NEWEST, latest, scan
+from actcache_lmdb.lookup import live, scan
 from actcache_lmdb.record import HEADER, Shapes, State, checks, joined
-from actcache_lmdb.writing import count, put_heads, read_state, write_state
+from actcache_lmdb.writing import GONE, Writing
 
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[memoryview]
@@ -38,7 +38,6 @@ _LEAST_MAP = 1 << 26
 _BELOW_STORE = 2  # folders between that of the generations and the store's: spaces/<fingerprint>
 _FORGOTTEN = 3600.0  # seconds after which what a killed process was building is removed
 _STEP_BYTES = 64 << 20  # copied in one transaction
-_GONE = memoryview(b"")
 
 
 def name_of(number: int) -> str:
@@ -214,22 +213,21 @@ class Filling:
                 target.delete(int(record["head"]["id"]).to_bytes(8, "big"), db=databases["entries"])
         for step in self._steps(records[~np.isin(records["head"]["id"], done["head"]["id"])]):
             self._copy(txn, step, needed=True)
-        state = read_state(txn, self._environment.dbs, self._environment.data)
-        tokens, nbytes = count(records, self._shapes)
+        state = Writing(txn, self._environment.dbs, self._shapes, self._environment.data).state()
         with env.begin(write=True, buffers=True) as target:
-            created = read_state(target, databases, self._environment.folder).created
-            totals = {"entries": len(records), "tokens": tokens, "nbytes": nbytes}
+            writing = Writing(target, databases, self._shapes, self._environment.folder)
             # Older snapshots keep to the old generation, so nothing of theirs is needed here.
-            write_state(target, databases, state.changed(created=created, horizon=state.sequence, **totals))
+            fresh = {"created": writing.state().created, "horizon": state.sequence}
+            counted = state.changed(entries=0, tokens=0, nbytes=0, **fresh)
+            writing.put_state(counted.added(len(records), *self._shapes.count(records)))
 
     def _live(self, txn: Txn) -> NDArray[np.void]:
         """Return the records of all live entries in the order of their numbers."""
-        records = joined(latest(step, NEWEST) for step in scan(txn, self._environment.dbs["heads"]))
-        records = records[records["head"]["id"] > 0]
+        records = joined(map(live, scan(txn, self._environment.dbs["heads"])))
         return records[np.argsort(records["head"]["id"], kind="stable")]
 
     def _nbytes(self, records: NDArray[np.void]) -> int:
-        return count(records, self._shapes)[1]
+        return self._shapes.count(records)[1]
 
     def _steps(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
         row_bytes = max(self._shapes.row_bytes.values())
@@ -251,9 +249,9 @@ class Filling:
                     pages.append(0)
                     continue
                 target.put(name, value, db=databases["entries"])
-                pages.append(page_of(target.get(name, db=databases["entries"]) or _GONE))
+                pages.append(page_of(target.get(name, db=databases["entries"]) or GONE))
             there = np.array(pages) > 0
             copied = records[there]
             copied["head"]["page"] = np.array(pages)[there]
             copied["head"]["check"] = checks(copied)
-            put_heads(target, databases, copied)
+            Writing(target, databases, self._shapes, self._environment.folder).put_heads(copied)

@@ -53,6 +53,12 @@ def latest(records: NDArray[np.void], sequence: int) -> NDArray[np.void]:
     return records if first.all() else records[first]
 
 
+def live(records: NDArray[np.void], sequence: int = NEWEST) -> NDArray[np.void]:
+    """Return ``latest`` without deletions."""
+    newest = latest(records, sequence)
+    return newest[newest["head"]["id"] > 0]
+
+
 def find(txn: lmdb.Transaction[memoryview], heads: Any, keys: NDArray[np.uint8], sequence: int) -> NDArray[np.void]:
     """Return the head that each of ``[n, 32]`` keys has at ``sequence``, ``[n]``; zeros where it has none."""
     keys = np.ascontiguousarray(keys)

@@ -135,6 +135,10 @@ class State:
     def changed(self, **fields: int) -> State:
         return replace(self, **fields)
 
+    def added(self, entries: int, tokens: int, nbytes: int) -> State:
+        more = {"entries": self.entries + entries, "tokens": self.tokens + tokens, "nbytes": self.nbytes + nbytes}
+        return replace(self, **more)
+
 
 def bits(names: Sequence[str] | Mapping[str, object]) -> int:
     """Return the ``columns`` of an entry that has these arrays."""
@@ -172,3 +176,9 @@ class Shapes:
     def nbytes(self, tokens: int, columns: int) -> int:
         """Return the bytes of an entry's arrays, without header and padding."""
         return sum(tokens * self.row_bytes[name] for i, name in enumerate(COLUMNS) if columns >> i & 1)
+
+    def count(self, records: NDArray[np.void]) -> tuple[int, int]:
+        """Return the tokens of these records, and the bytes of their arrays."""
+        tokens, columns = records["head"]["tokens"].astype(np.int64), records["head"]["columns"]
+        nbytes = sum(self.nbytes(int(tokens[columns == kind].sum()), kind) for kind in np.unique(columns).tolist())
+        return int(tokens.sum()), nbytes

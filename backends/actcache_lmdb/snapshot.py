@@ -18,7 +18,7 @@ from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.format.ragged import cuts, offsets_of
 from actcache.io.workers import CHUNK_BYTES, Workers
 from actcache_lmdb.environment import Environment
-from actcache_lmdb.lookup import HeadIndex, find, latest, scan
+from actcache_lmdb.lookup import HeadIndex, find, live, scan
 from actcache_lmdb.record import (
     COLUMNS,
     ENTRY_MAGIC,
@@ -209,8 +209,7 @@ class LMDBSnapshot(Snapshot):
         """Yield the records of all live entries, a step at a time, in the order of their keys."""
         with self._reading() as txn:
             for records in scan(txn, self._environment.dbs["heads"]):
-                newest = latest(records, self._state.sequence)
-                yield newest[newest["head"]["id"] > 0]
+                yield live(records, self._state.sequence)
 
     def keys(self) -> NDArray[np.uint8]:
         with self._lock:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -58,6 +59,9 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.prefix)
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {name: getattr(self, name) for name in _ARRAYS}
 
     def find(
         self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8], alive: NDArray[np.bool_] | None = None
@@ -131,7 +135,7 @@ class Table:
         for table in tables:
             kept = np.array([segment.name in keep for segment in table.segments], bool)
             which = kept[table.segment] if not kept.all() else slice(None)
-            arrays = {name: getattr(table, name)[which] for name in _ARRAYS}
+            arrays = {name: array[which] for name, array in table._arrays().items()}
             arrays["segment"] = arrays["segment"] + np.uint32(first)
             parts.append(cls(table.segments, table.origins, **arrays))
             first += len(table.segments)
@@ -139,7 +143,7 @@ class Table:
 
     def _without_strangers(self, keep: frozenset[str]) -> Table:
         """Drop the descriptions of segments that have no entries any more, and origins of none."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = self._arrays()
         kept = [number for number, segment in enumerate(self.segments) if segment.name in keep]
         named = np.unique(self.origin)
         if len(kept) == len(self.segments) and len(named) == len(self.origins):
@@ -178,7 +182,7 @@ class Table:
 
     def write(self, path: Path) -> None:
         """Write the table as an index file of format version 1."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = self._arrays()
         texts = {"segments": dumps(list(self.segments)), "origins": json.dumps(self.origins, separators=(",", ":"))}
         checksum = _checksum(texts, arrays)
         safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": checksum})

@@ -45,18 +45,9 @@ _SLOWEST = 100_000  # bytes a second; a transfer that is slower is given up
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile=..., key= and secret=, or anon=True"
 #: Failures to find credentials or to make sense of the configuration.
 _UNCONFIGURED = (
-    boto.NoCredentialsError,
-    boto.PartialCredentialsError,
-    boto.CredentialRetrievalError,
-    boto.ProfileNotFound,
-    boto.ParamValidationError,
-    boto.InvalidConfigError,
-    boto.ConfigParseError,
-    boto.ConfigNotFound,
-    boto.UnauthorizedSSOTokenError,
-    boto.SSOTokenLoadError,
-    boto.InvalidRegionError,
-    boto.NoRegionError,
+    *(boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.ProfileNotFound),
+    *(boto.ParamValidationError, boto.InvalidConfigError, boto.ConfigParseError, boto.ConfigNotFound),
+    *(boto.UnauthorizedSSOTokenError, boto.SSOTokenLoadError, boto.InvalidRegionError, boto.NoRegionError),
 )
 
 
@@ -162,42 +153,23 @@ class S3Client(Client):
         return self._do("list", prefix, ask, 1 << 30)
 
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
-        async def ask(s3: Any) -> None:
-            condition = {"IfNoneMatch": "*"} if create else {}
-            body = data if isinstance(data, bytes) else bytes(data)
-            await s3.put_object(**self._object(key), Body=body, Metadata={_TOKEN: token}, **condition)
-
-        self._do("write", key, ask, len(data), writing=True)
+        self._write(key, "put_object", len(data), Body=_bytes(data), Metadata={_TOKEN: token}, **_condition(create))
 
     def begin(self, key: str, token: str) -> str:
-        async def ask(s3: Any) -> str:
-            return str((await s3.create_multipart_upload(**self._object(key), Metadata={_TOKEN: token}))["UploadId"])
-
-        return self._do("write", key, ask, writing=True)
+        return str(self._write(key, "create_multipart_upload", Metadata={_TOKEN: token})["UploadId"])
 
     def part(self, key: str, upload: str, number: int, data: Data) -> str:
-        async def ask(s3: Any) -> str:
-            where = {**self._object(key), "UploadId": upload, "PartNumber": number}
-            body = data if isinstance(data, bytes) else bytes(data)
-            return str((await s3.upload_part(**where, Body=body))["ETag"])
-
-        return self._do("write", key, ask, len(data), writing=True)
+        which: dict[str, Any] = {"UploadId": upload, "PartNumber": number}
+        return str(self._write(key, "upload_part", len(data), Body=_bytes(data), **which)["ETag"])
 
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
-        async def ask(s3: Any) -> None:
-            condition = {"IfNoneMatch": "*"} if create else {}
-            parts = [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(etags, 1)]
-            where = {**self._object(key), "UploadId": upload}
-            await s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts}, **condition)
-
+        parts = {"Parts": [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(etags, 1)]}
+        options: dict[str, Any] = {"UploadId": upload, "MultipartUpload": parts, **_condition(create)}
         # Stores put the parts together before they answer, and some send blanks meanwhile.
-        self._do("write", key, ask, 1 << 28, writing=True)
+        self._write(key, "complete_multipart_upload", 1 << 28, **options)
 
     def abort(self, key: str, upload: str) -> None:
-        async def ask(s3: Any) -> None:
-            await s3.abort_multipart_upload(**self._object(key), UploadId=upload)
-
-        self._do("abort the upload of", key, ask, writing=True)
+        self._write(key, "abort_multipart_upload", verb="abort the upload of", UploadId=upload)
 
     def uploads(self) -> list[Upload]:
         async def ask(s3: Any) -> list[Upload]:
@@ -223,10 +195,7 @@ class S3Client(Client):
         self._do("copy", key, ask, 1 << 30, writing=True)
 
     def remove(self, key: str) -> None:
-        async def ask(s3: Any) -> None:
-            await s3.delete_object(**self._object(key))
-
-        self._do("remove", key, ask, writing=True)
+        self._write(key, "delete_object", verb="remove")
 
     def abandon(self) -> None:
         leave_to_parent(self.fs, self._loop)
@@ -241,6 +210,14 @@ class S3Client(Client):
 
     def _object(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _write(self, key: str, operation: str, nbytes: int = 0, *, verb: str = "write", **options: Any) -> Any:
+        """Call an operation of S3 that changes an object; return what it answers."""
+
+        async def ask(s3: Any) -> Any:
+            return await getattr(s3, operation)(**self._object(key), **options)
+
+        return self._do(verb, key, ask, nbytes, writing=True)
 
     def _do(
         self, verb: str, key: str, ask: Callable[[Any], Awaitable[T]], nbytes: int = 0, *, writing: bool = False
@@ -282,6 +259,14 @@ class S3Client(Client):
         code, message = str(said.get("Code", "")), str(said.get("Message", ""))
         bucket = f"{self._bucket} at {self.fs.endpoint_url or 'the configured endpoint'}"
         return failure(_status(error), code, message, what, bucket, writing=writing)
+
+
+def _bytes(data: Data) -> bytes:
+    return data if isinstance(data, bytes) else bytes(data)
+
+
+def _condition(create: bool) -> dict[str, str]:
+    return {"IfNoneMatch": "*"} if create else {}
 
 
 def _status(error: boto.ClientError) -> int:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from actcache.backend import BytesDone
 from actcache.errors import FormatError
-from actcache.format.ragged import cuts, offsets_of
+from actcache.format.ragged import runs
 from actcache.io.files import FileOperations, Files
 from actcache_lmdb.environment import Environment, create_databases, page_of
 from actcache_lmdb.failures import translated
@@ -232,7 +232,7 @@ class Filling:
     def _steps(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
         row_bytes = max(self._shapes.row_bytes.values())
         nbytes = records["head"]["tokens"].astype(np.int64) * row_bytes + self._environment.page_size
-        return [step for step in np.split(records, cuts(offsets_of(nbytes), _STEP_BYTES)) if len(step)]
+        return [records[run] for run in runs(nbytes, _STEP_BYTES)]
 
     def _copy(self, txn: Txn, records: NDArray[np.void], *, needed: bool) -> None:
         source, databases = self._environment.dbs["entries"], self._build.databases

@@ -28,7 +28,6 @@ FORMAT_VERSION = 1
 PAGE_HEADER = 16  # bytes that LMDB puts before a value that has pages of its own
 HEADER_BYTES = 112  # of an entry, so that rows begin 128 bytes into their page
 ROWS_AT = PAGE_HEADER + HEADER_BYTES
-EXTRA_AT = PAGE_HEADER + 72  # a header's ``extra``
 OVERFLOW = 0x04  # LMDB's flag of such pages
 ENTRY_MAGIC = 0x45544341  # "ACTE"
 

@@ -15,22 +15,15 @@ from numpy.typing import NDArray
 
 from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError, StoreError
-from actcache.format.ragged import cuts, offsets_of
+from actcache.format.ragged import offsets_of, runs
 from actcache.io.workers import CHUNK_BYTES, Workers
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.lookup import HeadIndex, find, live, scan
-from actcache_lmdb.record import (
-    COLUMNS,
-    ENTRY_MAGIC,
-    EXTRA_AT,
-    FORMAT_VERSION,
-    OVERFLOW,
-    Shapes,
-    State,
-)
+from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
 from actcache_lmdb.shared_environments import release, retain
 
 _MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each
+_EXTRA_WORD = (PAGE_HEADER + dict(HEADER.fields or {})["extra"][1]) // 8  # of an entry's pages
 _BITS = 8  # of ``EntryLocations.row``, below the entry's number: its columns
 _SLICE_BYTES = 64 << 10  # longer entries are copied one by one, shorter ones in one native call a chunk
 _LEAST_UNIT = 64  # bytes that such a call moves at a time
@@ -107,7 +100,7 @@ class LMDBSnapshot(Snapshot):
         if len(which):
             with self._memory(located[which]) as (memory, pages):
                 words = memory[: len(memory) & ~7].view("<u8")
-                sums[which] = words[(pages * self._environment.page_size + EXTRA_AT) // 8]
+                sums[which] = words[pages * (self._environment.page_size // 8) + _EXTRA_WORD]
         return sums
 
     # --- rows --------------------------------------------------------------------------------------------------------
@@ -186,8 +179,8 @@ class LMDBSnapshot(Snapshot):
                 begins = first * self._environment.page_size + places
                 copies.append(copier(memory, begins, located.tokens, buffer, width))
             row_bytes = max(buffer.strides[0] for buffer in out.values())
-            bounds = cuts(offsets_of(located.tokens, width) * row_bytes, CHUNK_BYTES)
-            self._workers.run_chunks([*copies, done], bounds.tolist())
+            sizes = (located.tokens if width is None else np.full(count, width)) * row_bytes
+            self._workers.run_chunks([*copies, done], runs(sizes, CHUNK_BYTES))
 
     def read_ahead(self, located: EntryLocations) -> None:
         if not hasattr(os, "posix_fadvise"):

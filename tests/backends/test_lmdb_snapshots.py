@@ -135,7 +135,9 @@ def test_two_stores_of_one_process_share_the_environment(url, tmp_path):
     first, second = actcache.open(url), actcache.open(f"lmdb:{tmp_path}/../{tmp_path.name}/store")
     one, two = first.space(recipe()), second.space(recipe())
     reading = actcache.open(str(tmp_path / "store"), "r").space(recipe())
-    assert one._driver._wrapped._environment is two._driver._wrapped._environment is reading._driver._wrapped._environment
+    assert (
+        one._driver._wrapped._environment is two._driver._wrapped._environment is reading._driver._wrapped._environment
+    )
     put(one, range(5))
     one.flush()
     put(two, range(5, 10))

@@ -322,8 +322,8 @@ def test_what_is_in_use_is_not_evicted(tmp_path, place, space, remote, monkeypat
     # As long as the first one lives, in another process too.
     code = """
 import sys, actcache
-from actcache.reading.leases import in_use
-from actcache.reading.localcache import LocalCache
+from actcache.reader.caches.local_folder import in_use
+from actcache.reader.caches.local_cache import LocalCache
 from tests.support import *
 space = actcache.open(sys.argv[1], "r").space(recipe())
 cache = LocalCache(space, sys.argv[2], 600_000)
@@ -360,7 +360,7 @@ from tests.reader.remote import Remote, check, reading
 space = actcache.open(sys.argv[1], "r").space(recipe())
 remote = Remote(space)
 from pathlib import Path
-from actcache.reading import localentries
+from actcache.reader.caches import local_entries as localentries
 localentries._SEGMENT_BYTES = 1500
 """
 

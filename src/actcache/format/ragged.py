@@ -6,6 +6,7 @@ The one schema that every backend stores (docs/format.md). All arrays of ``colum
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class Block:
         return arrays | {name: column for name, column in self.columns.items() if name != VALUES}
 
 
-def offsets_of(lengths: NDArray[np.int64], width: int | None = None) -> NDArray[np.int64]:
+def offsets_of(lengths: NDArray[np.integer[Any]], width: int | None = None) -> NDArray[np.int64]:
     """Return ``[n + 1]`` offsets from ``[n]`` lengths; with ``width``, of entries that are padded to so many."""
     if width is not None:
         return np.arange(len(lengths) + 1, dtype=np.int64) * width
@@ -138,14 +139,18 @@ def offsets_of(lengths: NDArray[np.int64], width: int | None = None) -> NDArray[
     return offsets
 
 
-def cuts(offsets: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Return where to cut entries into runs of about ``size``, ``[m + 1]``: from 0 to n, no run empty.
+def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
+    """Return runs of neighbouring items whose sizes add up to about ``most``, each of one item or more; together all.
+
+    A run ends with the item that reaches the next multiple of ``most``: work is cut into parts of like size by it.
 
     Args:
-        offsets: ``[n + 1]`` where each entry begins, in what ``size`` counts (rows, bytes).
+        sizes: ``[n]``, of each item, 0 or more (bytes, say).
+        most: 1 or more.
     """
-    wanted = np.searchsorted(offsets, np.arange(0, int(offsets[-1]), size))
-    return np.unique(np.r_[0, wanted, len(offsets) - 1])
+    starts = offsets_of(sizes)
+    cuts = np.unique(np.r_[0, np.searchsorted(starts, np.arange(0, starts[-1], most)), len(sizes)])
+    return itertools.starmap(slice, itertools.pairwise(cuts.tolist()))
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:

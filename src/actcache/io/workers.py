@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 CHUNK_BYTES = 1 << 20
@@ -59,18 +59,19 @@ class Workers:
         for future in futures:
             future.result()
 
-    def run_chunks(self, steps: Sequence[Callable[[int, int], None]], bounds: Sequence[int]) -> None:
-        """Call all ``steps``, one after another, with each two neighbours of ``bounds``, as ``run`` calls its jobs.
+    def run_chunks(self, steps: Sequence[Callable[[int, int], None]], chunks: Iterable[slice]) -> None:
+        """Call all ``steps``, one after another, with the bounds of each chunk, as ``run`` calls its jobs.
 
-        Where a step reads rows and the next one checks them, ``bounds`` about ``CHUNK_BYTES`` apart have it find them
-        in the processor's cache (docs/decisions/0002).
+        Where one step reads rows and the next one checks them, in chunks of about ``CHUNK_BYTES`` it finds them in the
+        processor's cache (docs/decisions/0002).
         """
+        bounds = [(chunk.start, chunk.stop) for chunk in chunks]
 
         def job(number: int) -> None:
             for step in steps:
-                step(bounds[number], bounds[number + 1])
+                step(*bounds[number])
 
-        self.run(job, len(bounds) - 1)
+        self.run(job, len(bounds))
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -9,7 +9,6 @@ that still have them in a snapshot; a reader that comes later yet finds them gon
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Columns, Compaction, EntryLocations
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import Origins, Pieces, cuts, offsets_of
+from actcache.format.ragged import Origins, Pieces, offsets_of, runs
 from actcache.io.workers import Workers
 from actcache.segments.catalog import Catalog
 from actcache.segments.index import Table
@@ -194,9 +193,9 @@ class Merger:
 
     def _pieces(self, snapshot: SegmentedSnapshot, located: EntryLocations) -> Iterator[NDArray[np.generic]]:
         dtype, trailing = self._columns[VALUES]
-        starts = offsets_of(located.tokens) * np.dtype(dtype).itemsize * int(np.prod(trailing))
-        for first, last in itertools.pairwise(cuts(starts, _PIECE_BYTES).tolist()):
-            rows = self._rows(snapshot, located[first:last], VALUES)
+        sizes = located.tokens * np.dtype(dtype).itemsize * int(np.prod(trailing))
+        for run in runs(sizes, _PIECE_BYTES):
+            rows = self._rows(snapshot, located[run], VALUES)
             yield rows
             self._moved(rows.nbytes)
 
@@ -314,7 +313,7 @@ def remove_dead(catalog: Catalog, grace: float) -> tuple[int, int]:
             numbers = snapshot.locate(keys).segment
             newer = [catalog.segment_name(served[n].name) for n in np.unique(numbers[numbers >= 0]).tolist()]
             deleters = [
-                tombstones.path(n) for n, deleted in tombstones.items() if not deleted.keys().isdisjoint(origins)
+                tombstones.path(n) for n, deleted in tombstones.known.items() if not deleted.keys().isdisjoint(origins)
             ]
             if min(map(age, (*newer, *deleters)), default=-1.0) >= grace:
                 yield segment
@@ -333,7 +332,7 @@ def join_tombstones(catalog: Catalog, grace: float) -> None:
     if catalog.damaged:  # one that comes back from a copy brings its deleted entries with it
         return
     tombstones, age = catalog.tombstones, _ages(catalog.place)
-    old = [name for name in tombstones if age(tombstones.path(name)) >= max(grace, 2 * SECONDS)]
+    old = [name for name in tombstones.known if age(tombstones.path(name)) >= max(grace, 2 * SECONDS)]
     deleted = tombstones.deleted(old)
     needed = catalog.still_there(deleted)
     if not old or (len(old) == 1 and needed == deleted):

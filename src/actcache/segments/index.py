@@ -130,40 +130,22 @@ class Table:
     @classmethod
     def merged(cls, tables: Sequence[Table], keep: frozenset[str]) -> Table:
         """Join tables, leaving out segments whose names are not in ``keep``."""
-        segments = [segment for table in tables for segment in table.segments]
-        parts, first = [], 0
+        segments: list[Segment] = []
+        parts = []
         for table in tables:
             kept = np.array([segment.name in keep for segment in table.segments], bool)
             which = kept[table.segment] if not kept.all() else slice(None)
             arrays = {name: array[which] for name, array in table._arrays().items()}
-            arrays["segment"] = arrays["segment"] + np.uint32(first)
+            arrays["segment"] = (len(segments) + np.cumsum(kept) - 1).astype(np.uint32)[arrays["segment"]]
             parts.append(cls(table.segments, table.origins, **arrays))
-            first += len(table.segments)
-        return cls._sorted(tuple(segments), parts)._without_strangers(keep)
-
-    def _without_strangers(self, keep: frozenset[str]) -> Table:
-        """Drop the descriptions of segments that have no entries any more, and origins of none."""
-        arrays = self._arrays()
-        kept = [number for number, segment in enumerate(self.segments) if segment.name in keep]
-        named = np.unique(self.origin)
-        if len(kept) == len(self.segments) and len(named) == len(self.origins):
-            return self
-        for name, numbers, count in (
-            ("segment", kept, len(self.segments)),
-            ("origin", named.tolist(), len(self.origins)),
-        ):
-            renumber = np.zeros(count, np.uint32)
-            renumber[numbers] = np.arange(len(numbers), dtype=np.uint32)
-            arrays[name] = renumber[arrays[name]]
-        return Table(
-            tuple(self.segments[number] for number in kept),
-            tuple(self.origins[number] for number in named.tolist()),
-            **arrays,
-        )
+            segments += [segment for segment in table.segments if segment.name in keep]
+        return cls._sorted(tuple(segments), parts)
 
     @classmethod
     def _sorted(cls, segments: tuple[Segment, ...], parts: Sequence[Table]) -> Table:
-        origins = tuple(sorted({origin for part in parts for origin in part.origins}))  # names sort by their sequence
+        """Join parts whose ``segment`` counts in ``segments``. Names sort by their sequence, so do those of origins."""
+        named = [np.flatnonzero(np.bincount(part.origin)).tolist() for part in parts]
+        origins = sorted({part.origins[n] for part, some in zip(parts, named, strict=True) for n in some})
         numbers = {origin: number for number, origin in enumerate(origins)}
 
         def joined(name: str) -> NDArray[np.generic]:
@@ -171,14 +153,15 @@ class Table:
             return np.concatenate([np.empty((0, *trailing), dtype), *(getattr(part, name) for part in parts)])
 
         arrays = {name: joined(name) for name in _ARRAYS if name != "origin"}
-        renumbered = [np.array([numbers[origin] for origin in part.origins], np.uint32)[part.origin] for part in parts]
+        renumber = ([numbers.get(origin, 0) for origin in part.origins] for part in parts)
+        renumbered = [np.array(new, np.uint32)[part.origin] for new, part in zip(renumber, parts, strict=True)]
         arrays["origin"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
         # Later origins first, and of equal ones the segment of the last name.
         ranks = np.empty(len(segments), np.int64)
         ranks[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
         order = np.lexsort((-ranks[arrays["segment"].astype(np.int64)], -arrays["origin"].astype(np.int64)))
         order = order[np.argsort(arrays["prefix"][order], kind="stable")]
-        return cls(segments, origins, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
+        return cls(segments, tuple(origins), **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
 
     def write(self, path: Path) -> None:
         """Write the table as an index file of format version 1."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
-from actcache.format.ragged import cuts, offsets_of
+from actcache.format.ragged import runs
 from actcache.io.workers import CHUNK_BYTES, Workers
 from actcache.segments.index import Table
 from actcache.segments.rows import RowPlan, RowSource
@@ -144,8 +144,8 @@ class SegmentedSnapshot(Snapshot):
         plans = ((RowPlan(name, segment, row, located.tokens), buffer) for name, buffer in out.items())
         reads = [self._rows.prepare(plan, buffer, width) for plan, buffer in plans]
         row_bytes = max(buffer.strides[0] for buffer in out.values())
-        bounds = cuts(offsets_of(located.tokens, width) * row_bytes, CHUNK_BYTES)
-        self._workers.run_chunks([*reads, done], bounds.tolist())
+        sizes = (located.tokens if width is None else np.full(count, width)) * row_bytes
+        self._workers.run_chunks([*reads, done], runs(sizes, CHUNK_BYTES))
 
     def read_ahead(self, located: EntryLocations) -> None:
         found = located[located.found]

@@ -230,13 +230,7 @@ def open_engine(engine: SpaceEngine, root: Path, *, mode: str, create: bool, opt
         opened = engine.open(root / "spaces" / fingerprint, columns, writable=writable, options=options)
         return StandingSpace(opened, standing)
 
-    return PlacedStore(
-        standing,
-        marked,
-        open_space,
-        mode=mode,
-        locks=engine.locks,
-    )
+    return PlacedStore(standing, marked, open_space, mode=mode, locks=engine.locks)
 
 
 def check_folder(root: Path) -> None:

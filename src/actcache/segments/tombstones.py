@@ -6,7 +6,7 @@ Like the entries, they have a checksum: a flipped digit would serve what was del
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import xxhash
 
@@ -19,25 +19,17 @@ _MOST_ENTRIES = 1 << 32
 _SUFFIX = ".json"
 
 
-class Tombstones(Mapping[str, dict[str, list[int]]]):
-    """The tombstones of a space, as of the last ``refresh``: name -> segment of origin -> numbers of entries.
+class Tombstones:
+    """The tombstones of a space. Not thread-safe.
 
-    Not thread-safe.
+    Attributes:
+        known: those of the last ``refresh``, name -> segment of origin -> numbers of entries.
     """
 
     def __init__(self, place: Place, folder: str) -> None:
         self._place = place
         self._folder = f"{folder}/tombstones"
-        self._known: dict[str, dict[str, list[int]]] = {}
-
-    def __getitem__(self, name: str) -> dict[str, list[int]]:
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
+        self.known: dict[str, dict[str, list[int]]] = {}
 
     def path(self, name: str) -> str:
         """Return the name of a tombstone's file at the place."""
@@ -49,7 +41,7 @@ class Tombstones(Mapping[str, dict[str, list[int]]]):
         Raises:
             FormatError: one is damaged.
         """
-        before = set(self._known)
+        before = set(self.known)
 
         def look() -> tuple[dict[str, dict[str, list[int]] | None], bool]:
             nonlocal before
@@ -59,13 +51,13 @@ class Tombstones(Mapping[str, dict[str, list[int]]]):
             before = set(found)
             return found, whole
 
-        self._known = {name: deleted for name, deleted in steady(look).items() if deleted is not None}
+        self.known = {name: deleted for name, deleted in steady(look).items() if deleted is not None}
 
     def deleted(self, names: Iterable[str] | None = None) -> dict[str, set[int]]:
         """Return what these tombstones (all of them) have deleted, by origin: segment -> numbers of entries."""
         dead: dict[str, set[int]] = {}
-        for name in self if names is None else names:
-            for origin, entries in self[name].items():
+        for name in self.known if names is None else names:
+            for origin, entries in self.known[name].items():
                 dead.setdefault(origin, set()).update(entries)
         return dead
 
@@ -76,8 +68,8 @@ class Tombstones(Mapping[str, dict[str, list[int]]]):
         self._place.publish_bytes(self.path(name), data, replace=True)
 
     def _read(self, name: str) -> dict[str, list[int]] | None:
-        if name in self._known:
-            return self._known[name]
+        if name in self.known:
+            return self.known[name]
         data = self._place.read(self.path(name))
         try:
             return None if data is None else loads(data)

@@ -44,18 +44,12 @@ class Head:
 
     size: int
     age: float  # seconds since it was written, by the server's clock
-    token: str | None  # what ``put`` or ``begin`` was given; None where the store keeps none
-
-
-@dataclass(frozen=True)
-class Listed:
-    size: int
-    age: float
+    token: str | None = None  # what ``put`` or ``begin`` was given; None where the store keeps or lists none
 
 
 @dataclass(frozen=True)
 class Listing:
-    files: Mapping[str, Listed]  # key -> size and age
+    files: Mapping[str, Head]  # by key
     folders: frozenset[str]  # keys with a slash at the end
 
 
@@ -73,7 +67,7 @@ class Client(ABC):
 
     Raises (every method):
         TransientError: the request may be repeated.
-        AbsentError: there is no such object; listing never raises it.
+        ObjectNotFoundError: there is no such object; listing never raises it.
         StoreNotFoundError: there is no such bucket.
         ReadOnlyError, OutOfSpaceError, StorageIOError: repeating it does not help; the message says what does.
 

@@ -50,11 +50,7 @@ class Ranges:
 
 
 def coalesce(
-    segments: NDArray[np.int64],
-    begins: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    gap: int = _GAP,
-    most: int = _MOST,
+    segments: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64], gap: int = _GAP, most: int = _MOST
 ) -> Ranges:
     """Join what lies close together in one segment. Purely.
 

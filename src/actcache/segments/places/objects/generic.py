@@ -25,7 +25,6 @@ from actcache.segments.places.objects.client import (
     Client,
     Data,
     Head,
-    Listed,
     Listing,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -72,10 +71,10 @@ class FsspecClient(Client):
             info = self._fs.info(self._path(key))
             if info["type"] != "file":
                 raise FileNotFoundError(key)
-            return Head(int(info["size"]), _age(info), None)
+            return Head(int(info["size"]), _age(info))
 
     def listing(self, prefix: str, *, recursive: bool) -> Listing:
-        files: dict[str, Listed] = {}
+        files: dict[str, Head] = {}
         folders: set[str] = set()
         pending = [prefix]
         while pending:
@@ -90,7 +89,7 @@ class FsspecClient(Client):
                 if info["type"] == "directory":
                     (pending.append if recursive else folders.add)(f"{key}/")
                 elif f"{key}/" != folder and key.startswith(prefix):
-                    files[key] = Listed(int(info["size"]), _age(info))
+                    files[key] = Head(int(info["size"]), _age(info))
         return Listing(files, frozenset(folders))
 
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:

@@ -25,7 +25,7 @@ from actcache.errors import OutOfSpaceError, StoreError
 from actcache.io.files import translated
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.blocks import Blocks, ObjectSegment
-from actcache.segments.places.objects.client import Listed, ObjectExistsError, ObjectNotFoundError
+from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError
 from actcache.segments.places.objects.fetched_rows import FetchedRows
 from actcache.segments.places.objects.session import ProcessLock, Session
 from actcache.segments.places.objects.transfers import download, upload, upload_bytes
@@ -275,7 +275,7 @@ class ObjectPlace(Place):
     def _uncommitted(self, older_than: float) -> list[str]:
         """Return old objects of segments that have no commit object."""
         files = self._session.client().listing("", recursive=True).files
-        segments: dict[str, dict[str, Listed]] = {}
+        segments: dict[str, dict[str, Head]] = {}
         for key, listed in files.items():
             parts = key.split("/")
             for depth, part in enumerate(parts[:-1], 1):

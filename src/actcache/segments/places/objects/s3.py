@@ -26,7 +26,6 @@ from actcache.segments.places.objects.client import (
     Client,
     Data,
     Head,
-    Listed,
     Listing,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -136,7 +135,7 @@ class S3Client(Client):
 
     def listing(self, prefix: str, *, recursive: bool) -> Listing:
         async def ask(s3: Any) -> Listing:
-            files: dict[str, Listed] = {}
+            files: dict[str, Head] = {}
             folders: set[str] = set()
             options: dict[str, Any] = {"MaxKeys": _PAGE} | ({} if recursive else {"Delimiter": "/"})
             while True:
@@ -144,7 +143,7 @@ class S3Client(Client):
                 now = _now(page)
                 for found in page.get("Contents", ()):
                     age = _seconds(found["LastModified"], now)
-                    files[found["Key"].removeprefix(self._prefix)] = Listed(int(found["Size"]), age)
+                    files[found["Key"].removeprefix(self._prefix)] = Head(int(found["Size"]), age)
                 folders.update(f["Prefix"].removeprefix(self._prefix) for f in page.get("CommonPrefixes", ()))
                 if not page.get("IsTruncated"):
                     return Listing(files, frozenset(folders))

@@ -17,13 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from actcache.errors import ClosedError, StorageIOError
-from actcache.segments.places.objects.client import (
-    Client,
-    Data,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    TransientError,
-)
+from actcache.segments.places.objects.client import Client, Data, ObjectExistsError, ObjectNotFoundError, TransientError
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from actcache_lmdb import datafile
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.failures import translated
 from actcache_lmdb.generations import Filling, Generations
-from actcache_lmdb.record import Shapes, State
+from actcache_lmdb.record import Shapes
 from actcache_lmdb.shared_environments import acquire, release, retain
 from actcache_lmdb.snapshot import EmptySnapshot, LMDBSnapshot
 from actcache_lmdb.writing import Blocks, Writing
@@ -153,7 +153,7 @@ class LMDBSpace(SpaceDriver):
         if self._damage:
             raise FormatError(self._damage)
         with environment.reading() as txn:
-            state = State.unpack(txn.get(State.KEY, db=environment.dbs["state"]), environment.data)
+            state = environment.state(txn)
         return LMDBSnapshot(environment, state, self._shapes, self._workers)
 
     def examine(self) -> dict[str, str]:
@@ -201,7 +201,7 @@ class LMDBSpace(SpaceDriver):
         page_size = environment.page_size
         with environment.reading() as txn:
             size = environment.check_size()
-            state = State.unpack(txn.get(State.KEY, db=environment.dbs["state"]), environment.data)
+            state = environment.state(txn)
             heads = txn.stat(environment.dbs["heads"])
         # About: an entry's last page is half empty.
         live = state.nbytes + state.entries * page_size * 3 // 4

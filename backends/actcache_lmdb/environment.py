@@ -275,6 +275,10 @@ class Environment:
         mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
         return np.frombuffer(mapped.toreadonly(), np.uint8)
 
+    def state(self, txn: lmdb.Transaction[memoryview]) -> State:
+        """Return the record of the space's state. Raises ``FormatError``, ``FormatVersionError``."""
+        return State.unpack(txn.get(State.KEY, db=self.dbs["state"]), self.data)
+
     def find_page(self, txn: lmdb.Transaction[memoryview], entry: int) -> int:
         """Return the number of an entry's first page as the B-tree has it, after ``memory``. Raises as that does."""
         return (address(self._value(txn, entry)) - PAGE_HEADER - self._base) // self.page_size

@@ -213,7 +213,7 @@ class Filling:
                 target.delete(int(record["head"]["id"]).to_bytes(8, "big"), db=databases["entries"])
         for step in self._steps(records[~np.isin(records["head"]["id"], done["head"]["id"])]):
             self._copy(txn, step, needed=True)
-        state = Writing(txn, self._environment.dbs, self._shapes, self._environment.data).state()
+        state = self._environment.state(txn)
         with env.begin(write=True, buffers=True) as target:
             writing = Writing(target, databases, self._shapes, self._environment.folder)
             # Older snapshots keep to the old generation, so nothing of theirs is needed here.

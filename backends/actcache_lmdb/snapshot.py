@@ -58,9 +58,7 @@ class LMDBSnapshot(Snapshot):
     def _reading(self) -> Iterator[lmdb.Transaction[memoryview]]:
         """A transaction in which all that this snapshot shows is still there."""
         with self._environment.reading() as txn:
-            data = txn.get(State.KEY, db=self._environment.dbs["state"])
-            horizon = State.unpack(data, self._environment.data).horizon
-            if horizon > self._state.sequence:
+            if self._environment.state(txn).horizon > self._state.sequence:
                 raise SegmentGoneError(f"{self._environment.folder}: what was replaced is gone; refresh the space")
             yield txn
 

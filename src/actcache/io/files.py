@@ -109,7 +109,7 @@ class Files:
         self.disk.sync_folder(folder.parent)
         self._durable.add(folder)
 
-    def publish(self, target: Path, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+    def publish(self, target: Path, write: Callable[[Path], object], *, replace: bool = False) -> bool:
         """Have ``write(path)`` write a file or folder, then give it its name.
 
         Returns:
@@ -143,7 +143,7 @@ class Files:
 
     def publish_bytes(self, target: Path, data: bytes, *, replace: bool) -> bool:
         """Publish a small file."""
-        return self.publish(target, lambda path: _write_bytes(path, data), replace=replace)
+        return self.publish(target, lambda path: path.write_bytes(data), replace=replace)
 
     def remove(self, path: Path) -> bool:
         """Remove a file or folder, durably and at once; return whether it was there."""
@@ -253,10 +253,6 @@ def failure(what: str, code: int, said: str) -> StoreError:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _discard(path: Path) -> None:

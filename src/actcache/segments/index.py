@@ -23,7 +23,7 @@ from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors
 from actcache.format.keys import split_keys
 from actcache.format.ragged import row_indices
-from actcache.segments.segment import Access, Segment, dumps, is_name
+from actcache.segments.segment import Access, Segment, is_name
 
 VERSION = "1"
 
@@ -166,7 +166,8 @@ class Table:
     def write(self, path: Path) -> None:
         """Write the table as an index file of format version 1."""
         arrays = self._arrays()
-        texts = {"segments": dumps(list(self.segments)), "origins": json.dumps(self.origins, separators=(",", ":"))}
+        described = {"segments": [segment.to_json() for segment in self.segments], "origins": self.origins}
+        texts = {name: json.dumps(value, separators=(",", ":")) for name, value in described.items()}
         checksum = _checksum(texts, arrays)
         safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": checksum})
 

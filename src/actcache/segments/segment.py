@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -236,8 +235,3 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
         parts = Path(extent.path).parts
         if extent.offset < 0 or min(extent.shape) < 0 or Path(extent.path).is_absolute() or ".." in parts:
             raise FormatError(f"{where} says that {name} lies outside of it")
-
-
-def dumps(segments: list[Segment]) -> str:
-    """Return the index's description of segments."""
-    return json.dumps([segment.to_json() for segment in segments], separators=(",", ":"))

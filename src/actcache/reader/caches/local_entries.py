@@ -80,7 +80,7 @@ class LocalEntries:
         # Before the request is made: what is added meanwhile is newer than what it will be taken for.
         get = self._pending.get
         pending = np.array([get(name, 0) for name in key_list(keys)], np.uint64) if self._pending else None
-        request = self._request(keys)
+        request = Request(lambda: self._snapshot, self._writer, self._seed, keys, self._ahead)
         found = request.checksums
         if pending is not None:
             found = np.where(found == 0, pending, found)
@@ -90,9 +90,6 @@ class LocalEntries:
         if len(self._bad):
             hits &= ~np.isin(request.located.segment, self._bad)
         return request, hits
-
-    def _request(self, keys: NDArray[np.uint8]) -> Request:
-        return Request(lambda: self._snapshot, self._writer, self._seed, keys, self._ahead)
 
     def read(self, request: Request, out: NDArray[Any], ids: Ids) -> list[int]:
         """Read all of a request's entries, packed or padded (see ``Space.read_into``); return which are corrupt.

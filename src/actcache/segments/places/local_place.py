@@ -96,7 +96,7 @@ class LocalPlace(Place):
             except FileNotFoundError:
                 return None
 
-    def publish(self, name: str, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+    def publish(self, name: str, write: Callable[[Path], object], *, replace: bool = False) -> bool:
         return self.files.publish(self.root / name, write, replace=replace)
 
     def publish_bytes(self, name: str, data: bytes, *, replace: bool) -> bool:

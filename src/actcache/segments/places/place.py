@@ -53,7 +53,7 @@ class Place(ABC):
         """Return a small file's bytes, None where there is none."""
 
     @abstractmethod
-    def publish(self, name: str, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+    def publish(self, name: str, write: Callable[[Path], object], *, replace: bool = False) -> bool:
         """Have ``write(path)`` write a local file or folder, then give it its name here, durably, all or nothing.
 
         Returns:

@@ -108,7 +108,7 @@ class ObjectPlace(Place):
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def publish(self, name: str, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+    def publish(self, name: str, write: Callable[[Path], object], *, replace: bool = False) -> bool:
         with self._temporary() as folder, translated(f"cannot write {self.where}/{name}"):
             path = folder / f"file{Path(name).suffix}"
             write(path)

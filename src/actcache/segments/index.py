@@ -144,7 +144,7 @@ class Table:
     @classmethod
     def _sorted(cls, segments: tuple[Segment, ...], parts: Sequence[Table]) -> Table:
         """Join parts whose ``segment`` counts in ``segments``. Names sort by their sequence, so do those of origins."""
-        named = [np.flatnonzero(np.bincount(part.origin)).tolist() for part in parts]
+        named = [np.unique(part.origin).tolist() for part in parts]
         origins = sorted({part.origins[n] for part, some in zip(parts, named, strict=True) for n in some})
         numbers = {origin: number for number, origin in enumerate(origins)}
 

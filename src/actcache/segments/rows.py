@@ -94,14 +94,14 @@ class MappedRows(RowSource):
         arena, firsts = self._columns.get(column, (None, _NONE))
         if arena is None or (len(numbers) and int(numbers.max()) >= len(firsts)) or bool((firsts[numbers] < 0).any()):
             with self._lock:
-                arena, firsts = self._map(column, np.unique(numbers))
+                arena, firsts = self._map(column, sorted(set(numbers.tolist())))
         return arena, firsts[numbers] + plan.starts
 
-    def _map(self, column: str, numbers: NDArray[np.int64]) -> tuple[Arena, NDArray[np.int64]]:
+    def _map(self, column: str, numbers: list[int]) -> tuple[Arena, NDArray[np.int64]]:
         arena, old = self._columns.get(column, (None, _NONE))
         firsts = np.full(len(self._segments), -1, np.int64)
         firsts[: len(old)] = old
-        for number in numbers.tolist():
+        for number in numbers:
             if firsts[number] < 0:
                 segment = self._segments[number]
                 extent = segment.extents[column]

@@ -16,7 +16,7 @@ import pytest
 import actcache
 from actcache.backend import SpaceDriver
 from actcache.errors import OutOfSpaceError, StorageIOError
-from actcache.segments.space import SegmentedSpace
+from actcache.segments.space_driver import SegmentedSpace
 from tests.support import HIDDEN, PYTHONPATH, ROOT, check, ids, key, make_store, put, recipe, rows, run
 
 HELD = dict.fromkeys(range(30), 0)
@@ -412,7 +412,7 @@ def test_an_interrupt_while_waiting_loses_and_doubles_nothing(root, monkeypatch)
     code = """
 import os, signal, sys, threading, time
 import actcache
-from actcache.storage.space import SegmentedSpace
+from actcache.segments.space_driver import SegmentedSpace
 from tests.support import *
 append = SegmentedSpace.append
 def slow(self, block):

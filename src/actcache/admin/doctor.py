@@ -19,7 +19,7 @@ from pathlib import Path
 from actcache.errors import ActcacheError, BackendError, MissingExtraError, StoreNotFoundError
 from actcache.io.files import FileOperations, is_local, mount_of
 from actcache.segments import registry
-from actcache.segments.places.local import local_path
+from actcache.segments.places.local_place import local_path
 from actcache.store.store import open_store
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?[^;]*(?:;\s*extra\s*==\s*[\"']([^\"']+)[\"'])?")

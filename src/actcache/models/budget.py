@@ -80,7 +80,7 @@ class ByteBudget:
     ) -> ByteBudget:
         """Return the budget of some spaces of a store, as ``du`` counts their bytes: what was replaced counts, too.
 
-        It holds where nobody compacts them meanwhile, nor merges small segments (``Space.merge_small_segments``).
+        It holds where nobody compacts them meanwhile, nor merges small segments (``Space.merge_tiers``).
 
         Args:
             limit: bytes, or a size like ``"8GiB"``.

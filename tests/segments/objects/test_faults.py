@@ -180,8 +180,8 @@ def test_a_large_write_that_fails_leaves_nothing(bucket, proxy):
 def test_what_a_killed_uploader_left_is_swept(bucket):
     code = """
 import sys, os, signal, json
-from actcache.storage.objects import ObjectPlace, place
-from actcache.storage.objects.s3 import S3Client
+from actcache.segments.places.objects import ObjectPlace, object_place as place
+from actcache.segments.places.objects.s3 import S3Client
 part, sent = S3Client.part, []
 def kill(self, key, upload, number, data):
     etag = part(self, key, upload, number, data)

@@ -103,7 +103,7 @@ def test_a_consumer_that_waits_is_woken_by_close():
 def test_an_interrupt_ends_the_wait():
     code = """
 import os, signal, threading, time
-from actcache.reading.prefetch import Prefetch
+from actcache.reader.prefetch import Prefetch
 def produce():
     time.sleep(30)
     yield 1
@@ -121,7 +121,7 @@ os._exit(0)
 
 def test_a_process_that_ends_in_the_middle_ends():
     code = """
-from actcache.reading.prefetch import Prefetch
+from actcache.reader.prefetch import Prefetch
 items = Prefetch(iter(range(10**9)), 4, lambda s, r: None)
 print(next(items))
 """

@@ -482,9 +482,9 @@ def test_a_failure_to_compute_ends_the_iteration(space):
         put(space, positions.tolist())
         failing.append(False)
 
-    supplier = MissComputer(lambda positions: np.array([length(n) for n in positions]), supply, space.flush)
+    miss_computer = MissComputer(lambda positions: np.array([length(n) for n in positions]), supply, space.flush)
     space.delete([key(4)])
-    reader = space.reader(KEYS, batch_size=3, on_missing="compute", supplier=supplier)
+    reader = space.reader(KEYS, batch_size=3, on_missing="compute", miss_computer=miss_computer)
     iterator = iter(reader)
     check(next(iterator))
     with pytest.raises(RuntimeError, match="memory"):
@@ -541,7 +541,7 @@ def test_a_buffer_comes_back_when_a_batch_fails(space):
             taken.pop()
 
     reader = space.reader(KEYS[:5], depth=0)
-    reader._to().slots = Counting(2)
+    reader._to_device().buffers = Counting(2)
     space.delete([KEYS[3]])
     with pytest.raises(MissingEntryError):
         next(iter(reader))

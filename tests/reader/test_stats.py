@@ -93,9 +93,9 @@ def test_metrics(space):
     reader = space.reader(KEYS, batch_size=10)
     list(reader)
     metrics = {metric.name: metric for metric in reader.stats().metrics()}
-    assert metrics["actcache.reader.reader.batches"].value == 3
-    assert metrics["actcache.reader.reader.io"].value == TOKENS * HIDDEN * 4
-    assert metrics["actcache.reader.reader.io"].unit == "By"
+    assert metrics["actcache.reader.batches"].value == 3
+    assert metrics["actcache.reader.io"].value == TOKENS * HIDDEN * 4
+    assert metrics["actcache.reader.io"].unit == "By"
     assert {metric.unit for name, metric in metrics.items() if name.endswith(".time")} == {"s"}
     counters = {metric.attribute for metric in metrics.values() if metric.kind == "counter"}
     assert counters == set(vars(ReaderStats())) - {"ready"}  # every count is exported, "ready" as queue.depth

@@ -252,6 +252,9 @@ def test_a_slow_refresh_does_not_hide_what_was_published_meanwhile(root, monkeyp
 
 def left():
     gc.collect()
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer) and thread.finished.is_set():  # called off: it ends in a moment
+            thread.join()
     return sorted(t.name for t in threading.enumerate()), sorted(os.listdir("/proc/self/fd"))
 
 

@@ -190,7 +190,7 @@ class TextBatches:
         return self._documents
 
     def _plan(self) -> list[NDArray[np.int64]]:
-        plan = self._order.plan(self._lengths, self._epoch)
+        plan = self._order.of_epoch(self._lengths, self._epoch)
         return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
 
     def _batches(self, plan: list[NDArray[np.int64]]) -> Iterator[Inputs]:

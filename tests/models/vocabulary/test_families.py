@@ -15,10 +15,10 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from actcache.errors import ModelError
 from actcache.models.vocabulary import load_pruned, prune
-from tests.models.vocabulary.families import CONFIGS, SIZE, USED, inputs, language_model, make
+from tests.models.vocabulary.families import FAMILIES, SIZE, USED, inputs, language_model, make
 
 CASES = [
-    *itertools.product(CONFIGS, ["language"]),
+    *itertools.product(FAMILIES, ["language"]),
     # Heads that look for the padding or the end of text, and one that does not.
     *itertools.product(["bert", "modernbert", "t5", "gpt2", "llama"], ["classification"]),
     *itertools.product(["roberta", "deberta-v2", "t5"], ["base"]),
@@ -94,7 +94,7 @@ def test_a_pruned_model_computes_the_same(family, head, tmp_path: Path):
     assert model.config.to_dict() == config
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_language_models_loss_is_over_the_kept_rows(family):
     model = make(language_model(family), family)
     batch = inputs(model)

@@ -15,7 +15,7 @@ import actcache
 from actcache import Recycler, Recyclers
 from actcache.errors import MissingEntryError, OutOfSpaceError
 from actcache.models.filling import Filler
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 from tests.entries.test_writer_clock import Hand, until
 from tests.support.tiny import save_tiny
 

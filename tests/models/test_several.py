@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 import actcache
 from actcache import Recycler, Recyclers
 from actcache.errors import LayerError, LowerHalfMismatchError, NonFiniteError, ReadOnlyError, UsageError
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 
 Make = Callable[..., PreTrainedModel]
 

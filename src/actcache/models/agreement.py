@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from actcache.errors import CanaryError, UsageError
 from actcache.models import canary
+from actcache.models.lower_half import LowerHalf, evaluating
 from actcache.models.matching import check_same_lower_half
-from actcache.models.record import LowerHalf, evaluating
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
 from actcache.store.document_entries import find_entries

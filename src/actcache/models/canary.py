@@ -1,8 +1,9 @@
 """Canaries: fixed documents whose rows are kept with a space, to tell whether a model computes the same numbers.
 
-Identity covers what has bytes (``actcache.models.state``). What has none only running can see: hooks, an adapter's
-scale, a number that a module's forward reads, kernels, libraries. So a recycler computes the canaries before it serves
-from a space or adds to it. They are four texts, and one long document of their tokens for what shows at a distance.
+Identity covers what has bytes (``actcache.models.lower_state``). What has none only running can see: hooks, an
+adapter's scale, a number that a module's forward reads, kernels, libraries. So a recycler computes the canaries before
+it serves from a space or adds to it. They are four texts, and one long document of their tokens for what shows at a
+distance.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import CanaryError, FormatError, NonFiniteError, UnsupportedModelError
 from actcache.models.distance import column_sizes, relative_error
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from actcache.errors import ModelError
-from actcache.models.partial import Whole
+from actcache.models.partial_vocabulary import Whole
 
 #: What a value comes down to: ``None``, truth values, numbers and texts stand for themselves.
 Leaf = torch.Tensor | Whole | None | bool | int | float | str

@@ -8,8 +8,8 @@ from actcache.errors import CanaryError, LowerHalfMismatchError
 from actcache.format.recipe import Recipe
 from actcache.models import canary
 from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.lower_half import LowerHalf, evaluating
 from actcache.models.provenance import setup_of
-from actcache.models.record import LowerHalf, evaluating
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.weights import lower_digest
 

@@ -24,9 +24,9 @@ from actcache.models.compute_on_miss import ComputeOnMiss
 from actcache.models.documents import check_texts, document_keys, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
-from actcache.models.partial import vocabulary_size
+from actcache.models.lower_half import LowerHalf
+from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.record import LowerHalf
 from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.reader.labels import of_entries

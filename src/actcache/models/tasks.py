@@ -18,8 +18,8 @@ from actcache.models import loading, replay, verification
 from actcache.models.agreement import Agreement
 from actcache.models.documents import listed
 from actcache.models.filling import Filler
+from actcache.models.lower_half import LowerHalf
 from actcache.models.matching import check_same_lower_half, check_same_numbers
-from actcache.models.record import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.training.regimes import (
     Prepared,

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from actcache.errors import ModelError
 from actcache.models.families import base_model_of, family_of
-from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.lower_half import LowerHalf, plan_batches
 from actcache.models.tokenizing import DocumentEncoder, check_max_length
 
 _ROUNDS = 3

@@ -27,8 +27,8 @@ from transformers.utils.hub import cached_file
 from actcache.format.recipe import canonical_json
 from actcache.models.families import Family
 from actcache.models.leaves import Leaf, leaves
-from actcache.models.partial import Whole
-from actcache.models.state import lower_state
+from actcache.models.lower_state import lower_state
+from actcache.models.partial_vocabulary import Whole
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
 _MEMO_VERSION = 3
@@ -43,8 +43,8 @@ def lower_digest(base_model: PreTrainedModel, family: Family, layer: int) -> str
 
     It covers the names (relative to the part or layer), dtypes, shapes and bytes of all that their forward can read:
     parameters and buffers, of modules that were added (adapters) too, packed and quantized weights, tensors that are
-    plain attributes, and what it reads beside the layers (rotary frequencies); see ``actcache.models.state``. Upper
-    layers, pooler and heads are not looked at. Of a model whose vocabulary was pruned, it is that of the whole
+    plain attributes, and what it reads beside the layers (rotary frequencies); see ``actcache.models.lower_state``.
+    Upper layers, pooler and heads are not looked at. Of a model whose vocabulary was pruned, it is that of the whole
     embedding matrix, with the rows that the model holds as they are now. The lower half is run once, for a few tokens.
     Hashes in as many threads as there are processors; not thread-safe beside other uses of the model.
 

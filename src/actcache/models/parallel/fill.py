@@ -21,11 +21,11 @@ from actcache.errors import ActcacheError, StorageIOError, StoreError, StoreNotF
 from actcache.format.keys import Document
 from actcache.models.documents import check_texts
 from actcache.models.filling import TOKEN_BUDGET, FillReport
+from actcache.models.lower_half import check_token_budget
 from actcache.models.parallel import worker
 from actcache.models.parallel.partitioner import Partitioner
 from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
 from actcache.models.progress import FillProgress
-from actcache.models.record import check_token_budget
 from actcache.models.recyclers import checked_layers
 from actcache.reader.checks import nbytes_of
 from actcache.segments.registry import resolve

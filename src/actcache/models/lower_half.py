@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from actcache.errors import ModelError, UsageError
 from actcache.format.arguments import is_whole
 from actcache.models.families import Family
-from actcache.models.partial import vocabulary_size
+from actcache.models.partial_vocabulary import vocabulary_size
 
 
 class _Reached(Exception):

@@ -21,8 +21,8 @@ from transformers.initialization import no_init_weights
 from actcache.errors import ModelError
 from actcache.format.recipe import canonical_json
 from actcache.models.families import Family
-from actcache.models.partial import kept_of, vocabulary_size, whole_state
-from actcache.models.record import LowerHalf, evaluating
+from actcache.models.lower_half import LowerHalf, evaluating
+from actcache.models.partial_vocabulary import kept_of, vocabulary_size, whole_state
 
 _PROBE_TOKENS = 8
 _ROUNDING = 2.0**-21  # four units in the last place of float32: what another processor's pow() differs by

@@ -22,7 +22,7 @@ from actcache import Recycler, Recyclers
 from actcache.backend import Block
 from actcache.errors import UsageError
 from actcache.models.budget import taken
-from actcache.models.recycler import load_pretrained
+from actcache.models.pretrained import load_pretrained
 from actcache.segments.space import SegmentedSpace
 from actcache.store.store import Store
 from tests.cli.running import cachectl

@@ -15,7 +15,8 @@ from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.format.keys import Windows
 from actcache.models.budget import RESERVE, taken
 from actcache.models.documents import document_keys, streamed
-from actcache.models.recycler import Recycler, load_pretrained
+from actcache.models.pretrained import load_pretrained
+from actcache.models.recycler import Recycler
 from actcache.models.recyclers import checked_layers
 from actcache.models.timing import measure
 from actcache.reader.checks import nbytes_of as size_of

@@ -38,18 +38,14 @@ class Agreement:
         *,
         enabled: bool = True,
     ) -> None:
-        self._space, self._encoder, self._lower = space, encoder, lower
-        self._provenance, self._enabled = provenance, enabled
+        self.space, self.encoder, self.lower = space, encoder, lower
+        self._provenance, self.enabled = provenance, enabled
         self._canaries: bytes | None = None  # the space's, where they agree
-
-    @property
-    def enabled(self) -> bool:
-        return self._enabled
 
     def when_opened(self) -> None:
         """Compare the canaries; raises ``CanaryError``."""
-        if self._enabled:
-            with evaluating(self._lower.base_model):
+        if self.enabled:
+            with evaluating(self.lower.base_model):
                 self._compare_canaries(create=False)
 
     def before_serving(self, documents: Sequence[bytes]) -> None:
@@ -59,9 +55,9 @@ class Agreement:
             LowerHalfMismatchError: the lower half was trained meanwhile.
             CanaryError: it computes other numbers.
         """
-        check_same_lower_half(self._lower.base_model, self._space.recipe)
-        if self._enabled:
-            with evaluating(self._lower.base_model):
+        check_same_lower_half(self.lower.base_model, self.space.recipe)
+        if self.enabled:
+            with evaluating(self.lower.base_model):
                 self._compare_canaries(create=False)
                 self.of_present(documents)
 
@@ -73,8 +69,8 @@ class Agreement:
             ModelError: the lower half is in train mode.
             UnsupportedModelError, NonFiniteError: its rows cannot be stored.
         """
-        check_same_lower_half(self._lower.base_model, self._space.recipe)
-        if self._enabled or self._space.blob(canary.BLOB_NAME) is None:
+        check_same_lower_half(self.lower.base_model, self.space.recipe)
+        if self.enabled or self.space.blob(canary.BLOB_NAME) is None:
             self._compare_canaries(create=True)
 
     def of_present(self, documents: Sequence[bytes]) -> None:
@@ -85,11 +81,11 @@ class Agreement:
         Raises:
             CanaryError: one comes out differently.
         """
-        if not self._enabled or not documents:
+        if not self.enabled or not documents:
             return
         some = random.Random().sample(documents, min(_SAMPLE, len(documents)))  # the caller's own state stays as it is
-        keys = [entries[0] for entries in find_entries(self._space, some, self._encoder.windows) if entries]
-        wrong = disagreeing(self._space, self._lower, self._encoder, keys)
+        keys = [entries[0] for entries in find_entries(self.space, some, self.encoder.windows) if entries]
+        wrong = disagreeing(self.space, self.lower, self.encoder, keys)
         if wrong:
             raise CanaryError(
                 f"{len(wrong)} of {len(keys)} stored documents that were computed again come out differently here, "
@@ -101,34 +97,34 @@ class Agreement:
         """Return the space's canaries, or, where it has none yet, those that this model makes."""
         if self._canaries is not None:
             return self._canaries
-        with evaluating(self._lower.base_model):
-            return canary.make(self._encoder, self._lower, self._provenance)
+        with evaluating(self.lower.base_model):
+            return canary.make(self.encoder, self.lower, self._provenance)
 
     def _compare_canaries(self, *, create: bool) -> None:
-        blob = self._canaries or self._space.blob(canary.BLOB_NAME)
-        if blob is None and len(self._space):
+        blob = self._canaries or self.space.blob(canary.BLOB_NAME)
+        if blob is None and len(self.space):
             self._compare_entries()
         if blob is None and create:
-            made = canary.make(self._encoder, self._lower, self._provenance)
-            if self._space.put_blob(canary.BLOB_NAME, made):
+            made = canary.make(self.encoder, self.lower, self._provenance)
+            if self.space.put_blob(canary.BLOB_NAME, made):
                 self._canaries = made
                 return
-            blob = self._space.blob(canary.BLOB_NAME)  # another process was first
+            blob = self.space.blob(canary.BLOB_NAME)  # another process was first
         if blob is not None:
-            canary.check(blob, self._encoder, self._lower, self._provenance)
+            canary.check(blob, self.encoder, self.lower, self._provenance)
             self._canaries = blob
 
     def _compare_entries(self) -> None:
         try:
-            report = verify_stored(self._space, self._lower, self._encoder, sample=_WITHOUT_CANARIES)
+            report = verify_stored(self.space, self.lower, self.encoder, sample=_WITHOUT_CANARIES)
         except UsageError:
             logger.warning(
                 "%r has neither canaries nor token ids: nothing shows whether this model computes its numbers",
-                self._space,
+                self.space,
             )
             return
         if report.failed:
             raise CanaryError(
-                f"{self._space!r} has no canaries, and {len(report.failed)} of {report.documents} entries are not what "
+                f"{self.space!r} has no canaries, and {len(report.failed)} of {report.documents} entries are not what "
                 "this model computes from their token ids: another model recorded them. Use another store"
             )

@@ -8,19 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
+from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget, most_bytes
 from actcache.models.documents import document_keys, streamed
-from actcache.models.lower_half import LowerHalf, check_token_budget, plan_batches
+from actcache.models.lower_half import check_token_budget, plan_batches
 from actcache.models.progress import FillProgress
-from actcache.models.tokenizing import DocumentEncoder, Encoded
+from actcache.models.tokenizing import Encoded
 from actcache.store.document_entries import entry_keys, find_entries
-from actcache.store.space import Space
 
-TOKEN_BUDGET = 8192  # padded tokens of a batch
 CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
 _PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
@@ -74,49 +73,27 @@ class _Stored:
         self._advance(len(some), len(some), tokens)
 
 
-class Watch(Protocol):
-    """What sees to it that a lower half computes the numbers of a space; see ``actcache.models.agreement``."""
-
-    def before_adding(self) -> None: ...
-
-    def of_present(self, documents: Sequence[bytes]) -> None: ...
-
-
 class Filler:
     """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
     Args:
-        parts: each layer's space and lower half.
-        watches: asked before anything is computed, and again where weights or hooks have changed meanwhile.
-        extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
+        agreements: each layer's space and lower half, and one encoder; they are checked before anything is computed,
+            and again where weights or hooks have changed meanwhile.
     """
 
     _now = staticmethod(time.monotonic)  # a test has another clock
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[Space, LowerHalf]],
-        encoder: DocumentEncoder,
-        extras: Sequence[str],
-        watches: Sequence[Watch],
-    ) -> None:
-        self._spaces = {lower.layer: space for space, lower in parts}
-        self._lowers = {lower.layer: lower for _, lower in parts}
-        self._encoder, self._extras = encoder, tuple(extras)
-        self._watches = watches
+    def __init__(self, agreements: Sequence[Agreement]) -> None:
+        self._agreements = agreements
+        self._spaces = {one.lower.layer: one.space for one in agreements}
+        self._lowers = {one.lower.layer: one.lower for one in agreements}
+        self._encoder = agreements[0].encoder
         self._marks: object = None  # of the lower half when it was checked
 
-    @classmethod
-    def together(cls, fillers: Sequence[Filler]) -> Filler:
-        """Return one filler of what several fill, with the first one's tokenizer and extras."""
-        parts = [(filler._spaces[layer], lower) for filler in fillers for layer, lower in filler._lowers.items()]
-        watches = [watch for filler in fillers for watch in filler._watches]
-        return cls(parts, fillers[0]._encoder, fillers[0]._extras, watches)
-
     def check(self) -> None:
-        """Make sure that the lower half computes the numbers of the spaces; raises what ``Watch`` raises."""
-        for watch in self._watches:
-            watch.before_adding()
+        """Make sure that the lower half computes the numbers of the spaces; raises what ``before_adding`` raises."""
+        for agreement in self._agreements:
+            agreement.before_adding()
         self._marks = self._lowers[max(self._lowers)].marks()
 
     def fill(
@@ -156,8 +133,8 @@ class Filler:
                 documents += len(chunk)
                 if not compared and (known := [key for key in dict.fromkeys(keys) if key not in absent]):
                     compared = True
-                    for watch in self._watches:
-                        watch.of_present(known)
+                    for agreement in self._agreements:
+                        agreement.of_present(known)
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
                     work = self._encoded(chunk, positions, keys, absent)
@@ -192,7 +169,7 @@ class Filler:
             if not count:
                 for space in self._spaces.values():
                     space.flush()
-                budget.settle()
+                budget.remeasure()
                 count = budget.admit(sizes)
             if not count:
                 return
@@ -201,7 +178,7 @@ class Filler:
 
     def _most_bytes(self, work: _Work, layer: int) -> int:
         recipe = self._spaces[layer].recipe
-        return sum(most_bytes(recipe, self._extras, len(entry.token_ids)) for entry in work.entries)
+        return sum(most_bytes(recipe, self._encoder.extras, len(entry.token_ids)) for entry in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
@@ -293,7 +270,9 @@ class Filler:
                 put_complete()
 
     def _put(self, layer: int, entries: list[tuple[_Work, bytes, Encoded]], rows: list[Any]) -> None:
-        extras: dict[str, Any] = {name: [getattr(entry, name) for *_, entry in entries] for name in self._extras}
+        extras: dict[str, Any] = {
+            name: [getattr(entry, name) for *_, entry in entries] for name in self._encoder.extras
+        }
         try:
             # One call, so that all windows of a document become visible together.
             self._spaces[layer].put(

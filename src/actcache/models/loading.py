@@ -21,7 +21,8 @@ from actcache.format.recipe import Recipe
 from actcache.models.families import Family, base_model_of
 from actcache.models.replay import reduce
 from actcache.models.saving import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
-from actcache.models.stubs import Embeddings
+from actcache.models.stubs import EmbeddingStub
+from actcache.models.tensors import first_parameter
 from actcache.models.training.adapters import AdapterSpec, insert_adapters
 
 #: Fields of a recipe that say how rows and documents are stored, not whose they are.
@@ -101,10 +102,9 @@ def _cast_as(reduced: PreTrainedModel, saved: Mapping[str, torch.dtype]) -> None
             tensor.data = tensor.data.to(saved[name])
     # The stub of the embeddings goes with the first layer behind it, whatever dtype the head has.
     family: Family = reduced.__dict__["actcache_family"]
-    layer = family.layers_of(base_model_of(reduced))[reduced.__dict__["actcache_layer"]]
-    like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    like = first_parameter(family.layers_of(base_model_of(reduced))[reduced.__dict__["actcache_layer"]])
     for module in reduced.modules():
-        if isinstance(module, Embeddings):
+        if isinstance(module, EmbeddingStub):
             module.zero = module.zero.to(like.dtype)
 
 

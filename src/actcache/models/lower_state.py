@@ -35,7 +35,7 @@ def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iter
     out, for the configuration is part of the identity; so processors whose rounding differs find each other's cache.
 
     Yields:
-        Names, and what ``leaves`` takes.
+        Names, and what ``weights.leaves`` takes.
 
     Raises:
         ModelError: the lower half cannot be run to see what it reads, or holds what changes when it is saved.

@@ -10,6 +10,7 @@ from actcache.models import canary
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.lower_half import LowerHalf, evaluating
 from actcache.models.provenance import setup_of
+from actcache.models.tensors import dtype_name
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.weights import lower_digest
 
@@ -33,7 +34,7 @@ def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
             f"configuration differs ({fields}). Record its activations with a recycler of its own"
         )
     if lower_digest(base, family, recipe.layer) != recipe.weights:
-        dtype, recorded = str(base.dtype).removeprefix("torch."), recipe.provenance.get("weights_dtype")
+        dtype, recorded = dtype_name(base.dtype), recipe.provenance.get("weights_dtype")
         hint = "" if recorded in (None, dtype) else f" (they are {dtype}, load the model with dtype {recorded})"
         raise LowerHalfMismatchError(
             f"the embeddings or layers 1..{recipe.layer} of this {type(model).__name__} have other weights than those "

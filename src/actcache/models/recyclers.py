@@ -16,8 +16,10 @@ from actcache.format.arguments import whole_numbers
 from actcache.format.keys import Document
 from actcache.models.budget import Account, ByteBudget
 from actcache.models.documents import check_texts
-from actcache.models.filling import TOKEN_BUDGET, Advance, Filler, FillReport, Part
-from actcache.models.recycler import Recycler, load_pretrained
+from actcache.models.filling import Advance, Filler, FillReport, Part
+from actcache.models.lower_half import TOKEN_BUDGET
+from actcache.models.pretrained import load_pretrained
+from actcache.models.recycler import Recycler
 from actcache.store.store import Store, open_store
 
 
@@ -55,7 +57,7 @@ class Recyclers(Mapping[int, Recycler]):
         except BaseException:
             self.close()
             raise
-        self._filler = Filler.together([recycler._filler for recycler in self._recyclers.values()])
+        self._filler = Filler([recycler.agreement for recycler in self._recyclers.values()])
 
     @classmethod
     def from_pretrained(

@@ -20,11 +20,9 @@ from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
 from actcache.format.recipe import Recipe
-from actcache.models.canary import TOLERANCE
-from actcache.models.distance import relative_error
+from actcache.models.canary import TOLERANCE, relative_error
 from actcache.models.documents import document_keys, listed
-from actcache.models.filling import TOKEN_BUDGET
-from actcache.models.lower_half import LowerHalf, plan_batches
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded

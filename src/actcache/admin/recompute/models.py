@@ -16,8 +16,8 @@ from actcache.models.agreement import Agreement
 from actcache.models.lower_half import LowerHalf
 from actcache.models.matching import check_same_lower_half
 from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import setup_of
-from actcache.models.recycler import load_pretrained
 from actcache.models.tokenizing import DocumentEncoder, TooLong, tokenizer_digest
 from actcache.store.space import Space
 

@@ -24,6 +24,7 @@ from actcache.errors import UsageError
 from actcache.format.arguments import whole
 from actcache.models.answers import with_the_heads_names
 from actcache.models.families import Family, base_model_of
+from actcache.models.tensors import padded
 from actcache.models.tokenizing import Encoded
 from actcache.reader.checks import ranks_of
 from actcache.reader.labels import labels_of
@@ -156,11 +157,11 @@ class TokenDataset(TorchDataset[TokenItem]):
         entries, lengths = [self._encoded[i] for i in which], self.lengths[which]
         width = int(lengths.max())
         inputs = {
-            "input_ids": _padded([entry.token_ids for entry in entries], self._padding),
+            "input_ids": padded([entry.token_ids for entry in entries], self._padding),
             "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
         }
         if self._typed:
-            inputs["token_type_ids"] = _padded([entry.type_ids for entry in entries], 0)
+            inputs["token_type_ids"] = padded([entry.type_ids for entry in entries], 0)
         if self._labels is not None:
             inputs["labels"] = torch.from_numpy(self._labels.of_batch(which, lengths, width))
         return with_the_heads_names(inputs, self._task_class)
@@ -179,22 +180,23 @@ class TextBatches:
         self._epoch = whole("epoch", epoch, 0)
 
     def __len__(self) -> int:
-        return len(self._plan())
+        return len(self._positions())
 
     def __iter__(self) -> Iterator[Inputs]:
-        plan = self._plan()
+        batches = self._positions()
         self._epoch += 1
-        return self._batches(plan)
+        return self._inputs(batches)
 
     def dataset(self) -> TokenDataset:
         return self._documents
 
-    def _plan(self) -> list[NDArray[np.int64]]:
+    def _positions(self) -> list[NDArray[np.int64]]:
+        """Return the positions of the documents of each of this rank's batches."""
         plan = self._order.plan(self._lengths, self._epoch)
         return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
 
-    def _batches(self, plan: list[NDArray[np.int64]]) -> Iterator[Inputs]:
-        for which in plan:
+    def _inputs(self, batches: list[NDArray[np.int64]]) -> Iterator[Inputs]:
+        for which in batches:
             inputs = self._documents.inputs(which.tolist())
             yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
@@ -220,10 +222,3 @@ class StoredBatches:
 
     def dataset(self) -> Dataset:
         return self.reader.dataset()
-
-
-def _padded(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:
-    out = np.full((len(arrays), max(len(array) for array in arrays)), value, np.int64)
-    for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(out)

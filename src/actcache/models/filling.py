@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -14,7 +13,7 @@ from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget, most_bytes
-from actcache.models.documents import document_keys, streamed
+from actcache.models.documents import chunked, document_keys, streamed
 from actcache.models.lower_half import check_token_budget, plan_batches
 from actcache.models.progress import FillProgress
 from actcache.models.tokenizing import Encoded
@@ -104,8 +103,10 @@ class Filler:
         budget: ByteBudget | None = None,
     ) -> FillReport:
         """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
+        chunks = chunked(streamed(texts), CHUNK)
+        parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
-            return self.fill_parts(_parts(texts), token_budget, bar.advance, budget)
+            return self.fill_parts(parts, token_budget, bar.advance, budget)
 
     def fill_parts(
         self,
@@ -281,13 +282,6 @@ class Filler:
         except NonFiniteError as error:
             owners = [work.position for work, key, _ in entries if key.hex() in str(error)]
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
-
-
-def _parts(texts: Iterable[Document]) -> Iterator[Part]:
-    iterator, first = streamed(texts), 0
-    while chunk := list(itertools.islice(iterator, CHUNK)):
-        yield range(first, first + len(chunk)), chunk
-        first += len(chunk)
 
 
 def _groups(work: list[_Work], tokens: int) -> Iterator[list[_Work]]:

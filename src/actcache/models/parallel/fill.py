@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -297,7 +296,7 @@ class _Crew:
         if failures:
             raise _together(failures)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end()
 
 

@@ -11,13 +11,13 @@ import copy
 import enum
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from actcache.errors import UsageError
@@ -27,6 +27,7 @@ from actcache.models.families import Family, base_model_of
 from actcache.models.tensors import padded
 from actcache.models.tokenizing import Encoded
 from actcache.reader.checks import ranks_of
+from actcache.reader.dataset import EntryDataset
 from actcache.reader.labels import labels_of
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
@@ -53,38 +54,6 @@ class Regime(enum.StrEnum):
             return cls(name)
         except ValueError:
             raise UsageError(f"there is no regime {name!r}; there are {', '.join(cls)}") from None
-
-
-class Dataset(Protocol):
-    """What a ``DataLoader`` or the ``Trainer`` takes, with its own ``collate_fn`` or ``data_collator``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, position: int) -> Any: ...
-
-    def collate(self, items: list[Any]) -> Inputs:
-        """Return the model's inputs."""
-
-
-class Batches(Protocol):
-    """Epochs of batches: each iteration is one, and the next has the next order."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Inputs]: ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-
-    def dataset(self) -> Dataset:
-        """Return the same documents as a map-style data set."""
-
-
-class Prepared(NamedTuple):
-    """A model and what it is trained on: ``for batch in batches: model(**batch).loss``."""
-
-    model: PreTrainedModel
-    batches: Batches
 
 
 def with_frozen_lower_half(task_model: PreTrainedModel, family: Family, layer: int) -> PreTrainedModel:
@@ -119,7 +88,7 @@ class TokenItem(Mapping[str, Any]):
         return 2
 
 
-class TokenDataset(TorchDataset[TokenItem]):
+class TokenDataset(Dataset[TokenItem]):
     """Token ids of documents, for a full model. ``collate`` looks up what belongs to its items. Immutable.
 
     Args:
@@ -177,6 +146,7 @@ class TextBatches:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
         self._epoch = whole("epoch", epoch, 0)
 
     def __len__(self) -> int:
@@ -188,6 +158,7 @@ class TextBatches:
         return self._inputs(batches)
 
     def dataset(self) -> TokenDataset:
+        """Return the same documents as a map-style data set."""
         return self._documents
 
     def _positions(self) -> list[NDArray[np.int64]]:
@@ -220,5 +191,13 @@ class StoredBatches:
     def __iter__(self) -> Iterator[Inputs]:
         return (with_the_heads_names(batch.model_inputs(), self._task_class) for batch in self.reader)
 
-    def dataset(self) -> Dataset:
+    def dataset(self) -> EntryDataset:
+        """Return the same documents as a map-style data set."""
         return self.reader.dataset()
+
+
+class Prepared(NamedTuple):
+    """A model and what it is trained on: ``for batch in batches: model(**batch).loss``."""
+
+    model: PreTrainedModel
+    batches: TextBatches | StoredBatches  # each iteration is an epoch, and the next has the next order

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from actcache.errors import CanaryError, UsageError
+from transformers import PreTrainedModel
+
+from actcache.errors import CanaryError, LowerHalfMismatchError, UsageError
 from actcache.models import canary
+from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf, evaluating
-from actcache.models.matching import check_same_lower_half
+from actcache.models.provenance import setup_of
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
+from actcache.models.weights import check_same_lower_half
 from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 
@@ -25,21 +29,12 @@ class Agreement:
     """Sees to it that what a space serves, and what is added to it, is what a lower half computes. Not thread-safe.
 
     Args:
-        provenance: the set-up that the lower half is computed in.
         enabled: whether canaries and documents are computed again; the weights are looked at in any case.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        encoder: DocumentEncoder,
-        lower: LowerHalf,
-        provenance: Mapping[str, str],
-        *,
-        enabled: bool = True,
-    ) -> None:
-        self.space, self.encoder, self.lower = space, encoder, lower
-        self._provenance, self.enabled = provenance, enabled
+    def __init__(self, space: Space, encoder: DocumentEncoder, lower: LowerHalf, *, enabled: bool = True) -> None:
+        self.space, self.encoder, self.lower, self.enabled = space, encoder, lower, enabled
+        self._setup = setup_of(lower)
         self._canaries: bytes | None = None  # the space's, where they agree
 
     def when_opened(self) -> None:
@@ -93,25 +88,40 @@ class Agreement:
                 "that looks at tokens? Use another store, or go back to the model that recorded them"
             )
 
-    def reference(self) -> bytes:
-        """Return the space's canaries, or, where it has none yet, those that this model makes."""
-        if self._canaries is not None:
-            return self._canaries
-        with evaluating(self.lower.base_model):
-            return canary.make(self.encoder, self.lower, self._provenance)
+    def check_task_model(self, model: PreTrainedModel) -> None:
+        """Run canaries through a task model whose lower half has the space's weights, and compare what comes out.
+
+        Raises:
+            LowerHalfMismatchError: other numbers come out.
+        """
+        if not self.enabled:
+            return
+        canaries = self._canaries
+        if canaries is None:  # the space has none yet
+            with evaluating(self.lower.base_model):
+                canaries = canary.make(self.encoder, self.lower, self._setup)
+        base, recipe = base_model_of(model), self.space.recipe
+        lower = LowerHalf(base, family_of(base), recipe.layer, recipe.compute_dtype)
+        try:
+            with evaluating(base):
+                canary.check(canaries, self.encoder, lower, setup_of(lower))
+        except CanaryError as error:
+            raise LowerHalfMismatchError(
+                f"the lower half of this {type(model).__name__} has the recorded weights and configuration, but {error}"
+            ) from error
 
     def _compare_canaries(self, *, create: bool) -> None:
         blob = self._canaries or self.space.blob(canary.BLOB_NAME)
         if blob is None and len(self.space):
             self._compare_entries()
         if blob is None and create:
-            made = canary.make(self.encoder, self.lower, self._provenance)
+            made = canary.make(self.encoder, self.lower, self._setup)
             if self.space.put_blob(canary.BLOB_NAME, made):
                 self._canaries = made
                 return
             blob = self.space.blob(canary.BLOB_NAME)  # another process was first
         if blob is not None:
-            canary.check(blob, self.encoder, self.lower, self._provenance)
+            canary.check(blob, self.encoder, self.lower, self._setup)
             self._canaries = blob
 
     def _compare_entries(self) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
-from actcache.models.budget import ByteBudget, most_bytes
-from actcache.models.documents import chunked, document_keys, streamed
-from actcache.models.lower_half import check_token_budget, plan_batches
+from actcache.models.budget import Account, ByteBudget, most_bytes
+from actcache.models.documents import check_texts, chunked, document_keys, streamed
+from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_batches
 from actcache.models.progress import FillProgress
 from actcache.models.tokenizing import Encoded
 from actcache.store.document_entries import entry_keys, find_entries
+from actcache.store.store import Store
 
 CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
@@ -76,51 +77,67 @@ class Filler:
     """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
     Args:
+        store: where the spaces are.
         agreements: each layer's space and lower half, and one encoder; they are checked before anything is computed,
             and again where weights or hooks have changed meanwhile.
     """
 
     _now = staticmethod(time.monotonic)  # a test has another clock
 
-    def __init__(self, agreements: Sequence[Agreement]) -> None:
-        self._agreements = agreements
+    def __init__(self, store: Store, agreements: Sequence[Agreement]) -> None:
+        self._store, self._agreements = store, agreements
         self._spaces = {one.lower.layer: one.space for one in agreements}
         self._lowers = {one.lower.layer: one.lower for one in agreements}
         self._encoder = agreements[0].encoder
         self._marks: object = None  # of the lower half when it was checked
 
-    def check(self) -> None:
-        """Make sure that the lower half computes the numbers of the spaces; raises what ``before_adding`` raises."""
-        for agreement in self._agreements:
-            agreement.before_adding()
-        self._marks = self._lowers[max(self._lowers)].marks()
-
     def fill(
-        self,
-        texts: Iterable[Document],
-        token_budget: int,
-        progress: bool,
-        budget: ByteBudget | None = None,
+        self, texts: Iterable[Document], token_budget: int, progress: bool, max_bytes: int | str | None = None
     ) -> FillReport:
         """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
+        check_texts(texts)
+        budget = self._prepared(max_bytes)
         chunks = chunked(streamed(texts), CHUNK)
         parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
-            return self.fill_parts(parts, token_budget, bar.advance, budget)
+            return self._fill(parts, token_budget, bar.advance, budget)
 
     def fill_parts(
         self,
         parts: Iterable[Part],
-        token_budget: int,
+        *,
         advance: Advance,
-        budget: ByteBudget | None = None,
+        token_budget: int = TOKEN_BUDGET,
+        max_bytes: int | str | None = None,
+        account: Account | None = None,
+        number: int = 0,
     ) -> FillReport:
-        """Do the same with documents that somebody else has numbered.
+        """Do this process's part of a fill by several; see ``actcache.models.parallel``.
 
         Args:
-            parts: each is looked up, tokenized and sorted by length as one.
+            parts: documents that somebody else has numbered; each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
+            account, number: what all of them write under ``max_bytes``, and which of them this is.
         """
+        return self._fill(parts, token_budget, advance, self._prepared(max_bytes, account, number))
+
+    def _prepared(
+        self, max_bytes: int | str | None, account: Account | None = None, number: int = 0
+    ) -> ByteBudget | None:
+        """Make sure that the store can be written to, and that the lower half computes the numbers of the spaces."""
+        self._store.check_writable()
+        self._check()
+        spaces = list(self._spaces.values())
+        return None if max_bytes is None else ByteBudget.of(max_bytes, self._store, spaces, account, number)
+
+    def _check(self) -> None:
+        for agreement in self._agreements:
+            agreement.before_adding()
+        self._marks = self._lowers[max(self._lowers)].marks()
+
+    def _fill(
+        self, parts: Iterable[Part], token_budget: int, advance: Advance, budget: ByteBudget | None
+    ) -> FillReport:
         token_budget, start = check_token_budget(token_budget), time.monotonic()
         documents = left_out = 0
         full = compared = False
@@ -225,7 +242,7 @@ class Filler:
         layers = {layer for work in group for layer in work.layers}
         lower = self._lowers[max(layers)]
         if self._lowers[max(self._lowers)].marks() != self._marks:
-            self.check()
+            self._check()
         rows: dict[int, list[Any]] = {layer: [None] * len(entries) for layer in layers}
         lacking = Counter(work.position for work, _, _ in entries)
         waiting: list[_Work] = []  # complete, and not put

@@ -20,13 +20,11 @@ from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
 from actcache.models import loading, replay, verification
 from actcache.models.agreement import Agreement
-from actcache.models.budget import ByteBudget
 from actcache.models.compute_on_miss import ComputeOnMiss
-from actcache.models.documents import check_texts, document_keys, listed
+from actcache.models.documents import document_keys, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
-from actcache.models.matching import check_same_lower_half, check_same_numbers
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import origin, revision_of, setup_of
@@ -40,7 +38,7 @@ from actcache.models.training.regimes import (
     with_frozen_lower_half,
 )
 from actcache.models.verification import Verification
-from actcache.models.weights import lower_digest
+from actcache.models.weights import check_same_lower_half, lower_digest
 from actcache.reader.labels import of_entries
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
@@ -110,7 +108,6 @@ class Recycler:
             vocabulary=vocabulary_size(base),
             extras=_check_extras(extras),
         )
-        setup = setup_of(lower)
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
             layer=lower.layer,
@@ -123,14 +120,14 @@ class Recycler:
             special_tokens=encoder.special_tokens,
             max_length=encoder.max_length,
             too_long="windows" if isinstance(too_long, Windows) else too_long,
-            provenance={**setup, **revision_of(base), **origin(), **(provenance or {})},
+            provenance={**setup_of(lower), **revision_of(base), **origin(), **(provenance or {})},
         )
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
         try:
             self.space = self._store.space(self.recipe)
-            self.agreement = Agreement(self.space, encoder, lower, setup, enabled=bool(check_canaries))
-            self._filler = Filler([self.agreement])
+            self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
+            self._filler = Filler(self._store, [self.agreement])
             self.agreement.when_opened()
         except BaseException:
             self.close()
@@ -195,11 +192,7 @@ class Recycler:
             CanaryError: the lower half computes other numbers than those of the space (a hook, an adapter, ...).
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
-        check_texts(texts)
-        self._store.check_writable()
-        self._filler.check()
-        budget = None if max_bytes is None else ByteBudget.of(max_bytes, self._store, [self.space])
-        return self._filler.fill(texts, token_budget, progress, budget)
+        return self._filler.fill(texts, token_budget, progress, max_bytes)
 
     # --- replay ------------------------------------------------------------------------------------------------------
 
@@ -279,8 +272,7 @@ class Recycler:
                 weights and configuration, computes other numbers.
         """
         family = check_same_lower_half(task_model, self.recipe)
-        if self.agreement.enabled:
-            check_same_numbers(task_model, self.recipe, self.agreement.encoder, self.agreement.reference())
+        self.agreement.check_task_model(task_model)
         reduced = replay.reduce(task_model, self.recipe.layer, family)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError
 from actcache.models.families import base_model_of
-from actcache.models.matching import check_same_lower_half
 from actcache.models.tensors import dtype_name, unshared
 from actcache.models.training.adapters import insert_adapters, spec_of
+from actcache.models.weights import check_same_lower_half
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The digest of a lower half's weights, which is the heart of a space's identity.
+"""The digest of a lower half's weights, which is the heart of a space's identity, and whether a model has it.
 
 Every byte is looked at each time, because nothing cheaper is certain: optimizers, ``param.data`` and NumPy views change
 weights in ways that version counters do not show. What is remembered is the cryptographic digest, by a checksum that
@@ -30,11 +30,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from actcache.errors import ModelError
-from actcache.format.recipe import canonical_json
-from actcache.models.families import Family
+from actcache.errors import LowerHalfMismatchError, ModelError
+from actcache.format.recipe import Recipe, canonical_json
+from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.lower_state import lower_state
 from actcache.models.partial_vocabulary import Whole
+from actcache.models.tensors import dtype_name
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
 _MEMO_VERSION = 3
@@ -67,6 +68,35 @@ def lower_digest(base_model: PreTrainedModel, family: Family, layer: int) -> str
     if quick not in _digests:
         _digests[quick] = _checksum(base_model, family, layer, _strong)
     return _digests[quick]
+
+
+def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
+    """Return the family of a base or task model that has the recipe's lower half.
+
+    Raises:
+        LowerHalfMismatchError: weights or configuration of the lower half are others; it names the fields.
+        LayerError, UnsupportedModelError: the model cannot be cut at the recipe's layer.
+    """
+    base = base_model_of(model)
+    family = family_of(base)
+    family.check_layer(base, recipe.layer)
+    theirs, ours = family.numbers_of(base.config), recipe.config
+    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if different:
+        fields = "; ".join(f"{name}: {theirs.get(name)!r}, recorded {ours.get(name)!r}" for name in different)
+        raise LowerHalfMismatchError(
+            f"the lower half of this {type(model).__name__} computes other numbers than the recorded one: its "
+            f"configuration differs ({fields}). Record its activations with a recycler of its own"
+        )
+    if lower_digest(base, family, recipe.layer) != recipe.weights:
+        dtype, recorded = dtype_name(base.dtype), recipe.provenance.get("weights_dtype")
+        hint = "" if recorded in (None, dtype) else f" (they are {dtype}, load the model with dtype {recorded})"
+        raise LowerHalfMismatchError(
+            f"the embeddings or layers 1..{recipe.layer} of this {type(model).__name__} have other weights than those "
+            f"that were recorded{hint}: they were fine-tuned, adapted, or are another model's. Keep the lower half "
+            "frozen, or record its activations with a recycler of its own"
+        )
+    return family
 
 
 def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, files: list[Path]) -> str:

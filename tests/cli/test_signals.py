@@ -40,7 +40,7 @@ import h5py, zarr, actcache.cli, actcache.models.parallel, actcache.admin.recomp
 from transformers import BertModel, PreTrainedTokenizerFast
 from actcache.models.filling import Filler
 from actcache.models.lower_half import LowerHalf
-from actcache.store import Store
+from actcache.store.store import Store
 
 Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 16)  # many segments: signals hit every phase
 run_at, record = LowerHalf.run_at, Filler._record

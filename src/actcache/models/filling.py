@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,7 @@ class FillReport:
     spaces: dict[int, str] = field(default_factory=dict)  # fingerprints by layer
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Work:
     """A document that is to be computed."""
 
@@ -51,10 +51,15 @@ class _Work:
     keys: list[bytes]  # of its entries
     entries: list[Encoded]
     layers: tuple[int, ...]  # where it is missing
+    rows: dict[tuple[int, int], Any] = field(default_factory=dict)  # computed and not put, by layer and entry
 
     @property
     def tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
+
+    def complete(self, layers: Collection[int]) -> bool:
+        """Return whether all entries' rows at these layers, with which each was computed, are there."""
+        return len(self.rows) == len(layers) * len(self.entries)
 
 
 class _Stored:
@@ -238,46 +243,37 @@ class Filler:
         Args:
             stored: told what was put.
         """
-        entries = [(work, key, entry) for work in group for key, entry in zip(work.keys, work.entries, strict=True)]
+        entries = [(work, i) for work in group for i in range(len(work.entries))]
         layers = {layer for work in group for layer in work.layers}
         lower = self._lowers[max(layers)]
         if self._lowers[max(self._lowers)].marks() != self._marks:
             self._check()
-        rows: dict[int, list[Any]] = {layer: [None] * len(entries) for layer in layers}
-        lacking = Counter(work.position for work, _, _ in entries)
         waiting: list[_Work] = []  # complete, and not put
 
         def put_complete() -> None:
-            positions = {work.position for work in waiting}
-            which = [i for i, (work, _, _) in enumerate(entries) if work.position in positions]
             try:
                 for layer in layers:
-                    chosen = [i for i in which if layer in entries[i][0].layers]
-                    self._put(layer, [entries[i] for i in chosen], [rows[layer][i] for i in chosen])
+                    self._put(layer, [work for work in waiting if layer in work.layers])
             except Exception:
                 waiting.clear()  # they would fail again
                 raise
             done = list(waiting)
             waiting.clear()
-            for layer in layers:
-                for i in which:
-                    rows[layer][i] = None
+            for work in done:
+                work.rows.clear()
             stored(done)
 
         put = now = self._now()
         try:
-            for batch in plan_batches([len(entry.token_ids) for _, _, entry in entries], token_budget):
-                some = [entries[i][2] for i in batch]
-                inputs = [one.token_ids for one in some], [one.type_ids for one in some]
-                computed = lower.run_at(layers, *inputs) if len(layers) > 1 else {lower.layer: lower.run(*inputs)}
+            for batch in plan_batches([len(work.entries[i].token_ids) for work, i in entries], token_budget):
+                some = [entries[position] for position in batch]
+                inputs = [work.entries[i] for work, i in some]
+                ids, types = [one.token_ids for one in inputs], [one.type_ids for one in inputs]
+                computed = lower.run_at(layers, ids, types) if len(layers) > 1 else {lower.layer: lower.run(ids, types)}
                 for layer, arrays in computed.items():
-                    for i, array in zip(batch, arrays, strict=True):
-                        rows[layer][i] = array
-                for i in batch:
-                    work = entries[i][0]
-                    lacking[work.position] -= 1
-                    if not lacking[work.position]:
-                        waiting.append(work)
+                    for (work, i), array in zip(some, arrays, strict=True):
+                        work.rows[layer, i] = array
+                waiting += [work for work in dict.fromkeys(work for work, _ in some) if work.complete(computed)]
                 before, now = now, self._now()
                 if waiting and 2 * now - before - put > _PUT_SECONDS:  # after another batch like this one
                     put_complete()
@@ -287,17 +283,19 @@ class Filler:
             if waiting:  # an interrupt may have come while they were put, too
                 put_complete()
 
-    def _put(self, layer: int, entries: list[tuple[_Work, bytes, Encoded]], rows: list[Any]) -> None:
-        extras: dict[str, Any] = {
-            name: [getattr(entry, name) for *_, entry in entries] for name in self._encoder.extras
-        }
+    def _put(self, layer: int, works: list[_Work]) -> None:
+        entries = [entry for work in works for entry in work.entries]
+        extras: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in self._encoder.extras}
         try:
             # One call, so that all windows of a document become visible together.
             self._spaces[layer].put(
-                [key for _, key, _ in entries], rows, [entry.token_ids for *_, entry in entries], **extras
+                [key for work in works for key in work.keys],
+                [work.rows[layer, i] for work in works for i in range(len(work.entries))],
+                [entry.token_ids for entry in entries],
+                **extras,
             )
         except NonFiniteError as error:
-            owners = [work.position for work, key, _ in entries if key.hex() in str(error)]
+            owners = [work.position for work in works for key in work.keys if key.hex() in str(error)]
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
 
 

@@ -22,7 +22,7 @@ from actcache.errors import DocumentTooLongError, ModelError, StoreGoneError, Us
 from actcache.models import parallel
 from actcache.models.filling import CHUNK, Part
 from actcache.models.parallel import worker
-from actcache.models.parallel.fill import Partitioner, _together
+from actcache.models.parallel.leader import Partitioner, _together
 from actcache.models.parallel.worker import Failed, Job
 from tests.cli.running import cachectl
 from tests.cli.test_fill import TEXTS, _own_cache, corpus, loaded, same, tiny, used  # noqa: F401

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError
 from actcache.models.families import base_model_of
-from actcache.models.tensors import dtype_name, unshared
+from actcache.models.tensors import dtype_name, set_parameter, unshared
 from actcache.models.training.adapters import insert_adapters, spec_of
 from actcache.models.weights import check_same_lower_half
 
@@ -140,22 +140,16 @@ def _copy(
         if target[name].data_ptr() not in lower:
             target[name].copy_(value)
         elif not torch.equal(value, target[name]):
-            _set(full_model, name, value)
+            set_parameter(full_model, name, nn.Parameter(value.detach().clone()))
             untied.append(name)
     if untied:
         # That is one switch for all of a model's ties.
         for first, *others in _tied(full_model):
             for name in others:
-                _set(full_model, name, full_model.get_parameter(first))
+                set_parameter(full_model, name, nn.Parameter(full_model.get_parameter(first).detach().clone()))
         full_model.config.tie_word_embeddings = False
         full_model.all_tied_weights_keys = {}
         logger.warning("%s was trained on its own: it is no longer tied to the embeddings", ", ".join(sorted(untied)))
-
-
-def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give a model a parameter of its own with these numbers."""
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, nn.Parameter(value.detach().clone()))
 
 
 def guard_of(reduced: Any) -> str:

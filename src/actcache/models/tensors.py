@@ -37,6 +37,17 @@ def first_parameter(module: nn.Module) -> nn.Parameter:
     raise ModelError(f"{type(module).__name__} has no floating point parameter")
 
 
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one of that name."""
+    path, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(path), attribute, parameter)
+
+
+def without_bytes(name: str) -> ModelError:
+    """Return the error for a weight on the meta device."""
+    return ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
+
+
 def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a state dict's tensors as safetensors takes them: on the CPU, contiguous, each with memory of its own."""
     result: dict[str, torch.Tensor] = {}

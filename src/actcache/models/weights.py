@@ -35,7 +35,7 @@ from actcache.format.recipe import Recipe, canonical_json
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.lower_state import lower_state
 from actcache.models.partial_vocabulary import Whole
-from actcache.models.tensors import dtype_name
+from actcache.models.tensors import dtype_name, without_bytes
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
 _MEMO_VERSION = 3
@@ -274,7 +274,7 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:
 
 def _of_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Leaf]]:
     if tensor.is_meta:
-        raise ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
+        raise without_bytes(name)
     if hasattr(tensor, "full_tensor"):
         raise ModelError(
             f"weight {name} is distributed over several processes: make the recycler from a model that is whole "

@@ -6,6 +6,6 @@ one store.
 
 from __future__ import annotations
 
-from actcache.models.parallel.fill import check_devices, fill
+from actcache.models.parallel.leader import check_devices, fill
 
 __all__ = ["check_devices", "fill"]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from actcache.errors import ModelError
 from actcache.models.partial_vocabulary import ROW_IDS, Whole, whole_state
+from actcache.models.tensors import set_parameter
 from actcache.models.vocabulary.embedding_rows import set_vocabulary_size, tokens_of
 from actcache.models.vocabulary.full_matrix import checksum, of_checkpoint
 from actcache.models.vocabulary.hooks import RECORD, whole_config
@@ -117,10 +118,8 @@ def _small(task_class: Any, rows: int) -> Any:
             if names.intersection(pair):
                 names.update(pair)
         for name in names:
-            path, _, attribute = name.rpartition(".")
             parameter = self.get_parameter(name)
-            small = nn.Parameter(parameter.new_empty((rows, *parameter.shape[1:])))
-            self.get_submodule(path)._parameters[attribute] = small
+            set_parameter(self, name, nn.Parameter(parameter.new_empty((rows, *parameter.shape[1:]))))
         tokens.embeddings[0].register_buffer(ROW_IDS, torch.empty(rows, dtype=torch.int32))
         set_vocabulary_size(self, size, rows)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -19,6 +18,7 @@ import torch
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, StoreNotFoundError, UsageError, WorkerError
 from actcache.format.keys import Document
+from actcache.io.workers import available_cpus
 from actcache.models.documents import check_texts, document_keys, streamed
 from actcache.models.filling import CHUNK, FillReport, Part
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
@@ -254,7 +254,7 @@ class _Crew:
 
     def _start(self, context: SpawnContext, number: int, device: str) -> None:
         ours, theirs = context.Pipe()
-        threads = max(1, _cores() // len(self._devices))
+        threads = max(1, available_cpus() // len(self._devices))
         process = context.Process(
             target=worker.main,
             args=(theirs, self._job, device, number, threads, self._shared),
@@ -338,7 +338,3 @@ def _check_seen(job: Job, fingerprints: Sequence[str]) -> None:
         seen = set()
     if not seen.issuperset(fingerprints):
         raise UsageError(f"what one process stores in {job.store} no other one sees: fill it from one process")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -39,8 +39,8 @@ import functools, json, os, signal, sys, threading
 import h5py, zarr, actcache.cli, actcache.models.parallel, actcache.admin.recompute, actcache.models.timing
 from transformers import BertModel, PreTrainedTokenizerFast
 from actcache.models.filling import Filler
-from actcache.models.record import LowerHalf
-from actcache.store import Store
+from actcache.models.lower_half import LowerHalf
+from actcache.store.store import Store
 
 Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 16)  # many segments: signals hit every phase
 run_at, record = LowerHalf.run_at, Filler._record

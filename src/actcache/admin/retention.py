@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -18,10 +17,10 @@ from actcache.backend import StoredFile
 from actcache.errors import DataError, UsageError
 from actcache.format.keys import Keys, Windows, key_array, key_list
 from actcache.format.recipe import Recipe
+from actcache.store.document_entries import stored_windows
 from actcache.store.footprint import footprint, written
 from actcache.store.last_use import HOUR
 from actcache.store.last_use import NAME as USED
-from actcache.store.space import Space
 from actcache.store.store import SWEEP_SECONDS, Store
 
 # How a space stands: its age, its last use, whether it is pinned; what protects it.
@@ -260,7 +259,8 @@ def _others(
             if recipe.too_long == "windows":
                 if stride is None or recipe.max_length is None:
                     return None, "holds windows of documents: say by which stride they were cut"
-                documents = _windows(space, documents, Windows(recipe.max_length, stride))
+                spec = Windows(recipe.max_length, stride)
+                documents = key_array([window.key for window in stored_windows(space, key_list(documents), spec)])
             keys = space.key_array()
             others = keys[~_among(keys, documents)]
             if len(others) == len(keys) and len(keys):
@@ -280,20 +280,6 @@ def _among(keys: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.boo
         np.ascontiguousarray(keys).view(plain).ravel(), np.ascontiguousarray(others).view(plain).ravel()
     )
     return found
-
-
-def _windows(space: Space, documents: NDArray[np.uint8], spec: Windows) -> NDArray[np.uint8]:
-    """Return the keys of all windows of documents that a space has, those of incomplete documents too."""
-    found: list[bytes] = []
-    going_on = key_list(documents)
-    for number in itertools.count():
-        if not going_on:
-            break
-        probes = [spec.key(document, number, last=last) for document in going_on for last in (True, False)]
-        there = space.contains(probes).tolist()
-        found += [probe for probe, is_there in zip(probes, there, strict=True) if is_there]
-        going_on = [document for document, more in zip(going_on, there[1::2], strict=True) if more]
-    return key_array(found)
 
 
 # Doing what was planned.

@@ -104,7 +104,7 @@ class ByteBudget:
             account.promise(self._number, sum(sizes[:count]))
             return count
 
-    def settle(self) -> None:
+    def remeasure(self) -> None:
         """Measure anew, after a flush of all that this writer has promised."""
         with self._account.lock:
             self._account.measured(self._measure(), self._number)

@@ -13,12 +13,11 @@ from actcache.errors import CanaryError, ModelError
 from actcache.format.keys import Windows
 from actcache.format.recipe import COMPUTE_DTYPES, Recipe
 from actcache.models.agreement import Agreement
-from actcache.models.matching import check_same_lower_half
-from actcache.models.partial import vocabulary_size
-from actcache.models.provenance import setup_of
-from actcache.models.record import LowerHalf
-from actcache.models.recycler import load_pretrained
+from actcache.models.lower_half import LowerHalf
+from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.pretrained import load_pretrained
 from actcache.models.tokenizing import DocumentEncoder, TooLong, tokenizer_digest
+from actcache.models.weights import check_same_lower_half
 from actcache.store.space import Space
 
 
@@ -39,7 +38,7 @@ class RecordedModel:
         Raises:
             CanaryError: they come out differently.
         """
-        agreement = Agreement(space, self.encoder, self.lower, setup_of(self.lower))
+        agreement = Agreement(space, self.encoder, self.lower)
         try:
             if create:
                 agreement.before_adding()

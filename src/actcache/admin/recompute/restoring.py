@@ -14,8 +14,7 @@ from actcache.admin.recompute.inputs import Lost, lost_before, lost_now, of_docu
 from actcache.admin.recompute.models import RecordedModel, RecordedModels
 from actcache.errors import DataError, ModelError, UsageError
 from actcache.format.keys import Document
-from actcache.models.filling import TOKEN_BUDGET
-from actcache.models.record import plan_batches
+from actcache.models.lower_half import TOKEN_BUDGET, plan_batches
 from actcache.models.tokenizing import Encoded
 from actcache.models.verification import computable
 from actcache.store.space import Repair, Space

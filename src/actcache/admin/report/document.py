@@ -19,6 +19,7 @@ from actcache.errors import DataError, MissingEntryError, UsageError
 from actcache.format import codec
 from actcache.format.keys import KEY_BYTES, Windows, document_key, key_list
 from actcache.format.recipe import Recipe
+from actcache.store.document_entries import stored_windows
 from actcache.store.footprint import segments_in
 from actcache.store.space import Space
 from actcache.store.store import Store
@@ -188,15 +189,10 @@ def _windows(space: Space, document: bytes, max_length: int) -> Iterator[tuple[b
     first = [spec.key(document, 0, last=last) for spec in specs for last in (True, False)]
     has = space.contains(first).reshape(-1, 2).any(axis=1)
     for spec in (specs[i] for i in np.flatnonzero(has).tolist()):
-        number, last = 0, False
-        while not last:
-            keys = [spec.key(document, number, last=end) for end in (True, False)]
-            has_last, goes_on = space.contains(keys).tolist()
-            if not has_last and not goes_on:
+        for window in stored_windows(space, [document], spec):
+            yield window.key, Window(window.number, window.last, spec.max_length, spec.stride)
+            if window.last:
                 break
-            last = has_last
-            yield keys[0 if last else 1], Window(number, last, spec.max_length, spec.stride)
-            number += 1
 
 
 def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Window | None) -> EntryReport:

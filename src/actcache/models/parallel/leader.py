@@ -1,10 +1,10 @@
-"""The process that deals the documents, and what becomes of the others when one fails."""
+"""The process that partitions the documents, and what becomes of the others when one fails."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -12,25 +12,26 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, StoreNotFoundError, UsageError, WorkerError
 from actcache.format.keys import Document
-from actcache.models.documents import check_texts
-from actcache.models.filling import TOKEN_BUDGET, FillReport
+from actcache.io.workers import available_cpus
+from actcache.models.documents import check_texts, document_keys, streamed
+from actcache.models.filling import CHUNK, FillReport, Part
+from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
 from actcache.models.parallel import worker
-from actcache.models.parallel.partitioner import Partitioner
 from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
 from actcache.models.progress import FillProgress
-from actcache.models.record import check_token_budget
 from actcache.models.recyclers import checked_layers
 from actcache.reader.checks import nbytes_of
 from actcache.segments.registry import resolve
 from actcache.store.store import open_store
 
+_READ = 256  # documents that are read at a time
+_AHEAD = 4 * CHUNK  # documents that wait for one process at most: another one that has none left then waits, too
 _SAME_SECONDS = 0.5  # within which a signal to all processes comes to each
 
 
@@ -53,7 +54,7 @@ def fill(
     process is ended by a signal that it does not handle, or killed.
 
     Args:
-        texts: streamed, and dealt by their keys.
+        texts: streamed, and partitioned by their keys.
         devices: such as ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``.
         store: its URL or path. Other processes must see it: not one in memory.
         max_bytes: see ``Recycler.fill``. Here, each process leaves out what is missing from the first of its documents
@@ -74,20 +75,20 @@ def fill(
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
     job = Job(resolve(store), str(model), tuple(layers), token_budget, limit, options)
     start = time.monotonic()
-    dealer = Partitioner(texts, len(devices))
+    partitioner = Partitioner(texts, len(devices))
     with (
         FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar,
         _Crew(job, devices) as crew,
     ):
-        reports = _lead(crew, dealer, bar, job)
+        reports = _lead(crew, partitioner, bar, job)
     computed, tokens = sum(one.computed for one in reports), sum(one.tokens for one in reports)
     left_out = sum(one.left_out for one in reports)
-    present = dealer.dealt - computed - left_out
+    present = partitioner.taken - computed - left_out
     seconds = time.monotonic() - start
-    return FillReport(dealer.dealt, present, computed, tokens, seconds, left_out, reports[0].spaces)
+    return FillReport(partitioner.taken, present, computed, tokens, seconds, left_out, reports[0].spaces)
 
 
-def _lead(crew: _Crew, dealer: Partitioner, bar: FillProgress, job: Job) -> list[FillReport]:
+def _lead(crew: _Crew, partitioner: Partitioner, bar: FillProgress, job: Job) -> list[FillReport]:
     """Answer the processes until all are done."""
     reports: list[FillReport] = []
     idle: list[_Member] = []
@@ -108,12 +109,54 @@ def _lead(crew: _Crew, dealer: Partitioner, bar: FillProgress, job: Job) -> list
                     raise member.failed
         waiting, idle = idle, []
         for member in waiting:
-            part = dealer.part(member.number)
+            part = partitioner.part(member.number)
             if part is None or part[1]:
                 member.send(part)
             else:
                 idle.append(member)
     return reports
+
+
+class Partitioner:
+    """Partitions documents by their keys: one that is given twice comes to the same process twice.
+
+    Not thread-safe. What is held is bounded, however unlike the processes' speeds are.
+
+    Args:
+        texts: streamed.
+        processes: how many processes there are.
+
+    Raises:
+        UsageError: see ``actcache.models.documents.streamed``.
+    """
+
+    def __init__(self, texts: Iterable[Document], processes: int) -> None:
+        self._texts = streamed(texts)
+        self._waiting: list[list[tuple[int, Document]]] = [[] for _ in range(processes)]
+        self.taken = 0  #: documents that were read so far
+        self._ended = False
+
+    def part(self, process: int) -> Part | None:
+        """Return documents for a process, with their positions: none where it has to wait, None where no more come.
+
+        Raises:
+            DocumentError: a document has no key; it names its position.
+        """
+        mine = self._waiting[process]
+        while len(mine) < CHUNK and not self._ended and max(map(len, self._waiting)) < _AHEAD:
+            self._read()
+        some, self._waiting[process] = mine[:CHUNK], mine[CHUNK:]
+        if not some and self._ended:
+            return None
+        return [position for position, _ in some], [document for _, document in some]
+
+    def _read(self) -> None:
+        documents = list(itertools.islice(self._texts, _READ))
+        self._ended = len(documents) < _READ
+        for i, key in enumerate(document_keys(documents, self.taken)):
+            process = int.from_bytes(key[:8], "little") % len(self._waiting)
+            self._waiting[process].append((self.taken + i, documents[i]))
+        self.taken += len(documents)
 
 
 @dataclass
@@ -211,7 +254,7 @@ class _Crew:
 
     def _start(self, context: SpawnContext, number: int, device: str) -> None:
         ours, theirs = context.Pipe()
-        threads = max(1, _cores() // len(self._devices))
+        threads = max(1, available_cpus() // len(self._devices))
         process = context.Process(
             target=worker.main,
             args=(theirs, self._job, device, number, threads, self._shared),
@@ -253,7 +296,7 @@ class _Crew:
         if failures:
             raise _together(failures)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end()
 
 
@@ -295,7 +338,3 @@ def _check_seen(job: Job, fingerprints: Sequence[str]) -> None:
         seen = set()
     if not seen.issuperset(fingerprints):
         raise UsageError(f"what one process stores in {job.store} no other one sees: fill it from one process")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

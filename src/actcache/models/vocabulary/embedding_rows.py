@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError
-from actcache.models.partial import KEPT, ROW_IDS
+from actcache.models.partial_vocabulary import KEPT, ROW_IDS
 from actcache.models.vocabulary.kept import MARK, KeptVocabulary, Mark
 from actcache.models.vocabulary.moving import Move
-from actcache.models.vocabulary.sizes import configs_of, marked, own_configs, set_vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -172,3 +173,46 @@ def special_ids(model: nn.Module) -> Iterable[int]:
             if name.endswith("_token_id"):
                 found.update(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
     return found
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """Return the configurations that a model's parts hold, each once (an encoder's is a copy of its model's)."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give a model configurations of its own: one may have been made from another's, which must keep its size."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig):
+            module.__dict__["config"] = copy.deepcopy(config, memo)
+
+
+def marked(model: nn.Module) -> Iterator[tuple[nn.Module, Mark]]:
+    """Yield the modules that have parameters with a row per token."""
+    for module in model.modules():
+        mark = module.__dict__.get(MARK)
+        if isinstance(mark, Mark):
+            yield module, mark
+
+
+def set_vocabulary_size(model: nn.Module, before: int, after: int, *, configs_only: bool = False) -> None:
+    """Set ``vocab_size`` of all configurations, and what modules say of their rows, where it was ``before``."""
+    for config in configs_of(model):
+        if getattr(config, "vocab_size", None) == before:
+            config.vocab_size = after
+    if configs_only:
+        return
+    for module in model.modules():
+        if module.__dict__.get("vocab_size") == before:
+            module.__dict__["vocab_size"] = after
+    for module, mark in marked(model):
+        for attribute in ("num_embeddings", "out_features"):
+            if attribute in module.__dict__ and "weight" in mark.names:
+                module.__dict__[attribute] = after

@@ -18,7 +18,10 @@ from transformers import PreTrainedModel
 from actcache.errors import ModelError, UsageError
 from actcache.format.arguments import is_whole
 from actcache.models.families import Family
-from actcache.models.partial import vocabulary_size
+from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.tensors import dtype_name, first_parameter, padded
+
+TOKEN_BUDGET = 8192  # padded tokens of a batch, where the caller says nothing else
 
 
 class _Reached(Exception):
@@ -53,7 +56,7 @@ class LowerHalf:
         self.base_model, self.family, self.layer = base_model, family, layer
         self._stack = family.stack_of(base_model)
         self._takes = set(inspect.signature(self._stack.forward).parameters)
-        self.parameter_dtype = _name(_first_parameter(family.layers_of(base_model)[0]).dtype)
+        self.parameter_dtype = dtype_name(first_parameter(family.layers_of(base_model)[0]).dtype)
         self.compute_dtype = compute_dtype or self.parameter_dtype
         known = self.parameter_dtype, "bfloat16", "float16"
         if not isinstance(self.compute_dtype, str) or self.compute_dtype not in known:  # NumPy's dtypes equal names
@@ -68,7 +71,7 @@ class LowerHalf:
 
     @property
     def device(self) -> torch.device:
-        return _first_parameter(self.family.layers_of(self.base_model)[0]).device
+        return first_parameter(self.family.layers_of(self.base_model)[0]).device
 
     def marks(self) -> tuple[tuple[int, ...], ...]:
         """Return what changes when weights or hooks of the lower half do, cheap to compare.
@@ -126,11 +129,11 @@ class LowerHalf:
         # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
         # in a lone document too) are what they are without it.
         inputs = {
-            "input_ids": _pad(token_ids, self._padding()),
+            "input_ids": padded(token_ids, self._padding()),
             "attention_mask": (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long(),
         }
         if "token_type_ids" in self._takes and type_ids is not None and any(ids.any() for ids in type_ids):
-            inputs["token_type_ids"] = _pad(type_ids, 0)
+            inputs["token_type_ids"] = padded(type_ids, 0)
         device = self.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         tokens = inputs["attention_mask"].bool()
@@ -254,21 +257,3 @@ def _to_numpy(rows: torch.Tensor) -> NDArray[np.generic]:
         rows = rows.float()
     array: NDArray[np.generic] = rows.numpy()
     return array
-
-
-def _pad(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:
-    out = np.full((len(arrays), max(len(array) for array in arrays)), value, np.int64)
-    for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(out)
-
-
-def _first_parameter(module: nn.Module) -> torch.Tensor:
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter
-    raise ModelError(f"{type(module).__name__} has no floating point parameter")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

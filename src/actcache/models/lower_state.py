@@ -21,8 +21,9 @@ from transformers.initialization import no_init_weights
 from actcache.errors import ModelError
 from actcache.format.recipe import canonical_json
 from actcache.models.families import Family
-from actcache.models.partial import kept_of, vocabulary_size, whole_state
-from actcache.models.record import LowerHalf, evaluating
+from actcache.models.lower_half import LowerHalf, evaluating
+from actcache.models.partial_vocabulary import kept_of, vocabulary_size, whole_state
+from actcache.models.tensors import without_bytes
 
 _PROBE_TOKENS = 8
 _ROUNDING = 2.0**-21  # four units in the last place of float32: what another processor's pow() differs by
@@ -35,7 +36,7 @@ def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iter
     out, for the configuration is part of the identity; so processors whose rounding differs find each other's cache.
 
     Yields:
-        Names, and what ``leaves`` takes.
+        Names, and what ``weights.leaves`` takes.
 
     Raises:
         ModelError: the lower half cannot be run to see what it reads, or holds what changes when it is saved.
@@ -75,7 +76,7 @@ def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
     for path, part in parts.items():
         for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
             if tensor.is_meta:
-                raise _on_meta(f"{path}/{name}")
+                raise without_bytes(f"{path}/{name}")
             if type(tensor).__name__ == "Params4bit" and tensor.device.type == "cpu":
                 # Measured with bitsandbytes 0.50: a state dict after a forward, and the next forward is another one.
                 raise ModelError(
@@ -83,10 +84,6 @@ def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
                     "state_dict() changes the numbers that the layer computes: put the model on a GPU, or "
                     "model.dequantize() it"
                 )
-
-
-def _on_meta(name: str) -> ModelError:
-    return ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
 
 
 class _Reads(TorchFunctionMode):
@@ -112,7 +109,7 @@ class _Reads(TorchFunctionMode):
             for path, module in base_model.named_modules():
                 for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
                     if id(module) in self.modules and tensor is not None and tensor.is_meta:
-                        raise _on_meta(f"{path}.{name}") from error
+                        raise without_bytes(f"{path}.{name}") from error
             raise
         finally:
             for hook in hooks:

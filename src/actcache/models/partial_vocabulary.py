@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError
+from actcache.models.tensors import without_bytes
 
 #: The attribute of a module (and of a pruned model) that says which rows it holds.
 KEPT = "actcache_kept"
@@ -64,7 +65,7 @@ class Whole:
             ModelError: rows that were dropped are not at hand, or the model's are on the meta device.
         """
         if self._part.is_meta:
-            raise ModelError(f"weight {self.name} is on the meta device and has no bytes; load the model first")
+            raise without_bytes(self.name)
         if self._rest is None and len(self._ids) < self.shape[0]:
             raise ModelError(
                 f"{self.name} holds {len(self._ids)} of {self.shape[0]} rows and the others are not at hand: load it "

@@ -7,7 +7,7 @@ import itertools
 import sys
 
 import actcache
-from actcache.cli.progress import Meter
+from actcache.io.progress import Meter
 from tests.cli.running import cachectl
 from tests.support import check, key, make_store, put, recipe
 from tests.support.backends import each

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 import actcache
 from actcache.admin import exchange
 from actcache.admin.exchange import exporting, importing, parquet
-from actcache.cli.progress import Meter
 from actcache.errors import CorruptEntryError, FormatError, MissingEntryError
+from actcache.io.progress import Meter
 from tests.cli.running import cachectl
 from tests.store.test_disk import mount
 from tests.support import check, ids, key, length, make_store, put, recipe, rows, segment_files

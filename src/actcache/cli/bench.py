@@ -13,7 +13,7 @@ from rich.text import Text
 from actcache.admin import benchmark
 from actcache.admin.benchmark import Bench, Comparison, plot
 from actcache.cli.common import JsonOption, QuietOption, console, print_json, say, table
-from actcache.cli.progress import Meter
+from actcache.io.progress import Meter
 from actcache.reader.checks import nbytes_of
 
 _FEW = 4  # batches of a turn

@@ -21,8 +21,8 @@ from actcache.cli.common import (
     print_json,
     say,
 )
-from actcache.cli.progress import Meter
 from actcache.errors import DataError
+from actcache.io.progress import Meter
 from actcache.reader.checks import nbytes_of
 from actcache.store.space import COMPACT_BYTES
 from actcache.store.store import open_standing
@@ -53,7 +53,7 @@ def compact(
     """
     target_bytes = nbytes_of("--target", target)
     done, unreadable = {}, {}
-    with open_standing(store) as opened_store, Meter("compact", "B", show=not quiet) as meter:
+    with open_standing(store) as opened_store, Meter("compact", amount=binary, show=not quiet) as meter:
         names = chosen(opened_store, space or ())
         for name in names:
             try:

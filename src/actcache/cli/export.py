@@ -11,8 +11,8 @@ import typer
 from actcache.admin.exchange import export_space, import_file
 from actcache.admin.inspection import chosen, opened
 from actcache.cli.common import SHORT, JsonOption, QuietOption, StoreArgument, binary, counted, print_json, say
-from actcache.cli.progress import Meter
 from actcache.errors import UsageError
+from actcache.io.progress import Meter
 from actcache.store.store import open_store
 
 _DAMAGED = 4

@@ -25,10 +25,10 @@ from actcache.cli.common import (
     say,
 )
 from actcache.cli.inspected import recipe_table, show
-from actcache.cli.progress import Meter
 from actcache.cli.streams import text_of
 from actcache.errors import UsageError
 from actcache.io.newfile import check_new
+from actcache.io.progress import Meter
 from actcache.store.store import open_store
 
 _DAMAGED = 4

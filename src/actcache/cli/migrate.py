@@ -10,9 +10,9 @@ import typer
 from actcache.admin.migration import Migration, SpaceMigration, meetings
 from actcache.admin.migration import migrate as migrate_store
 from actcache.cli.common import SHORT, JsonOption, QuietOption, SpaceOption, binary, counted, print_json, say
-from actcache.cli.progress import Meter
 from actcache.entries.writer import SEGMENT_BYTES
 from actcache.errors import UsageError
+from actcache.io.progress import Meter
 from actcache.reader.checks import nbytes_of
 from actcache.store.store import open_store
 

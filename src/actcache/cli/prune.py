@@ -27,9 +27,9 @@ from actcache.cli.common import (
     print_json,
     say,
 )
-from actcache.cli.progress import Meter
 from actcache.cli.streams import text_of
 from actcache.errors import OutOfSpaceError, UsageError
+from actcache.io.progress import Meter
 from actcache.reader.checks import nbytes_of
 from actcache.store.store import open_standing, open_store
 

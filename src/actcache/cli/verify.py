@@ -19,9 +19,9 @@ from actcache.cli.common import (
     print_json,
     say,
 )
-from actcache.cli.progress import Meter
 from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
 from actcache.errors import UsageError
+from actcache.io.progress import Meter
 from actcache.store.store import Store, open_store
 
 _DAMAGED, _NO_MODEL = 4, 5

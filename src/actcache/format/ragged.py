@@ -6,6 +6,7 @@ The one schema that every backend stores (docs/format.md). All arrays of ``colum
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,11 +130,25 @@ class Block:
         return arrays | {name: column for name, column in self.columns.items() if name != VALUES}
 
 
-def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def offsets_of(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Return ``[n + 1]`` offsets from ``[n]`` lengths."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
+    """Return runs of neighbouring items whose sizes add up to about ``most``, each of one item or more; together all.
+
+    A run ends with the item that reaches the next multiple of ``most``: work is cut into parts of like size by it.
+
+    Args:
+        sizes: ``[n]``, of each item, 0 or more (bytes, say).
+        most: 1 or more.
+    """
+    starts = offsets_of(sizes)
+    cuts = np.unique(np.r_[0, np.searchsorted(starts, np.arange(0, starts[-1], most)), len(sizes)])
+    return itertools.starmap(slice, itertools.pairwise(cuts.tolist()))
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:

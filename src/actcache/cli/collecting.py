@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from actcache.cli.corpus import Document
 from actcache.format.keys import Windows, document_key
-from actcache.models.documents import check_found, find_entries
+from actcache.store.document_entries import check_found, find_entries
 from actcache.store.space import Space
 from actcache.store.store import Store
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 from actcache.errors import CanaryError, UsageError
 from actcache.models import canary
-from actcache.models.documents import find_entries
 from actcache.models.matching import check_same_lower_half
 from actcache.models.record import LowerHalf, evaluating
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
+from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 
 logger = logging.getLogger(__name__)

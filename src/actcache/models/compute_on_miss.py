@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.format.keys import Document
-from actcache.models.documents import entry_keys, find_entries
 from actcache.models.filling import TOKEN_BUDGET, Filler
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.reader.epoch import MissComputer
 from actcache.reader.labels import of_entries
 from actcache.reader.reader import Reader
+from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.space import Space
 
 

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
 from actcache.models.budget import ByteBudget, most_bytes
-from actcache.models.documents import document_keys, entry_keys, find_entries, streamed
+from actcache.models.documents import document_keys, streamed
 from actcache.models.progress import FillProgress
 from actcache.models.record import LowerHalf, check_token_budget, plan_batches
 from actcache.models.tokenizing import DocumentEncoder, Encoded
+from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.space import Space
 
 TOKEN_BUDGET = 8192  # padded tokens of a batch

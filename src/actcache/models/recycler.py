@@ -21,7 +21,7 @@ from actcache.models import weights
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget
 from actcache.models.compute_on_miss import ComputeOnMiss
-from actcache.models.documents import check_found, check_texts, document_keys, find_entries, listed
+from actcache.models.documents import check_texts, document_keys, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
 from actcache.models.partial import vocabulary_size
@@ -31,6 +31,7 @@ from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.reader.labels import of_entries
 from actcache.reader.reader import Reader
+from actcache.store.document_entries import check_found, find_entries
 from actcache.store.store import Store, open_store
 
 logger = logging.getLogger(__name__)

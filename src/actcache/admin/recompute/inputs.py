@@ -22,9 +22,10 @@ from actcache.format import safetensors
 from actcache.format.keys import Document, Keys, document_key, key_array, key_list
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, check_offsets
 from actcache.format.recipe import Recipe
-from actcache.models.documents import check_texts, document_keys, entry_keys, find_entries
+from actcache.models.documents import check_texts, document_keys
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.models.verification import intact_entries
+from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.space import Space
 from actcache.store.store import Store
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 import actcache
-from actcache.admin.report.words import moment
+from actcache.admin.display import moment
 from actcache.io.progress import Meter
 from tests.cli.inspected import NAME, filled, strict
 from tests.cli.running import cachectl

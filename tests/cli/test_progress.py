@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from actcache.cli.common import binary, counted, span
+from actcache.admin.display import binary, counted, span
 from actcache.io.progress import LossyStream, Meter
 from actcache.models.progress import FillProgress
 

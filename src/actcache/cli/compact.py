@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Annotated
 
 import typer
 
-from actcache.admin.inspection import chosen, opened
+from actcache.admin.display import binary, counted
+from actcache.admin.inspection import each_space
 from actcache.backend import GRACE_SECONDS
 from actcache.cli.common import (
     SHORT,
+    ExitCode,
     JsonOption,
     QuietOption,
     SpaceOption,
     StoreArgument,
-    binary,
-    counted,
     print_json,
     say,
+    say_failures,
 )
-from actcache.errors import DataError
 from actcache.io.progress import Meter
 from actcache.reader.checks import nbytes_of
 from actcache.store.space import COMPACT_BYTES
 from actcache.store.store import open_standing
-
-_DAMAGED = 4
 
 
 def compact(
@@ -52,25 +49,20 @@ def compact(
     Example: cachectl compact ./activations --target 4GiB
     """
     target_bytes = nbytes_of("--target", target)
-    done, unreadable = {}, {}
-    with open_standing(store) as opened_store, Meter("compact", amount=binary, show=not quiet) as meter:
-        names = chosen(opened_store, space or ())
-        for name in names:
-            try:
-                with opened(opened_store, name) as one:
-                    done[name] = one.compact(
-                        target_bytes=target_bytes, waste=waste, grace=grace, progress=partial(meter, name)
-                    )
-            except DataError as error:
-                unreadable[name] = str(error)
+    with open_standing(store) as opened, Meter("compact", amount=binary, show=not quiet) as meter:
+        done, unreadable = each_space(
+            opened,
+            space or (),
+            lambda one: one.compact(
+                target_bytes=target_bytes, waste=waste, grace=grace, progress=partial(meter, one.recipe.fingerprint)
+            ),
+        )
     if as_json:
-        spaces = {name: dataclasses.asdict(one) for name, one in done.items()}
-        print_json({"store": store, "spaces": spaces, "unreadable": unreadable})
+        print_json({"store": store, "spaces": done, "unreadable": unreadable})
     else:
         for name, result in done.items():
             merged = f"{counted(result.segments_merged, 'segment')} merged into {result.segments_written:,}"
             say(f"{name[:SHORT]}: {merged}, {result.segments_removed:,} removed, {binary(result.bytes_freed)} freed")
-        for name, what in unreadable.items():
-            say(f"{name[:SHORT]}: left alone: {what}")
+        say_failures(unreadable, "left alone")
     if unreadable:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
 
 from actcache.admin.doctor import diagnose
-from actcache.cli.common import JsonOption, print_json, say
-
-_STORE = 3
+from actcache.cli.common import ExitCode, JsonOption, print_json, say
 
 
 def doctor(
@@ -27,7 +24,7 @@ def doctor(
     """
     found = diagnose(store)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(found)
     else:
         for section, facts in found.facts.items():
             say(f"{section}:")
@@ -36,4 +33,4 @@ def doctor(
         for warning in found.warnings:
             say(f"warning: {warning}")
     if not found.usable:
-        raise typer.Exit(_STORE)
+        raise typer.Exit(ExitCode.STORE)

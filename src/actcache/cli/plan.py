@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from actcache.admin import planning
+from actcache.admin.display import binary, fields_as_json, span
 from actcache.admin.planning import Corpus, Disk, Estimate, Model, Prices
 from actcache.cli import corpus
-from actcache.cli.common import FieldOption, FormatOption, JsonOption, binary, console, print_json, say, span, table
-from actcache.errors import MissingExtraError, UsageError
+from actcache.cli.common import FieldOption, FormatOption, JsonOption, console, print_json, say, table
+from actcache.errors import UsageError, requires_extra
 
 _SAMPLE = 5000  # documents whose lengths are looked at
 
@@ -71,10 +71,8 @@ def plan(
         raise UsageError("--read and --write go together")
     found = planning.estimate(load, costs, dtype, disk, devices=devices, prices=prices)
     if as_json:
-        given: dict[str, Any] = {"corpus": load, "model": costs, "disk": disk}
-        inputs = {name: dataclasses.asdict(one) for name, one in given.items()}
-        outputs = {**dataclasses.asdict(found), "break_even": found.break_even, "verdict": found.verdict}
-        print_json({**inputs, "devices": devices, "dtype": dtype, **outputs})
+        inputs = {"corpus": load, "model": costs, "disk": disk, "devices": devices, "dtype": dtype}
+        print_json({**inputs, **fields_as_json(found, "break_even", "verdict")})
         return
     _show(load, costs, disk, found)
 
@@ -88,12 +86,8 @@ def _measured(
     device: str | None,
     max_length: int | None,
 ) -> tuple[Corpus, Model]:
-    try:
+    with requires_extra("models", "measuring needs torch and transformers"):
         from actcache.models.timing import measure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"measuring needs torch and transformers: pip install 'actcache[models]' ({error})"
-        ) from None
     texts = [document.text for document in corpus.read(source, field, format=format)]
     if not texts:
         raise UsageError(f"{source} holds no documents")
@@ -127,8 +121,8 @@ def _show_paper(as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for one in planning.PAPER:
         cloud, local = one.months()
-        ours = {"model": one.model, "cloud": cloud, "local": local}
-        rows.append({**ours, "paper_cloud": one.cloud, "paper_local": one.local})
+        given = {"paper_cloud": one.cloud, "paper_local": one.local}
+        rows.append({"model": one.model, "cloud": cloud, "local": local, **given})
     if as_json:
         print_json({"months": rows})
         return

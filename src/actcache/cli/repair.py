@@ -7,25 +7,27 @@ from typing import Annotated, Any
 import typer
 
 from actcache.admin import inspection
+from actcache.admin.display import counted, entries
 from actcache.cli import corpus
 from actcache.cli.common import (
     SHORT,
+    DeviceOption,
+    ExitCode,
     FieldOption,
     FormatOption,
     JsonOption,
+    ModelOption,
     QuietOption,
     SpaceOption,
     StoreArgument,
-    counted,
     print_json,
+    recorded_models,
     say,
+    say_failures,
 )
-from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
 from actcache.store.store import open_standing
-
-_DAMAGED, _NO_MODEL = 4, 5
 
 
 def repair(
@@ -74,7 +76,9 @@ def repair(
             None if texts is None else lambda: (document.text for document in corpus.read(texts, field, format=format))
         )
         with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
-            done = recomputing.repair(opened, models, space or (), texts=documents, stride=stride or 0, progress=meter)
+            done = recomputing.repair_by_recomputing(
+                opened, models, space or (), texts=documents, stride=stride or 0, progress=meter
+            )
         computed = True
     if as_json:
         spaces = {name: _described(one, computed) for name, one in done.spaces.items()}
@@ -82,24 +86,21 @@ def repair(
     else:
         for name, one in done.spaces.items():
             _show(name[:SHORT], one, computed)
-        for name, what in done.unreadable.items():
-            say(f"{name[:SHORT]}: left alone: {what}")
+        say_failures(done.unreadable, "left alone")
     if done.unreadable:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)
     if computed and any(one.unable is not None for one in done.spaces.values()):
-        raise typer.Exit(_NO_MODEL)
+        raise typer.Exit(ExitCode.MODEL)
 
 
 def _described(one: Any, computed: bool) -> dict[str, Any]:
-    found = {"quarantined": [key.hex() for key in one.quarantined], "set_aside": one.set_aside}
-    if not computed:
-        return found
-    again = {"recomputed": [key.hex() for key in one.recomputed], "missing": [key.hex() for key in one.missing]}
-    return {**found, **again, "not_recomputed": one.unable}
+    found = {"quarantined": one.quarantined, "set_aside": one.set_aside}
+    again = {"recomputed": one.recomputed, "missing": one.missing, "not_recomputed": one.unable} if computed else {}
+    return {**found, **again}
 
 
 def _show(name: str, one: Any, computed: bool) -> None:
-    changed = f"{counted(len(one.quarantined), 'entry', 'entries')} quarantined"
+    changed = f"{entries(len(one.quarantined))} quarantined"
     if one.quarantined or one.set_aside:
         say(f"{name}: {changed}, {counted(len(one.set_aside), 'segment')} set aside")
         if one.set_aside:

@@ -8,23 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from actcache.admin import inspection
+from actcache.admin.display import binary, counted, entries, fields_as_json
 from actcache.cli.common import (
     SHORT,
+    DeviceOption,
+    ExitCode,
     JsonOption,
+    ModelOption,
     QuietOption,
     SpaceOption,
     StoreArgument,
-    binary,
-    counted,
     print_json,
+    recorded_models,
     say,
+    say_failures,
 )
-from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
 from actcache.store.store import Store, open_store
-
-_DAMAGED, _NO_MODEL = 4, 5
 
 
 def verify(
@@ -64,16 +65,7 @@ def verify(
             found = inspection.verify(opened, space or (), sample=sample, progress=meter)
     intact = found.intact and (again is None or again.ok)
     if as_json:
-        spaces = {
-            name: {
-                "entries": one.entries,
-                "nbytes": one.nbytes,
-                "intact": one.intact,
-                "corrupt": [key.hex() for key in one.corrupt],
-                "damaged": one.damaged,
-            }
-            for name, one in found.spaces.items()
-        }
+        spaces = {name: fields_as_json(one, "intact") for name, one in found.spaces.items()}
         more = {} if again is None else {"recomputed": _recomputed(again), "not_recomputed": again.unable}
         print_json({"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable, **more})
     else:
@@ -81,17 +73,17 @@ def verify(
         if again is not None:
             _show_recomputed(again)
     if not intact:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)
     if again is not None and again.unable:
-        raise typer.Exit(_NO_MODEL)
+        raise typer.Exit(ExitCode.MODEL)
 
 
 def _recompute(
     store: Store, prefixes: list[str] | tuple[()], sample: int, model: str | None, device: str | None, quiet: bool
 ) -> Any:
     with Meter("recompute", "entries", show=not quiet) as meter:
-        recomputing, models = recorded_models(model, device)
-        return recomputing.recompute(store, models, prefixes, sample=sample, progress=meter)
+        recompute, models = recorded_models(model, device)
+        return recompute.verify_by_recomputing(store, models, prefixes, sample=sample, progress=meter)
 
 
 def _recomputed(again: Any) -> dict[str, Any]:
@@ -102,8 +94,8 @@ def _recomputed(again: Any) -> dict[str, Any]:
             "error": _finite(one.error),
             "largest": _finite(one.largest),
             "tolerance": one.tolerance,
-            "wrong": [key.hex() for key in one.failed],
-            "corrupt": [key.hex() for key in one.corrupt],
+            "wrong": one.failed,
+            "corrupt": one.corrupt,
         }
         for name, one in again.spaces.items()
     }
@@ -116,11 +108,10 @@ def _finite(number: float) -> float | None:
 def _show(found: inspection.StoreIntegrityReport, store: str) -> None:
     for name, one in found.spaces.items():
         state = "intact" if one.intact else f"{counted(len(one.corrupt), 'corrupt entry', 'corrupt entries')}"
-        say(f"{name[:SHORT]}: {counted(one.entries, 'entry', 'entries')}, {binary(one.nbytes)} read: {state}")
+        say(f"{name[:SHORT]}: {entries(one.entries)}, {binary(one.nbytes)} read: {state}")
         for segment, what in one.damaged.items():
             say(f"  damaged {segment}: {what}")
-    for name, what in found.unreadable.items():
-        say(f"{name[:SHORT]}: unreadable: {what}")
+    say_failures(found.unreadable, "unreadable")
     if not found.intact:
         say(f"cachectl repair {store} takes what is corrupt out of the way; a fill, or --recompute, computes it again")
 
@@ -128,12 +119,11 @@ def _show(found: inspection.StoreIntegrityReport, store: str) -> None:
 def _show_recomputed(again: Any) -> None:
     for name, one in again.spaces.items():
         say(
-            f"{name[:SHORT]}: {counted(one.documents, 'entry', 'entries')} computed again: relative error at most "
+            f"{name[:SHORT]}: {entries(one.documents)} computed again: relative error at most "
             f"{one.error:.2g} (allowed {one.tolerance:.2g}), {len(one.failed)} wrong"
         )
         for key in one.failed:
             say(f"  wrong {key.hex()}")
         if one.failed:
             say("  their checksums are right: they were put so. In Python, space.delete(keys) makes them misses")
-    for name, what in again.unable.items():
-        say(f"{name[:SHORT]}: not computed again: {what}")
+    say_failures(again.unable, "not computed again")

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from actcache.admin import benchmark
 from actcache.admin.benchmark import Bench, Comparison, plot
-from actcache.cli.common import JsonOption, QuietOption, console, print_json, say, table
+from actcache.cli import options
+from actcache.cli.common import console, print_json, say, table
 from actcache.io.progress import Meter
 from actcache.reader.checks import nbytes_of
 
@@ -51,8 +52,8 @@ def bench(
         Path | None, typer.Option("--plot", help="Also draw it: a .png, .svg or .pdf file (needs actcache[plots]).")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch folder where it is.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure how fast this disk gives stored activations back, beside what it can do at all.
 

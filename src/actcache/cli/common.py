@@ -1,20 +1,18 @@
-"""What the commands share: arguments, and how results are shown."""
+"""What the commands share: how results are shown, and models that are asked for only where somebody needs them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from actcache.admin.display import as_json, clean
-from actcache.cli.corpus import Kind
 from actcache.cli.shell import as_shown
 from actcache.errors import requires_extra
 
@@ -28,30 +26,6 @@ class ExitCode(IntEnum):
 
 
 _PLAIN_WIDTH = 120  # where stdout is no terminal
-
-StoreArgument = Annotated[str, typer.Argument(help="Path or URL of the store.", show_default=False)]
-NewStoreArgument = Annotated[
-    str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)
-]
-SpaceOption = Annotated[
-    list[str] | None, typer.Option("--space", help="Only the space whose fingerprint begins so; may be repeated.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-FieldOption = Annotated[
-    str | None, typer.Option(help="The column or JSON field of the corpus's texts; without one, lines are the texts.")
-]
-FormatOption = Annotated[
-    Kind | None,
-    typer.Option(
-        "--format",
-        help="What the corpus's files hold, where their names do not say so; text: lines, whatever they hold.",
-    ),
-]
-ModelOption = Annotated[
-    str | None, typer.Option(help="Where the model is; default: the id or folder that each space's recipe names.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 #: How much of a fingerprint tables show.
 SHORT = 12

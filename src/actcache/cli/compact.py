@@ -10,17 +10,8 @@ import typer
 from actcache.admin.display import binary, counted
 from actcache.admin.inspection import each_space
 from actcache.backend import GRACE_SECONDS
-from actcache.cli.common import (
-    SHORT,
-    ExitCode,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    print_json,
-    say,
-    say_failures,
-)
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
 from actcache.io.progress import Meter
 from actcache.reader.checks import nbytes_of
 from actcache.store.space import COMPACT_BYTES
@@ -28,8 +19,8 @@ from actcache.store.store import open_standing
 
 
 def compact(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     target: Annotated[str, typer.Option(help="Bytes of rows that a merged segment gets at most, about.")] = str(
         f"{COMPACT_BYTES >> 30}GiB"
     ),
@@ -39,8 +30,8 @@ def compact(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds for which what was replaced stays, for readers that still use it.")
     ] = GRACE_SECONDS,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Join small segments, and give back the space of deleted and overwritten entries, while others read and write.
 

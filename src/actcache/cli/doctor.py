@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 
 from actcache.admin.doctor import diagnose
-from actcache.cli.common import ExitCode, JsonOption, print_json, say
+from actcache.cli import options
+from actcache.cli.common import ExitCode, print_json, say
 
 
 def doctor(
     store: Annotated[
         str | None, typer.Argument(help="Path or URL of a store, or of where one is to be.", show_default=False)
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show versions, extras, backends, and what is particular about a place; for bug reports.
 

@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 
 from actcache.admin.display import binary, fields_as_json
-from actcache.cli.common import SHORT, JsonOption, StoreArgument, console, print_json, table
+from actcache.cli import options
+from actcache.cli.common import SHORT, console, print_json, table
 from actcache.store.footprint import footprint_of
 from actcache.store.store import open_store
 
 
 def du(
-    store: StoreArgument,
-    as_json: JsonOption = False,
+    store: options.Store,
+    as_json: options.Json = False,
     in_bytes: Annotated[bool, typer.Option("--bytes", help="Show bytes, not KiB, MiB, ...")] = False,
 ) -> None:
     """Show how many bytes each space takes, by its parts, and what else there is.

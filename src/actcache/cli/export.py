@@ -10,31 +10,23 @@ import typer
 from actcache.admin.display import binary, counted, entries, fields_as_json
 from actcache.admin.exchange import export_space, import_file
 from actcache.admin.inspection import open_space, select_spaces
-from actcache.cli.common import (
-    SHORT,
-    ExitCode,
-    JsonOption,
-    NewStoreArgument,
-    QuietOption,
-    StoreArgument,
-    print_json,
-    say,
-)
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, say
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
 from actcache.store.store import open_store
 
 
 def export(
-    store: StoreArgument,
+    store: options.Store,
     file: Annotated[
         Path,
         typer.Argument(help="To write: .safetensors, .npz, or .parquet of keys and token ids.", show_default=False),
     ],
     space: Annotated[str | None, typer.Option(help="How its fingerprint begins, where there are several.")] = None,
     collection: Annotated[str | None, typer.Option(help="Only this collection's entries, in its order.")] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write a space's entries to one file that other programs read.
 
@@ -63,10 +55,10 @@ def export(
 
 
 def import_(
-    store: NewStoreArgument,
+    store: options.NewStore,
     file: Annotated[Path, typer.Argument(help="A .safetensors or .npz that export wrote.", show_default=False)],
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Store the entries of an exported file; what is there already is skipped.
 

@@ -12,16 +12,8 @@ import typer
 
 from actcache.admin.display import binary, counted, fields_as_json, span
 from actcache.admin.inspection import open_space
-from actcache.cli import corpus
-from actcache.cli.common import (
-    FieldOption,
-    FormatOption,
-    JsonOption,
-    NewStoreArgument,
-    QuietOption,
-    quieten_transformers,
-    say,
-)
+from actcache.cli import corpus, options
+from actcache.cli.common import quieten_transformers, say
 from actcache.errors import DocumentError, OutOfSpaceError, UsageError, requires_extra
 from actcache.format.keys import Windows, document_key
 from actcache.reader.checks import nbytes_of
@@ -87,7 +79,7 @@ class TooLong(StrEnum):
 
 
 def fill(
-    store: NewStoreArgument,
+    store: options.NewStore,
     source: Annotated[
         str,
         typer.Argument(
@@ -104,9 +96,9 @@ def fill(
         ),
     ],
     dtype: Annotated[str | None, typer.Option(help="float16, float32 or bfloat16; default: the model's.")] = None,
-    field: FieldOption = None,
+    field: options.Field = None,
     id_field: Annotated[str | None, typer.Option(help="The column or field of the documents' ids.")] = None,
-    format: FormatOption = None,
+    format: options.Format = None,
     collection: Annotated[
         str | None,
         typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
@@ -132,8 +124,8 @@ def fill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is there, how many bytes and how long it takes; store nothing.")
     ] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compute and store what is missing of a corpus.
 
@@ -157,22 +149,22 @@ def fill(
     places = [] if devices is None else [name.strip() for name in devices.split(",")]
     if len(places) > 1:
         parallel.check_devices(places)
-    options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
+    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
     documents = corpus.read(source, field, id_field, format)
     notes = None if collection is None else _Notes()
     streamed = (document.text for document in (documents if notes is None else notes.passing(documents)))
     count = corpus.count(source, field, format)
     texts = _Streamed(streamed) if count is None else _Counted(streamed, count)
     if dry_run:
-        found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **options)
+        found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **settings)
         _show_forecast(found, as_json)
         return
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
     if len(places) > 1:
-        report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **options)
+        report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **settings)
     else:
         device = places[0] if places else None
-        with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **options) as recyclers:
+        with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **settings) as recyclers:
             report = recyclers.fill(texts, **working)
     written = None if report.left_out else collection
     if written is not None and notes is not None:

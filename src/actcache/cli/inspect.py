@@ -11,42 +11,10 @@ from rich.table import Table
 
 from actcache.admin import inspection
 from actcache.admin import report as reporting
-from actcache.admin.display import (
-    ago,
-    binary,
-    counted,
-    entries,
-    fields_as_json,
-    model_name,
-    number,
-    spelled,
-)
+from actcache.admin.display import ago, binary, counted, entries, fields_as_json, model_name, number, spelled
 from actcache.admin.inspection import SpaceReport, StoreReport
-from actcache.admin.report import (
-    SAMPLE,
-    DocumentReport,
-    EntryReport,
-    Histogram,
-    Lengths,
-    Sample,
-    SegmentDetail,
-    SegmentReport,
-    SpaceDetail,
-    Statistics,
-    StoreDetail,
-)
-from actcache.cli.common import (
-    SHORT,
-    ExitCode,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    console,
-    print_json,
-    say,
-    table,
-)
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, console, print_json, say, table
 from actcache.cli.shell import text_of_argument
 from actcache.errors import UsageError
 from actcache.format.recipe import Recipe
@@ -61,8 +29,8 @@ _UNKNOWN = "at an unknown time"
 
 
 def inspect(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     segment: Annotated[str | None, typer.Option(help="One segment: how its name begins.")] = None,
     text: Annotated[str | None, typer.Option(help="One document, by its text.")] = None,
     key: Annotated[
@@ -71,14 +39,16 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this new file.")] = None,
     sample: Annotated[
         int | None,
-        typer.Option(min=0, help=f"How many entries of each space, or of the segment, are read; default: {SAMPLE}."),
+        typer.Option(
+            min=0, help=f"How many entries of each space, or of the segment, are read; default: {reporting.SAMPLE}."
+        ),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Read all entries, and every segment without the help of an index.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Draws the same entries again.")] = 0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show what is in a store, a space, a segment or a document, and by which recipe. Changes nothing.
 
@@ -94,25 +64,28 @@ def inspect(
     if every and sample is not None:
         raise UsageError("--sample and --all are two numbers of entries: give one of them")
     in_detail = bool(space) or every or sample is not None or html is not None
-    options: dict[str, Any] = {"sample": None if every else SAMPLE if sample is None else sample, "seed": seed}
+    reading: dict[str, Any] = {
+        "sample": None if every else reporting.SAMPLE if sample is None else sample,
+        "seed": seed,
+    }
     if html is not None:
         check_new(html)  # before anything is read for it
-    report: SegmentDetail | DocumentReport | StoreDetail
+    report: reporting.SegmentDetail | reporting.DocumentReport | reporting.StoreDetail
     with open_store(store, mode="r") as opened, Meter("read", "entries", show=not quiet) as meter:
-        options["progress"] = meter
+        reading["progress"] = meter
         if segment is not None:
-            report = reporting.segment_detail(opened, segment, space or (), **options)
+            report = reporting.segment_detail(opened, segment, space or (), **reading)
         elif text is not None:
             report = reporting.document_by_text(opened, text_of_argument(text), space or ())
         elif key is not None:
             report = reporting.document_by_key(opened, key, space or ())
         elif in_detail:
-            report = reporting.store_detail(opened, space or (), **options)
+            report = reporting.store_detail(opened, space or (), **reading)
         else:
             _show_store(store, inspection.inspect(opened), as_json)
             return
     page: dict[str, Any] = {}
-    if html is not None and isinstance(report, StoreDetail):
+    if html is not None and isinstance(report, reporting.StoreDetail):
         page = {"html": str(html), "html_bytes": reporting.write_page(report, html)}
     if as_json:
         print_json({"store": store, **report.to_json(), **page})
@@ -164,10 +137,10 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
 # --- a space, a segment, a document, in full --------------------------------------------------------------------------
 
 
-def _show(report: StoreDetail | SegmentDetail | DocumentReport) -> None:
-    if isinstance(report, SegmentDetail):
+def _show(report: reporting.StoreDetail | reporting.SegmentDetail | reporting.DocumentReport) -> None:
+    if isinstance(report, reporting.SegmentDetail):
         _show_segment(report)
-    elif isinstance(report, DocumentReport):
+    elif isinstance(report, reporting.DocumentReport):
         _show_document(report)
     else:
         for space in report.spaces:
@@ -191,7 +164,7 @@ def _recipe_table(recipe: Recipe, title: str, damaged: Mapping[str, str]) -> Tab
     return made
 
 
-def _show_space(detail: SpaceDetail) -> None:
+def _show_space(detail: reporting.SpaceDetail) -> None:
     usage = detail.report.usage
     console().print(_recipe_table(detail.recipe, f"space {detail.recipe.fingerprint}", detail.report.damaged))
     written = "" if detail.written is None else f", last written to {ago(detail.written)}"
@@ -203,7 +176,7 @@ def _show_space(detail: SpaceDetail) -> None:
     _show_sample(detail.sample)
 
 
-def _show_segment(detail: SegmentDetail) -> None:
+def _show_segment(detail: reporting.SegmentDetail) -> None:
     segment = detail.report
     say(f"segment {segment.name} of space {detail.recipe.fingerprint}")
     size = binary(segment.nbytes) or "no file"
@@ -217,7 +190,7 @@ def _show_segment(detail: SegmentDetail) -> None:
     _show_sample(detail.sample)
 
 
-def _show_document(report: DocumentReport) -> None:
+def _show_document(report: reporting.DocumentReport) -> None:
     say(f"document {report.key.hex()}: {entries(len(report.entries))}")
     for before, entry in zip([None, *report.entries], report.entries, strict=False):
         if before is None or before.recipe != entry.recipe:
@@ -227,7 +200,7 @@ def _show_document(report: DocumentReport) -> None:
         say(f"unreadable {name[:SHORT]}: {what}")
 
 
-def _show_entry(entry: EntryReport) -> None:
+def _show_entry(entry: reporting.EntryReport) -> None:
     recipe, window = entry.recipe, entry.window
     if window is not None:
         last = ", the last" if window.last else ""
@@ -249,14 +222,14 @@ def _some(values: list[Any]) -> str:
     return text if len(values) <= _MOST else f"{text} ... ({len(values):,})"
 
 
-def _compression(detail: SpaceDetail) -> str:
+def _compression(detail: reporting.SpaceDetail) -> str:
     if detail.bytes_per_token is None or detail.ratio is None:
         return ""
     computed = f"{binary(detail.computed_bytes)} that its rows are in {detail.recipe.compute_dtype}"
     return f", {number(detail.bytes_per_token)} a token; {detail.ratio:.2f} of the {computed}"
 
 
-def _show_lengths(lengths: Lengths) -> None:
+def _show_lengths(lengths: reporting.Lengths) -> None:
     if not lengths.entries:
         return
     say(
@@ -266,7 +239,7 @@ def _show_lengths(lengths: Lengths) -> None:
     _show_histogram(lengths.histogram, lambda edge: f"{edge:,.0f}")
 
 
-def _show_histogram(histogram: Histogram, edge: Callable[[float], str]) -> None:
+def _show_histogram(histogram: reporting.Histogram, edge: Callable[[float], str]) -> None:
     block = "█" if "utf" in console().encoding.lower() else "#"
     most = max(histogram.counts, default=0)
     names = [edge(begin) for begin in histogram.edges[:-1]]
@@ -276,7 +249,7 @@ def _show_histogram(histogram: Histogram, edge: Callable[[float], str]) -> None:
         say(f"  {name:>{width}} {bar:<{_BAR}} {count:,}".rstrip())
 
 
-def _show_segments(segments: list[SegmentReport]) -> None:
+def _show_segments(segments: list[reporting.SegmentReport]) -> None:
     if not segments:
         return
     listed = table("", ("segment", "state", "owner"), ("entries", "tokens", "bytes", "written"))
@@ -289,7 +262,7 @@ def _show_segments(segments: list[SegmentReport]) -> None:
         say(f"and {counted(len(segments) - _MOST, 'more segment')}: --json lists them all")
 
 
-def _show_sample(sample: Sample) -> None:
+def _show_sample(sample: reporting.Sample) -> None:
     if not sample.entries:
         return
     many = counted(len(sample.corrupt), "fails its checksum", "fail their checksums")
@@ -300,7 +273,7 @@ def _show_sample(sample: Sample) -> None:
     _show_statistics(sample.statistics, "  ")
 
 
-def _show_statistics(found: Statistics, indent: str) -> None:
+def _show_statistics(found: reporting.Statistics, indent: str) -> None:
     say(f"{indent}norms {number(found.norm_min)} to {number(found.norm_max)}, mean {number(found.norm_mean)}")
     say(
         f"{indent}numbers: mean {number(found.mean)}, standard deviation {number(found.std)}; {found.nan:,} NaN, "

@@ -13,16 +13,8 @@ from actcache.admin.display import ago, binary, counted, entries, fields_as_json
 from actcache.admin.inspection import Coverage, SpaceReport
 from actcache.admin.report import Overview, SegmentReport, overview
 from actcache.backend import StoredFile
-from actcache.cli.common import (
-    SHORT,
-    JsonOption,
-    SpaceOption,
-    StoreArgument,
-    console,
-    print_json,
-    say,
-    table,
-)
+from actcache.cli import options
+from actcache.cli.common import SHORT, console, print_json, say, table
 from actcache.store.footprint import age_of_last_write, segments_in
 from actcache.store.store import open_store
 
@@ -30,10 +22,10 @@ _MOST = 20  # segments of a space in a tree
 
 
 def ls(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     tree: Annotated[bool, typer.Option("--tree", help="Show each space's segments and collections as a tree.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the spaces and collections of a store; with --space, that space's segments and what it has of each.
 

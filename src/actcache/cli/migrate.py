@@ -9,7 +9,8 @@ import typer
 from actcache.admin import migration
 from actcache.admin.display import binary, entries, fields_as_json
 from actcache.admin.migration import Migration, SpaceMigration
-from actcache.cli.common import SHORT, ExitCode, JsonOption, QuietOption, SpaceOption, print_json, say, say_failures
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
 from actcache.entries.writer import SEGMENT_BYTES
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
@@ -22,15 +23,15 @@ def migrate(
     target: Annotated[
         str, typer.Argument(help="Path or URL of the store to write; made where it is absent.", show_default=False)
     ],
-    space: SpaceOption = None,
+    space: options.Spaces = None,
     dtype: Annotated[
         str | None, typer.Option(help="Store rows as float16, float32 or bfloat16; by default as the source does.")
     ] = None,
     segment_bytes: Annotated[
         str, typer.Option(help="Bytes of rows of a segment; two are in memory. What is published survives a kill.")
     ] = f"{SEGMENT_BYTES >> 20}MiB",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Copy a store's spaces and collections into another store, of any backend at any place, and prove it.
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from actcache.admin import planning
 from actcache.admin.display import binary, fields_as_json, span
 from actcache.admin.planning import Corpus, Disk, Estimate, Model, Prices
-from actcache.cli import corpus
-from actcache.cli.common import FieldOption, FormatOption, JsonOption, console, print_json, say, table
+from actcache.cli import corpus, options
+from actcache.cli.common import console, print_json, say, table
 from actcache.errors import UsageError, requires_extra
 
 _SAMPLE = 5000  # documents whose lengths are looked at
@@ -23,8 +23,8 @@ def plan(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model id or folder, measured on this machine.")] = None,
     layer: Annotated[int | None, typer.Option(help="The layer to cache.")] = None,
-    field: FieldOption = None,
-    format: FormatOption = None,
+    field: options.Field = None,
+    format: options.Format = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Such devices that compute at the same time.")] = 1,
@@ -42,7 +42,7 @@ def plan(
     device_hour: Annotated[float | None, typer.Option(min=0, help="Price of an hour of a device.")] = None,
     gib_month: Annotated[float | None, typer.Option(min=0, help="Price of a month of a GiB of storage.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Show the paper's Table 7 beside ours.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say whether caching pays: bytes, time to fill, a pass with and without, and from which pass on.
 

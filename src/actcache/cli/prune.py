@@ -12,19 +12,8 @@ from actcache.admin import retention
 from actcache.admin.display import binary, counted, entries
 from actcache.admin.retention import IDLE_SECONDS, PINNED, Pruning, PruningPlan
 from actcache.backend import GRACE_SECONDS
-from actcache.cli import corpus
-from actcache.cli.common import (
-    SHORT,
-    FieldOption,
-    FormatOption,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    notice,
-    print_json,
-    say,
-)
+from actcache.cli import corpus, options
+from actcache.cli.common import SHORT, notice, print_json, say
 from actcache.cli.shell import text_of_argument
 from actcache.errors import OutOfSpaceError, UsageError
 from actcache.io.progress import Meter
@@ -38,8 +27,8 @@ _SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def prune(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     where: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,8 +49,8 @@ def prune(
     keep_collection: Annotated[
         str | None, typer.Option(help="Delete entries, not spaces: those that this collection does not name.")
     ] = None,
-    field: FieldOption = None,
-    format: FormatOption = None,
+    field: options.Field = None,
+    format: options.Format = None,
     stride: Annotated[
         int | None, typer.Option(help="With --keep-only: the stride of spaces that hold windows of documents.")
     ] = None,
@@ -71,8 +60,8 @@ def prune(
     ] = f"{IDLE_SECONDS / 60:.0f}min",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Delete spaces, or entries, that are no longer wanted, and what killed writers left behind.
 

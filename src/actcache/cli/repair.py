@@ -8,46 +8,31 @@ import typer
 
 from actcache.admin import inspection
 from actcache.admin.display import counted, entries
-from actcache.cli import corpus
-from actcache.cli.common import (
-    SHORT,
-    DeviceOption,
-    ExitCode,
-    FieldOption,
-    FormatOption,
-    JsonOption,
-    ModelOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    print_json,
-    recorded_models,
-    say,
-    say_failures,
-)
+from actcache.cli import corpus, options
+from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
 from actcache.store.store import open_standing
 
 
 def repair(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute what is quarantined again; so does each option below.")
     ] = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
+    model: options.Model = None,
+    device: options.Device = None,
     texts: Annotated[
         str | None, typer.Option("--corpus", help="Where the documents are, as for fill.", show_default=False)
     ] = None,
-    field: FieldOption = None,
-    format: FormatOption = None,
+    field: options.Field = None,
+    format: options.Format = None,
     stride: Annotated[
         int | None, typer.Option(min=0, help="Of the windows that documents were cut into.", show_default=False)
     ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Verify all entries, and quarantine what is corrupt: it becomes a miss, its bytes are kept aside.
 

@@ -9,28 +9,16 @@ import typer
 
 from actcache.admin import inspection
 from actcache.admin.display import binary, counted, entries, fields_as_json
-from actcache.cli.common import (
-    SHORT,
-    DeviceOption,
-    ExitCode,
-    JsonOption,
-    ModelOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    print_json,
-    recorded_models,
-    say,
-    say_failures,
-)
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
 from actcache.store.store import Store, open_store
 
 
 def verify(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="Read so many entries of each space, drawn at random, instead of all.")
     ] = None,
@@ -40,10 +28,10 @@ def verify(
             min=1, help="Also compute so many entries of each space again, drawn at random, from their token ids."
         ),
     ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    model: options.Model = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Read all entries and compare them with their checksums, on all processors. Changes nothing.
 

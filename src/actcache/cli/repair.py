@@ -48,7 +48,7 @@ def repair(
     if texts is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --corpus FILE")
     if texts is not None:
-        if corpus.passes(texts):
+        if corpus.is_stream(texts):
             raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
         corpus.check(texts, field, format=format)
     if not (recompute or model is not None or device is not None or texts is not None or stride is not None):

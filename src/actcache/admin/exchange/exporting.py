@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, SINKS, VERSION, VERSION_NAME
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
-from actcache.errors import DataError, MissingExtraError, ShapeError, UsageError
+from actcache.errors import DataError, ShapeError, UsageError, requires_extra
 from actcache.format import checksum, codec
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of, runs
@@ -207,9 +207,7 @@ def _batch(arrow: Any, schema: Any, space: Space, keys: NDArray[np.uint8], ids: 
 
 
 def _pyarrow() -> tuple[Any, Any]:
-    try:
+    with requires_extra("corpora", "Parquet needs pyarrow"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(f"Parquet needs pyarrow: pip install 'actcache[corpora]' ({error})") from None
     return pyarrow, pyarrow.parquet

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from actcache.cli.corpus.decoding import LONGEST
 from actcache.cli.corpus.document import Document, id_of, like, listed, unnamed
+from actcache.cli.corpus.text import LONGEST
 from actcache.errors import DocumentError
 
 #: A value and where it stands.

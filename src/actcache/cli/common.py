@@ -95,6 +95,6 @@ def recorded_models(model: str | None, device: str | None) -> tuple[Any, Any]:
         MissingExtraError: torch or transformers are not installed.
     """
     with requires_extra("models", "computing entries again needs torch and transformers"):
+        quieten_transformers()
         from actcache.admin import recompute
-    quieten_transformers()
     return recompute, recompute.RecordedModels(model, device=device)

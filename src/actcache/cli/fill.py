@@ -140,7 +140,8 @@ def fill(
         from actcache.admin.forecast import forecast
         from actcache.models import parallel
         from actcache.models.recyclers import Recyclers
-    quieten_transformers()
+
+        quieten_transformers()
     windows = _windows(too_long, max_length, stride)
     if collection is not None:
         Store.collection_blob(collection)  # a name that is none is refused before the work, not after it

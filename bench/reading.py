@@ -165,8 +165,7 @@ def warm(turns: Turns, report: Report) -> None:
         turns.check_raw(raw, padded=layout == "padded")
         for name, read in raw.items():
             contestants[f"{name}, {layout}"] = turns.raw(read)
-    for threads in ("one", "shared"):
-        contestants[f"xxh3 {threads}"] = turns.raw(lambda which, threads=threads: flat.hash_passes(which)[threads]())
+    contestants.update({name: turns.raw(read) for name, read in flat.digests().items()})
     spaces = {name: turns.corpus.open(name) for name in turns.corpus.urls}
     for name, space in spaces.items():
         for layout in turns.layouts:

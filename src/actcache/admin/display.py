@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
+
 from actcache.format.recipe import Recipe
 
 #: What is no text: controls (but tab and line feed), surrogates, noncharacters.
@@ -90,6 +92,8 @@ def as_json(value: Any) -> Any:
         return {name: as_json(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     return value.hex() if isinstance(value, bytes) else value
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from actcache.admin import benchmark
 from actcache.admin.benchmark import Bench, Comparison, plot
+from actcache.admin.display import fields_as_json
 from actcache.cli import options
 from actcache.cli.common import console, print_json, say, table
 from actcache.io.progress import Meter
@@ -80,7 +81,7 @@ def bench(
     if plot_file is not None:
         plot.save(found, plot_file)
     if as_json:
-        print_json({"command": command, **found.to_json()})
+        print_json({"command": command, **fields_as_json(found)})
         return
     say(command)
     for name, value in found.facts.items():

@@ -7,12 +7,10 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from actcache.admin.benchmark.caches import evict_surely
 from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
@@ -43,32 +41,6 @@ class Bench:
     versions: dict[str, str]
     left_out: dict[str, str]  # backends that could not be measured, and why
     comparisons: list[Comparison]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as plain values: GB/s, ratios with their intervals, and the seconds of every round."""
-        found = []
-        for one in self.comparisons:
-            rows = []
-            for contestant in one.contestants:
-                names = ("of_the_limit", "of_one_coalesced_read")
-                ratios = {name: asdict(ratio) for name, ratio in zip(names, contestant.ratios, strict=False)}
-                speed, seconds = asdict(one.speed(contestant)), contestant.seconds.tolist()
-                rows.append({"name": contestant.name, "gb_per_s": speed, **ratios, "seconds": seconds})
-            found.append(
-                {
-                    "shape": one.shape,
-                    "mode": one.mode,
-                    "documents": one.documents,
-                    "nbytes": one.nbytes,
-                    "batch": one.batch,
-                    "batches": one.batches,
-                    "limit": one.limit,
-                    "one_coalesced_read": one.coalesced,
-                    "bytes_read": one.payload.tolist(),
-                    "contestants": rows,
-                }
-            )
-        return {**asdict(self), "comparisons": found}
 
 
 def local_backends() -> tuple[list[str], dict[str, str]]:
@@ -136,7 +108,10 @@ def run(
             scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         try:
             _check_room(folder, nbytes, name, len(chosen))
-            corpus = _corpus(scratch, name, nbytes, chosen, left_out, progress)
+            urls = {backend: f"{backend}:{scratch / backend}" for backend in chosen}
+            tell = partial(progress, f"{name} stores")
+            tell(0, 1 + len(urls))
+            corpus = Corpus(Documents(SHAPES[name], nbytes), urls, {}, flat_path(scratch), tell)
             for mode in modes:
                 tell = partial(progress, f"{name} {mode}")
                 if mode == "warm":
@@ -196,15 +171,6 @@ def _check_room(folder: Path, nbytes: int, shape: str, stores: int) -> None:
         )
 
 
-def _corpus(
-    scratch: Path, name: str, nbytes: int, chosen: list[str], left_out: dict[str, str], progress: Progress
-) -> Corpus:
-    tell = partial(progress, f"{name} stores")
-    tell(0, 1 + len(chosen))
-    urls = {backend: f"{backend}:{scratch / backend}" for backend in chosen}
-    return Corpus(Documents(SHAPES[name], nbytes), urls, {}, flat_path(scratch), tell)
-
-
 def _machine(folder: Path, load: float) -> tuple[dict[str, str], dict[str, str]]:
     found = diagnose().facts
     machine, versions = found["machine"], found["versions"]
@@ -221,11 +187,9 @@ def _machine(folder: Path, load: float) -> tuple[dict[str, str], dict[str, str]]
 
 
 def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    models = (line for line in _text(Path("/proc/cpuinfo")).splitlines() if line.startswith("model name"))
+    name = next(models, "").partition(":")[2].strip()
+    return name or platform.processor() or platform.machine()
 
 
 def _device(folder: Path) -> str:
@@ -236,12 +200,14 @@ def _device(folder: Path) -> str:
         return "no block device of this machine"
     device = path.resolve()
     disk = device if (device / "queue").exists() else device.parent  # a partition's queue is its disk's
-    with suppress(OSError):
-        model = (
-            (disk / "device" / "model").read_text(encoding="utf-8", errors="replace").strip()
-            if (disk / "device" / "model").exists()
-            else ""
-        )
-        turns = (disk / "queue" / "rotational").read_text(encoding="ascii").strip() == "1"
-        return f"{device.name}{f' ({model})' if model else ''}, {'rotational' if turns else 'not rotational'}"
-    return device.name
+    model, turns = _text(disk / "device" / "model"), _text(disk / "queue" / "rotational")
+    named = f"{device.name} ({model})" if model else device.name
+    return f"{named}, {'rotational' if turns == '1' else 'not rotational'}" if turns else named
+
+
+def _text(path: Path) -> str:
+    """Return what the kernel says in a file, nothing where it says nothing."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 import typer
@@ -54,8 +53,11 @@ def verify(
     intact = found.intact and (again is None or again.ok)
     if as_json:
         spaces = {name: fields_as_json(one, "intact") for name, one in found.spaces.items()}
-        more = {} if again is None else {"recomputed": _recomputed(again), "not_recomputed": again.unable}
-        print_json({"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable, **more})
+        told = {"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable}
+        if again is not None:
+            told["recomputed"] = {name: _recomputed(one) for name, one in again.spaces.items()}
+            told["not_recomputed"] = again.unable
+        print_json(told)
     else:
         _show(found, store)
         if again is not None:
@@ -74,23 +76,9 @@ def _recompute(
         return recompute.verify_by_recomputing(store, models, prefixes, sample=sample, progress=meter)
 
 
-def _recomputed(again: Any) -> dict[str, Any]:
-    return {
-        name: {
-            "ok": one.ok,
-            "entries": one.documents,
-            "error": _finite(one.error),
-            "largest": _finite(one.largest),
-            "tolerance": one.tolerance,
-            "wrong": one.failed,
-            "corrupt": one.corrupt,
-        }
-        for name, one in again.spaces.items()
-    }
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON has no infinity
+def _recomputed(one: Any) -> dict[str, Any]:
+    found = {name: getattr(one, name) for name in ("ok", "error", "largest", "tolerance", "corrupt")}
+    return {**found, "entries": one.documents, "wrong": one.failed}
 
 
 def _show(found: inspection.StoreIntegrityReport, store: str) -> None:

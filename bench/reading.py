@@ -34,13 +34,14 @@ import numpy as np
 
 import actcache
 from actcache.admin.benchmark import rounds
-from actcache.admin.benchmark.caches import drop_caches, refuse_mappings
+from actcache.admin.benchmark.caches import refuse_mappings
 from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
 from actcache.admin.benchmark.limits import FlatFile
 from actcache.admin.benchmark.rounds import Spread, fastest
 from actcache.io.workers import available_cpus
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
+from bench.caches import drop_caches
 from bench.report import Cell, Report
 
 SEED = 3

@@ -13,6 +13,7 @@ from actcache.admin.planning import Corpus, Disk, Estimate, Model, Prices
 from actcache.cli import corpus, options
 from actcache.cli.common import console, print_json, say, table
 from actcache.errors import UsageError, requires_extra
+from actcache.reader.checks import nbytes_of
 
 _SAMPLE = 5000  # documents whose lengths are looked at
 
@@ -64,7 +65,7 @@ def plan(
     else:
         load, costs = _given(documents, tokens, hidden, full_ms, upper_ms)
     if read is not None and write is not None:
-        disk = Disk(planning.bandwidth("--read", read), planning.bandwidth("--write", write))
+        disk = Disk(float(nbytes_of("--read", read)), float(nbytes_of("--write", write)))
     elif read is None and write is None:
         disk = planning.measure_disk(folder)
     else:

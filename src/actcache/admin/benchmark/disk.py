@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +16,7 @@ from actcache.admin.benchmark.caches import evict_surely
 from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
 from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
 from actcache.admin.doctor import diagnose
+from actcache.admin.inspection import Progress
 from actcache.backend import SegmentFormat, SpaceEngine
 from actcache.errors import BackendError, MissingExtraError, OutOfSpaceError, StorageIOError, UsageError
 from actcache.io.files import mount_of, translated
@@ -28,9 +29,6 @@ PREFIX = "actcache-bench-"  # of the scratch folder
 _MEMORY = {"tmpfs", "ramfs"}
 _TOLERATED = 0.001  # share of pages that may have stayed in memory before a cold turn
 _ROOM = 1.25  # of the rows' bytes, for keys, token ids and lmdb's pages
-
-#: Told the step, how much is done and how much there is.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

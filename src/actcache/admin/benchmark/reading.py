@@ -27,10 +27,9 @@ from actcache.admin.benchmark.corpus import Corpus
 from actcache.admin.benchmark.limits import FlatFile, Positions
 from actcache.admin.benchmark.rounds import Seconds, Spread, fastest
 from actcache.admin.display import as_json
+from actcache.admin.inspection import StepProgress
 from actcache.io.workers import available_cpus
 from actcache.store.space import Space
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def flat_path(folder: Path) -> Path:
 
 
 def warm(
-    corpus: Corpus, folder: Path, count: int, batches: int, progress: Progress = lambda done, total: None
+    corpus: Corpus, folder: Path, count: int, batches: int, progress: StepProgress = lambda done, total: None
 ) -> Comparison:
     """Compare reads of what is in the page cache and mapped already, ``count`` rounds of so many batches."""
     out, turns = corpus.buffer(), corpus.turns(count, batches)
@@ -130,7 +129,7 @@ def cold(
     count: int,
     batches: int,
     drop: Callable[[], object],
-    progress: Progress = lambda done, total: None,
+    progress: StepProgress = lambda done, total: None,
 ) -> Comparison:
     """Compare reads of what is not in the page cache.
 

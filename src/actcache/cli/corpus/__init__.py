@@ -5,6 +5,8 @@ the file's name, which may end in .gz, .bz2, .xz or .zst as well. A source is on
 ``data/*.jsonl.gz``, any of these in an object store, a dataset that ``save_to_disk`` of Hugging Face's ``datasets``
 wrote, or ``-`` for standard input. Parquet, Arrow, such datasets and .zst need the extra ``corpora``, object stores the
 extra ``s3``. See docs/corpora.md.
+
+Whatever is wrong with a corpus is a ``DocumentError``, here and in all modules below.
 """
 
 from __future__ import annotations

@@ -64,11 +64,7 @@ def count(file: File, kind: Kind) -> int | None:
 
 
 def saved_dataset(folder: Folder) -> list[File] | None:
-    """Return the Arrow files of a saved dataset, in order; None where the folder is none.
-
-    Raises:
-        DocumentError: it holds several splits, or its state is damaged.
-    """
+    """Return the Arrow files of a saved dataset, in order; None where the folder is none."""
     state = folder.file(STATE)
     if state is None:
         _refuse_splits(folder)

@@ -70,11 +70,7 @@ class Form:
 
 
 def form(name: str) -> Form:
-    """Return what a name says.
-
-    Raises:
-        DocumentError: nothing here reads such files.
-    """
+    """Return what a name says."""
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     last = suffixes[-2:-1] if compression else suffixes[-1:]
@@ -149,8 +145,6 @@ class LocalFile(File):
     def open(self) -> io.BufferedReader:
         return open(self.location, "rb")
 
-    __str__ = File.__str__
-
 
 class StandardInput(File):
     name = STANDARD_INPUT
@@ -174,8 +168,6 @@ class RemoteFile(File):
 
     def open(self) -> io.BufferedReader:
         return self.bucket.open(self.key)
-
-    __str__ = File.__str__
 
 
 @dataclass(frozen=True)
@@ -245,11 +237,7 @@ def _remote(names: Found) -> File | Folder:
 
 
 def files_of(folder: Folder) -> list[File]:
-    """Return the files of a folder that belong to the corpus; all that a pattern chose.
-
-    Raises:
-        DocumentError: there is none.
-    """
+    """Return the files of a folder that belong to the corpus; all that a pattern chose."""
     if folder.chosen:
         if not folder.files:
             raise DocumentError(f"no file matches {folder.name}")

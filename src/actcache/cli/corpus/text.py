@@ -40,9 +40,6 @@ def decoded(file: io.BufferedReader, newline: str | None) -> Iterator[str]:
     Args:
         newline: of ``open``, which cuts and translates in the same way: None where LF, CR LF and CR end a line and
             become LF, ``""`` where they stay what they are, LF where nothing else ends a line.
-
-    Raises:
-        DocumentError: a line is not UTF-8, or has no end; the data is of a format that has no lines.
     """
     with _stream(file, newline) as stream:
         for number, line in enumerate(iter(partial(stream.readline, LONGEST), ""), 1):
@@ -104,9 +101,6 @@ def line_documents(lines: Iterator[str], *, certain: bool) -> Iterator[Document]
 
     Args:
         certain: whether somebody said that the lines are texts; else those that begin like a JSON file are refused.
-
-    Raises:
-        DocumentError: they look like JSON.
     """
     texts = (text for line in lines if (text := line.removesuffix("\n")).strip())
     head = list(itertools.islice(texts, _LOOKED_AT))
@@ -149,10 +143,6 @@ def table_documents(
 
     Args:
         lines: with their ends, untranslated.
-
-    Raises:
-        DocumentError: there is no such column, or more than one; a row has not as many cells as the header, or
-            quotes that do not end.
     """
     rows = _rows(lines, separator)
     _, names = next(rows, (1, []))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from actcache.admin import machine
 from actcache.admin.benchmark.caches import evict_surely
 from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
 from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
-from actcache.admin.doctor import diagnose
 from actcache.admin.inspection import Progress
 from actcache.backend import SegmentFormat, SpaceEngine
 from actcache.errors import BackendError, MissingExtraError, OutOfSpaceError, StorageIOError, UsageError
@@ -120,10 +119,10 @@ def run(
         finally:
             if not keep:
                 _remove(scratch)
-    facts, versions = _machine(folder, load)
+    facts = _facts(folder, load)
     if keep:
         facts["kept"] = f"{folder}/{PREFIX}*"
-    return Bench(facts, versions, left_out, comparisons)
+    return Bench(facts, machine.versions(), left_out, comparisons)
 
 
 def _remove(folder: Path) -> None:
@@ -169,43 +168,14 @@ def _check_room(folder: Path, nbytes: int, shape: str, stores: int) -> None:
         )
 
 
-def _machine(folder: Path, load: float) -> tuple[dict[str, str], dict[str, str]]:
-    found = diagnose().facts
-    machine, versions = found["machine"], found["versions"]
+def _facts(folder: Path, load: float) -> dict[str, str]:
+    found = machine.facts()
     point, kind = mount_of(folder)
-    facts = {
+    return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": f"{_processor()}, {available_cpus()} of {os.cpu_count()} usable",
-        "memory": machine["memory"],
-        "system": machine["system"],
-        "folder": f"{folder}, {kind or 'unknown file system'} at {point or 'unknown'}, {_device(folder)}",
+        "processor": f"{machine.processor()}, {available_cpus()} of {os.cpu_count()} usable",
+        "memory": found["memory"],
+        "system": found["system"],
+        "folder": f"{folder}, {kind or 'unknown file system'} at {point or 'unknown'}, {machine.disk_of(folder)}",
         "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after",
     }
-    return facts, versions
-
-
-def _processor() -> str:
-    models = (line for line in _text(Path("/proc/cpuinfo")).splitlines() if line.startswith("model name"))
-    name = next(models, "").partition(":")[2].strip()
-    return name or platform.processor() or platform.machine()
-
-
-def _device(folder: Path) -> str:
-    """Return the block device of a folder, and whether it turns; the kernel's word, which a virtual disk may invent."""
-    number = folder.stat().st_dev
-    path = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    if not path.exists():
-        return "no block device of this machine"
-    device = path.resolve()
-    disk = device if (device / "queue").exists() else device.parent  # a partition's queue is its disk's
-    model, turns = _text(disk / "device" / "model"), _text(disk / "queue" / "rotational")
-    named = f"{device.name} ({model})" if model else device.name
-    return f"{named}, {'rotational' if turns == '1' else 'not rotational'}" if turns else named
-
-
-def _text(path: Path) -> str:
-    """Return what the kernel says in a file, nothing where it says nothing."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache.cli import signals
-from actcache.cli.signals import HEEDED, Interrupted, Requests
+from actcache.cli import shell
+from actcache.cli.shell import HEEDED, Interrupted, Requests
 from tests.support import ROOT
 from tests.support.tiny import save_tiny
 
@@ -517,8 +517,8 @@ def requests(monkeypatch) -> Iterator[tuple[Requests, list[int], list[float]]]:
     """Requests whose clock a test sets, and what ended at once."""
     at_once: list[int] = []
     now = [100.0]
-    monkeypatch.setattr(signals, "_end_now", at_once.append)
-    monkeypatch.setattr(signals, "_now", lambda: now[0])
+    monkeypatch.setattr(shell, "_end_now", at_once.append)
+    monkeypatch.setattr(shell, "_now", lambda: now[0])
     given = {number: signal.getsignal(number) for number in HEEDED}, sys.unraisablehook
     asked = Requests()
     asked.heed()

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import actcache
 from actcache import Recyclers
 from actcache.admin.forecast import forecast
-from actcache.admin.recompute.inputs import of_documents
+from actcache.admin.lost import of_documents
 from actcache.errors import DocumentError, UsageError
 from actcache.models.parallel import fill as fill_parallel
 from actcache.models.training.joint import read_jointly

@@ -1,9 +1,9 @@
-"""What lost entries are to be computed from. Only from what is certain to be the document, as it was tokenized then.
+"""Entries that were lost, and what they are to be computed from: only from what is certain to be the document.
 
-Certain are: a text whose key is the entry's; token ids that another space of the store holds for that key, with their
-checksums, by the same tokenizer and settings; and the lost entry's own token ids where they prove themselves, because
-they, or the text that they decode to, have its key. The checksum of a corrupt entry proves nothing of its ids: it is
-over ids and rows together.
+Certain, and tokenized as it was then, are: a text whose key is the entry's; token ids that another space of the store
+holds for that key, with their checksums, by the same tokenizer and settings; and the lost entry's own token ids where
+they prove themselves, because they, or the text that they decode to, have its key. The checksum of a corrupt entry
+proves nothing of its ids: it is over ids and rows together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.inspection import opened
+from actcache.admin.inspection import open_space
 from actcache.entries.entry import Entry
 from actcache.errors import DataError, FormatError
 from actcache.format import safetensors
@@ -32,6 +32,62 @@ _CHUNK = 2048  # documents that are looked at at a time
 _ENTRIES = 64  # entries of another space that are read at a time
 
 _TOKENIZING = ("tokenizer", "special_tokens", "max_length", "too_long")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What is known of an entry besides its key."""
+
+    extras: frozenset[str]  # of spans, word_ids, type_ids, what it had
+    token_ids: NDArray[np.int32] | None  # as they were found: nobody vouches for them
+
+
+def lost_now(space: Space, corrupt: Sequence[bytes]) -> dict[bytes, Lost]:
+    """Return what lies of corrupt entries that are still in place, by key."""
+    if not corrupt:
+        return {}
+    had = {name: space.has(name, corrupt) for name in EXTRAS}
+    ids = space.salvaged_ids(corrupt)
+    return {
+        key: Lost(frozenset(name for name, there in had.items() if there[i]), ids[i]) for i, key in enumerate(corrupt)
+    }
+
+
+def lost_before(store: Store, space: Space) -> dict[bytes, Lost]:
+    """Return what the space's quarantine (docs/format.md) says of entries that are not in the space, by key.
+
+    What is no quarantine of entries (a segment that could not be read) is passed over.
+    """
+    lost: dict[bytes, Lost] = {}
+    for name in store.driver.blobs(f"spaces/{space.recipe.fingerprint}/quarantine"):
+        data = store.driver.read_blob(name) if name.endswith(".safetensors") else None
+        if data is not None:
+            try:
+                lost |= _kept(data, name)
+            except FormatError:
+                continue
+    keys = list(lost)
+    there = space.contains(keys).tolist() if keys else []
+    return {key: lost[key] for key, is_there in zip(keys, there, strict=True) if not is_there}
+
+
+def _kept(data: bytes, where: str) -> dict[bytes, Lost]:
+    metadata, arrays = safetensors.loads(data, where)
+    keys, offsets, ids = arrays.get("keys"), arrays.get("offsets"), arrays.get(TOKEN_IDS)
+    if metadata.get("actcache_quarantine") != "1" or keys is None or offsets is None:
+        raise FormatError(f"{where} holds no quarantined entries")
+    if keys.dtype != np.uint8 or keys.shape[1:] != (32,) or offsets.dtype != np.int64 or offsets.ndim != 1:
+        raise FormatError(f"{where} holds keys or offsets of another form")
+    if ids is not None:
+        if ids.dtype != np.int32 or ids.ndim != 1:
+            raise FormatError(f"{where} holds token ids of another form")
+        check_offsets(offsets.astype(np.int64), len(keys), len(ids), where)
+    extras = frozenset(name for name in EXTRAS if name in arrays)
+    own = [None] * len(keys) if ids is None else np.split(np.array(ids, np.int32), offsets[1:-1].tolist())
+    return {key: Lost(extras, one) for key, one in zip(key_list(keys.astype(np.uint8)), own, strict=True)}
+
+
+# --- what they are computed from --------------------------------------------------------------------------------------
 
 
 def of_documents(
@@ -69,7 +125,7 @@ def of_other_spaces(
             other = store.recipe(fingerprint)
             if not left or other is None or other == recipe or not _tokenized_alike(other, recipe):
                 continue
-            with opened(store, fingerprint) as space:
+            with open_space(store, fingerprint) as space:
                 keys = key_array(left)
                 there = key_list(keys[space.contains(keys)])
                 for start in range(0, len(there), _ENTRIES):
@@ -144,59 +200,3 @@ class _Whole:
 
 def _tokenized_alike(one: Recipe, other: Recipe) -> bool:
     return one.tokenizer is not None and all(getattr(one, name) == getattr(other, name) for name in _TOKENIZING)
-
-
-# Entries that were lost: quarantined now, or by an earlier repair and not computed again since.
-
-
-@dataclass(frozen=True)
-class Lost:
-    """What is known of an entry besides its key."""
-
-    extras: frozenset[str]  # of spans, word_ids, type_ids, what it had
-    token_ids: NDArray[np.int32] | None  # as they were found: nobody vouches for them
-
-
-def lost_now(space: Space, corrupt: Sequence[bytes]) -> dict[bytes, Lost]:
-    """Return what lies of corrupt entries that are still in place, by key."""
-    if not corrupt:
-        return {}
-    had = {name: space.has(name, corrupt) for name in EXTRAS}
-    ids = space.salvaged_ids(corrupt)
-    return {
-        key: Lost(frozenset(name for name, there in had.items() if there[i]), ids[i]) for i, key in enumerate(corrupt)
-    }
-
-
-def lost_before(store: Store, space: Space) -> dict[bytes, Lost]:
-    """Return what the space's quarantine (docs/format.md) says of entries that are not in the space, by key.
-
-    What is no quarantine of entries (a segment that could not be read) is passed over.
-    """
-    lost: dict[bytes, Lost] = {}
-    for name in store.driver.blobs(f"spaces/{space.recipe.fingerprint}/quarantine"):
-        data = store.driver.read_blob(name) if name.endswith(".safetensors") else None
-        if data is not None:
-            try:
-                lost |= _kept(data, name)
-            except FormatError:
-                continue
-    keys = list(lost)
-    there = space.contains(keys).tolist() if keys else []
-    return {key: lost[key] for key, is_there in zip(keys, there, strict=True) if not is_there}
-
-
-def _kept(data: bytes, where: str) -> dict[bytes, Lost]:
-    metadata, arrays = safetensors.loads(data, where)
-    keys, offsets, ids = arrays.get("keys"), arrays.get("offsets"), arrays.get(TOKEN_IDS)
-    if metadata.get("actcache_quarantine") != "1" or keys is None or offsets is None:
-        raise FormatError(f"{where} holds no quarantined entries")
-    if keys.dtype != np.uint8 or keys.shape[1:] != (32,) or offsets.dtype != np.int64 or offsets.ndim != 1:
-        raise FormatError(f"{where} holds keys or offsets of another form")
-    if ids is not None:
-        if ids.dtype != np.int32 or ids.ndim != 1:
-            raise FormatError(f"{where} holds token ids of another form")
-        check_offsets(offsets.astype(np.int64), len(keys), len(ids), where)
-    extras = frozenset(name for name in EXTRAS if name in arrays)
-    own = [None] * len(keys) if ids is None else np.split(np.array(ids, np.int32), offsets[1:-1].tolist())
-    return {key: Lost(extras, one) for key, one in zip(key_list(keys.astype(np.uint8)), own, strict=True)}

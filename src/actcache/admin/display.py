@@ -1,9 +1,17 @@
-"""Numbers as people read them."""
+"""How results are shown: numbers as people read them, dataclasses as JSON values."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from actcache.format.recipe import Recipe
 
 #: What is no text: controls (but tab and line feed), surrogates, noncharacters.
 _NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
@@ -21,8 +29,15 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
-def binary(nbytes: float) -> str:
-    """Return a number of bytes with a binary unit."""
+def entries(number: int) -> str:
+    """Return a number of entries."""
+    return counted(number, "entry", "entries")
+
+
+def binary(nbytes: float | None) -> str:
+    """Return a number of bytes with a binary unit, nothing for None."""
+    if nbytes is None:
+        return ""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -39,6 +54,11 @@ def span(seconds: float) -> str:
     return f"{seconds:,.0f} s"
 
 
+def ago(seconds: float | None, unknown: str = "") -> str:
+    """Return an age in its largest unit; ``unknown`` for None."""
+    return unknown if seconds is None else f"{span(seconds)} ago"
+
+
 def number(value: float | None) -> str:
     """Return a number with four significant digits, ``-`` for None."""
     return "-" if value is None else f"{value:,.4g}"
@@ -49,6 +69,11 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(min(max(seconds, _FIRST), _LAST), UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def model_name(recipe: Recipe) -> str:
+    """Return the last part of a model's id or folder."""
+    return PurePath(recipe.model).name
+
+
 def spelled(value: object) -> str:
     """Return a field of a recipe in one line."""
     if isinstance(value, dict):
@@ -56,3 +81,26 @@ def spelled(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return str(value)
+
+
+def as_json(value: Any) -> Any:
+    """Return a result as JSON values: dataclasses by ``to_json`` or else by their fields, keys in hexadecimal."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return fields_as_json(value)
+    if isinstance(value, dict):
+        return {name: as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no infinity
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def fields_as_json(value: Any, *more: str) -> dict[str, Any]:
+    """Return the fields of a dataclass, and ``more`` of its attributes, as JSON values."""
+    names = [field.name for field in dataclasses.fields(value)]
+    return {name: as_json(getattr(value, name)) for name in (*names, *more)}

@@ -1,8 +1,9 @@
-"""Signals that ask a command to end: it finishes as after Ctrl-C, and its exit code says which one came.
+"""What a shell expects of a command: signals end it, output that nobody reads or can show is no failure, and the
+library's advice comes in its words.
 
 A batch system, a container, a closed terminal and Ctrl-C differ in the signal alone. What a command has computed is
-stored, what it was writing is whole or gone, its processes end. Only ``cachectl`` does this: what a signal means to
-another program is that program's own business.
+stored, what it was writing is whole or gone, its processes end; the exit code says which signal came. Only ``cachectl``
+does this: what a signal means to another program is that program's own business.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import io
 import os
 import signal
 import stat
@@ -17,14 +19,13 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: What comes within so many seconds is the same request: ``timeout`` sends SIGTERM twice, systemd SIGTERM and SIGHUP at
 #: the end of a session, and of a closed terminal both kernel and shell tell.
 SAME_SECONDS = 1.0
-
 
 _now = time.monotonic
 
@@ -111,3 +112,65 @@ def hung_up(error: OSError) -> bool:
         return stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode)
     except (OSError, ValueError):  # it is no file
         return False
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def escape_missing(stream: TextIO | None) -> None:
+    """Have a stream write characters that its encoding lacks as ``\\xe9``; by itself it would raise an error.
+
+    A file name may hold any bytes, a recipe any text, and a locale may have neither.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def drop_unread() -> None:
+    """Forget output that nobody reads any more, or the interpreter fails over it in its last moments."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def as_shown(text: str, encoding: str) -> str:
+    """Return a text as such a stream shows it, so that a table knows how wide it is."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def text_of_argument(argument: str) -> str:
+    """Return an argument that is a text and no file name: UTF-8, also where the locale is not.
+
+    Python decodes arguments by the locale, ASCII's as surrogates, which no document and no recipe has.
+    """
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:  # it is of the locale's encoding
+        return argument
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+#: What the library says, and what to do instead in the shell. A test finds advice that is missing here.
+SHELL_WORDS = {
+    "open it with mode='a' to create one": "cachectl fill makes one",
+    ", or read only with mode='r'": "",
+    ", or read with mode='r'": "",
+    "read with mode='r'": "give some that may, or let these",
+    "free some space and flush again": "free some space and run it again",
+    "space.delete(error.keys) makes": "cachectl repair makes",
+    "see store.fingerprints()": "cachectl ls lists them",
+}
+
+
+def in_shell(message: str) -> str:
+    """Return an error's message as one reads it in a shell."""
+    for said, instead in SHELL_WORDS.items():
+        message = message.replace(said, instead)
+    return message

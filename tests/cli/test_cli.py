@@ -245,7 +245,7 @@ def test_an_interrupted_fill_goes_on(model, tmp_path):
     process.stdin.flush()  # and stays open: what has come is computed, then fill waits for more
     _wait_until_idle(process.pid)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "run it again to go on" in errors
     assert "Traceback" not in errors

@@ -298,7 +298,7 @@ def test_with_object_stores(sources, tmp_path):
 DRIVER = """
 import json, os, sys
 import actcache
-from actcache.migration import migrate
+from actcache.admin.migration import migrate
 
 for line in sys.stdin:
     source, target, warm = json.loads(line)

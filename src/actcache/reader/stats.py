@@ -42,7 +42,7 @@ class Metric(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name for OpenTelemetry: ``actcache.reader.reader.read.time``."""
+        """The name for OpenTelemetry: ``actcache.reader.read.time``."""
         return f"{_PREFIX}{self.short}"
 
     @property

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 
-import pytest
-
 from tests.support import ROOT, run
 
 SOURCE = ROOT / "src" / "actcache"
@@ -53,12 +51,12 @@ def as_text(call: ast.Call) -> bool:
     return "b" not in (mode or OPENERS[name])
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "backends").rglob("*.py"))], ids=lambda path: path.name)
-def test_text_files_have_an_encoding(path):
+def test_text_files_have_an_encoding():
     """Under another locale a name or text that is no ASCII would fail, or be written in what others cannot read."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and as_text(node):
-            assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
+    for path in [*MODULES, *(ROOT / "backends").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and as_text(node):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_importing_actcache_loads_no_heavy_library():

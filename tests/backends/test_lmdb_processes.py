@@ -183,7 +183,7 @@ def test_many_writers_and_readers(url):
 
 @pytest.mark.parametrize("grace", [0, 300])
 def test_compaction_under_readers_and_writers_that_are_killed(url, grace):
-    rounds(url, grace, 2)
+    rounds(url, grace, 1)
 
 
 @pytest.mark.long

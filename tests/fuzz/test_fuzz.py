@@ -75,7 +75,7 @@ def fuzz(name, seconds, seed=0):
 def test_mutated_seeds(name):
     if not available(name):
         pytest.skip("its backend is not installed")
-    refused, _ = fuzz(name, 1)
+    refused, _ = fuzz(name, 0.3)
     assert refused > 5
 
 

@@ -391,18 +391,19 @@ print(len(next(iterator)))
     assert run(code, tmp_path / "store", timeout=120) == "4\n"
 
 
-def test_five_hundred_epochs(space):
+@pytest.mark.parametrize("epochs", [100, pytest.param(1000, marks=pytest.mark.long)])
+def test_many_epochs(space, epochs):
     """Memory and descriptors stay flat."""
     reader = space.reader(KEYS, batch_size=16, shuffle=True, device="cpu")
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    for _ in range(100):
+    for _ in range(20):
         documents(reader)
     gc.collect()
     memory, files = resident(), descriptors()
-    for _ in range(500):
+    for _ in range(epochs):
         assert len(documents(reader)) == COUNT
     gc.collect()
     assert resident() - memory < 8 << 20

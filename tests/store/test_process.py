@@ -180,7 +180,7 @@ def test_a_pool_of_spawned_processes(root):
 @pytest.mark.parametrize("mapped", [True, False])
 def test_threads_on_one_space(tmp_path, mapped):
     """Each sees at once what it put, flushed or not, while segments are published, indexed and deleted around it."""
-    failures, stop = [], time.monotonic() + 3
+    failures, stop = [], time.monotonic() + 1
 
     def work(me):
         try:

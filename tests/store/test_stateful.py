@@ -182,7 +182,7 @@ def run(name, examples, steps):
 
 @pytest.mark.parametrize("name", ["ram", *KINDS])
 def test_any_sequence_of_operations(name):
-    run(name, 8, 25)
+    run(name, 5, 25)
 
 
 @pytest.mark.long

@@ -64,6 +64,13 @@ class Bucket:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
         return [found["Key"] for page in pages for found in page.get("Contents", ())]
 
+    def remove(self) -> None:
+        for upload in self.s3.list_multipart_uploads(Bucket=self.name).get("Uploads", ()):
+            self.s3.abort_multipart_upload(Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"])
+        while keys := [{"Key": key} for key in self.listed()[:1000]]:
+            self.s3.delete_objects(Bucket=self.name, Delete={"Objects": keys, "Quiet": True})
+        self.s3.delete_bucket(Bucket=self.name)
+
     def uploads(self) -> list[str]:
         return [u["Key"] for u in self.s3.list_multipart_uploads(Bucket=self.name).get("Uploads", ())]
 
@@ -111,11 +118,7 @@ def bucket(server: Server, plain_client: Any, monkeypatch: pytest.MonkeyPatch) -
     found = Bucket(server, f"actcache-{uuid.uuid4().hex[:16]}", s3)
     s3.create_bucket(Bucket=found.name)
     yield found
-    for upload in s3.list_multipart_uploads(Bucket=found.name).get("Uploads", ()):
-        s3.abort_multipart_upload(Bucket=found.name, Key=upload["Key"], UploadId=upload["UploadId"])
-    while keys := [{"Key": key} for key in found.listed()[:1000]]:
-        s3.delete_objects(Bucket=found.name, Delete={"Objects": keys, "Quiet": True})
-    s3.delete_bucket(Bucket=found.name)
+    found.remove()
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def started(model: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psut
     (folder / "many.txt").write_text("\n".join(MANY))
     code = (
         "import functools\nfrom actcache.cli import main\nfrom actcache.errors import OutOfSpaceError\n"
-        "from actcache.store import Store\n"
+        "from actcache.store.store import Store\n"
         "from actcache.io.files import Files\n"
         "Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 20)\n"
         "publish = Files.publish\n"

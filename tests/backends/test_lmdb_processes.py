@@ -16,6 +16,8 @@ import actcache
 from actcache.errors import SegmentGoneError
 from tests.support import check, key, put, recipe, run, start
 
+pytestmark = pytest.mark.processes
+
 TINY = {"map_size": 1 << 16}
 
 WRITER = """

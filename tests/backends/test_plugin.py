@@ -15,6 +15,8 @@ import pytest
 
 from tests.support import MEMORY_FOLDER, ROOT
 
+pytestmark = pytest.mark.processes
+
 #: Each array of a segment is a file of its own, in a folder with a JSON table; of actcache it needs one module.
 MODULE = '''
 """Segments that are folders of raw arrays."""

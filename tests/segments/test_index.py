@@ -495,6 +495,7 @@ def big_index(tmp_path_factory):
     path.unlink()
 
 
+@pytest.mark.processes
 def test_two_million_entries(big_index):
     """They are opened and looked up without a step for each, and cost no memory of their own."""
     code = """
@@ -529,6 +530,7 @@ print(opened, found, peak, memory / len(table), (private() - before) / len(table
     assert all_bytes < 64
 
 
+@pytest.mark.processes
 def test_lookups_of_absent_keys_and_of_equal_prefixes(big_index):
     table = Table.open(big_index, nowhere, COLUMNS)
     keys = np.load(big_index.with_suffix(".npy"))[:5000].copy()

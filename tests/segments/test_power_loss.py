@@ -23,6 +23,8 @@ from actcache.io.files import FileOperations
 from tests.support import check, compact, key, put, recipe, rows
 from tests.support.backends import KINDS, each
 
+pytestmark = pytest.mark.processes
+
 
 class Killed(BaseException):
     """The process ends here; nothing catches this."""

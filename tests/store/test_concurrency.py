@@ -12,6 +12,8 @@ import actcache
 from tests.support import HIDDEN, key, recipe, run, start
 from tests.support.backends import each
 
+pytestmark = pytest.mark.processes
+
 WRITERS, OWN, SHARED = 4, 40, 150
 
 

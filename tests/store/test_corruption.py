@@ -18,6 +18,8 @@ import actcache
 from tests.support import check, compact, damage, key, put, recipe, run
 from tests.support.backends import each
 
+pytestmark = pytest.mark.processes
+
 _GOLDEN = {}
 
 

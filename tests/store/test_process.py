@@ -20,6 +20,8 @@ from actcache.segments.space import SegmentedSpace
 from tests.support import HIDDEN, PYTHONPATH, ROOT, check, ids, key, make_store, put, recipe, rows, run
 from tests.support.waiting import DEADLINE, no_hang
 
+pytestmark = pytest.mark.processes
+
 HELD = dict.fromkeys(range(30), 0)
 
 

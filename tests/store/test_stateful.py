@@ -18,6 +18,8 @@ from actcache.testing.memory import backend as memory
 from tests.support import ids, key, put, recipe, rows
 from tests.support.backends import KINDS
 
+pytestmark = pytest.mark.processes
+
 DOCUMENTS = 10
 KEYS = [key(n) for n in range(DOCUMENTS)]
 #: Nothing here depends on what a disk forgets: in memory it runs ten times as fast.

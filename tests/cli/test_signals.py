@@ -410,7 +410,11 @@ def rounds(name: str, numbers: list[int], driver: Driver, world: World, folder: 
     return codes
 
 
-@pytest.mark.parametrize("name", CASES)
+#: ``bench`` takes as long as all others; that it leaves nothing behind is shown in test_bench.py, too.
+EVERYDAY = [pytest.param(name, marks=pytest.mark.long) if name == "bench" else name for name in CASES]
+
+
+@pytest.mark.parametrize("name", EVERYDAY)
 def test_signals_end_a_command_and_lose_nothing(name, driver, world, tmp_path):
     numbers = [random.Random(name).choice(HEEDED)] if name != "fill" else list(HEEDED)
     rounds(name, numbers, driver, world, tmp_path / "rounds")

@@ -20,7 +20,7 @@ from typing import Any
 STAGES = {
     "look-up": ("actcache.segments.snapshot", "SegmentedSnapshot.locate"),
     "which columns": ("actcache.segments.snapshot", "SegmentedSnapshot.has"),
-    "planning": ("actcache.segments.rows", "MappedRows.plan"),
+    "planning": ("actcache.segments.rows", "MappedRows.prepare"),
     "first seeds": ("actcache.format.checksum", "entry_seeds"),
     "digests": ("actcache.format.checksum", "chainer"),
     "hand-over": ("actcache.reader.delivery", "HostDelivery.deliver"),

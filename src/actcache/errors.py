@@ -11,7 +11,8 @@ Messages say what is wrong and what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -70,6 +71,19 @@ class BackendError(UsageError):
 
 class MissingExtraError(BackendError):
     """A backend is known but the library that it needs is not installed; the message says which to install."""
+
+
+@contextmanager
+def requires_extra(extra: str, need: str) -> Iterator[None]:
+    """Have an import that fails say what needs it, and which extra brings it.
+
+    Raises:
+        MissingExtraError: something could not be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(f"{need}: pip install 'actcache[{extra}]' ({error})") from None
 
 
 # --- look at the store ----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actcache.reader.order import Order
@@ -20,7 +20,6 @@ orders = st.builds(
 lengths_of = st.lists(st.integers(1, 40), max_size=70).map(lambda values: np.array(values, np.int64))
 
 
-@settings(deadline=None, max_examples=300)
 @given(orders, lengths_of, st.integers(1, 5), st.integers(0, 3))
 def test_each_document_once_and_as_many_batches_on_every_rank(order, lengths, ranks, epoch):
     plan = order.of_epoch(lengths, epoch)
@@ -43,7 +42,6 @@ def test_each_document_once_and_as_many_batches_on_every_rank(order, lengths, ra
     assert seen == plan.sequence.tolist()
 
 
-@settings(deadline=None, max_examples=200)
 @given(orders, lengths_of, st.integers(1, 4), st.integers(1, 4), st.data())
 def test_an_epoch_is_taken_up_again_at_any_round(order, lengths, ranks, others, data):
     plan = order.of_epoch(lengths, 0)
@@ -62,7 +60,6 @@ def test_an_epoch_is_taken_up_again_at_any_round(order, lengths, ranks, others, 
             assert rest == list(range(done, len(lengths)))
 
 
-@settings(deadline=None, max_examples=100)
 @given(orders, lengths_of, st.integers(1, 4))
 def test_dropping_the_last(order, lengths, ranks):
     order = Order(**{**vars(order), "drop_last": True})

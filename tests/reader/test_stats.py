@@ -45,7 +45,8 @@ def test_times_are_of_what_they_say(space, monkeypatch):
     assert 0.03 <= stats.step_seconds < passed
     assert 0.025 < stats.first_seconds <= stats.wait_seconds
     assert stats.wait_seconds + stats.step_seconds <= passed
-    assert stats.stall_fraction > 0.2
+    waited = stats.wait_seconds - stats.first_seconds
+    assert stats.stall_fraction == waited / (waited + stats.step_seconds)
     assert (stats.epochs, stats.batches, stats.documents, stats.tokens) == (1, 3, COUNT, TOKENS)
     host = space.reader(KEYS)
     list(host)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import TOKEN_IDS, VALUES, Block, Columns
+from actcache.backend import VALUES, Block, Columns
 from actcache.errors import StoreError, StoreGoneError
 from actcache.format import checksum
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import EXTRAS, offsets_of
+from actcache.format.ragged import offsets_of
 
 SEGMENT_BYTES = 256 << 20
 SEGMENT_SECONDS = 45.0
@@ -87,18 +87,8 @@ class Builder:
             columns = {name: array[kept] for name, array in self._columns.items()}
         keys = np.frombuffer(b"".join(self._places), np.uint8).reshape(-1, KEY_BYTES)
         offsets = offsets_of(lengths)
-        seeds = checksum.entry_seeds(space_seed, keys, lengths, has_token_ids=TOKEN_IDS in columns)
-        main = [columns[name] for name in (TOKEN_IDS, VALUES) if name in columns]
-        sums = checksum.chain(seeds.tolist(), main, offsets[:-1], lengths)
-        extras = [columns[name] for name in sorted(EXTRAS) if name in columns]
-        extra_sums = checksum.chain(sums, extras, offsets[:-1], lengths) if extras else None
-        return Block(
-            keys,
-            offsets,
-            np.array(sums, np.uint64),
-            columns,
-            None if extra_sums is None else np.array(extra_sums, np.uint64),
-        )
+        sums, extra_sums = checksum.entry_checksums(space_seed, keys, offsets[:-1], lengths, columns)
+        return Block(keys, offsets, sums, columns, extra_sums)
 
 
 class Writer:

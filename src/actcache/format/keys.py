@@ -193,6 +193,22 @@ def key_list(keys: NDArray[np.uint8]) -> list[bytes]:
     return [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
 
 
+def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Return the first 8 bytes of ``[n, 32]`` keys as numbers that sort as the bytes do, ``[n]``, and the rest."""
+    keys = np.ascontiguousarray(keys)
+    return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64), keys[:, 8:]
+
+
+def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return ``[n, 32]`` keys; the inverse of ``split_keys``."""
+    return np.concatenate([prefix.astype(">u8").view(np.uint8).reshape(-1, 8), rest], axis=1)
+
+
+def key_order(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the positions of ``[n, 32]`` keys in the order of their bytes, ``[n]``."""
+    return np.lexsort(np.ascontiguousarray(keys).view(">u8").T[::-1])
+
+
 @dataclass(frozen=True)
 class Windows:
     """How long documents are cut: windows of ``max_length`` tokens that overlap by ``stride``, an entry each.

@@ -148,11 +148,11 @@ def _layout(file: BinaryIO, where: str) -> tuple[dict[str, str], dict[str, Exten
         raise FormatError(f"{where} is truncated or no file of this store: {error}") from None
 
 
-def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
-    """Return a file's metadata and its arrays, read-only, mapped in place.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to be mapped; a pipe would block, and a device has no end.
 
     Raises:
-        FormatError: the file is truncated or foreign.
+        FormatError: it is no regular file, or cannot be read.
         FileNotFoundError: there is none.
     """
     try:
@@ -161,10 +161,20 @@ def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES):
             raise FormatError(f"{path} cannot be read: {error.strerror}") from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe would block, and a device has no end
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path} is no file")
-    with open(descriptor, "rb") as file:
+    return open(descriptor, "rb")
+
+
+def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
+    """Return a file's metadata and its arrays, read-only, mapped in place.
+
+    Raises:
+        FormatError: the file is truncated or foreign.
+        FileNotFoundError: there is none.
+    """
+    with open_regular(path) as file:
         metadata, extents = _layout(file, str(path))
         # One mapping for all: each of Python's keeps a file descriptor for as long as it lives.
         whole = np.memmap(file, np.uint8, "r").view(np.ndarray)

@@ -495,12 +495,12 @@ class Space:
             self.refresh()
         return repair
 
-    def merge_small_segments(self, allowed: bool) -> None:
+    def merge_tiers(self, allowed: bool) -> None:
         """Say whether this object's writer may merge its own small segments on the way, which it does unless told.
 
         For ten minutes, for those who read them, what it merged lies there twice. What stays is for ``compact``.
         """
-        self._driver.merges_small = allowed
+        self._driver.merges_tiers = allowed
 
     def compact(
         self,

@@ -244,6 +244,9 @@ class Space:
     def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
         """Return the entries of the keys, in their order; None where there is none.
 
+        Args:
+            verify: whether to check the entries' checksums.
+
         Raises:
             CorruptEntryError: entries fail their checksums; it names them.
         """
@@ -323,9 +326,9 @@ class Space:
         corrupt = request.read(out, None, verify=verify)
         return out, {name: there.tolist() for name, there in has.items()}, corrupt
 
-    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:
+    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: list[int]) -> None:
         if corrupt:
-            bad = key_list(keys[sorted(corrupt)])
+            bad = key_list(keys[corrupt])
             raise CorruptEntryError(
                 f"{len(bad)} of {len(keys)} entries fail their checksum, the first is {bad[0].hex()}: "
                 "space.delete(error.keys) makes them misses, fill computes them again",

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actcache.errors import ShapeError, UsageError
-from actcache.format.arguments import whole, whole_numbers
+from actcache.format.arguments import check_choice, nbytes_of, whole, whole_numbers
 from actcache.format.keys import Keys, key_array
 from actcache.reader.caches.local_cache import LocalCache
 from actcache.reader.caches.ram_cache import RamCache
-from actcache.reader.checks import check_choice, check_present, nbytes_of, ranks_of
+from actcache.reader.checks import check_present, ranks_of
 from actcache.reader.cursor import Cursor
 from actcache.reader.delivery import Delivery, DeviceDelivery, HostDelivery
 from actcache.reader.epoch import Epoch, MissComputer, Work, count_spent

@@ -1,4 +1,4 @@
-"""A few threads that share the native calls of one batch."""
+"""A few threads that share the native calls of one batch, and a lock for what threads and forks share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class ProcessLock:
+    """A lock that is free after a fork, whoever held it before: that thread is not there any more."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():  # a fork has one thread
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *failure: object) -> None:
+        self._lock.release()
 
 
 class Workers:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from actcache.errors import ClosedError, FormatError, SegmentGoneError
 from actcache.format.ragged import offsets_of
+from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, Blocks
 from actcache.segments.places.objects.client import Data, ObjectNotFoundError
-from actcache.segments.places.objects.session import ProcessLock, Session
+from actcache.segments.places.objects.session import Session
 from actcache.segments.rows import Read, RowPlan, RowSource
 from actcache.segments.segment import Segment
 

@@ -24,7 +24,7 @@ STAGES = {
     "first seeds": ("actcache.format.checksum", "entry_seeds"),
     "digests": ("actcache.format.checksum", "chainer"),
     "hand-over": ("actcache.reader.delivery", "HostDelivery.deliver"),
-    "buffers": ("actcache.reader.buffers", "Slots.take"),
+    "buffers": ("actcache.reader.buffers", "BufferPool.take"),
     "read-ahead hints": ("actcache.segments.rows", "MappedRows.will_need"),
     "sharing among threads": ("actcache.io.workers", "Workers.run"),
     "other Python": ("actcache.reader.epoch", "read_batch"),

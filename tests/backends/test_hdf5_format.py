@@ -496,7 +496,7 @@ def test_a_damaged_heap_does_not_hang(segment):
     code = f"""
 import signal, actcache
 from tests.support import *
-signal.alarm(20)
+signal.alarm(90)
 with actcache.open({str(segment.parents[3])!r}, "r") as store, store.space(recipe()) as space:
     assert list(space.damaged()) == [{segment.stem!r}]
 """

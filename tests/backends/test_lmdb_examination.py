@@ -10,6 +10,8 @@ import actcache
 from actcache.errors import FormatError
 from tests.support import check, put, recipe, run
 
+pytestmark = pytest.mark.processes
+
 
 def test_an_intact_space(tmp_path):
     with actcache.open(f"lmdb:{tmp_path}/store") as store, store.space(recipe()) as space:

@@ -16,6 +16,8 @@ import actcache
 from actcache.errors import SegmentGoneError
 from tests.support import check, key, put, recipe, run, start
 
+pytestmark = pytest.mark.processes
+
 TINY = {"map_size": 1 << 16}
 
 WRITER = """
@@ -183,7 +185,7 @@ def test_many_writers_and_readers(url):
 
 @pytest.mark.parametrize("grace", [0, 300])
 def test_compaction_under_readers_and_writers_that_are_killed(url, grace):
-    rounds(url, grace, 2)
+    rounds(url, grace, 1)
 
 
 @pytest.mark.long

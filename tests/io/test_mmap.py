@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import actcache
@@ -24,6 +24,7 @@ from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.rows import MappedRows, ReadRows, RowPlan
 from actcache.segments.segment import Segment
 from tests.support import HIDDEN, key, make_store, recipe, rows, run, segment_files
+from tests.support.waiting import DEADLINE, ended, ours
 
 
 def write(path, offset, array):
@@ -58,7 +59,6 @@ def test_rows_of_odd_sizes(tmp_path, hidden, dtype):
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["|u1", "<u2", "<i4", "<f8"]),
     st.sampled_from([(), (2,), (5,), (24,), (32,)]),
@@ -290,6 +290,7 @@ def test_many_small_segments(tmp_path, count):
 
 def test_closing_while_threads_read(tmp_path):
     """They get what they asked for, or ``ClosedError``; nothing else, and no thread is left."""
+    before = ours()
     with actcache.open(tmp_path / "store") as store, store.space(recipe(hidden_size=256)) as space:
         keys = [key(n) for n in range(200)]
         space.put(keys, [np.full((100, 256), n, np.float32) for n in range(200)])
@@ -319,10 +320,10 @@ def test_closing_while_threads_read(tmp_path):
             started.wait()
             store.close()
             for thread in threads:
-                thread.join(30)
+                thread.join(DEADLINE)
                 assert not thread.is_alive()
             assert strange == []
-    assert [t for t in threading.enumerate() if t.name.startswith("actcache")] == []
+    ended(before)
 
 
 def test_a_mapping_that_is_refused_is_an_error_of_ours():
@@ -374,7 +375,7 @@ def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
             if in_memory(descriptor, wanted[:100]).any():
                 pytest.skip("this file system keeps all in memory")
             arena.will_need(first + wanted, np.ones(len(wanted), np.int64))
-            end = time.monotonic() + 30
+            end = time.monotonic() + DEADLINE
             while not in_memory(descriptor, wanted).all() and time.monotonic() < end:
                 time.sleep(0.05)
             assert in_memory(descriptor, wanted).all()

@@ -346,7 +346,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(90)
 def test_a_foreign_file_among_the_segments(folder, kind):
     """The rest stays readable and writable, and ``damaged`` names it."""
     name = f"{77:012x}-{'ab' * 8}"

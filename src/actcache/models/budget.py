@@ -13,7 +13,7 @@ from actcache.entries.entry import columns_of
 from actcache.format.ragged import TOKEN_IDS, VALUES
 from actcache.format.recipe import Recipe
 from actcache.reader.checks import nbytes_of
-from actcache.store.footprint import footprint
+from actcache.store.footprint import footprint_of
 from actcache.store.space import Space
 from actcache.store.store import Store
 
@@ -104,7 +104,7 @@ class ByteBudget:
             account.promise(self._number, sum(sizes[:count]))
             return count
 
-    def settle(self) -> None:
+    def remeasure(self) -> None:
         """Measure anew, after a flush of all that this writer has promised."""
         with self._account.lock:
             self._account.measured(self._measure(), self._number)
@@ -112,7 +112,7 @@ class ByteBudget:
 
 def taken(store: Store, fingerprints: Sequence[str]) -> int:
     """Return how many bytes some spaces of a store take, as ``du`` counts them."""
-    found = footprint(store.driver.listing())
+    found = footprint_of(store.driver.listing())
     return sum(found.of_space(name) for name in fingerprints)
 
 

@@ -50,6 +50,8 @@ class SegmentedSnapshot(Snapshot):
         self._damaged = dict(damaged)
         self._dead = dead
         self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
+        # By segments' numbers: 16 bytes an entry, of segments with optional arrays that were read.
+        self._extras: dict[int, tuple[NDArray[np.int64], NDArray[np.uint64]]] = {}
         self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
         origins = sorted({origin for table in tables for origin in table.origins})
         rank = {origin: number for number, origin in enumerate(origins)}
@@ -115,21 +117,28 @@ class SegmentedSnapshot(Snapshot):
 
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         sums = np.zeros(len(located.tokens), np.uint64)
-        if not len(sums):
-            return sums
-        order = np.argsort(located.segment, kind="stable")  # the entries of a segment are then a run
-        numbers, firsts = np.unique(located.segment[order], return_index=True)
-        for number, which in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True):
-            segment = self._segments[number] if number >= 0 else None
-            if segment is not None and "extra_checksums" in segment.extents:
-                rows = located.row[which]
-                try:
-                    sums[which] = segment.read("extra_checksums")[np.searchsorted(segment.offsets()[:-1], rows)]
-                except FileNotFoundError:
-                    raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
-                except IndexError:
-                    raise FormatError(f"{segment.files.where} has no entry that begins at row {rows.max()}") from None
+        having = np.flatnonzero(self.has("extra_checksums", located))
+        having = having[np.argsort(located.segment[having], kind="stable")]
+        numbers, first = np.unique(located.segment[having], return_index=True)
+        for number, which in zip(numbers.tolist(), np.split(having, first[1:]), strict=False):
+            begins, of_entries = self._extra(number)
+            entry = np.searchsorted(begins, located.row[which])
+            if (outside := entry == len(begins)).any():
+                row = located.row[which][outside][0]
+                raise FormatError(f"{self._segments[number].files.where} has no entry that begins at row {row}")
+            sums[which] = of_entries[entry]
         return sums
+
+    def _extra(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Return where the entries of a segment begin and the checksums of their optional arrays, read once."""
+        found = self._extras.get(number)
+        if found is None:
+            segment = self._segments[number]
+            try:
+                found = self._extras[number] = segment.offsets()[:-1], segment.read("extra_checksums")
+            except FileNotFoundError:
+                raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
+        return found
 
     def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
         count = len(located.tokens)

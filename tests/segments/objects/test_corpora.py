@@ -64,7 +64,7 @@ def test_files_folders_and_patterns(place):
     assert read(f"{url}/c/*.jsonl.gz") == TEXTS[20:40]
     assert read(f"{url}/c/*/[12].jsonl.gz") == TEXTS[40:]
     assert corpus.count(f"{url}/c", "body") is None
-    assert not corpus.passes(f"{url}/c")
+    assert not corpus.is_stream(f"{url}/c")
     for source, said in (
         (f"{url}/none.jsonl", "cannot read .*none.jsonl: there is no such object"),
         (f"{url}/none/*.jsonl", "no file matches .*none/"),

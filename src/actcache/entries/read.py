@@ -132,7 +132,7 @@ class Request:
                 where no entry has any).
         """
         count = len(self._keys)
-        starts = offsets_of(self.lengths if width is None else np.full(count, width, np.int64))
+        starts = offsets_of(self.lengths, width)
         optional = [name for name in out if name != VALUES]
         kinds = self._kinds(optional)
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
@@ -203,7 +203,7 @@ class Request:
             # A segment is truncated. One by one, so that only its own entries are lost.
             if len(self._keys) == 1:
                 return [0]
-            starts = offsets_of(self.lengths if width is None else np.full(len(self._keys), width)).tolist()
+            starts = offsets_of(self.lengths, width).tolist()
             corrupt = []
             for i, (begin, end) in enumerate(itertools.pairwise(starts)):
                 alone = {name: buffer[begin:end] for name, buffer in out.items()}
@@ -232,7 +232,7 @@ class Request:
                 self._snapshot.gather(located, columns, width, lambda first, last: None)
         if not verify:
             return []
-        begins = offsets_of(lengths)[:-1] if width is None else np.arange(len(lengths)) * width
+        begins = offsets_of(lengths, width)[:-1]
         corrupt: set[int] = set()
         extras = [small[name] for name in sorted(small) if name in EXTRAS]
         if extras:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
-CHUNK_BYTES = 1 << 20
 _MOST = 8  # gathering is bound by memory bandwidth, which a few cores use up
 
 
@@ -75,11 +74,7 @@ class Workers:
             future.result()
 
     def run_chunks(self, steps: Sequence[Callable[[int, int], None]], chunks: Iterable[slice]) -> None:
-        """Call all ``steps``, one after another, with the bounds of each chunk, as ``run`` calls its jobs.
-
-        Where one step reads rows and the next one checks them, in chunks of about ``CHUNK_BYTES`` it finds them in the
-        processor's cache (docs/decisions/0002).
-        """
+        """Call all ``steps``, one after another, with the bounds of each chunk, as ``run`` calls its jobs."""
         bounds = [(chunk.start, chunk.stop) for chunk in chunks]
 
         def job(number: int) -> None:

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from actcache.errors import StoreError
-from actcache_lmdb.environment import GATE, Environment
+from actcache_lmdb.environment import MAP_LOCK, Environment
 from actcache_lmdb.failures import translated
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ def acquire(folder: Path, map_size: int | None, *, writable: bool) -> Environmen
     with _LOCK:
         if key in _OPEN and (_OPEN[key].wanted or not writable):
             return retain(_OPEN[key])
-    # Alone: opening must not run beside a fork, either. The gate before the lock: who is inside may need the lock.
-    with GATE.alone(), _LOCK:
+    # Alone: opening must not run beside a fork, either. MAP_LOCK first: who shares it may need the other.
+    with MAP_LOCK.exclusive(), _LOCK:
         try:
             with translated(f"cannot open {folder}"):
                 if key not in _OPEN:
@@ -77,7 +77,7 @@ _fork_is_safe = False
 
 def _before_fork() -> None:
     global _fork_is_safe
-    _fork_is_safe = GATE.shut(_FORK_SECONDS)
+    _fork_is_safe = MAP_LOCK.acquire_exclusive(_FORK_SECONDS)
     _LOCK.acquire()
     if not _fork_is_safe:
         logger.warning("a fork while LMDB transactions run: the child cannot use these stores; use spawn instead")
@@ -86,12 +86,12 @@ def _before_fork() -> None:
 def _after_in_parent() -> None:
     _LOCK.release()
     if _fork_is_safe:
-        GATE.open()
+        MAP_LOCK.release_exclusive()
 
 
 def _after_in_child() -> None:
     global _LOCK
-    GATE.__init__()  # type: ignore[misc]
+    MAP_LOCK.__init__()  # type: ignore[misc]
     _LOCK = threading.RLock()
     inherited = list(_OPEN.values())
     _OPEN.clear()

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError, StoreError
-from actcache.format.ragged import offsets_of, runs
-from actcache.io.workers import CHUNK_BYTES, Workers
+from actcache.format.ragged import chunks, offsets_of
+from actcache.io.workers import Workers
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.lookup import HeadIndex, find, live, scan
 from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
@@ -176,9 +176,7 @@ class LMDBSnapshot(Snapshot):
                     places = np.where(columns == kind, here, places)
                 begins = first * self._environment.page_size + places
                 copies.append(copier(memory, begins, located.tokens, buffer, width))
-            row_bytes = max(buffer.strides[0] for buffer in out.values())
-            sizes = (located.tokens if width is None else np.full(count, width)) * row_bytes
-            self._workers.run_chunks([*copies, done], runs(sizes, CHUNK_BYTES))
+            self._workers.run_chunks([*copies, done], chunks(located.tokens, width, out))
 
     def read_ahead(self, located: EntryLocations) -> None:
         if not hasattr(os, "posix_fadvise"):

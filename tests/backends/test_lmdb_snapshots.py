@@ -16,7 +16,7 @@ import actcache
 from actcache.backend import VALUES
 from actcache.errors import OutOfSpaceError, ReadOnlyError, SegmentGoneError, StoreError
 from actcache_lmdb import shared_environments
-from actcache_lmdb.environment import GATE
+from actcache_lmdb.environment import MAP_LOCK
 from tests.support import HIDDEN, check, key, length, put, recipe, rows
 
 
@@ -151,7 +151,7 @@ def test_two_stores_of_one_process_share_the_environment(url, tmp_path):
     reading.close()
     gc.collect()
     assert not [e for e in shared_environments._OPEN.values() if e.folder.is_relative_to(tmp_path)]
-    assert not GATE._inside
+    assert not MAP_LOCK._sharing
 
 
 def test_a_copy_by_lmdbs_own_tools_is_read(url, tmp_path):

@@ -20,6 +20,7 @@ from actcache.errors import FormatError
 
 VALUES = "values"
 TOKEN_IDS = "token_ids"
+CHUNK_BYTES = 1 << 20  # of rows that are read, then checked (docs/decisions/0002)
 
 #: The optional ragged arrays: name -> (dtype, trailing shape). Labels cannot be aligned without them.
 EXTRAS: Mapping[str, tuple[str, tuple[int, ...]]] = {
@@ -151,6 +152,17 @@ def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
     starts = offsets_of(sizes)
     inner = np.searchsorted(starts, np.arange(most, starts[-1], most)).tolist()
     return itertools.starmap(slice, itertools.pairwise(dict.fromkeys([0, *inner, len(sizes)])))
+
+
+def chunks(lengths: NDArray[np.int64], width: int | None, out: Mapping[str, NDArray[np.generic]]) -> Iterator[slice]:
+    """Cut a batch into runs of entries whose rows are still in the processor's cache when they are checked.
+
+    Args:
+        lengths, width: as of ``row_indices``.
+        out: the buffers that the rows go to.
+    """
+    row_bytes = max(buffer.strides[0] for buffer in out.values())
+    return runs((lengths if width is None else np.full(len(lengths), width)) * row_bytes, CHUNK_BYTES)
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:

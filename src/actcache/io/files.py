@@ -88,7 +88,7 @@ class Files:
             StorageIOError, ...: among others, that there is no root.
         """
 
-        def unsettled(folder: Path) -> bool:
+        def unsynced(folder: Path) -> bool:
             return folder != self.root and not (folder.is_dir() and folder in self._durable)
 
         with translated(f"cannot make the folder {path}"):
@@ -96,7 +96,7 @@ class Files:
                 if os.access(self.root.parent, os.R_OK):  # else somebody made it for us where we cannot even look
                     self.disk.sync_folder(self.root.parent)
                 self._durable.add(self.root)
-            for folder in reversed(list(itertools.takewhile(unsettled, (path, *path.parents)))):
+            for folder in reversed(list(itertools.takewhile(unsynced, (path, *path.parents)))):
                 self._make(folder)
 
     def _make(self, folder: Path) -> None:

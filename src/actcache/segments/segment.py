@@ -22,7 +22,7 @@ VERSION = 1
 #: From the name of a segment to its files.
 Access = Callable[[str], SegmentFiles]
 
-_FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
+_FIXED: Columns = {
     "offsets": ("<i8", ()),
     "keys": ("|u1", (KEY_BYTES,)),
     "checksums": ("<u8", ()),

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
-from actcache.format.ragged import runs
-from actcache.io.workers import CHUNK_BYTES, Workers
+from actcache.format.ragged import chunks
+from actcache.io.workers import Workers
 from actcache.segments.index import Table
 from actcache.segments.rows import RowPlan, RowSource
 from actcache.segments.segment import Segment
@@ -152,9 +152,7 @@ class SegmentedSnapshot(Snapshot):
         row = np.where(located.found, located.row, 0)
         plans = ((RowPlan(name, segment, row, located.tokens), buffer) for name, buffer in out.items())
         reads = [self._rows.prepare(plan, buffer, width) for plan, buffer in plans]
-        row_bytes = max(buffer.strides[0] for buffer in out.values())
-        sizes = (located.tokens if width is None else np.full(count, width)) * row_bytes
-        self._workers.run_chunks([*reads, done], runs(sizes, CHUNK_BYTES))
+        self._workers.run_chunks([*reads, done], chunks(located.tokens, width, out))
 
     def read_ahead(self, located: EntryLocations) -> None:
         found = located[located.found]

@@ -1,4 +1,4 @@
-"""One space's entries in a local cache: looked up, read and added; see ``cachefolder`` for what bounds them."""
+"""One space's entries in a local cache: looked up, read and added; see ``local_folder`` for what bounds them."""
 
 from __future__ import annotations
 

@@ -30,17 +30,20 @@ from actcache.segments.places import marker
 from actcache.segments.places.local_place import LocalPlace, local_path
 from actcache.segments.segment import is_name
 
-# Leases: who uses which segments of a local cache, told in files that do not outlast their owners.
-#
-# A lease is a file of segment names that its owner keeps locked. When the owner is gone, however that came about, the
-# kernel has dropped the lock, and the lease counts no more.
+MARKER = "actcache-cache.json"
+VERSION = 1
 
+_LOCK_SECONDS = 10.0
+_LOCK_POLL_SECONDS = 0.01
 _SUFFIX = ".lease"
 _UNFINISHED_SECONDS = 60.0  # a lease that is that old and has no name yet was left by somebody killed
 
 
 class Lease:
     """Names of segments that are in use until ``release``, or until the process ends. Thread-safe.
+
+    It is a file that its owner keeps locked. When the owner is gone, however that came about, the kernel has dropped
+    the lock, and the lease counts no more.
 
     Raises:
         OSError: the folder cannot be written, or its file system has no locks.
@@ -116,13 +119,6 @@ def _names_of(path: Path) -> set[str]:
             return {name for name in file.read().decode("ascii", "replace").splitlines() if is_name(name)}
         path.unlink()  # its owner is gone
         return set()
-
-
-MARKER = "actcache-cache.json"
-VERSION = 1
-
-_LOCK_SECONDS = 10.0
-_LOCK_POLL_SECONDS = 0.01
 
 
 class CacheFolder:

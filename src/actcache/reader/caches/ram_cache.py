@@ -6,9 +6,6 @@ is then as good as any choice, and least-recently-used the worst one, which drop
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from actcache.backend import TOKEN_IDS
 from actcache.format import codec
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, row_indices
+from actcache.io.workers import ProcessLock
 from actcache.reader.caches.batches import Lengths, Part, Wrapper, flat, join
 from actcache.reader.fetch import Source
 from actcache.reader.stats import ReaderStats
@@ -40,9 +38,8 @@ class RamCache(Wrapper):
         self._source = source
         self._nbytes = nbytes
         self._stats = stats or ReaderStats()
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._empty()
-        _CACHES.add(self)
 
     def _empty(self) -> None:
         recipe = self._source.recipe
@@ -162,14 +159,3 @@ class RamCache(Wrapper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["source"], state["nbytes"])  # type: ignore[misc]
-
-
-_CACHES: weakref.WeakSet[RamCache] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for cache in list(_CACHES):
-        cache._lock = threading.Lock()  # a thread that the child does not have may have held it
-
-
-os.register_at_fork(after_in_child=_after_fork)

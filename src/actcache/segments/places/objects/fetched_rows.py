@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from actcache.errors import ClosedError, FormatError, SegmentGoneError
 from actcache.format.ragged import offsets_of
+from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, Blocks
 from actcache.segments.places.objects.client import Data, ObjectNotFoundError
-from actcache.segments.places.objects.session import ProcessLock, Session
+from actcache.segments.places.objects.session import Session
 from actcache.segments.rows import Read, RowPlan, RowSource
 from actcache.segments.segment import Segment
 
@@ -138,15 +139,16 @@ class FetchedRows(RowSource):
         with self._lock:
             self._ahead.clear()
 
-    def kept(self, segment: int, column: str, begin: int, end: int) -> bytes | None:
-        """Return a range of a small column that is in memory."""
-        return self._blocks.peek(self._key(segment, column), begin, end - begin)
-
-    def start(self, segment: int, column: str, begin: int, end: int, *, small: bool) -> Future[Data]:
-        """Have a range fetched."""
+    def fetch(self, segment: int, column: str, begin: int, end: int, *, small: bool) -> Future[Data]:
+        """Have a range fetched; of a small column, what is in memory is there at once."""
         key = self._key(segment, column)
         if small:
-            return self._session.submit(lambda: self._blocks.read(key, begin, end - begin))
+            kept = self._blocks.peek(key, begin, end - begin)
+            if kept is None:
+                return self._session.submit(lambda: self._blocks.read(key, begin, end - begin))
+            future: Future[Data] = Future()
+            future.set_result(kept)
+            return future
         client = self._session.client()
         return self._session.submit(lambda: client.get(key, begin, end - begin).data)
 
@@ -187,13 +189,7 @@ class _Fetches:
         if future is None:
             ranges = self._ranges
             what = int(ranges.segments[number]), self._column, int(ranges.begins[number]), int(ranges.ends[number])
-            kept = self._rows.kept(*what) if self._small else None
-            if kept is not None:
-                future = Future()
-                future.set_result(kept)
-            else:
-                future = self._rows.start(*what, small=self._small)
-            self._started[number] = future
+            future = self._started[number] = self._rows.fetch(*what, small=self._small)
             self._ahead += what[3] - what[2]
         return future
 

@@ -23,11 +23,12 @@ from typing import Any, TypeVar
 from actcache.backend import SegmentFiles, StoredFile
 from actcache.errors import OutOfSpaceError, StoreError
 from actcache.io.files import translated
+from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.blocks import Blocks, ObjectSegment
 from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError
 from actcache.segments.places.objects.fetched_rows import FetchedRows
-from actcache.segments.places.objects.session import ProcessLock, Session
+from actcache.segments.places.objects.session import Session
 from actcache.segments.places.objects.transfers import download, upload, upload_bytes
 from actcache.segments.places.place import Place
 from actcache.segments.rows import RowSource

@@ -154,21 +154,6 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class ProcessLock:
-    """A lock that is free after a fork, whoever held it before: that thread is not there any more."""
-
-    def __init__(self) -> None:
-        self._lock, self._pid = threading.Lock(), os.getpid()
-
-    def __enter__(self) -> None:
-        if self._pid != os.getpid():  # a fork has one thread
-            self._lock, self._pid = threading.Lock(), os.getpid()
-        self._lock.acquire()
-
-    def __exit__(self, *failure: object) -> None:
-        self._lock.release()
-
-
 class Session:
     """Thread-safe; usable after a fork.
 

@@ -1,4 +1,4 @@
-"""Uploads of local files: in one request where they are small, in parts where they are large."""
+"""Uploads of local files, in parts where they are large, and downloads into local files, in pieces at a time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _SINGLE_BYTES = 16 << 20  # up to here in one request
 _PART_BYTES = 16 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _PARTS_AT_A_TIME = 4  # parts in memory
+_PIECE = 4 << 20
+_PIECES_AT_A_TIME = 8  # pieces in memory
 
 
 def upload_bytes(client: Client, key: str, data: bytes, *, create: bool) -> None:
@@ -67,12 +69,6 @@ def _in_parts(client: Client, key: str, path: Path, size: int, create: bool) -> 
         raise
     finally:
         os.close(descriptor)
-
-
-# Downloads of whole objects into local files, in pieces, several at a time.
-
-_PIECE = 4 << 20
-_PIECES_AT_A_TIME = 8  # pieces in memory
 
 
 def download(session: Session, key: str, file: BinaryIO) -> None:

@@ -26,25 +26,16 @@ class _Batch:
         return key_list(self.key_array)
 
     def to(self, device: Any, non_blocking: bool = False) -> Self:
-        """Return the batch with its tensors on a torch device. NumPy arrays become tensors; dtypes stay.
+        """Return the batch with its tensors on a torch device; NumPy arrays become tensors, dtypes stay.
 
         Lightning, Accelerate and others move batches by this. A reader with that ``device`` does it faster, beside the
         consumer's steps.
-
-        Args:
-            non_blocking: as of ``torch.Tensor.to``.
         """
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self, device: Any = None) -> Self:
-        """Return the batch with its tensors in pinned memory; NumPy arrays become tensors.
-
-        Args:
-            device: as of ``torch.Tensor.pin_memory``, which no longer needs it.
-
-        Raises:
-            RuntimeError: torch has no device that memory could be pinned for.
-        """
+        """Return the batch with its tensors in pinned memory, as ``torch.Tensor.pin_memory`` does; NumPy arrays become
+        tensors."""
         return self._each(lambda tensor: tensor.pin_memory() if device is None else tensor.pin_memory(device))
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
@@ -66,9 +57,9 @@ ANSWER_NAMES = ("start_positions", "end_positions")
 class Inputs(dict[str, Any]):
     """Keyword arguments of a model's ``forward``, by name.
 
-    Which head they are for is the model's business: a reduced question answering model takes ``labels`` [B, 2] as its
-    two positions. But the Hugging Face ``Trainer`` looks for labels before it calls the model, by ``get`` under the
-    names of the head; so the columns of such labels answer to these names, too.
+    A reduced question answering model takes ``labels`` [B, 2] as its two positions. But the Hugging Face ``Trainer``
+    looks for labels before it calls the model, by ``get`` under the names of the head; so the columns answer to these
+    names, too.
     """
 
     def __missing__(self, name: str) -> Any:
@@ -85,10 +76,8 @@ class Inputs(dict[str, Any]):
 
 @dataclass(eq=False)  # not frozen: Lightning sets fields of a copy where it converts the batches of a precision
 class Batch(_Batch):
-    """Some documents' activations, padded to the longest of them.
-
-    Torch tensors where the reader has a device, NumPy arrays where it has none.
-    """
+    """Some documents' activations, padded to the longest of them: torch tensors where the reader has a device, else
+    NumPy arrays."""
 
     activations: Any  # [B, L, hidden], in the stored dtype (NumPy: bfloat16 as float32); zeros where the mask is 0
     attention_mask: Any  # [B, L] int64, 1 at tokens, on the right side 0 at padding
@@ -100,21 +89,14 @@ class Batch(_Batch):
 
     def model_inputs(self) -> Inputs:
         """Return the keyword arguments of a reduced model's ``forward``."""
-        inputs = {
-            "activations": self.activations,
-            "token_ids": self.token_ids,
-            "attention_mask": self.attention_mask,
-            "labels": self.labels,
-        }
-        return Inputs({name: value for name, value in inputs.items() if value is not None})
+        named = ((name, getattr(self, name)) for name in ("activations", "token_ids", "attention_mask", "labels"))
+        return Inputs((name, value) for name, value in named if value is not None)
 
 
 @dataclass(eq=False)
 class PackedBatch(_Batch):
-    """Some documents' activations one after another, without padding: what attention over variable lengths takes.
-
-    Torch tensors where the reader has a device, NumPy arrays where it has none.
-    """
+    """Some documents' activations one after another, without padding: what attention over variable lengths takes. Torch
+    tensors where the reader has a device, else NumPy arrays."""
 
     activations: Any  # [T, hidden], in the stored dtype (NumPy: bfloat16 as float32)
     offsets: Any  # [B + 1] int32: document i is rows offsets[i]:offsets[i + 1] ("cu_seqlens")

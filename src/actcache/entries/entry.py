@@ -53,10 +53,7 @@ def columns_of(recipe: Recipe) -> Columns:
 
 def listed(name: str, arrays: Any) -> list[Any]:
     """Return the arrays of several entries as a list: some sequences (a Series) are not indexed by position.
-
-    Raises:
-        ShapeError: they cannot be iterated over.
-    """
+    ``ShapeError`` where they cannot be iterated over."""
     try:
         return list(arrays)
     except TypeError:
@@ -64,11 +61,8 @@ def listed(name: str, arrays: Any) -> list[Any]:
 
 
 def check_lists(keys: Sequence[bytes], lists: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse what is not one array of each kind for each key, or a key that stands twice.
-
-    Raises:
-        KeyFormatError, ShapeError: saying so.
-    """
+    """Refuse a key that stands twice (``KeyFormatError``), and what is not one array of each kind a key
+    (``ShapeError``)."""
     if len(set(keys)) != len(keys):
         raise KeyFormatError("the same key stands twice in one put; drop the second copy")
     for name, rows in lists.items():
@@ -81,8 +75,8 @@ def check_digits(arrays: Sequence[Any], recipe: Recipe) -> None:
 
     A recycler takes what stands under such a recipe for its own numbers. So rows have to come in the dtype that they
     were computed in, or one that holds all of its numbers; in a smaller one only where the recipe's dtype and lineage
-    would have made them that. Whatever else there is (float8, quantized tensors, integers) has lost digits. Recipes
-    without a digest of weights are the caller's own: there ``compute_dtype`` and ``via`` are for them to say.
+    would have made them that. Recipes without a digest of weights are the caller's own: there ``compute_dtype`` and
+    ``via`` are for them to say.
 
     Raises:
         ShapeError: it names the first such array; also one that says no dtype: lists may hold rows of several.
@@ -109,19 +103,14 @@ def check_digits(arrays: Sequence[Any], recipe: Recipe) -> None:
 def _dtype_name(array: Any) -> str | None:
     """Return the name of an array's or tensor's dtype, without importing torch; None where it says none."""
     dtype = getattr(array, "dtype", None)
-    if dtype is None:
-        return None
-    return str(getattr(dtype, "name", None) or dtype).removeprefix("torch.")
+    return None if dtype is None else str(getattr(dtype, "name", None) or dtype).removeprefix("torch.")
 
 
 def encode_entry(
     key: bytes, lists: Mapping[str, Sequence[Any]], i: int, columns: Columns, stored_as: codec.Codec
 ) -> dict[str, NDArray[Any]]:
-    """Return all arrays of the ``i``-th of some entries in stored form, checked; the caller's own where they are so.
-
-    Raises:
-        ShapeError, NonFiniteError, CodecOverflowError: see ``Space.put``.
-    """
+    """Return all arrays of the ``i``-th of some entries in stored form, the caller's own where they are so. Raises as
+    ``Space.put``."""
     what, values = f"document {key.hex()}", lists[VALUES][i]
     tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
     return {name: _encode(name, rows[i], tokens, columns[name], stored_as, what) for name, rows in lists.items()}

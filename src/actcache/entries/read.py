@@ -31,10 +31,8 @@ Rows = dict[str, NDArray[np.generic]]
 
 
 class LookupCache:
-    """Remembers where the entries of the last batches lie, as long as the snapshot is the same. Thread-safe.
-
-    A reader asks for a batch ahead, and for its checksums, and then reads it: one look-up serves all three.
-    """
+    """Remembers where the entries of the last batches lie, as long as the snapshot is the same: a batch is asked for
+    ahead, for its checksums, and then read. Thread-safe."""
 
     def __init__(self) -> None:
         self._lookups: deque[tuple[bytes, weakref.ref[Snapshot], EntryLocations]] = deque(maxlen=_LOOKUPS)
@@ -79,9 +77,8 @@ def retry_on_stale_snapshot(read: Callable[Concatenate[S, P], T]) -> Callable[Co
 class Request:
     """The entries of ``[n, 32]`` keys in a snapshot and in the writer's unpublished blocks, which come first.
 
-    Attributes:
-        lengths: ``[n]`` int64 tokens of each entry, 0 where it is absent.
-        located: where the published copies lie.
+    ``lengths`` are the tokens of each entry, ``[n]`` int64, 0 where it is absent; ``located`` is where the published
+    copies lie.
     """
 
     def __init__(
@@ -125,11 +122,11 @@ class Request:
         Entries that have the same of these arrays are read by one gather.
 
         Args:
-            out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``. What an entry has no array of
-                that name for is left as it is.
+            out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``; left as it is for entries
+                without one.
             width: None for packed rows, else the rows that each entry takes up.
-            verify: whether to compare checksums, for which ``values`` and ``token_ids`` have to be there (these not
-                where no entry has any).
+            verify: whether to compare checksums, for which ``values`` and ``token_ids`` (where any entry has them) have
+                to be there.
         """
         count = len(self._keys)
         starts = offsets_of(self.lengths, width)

@@ -1,8 +1,8 @@
 """The writer: collects entries and publishes them as segments, by size and by time.
 
-One block is being filled while another is being published by a thread of the writer's own, so that whoever records does
-not wait for the disk, and memory is bounded by two blocks. A block is published when it has stood for so long, whether
-more comes or not: a process that is killed loses what is younger.
+One block is filled while a thread publishes another: whoever records does not wait for the disk, and memory is bounded
+by two blocks. A block is published when it has stood for so long, whether more comes or not: a process that is killed
+loses what is younger.
 """
 
 from __future__ import annotations
@@ -141,12 +141,8 @@ class Writer:
     def add(self, key: bytes, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Add one entry in stored form, replacing what the writer holds under that key."""
         with self._lock:
-            tokens = len(rows[VALUES])
-            names = frozenset(rows)
-            current = self._filling
-            if current is not None and not (
-                current.fits(tokens) and current.names == names and self._left(current) > 0
-            ):
+            tokens, names, full = len(rows[VALUES]), frozenset(rows), self._filling
+            if full is not None and not (full.fits(tokens) and full.names == names and self._left(full) > 0):
                 self._hand_over()
             if self._filling is None:
                 self._filling = Builder(self._columns, names, max(self._capacity, tokens), self._clock.now())
@@ -168,11 +164,8 @@ class Writer:
             return None
 
     def flush(self) -> None:
-        """Publish everything; durable when this returns.
-
-        Raises:
-            StoreError: the disk is full, ...; the entries are still here.
-        """
+        """Publish everything; durable when this returns. ``StoreError``: the disk is full, ...; the entries are still
+        here."""
         with self._lock:
             try:
                 self._flush()

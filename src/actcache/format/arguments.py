@@ -24,25 +24,16 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """Return a whole number as Python's own, which prints, and goes into JSON and digests, in one way.
-
-    Args:
-        name: how an error calls it.
-
-    Raises:
-        UsageError: it is no whole number, or below ``least``.
-    """
+    """Return a whole number as Python's own, which prints and is digested in one way; ``UsageError`` where it is none,
+    or below ``least``."""
     if not is_whole(value) or value < least:
         raise UsageError(f"{name} is a whole number of {least} or more, not {value!r:.80}")
     return int(value)
 
 
 def whole_numbers(name: str, values: Any) -> NDArray[np.int64]:
-    """Return whole numbers, of any container, as an array, ``[n]``; where NumPy alone would cut off fractions.
-
-    Raises:
-        UsageError: they are none, or truth values.
-    """
+    """Return whole numbers, of any container, as ``[n]``, where NumPy alone would cut off fractions; ``UsageError``
+    where they are none."""
     try:
         given = values if hasattr(values, "__array__") else list(values)
         array = np.asarray(given)
@@ -60,22 +51,14 @@ def is_truth(value: object) -> bool:
 
 
 def truth(name: str, value: Any) -> bool:
-    """Return a truth value as Python's own.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """Return a truth value as Python's own; ``UsageError`` where it is none."""
     if not is_truth(value):
         raise UsageError(f"{name} is True or False, not {value!r:.80}")
     return bool(value)
 
 
 def nbytes_of(name: str, value: int | str) -> int:
-    """Return a number of bytes, given as such or as ``"8GiB"``.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """Return a number of bytes, given as such or as ``"8GiB"``; ``UsageError`` where it is neither."""
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip())
         if match is None or match[2].lower() not in _UNITS:
@@ -85,7 +68,7 @@ def nbytes_of(name: str, value: int | str) -> int:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of some words."""
+    """Refuse what is none of some words, with a ``UsageError``."""
     if value not in choices:
         raise UsageError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r:.80}")
 
@@ -97,8 +80,8 @@ def to_numpy(array: Any) -> NDArray[Any]:
     dense, quantized ones the numbers that they stand for.
 
     Raises:
-        ShapeError: nested lists of unequal lengths, a tensor without numbers (``meta``) or of a dtype that has no such
-            form, a masked array, or something that is no array at all.
+        ShapeError: it is ragged, masked, without numbers (``meta``), of a dtype that has no such form, or no array at
+            all.
     """
     if hasattr(array, "detach"):  # a tensor
         return _of_tensor(array)
@@ -131,9 +114,8 @@ def _of_tensor(tensor: Any) -> NDArray[Any]:
 
 
 def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any]:
-    """Return the memory of an array or CPU tensor, to write into, as a NumPy array of ``dtype``.
-
-    A bfloat16 tensor is its bits, uint16.
+    """Return the memory of an array or CPU tensor, to write into, as a NumPy array of ``dtype``; bfloat16 as its bits,
+    uint16.
 
     Raises:
         ShapeError: it is not C-contiguous, not writable, not on the CPU, or of another dtype.

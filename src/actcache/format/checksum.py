@@ -51,7 +51,6 @@ def entry_checksums(
     """Return the checksums of entries, ``[n]``, and those of their optional arrays; None where there are none.
 
     Args:
-        space: see ``space_seed``.
         keys: ``[n, 32]``.
         begins, lengths: ``[n]``, which rows of the columns are each entry's.
         columns: the ragged arrays by name, C-contiguous, in stored form.
@@ -69,14 +68,13 @@ def chain(
     begins: NDArray[np.int64],
     lengths: NDArray[np.int64],
 ) -> list[int]:
-    """Return each entry's digest over its rows of ``columns``, in their order.
+    """Return each entry's digest over its rows of ``columns``, in their order. It frees the GIL, so threads can share a
+    batch.
 
     Args:
         seeds: the first seed of each entry.
         columns: C-contiguous arrays that share their first axis.
         begins, lengths: which rows of them are the entry's.
-
-    The digests free the GIL, so threads can share a batch.
     """
     return chainer(columns, begins, lengths)(0, seeds)
 

@@ -18,10 +18,7 @@ from actcache.errors import CodecOverflowError, NonFiniteError, RecipeError
 
 @dataclass(frozen=True)
 class Codec:
-    """One way to store rows.
-
-    ``encode`` and ``decode`` are pure and thread-safe.
-    """
+    """One way to store rows. ``encode`` and ``decode`` are pure and thread-safe."""
 
     name: str
     stored: np.dtype[np.generic]  # dtype of the stored rows
@@ -44,11 +41,8 @@ class Codec:
             self._refuse(rows, np.isfinite(out), what)
 
     def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:
-        """Return what ``encode`` would write: ``rows`` itself where that is what they are, else a new array.
-
-        Raises:
-            NonFiniteError, CodecOverflowError: see ``encode``.
-        """
+        """Return what ``encode`` would write, raising as it does: ``rows`` itself where that is what they are, else a
+        new array."""
         if rows.dtype == self.stored == self.delivered and rows.flags.c_contiguous:
             if not _all_finite(rows):
                 self._refuse(rows, np.isfinite(rows), what)
@@ -62,7 +56,7 @@ class Codec:
         return stored
 
     def _refuse(self, rows: NDArray[np.generic], finite: NDArray[np.bool_], what: str) -> NoReturn:
-        token, column = (int(i) for i in np.argwhere(~finite)[0])
+        token, column = np.argwhere(~finite)[0].tolist()
         value = float(rows[token, column])
         where = f"{what} holds {value:g} at token {token}, column {column}"
         if np.isfinite(value):
@@ -135,14 +129,8 @@ def names() -> list[str]:
 
 
 def get(name: str, via: Sequence[str] = ()) -> Codec:
-    """Return the codec of that name.
-
-    Args:
-        via: names of codecs; what is encoded is rounded to their dtypes first, one after the other.
-
-    Raises:
-        RecipeError: there is none.
-    """
+    """Return the codec of that name, ``RecipeError`` where there is none; rows are rounded to the dtypes of the codecs
+    in ``via`` first, one after the other."""
     if via:
         end = get(name)
         return _ByWayOf(end.name, end.stored, end.delivered, end, tuple(get(one) for one in via))
@@ -154,26 +142,23 @@ def get(name: str, via: Sequence[str] = ()) -> Codec:
 
 # --- what rows were rounded to before they came to be stored as they are ----------------------------------------------
 #
-# Rows that were float16 once are float16's in any dtype: the digits that were lost do not come back. So a recipe names,
-# beside the dtype that its rows are stored in, those that they passed through and that left a trace. Only these: what
-# the rows of one recipe are stored as again is often, bit for bit, what another recipe would have stored at once.
+# Digits that were lost do not come back. So a recipe names, beside the dtype that its rows are stored in, those that
+# they passed through and that left a trace; only these, as the others give what is stored at once, bit for bit.
 
 
 def traces(dtypes: Sequence[str], compute_dtype: str) -> tuple[str, ...]:
     """Return which dtypes on the way of rows show in what is stored at its end; none where they were stored at once.
 
     Two ways give the same numbers exactly when they have the same traces and the same end
-    (tests/format/test_rounding.py tries all ways of four steps). A number that does not fit a dtype is refused on the
-    way, so it is at no end. That follows from three facts:
+    (tests/format/test_rounding.py tries all ways of four steps; a number that does not fit a dtype is refused on the
+    way). That follows from three facts:
 
     * float32 holds every number of a smaller dtype, and every one that was computed in a smaller one.
     * Rows that were rounded to a dtype before are not changed by it: those of float16 that were rounded to bfloat16, or
       the other way round, have few enough digits for both, and are in the range of both.
     * bfloat16 is made of float64 by way of float32.
 
-    Args:
-        dtypes: names of codecs, in the order in which the rows are stored as them; the last is what they are stored as.
-        compute_dtype: what the rows were computed in.
+    ``dtypes`` are names of codecs in the order in which the rows are stored as them, the end last.
     """
     rounded: list[str] = []
     for dtype in dtypes:

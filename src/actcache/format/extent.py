@@ -1,4 +1,4 @@
-"""Extents: where an array lies in a file, so that it can be read without the storage library."""
+"""Extents: where an array lies in a file."""
 
 from __future__ import annotations
 

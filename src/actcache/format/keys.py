@@ -51,12 +51,12 @@ def _digest(kind: str, parts: Iterable[bytes]) -> bytes:
 
 
 def document_key(document: Document) -> bytes:
-    """Return the 32-byte BLAKE2b key of a document.
+    """Return the 32-byte BLAKE2b key of a document, whatever model reads it; text is taken without Unicode
+    normalization.
 
     Args:
         document: a text (``str``), a pair of texts (``tuple`` of two ``str``), words (``list`` or array of ``str``), or
-            token ids (a sequence, array or tensor of whole numbers in [0, 2**63)). Two documents with the same kind and
-            content have the same key, whatever model reads them; text is taken as it is, without Unicode normalization.
+            token ids (a sequence, array or tensor of whole numbers in [0, 2**63)).
 
     Raises:
         DocumentError: the document is empty, or of no such kind.
@@ -70,11 +70,8 @@ def document_key(document: Document) -> bytes:
 
 
 def normal_form(document: Any) -> NormalDocument:
-    """Return a document as the one type that its kind has: ``str``, ``tuple``, ``list`` or an int64 array.
-
-    Raises:
-        DocumentError: see ``document_key``.
-    """
+    """Return a document as the one type that its kind has: ``str``, ``tuple``, ``list`` or an int64 array. Raises as
+    ``document_key``."""
     if hasattr(document, "as_py"):  # a value of an Arrow column
         document = document.as_py()
     if isinstance(document, str):
@@ -167,11 +164,8 @@ def _no_document(value: object) -> str:
 
 
 def key_array(keys: Keys) -> NDArray[np.uint8]:
-    """Return keys as one ``[n, 32]`` uint8 array (an array of that shape is returned as it is).
-
-    Raises:
-        KeyFormatError: a key is not 32 bytes.
-    """
+    """Return keys as one ``[n, 32]`` uint8 array (such an array as it is); ``KeyFormatError`` where one is not 32
+    bytes."""
     if isinstance(keys, np.ndarray):
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
             raise KeyFormatError(f"an array of keys is uint8 [n, {KEY_BYTES}], not {keys.dtype} {list(keys.shape)}")

@@ -54,10 +54,10 @@ def pieces(column: Column) -> Iterator[memoryview]:
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the entries of a compacted block come from.
+    """Where the entries of a compacted block come from: the segment each was first written to, and its number there.
 
-    An entry's origin is the segment that it was first written to, and its number there. That never changes, however
-    often it is copied: deletions name it, and of two copies of a key the one of the later origin is served.
+    That never changes, however often it is copied: deletions name it, and of two copies the one of the later origin is
+    served.
     """
 
     segments: tuple[str, ...]  # their names
@@ -90,13 +90,12 @@ def names_to_array(names: Sequence[str]) -> NDArray[np.uint8]:
 
 def names_from_array(array: NDArray[np.uint8]) -> tuple[str, ...]:
     """Return the names of segments from ``[n, 14]`` bytes."""
-    digits = [row.tobytes().hex() for row in array]
-    return tuple(f"{text[:12]}-{text[12:]}" for text in digits)
+    return tuple(f"{digits[:12]}-{digits[12:]}" for digits in (row.tobytes().hex() for row in array))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Entries in stored form. ``columns`` always has ``values`` [T, hidden] in the stored dtype.
+    """Entries in stored form.
 
     ``checksums`` binds values, token ids and key (``actcache.format.checksum``); ``extra_checksums`` the optional
     arrays, and is None where there are none. Only ``values`` may be ``Pieces``.
@@ -105,7 +104,7 @@ class Block:
     keys: NDArray[np.uint8]  # [n, 32]
     offsets: NDArray[np.int64]  # [n + 1]
     checksums: NDArray[np.uint64]  # [n]
-    columns: Mapping[str, Column]
+    columns: Mapping[str, Column]  # always with ``values`` [T, hidden] in the stored dtype
     extra_checksums: NDArray[np.uint64] | None = None
     origins: Origins | None = None  # None where the entries are written for the first time
 
@@ -141,13 +140,10 @@ def offsets_of(lengths: NDArray[np.integer[Any]], width: int | None = None) -> N
 
 
 def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
-    """Return runs of neighbouring items whose sizes add up to about ``most``, each of one item or more; together all.
+    """Return runs of neighbouring items whose sizes (``[n]``, 0 or more) add up to about ``most``, 1 or more; together
+    all.
 
     A run ends with the item that reaches the next multiple of ``most``: work is cut into parts of like size by it.
-
-    Args:
-        sizes: ``[n]``, of each item, 0 or more (bytes, say).
-        most: 1 or more.
     """
     starts = offsets_of(sizes)
     inner = np.searchsorted(starts, np.arange(most, starts[-1], most)).tolist()
@@ -155,26 +151,17 @@ def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
 
 
 def chunks(lengths: NDArray[np.int64], width: int | None, out: Mapping[str, NDArray[np.generic]]) -> Iterator[slice]:
-    """Cut a batch into runs of entries whose rows are still in the processor's cache when they are checked.
-
-    Args:
-        lengths, width: as of ``row_indices``.
-        out: the buffers that the rows go to.
-    """
+    """Cut a batch into runs of entries whose rows, in the buffers ``out``, are still in the processor's cache when they
+    are checked. ``lengths`` and ``width`` as of ``row_indices``."""
     row_bytes = max(buffer.strides[0] for buffer in out.values())
     return runs((lengths if width is None else np.full(len(lengths), width)) * row_bytes, CHUNK_BYTES)
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:
-    """Refuse offsets that do not cut ``tokens`` rows into ``entries`` entries of one row or more.
-
-    Raises:
-        FormatError: naming ``where``.
-    """
-    good = (
-        len(offsets) == entries + 1 and offsets[0] == 0 and offsets[-1] == tokens and bool((np.diff(offsets) > 0).all())
-    )
-    if not good:
+    """Refuse offsets that do not cut ``tokens`` rows into ``entries`` entries of one row or more: a ``FormatError``,
+    naming ``where``."""
+    ends = [*offsets[:1], *offsets[-1:]]
+    if len(offsets) != entries + 1 or ends != [0, tokens] or not (np.diff(offsets) > 0).all():
         raise FormatError(f"{where}: its offsets do not cut {tokens} rows into {entries} entries")
 
 
@@ -182,8 +169,7 @@ def row_indices(starts: NDArray[np.int64], lengths: NDArray[np.int64], width: in
     """Return the source row of every row of a batch; row 0 stands for padding.
 
     Args:
-        starts: ``[n]`` first source row of each entry.
-        lengths: ``[n]`` rows of each entry.
+        starts, lengths: ``[n]`` first source row of each entry, and how many it has.
         width: None for packed rows, ``[sum(lengths)]``; else each entry is padded to ``width``, ``[n * width]``.
     """
     if width is None:

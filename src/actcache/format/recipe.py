@@ -23,6 +23,17 @@ from actcache.format.arguments import is_truth, is_whole
 TOO_LONG = ("refuse", "truncate", "windows")
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
+# Those of the identity that are JSON values as they are.
+_PLAIN_FIELDS = (
+    "layer",
+    "hidden_size",
+    "compute_dtype",
+    "tokenizer",
+    "special_tokens",
+    "max_length",
+    "too_long",
+    "dtype",
+)
 _LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
@@ -132,14 +143,7 @@ class Recipe:
         return {
             "weights": self.weights if self.weights is not None else {"model": self.model},
             "config": dict(self.config),
-            "layer": self.layer,
-            "hidden_size": self.hidden_size,
-            "compute_dtype": self.compute_dtype,
-            "tokenizer": self.tokenizer,
-            "special_tokens": self.special_tokens,
-            "max_length": self.max_length,
-            "too_long": self.too_long,
-            "dtype": self.dtype,
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
             **({"via": list(self.via)} if self.via else {}),
         }
 
@@ -155,13 +159,11 @@ class Recipe:
         return " via ".join([self.dtype, *reversed(self.via)])
 
     def stored_again(self, dtype: str) -> Recipe:
-        """Return the recipe of this one's rows where they are stored again, as another dtype.
+        """Return the recipe of this one's rows where they are stored again, as another dtype; ``RecipeError`` where
+        there is none.
 
         It is that of rows that were stored so at once only where the numbers are the same: float32 to float16 or
         bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before.
-
-        Raises:
-            RecipeError: there is no such dtype.
         """
         return replace(self, dtype=dtype, via=codec.traces((*self.via, self.dtype, dtype), self.compute_dtype))
 
@@ -180,11 +182,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: Any) -> Recipe:
-        """Rebuild a recipe from ``to_json``.
-
-        Raises:
-            FormatError: the value is not what ``to_json`` returns.
-        """
+        """Rebuild a recipe from ``to_json``; ``FormatError`` where the value is not what that returns."""
         try:
             identity, provenance = dict(value["identity"]), dict(value["provenance"])
             if not all(isinstance(item, str) for item in provenance.values()):

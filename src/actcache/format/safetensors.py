@@ -28,17 +28,8 @@ _ALIGN = 64
 _MAX_HEADER = 64 << 20  # JSON takes ten times as much memory as text
 _METADATA = "__metadata__"
 
-_NAMES = {
-    "U8": "|u1",
-    "I8": "|i1",
-    "F16": "<f2",
-    "U16": "<u2",
-    "I32": "<i4",
-    "U32": "<u4",
-    "F32": "<f4",
-    "I64": "<i8",
-    "U64": "<u8",
-}
+_NAMES = {"U8": "|u1", "I8": "|i1", "F16": "<f2", "U16": "<u2", "F32": "<f4", "I32": "<i4", "U32": "<u4"}
+_NAMES |= {"I64": "<i8", "U64": "<u8"}
 _DTYPES = {np.dtype(dtype): name for name, dtype in _NAMES.items()}
 
 #: Name, dtype and shape of an array.
@@ -47,11 +38,8 @@ Arrays = Mapping[str, NDArray[np.generic]]
 
 
 def header(arrays: Sequence[Described], metadata: Mapping[str, str], *, align: int, lead: int = 0) -> bytes:
-    """Return what stands before the arrays, which follow one another in this order.
-
-    Args:
-        align, lead: the byte ``lead`` bytes behind the header falls on a multiple of ``align``.
-    """
+    """Return what stands before the arrays, which follow one another in this order; the byte ``lead`` bytes behind the
+    header falls on a multiple of ``align``."""
     described: dict[str, object] = {_METADATA: dict(metadata)}
     end = 0
     for name, dtype, shape in arrays:
@@ -63,11 +51,8 @@ def header(arrays: Sequence[Described], metadata: Mapping[str, str], *, align: i
 
 
 def header_length(head: bytes, size: int, most: int) -> int:
-    """Return the bytes of the header of a file of ``size`` bytes.
-
-    Raises:
-        ValueError: ``head``, its first bytes, are no length of a header of ``most`` bytes or less.
-    """
+    """Return the bytes of the header of a file of ``size`` bytes; ``ValueError`` where ``head``, its first bytes, are
+    no length of a header of ``most`` bytes or less."""
     declared = int(struct.unpack("<Q", head[:LENGTH_BYTES])[0]) if len(head) >= LENGTH_BYTES else 0
     if not 0 < declared <= min(size - LENGTH_BYTES, most):
         raise ValueError(f"a header of {declared} bytes in a file of {size}")
@@ -75,14 +60,11 @@ def header_length(head: bytes, size: int, most: int) -> int:
 
 
 def parse_header(text: bytes, size: int) -> tuple[dict[str, str], dict[str, Extent]]:
-    """Return a file's metadata and where its arrays lie.
+    """Return a file's metadata and where its arrays lie; ``ValueError`` where ``text`` is no header of such a file.
 
     Args:
         text: the header, without its length.
         size: bytes of the file, all of which have to belong to the header or to one array.
-
-    Raises:
-        ValueError: it is no header of such a file.
     """
     try:
         described = json.loads(text, object_pairs_hook=_unique)
@@ -121,8 +103,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def write(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None:
     """Write arrays and metadata to a new file. Arrays with the widest items come first, so all of them are aligned."""
     with open(path, "xb") as file:
-        for part in _parts(arrays, metadata):
-            file.write(part)
+        file.writelines(_parts(arrays, metadata))
 
 
 def dumps(arrays: Arrays, metadata: Mapping[str, str]) -> bytes:
@@ -149,12 +130,8 @@ def _layout(file: BinaryIO, where: str) -> tuple[dict[str, str], dict[str, Exten
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to be mapped; a pipe would block, and a device has no end.
-
-    Raises:
-        FormatError: it is no regular file, or cannot be read.
-        FileNotFoundError: there is none.
-    """
+    """Open a file to be mapped; a pipe would block, and a device has no end. ``FormatError``: it is no regular file, or
+    cannot be read; ``FileNotFoundError``: there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -168,12 +145,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
-    """Return a file's metadata and its arrays, read-only, mapped in place.
-
-    Raises:
-        FormatError: the file is truncated or foreign.
-        FileNotFoundError: there is none.
-    """
+    """Return a file's metadata and its arrays, read-only, mapped in place. Raises as ``open_regular``; ``FormatError``
+    also where it is truncated or foreign."""
     with open_regular(path) as file:
         metadata, extents = _layout(file, str(path))
         # One mapping for all: each of Python's keeps a file descriptor for as long as it lives.
@@ -182,14 +155,8 @@ def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
 
 
 def loads(data: bytes, where: str) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
-    """Return the metadata and arrays, read-only views, of what ``dumps`` returned.
-
-    Args:
-        where: how an error names the data.
-
-    Raises:
-        FormatError: the data are truncated or foreign.
-    """
+    """Return the metadata and arrays, read-only views, of what ``dumps`` returned; ``FormatError``, naming ``where``,
+    where the data are truncated or foreign."""
     metadata, extents = _layout(io.BytesIO(data), where)
     return metadata, _views(np.frombuffer(data, np.uint8), extents)
 

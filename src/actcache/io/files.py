@@ -1,8 +1,8 @@
 """The one seam through which every local file of a store is published, replaced or removed.
 
 A name appears in a store only after all bytes behind it are on the medium: write to a temporary file, sync it, rename
-it, sync the folder. Nothing else in the core or in a backend makes a name visible. ``FileOperations`` holds the steps,
-so that a test can put a file system under them that forgets whatever was not synced.
+it, sync the folder. ``FileOperations`` holds the steps, so that a test can put a file system under them that forgets
+whatever was not synced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, StoreError
@@ -82,10 +82,8 @@ class Files:
     def make_folders(self, path: Path) -> None:
         """Make a folder below the root and its parents down from there, each name durable before the next.
 
-        The root, or a folder below it, that stands is synced once as well: who made it may have died before that.
-
-        Raises:
-            StorageIOError, ...: among others, that there is no root.
+        What stands, the root too, is synced once: who made it may have died before that. Raises ``StorageIOError``
+        where there is no root.
         """
 
         def unsynced(folder: Path) -> bool:
@@ -121,8 +119,7 @@ class Files:
         """
         self.make_folders(self._tmp)
         self.make_folders(target.parent)
-        # After a failed sync the kernel may have dropped the dirty pages: a retry writes a new file, it never syncs
-        # again.
+        # After a failed sync the kernel may have dropped the dirty pages: a retry writes a new file.
         temporary = self._new_temporary(target.suffix)
         with translated(f"cannot write {target}"):
             try:
@@ -195,13 +192,11 @@ class Files:
                 return 0
             oldest = self.now() - older_than
             for entry in found:
-                try:
+                with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if max(status.st_mtime, status.st_ctime) <= oldest:
-                    _discard(Path(entry.path))
-                    swept += 1
+                    if max(status.st_mtime, status.st_ctime) <= oldest:
+                        _discard(Path(entry.path))
+                        swept += 1
         return swept
 
     def _new_temporary(self, suffix: str) -> Path:
@@ -257,13 +252,11 @@ def _raise(error: OSError) -> None:
 
 def _discard(path: Path) -> None:
     """Remove a temporary file or folder; a leftover is harmless, so nothing is raised over it."""
-    try:
+    with suppress(OSError):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    except OSError:
-        pass
 
 
 #: File systems whose files can change size or vanish under a mapping, which is a SIGBUS: their rows are read instead.

@@ -1,10 +1,8 @@
 """Mapped files: an arena of rows that lie in many files, addressable as one array, and what the kernel is told of them.
 
 Files are mapped side by side into one reserved range of addresses, each placed so that its first row falls on a whole
-row of the range. A batch that is spread over a thousand segments is then one native gather over one array, and no
-document costs any Python. Row 0 of the range is zeros; it stands for padding.
-
-Python's ``mmap`` cannot choose addresses, so the system call is made through ``ctypes``.
+row of the range; so a batch that is spread over a thousand segments is one native gather over one array. Row 0 of the
+range is zeros; it stands for padding. Python's ``mmap`` cannot choose addresses, so ``ctypes`` makes the system call.
 """
 
 from __future__ import annotations
@@ -55,10 +53,8 @@ _in_one_call = hasattr(os, "pidfd_open") and hasattr(_libc, "syscall")
 
 
 def will_need(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
-    """Ask for ranges of whole pages, ``[n]`` each; returns at once.
-
-    For many of them a system call each costs more than reading warm rows.
-    """
+    """Ask for ranges of whole pages, ``[n]`` each; returns at once. A system call for each would cost more than reading
+    warm rows."""
     global _in_one_call
     if _in_one_call:
         ranges = np.ascontiguousarray(np.stack([addresses, nbytes], axis=1), np.uint64)
@@ -91,9 +87,8 @@ def tells(path: Path) -> bool:
 def in_memory(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
     """Return whether ranges of whole pages seem to be in memory: some pages, evenly spread over them, all are.
 
-    Asking for what is there costs the kernel a walk over every range: for a thousand of them three times what a look
-    costs. Where one page in twenty is not there, this is wrong once in twenty-seven times (0.95 to the power of 64),
-    and the read then waits for those.
+    To ask for what is there costs three times as much. Where one page in twenty is not there, this is wrong once in
+    twenty-seven times (0.95 to the power of 64), and the read then waits for those.
     """
     ends = np.cumsum(nbytes // _PAGE)
     pages = np.linspace(0, int(ends[-1]) - 1, min(_LOOKS, int(ends[-1])), dtype=np.int64)
@@ -134,12 +129,9 @@ class _Range:
 
 
 class Arena:
-    """The rows of one array of every segment of a space, ``[N, *trailing]``.
+    """The rows, of ``dtype`` and shape ``trailing``, of one array of every segment of a space, ``[N, *trailing]``.
 
     Thread-safe. An array that ``rows`` returned stays valid, with all that was placed before, while it is referred to.
-
-    Args:
-        dtype, trailing: of a row.
     """
 
     def __init__(self, dtype: str, trailing: tuple[int, ...], reserve: int = _FIRST_RESERVATION) -> None:
@@ -185,7 +177,7 @@ class Arena:
         """Map the ``rows`` rows at ``offset`` of a file and return the number of their first row.
 
         Raises:
-            FormatError: the file is shorter than that.
+            FormatError: the file is shorter than that, or its rows cannot be aligned.
             FileNotFoundError: there is none.
         """
         _check_size(path, os.path.getsize(path), offset + rows * self.row_bytes)  # before a range is made for it
@@ -215,8 +207,7 @@ class Arena:
         try:
             # Beyond the end of the file a mapping kills the process with SIGBUS.
             _check_size(path, os.fstat(descriptor).st_size, offset + nbytes)
-            address = target.address + first * self.row_bytes - shift
-            flags = mmap.MAP_SHARED | _MAP_FIXED
+            address, flags = target.address + first * self.row_bytes - shift, mmap.MAP_SHARED | _MAP_FIXED
             _mmap(address, nbytes + shift, mmap.PROT_READ, flags, descriptor, offset - shift)
         finally:
             os.close(descriptor)
@@ -231,10 +222,8 @@ class Arena:
             raise _failure(f"cannot move a mapping of {rows} rows")
 
     def will_need(self, firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Ask the kernel to load runs of placed rows, ``counts[i]`` from ``firsts[i]`` on; returns at once.
-
-        Where they seem to be in memory, it is not asked.
-        """
+        """Ask the kernel to load runs of placed rows, ``counts[i]`` from ``firsts[i]`` on, unless they seem to be in
+        memory; returns at once."""
         begins = firsts * self.row_bytes // _PAGE * _PAGE
         ends = -(-(firsts + counts) * self.row_bytes // _PAGE) * _PAGE
         ranges = self._range.address + begins, ends - begins

@@ -12,11 +12,7 @@ from actcache.io.files import FileOperations, claim, translated
 
 
 def check_new(path: Path) -> None:
-    """Refuse a path where something stands, before much work is done for it.
-
-    Raises:
-        UsageError: saying so.
-    """
+    """Refuse, with a ``UsageError``, a path where something stands, before much work is done for it."""
     if os.path.lexists(path):
         raise UsageError(f"{path} stands already; remove it, or write another file")
 

@@ -8,24 +8,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 _FIRST_SECONDS = 1.0
 _LINE_SECONDS = 10.0
-_STEP = 12  # characters of a step's name
 
 
 class LossyStream:
@@ -59,8 +48,6 @@ class LossyStream:
 class Meter:
     """Shows how far the steps of some work are, with rate and time left; a context manager. Not thread-safe.
 
-    Called with the step's name, how much is done and how much there is.
-
     Args:
         verb: what is done.
         unit: of what is counted; empty where ``amount`` writes it.
@@ -88,16 +75,15 @@ class Meter:
         self._total: int | None = None
         self._note, self._beside = "", dict[str, int]()
         self._began = self._last_line = time.monotonic()
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bar: progress.Progress | None = None
+        self._task: progress.TaskID | None = None
 
     def __call__(
         self, step: str, done: int, total: int | None, note: str = "", beside: Mapping[str, int] | None = None
     ) -> None:
-        """Tell how far a step is.
+        """Tell how much of a step is done, of how much; with a total of None there is no time left.
 
         Args:
-            total: None where that is not known, and then there is no time left.
             note: stands in a line.
             beside: what was done of other units, of which the rates are shown.
         """
@@ -116,18 +102,19 @@ class Meter:
 
     def _draw(self) -> None:
         if self._bar is None:
-            text, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
-            share = MofNCompleteColumn() if self._lasting else TaskProgressColumn()
-            elapsed = [TimeElapsedColumn()] if self._lasting else []
-            columns = (text, BarColumn(), share, rate, *elapsed, TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console, transient=not self._lasting)
+            text = progress.TextColumn("{task.description}", markup=False)
+            share = progress.MofNCompleteColumn() if self._lasting else progress.TaskProgressColumn()
+            rate = progress.TextColumn("{task.fields[rate]}")
+            elapsed = [progress.TimeElapsedColumn()] if self._lasting else []
+            columns = (text, progress.BarColumn(), share, rate, *elapsed, progress.TimeRemainingColumn())
+            self._bar = progress.Progress(*columns, console=self._console, transient=not self._lasting)
             self._bar.start()
         if self._task is None:
             self._task = self._bar.add_task(self._label(), total=self._total, rate="")
         self._bar.update(self._task, completed=self._done, total=self._total, rate=self._rates())
 
     def _label(self) -> str:
-        return f"{self._verb} {(self._step or '')[:_STEP]}".strip()
+        return f"{self._verb} {(self._step or '')[:12]}".strip()
 
     def _speed(self, amount: int) -> float:
         return amount / max(time.monotonic() - self._began, 1e-9)
@@ -158,7 +145,7 @@ class Meter:
     def __enter__(self) -> Meter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._finish()
         if self._bar is not None:
             self._bar.stop()

@@ -39,8 +39,7 @@ class Collection:
         """Make a collection.
 
         Raises:
-            KeyFormatError: a key is none.
-            ShapeError: there are more or fewer ids than keys.
+            KeyFormatError, ShapeError: a key is none; there are more or fewer ids than keys.
             UsageError: an id has no UTF-8 form.
         """
         if ids is not None and len(ids) != len(keys):
@@ -67,11 +66,7 @@ class Collection:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Collection:
-        """Rebuild a collection; ``where`` is how an error names the data.
-
-        Raises:
-            FormatError: the data are no collection of this format version.
-        """
+        """Rebuild a collection; ``FormatError``, naming ``where``, where the data are none of this format version."""
         metadata, arrays = safetensors.loads(data, where)
         keys = arrays.get("keys")
         if metadata.get("actcache_collection") != _VERSION or keys is None or keys.dtype != np.uint8:

@@ -31,11 +31,8 @@ def write_recipe(driver: StoreDriver, recipe: Recipe) -> bool:
 def read_recipe(driver: StoreDriver, fingerprint: str, store: str) -> Recipe | None:
     """Return the recipe of a space, None where it has none: it is being made, or was deleted.
 
-    Args:
-        store: how an error names the store.
-
     Raises:
-        FormatError, FormatVersionError: the description is damaged or newer than this release.
+        FormatError, FormatVersionError: the description (named as of ``store``) is damaged or newer than this release.
     """
     name = space_blob(fingerprint, "recipe.json")
     data = driver.read_blob(name)

@@ -67,11 +67,7 @@ def find_entries(space: Container, documents: Sequence[bytes], spec: Windows | N
 
 
 def check_found(documents: list[bytes], found: list[list[bytes]]) -> None:
-    """Refuse documents without entries.
-
-    Raises:
-        MissingEntryError: holding their keys.
-    """
+    """Refuse documents without entries, with a ``MissingEntryError`` that holds their keys."""
     missing = [key for key, entries in zip(documents, found, strict=True) if not entries]
     if missing:
         raise MissingEntryError(

@@ -22,11 +22,8 @@ HOUR = 3600.0
 
 
 class LastUse:
-    """Notes the uses of one space through one object. Thread-safe; a note that cannot be written is left out.
-
-    Args:
-        writable: whether the store may be written to; else nothing is noted.
-    """
+    """Notes the uses of one space through one object, none where it is not ``writable``. Thread-safe; a note that
+    cannot be written is left out."""
 
     def __init__(self, driver: StoreDriver, fingerprint: str, *, writable: bool) -> None:
         self._driver = driver

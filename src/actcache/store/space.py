@@ -14,17 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import (
-    GRACE_SECONDS,
-    TOKEN_IDS,
-    VALUES,
-    Block,
-    BytesDone,
-    Compaction,
-    Snapshot,
-    StoreDriver,
-    Usage,
-)
+from actcache import backend
+from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, StoreDriver
 from actcache.entries.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry, listed
 from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import Writer
@@ -45,8 +36,7 @@ _PART_BYTES = 16 << 20  # read and checked at once by a thread
 _CLOSED = "the space is closed; open it again with store.space(recipe)"
 _SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
 
-#: Called with the entries that have been checked and how many there are.
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # called with the entries that have been checked and how many there are
 
 
 @dataclass(frozen=True)
@@ -153,8 +143,8 @@ class Space:
 
         Raises:
             KeyFormatError: a key is none, or stands twice.
-            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe; see
-                ``actcache.entries.entry.check_digits``.
+            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe
+                (``actcache.entries.entry.check_digits``).
             NonFiniteError, CodecOverflowError: an array holds NaN or infinity, or a value too large for the codec.
             StoreError: read-only, disk full, ...
         """
@@ -167,11 +157,9 @@ class Space:
     def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
         """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
 
-        As ``put``, but the rows are what the recipe's lineage (``Recipe.via``) has made of them already. So they are
-        not rounded to its dtypes again, which refuses what bfloat16 has rounded up out of float16's range.
-
-        Raises:
-            ShapeError: also where rows are of another dtype than ``get`` returns.
+        As ``put``, which would round the rows to the dtypes of the recipe's lineage (``Recipe.via``) again, and so
+        refuse what bfloat16 has rounded up out of float16's range. ``ShapeError`` also where rows are of another dtype
+        than ``get`` returns.
         """
         stored = codec.get(self.recipe.dtype)
         for i, array in enumerate(arrays):
@@ -182,11 +170,9 @@ class Space:
     def put_block(self, block: Block) -> None:
         """Publish entries that are in stored form already, as one segment; durable when this returns.
 
-        For whoever has read them, verified, where they stood under an equal recipe: nothing is looked at, computed or
-        copied. What stands here under one of the keys is replaced.
-
-        Raises:
-            StoreError: read-only, disk full, ...; nothing of the block is there.
+        For whoever has read them, verified, under an equal recipe: nothing is looked at, computed or copied. What
+        stands here under one of the keys is replaced. ``StoreError``: read-only, disk full, ...; nothing of the block
+        is there.
         """
         with self._write_lock:
             self._writing().flush()  # what was put before is older
@@ -243,11 +229,7 @@ class Space:
     def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
         """Return the entries of the keys, in their order; None where there is none.
 
-        Args:
-            verify: whether to check the entries' checksums.
-
-        Raises:
-            CorruptEntryError: entries fail their checksums; it names them.
+        ``CorruptEntryError`` names entries that fail their checksums, which ``verify=False`` does not look at.
         """
         wanted = key_array(keys)
         request = self._request(wanted)
@@ -315,8 +297,8 @@ class Space:
     def _read_all(
         self, request: Request, *, verify: bool
     ) -> tuple[dict[str, NDArray[Any]], dict[str, list[bool]], list[int]]:
-        """Read all arrays of some entries, packed; return them by name, which entries have each of them but their
-        rows, and the positions of entries that are corrupt."""
+        """Read all arrays of some entries, packed; return them by name, which entries have each of them but their rows,
+        and the positions of entries that are corrupt."""
         has = {name: request.has(name) for name in self._columns if name != VALUES}
         has = {name: there for name, there in has.items() if there.any()}
         columns = {name: column for name, column in self._columns.items() if name == VALUES or name in has}
@@ -385,14 +367,12 @@ class Space:
 
     @retry_on_stale_snapshot
     def whereabouts(self, keys: Keys) -> tuple[list[str], NDArray[np.int64]]:
-        """Return names of segments, and which of them holds each published entry, ``[n]``; -1 where it is absent.
-
-        A backend that has no segments returns no names, and -1 throughout.
-        """
+        """Return names of segments, and which of them holds each published entry, ``[n]``; -1 where it is absent. See
+        ``Snapshot.whereabouts``."""
         view = self._view()
         return view.whereabouts(view.locate(key_array(keys)))
 
-    def usage(self) -> Usage:
+    def usage(self) -> backend.Usage:
         """Return how many entries, tokens, bytes and segments are published."""
         return self._view().usage()
 
@@ -416,10 +396,7 @@ class Space:
     def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> IntegrityReport:
         """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
 
-        Segments are looked at without the help of an index, too.
-
-        Args:
-            sample: entries that are read, drawn at random; None for all.
+        Segments are looked at without the help of an index, too. ``sample`` entries are drawn at random; None for all.
 
         Raises:
             UsageError: ``sample`` is no whole number of 0 or more.
@@ -477,11 +454,8 @@ class Space:
     def repair(self, found: IntegrityReport | None = None) -> Repair:
         """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.
 
-        Args:
-            found: what ``verify`` said; None verifies first. What has been mended since is left alone.
-
-        Raises:
-            StoreError: read-only, disk full, ...; nothing is lost.
+        ``found`` is what ``verify`` said; None verifies first. What has been mended since is left alone.
+        ``StoreError``: read-only, disk full, ...; nothing is lost.
         """
         self._writing()
         found = self.verify() if found is None else found
@@ -498,10 +472,8 @@ class Space:
         return repair
 
     def merge_tiers(self, allowed: bool) -> None:
-        """Say whether this object's writer may merge its own small segments on the way, which it does unless told.
-
-        For ten minutes, for those who read them, what it merged lies there twice. What stays is for ``compact``.
-        """
+        """Say whether this object's writer may merge its own small segments on the way, as by default. For ten minutes,
+        for those who read them, what it merged lies there twice; what stays is for ``compact``."""
         self._driver.merges_tiers = allowed
 
     def compact(
@@ -509,9 +481,9 @@ class Space:
         *,
         target_bytes: int = COMPACT_BYTES,
         waste: float = 0.1,
-        grace: float = GRACE_SECONDS,
-        progress: BytesDone = lambda done, total: None,
-    ) -> Compaction:
+        grace: float = backend.GRACE_SECONDS,
+        progress: backend.BytesDone = lambda done, total: None,
+    ) -> backend.Compaction:
         """Join small segments, and give back the space of deleted and overwritten entries.
 
         Others may read, write and compact at the same time. Memory: some tens of MiB, and 200 bytes an entry.
@@ -519,8 +491,8 @@ class Space:
         Args:
             target_bytes: of activations, about what a merged segment gets at most.
             waste: the share of deleted or overwritten rows from which on a segment is rewritten.
-            grace: seconds for which what was replaced stays, for readers that still use it; a later compaction
-                removes it.
+            grace: seconds for which what was replaced stays, for readers that still use it; a later compaction removes
+                it.
             progress: called with the bytes that are moved and how many there are to move.
 
         Raises:

@@ -56,11 +56,7 @@ def open_store(url: str | Path, mode: str = "a", **options: Any) -> Store:
 
 
 def open_standing(url: str | Path, **options: Any) -> Store:
-    """Open a store to read and write, as ``open_store`` does, but make none where none stands.
-
-    Raises:
-        StoreNotFoundError, ...: see ``open_store``.
-    """
+    """Open a store as ``open_store`` does with mode ``"a"``, but make none: ``StoreNotFoundError`` where none stands."""
     return Store(url, "a", options, create=False)
 
 
@@ -79,9 +75,9 @@ def _opened_elsewhere(url: str | Path, mode: str, options: dict[str, Any], ident
 class Store:
     """Made by ``actcache.open``. Thread-safe; pickles as its URL, made absolute.
 
-    A store stays the one that was opened, wherever the working directory goes. Once its folder was moved or removed,
-    or another store was made in its place, whatever would change or list something raises ``StoreGoneError``; reads
-    serve what the store held, or raise that as well.
+    A store stays the one that was opened. Once its folder was moved or removed, or another store was made in its place,
+    whatever would change or list something raises ``StoreGoneError``; reads serve what the store held, or raise that as
+    well.
     """
 
     def __init__(self, url: str | Path, mode: str, options: dict[str, Any], *, create: bool = True) -> None:
@@ -142,11 +138,7 @@ class Store:
         return self.driver.spaces()
 
     def recipes(self) -> list[Recipe]:
-        """Return the recipes of all spaces, in the order of their fingerprints.
-
-        Raises:
-            FormatError, FormatVersionError: a space's description is damaged or newer than this release.
-        """
+        """Return the recipes of all spaces, in the order of their fingerprints. Raises as ``recipe``."""
         found = (self.recipe(fingerprint) for fingerprint in self.driver.spaces())
         return [recipe for recipe in found if recipe is not None]
 
@@ -164,7 +156,7 @@ class Store:
         """Return the recipe of a space, None where it has none: it is being made, or was deleted.
 
         Raises:
-            FormatError, FormatVersionError: see ``recipes``.
+            FormatError, FormatVersionError: its description is damaged or newer than this release.
         """
         return read_recipe(self.driver, fingerprint, self.url)
 
@@ -201,12 +193,8 @@ class Store:
         self.driver.write_blob(self.collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
 
     def collection(self, name: str) -> Collection:
-        """Return a collection.
-
-        Raises:
-            CollectionNotFoundError: there is none of that name.
-            FormatError: its file is damaged.
-        """
+        """Return a collection; ``CollectionNotFoundError`` where there is none of that name, ``FormatError`` where its
+        file is damaged."""
         data = self.driver.read_blob(self.collection_blob(name))
         if data is None:
             known = ", ".join(self.collections()) or "none"
@@ -220,11 +208,7 @@ class Store:
 
     @staticmethod
     def collection_blob(name: str) -> str:
-        """Return the name of a collection's blob.
-
-        Raises:
-            UsageError: see ``put_collection``.
-        """
+        """Return the name of a collection's blob; ``UsageError`` as of ``put_collection``."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
         if len(name) > _LONGEST_NAME:
@@ -238,13 +222,10 @@ class Store:
         return self.driver.delete_blob(self.collection_blob(name))
 
     def sweep(self, older_than: float = SWEEP_SECONDS) -> int:
-        """Remove what killed writers left behind: temporary files, unfinished uploads.
+        """Remove what killed writers left behind (temporary files, unfinished uploads); return how many things.
 
         Args:
             older_than: seconds without a change; less than a live writer takes for one segment endangers its work.
-
-        Returns:
-            How many were removed.
         """
         self.check_writable()
         return self.driver.sweep(older_than)

@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Of what is stored, the contracts name these; so backends find them here.
-from actcache.format.extent import Extent as Extent
 from actcache.format.ragged import EXTRAS as EXTRAS
 from actcache.format.ragged import TOKEN_IDS as TOKEN_IDS
 from actcache.format.ragged import VALUES as VALUES
 from actcache.format.ragged import Block as Block
+from actcache.format.ragged import Extent as Extent
 
 #: The dtype and trailing shape that each ragged array of a space has, by name.
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -47,15 +47,10 @@ class Layout:
 
 
 class SegmentFiles(ABC):
-    """The files of one segment, for reading, wherever it lies. Thread-safe.
+    """The files of one segment, for reading, wherever it lies. Thread-safe."""
 
-    Attributes:
-        where: how an error names the segment.
-        path: its path, None on an object store.
-    """
-
-    where: str
-    path: Path | None
+    where: str  # how an error names the segment
+    path: Path | None  # None on an object store
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -68,12 +63,7 @@ class SegmentFiles(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Return the bytes of a file.
-
-        Raises:
-            FormatError: the segment has no such file, or it is a link or pipe.
-            FileNotFoundError: the segment is gone.
-        """
+        """Return the bytes of a file. Raises as ``names``; ``FormatError`` also where the segment has no such file."""
 
     @abstractmethod
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
@@ -92,10 +82,8 @@ class SegmentFormat(ABC):
         """Write a block and its metadata to ``path``, which does not exist yet.
 
         The core has the files synced and the name published afterwards; a crash in between leaves nothing visible.
-        Where the arrays of a segment are files of their own, ``path`` becomes a directory.
-
-        Raises:
-            OSError: as the operating system reports it (ENOSPC, EROFS, ...).
+        Where the arrays of a segment are files of their own, ``path`` becomes a directory. ``OSError`` (ENOSPC, EROFS,
+        ...) passes through.
         """
 
     @abstractmethod
@@ -313,11 +301,7 @@ class StoreDriver(ABC):
 
     @abstractmethod
     def space(self, fingerprint: str, columns: Columns) -> SpaceDriver:
-        """Open a space whose recipe blob was written.
-
-        Args:
-            columns: the dtype and trailing shape that each ragged array has in this space.
-        """
+        """Open a space whose recipe blob was written."""
 
     @abstractmethod
     def delete_space(self, fingerprint: str) -> bool:
@@ -355,19 +339,16 @@ class SpaceEngine(ABC):
     locks: frozenset[str] = frozenset()  # names of files that readers write to, whose age says nothing
 
     def check_folder(self, root: Path) -> None:  # noqa: B027 (most can work anywhere)
-        """Refuse a root where this engine cannot work (a network file system, say). Called when a store is opened.
+        """Refuse, when a store is opened, a root where this engine cannot work (a network file system, say).
 
-        Raises:
-            StoreError: saying what to use instead.
+        Raises ``StoreError``, saying what to use instead.
         """
 
     @abstractmethod
     def open(self, folder: Path, columns: Columns, *, writable: bool, options: Mapping[str, Any]) -> SpaceDriver:
         """Open the space that is kept in ``folder``; an empty one where the folder has nothing of this engine's.
 
-        Args:
-            folder: of the space; it may hold files of the core too (``recipe.json``) and may not exist yet.
-            columns: the dtype and trailing shape that each ragged array has in this space.
+        The folder may hold files of the core too (``recipe.json``) and may not exist yet.
         """
 
 

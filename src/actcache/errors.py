@@ -75,11 +75,7 @@ class MissingExtraError(BackendError):
 
 @contextmanager
 def requires_extra(extra: str, need: str) -> Iterator[None]:
-    """Have an import that fails say what needs it, and which extra brings it.
-
-    Raises:
-        MissingExtraError: something could not be imported.
-    """
+    """Have an import that fails say what needs it, and which extra brings it: ``MissingExtraError``."""
     try:
         yield
     except ImportError as error:
@@ -90,13 +86,9 @@ def requires_extra(extra: str, need: str) -> Iterator[None]:
 
 
 class StoreError(ActcacheError):
-    """The store, or the place where it lies, does not allow what was asked.
+    """The store, or the place where it lies, does not allow what was asked."""
 
-    Attributes:
-        lost: how many entries that had been put were dropped, because what held them was closed.
-    """
-
-    lost = 0
+    lost = 0  #: how many entries that had been put were dropped, because what held them was closed
 
 
 class StoreNotFoundError(StoreError, FileNotFoundError):

@@ -8,7 +8,7 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import xxhash
@@ -50,20 +50,15 @@ class LookupCache:
         return located
 
 
-class _Refreshed(Protocol):
-    def refresh(self) -> None: ...
-
-
-S = TypeVar("S", bound=_Refreshed)
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def retry_on_stale_snapshot(read: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+def retry_on_stale_snapshot(read: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
     """Have a read of a space begin again with a new snapshot where a segment of its snapshot is gone."""
 
     @functools.wraps(read)
-    def attempt(space: S, /, *args: P.args, **options: P.kwargs) -> T:
+    def attempt(space: Any, /, *args: P.args, **options: P.kwargs) -> T:
         for _ in range(_TRIES - 1):
             try:
                 return read(space, *args, **options)

@@ -1,4 +1,4 @@
-"""Ragged blocks: the rows of many entries, one after another, and where each begins.
+"""Ragged blocks: the rows of many entries, one after another, where each begins, and where the arrays lie in files.
 
 The one schema that every backend stores (docs/format.md). All arrays of ``columns`` have T rows; entry i is rows
 ``offsets[i]:offsets[i + 1]`` of each of them.
@@ -41,6 +41,27 @@ class Pieces:
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where one array of a segment lies: bytes that can be read without the storage library.
+
+    ``path`` is relative to the segment and empty for the segment's own file; the array is C-contiguous, little-endian.
+    """
+
+    path: str
+    offset: int  # bytes from the start of the file
+    dtype: str  # NumPy dtype string
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 Column = NDArray[np.generic] | Pieces

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError
-from actcache.format.extent import Extent
+from actcache.format.ragged import Extent
 
 LENGTH_BYTES = 8  # of the header's length, which stands before it
 _ALIGN = 64

@@ -15,11 +15,8 @@ from numpy.typing import NDArray
 
 
 class BufferPool:
-    """A few buffers of bytes. Thread-safe.
-
-    Args:
-        most: buffers that are kept; where all are in use, more are made and left to the collector.
-    """
+    """A few buffers of bytes, ``most`` of which are kept; where all are in use, more are made and left to the
+    collector. Thread-safe."""
 
     def __init__(self, most: int) -> None:
         self._most = most

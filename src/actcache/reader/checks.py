@@ -25,11 +25,8 @@ def check_present(keys: NDArray[np.uint8], found: NDArray[np.bool_]) -> None:
 
 
 def ranks_of(given: tuple[int, int] | None, digest: str) -> tuple[int, int]:
-    """Return this process's rank and how many there are.
-
-    Raises:
-        UsageError: they are no ranks, or the ranks of ``torch.distributed`` read in different orders.
-    """
+    """Return this process's rank and how many there are; ``UsageError`` where they are no ranks, or the ranks of
+    ``torch.distributed`` read in different orders."""
     if given is not None:
         rank, world = given
         world, rank = whole("the number of ranks", world, 1), whole("rank", rank, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,9 @@ from actcache.reader.fetch import HostBatch
 class _Pinned:
     """A pinned buffer, and the event at which the copy out of it has ended."""
 
-    tensor: torch.Tensor
+    array: NDArray[np.uint8]
     copied: Any = None
-    taken: bool = False
-    array: NDArray[np.uint8] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.array = self.tensor.numpy()
+    taken: bool = True
 
 
 class PinnedBuffers(BufferPool):
@@ -53,7 +49,7 @@ class PinnedBuffers(BufferPool):
             pinned.copied.synchronize()
             pinned.copied = None
         if pinned is None or pinned.array.nbytes < nbytes:
-            fresh = _Pinned(self._allocate(max(1, nbytes + nbytes // 8)), taken=True)
+            fresh = _Pinned(self._allocate(max(1, nbytes + nbytes // 8)).numpy())
             with self._guard:
                 if pinned is not None:
                     self._pinned.remove(pinned)
@@ -114,11 +110,8 @@ class CudaDelivery(Delivery):
             self.buffers.give_back(read.values, copied)
             if self._bfloat16:
                 rows = rows.view(torch.bfloat16)
-            small = {
-                "lengths": self._move(read.lengths),
-                "documents": self._move(members.documents),
-                "labels": None if members.labels is None else self._move(members.labels),
-            }
+            given = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
+            small = {name: None if array is None else self._move(array) for name, array in given.items()}
             ids = None if read.token_ids is None else self._move(read.token_ids).long()
             batch: Batch | PackedBatch
             if self.padded:

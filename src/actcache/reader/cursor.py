@@ -15,15 +15,10 @@ from actcache.reader.order import EpochOrder, Order
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """What one iteration goes through.
+    """What one iteration goes through."""
 
-    Attributes:
-        batches: positions of each batch's documents in the reader's keys.
-        reached: (epoch, documents consumed) after each batch, and after the last of all.
-    """
-
-    batches: list[NDArray[np.int64]]
-    reached: list[tuple[int, int]]
+    batches: list[NDArray[np.int64]]  # positions of each batch's documents in the reader's keys
+    reached: list[tuple[int, int]]  # (epoch, documents consumed) after each batch, and after the last of all
 
 
 @dataclass(eq=False)
@@ -39,9 +34,7 @@ class Start:
 class Cursor:
     """The bookkeeping of one reader's iterations. Documents consumed are counted on all ranks together.
 
-    Args:
-        lengths: ``[n]`` tokens of each document.
-        rank, ranks: which share of each round of batches is this reader's.
+    ``lengths`` are the documents' tokens, ``[n]``; this reader's share of each round of batches is that of ``rank``.
     """
 
     def __init__(self, order: Order, lengths: NDArray[np.int64], rank: int, ranks: int) -> None:
@@ -78,11 +71,8 @@ class Cursor:
             self._reached = start.epoch, start.consumed
 
     def begin(self, start: Start) -> EpochBatches:
-        """Return what an iteration goes through that starts there.
-
-        Raises:
-            UsageError: there are fewer documents than ranks.
-        """
+        """Return what an iteration goes through that starts there; ``UsageError`` where there are fewer documents than
+        ranks."""
         if start.taken_back:  # it was said meanwhile which epoch it is
             start = self._advance()
         elif start is self._asked:
@@ -96,11 +86,8 @@ class Cursor:
         return EpochBatches(batches, [(start.epoch, batch[-1][1]) for batch in rounds] + [(start.epoch + 1, 0)])
 
     def moved(self, reached: tuple[int, int], before: int) -> None:
-        """Take note of where an iteration is, unless it has just ended and another one has been begun since.
-
-        Args:
-            before: the epoch that it was in.
-        """
+        """Take note of where an iteration of epoch ``before`` is, unless it has just ended and another one has been
+        begun since."""
         if reached[1] or self._next.epoch == before:
             self._next, self._reached = Start(*reached, self._next.loaded), reached
         elif self._reached[0] == before:  # it had no batches

@@ -1,8 +1,8 @@
 """Entries as a map-style data set, for ``torch.utils.data.DataLoader``, the Hugging Face ``Trainer`` and others.
 
 An item only says which document it is. ``collate``, which loaders call with the items of a batch, reads all of them by
-one batched read: with any sampler, in a ``Subset``, in a ``ConcatDataset``, in a loader's workers. What travels to a
-worker is the store's URL. Imported only where a data set is asked for: it needs torch.
+one batched read, with any sampler, also in a loader's workers, to which the store's URL travels. Imported only where a
+data set is asked for: it needs torch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ _ONE_PROCESS = (
 class Item(Mapping[str, Any]):
     """One document of a data set: a batch of one, which is read when something of it is asked for.
 
-    torch's ``default_collate``, which loaders use that are given no ``collate_fn``, puts items together by ``collate``.
-
     It has the attributes of ``Batch``; as a mapping it is the keyword arguments of a reduced model's ``forward``, all
     ``[1, ...]``. What groups documents by length (the ``Trainer``) asks for ``len(item["input_ids"])``: under this name
-    are the positions of the tokens, ``[tokens]``, and nothing is read for it.
+    are the positions of the tokens, ``[tokens]``, and nothing is read for it. torch's ``default_collate`` uses
+    ``collate``.
     """
 
     def __init__(self, dataset: EntryDataset, position: int) -> None:
@@ -84,9 +83,6 @@ class EntryDataset(Dataset[Any]):
     the keyword arguments of a reduced model's ``forward``, as torch tensors of the CPU, padded. Where the reader
     computes what is missing (``on_missing="compute"``), so does the data set, in the process that made it; what was
     computed is durable when all documents have been asked for.
-
-    Attributes:
-        lengths: ``[n]`` int64, tokens of each document.
     """
 
     def __init__(self, work: Work) -> None:
@@ -156,6 +152,7 @@ class EntryDataset(Dataset[Any]):
 
     @functools.cached_property
     def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, ``[n]``."""
         work = self._work
         lengths = work.info.lengths.copy()
         missing = np.flatnonzero(lengths == 0)
@@ -170,11 +167,8 @@ class EntryDataset(Dataset[Any]):
 
     @staticmethod
     def collate(items: Sequence[Item], *, collate_fn_map: Any = None) -> Inputs:
-        """Return the keyword arguments of a reduced model for the items of one data set, or of several of one kind.
-
-        Raises:
-            ShapeError: data sets of unlike shapes, or with labels and without.
-        """
+        """Return the keyword arguments of a reduced model for the items of one data set, or of several; ``ShapeError``
+        where these have unlike shapes, or labels and none."""
         return _joined(items)
 
     def _checked(self, position: Any) -> int:

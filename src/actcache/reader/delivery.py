@@ -67,13 +67,9 @@ class Delivery(ABC):
 
 
 class HostDelivery(Delivery):
-    """NumPy arrays, or torch tensors of the CPU over the same memory.
+    """NumPy arrays, or, where ``torch`` is the module, tensors of the CPU over the same memory.
 
-    Args:
-        dtype: the recipe's.
-        torch: the torch module; None for NumPy arrays.
-        packed: the layout.
-        depth: batches that are read ahead.
+    ``dtype`` is the recipe's, ``depth`` how many batches are read ahead.
     """
 
     def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:

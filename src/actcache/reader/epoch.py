@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import CorruptEntryError, MissingEntryError
 from actcache.format.keys import key_list
+from actcache.io.workers import ProcessLock
 from actcache.reader.cursor import Cursor
 from actcache.reader.delivery import BatchMembers, Delivered, Delivery
 from actcache.reader.fetch import EntryInfo, Source, fetch
@@ -23,15 +22,7 @@ from actcache.reader.prefetch import Prefetch
 from actcache.reader.stats import ReaderStats
 
 _AHEAD = 2  # batches whose rows the operating system is asked for before they are read
-_COUNTING = threading.Lock()  # several iterations of one reader count together
-
-
-def _after_fork() -> None:
-    global _COUNTING
-    _COUNTING = threading.Lock()  # a thread that the child does not have may have held it
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_COUNTING = ProcessLock()  # several iterations of one reader count together
 
 
 @dataclass(frozen=True)
@@ -72,12 +63,9 @@ _Items = Generator[Delivered | _Missing, None, None]
 class Epoch(Iterator[Any]):
     """Yields ``Batch`` or ``PackedBatch``. ``close`` ends it; so does leaving it to the collector.
 
-    It begins when it is asked for its first batch: trainers call ``iter`` to see whether they may, and some say only
-    then which epoch it is.
-
-    Args:
-        cursor: says then which batches it has; told what was delivered, or that it is not going to begin.
-        on_stats: called with the statistics when the consumer has finished with a batch, and at the end.
+    It begins, and asks ``cursor`` for its batches, when it is asked for the first one: trainers call ``iter`` to see
+    whether they may, and some say only then which epoch it is. ``on_stats`` is called with the statistics when the
+    consumer has finished with a batch, and at the end.
     """
 
     _items: Prefetch[Delivered | _Missing] | _Items | None = None
@@ -205,8 +193,8 @@ def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> De
 
     Raises:
         MissingEntryError: some are gone.
-        CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
         ShapeError: an entry has not as many tokens as its label.
+        CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
     start, keys, stats = time.perf_counter(), work.keys[members], work.stats
     read = fetch(work.source, keys, delivery.buffers, packed=delivery.packed, info=work.info[members])

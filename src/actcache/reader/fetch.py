@@ -63,10 +63,7 @@ class EntryInfo:
 def fetch(
     source: Source, keys: NDArray[np.uint8], buffers: BufferPool, *, packed: bool, info: EntryInfo | None = None
 ) -> HostBatch:
-    """Read the entries of ``[B, 32]`` keys.
-
-    Args:
-        info: spares a look at their lengths, as long as it is right.
+    """Read the entries of ``[B, 32]`` keys; ``info`` spares a look at their lengths, as long as it is right.
 
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.

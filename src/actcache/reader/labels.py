@@ -50,14 +50,8 @@ class TokenLabels:
         return TokenLabels(rows, offsets_of(lengths), self.positions[members])
 
     def of_batch(self, members: NDArray[np.int64], lengths: NDArray[np.int64], width: int | None) -> NDArray[Any]:
-        """Return the labels of some documents' tokens, ``[B, width]`` padded with -100, or ``[T]`` packed.
-
-        Args:
-            lengths: tokens of these documents.
-
-        Raises:
-            ShapeError: a document has another number of tokens than of labels.
-        """
+        """Return the labels of some documents' tokens, ``[B, width]`` padded with -100, or ``[T]`` packed;
+        ``ShapeError`` where a document has another number of tokens (``lengths``) than of labels."""
         begins, counts = self.offsets[members], self.offsets[members + 1] - self.offsets[members]
         if (counts != lengths).any():
             i = int(np.argmax(counts != lengths))
@@ -74,10 +68,8 @@ Labels = DocumentLabels | TokenLabels
 
 
 def out_of_column(given: Any) -> Any:
-    """Return labels that a library holds in a column of its own (of datasets, pandas, polars, pyarrow) as a list.
-
-    Arrays, tensors, lists and tuples are returned as they are.
-    """
+    """Return labels that a library holds in a column of its own (of datasets, pandas, polars, pyarrow) as a list;
+    arrays, tensors, lists and tuples as they are."""
     if isinstance(given, np.ndarray | list | tuple | str | bytes):
         return given
     for name in ("to_list", "to_pylist"):
@@ -114,15 +106,8 @@ def labels_of(given: Any, lengths: NDArray[np.int64]) -> Labels:
 
 
 def of_entries(given: Any, documents: NDArray[np.int64], count: int) -> Any:
-    """Return labels of entries from labels of documents, one or several entries of which come from each.
-
-    Args:
-        documents: ``[n]``, whose each entry is.
-        count: of documents.
-
-    Raises:
-        ShapeError: the labels are not one a document.
-    """
+    """Return labels of entries from labels of ``count`` documents, ``documents[i]`` being the one that entry i comes
+    from; ``ShapeError`` where the labels are not one a document."""
     given = out_of_column(given)
     if isinstance(given, list | tuple):
         if len(given) != count:

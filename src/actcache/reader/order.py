@@ -21,36 +21,22 @@ _POOL_BATCHES = 64  # documents of like length are looked for among so many batc
 
 @dataclass(frozen=True)
 class Order:
-    """How documents follow each other.
+    """How documents follow each other; ``UsageError`` where a number or truth value is none."""
 
-    Attributes:
-        batch_size: documents of a batch at most.
-        max_tokens: of a batch as it is padded, at most (a longer document is alone); None for no such limit.
-        shuffle: whether the order is random.
-        bucket: whether documents of like length share batches.
-        drop_last: whether a last round that is not full is left out.
-
-    Raises:
-        UsageError: a number or truth value is none.
-    """
-
-    batch_size: int
-    max_tokens: int | None = None
-    shuffle: bool = False
-    bucket: bool = False
+    batch_size: int  # documents of a batch at most
+    max_tokens: int | None = None  # of a batch as it is padded, at most (a longer document is alone); None: no limit
+    shuffle: bool = False  # whether the order is random
+    bucket: bool = False  # whether documents of like length share batches
     seed: int = 0
-    drop_last: bool = False
+    drop_last: bool = False  # whether a last round that is not full is left out
 
     def __post_init__(self) -> None:
         # As Python's own: the digest of an order is made from how it prints.
-        plain: dict[str, object] = {
-            name: truth(name, getattr(self, name)) for name in ("shuffle", "bucket", "drop_last")
-        }
-        plain |= {"batch_size": whole("batch_size", self.batch_size, 1), "seed": whole("seed", self.seed, 0)}
-        if self.max_tokens is not None:
-            plain["max_tokens"] = whole("max_tokens", self.max_tokens, 1)
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        for name in ("shuffle", "bucket", "drop_last"):
+            object.__setattr__(self, name, truth(name, getattr(self, name)))
+        for name, least in (("batch_size", 1), ("seed", 0), ("max_tokens", 1)):
+            if name != "max_tokens" or self.max_tokens is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name), least))
 
     def digest(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> str:
         """Return what identifies the order that documents of these keys and lengths come in, in all epochs."""
@@ -73,9 +59,9 @@ class Order:
         pools = [part[np.argsort(lengths[part], kind="stable")] for part in parts]
         batches = [part[begin:end] for part in pools for begin, end in itertools.pairwise(self._cut(lengths[part]))]
         if self.shuffle and batches:
-            whole = [batch for batch in batches if self.max_tokens or len(batch) == self.batch_size]
+            full = [batch for batch in batches if self.max_tokens or len(batch) == self.batch_size]
             rest = [batch for batch in batches if not (self.max_tokens or len(batch) == self.batch_size)]
-            batches = [whole[i] for i in rng.permutation(len(whole))] + rest
+            batches = [full[i] for i in rng.permutation(len(full))] + rest
         sequence = np.concatenate([np.empty(0, np.int64), *batches])
         return EpochOrder(sequence, np.cumsum([0, *map(len, batches)]), self)
 
@@ -106,10 +92,7 @@ class EpochOrder:
 
         Every document from ``start`` on comes once; the last round is split smaller. Where fewer documents than ranks
         would be left for it, the round before leaves it some; and where even then there are not enough, one round takes
-        a document more in some batches.
-
-        Raises:
-            ValueError: fewer documents are left than there are ranks.
+        a document more in some batches. ``ValueError``: fewer documents are left than there are ranks.
         """
         end = len(self.sequence)
         if start < end < start + ranks and not self.order.drop_last:

@@ -84,9 +84,8 @@ class Prefetch(Iterator[T]):
         self._channel: _Channel[T] = _Channel(depth)
         self._waited = waited
         self._pid = os.getpid()
-        self._thread = threading.Thread(
-            target=_run, args=(produce, self._channel), name="actcache-prefetch", daemon=True
-        )
+        what = produce, self._channel
+        self._thread = threading.Thread(target=_run, args=what, name="actcache-prefetch", daemon=True)
         self._finalizer = weakref.finalize(self, _Channel.close, self._channel)
         _OPEN.add(self)
         self._thread.start()
@@ -124,8 +123,7 @@ def _run(produce: Iterator[T], channel: _Channel[T]) -> None:
     except BaseException as error:
         failure = error
     finally:
-        close = getattr(produce, "close", None)
-        if close is not None:
+        if (close := getattr(produce, "close", None)) is not None:
             close()
         channel.end(failure)
 

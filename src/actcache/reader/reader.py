@@ -180,7 +180,7 @@ class Reader:
         """Write to the local cache what waits to be written, and let others evict what it holds.
 
         Without one there is nothing to do. A reader that is collected does the same, and so does the end of a process;
-        a reader that was closed can be used, and reads without a local cache. Does nothing the second time.
+        a reader that was closed reads on without a local cache. Does nothing the second time.
         """
         if self._local is not None:
             self._local.close()
@@ -196,19 +196,14 @@ class Reader:
         return self._digest
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the iteration that was begun or advanced last is: after the batch that it returned last.
-
-        The state is the same on all ranks, and another number of ranks can go on from it.
-        """
+        """Return where the iteration that was begun or advanced last is: after the batch that it returned last. The
+        same on all ranks; another number of ranks can go on from it."""
         epoch, consumed = self._cursor.reached
         return {"epoch": epoch, "consumed": consumed, "order": self._digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next iteration go on at a state.
-
-        Raises:
-            UsageError: it is of a reader with other keys or another order.
-        """
+        """Have the next iteration go on at a state; ``UsageError`` where it is of a reader with other keys or another
+        order."""
         try:
             epoch, consumed, order = int(state["epoch"]), int(state["consumed"]), state["order"]
         except (KeyError, TypeError, ValueError) as error:

@@ -12,19 +12,12 @@ _SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
 
 
 class Metric(NamedTuple):
-    """One measurement as plain data, with name, kind and unit of OpenTelemetry and Prometheus.
+    """One measurement as plain data, with name, kind and unit of OpenTelemetry and Prometheus."""
 
-    Attributes:
-        attribute: of the object that is measured.
-        short: its name without the prefix.
-        kind: ``"counter"`` only grows, ``"gauge"`` does not.
-        unit: in UCUM, as OpenTelemetry writes it.
-    """
-
-    attribute: str
-    short: str
-    kind: str
-    unit: str
+    attribute: str  # of the object that is measured
+    short: str  # its name without the prefix
+    kind: str  # ``"counter"`` only grows, ``"gauge"`` does not
+    unit: str  # in UCUM, as OpenTelemetry writes it
     description: str
     value: float = 0.0
 
@@ -41,11 +34,8 @@ class Metric(NamedTuple):
 
 
 def prometheus_text(metrics: Iterable[Metric], **labels: str) -> str:
-    """Return measurements in Prometheus' text format (0.0.4), for a textfile collector or an HTTP handler.
-
-    Args:
-        labels: put on every one of them, such as ``rank="0"``.
-    """
+    """Return measurements in Prometheus' text format (0.0.4), for a textfile collector or an HTTP handler, with
+    ``labels`` (``rank="0"``) on each."""
     tags = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
     lines = []
     for metric in metrics:
@@ -61,9 +51,8 @@ def _escaped(value: str) -> str:
 
 def _counter(short: str, unit: str, description: str) -> Any:
     """Return a field that counts from 0, and is exported."""
-    return field(
-        default=0.0 if unit == "s" else 0, metadata={"exported": Metric("", short, "counter", unit, description)}
-    )
+    exported = Metric("", short, "counter", unit, description)
+    return field(default=0.0 if unit == "s" else 0, metadata={"exported": exported})
 
 
 @dataclass
@@ -103,8 +92,7 @@ class ReaderStats:
     def stall_fraction(self) -> float:
         """The share of the consumer's time that it waited, first batches of epochs aside."""
         waited = max(0.0, self.wait_seconds - self.first_seconds)
-        total = waited + self.step_seconds
-        return waited / total if total else 0.0
+        return waited / (waited + self.step_seconds) if waited + self.step_seconds else 0.0
 
     @property
     def queue_depth(self) -> float:

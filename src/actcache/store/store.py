@@ -11,19 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache import errors
 from actcache.backend import StoreDriver
 from actcache.entries.writer import SEGMENT_BYTES, SEGMENT_SECONDS
-from actcache.errors import (
-    ClosedError,
-    CollectionNotFoundError,
-    FormatError,
-    NotAStoreError,
-    ReadOnlyError,
-    SpaceNotFoundError,
-    StoreGoneError,
-    StoreNotFoundError,
-    UsageError,
-)
 from actcache.format.arguments import whole
 from actcache.format.recipe import Recipe, is_fingerprint
 from actcache.segments import registry
@@ -56,7 +46,7 @@ def open_store(url: str | Path, mode: str = "a", **options: Any) -> Store:
 
 
 def open_standing(url: str | Path, **options: Any) -> Store:
-    """Open a store as ``open_store`` does with mode ``"a"``, but make none: ``StoreNotFoundError`` where none stands."""
+    """Open a store as ``open_store`` does, but make none where none stands: ``StoreNotFoundError``."""
     return Store(url, "a", options, create=False)
 
 
@@ -64,11 +54,15 @@ def _opened_elsewhere(url: str | Path, mode: str, options: dict[str, Any], ident
     """Open a store that was pickled: that one, and no other that lies there now."""
     try:
         store = Store(url, mode, options, create=False)
-    except (StoreNotFoundError, NotAStoreError) as error:
-        raise StoreGoneError(f"{error}; the store that was sent here was moved, removed, or is not seen here") from None
+    except (errors.StoreNotFoundError, errors.NotAStoreError) as error:
+        raise errors.StoreGoneError(
+            f"{error}; the store that was sent here was moved, removed, or is not seen here"
+        ) from None
     if store.driver.identity != identity:
         store.close()
-        raise StoreGoneError(f"another store lies at {url} than the one that was sent here: open the one that is meant")
+        raise errors.StoreGoneError(
+            f"another store lies at {url} than the one that was sent here: open the one that is meant"
+        )
     return store
 
 
@@ -92,7 +86,7 @@ class Store:
     def driver(self) -> StoreDriver:
         """The backend's side of the store."""
         if self._driver is None:
-            raise ClosedError(f"the store {self.url} is closed; open it again with actcache.open")
+            raise errors.ClosedError(f"the store {self.url} is closed; open it again with actcache.open")
         return self._driver
 
     # --- spaces ------------------------------------------------------------------------------------------------------
@@ -117,7 +111,7 @@ class Store:
         created = False
         if stored is None:
             if not self.writable:
-                raise SpaceNotFoundError(self._explain(recipe))
+                raise errors.SpaceNotFoundError(self._explain(recipe))
             created = write_recipe(self.driver, recipe)
             stored = self.recipe(fingerprint) or recipe
         space = Space(
@@ -147,7 +141,7 @@ class Store:
         as ``field -> (the given recipe's, the other's)``. Spaces whose description cannot be read are left out."""
         readable = []
         for fingerprint in self.fingerprints():
-            with suppress(FormatError):
+            with suppress(errors.FormatError):
                 readable.append(self.recipe(fingerprint))
         others = [(other, recipe.differences(other)) for other in readable if other is not None and other != recipe]
         return sorted(others, key=lambda pair: len(pair[1]))
@@ -167,7 +161,7 @@ class Store:
         """
         self.check_writable()
         if not is_fingerprint(fingerprint):
-            raise UsageError(f"{fingerprint!r} is no fingerprint of a space: see store.fingerprints()")
+            raise errors.UsageError(f"{fingerprint!r} is no fingerprint of a space: see store.fingerprints()")
         return self.driver.delete_space(fingerprint)
 
     def _explain(self, recipe: Recipe) -> str:
@@ -198,7 +192,7 @@ class Store:
         data = self.driver.read_blob(self.collection_blob(name))
         if data is None:
             known = ", ".join(self.collections()) or "none"
-            raise CollectionNotFoundError(f"{self.url} has no collection {name!r}; it has {known}")
+            raise errors.CollectionNotFoundError(f"{self.url} has no collection {name!r}; it has {known}")
         return Collection.from_bytes(data, f"{self.url}: collection {name!r}")
 
     def collections(self) -> list[str]:
@@ -210,10 +204,10 @@ class Store:
     def collection_blob(name: str) -> str:
         """Return the name of a collection's blob; ``UsageError`` as of ``put_collection``."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
+            raise errors.UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
         if len(name) > _LONGEST_NAME:
             count = f"{name:.40}... has {len(name)} characters"
-            raise UsageError(f"{count}; a collection's name has at most {_LONGEST_NAME}")
+            raise errors.UsageError(f"{count}; a collection's name has at most {_LONGEST_NAME}")
         return f"collections/{name}{_SUFFIX}"
 
     def delete_collection(self, name: str) -> bool:
@@ -261,4 +255,4 @@ class Store:
     def check_writable(self) -> None:
         """Raise ``ReadOnlyError`` where the store was opened with mode='r'."""
         if not self.writable:
-            raise ReadOnlyError(f"{self.url} was opened with mode='r'; open it with mode='a' to write")
+            raise errors.ReadOnlyError(f"{self.url} was opened with mode='r'; open it with mode='a' to write")

@@ -19,18 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 import actcache
-from actcache.errors import (
-    ClosedError,
-    CodecOverflowError,
-    CollectionNotFoundError,
-    KeyFormatError,
-    MissingEntryError,
-    NonFiniteError,
-    ReadOnlyError,
-    ShapeError,
-    SpaceNotFoundError,
-    StoreNotFoundError,
-)
+from actcache import errors
 
 HIDDEN = 24
 
@@ -336,9 +325,9 @@ class BackendConformance:
             np.empty((HIDDEN, tokens), np.float32).T,
             np.empty(tokens * HIDDEN, np.float32),
         ):
-            with pytest.raises(ShapeError):
+            with pytest.raises(errors.ShapeError):
                 space.read_into(keys, bad)
-        with pytest.raises(ShapeError):
+        with pytest.raises(errors.ShapeError):
             space.read_into(keys, np.empty((tokens, HIDDEN), np.float32), token_ids=np.empty(tokens, np.int64))
 
     def test_reader(self, space: actcache.Space) -> None:
@@ -361,7 +350,7 @@ class BackendConformance:
                     np.testing.assert_array_equal(batch.token_ids[i, :length], self.documents.ids(number))
                     assert batch.attention_mask[i].tolist() == [j < length for j in range(batch.activations.shape[1])]
         assert orders[0] != orders[1]
-        with pytest.raises(MissingEntryError) as caught:
+        with pytest.raises(errors.MissingEntryError) as caught:
             space.reader([*keys, self.documents.key(50)])
         assert caught.value.keys == [self.documents.key(50)]
         skipping = space.reader([self.documents.key(50), *keys], on_missing="skip", batch_size=100)
@@ -375,25 +364,25 @@ class BackendConformance:
         nan, huge = good.copy(), good.astype(np.float64)
         nan[0, 3], huge[0, 2] = np.nan, 1e300
         for bad, error in [
-            (nan, NonFiniteError),
-            (huge, CodecOverflowError),
-            (good[:, 1:], ShapeError),
-            (good[0], ShapeError),
-            (good[:0], ShapeError),
-            (good.astype(np.int32), ShapeError),
+            (nan, errors.NonFiniteError),
+            (huge, errors.CodecOverflowError),
+            (good[:, 1:], errors.ShapeError),
+            (good[0], errors.ShapeError),
+            (good[:0], errors.ShapeError),
+            (good.astype(np.int32), errors.ShapeError),
         ]:
             with pytest.raises(error):
                 space.put([other, key], [good, bad])
             assert len(space) == 0
-        with pytest.raises(KeyFormatError):
+        with pytest.raises(errors.KeyFormatError):
             space.put([key, key], [good, good])
-        with pytest.raises(KeyFormatError):
+        with pytest.raises(errors.KeyFormatError):
             space.put([b"short"], [good])
-        with pytest.raises(ShapeError):
+        with pytest.raises(errors.ShapeError):
             space.put([key], [good, good])
-        with pytest.raises(ShapeError):
+        with pytest.raises(errors.ShapeError):
             space.put([key], [good], [np.arange(len(good) + 1)])
-        with pytest.raises(ShapeError):
+        with pytest.raises(errors.ShapeError):
             space.put([key], [good], [np.full(len(good), 2**40)])
         assert len(space) == 0
         assert self.documents.put(space, [0]) == 1
@@ -402,31 +391,33 @@ class BackendConformance:
         space = store.space(recipe(dtype="float16"))
         rows = np.ones((2, HIDDEN), np.float32)
         rows[1, 5] = 70000
-        with pytest.raises(CodecOverflowError, match=rf"{self.documents.key(0).hex()}.*70000.*token 1, column 5"):
+        with pytest.raises(
+            errors.CodecOverflowError, match=rf"{self.documents.key(0).hex()}.*70000.*token 1, column 5"
+        ):
             space.put([self.documents.key(0)], [rows])
 
     def test_read_only(self, url: str, space: actcache.Space) -> None:
         self.documents.put(space, range(3))
         space.flush()
         reading = self.reopened(url)
-        with pytest.raises(ReadOnlyError):
+        with pytest.raises(errors.ReadOnlyError):
             self.documents.put(reading, [5])
-        with pytest.raises(ReadOnlyError):
+        with pytest.raises(errors.ReadOnlyError):
             reading.delete([self.documents.key(0)])
-        with pytest.raises(ReadOnlyError):
+        with pytest.raises(errors.ReadOnlyError):
             reading.flush()
         self.documents.check(reading, dict.fromkeys(range(3), 0), range(4))
 
     def test_absent_stores_and_spaces(self, url: str) -> None:
-        with pytest.raises(StoreNotFoundError):
+        with pytest.raises(errors.StoreNotFoundError):
             actcache.open(url, "r", **self.options)
         actcache.open(url, **self.options).close()
         reading = actcache.open(url, "r", **self.options)
-        with pytest.raises(SpaceNotFoundError):
+        with pytest.raises(errors.SpaceNotFoundError):
             reading.space(recipe())
         writing = actcache.open(url, **self.options)
         writing.space(recipe(layer=4)).close()
-        with pytest.raises(SpaceNotFoundError, match="differs in layer: 1 here, 4 there"):
+        with pytest.raises(errors.SpaceNotFoundError, match="differs in layer: 1 here, 4 there"):
             reading.space(recipe())
 
     def test_closed(self, url: str) -> None:
@@ -436,9 +427,9 @@ class BackendConformance:
         store.close()
         store.close()
         for call in (lambda: space.get([]), space.flush, lambda: self.documents.put(space, [1]), space.usage):
-            with pytest.raises(ClosedError):
+            with pytest.raises(errors.ClosedError):
                 call()
-        with pytest.raises(ClosedError):
+        with pytest.raises(errors.ClosedError):
             store.space(recipe())
 
     # --- the store ---------------------------------------------------------------------------------------------------
@@ -473,9 +464,9 @@ class BackendConformance:
             assert train.ids == ["c", "a", "b", "ä"]
             assert reading.collection("dev").ids is None
             assert len(reading.collection("dev")) == 0
-            with pytest.raises(CollectionNotFoundError, match="dev, train"):
+            with pytest.raises(errors.CollectionNotFoundError, match="dev, train"):
                 reading.collection("test")
-            with pytest.raises(ReadOnlyError):
+            with pytest.raises(errors.ReadOnlyError):
                 reading.delete_collection("train")
         store.put_collection("train", keys[:1])
         assert len(store.collection("train")) == 1

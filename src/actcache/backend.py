@@ -82,8 +82,7 @@ class SegmentFormat(ABC):
         """Write a block and its metadata to ``path``, which does not exist yet.
 
         The core has the files synced and the name published afterwards; a crash in between leaves nothing visible.
-        Where the arrays of a segment are files of their own, ``path`` becomes a directory. ``OSError`` (ENOSPC, EROFS,
-        ...) passes through.
+        Where the arrays are files of their own, ``path`` becomes a directory. ``OSError`` passes through.
         """
 
     @abstractmethod

@@ -26,9 +26,6 @@ class _OfKeys(ActcacheError):
         self.keys = list(keys)
 
 
-# --- change the call ------------------------------------------------------------------------------------------------
-
-
 class UsageError(ActcacheError, ValueError):
     """An argument is wrong; nothing was stored or changed."""
 
@@ -82,9 +79,6 @@ def requires_extra(extra: str, need: str) -> Iterator[None]:
         raise MissingExtraError(f"{need}: pip install 'actcache[{extra}]' ({error})") from None
 
 
-# --- look at the store ----------------------------------------------------------------------------------------------
-
-
 class StoreError(ActcacheError):
     """The store, or the place where it lies, does not allow what was asked."""
 
@@ -136,9 +130,6 @@ class MissingEntryError(_OfKeys, _NotFoundError):
     """Documents that a read needs are not in the space. ``keys`` holds their keys."""
 
 
-# --- what was read back is not what was stored ------------------------------------------------------------------------
-
-
 class DataError(ActcacheError):
     """Bytes of the store are damaged, foreign, or of a version that this release cannot read."""
 
@@ -160,9 +151,6 @@ class CorruptEntryError(_OfKeys, DataError):
 
     Every other entry is unaffected. ``space.delete(error.keys)`` turns them into misses that a fill recomputes.
     """
-
-
-# --- the transformer does not fit the recipe --------------------------------------------------------------------------
 
 
 class ModelError(ActcacheError):

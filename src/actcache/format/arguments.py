@@ -80,8 +80,7 @@ def to_numpy(array: Any) -> NDArray[Any]:
     dense, quantized ones the numbers that they stand for.
 
     Raises:
-        ShapeError: it is ragged, masked, without numbers (``meta``), of a dtype that has no such form, or no array at
-            all.
+        ShapeError: it is ragged, masked, without numbers (``meta``), of a dtype without such a form, or no array.
     """
     if hasattr(array, "detach"):  # a tensor
         return _of_tensor(array)
@@ -114,8 +113,7 @@ def _of_tensor(tensor: Any) -> NDArray[Any]:
 
 
 def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any]:
-    """Return the memory of an array or CPU tensor, to write into, as a NumPy array of ``dtype``; bfloat16 as its bits,
-    uint16.
+    """Return the memory of an array or CPU tensor, to write into, as NumPy of ``dtype``; bfloat16 as its bits, uint16.
 
     Raises:
         ShapeError: it is not C-contiguous, not writable, not on the CPU, or of another dtype.

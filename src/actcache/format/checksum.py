@@ -68,7 +68,7 @@ def chain(
     begins: NDArray[np.int64],
     lengths: NDArray[np.int64],
 ) -> list[int]:
-    """Return each entry's digest over its rows of ``columns``, in their order. It frees the GIL, so threads can share a
+    """Return each entry's digest over its rows of ``columns``, in their order. Frees the GIL: threads can share a
     batch.
 
     Args:

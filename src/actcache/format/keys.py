@@ -51,12 +51,11 @@ def _digest(kind: str, parts: Iterable[bytes]) -> bytes:
 
 
 def document_key(document: Document) -> bytes:
-    """Return the 32-byte BLAKE2b key of a document, whatever model reads it; text is taken without Unicode
-    normalization.
+    """Return the 32-byte BLAKE2b key of a document, whatever model reads it.
 
     Args:
-        document: a text (``str``), a pair of texts (``tuple`` of two ``str``), words (``list`` or array of ``str``), or
-            token ids (a sequence, array or tensor of whole numbers in [0, 2**63)).
+        document: a text (``str``, without Unicode normalization), a pair of texts (``tuple`` of two ``str``), words
+            (``list`` or array of ``str``), or token ids (a sequence, array or tensor of whole numbers in [0, 2**63)).
 
     Raises:
         DocumentError: the document is empty, or of no such kind.

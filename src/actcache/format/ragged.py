@@ -77,8 +77,7 @@ def pieces(column: Column) -> Iterator[memoryview]:
 class Origins:
     """Where the entries of a compacted block come from: the segment each was first written to, and its number there.
 
-    That never changes, however often it is copied: deletions name it, and of two copies the one of the later origin is
-    served.
+    That never changes, however often it is copied: deletions name it, and of two copies the later origin's is served.
     """
 
     segments: tuple[str, ...]  # their names
@@ -161,8 +160,7 @@ def offsets_of(lengths: NDArray[np.integer[Any]], width: int | None = None) -> N
 
 
 def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
-    """Return runs of neighbouring items whose sizes (``[n]``, 0 or more) add up to about ``most``, 1 or more; together
-    all.
+    """Return runs of neighbouring items whose sizes (``[n]``) add up to about ``most``; together they are all.
 
     A run ends with the item that reaches the next multiple of ``most``: work is cut into parts of like size by it.
     """
@@ -172,8 +170,8 @@ def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
 
 
 def chunks(lengths: NDArray[np.int64], width: int | None, out: Mapping[str, NDArray[np.generic]]) -> Iterator[slice]:
-    """Cut a batch into runs of entries whose rows, in the buffers ``out``, are still in the processor's cache when they
-    are checked. ``lengths`` and ``width`` as of ``row_indices``."""
+    """Cut a batch into runs of entries whose rows are still in the processor's cache when they are checked (see
+    ``row_indices``)."""
     row_bytes = max(buffer.strides[0] for buffer in out.values())
     return runs((lengths if width is None else np.full(len(lengths), width)) * row_bytes, CHUNK_BYTES)
 

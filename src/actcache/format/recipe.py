@@ -159,8 +159,7 @@ class Recipe:
         return " via ".join([self.dtype, *reversed(self.via)])
 
     def stored_again(self, dtype: str) -> Recipe:
-        """Return the recipe of this one's rows where they are stored again, as another dtype; ``RecipeError`` where
-        there is none.
+        """Return the recipe of this one's rows stored again, as another dtype; ``RecipeError`` where there is none.
 
         It is that of rows that were stored so at once only where the numbers are the same: float32 to float16 or
         bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before.

@@ -82,8 +82,7 @@ class Files:
     def make_folders(self, path: Path) -> None:
         """Make a folder below the root and its parents down from there, each name durable before the next.
 
-        What stands, the root too, is synced once: who made it may have died before that. Raises ``StorageIOError``
-        where there is no root.
+        What stands, the root too, is synced once: who made it may have died before that. ``StorageIOError``: no root.
         """
 
         def unsynced(folder: Path) -> bool:

@@ -41,7 +41,7 @@ class Cursor:
         self._order, self._lengths = order, lengths
         self._rank, self._ranks = rank, ranks
         self._next = Start(0, 0, False)
-        self._reached = (0, 0)  # epoch and documents, of the iteration that was begun or advanced last
+        self.reached = (0, 0)  #: epoch and documents consumed, of the iteration that was begun or advanced last
         self._asked: Start | None = None  # for last, until it begins
         self._counted: tuple[int, int] | None = None
 
@@ -60,7 +60,7 @@ class Cursor:
 
     def _advance(self) -> Start:
         start = self._next
-        self._next, self._reached = Start(start.epoch + 1, 0, False), (start.epoch, start.consumed)
+        self._next, self.reached = Start(start.epoch + 1, 0, False), (start.epoch, start.consumed)
         return start
 
     def take_back(self, start: Start | None) -> None:
@@ -68,7 +68,7 @@ class Cursor:
         if start is not None and start is self._asked:
             self._asked, start.taken_back = None, True
             self._next = Start(start.epoch, start.consumed, start.loaded)
-            self._reached = start.epoch, start.consumed
+            self.reached = start.epoch, start.consumed
 
     def begin(self, start: Start) -> EpochBatches:
         """Return what an iteration goes through that starts there; ``UsageError`` where there are fewer documents than
@@ -89,26 +89,21 @@ class Cursor:
         """Take note of where an iteration of epoch ``before`` is, unless it has just ended and another one has been
         begun since."""
         if reached[1] or self._next.epoch == before:
-            self._next, self._reached = Start(*reached, self._next.loaded), reached
-        elif self._reached[0] == before:  # it had no batches
-            self._reached = reached
+            self._next, self.reached = Start(*reached, self._next.loaded), reached
+        elif self.reached[0] == before:  # it had no batches
+            self.reached = reached
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
         self.take_back(self._asked)
         if epoch != self._next.epoch or not self._next.loaded:
             self._next = Start(epoch, 0, self._next.loaded)
-        self._reached = self._next.epoch, self._next.consumed
-
-    @property
-    def reached(self) -> tuple[int, int]:
-        """Epoch and documents consumed of the iteration that was begun or advanced last."""
-        return self._reached
+        self.reached = self._next.epoch, self._next.consumed
 
     def load(self, epoch: int, consumed: int) -> None:
         """Have the next iteration go on there."""
         self.take_back(self._asked)
-        self._next, self._reached = Start(epoch, consumed, True), (epoch, consumed)
+        self._next, self.reached = Start(epoch, consumed, True), (epoch, consumed)
 
     def _rounds(self, order: EpochOrder, start: int) -> Iterator[list[tuple[int, int]]]:
         try:

@@ -37,8 +37,7 @@ class Item(Mapping[str, Any]):
 
     It has the attributes of ``Batch``; as a mapping it is the keyword arguments of a reduced model's ``forward``, all
     ``[1, ...]``. What groups documents by length (the ``Trainer``) asks for ``len(item["input_ids"])``: under this name
-    are the positions of the tokens, ``[tokens]``, and nothing is read for it. torch's ``default_collate`` uses
-    ``collate``.
+    are the positions of the tokens, ``[tokens]``, and nothing is read for it.
     """
 
     def __init__(self, dataset: EntryDataset, position: int) -> None:
@@ -169,7 +168,25 @@ class EntryDataset(Dataset[Any]):
     def collate(items: Sequence[Item], *, collate_fn_map: Any = None) -> Inputs:
         """Return the keyword arguments of a reduced model for the items of one data set, or of several; ``ShapeError``
         where these have unlike shapes, or labels and none."""
-        return _joined(items)
+        places: dict[int, list[int]] = {}
+        for place, item in enumerate(items):
+            places.setdefault(id(item._dataset), []).append(place)
+        parts = []
+        for members in places.values():
+            dataset = items[members[0]]._dataset
+            parts.append((dataset, dataset.read([items[place]._position for place in members])))
+        if len(parts) == 1:
+            return parts[0][1].model_inputs()
+        width = max(batch.activations.shape[1] for _, batch in parts)
+        inputs = [_widened(batch.model_inputs(), width, dataset.of_tokens) for dataset, batch in parts]
+        kinds = [{name: (tensor.ndim, *tensor.shape[2:]) for name, tensor in one.items()} for one in inputs]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ShapeError(
+                "these data sets do not fit into one batch: they are all of one hidden size, with labels of one shape "
+                "or without, and with token ids or without"
+            )
+        order = torch.from_numpy(np.argsort(np.concatenate(list(places.values()))))
+        return Inputs({name: torch.cat([one[name] for one in inputs])[order] for name in kinds[0]})
 
     def _checked(self, position: Any) -> int:
         try:
@@ -192,29 +209,6 @@ class EntryDataset(Dataset[Any]):
                 raise UsageError(_ONE_PROCESS)
             work = replace(work, miss_computer=None)
         return {**vars(self), "_work": work, "_delivery": None}
-
-
-def _joined(items: Sequence[Item]) -> Inputs:
-    """Read items by one batched read for each data set, and return what came of it in the items' order."""
-    places: dict[int, list[int]] = {}
-    for place, item in enumerate(items):
-        places.setdefault(id(item._dataset), []).append(place)
-    parts = []
-    for members in places.values():
-        dataset = items[members[0]]._dataset
-        parts.append((dataset, dataset.read([items[place]._position for place in members])))
-    if len(parts) == 1:
-        return parts[0][1].model_inputs()
-    width = max(batch.activations.shape[1] for _, batch in parts)
-    inputs = [_widened(batch.model_inputs(), width, dataset.of_tokens) for dataset, batch in parts]
-    kinds = [{name: (tensor.ndim, *tensor.shape[2:]) for name, tensor in one.items()} for one in inputs]
-    if any(kind != kinds[0] for kind in kinds):
-        raise ShapeError(
-            "these data sets do not fit into one batch: they are all of one hidden size, with labels of one shape or "
-            "without, and with token ids or without"
-        )
-    order = torch.from_numpy(np.argsort(np.concatenate(list(places.values()))))
-    return Inputs({name: torch.cat([one[name] for one in inputs])[order] for name in kinds[0]})
 
 
 def _widened(inputs: Mapping[str, Any], width: int, of_tokens: bool) -> dict[str, torch.Tensor]:

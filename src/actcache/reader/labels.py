@@ -22,9 +22,6 @@ class DocumentLabels:
 
     values: NDArray[Any]
 
-    def __len__(self) -> int:
-        return len(self.values)
-
     def __getitem__(self, members: NDArray[Any]) -> DocumentLabels:
         return DocumentLabels(self.values[members])
 
@@ -40,9 +37,6 @@ class TokenLabels:
     values: NDArray[Any]
     offsets: NDArray[np.int64]
     positions: NDArray[np.int64]  # of the documents, for messages
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
 
     def __getitem__(self, members: NDArray[Any]) -> TokenLabels:
         lengths = np.diff(self.offsets)[members]

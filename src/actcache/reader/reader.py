@@ -36,13 +36,11 @@ class Reader:
     ``depth + 3`` batches for as long as it lives.
 
     Args:
-        space: where the entries are.
         keys: of the documents, in the given order; a key may stand more than once.
         batch_size: documents of a batch, at most.
         max_tokens: tokens of a batch as it is padded, at most; a longer document is alone.
         shuffle: whether each epoch has a random order, decided by ``seed`` and the number of the epoch.
         bucket: whether documents of like length share a batch, for less padding; with ``shuffle`` still at random.
-        seed: of the order.
         drop_last: whether to leave out an epoch's last batch where it is not full.
         labels: one label a key (numbers, or arrays of one shape), or a list of one array a key, with one number a token
             (padded with -100, or packed like the rows), or None. Whole numbers and truth values are delivered as int64,

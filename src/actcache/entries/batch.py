@@ -58,8 +58,7 @@ class Inputs(dict[str, Any]):
     """Keyword arguments of a model's ``forward``, by name.
 
     A reduced question answering model takes ``labels`` [B, 2] as its two positions. But the Hugging Face ``Trainer``
-    looks for labels before it calls the model, by ``get`` under the names of the head; so the columns answer to these
-    names, too.
+    looks for labels by ``get`` under the names of the head; so the columns answer to these names, too.
     """
 
     def __missing__(self, name: str) -> Any:

@@ -75,8 +75,7 @@ def check_digits(arrays: Sequence[Any], recipe: Recipe) -> None:
 
     A recycler takes what stands under such a recipe for its own numbers. So rows have to come in the dtype that they
     were computed in, or one that holds all of its numbers; in a smaller one only where the recipe's dtype and lineage
-    would have made them that. Recipes without a digest of weights are the caller's own: there ``compute_dtype`` and
-    ``via`` are for them to say.
+    would have made them that. Recipes without a digest of weights are the caller's own, and so are their dtypes.
 
     Raises:
         ShapeError: it names the first such array; also one that says no dtype: lists may hold rows of several.

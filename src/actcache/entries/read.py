@@ -72,8 +72,7 @@ def retry_on_stale_snapshot(read: Callable[Concatenate[Any, P], T]) -> Callable[
 class Request:
     """The entries of ``[n, 32]`` keys in a snapshot and in the writer's unpublished blocks, which come first.
 
-    ``lengths`` are the tokens of each entry, ``[n]`` int64, 0 where it is absent; ``located`` is where the published
-    copies lie.
+    ``lengths``: tokens of each entry, ``[n]`` int64, 0 where it is absent. ``located``: where published copies lie.
     """
 
     def __init__(
@@ -117,11 +116,9 @@ class Request:
         Entries that have the same of these arrays are read by one gather.
 
         Args:
-            out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``; left as it is for entries
-                without one.
+            out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``; kept where an entry has none.
             width: None for packed rows, else the rows that each entry takes up.
-            verify: whether to compare checksums, for which ``values`` and ``token_ids`` (where any entry has them) have
-                to be there.
+            verify: whether to compare checksums, which takes ``values`` and, where any entry has them, ``token_ids``.
         """
         count = len(self._keys)
         starts = offsets_of(self.lengths, width)

@@ -1,8 +1,7 @@
 """The writer: collects entries and publishes them as segments, by size and by time.
 
 One block is filled while a thread publishes another: whoever records does not wait for the disk, and memory is bounded
-by two blocks. A block is published when it has stood for so long, whether more comes or not: a process that is killed
-loses what is younger.
+by two blocks. By time, as a process that is killed loses what is not published.
 """
 
 from __future__ import annotations
@@ -98,12 +97,8 @@ class Writer:
     the entries stay here, the failure is raised by the next ``add``, ``flush`` or ``close``, and a ``flush`` after the
     cause is mended publishes them.
 
-    Args:
-        append: makes a block durable and visible.
-        columns: dtype and trailing shape of each ragged array.
-        space_seed: see ``checksum.space_seed``.
-        segment_bytes, segment_seconds: a block is published when it holds so many bytes of rows, or when its first
-            entry is so old.
+    ``append`` makes a block durable and visible: one that holds ``segment_bytes`` of rows, or whose first entry is
+    ``segment_seconds`` old.
     """
 
     def __init__(

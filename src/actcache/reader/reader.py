@@ -43,8 +43,7 @@ class Reader:
         bucket: whether documents of like length share a batch, for less padding; with ``shuffle`` still at random.
         drop_last: whether to leave out an epoch's last batch where it is not full.
         labels: one label a key (numbers, or arrays of one shape), or a list of one array a key, with one number a token
-            (padded with -100, or packed like the rows), or None. Whole numbers and truth values are delivered as int64,
-            which losses want.
+            (padded with -100, or packed like the rows). Whole numbers and truth values are delivered as int64.
         documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
         layout: ``"padded"`` (``Batch``) or ``"packed"`` (``PackedBatch``).
         device: a torch device for the batches; None for NumPy arrays.

@@ -143,8 +143,7 @@ class Space:
 
         Raises:
             KeyFormatError: a key is none, or stands twice.
-            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe
-                (``actcache.entries.entry.check_digits``).
+            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe (``entries.entry.check_digits``).
             NonFiniteError, CodecOverflowError: an array holds NaN or infinity, or a value too large for the codec.
             StoreError: read-only, disk full, ...
         """
@@ -158,8 +157,7 @@ class Space:
         """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
 
         As ``put``, which would round the rows to the dtypes of the recipe's lineage (``Recipe.via``) again, and so
-        refuse what bfloat16 has rounded up out of float16's range. ``ShapeError`` also where rows are of another dtype
-        than ``get`` returns.
+        refuse what bfloat16 has rounded up out of float16's range. ``ShapeError`` also for dtypes other than ``get``'s.
         """
         stored = codec.get(self.recipe.dtype)
         for i, array in enumerate(arrays):
@@ -171,8 +169,7 @@ class Space:
         """Publish entries that are in stored form already, as one segment; durable when this returns.
 
         For whoever has read them, verified, under an equal recipe: nothing is looked at, computed or copied. What
-        stands here under one of the keys is replaced. ``StoreError``: read-only, disk full, ...; nothing of the block
-        is there.
+        stands here under one of the keys is replaced. ``StoreError``: nothing of the block is there.
         """
         with self._write_lock:
             self._writing().flush()  # what was put before is older
@@ -491,16 +488,16 @@ class Space:
         Args:
             target_bytes: of activations, about what a merged segment gets at most.
             waste: the share of deleted or overwritten rows from which on a segment is rewritten.
-            grace: seconds for which what was replaced stays, for readers that still use it; a later compaction removes
+            grace: seconds for which what was replaced stays, for readers that still use it; then a compaction removes
                 it.
             progress: called with the bytes that are moved and how many there are to move.
 
         Raises:
             StoreError: read-only, disk full, ...; nothing is lost.
-            UsageError: ``target_bytes`` is no whole number; ``grace`` is negative: a replacement that is gone would
-                count as old enough.
+            UsageError: ``target_bytes`` is no whole number, or ``grace`` negative, by which what is gone were old
+                enough.
         """
-        if not grace >= 0:
+        if not grace >= 0:  # a replacement that is gone would count as old enough
             raise UsageError(f"grace is a number of seconds, 0 or more, not {grace}")
         target_bytes = whole("target_bytes", target_bytes, 1)
         with self._write_lock:

@@ -70,8 +70,7 @@ class Store:
     """Made by ``actcache.open``. Thread-safe; pickles as its URL, made absolute.
 
     A store stays the one that was opened. Once its folder was moved or removed, or another store was made in its place,
-    whatever would change or list something raises ``StoreGoneError``; reads serve what the store held, or raise that as
-    well.
+    whatever would change or list something raises ``StoreGoneError``; reads serve what it held, or raise that as well.
     """
 
     def __init__(self, url: str | Path, mode: str, options: dict[str, Any], *, create: bool = True) -> None:

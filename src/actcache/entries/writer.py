@@ -1,7 +1,7 @@
 """The writer: collects entries and publishes them as segments, by size and by time.
 
 One block is filled while a thread publishes another: whoever records does not wait for the disk, and memory is bounded
-by two blocks. By time, as a process that is killed loses what is not published.
+by two blocks. It publishes by time, too, because a process that is killed loses what is not published.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Writer:
     def add(self, key: bytes, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Add one entry in stored form, replacing what the writer holds under that key."""
         with self._lock:
-            tokens, names, full = len(rows[VALUES]), frozenset(rows), self._filling
-            if full is not None and not (full.fits(tokens) and full.names == names and self._left(full) > 0):
+            tokens, names, block = len(rows[VALUES]), frozenset(rows), self._filling
+            if block is not None and not (block.fits(tokens) and block.names == names and self._left(block) > 0):
                 self._hand_over()
             if self._filling is None:
                 self._filling = Builder(self._columns, names, max(self._capacity, tokens), self._clock.now())

@@ -68,8 +68,7 @@ def chain(
     begins: NDArray[np.int64],
     lengths: NDArray[np.int64],
 ) -> list[int]:
-    """Return each entry's digest over its rows of ``columns``, in their order. Frees the GIL: threads can share a
-    batch.
+    """Return each entry's digest over its rows of ``columns``, in their order. Frees the GIL.
 
     Args:
         seeds: the first seed of each entry.

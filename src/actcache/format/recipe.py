@@ -23,17 +23,6 @@ from actcache.format.arguments import is_truth, is_whole
 TOO_LONG = ("refuse", "truncate", "windows")
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
-# Those of the identity that are JSON values as they are.
-_PLAIN_FIELDS = (
-    "layer",
-    "hidden_size",
-    "compute_dtype",
-    "tokenizer",
-    "special_tokens",
-    "max_length",
-    "too_long",
-    "dtype",
-)
 _LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
@@ -143,7 +132,14 @@ class Recipe:
         return {
             "weights": self.weights if self.weights is not None else {"model": self.model},
             "config": dict(self.config),
-            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+            "layer": self.layer,
+            "hidden_size": self.hidden_size,
+            "compute_dtype": self.compute_dtype,
+            "tokenizer": self.tokenizer,
+            "special_tokens": self.special_tokens,
+            "max_length": self.max_length,
+            "too_long": self.too_long,
+            "dtype": self.dtype,
             **({"via": list(self.via)} if self.via else {}),
         }
 

@@ -92,7 +92,8 @@ class ReaderStats:
     def stall_fraction(self) -> float:
         """The share of the consumer's time that it waited, first batches of epochs aside."""
         waited = max(0.0, self.wait_seconds - self.first_seconds)
-        return waited / (waited + self.step_seconds) if waited + self.step_seconds else 0.0
+        total = waited + self.step_seconds
+        return waited / total if total else 0.0
 
     @property
     def queue_depth(self) -> float:

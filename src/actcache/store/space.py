@@ -488,14 +488,12 @@ class Space:
         Args:
             target_bytes: of activations, about what a merged segment gets at most.
             waste: the share of deleted or overwritten rows from which on a segment is rewritten.
-            grace: seconds for which what was replaced stays, for readers that still use it; then a compaction removes
-                it.
+            grace: seconds for which what was replaced stays, for readers that still use it.
             progress: called with the bytes that are moved and how many there are to move.
 
         Raises:
             StoreError: read-only, disk full, ...; nothing is lost.
-            UsageError: ``target_bytes`` is no whole number, or ``grace`` negative, by which what is gone were old
-                enough.
+            UsageError: ``target_bytes`` is no whole number, or ``grace`` is negative.
         """
         if not grace >= 0:  # a replacement that is gone would count as old enough
             raise UsageError(f"grace is a number of seconds, 0 or more, not {grace}")

@@ -10,7 +10,7 @@ class Metered:
     """A contestant whose processor time (user and system, all threads) is noted; the round that warms up is left out.
 
     Args:
-        run: does the round's work; see ``rounds.run``.
+        run: does the round's work; see ``rounds.take_turns``.
     """
 
     def __init__(self, run: Callable[[int], float | None]) -> None:

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 import actcache
 from actcache import Recycler
-from actcache.admin.benchmark.rounds import Spread, run
+from actcache.admin.benchmark.rounds import Spread, take_turns
 from actcache.models import base_model_of, family_of
 from bench.recycling_cases import CASES, Case, tokenizer
 from bench.report import Report
@@ -106,7 +106,7 @@ class Bench:
             model, batches = recycler.regime("R", self._task, texts, **options)
             contestants[dtype] = self._infer(model, _epochs(batches))
             contestants[f"{dtype} in memory"] = self._infer(model, _kept(batches))
-        seconds = run(contestants, rounds)
+        seconds = take_turns(contestants, rounds)
         return {name: times / case.batches for name, times in seconds.items()}
 
     def training(self, rounds: int) -> Seconds:
@@ -131,7 +131,7 @@ class Bench:
         def forget() -> None:
             saved.space.delete(list(saved.space.keys()))
 
-        seconds = run(contestants, rounds, before=forget)
+        seconds = take_turns(contestants, rounds, before=forget)
         return {name: times / case.training_batches for name, times in seconds.items()}
 
     def recording(self, rounds: int) -> Seconds:
@@ -158,7 +158,7 @@ class Bench:
         def forget() -> None:
             recycler.space.delete(list(recycler.space.keys()))
 
-        return run({"fill": fill, "forward": forward}, rounds, before=forget)
+        return take_turns({"fill": fill, "forward": forward}, rounds, before=forget)
 
     def _recycler(self, dtype: str, name: str) -> Recycler:
         return Recycler(

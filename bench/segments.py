@@ -76,7 +76,7 @@ def compare(
         if (found := spaces[count].usage().segments) != count:
             raise RuntimeError(f"{found} segments were made, not {count}")
     turns: dict[str, Callable[[int], float]] = {str(count): partial(_epoch, readers[count]) for count in counts}
-    seconds = rounds.run(turns, options.rounds)
+    seconds = rounds.take_turns(turns, options.rounds)
     first = seconds[str(counts[0])]
     rows: list[list[Cell]] = []
     for count in counts:

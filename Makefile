@@ -11,13 +11,21 @@ FUZZ := hdf5 zarr safetensors index tombstone marker recipe collection export lm
 # is room they run in memory; `make test-long` (kills, damage, many processes) runs on the disk.
 MEMORY := $(shell df -m --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 6000 {print "/dev/shm"}')
 
-.PHONY: demo test test-long test-quantized fuzz golden lint bench clean
+EVERYDAY := PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 12
+
+# For the inner loop: no processes, no models, no servers.
+QUICK := architecture backends entries format golden io segments store
+
+.PHONY: demo test test-quick test-long test-quantized fuzz golden lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY) lint
-	PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist worksteal --durations 12
+	$(EVERYDAY) -m "not long"
+
+test-quick: $(READY)
+	$(EVERYDAY) -m "not long and not processes" --ignore tests/segments/objects $(QUICK:%=tests/%)
 
 fuzz: $(READY)
 	$(BIN)/python -m pip install -q "atheris>=3"
@@ -27,7 +35,7 @@ golden: $(READY)
 	$(BIN)/python -m tests.golden.make
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long --timeout 7200
+	$(BIN)/python -m pytest -m "long or hypothesis" --hypothesis-profile long --timeout 7200
 
 # Apart from the others: where torchao is installed, transformers imports it into every process.
 test-quantized: $(READY)
@@ -37,6 +45,7 @@ test-quantized: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 bench: $(READY)

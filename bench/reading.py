@@ -99,7 +99,9 @@ class Turns:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the documents of each batch of an epoch, by their positions in the corpus."""
-        plan = Order(self.corpus.shape.batch, shuffle=True, seed=SEED).plan(self.corpus.lengths[self._sample], epoch)
+        plan = Order(self.corpus.shape.batch, shuffle=True, seed=SEED).of_epoch(
+            self.corpus.lengths[self._sample], epoch
+        )
         return [self._sample[part] for part in np.split(plan.sequence, plan.cuts[1:-1])]
 
     def reader(self, space: actcache.Space, layout: str) -> Reader:

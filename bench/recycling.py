@@ -224,7 +224,7 @@ def _kept(batches: Any) -> Batches:
 def _computed_by(recycler: Recycler, texts: list[Any]) -> list[list[np.ndarray]]:
     """Return the token ids of each batch that a fill has the lower half compute, without the canaries before them."""
     seen: list[list[np.ndarray]] = []
-    lower = recycler._lower
+    lower = recycler.agreement.lower
     computing = lower.run
 
     def watch(token_ids: Any, *args: Any, **options: Any) -> Any:

@@ -151,7 +151,7 @@ def test_a_page_is_whole_or_absent(store, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("actcache.io.newfile.FileOperations.sync_file", full)
+    monkeypatch.setattr("actcache.io.files.FileOperations.sync_file", full)
     assert "free some space" in cachectl("inspect", store, "--html", tmp_path / "report.html").refused(3)
     assert list(tmp_path.iterdir()) == []
 

@@ -150,7 +150,7 @@ def test_verify_reads_in_several_threads(store, monkeypatch):
 
     def slowly(space, keys):
         if not met:
-            meeting.wait(30)  # breaks where fewer come
+            meeting.wait(90)  # breaks where fewer come
             met.append(1)
         return real(space, keys)
 

@@ -331,7 +331,7 @@ def test_what_changed_since_the_plan_stays(root):
     assert spaces(root) == {A, B, C}
 
 
-@each()
+@each(everyday=("hdf5", "lmdb"))
 def test_a_reader_and_a_writer_at_work_lose_nothing(kind, tmp_path):
     """Budget after budget is enforced on old spaces while two others are read and written all the time."""
     root = tmp_path / "store"
@@ -417,7 +417,7 @@ def at_work(url, what):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-@each()
+@each(everyday=("hdf5", "lmdb"))
 def test_a_budget_is_kept_while_other_processes_read_and_fill(kind, tmp_path):
     """The command takes what was not used longest and ends within the budget; nobody at work loses a bit."""
     root = tmp_path / "store"

@@ -39,8 +39,8 @@ import functools, json, os, signal, sys, threading
 import h5py, zarr, actcache.cli, actcache.models.parallel, actcache.admin.recompute, actcache.models.timing
 from transformers import BertModel, PreTrainedTokenizerFast
 from actcache.models.filling import Filler
-from actcache.models.record import LowerHalf
-from actcache.store import Store
+from actcache.models.lower_half import LowerHalf
+from actcache.store.store import Store
 
 Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 16)  # many segments: signals hit every phase
 run_at, record = LowerHalf.run_at, Filler._record
@@ -410,7 +410,11 @@ def rounds(name: str, numbers: list[int], driver: Driver, world: World, folder: 
     return codes
 
 
-@pytest.mark.parametrize("name", CASES)
+#: ``bench`` takes as long as all others; that it leaves nothing behind is shown in test_bench.py, too.
+EVERYDAY = [pytest.param(name, marks=pytest.mark.long) if name == "bench" else name for name in CASES]
+
+
+@pytest.mark.parametrize("name", EVERYDAY)
 def test_signals_end_a_command_and_lose_nothing(name, driver, world, tmp_path):
     numbers = [random.Random(name).choice(HEEDED)] if name != "fill" else list(HEEDED)
     rounds(name, numbers, driver, world, tmp_path / "rounds")

@@ -34,10 +34,10 @@ from transformers import (
 import actcache
 from actcache.errors import ActcacheError, CanaryError, LowerHalfMismatchError, ModelError, NonFiniteError
 from actcache.models import LowerHalf, base_model_of, canary, family_of, lower_digest
-from actcache.models.distance import relative_error
-from actcache.models.leaves import leaves
+from actcache.models.canary import relative_error
 from actcache.models.recycler import Recycler
 from actcache.models.recyclers import Recyclers
+from actcache.models.weights import leaves
 from tests.models.zoo import KINDS
 from tests.support import ROOT
 
@@ -249,7 +249,7 @@ def by_reduce(recycler: Recycler) -> None:
 
 
 def recycler_model(recycler: Recycler) -> PreTrainedModel:
-    return recycler._lower.base_model  # a base model is a task model, too
+    return recycler.agreement.lower.base_model  # a base model is a task model, too
 
 
 def compare(recycler: Recycler) -> None:
@@ -283,10 +283,15 @@ def test_the_change_matters(pair: Any, tokenizer: Any) -> None:
     assert np.linalg.norm(first - second) > 2e-4 * np.linalg.norm(first)
 
 
-def test_in_one_process_and_after_all_documents_are_present(pair: Any, store: actcache.Store, tokenizer: Any) -> None:
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.long) for turn in (1, 2))])
+def test_in_one_process_and_after_all_documents_are_present(
+    pair: Any, turn: int, request: pytest.FixtureRequest, store: actcache.Store, tokenizer: Any
+) -> None:
+    """Each change by one of the ways in a turn."""
     first, second = pair
     fill(store, first, tokenizer)
-    for way in WAYS.values():
+    number = list(CHANGES).index(request.node.callspec.params["pair"])
+    for way in [list(WAYS.values())[(number + turn) % len(WAYS)]]:
         with reported(), Recycler(second, tokenizer, layer=LAYER, store=store, dtype="float32", max_length=128) as mine:
             way(mine)
     with (

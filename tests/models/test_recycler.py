@@ -35,7 +35,7 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.models import base_model_of, canary, filling
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 from actcache.models.recycler import Recycler
 from actcache.store.store import Store
 

@@ -91,7 +91,7 @@ def check_back(store: Any, lost: dict[bytes, Any], **changes: Any) -> None:
             assert space.verify().intact
 
 
-@each()
+@each(everyday=("zarr", "lmdb"))  # what follows is on hdf5
 def test_from_the_corpus(kind: Any, saved: Path, tmp_path: Path) -> None:
     store, extras = kind.url(tmp_path / "store"), () if kind.name == "zarr" else ("spans", "word_ids", "type_ids")
     with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32", extras=extras) as recycler:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +13,9 @@ from actcache.admin.planning import CorpusSize, nbytes_of
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.format.keys import Windows
 from actcache.models.budget import RESERVE, taken
-from actcache.models.documents import document_keys, streamed
-from actcache.models.recycler import Recycler, load_pretrained
+from actcache.models.documents import chunked, document_keys, streamed
+from actcache.models.pretrained import load_pretrained
+from actcache.models.recycler import Recycler
 from actcache.models.recyclers import checked_layers
 from actcache.models.timing import measure
 from actcache.reader.checks import nbytes_of as size_of
@@ -124,10 +124,8 @@ def _look_up(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Spac
     found = _Lookup()
     seen: set[bytes] = set()
     chance = random.Random(0)
-    first = 0
-    while chunk := list(itertools.islice(texts, _CHUNK)):
+    for first, chunk in chunked(texts, _CHUNK):
         new = {key: text for text, key in zip(chunk, document_keys(chunk, first), strict=True) if key not in seen}
-        first += len(chunk)
         seen.update(new)
         missing: dict[bytes, int] = {}  # the deepest layer
         for layer in layers:

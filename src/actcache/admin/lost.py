@@ -8,7 +8,6 @@ proves nothing of its ids: it is over ids and rows together.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from actcache.format import safetensors
 from actcache.format.keys import Document, Keys, document_key, key_array, key_list
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, check_offsets
 from actcache.format.recipe import Recipe
-from actcache.models.documents import check_texts, document_keys
+from actcache.models.documents import check_texts, chunked, document_keys
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.models.verification import intact_entries
 from actcache.store.document_entries import entry_keys, find_entries
@@ -103,8 +102,7 @@ def of_documents(
     check_texts(documents)
     found: dict[bytes, Encoded] = {}
     wanted = _Whole(space, lost)
-    first = 0
-    for chunk in _chunks(documents):
+    for first, chunk in chunked(documents, _CHUNK):
         keys = document_keys(chunk, first)
         theirs = find_entries(wanted, keys, encoder.windows)
         which = [i for i, entries in enumerate(theirs) if any(key in lost and key not in found for key in entries)]
@@ -112,7 +110,6 @@ def of_documents(
         for i, windows in zip(which, encoded, strict=True):
             pairs = zip(entry_keys(keys[i], len(windows), encoder.windows), windows, strict=True)
             found |= {key: window for key, window in pairs if key in lost}
-        first += len(chunk)
     return found
 
 
@@ -203,9 +200,3 @@ class _Whole:
 
 def _tokenized_alike(one: Recipe, other: Recipe) -> bool:
     return one.tokenizer is not None and all(getattr(one, name) == getattr(other, name) for name in _TOKENIZING)
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    iterator = iter(documents)
-    while chunk := list(itertools.islice(iterator, _CHUNK)):
-        yield chunk

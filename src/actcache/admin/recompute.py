@@ -19,14 +19,12 @@ from actcache.format.keys import Document, Windows
 from actcache.format.ragged import runs
 from actcache.format.recipe import COMPUTE_DTYPES, Recipe
 from actcache.models.agreement import Agreement
-from actcache.models.filling import TOKEN_BUDGET
-from actcache.models.matching import check_same_lower_half
-from actcache.models.partial import vocabulary_size
-from actcache.models.provenance import setup_of
-from actcache.models.record import LowerHalf, plan_batches
-from actcache.models.recycler import load_pretrained
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
+from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.pretrained import load_pretrained
 from actcache.models.tokenizing import DocumentEncoder, Encoded, TooLong, tokenizer_digest
 from actcache.models.verification import Verification, check_sample, computable, verify_stored
+from actcache.models.weights import check_same_lower_half
 from actcache.store.space import Repair, Space
 from actcache.store.store import Store
 
@@ -50,7 +48,7 @@ class RecordedModel:
         Raises:
             CanaryError: they come out differently.
         """
-        agreement = Agreement(space, self.encoder, self.lower, setup_of(self.lower))
+        agreement = Agreement(space, self.encoder, self.lower)
         try:
             if create:
                 agreement.before_adding()

@@ -20,7 +20,7 @@ from actcache.cli.common import ExitCode, print_json, say
 from actcache.errors import ActcacheError, BackendError, MissingExtraError, StoreNotFoundError
 from actcache.io.files import FileOperations, is_local, mount_of
 from actcache.segments import registry
-from actcache.segments.places.local import local_path
+from actcache.segments.places.local_place import local_path
 from actcache.store.store import open_store
 
 _PROBES = 5

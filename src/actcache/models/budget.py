@@ -80,7 +80,7 @@ class ByteBudget:
     ) -> ByteBudget:
         """Return the budget of some spaces of a store, as ``du`` counts their bytes: what was replaced counts, too.
 
-        It holds where nobody compacts them meanwhile, nor merges small segments (``Space.merge_small_segments``).
+        It holds where nobody compacts them meanwhile, nor merges small segments (``Space.merge_tiers``).
 
         Args:
             limit: bytes, or a size like ``"8GiB"``.
@@ -104,7 +104,7 @@ class ByteBudget:
             account.promise(self._number, sum(sizes[:count]))
             return count
 
-    def settle(self) -> None:
+    def remeasure(self) -> None:
         """Measure anew, after a flush of all that this writer has promised."""
         with self._account.lock:
             self._account.measured(self._measure(), self._number)

@@ -91,6 +91,14 @@ def listed(texts: Iterable[T]) -> list[T]:
     return list(streamed(texts))
 
 
+def chunked(texts: Iterable[T], size: int) -> Iterator[tuple[int, list[T]]]:
+    """Yield documents so many at a time, each time with the position of the first."""
+    iterator, first = iter(texts), 0
+    while chunk := list(itertools.islice(iterator, size)):
+        yield first, chunk
+        first += len(chunk)
+
+
 def document_keys(documents: Sequence[Document], first: int = 0) -> list[bytes]:
     """Return the documents' keys.
 

@@ -18,10 +18,11 @@ from actcache.errors import DocumentError, DocumentTooLongError, ModelError, Rec
 from actcache.format.arguments import is_whole, truth, whole
 from actcache.format.keys import Document, Windows, normal_form
 from actcache.format.recipe import canonical_json
-from actcache.models.words import joined_words
 
 TooLong = Literal["refuse", "truncate"] | Windows
 
+#: Words that tell whether a tokenizer keeps given words apart; see ``joined_words``.
+_PROBES = (("a", "b"), ("A", "B"), ("1", "2"), ("é", "ü"), ("return", "it"))
 _NO_LIMIT = 1_000_000  # transformers gives tokenizers without a limit one of 10**30
 
 
@@ -78,7 +79,8 @@ class DocumentEncoder:
             each.
         special_tokens: whether the tokenizer adds its special tokens. Documents of token ids are taken as they are.
         vocabulary: token ids that the model knows are below this; None for what the tokenizer has.
-        extras: ``spans`` and ``word_ids`` where they are wanted; only fast tokenizers know them.
+        extras: of ``spans``, ``word_ids``, ``type_ids``, what is wanted of entries beside the token ids; only fast
+            tokenizers know the first two.
 
     Raises:
         ModelError: the tokenizer knows no tokens but special ones.
@@ -118,7 +120,7 @@ class DocumentEncoder:
             self.tokenizer.truncation_side = "right"  # windows lose nothing; with "left" they came in reverse order
         self.max_length, self.too_long, self.special_tokens = max_length, too_long, special_tokens
         self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
-        self.extras = tuple(name for name in ("spans", "word_ids") if name in extras)
+        self.extras = tuple(extras)
         self._added = [
             self.tokenizer.num_special_tokens_to_add(pair) if special_tokens else 0 for pair in (False, True)
         ]
@@ -128,7 +130,7 @@ class DocumentEncoder:
                 f"max_length {max_length} leaves no room: {self._added[0]} are special tokens"
                 + (f" and {stride} are stride" if stride else "")
             )
-        if not self.tokenizer.is_fast and (self.extras or isinstance(too_long, Windows)):
+        if not self.tokenizer.is_fast and ({"spans", "word_ids"} & {*extras} or isinstance(too_long, Windows)):
             raise RecipeError(
                 f"{type(tokenizer).__name__} is slow and knows no windows, spans or word ids: load the fast tokenizer"
             )
@@ -187,7 +189,7 @@ class DocumentEncoder:
             cut = {"truncation": True}
         if cut:
             cut["max_length"] = self.max_length
-        if self.extras:
+        if "spans" in self.extras:
             cut["return_offsets_mapping"] = True
         firsts, seconds = [list(part) for part in zip(*documents, strict=True)] if kind == "pair" else (documents, None)
         batch = self.tokenizer(
@@ -317,3 +319,22 @@ def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase,
     if positions is not None and max_length > positions:
         raise RecipeError(f"max_length {max_length} is more than the {positions} tokens that the model takes")
     return int(max_length)
+
+
+def joined_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Return two words that get other tokens as words than in a text with a space between; None where none do.
+
+    A byte-level tokenizer without ``add_prefix_space``, and a SentencePiece one that puts no mark before a word, know a
+    word by the space before it. Given words have none: all but the first would get the tokens of the inside of a word.
+    This is found out by running the tokenizer, for no table of tokenizers is complete.
+    """
+
+    def tokens(document: str | list[str]) -> list[int]:
+        split = isinstance(document, list)
+        ids: list[int] = tokenizer(document, add_special_tokens=False, is_split_into_words=split)["input_ids"]
+        return ids
+
+    for first, second in _PROBES:
+        if tokens([first, second]) != tokens(f"{first} {second}"):
+            return first, second
+    return None

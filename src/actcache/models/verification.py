@@ -20,12 +20,10 @@ from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
 from actcache.format.recipe import Recipe
-from actcache.models.canary import TOLERANCE
-from actcache.models.distance import relative_error
+from actcache.models.canary import TOLERANCE, relative_error
 from actcache.models.documents import document_keys, listed
-from actcache.models.filling import TOKEN_BUDGET
-from actcache.models.partial import vocabulary_size
-from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
+from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.store.document_entries import check_found, find_entries

@@ -15,10 +15,10 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING
 
 from actcache.errors import DocumentError, MissingExtraError
-from actcache.segments.places.local import local_path
+from actcache.segments.places.local_place import local_path
 
 if TYPE_CHECKING:
-    from actcache.segments.places.objects.reading import Bucket, Found
+    from actcache.segments.places.objects.buckets import Bucket, Found
 
 STANDARD_INPUT = "-"
 
@@ -196,7 +196,7 @@ def find_source(source: str) -> Iterator[File | Folder]:
     protocol, remote, rest = source.partition("://")
     if remote and protocol.lower() not in ("file", "local"):
         try:
-            from actcache.segments.places.objects.reading import objects
+            from actcache.segments.places.objects.buckets import objects
         except ImportError as error:
             raise MissingExtraError(f"{source} needs fsspec ({error}): pip install 'actcache[s3]'") from error
         with objects(source) as names:

@@ -170,7 +170,7 @@ def _result(
             job.model, layers=job.layers, store=job.store, device=device, **job.options
         ) as recyclers:
             channel.send(Ready(tuple(recycler.recipe.fingerprint for recycler in recyclers.values())))
-            report = recyclers.fill_parts(
+            report = recyclers.filler.fill_parts(
                 _parts(channel),
                 advance=advance,
                 token_budget=job.token_budget,

@@ -133,7 +133,7 @@ class Reader:
             miss_computer=miss_computer if on_missing == "compute" else None,
             stats=stats,
         )
-        self._layout, self._device, self._told = layout, device, on_stats
+        self._layout, self._device, self._on_stats = layout, device, on_stats
         self._delivery: tuple[int, Delivery] | None = None
         self._digest = self._order.digest(self._work.keys, lengths[found])
         self._cursor = Cursor(self._order, lengths[found], *ranks_of(ranks, self._digest))
@@ -143,7 +143,7 @@ class Reader:
         return self._cursor.batches_of_epoch()
 
     def __iter__(self) -> Epoch:
-        return Epoch(self._work, self._to_device(), self._cursor, self._told)
+        return Epoch(self._work, self._to_device(), self._cursor, self._on_stats)
 
     def _to_device(self) -> Delivery:
         """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
@@ -153,7 +153,7 @@ class Reader:
         return self._delivery[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_delivery": None, "_told": None}  # what travels is where to read, never buffers
+        return {**vars(self), "_delivery": None, "_on_stats": None}  # what travels is where to read, never buffers
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""

@@ -123,25 +123,12 @@ def _parts(space: Space, lengths: NDArray[np.int64]) -> Iterator[slice]:
 
 def _rows(space: Space, keys: NDArray[np.uint8], columns: list[str], total: int) -> dict[str, NDArray[Any]]:
     """Return the entries' ragged arrays, packed, in stored form."""
-    stored = codec.get(space.recipe.dtype)
-    if set(columns) <= {VALUES, TOKEN_IDS}:
-        rows: dict[str, NDArray[Any]] = {VALUES: np.empty((total, space.recipe.hidden_size), stored.stored)}
-        if TOKEN_IDS in columns:
-            rows[TOKEN_IDS] = np.empty(total, np.int32)
-        found = space.read_into(keys, rows[VALUES], token_ids=rows.get(TOKEN_IDS))
-        check_present(keys, found.found)
-        if int(found.lengths.sum()) != total:
-            raise DataError("entries changed while they were read: run it again")
-        return rows
-    entries = [entry for entry in space.get(keys) if entry is not None]
-    check_present(keys, space.contains(keys))
-    arrays: dict[str, list[Any]] = {VALUES: [stored.stored_rows(entry.activations) for entry in entries]}
-    if TOKEN_IDS in columns:
-        arrays[TOKEN_IDS] = [entry.token_ids for entry in entries]
-    for name in columns:
-        if name in EXTRAS:
-            arrays[name] = [entry.extras[name] for entry in entries]
-    return {name: np.concatenate(parts) for name, parts in arrays.items()}
+    packed = space.read_packed(keys)
+    check_present(keys, packed.found)
+    there = all(name == VALUES or (name in packed.has and packed.has[name].all()) for name in columns)
+    if int(packed.lengths.sum()) != total or not there:
+        raise DataError("entries changed while they were read: run it again")
+    return {name: packed.columns[name] for name in columns}
 
 
 def _once(keys: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -186,21 +173,17 @@ def _schema(arrow: Any, space: Space, with_ids: bool) -> Any:
 
 
 def _batch(arrow: Any, schema: Any, space: Space, keys: NDArray[np.uint8], ids: Sequence[str] | None) -> Any:
-    found = space.get(keys)
-    check_present(keys, np.array([entry is not None for entry in found], bool))
-    entries = [entry for entry in found if entry is not None]
-    none = np.empty(0, np.int32)
-    lists = [none if entry.token_ids is None else entry.token_ids for entry in entries]
-    offsets = offsets_of(np.array([len(one) for one in lists], np.int64)).astype(np.int32)
-    missing = arrow.array([entry.token_ids is None for entry in entries], arrow.bool_())
+    packed = space.read_packed(keys)
+    check_present(keys, packed.found)
+    has = packed.has.get(TOKEN_IDS, np.zeros(len(keys), bool))
+    tokens = packed.columns[TOKEN_IDS][np.repeat(has, packed.lengths)] if has.any() else np.empty(0, np.int32)
+    offsets = arrow.array(offsets_of(np.where(has, packed.lengths, 0)).astype(np.int32))
     return arrow.record_batch(
         [
             arrow.array([key.hex() for key in key_list(keys)], arrow.string()),
             *([arrow.array(ids, arrow.string())] if ids is not None else []),
-            arrow.array([len(entry.activations) for entry in entries], arrow.int32()),
-            arrow.ListArray.from_arrays(
-                arrow.array(offsets), arrow.array(np.concatenate([none, *lists])), mask=missing
-            ),
+            arrow.array(packed.lengths, arrow.int32()),
+            arrow.ListArray.from_arrays(offsets, arrow.array(tokens), mask=arrow.array(~has)),
         ],
         schema=schema,
     )

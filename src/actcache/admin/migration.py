@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from actcache.admin.inspection import Progress, each_space, select_spaces, step_of
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block
 from actcache.entries.entry import PackedEntries, columns_of
+from actcache.entries.read import read_intact
 from actcache.entries.writer import SEGMENT_BYTES
-from actcache.errors import CorruptEntryError, DataError, UsageError
+from actcache.errors import DataError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.keys import key_array, key_list
 from actcache.format.ragged import offsets_of, runs
@@ -348,7 +349,8 @@ class _PartReader:
         columns = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in forms.items()}
         kept, lengths, end = [keys[:0]], [np.empty(0, np.int64)], 0
         for some in self._cut(keys, self._from, _PIECE_BYTES):
-            some, packed = self._read_intact(some, corrupt)
+            packed, some, bad = read_intact(self._source.read_packed, some)
+            corrupt += bad
             begin, end = end, end + int(packed.lengths.sum())
             if end > total:
                 raise DataError("entries of the source were replaced while they were read: run it again")
@@ -363,16 +365,6 @@ class _PartReader:
             lengths.append(packed.lengths[packed.found])
         columns = {name: column[:end] for name, column in columns.items()}
         return self._part(np.concatenate(kept), np.concatenate(lengths), columns, corrupt)
-
-    def _read_intact(self, keys: NDArray[np.uint8], corrupt: list[bytes]) -> tuple[NDArray[np.uint8], PackedEntries]:
-        """Return the keys of entries that are not corrupt, and these entries; note the keys of the others."""
-        while True:
-            try:
-                return keys, self._source.read_packed(keys)
-            except CorruptEntryError as error:
-                corrupt += error.keys
-                bad = set(error.keys)
-                keys = keys[[key not in bad for key in key_list(keys)]]
 
     def _convert(self, keys: NDArray[np.uint8], packed: PackedEntries, out: NDArray[Any]) -> None:
         """Convert rows to the target's dtype, entry by entry, so that an error names the document."""

@@ -12,10 +12,11 @@ import numpy as np
 
 from actcache.admin.display import as_json, fields_as_json
 from actcache.admin.inspection import each_space, select_spaces
-from actcache.admin.report.spaces import read_intact, stem_of
+from actcache.admin.report.spaces import stem_of
 from actcache.admin.report.statistics import Numbers, Statistics
 from actcache.backend import EXTRAS, TOKEN_IDS, StoredFile
 from actcache.entries.entry import columns_of
+from actcache.entries.read import read_intact
 from actcache.errors import MissingEntryError, UsageError
 from actcache.format import codec
 from actcache.format.keys import KEY_BYTES, Windows, document_key, key_list
@@ -192,10 +193,10 @@ def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Windo
             row_bytes += np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=int))
     where = None if stem is None else listed.get(stem, stem)
     report = EntryReport(space.recipe, key, window, tokens, tokens * row_bytes, where, checksum, intact=False)
-    found, _ = read_intact(space, [key])
-    if not found:
+    found, _, _ = read_intact(space.get, [key])
+    entry, numbers = next(iter(found), None), Numbers()
+    if entry is None:
         return report
-    (entry,), numbers = found, Numbers()
     numbers.add(entry.activations)
     return replace(
         report,

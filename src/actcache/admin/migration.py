@@ -323,7 +323,7 @@ class _PartReader:
         self._source = source
         self._segment_bytes = segment_bytes
         self._from, self._to = codec.get(source.recipe.dtype), codec.get(recipe.dtype)
-        self._columns = columns_of(recipe)
+        self._columns, self._row_bytes = columns_of(recipe), recipe.row_bytes
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
 
     def select(self, keys: NDArray[np.uint8]) -> list[Selection]:
@@ -333,23 +333,20 @@ class _PartReader:
         kind = np.array([there.astype(np.int64) << i for i, there in enumerate(has)]).sum(axis=0)
         parts = []
         for one in np.unique(kind).tolist():
-            names = tuple(name for i, name in enumerate(_COLUMNS) if one >> i & 1)
-            parts += [(some, names) for some in self._cut(keys[kind == one], self._to, self._segment_bytes)]
+            names, some = tuple(name for i, name in enumerate(_COLUMNS) if one >> i & 1), keys[kind == one]
+            sizes = self._source.lengths(some) * self._row_bytes
+            parts += [(some[run], names) for run in runs(sizes, self._segment_bytes)]
         return parts
-
-    def _cut(self, keys: NDArray[np.uint8], stored: codec.Codec, nbytes: int) -> list[NDArray[np.uint8]]:
-        """Return runs of entries, each of about so many bytes of rows, or of one entry."""
-        sizes = self._source.lengths(keys) * (stored.stored.itemsize * self._source.recipe.hidden_size)
-        return [keys[run] for run in runs(sizes, nbytes)]
 
     def read(self, keys: NDArray[np.uint8], names: tuple[str, ...]) -> _Part:
         """Read and verify entries; corrupt ones, and those that were deleted meanwhile, are left out."""
-        total, corrupt = int(self._source.lengths(keys).sum()), list[bytes]()
+        sizes, corrupt = self._source.lengths(keys), list[bytes]()
+        total = int(sizes.sum())
         forms = {name: self._columns[name] for name in (VALUES, *names)}
         columns = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in forms.items()}
         kept, lengths, end = [keys[:0]], [np.empty(0, np.int64)], 0
-        for some in self._cut(keys, self._from, _PIECE_BYTES):
-            packed, some, bad = read_intact(self._source.read_packed, some)
+        for run in runs(sizes * self._source.recipe.row_bytes, _PIECE_BYTES):
+            packed, some, bad = read_intact(self._source.read_packed, keys[run])
             corrupt += bad
             begin, end = end, end + int(packed.lengths.sum())
             if end > total:
@@ -395,5 +392,5 @@ class _PartReader:
             sums, more = checksum.entry_checksums(self._seed, keys, offsets[:-1], lengths, columns)
             rest = np.zeros_like(sums) if more is None else more
             demanded = np.stack([lengths.astype(np.uint64), sums, rest], axis=1)
-        nbytes = int(offsets[-1]) * self._from.stored.itemsize * self._source.recipe.hidden_size
+        nbytes = int(offsets[-1]) * self._source.recipe.row_bytes
         return _Part(keys, lengths, columns, demanded, corrupt, nbytes)

@@ -455,7 +455,7 @@ class Space:
     def corrupt_among(self, keys: Keys, progress: Progress | None = None) -> tuple[list[bytes], int]:
         """Read published entries on all processors; return which fail their checksums, and the bytes of rows read."""
         keys = self.in_order(keys)
-        nbytes = self._view().locate(keys).tokens * (self._codec.stored.itemsize * self.recipe.hidden_size)
+        nbytes = self._view().locate(keys).tokens * self.recipe.row_bytes
         parts = [keys[part] for part in runs(nbytes, _PART_BYTES)]
         corrupt: list[bytes] = []
         checked = 0

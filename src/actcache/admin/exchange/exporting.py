@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
 from actcache.errors import DataError, ShapeError, UsageError, requires_extra
-from actcache.format import checksum, codec
+from actcache.format import checksum
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of, runs
 from actcache.format.safetensors import Described
@@ -101,7 +101,7 @@ def _write_arrays(
     with SINKS[suffix](path, described, metadata) as sink:
         sink.write("offsets", starts)
         sink.write("keys", keys)
-        for run in _parts(space, lengths):
+        for run in runs(lengths * space.recipe.row_bytes, PART_BYTES):
             part, begins = keys[run], starts[run] - starts[run.start]
             rows = _rows(space, part, columns, int(lengths[run].sum()))
             sums, extra_sums = checksum.entry_checksums(seed, part, begins, lengths[run], rows)
@@ -114,11 +114,6 @@ def _write_arrays(
                 progress("export", run.stop, len(keys))
     left_out = {name: count for name, count in having.items() if count and name not in columns}
     return Exported(len(keys), path.stat().st_size, TOKEN_IDS in columns, extras, left_out)
-
-
-def _parts(space: Space, lengths: NDArray[np.int64]) -> Iterator[slice]:
-    """Return runs of entries of about ``PART_BYTES`` of rows."""
-    return runs(lengths * (codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size), PART_BYTES)
 
 
 def _rows(space: Space, keys: NDArray[np.uint8], columns: list[str], total: int) -> dict[str, NDArray[Any]]:

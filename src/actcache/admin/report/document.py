@@ -18,7 +18,6 @@ from actcache.backend import EXTRAS, TOKEN_IDS, StoredFile
 from actcache.entries.entry import columns_of
 from actcache.entries.read import read_intact
 from actcache.errors import MissingEntryError, UsageError
-from actcache.format import codec
 from actcache.format.keys import KEY_BYTES, Windows, document_key, key_list
 from actcache.format.recipe import Recipe
 from actcache.store.document_entries import stored_windows
@@ -186,7 +185,7 @@ def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Windo
     stem = names[int(which[0])] if which[0] >= 0 else None
     tokens, checksum, _ = space.stored_checksums([key])[0].tolist()
     columns = columns_of(space.recipe)
-    row_bytes = codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size
+    row_bytes = space.recipe.row_bytes
     for name in (TOKEN_IDS, *EXTRAS):
         if space.has(name, [key])[0]:
             dtype, trailing = columns[name]

@@ -82,10 +82,8 @@ def read_sample(
     if count is not None and count < len(keys):
         chosen = keys[np.random.default_rng(seed).choice(len(keys), count, replace=False)]
     chosen = space.in_order(chosen)
-    stored = codec.get(space.recipe.dtype)
-    row_bytes = stored.stored.itemsize * space.recipe.hidden_size
-    numbers, corrupt = Numbers(), []
-    for run in runs(space.lengths(chosen) * row_bytes, _PART_BYTES):
+    stored, numbers, corrupt = codec.get(space.recipe.dtype), Numbers(), []
+    for run in runs(space.lengths(chosen) * space.recipe.row_bytes, _PART_BYTES):
         packed, _, bad = read_intact(space.read_packed, chosen[run])
         corrupt += bad
         numbers.add(stored.decode(packed.columns[VALUES]))

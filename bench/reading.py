@@ -42,6 +42,7 @@ from actcache.io.workers import available_cpus
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
 from bench.caches import drop_caches
+from bench.metered import epoch_seconds
 from bench.report import Cell, Report
 
 SEED = 3
@@ -176,7 +177,7 @@ def warm(turns: Turns, report: Report) -> None:
         for layout in turns.layouts:
             reader = turns.reader(space, layout)
             turns.check(reader, 0)  # touches every page through the space's mapping, too
-            contestants[f"{name} {layout}"] = lambda epoch, reader=reader: _epoch(reader, epoch)
+            contestants[f"{name} {layout}"] = lambda epoch, reader=reader: epoch_seconds(reader, epoch)
     turns.raw(flat.warm()["memcpy x1"])(0)
     seconds = rounds.take_turns(contestants, turns.options.rounds)
     digest = fastest(("xxh3 one", "xxh3 shared"), seconds)
@@ -228,19 +229,11 @@ def _cold_turn(turns: Turns, name: str, layout: str) -> Callable[[int], float]:
             # Buffers that were used before, as the limit's were: those of the turn before.
             reader._delivery = kept.get("delivery")
             try:
-                return _epoch(reader, epoch)
+                return epoch_seconds(reader, epoch)
             finally:
                 kept["delivery"] = reader._delivery
 
     return turn
-
-
-def _epoch(reader: Reader, epoch: int) -> float:
-    reader.set_epoch(epoch)
-    start = time.perf_counter()
-    for _ in reader:
-        pass
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

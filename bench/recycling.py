@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 import actcache
 from actcache import Recycler
@@ -36,6 +33,7 @@ from actcache.admin.benchmark.rounds import Spread, take_turns
 from actcache.models import base_model_of, family_of
 from bench.recycling_cases import CASES, Case, tokenizer
 from bench.report import Report
+from bench.sidebyside import quietly
 
 EPOCHS = 6  # over which the paper amortizes the one that saves
 RATE = 1e-5
@@ -60,10 +58,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the stores are made")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("actcache").setLevel(logging.ERROR)
+    quietly()
     if options.device != "cpu":
         torch.set_float32_matmul_precision(options.precision)
     sizes = {name: getattr(options, name) for name in ("batch", "training_batch", "batches", "training_batches")}

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from actcache.entries.entry import Entry
-from actcache.errors import CorruptEntryError, MissingEntryError, ModelError, UsageError, VerificationError
+from actcache.entries.read import read_intact
+from actcache.errors import MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
@@ -148,14 +149,10 @@ def check_sample(sample: object) -> None:
 
 def intact_entries(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dict[bytes, Entry]:
     """Return the entries that are there, intact and with token ids; note the keys of corrupt ones."""
-    while True:
-        try:
-            found = dict(zip(keys, space.get(keys), strict=True))
-        except CorruptEntryError as error:
-            corrupt += error.keys
-            keys = [key for key in keys if key not in set(error.keys)]
-        else:
-            return {key: entry for key, entry in found.items() if entry is not None and entry.token_ids is not None}
+    found, intact, bad = read_intact(space.get, keys)
+    corrupt += bad
+    entries = zip(key_list(intact), found, strict=True)
+    return {key: entry for key, entry in entries if entry is not None and entry.token_ids is not None}
 
 
 def disagreeing(space: Space, lower: LowerHalf, encoder: DocumentEncoder, keys: list[bytes]) -> list[bytes]:

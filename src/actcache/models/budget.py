@@ -79,11 +79,6 @@ def taken(store: Store, fingerprints: Sequence[str]) -> int:
 
 def most_bytes(recipe: Recipe, extras: Sequence[str], tokens: int) -> int:
     """Return how many bytes an entry takes at most, on any backend."""
-    columns = columns_of(recipe)
-    row = sum(_itemsize(columns[name]) for name in (VALUES, TOKEN_IDS, *extras))
+    columns = [columns_of(recipe)[name] for name in (VALUES, TOKEN_IDS, *extras)]
+    row = sum(np.dtype(dtype).itemsize * math.prod(trailing) for dtype, trailing in columns)
     return math.ceil(tokens * row * (1 + row / _BLOCK_BYTES)) + _ENTRY_BYTES
-
-
-def _itemsize(column: tuple[str, tuple[int, ...]]) -> int:
-    dtype, trailing = column
-    return np.dtype(dtype).itemsize * math.prod(trailing)

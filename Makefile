@@ -1,4 +1,5 @@
 # `make demo` and `make test` need Python 3.11+, make and a package index; they set up .venv themselves.
+SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +12,21 @@ FUZZ := hdf5 zarr safetensors index tombstone marker recipe collection export lm
 # is room they run in memory; `make test-long` (kills, damage, many processes) runs on the disk.
 MEMORY := $(shell df -m --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 6000 {print "/dev/shm"}')
 
-.PHONY: demo test test-long test-quantized fuzz golden lint bench clean
+EVERYDAY := PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 12
+
+# For the inner loop: no processes, no models, no servers.
+QUICK := architecture backends entries format golden io segments store
+
+.PHONY: demo test test-quick test-long test-quantized fuzz golden lint picture bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
 
 test: $(READY) lint
-	PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist worksteal --durations 12
+	$(EVERYDAY) -m "not long"
+
+test-quick: $(READY)
+	$(EVERYDAY) -m "not long and not processes" --ignore tests/segments/objects $(QUICK:%=tests/%)
 
 fuzz: $(READY)
 	$(BIN)/python -m pip install -q "atheris>=3"
@@ -27,7 +36,7 @@ golden: $(READY)
 	$(BIN)/python -m tests.golden.make
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long --timeout 7200
+	$(BIN)/python -m pytest -m "long or hypothesis" --hypothesis-profile long --timeout 7200
 
 # Apart from the others: where torchao is installed, transformers imports it into every process.
 test-quantized: $(READY)
@@ -37,7 +46,12 @@ test-quantized: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# docs/architecture.svg: needs Graphviz.
+picture: $(READY)
+	set -o pipefail; $(BIN)/import-linter drawgraph actcache | tred | sed 's/helvetica/helvetica, shape=box, style=rounded/' | dot -Tsvg -o docs/architecture.svg
 
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold

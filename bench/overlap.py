@@ -33,10 +33,11 @@ from typing import Any
 import numpy as np
 
 import actcache
-from actcache.admin.benchmark.caches import drop_caches, refuse_mappings
+from actcache.admin.benchmark.caches import refuse_mappings
 from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
 from actcache.admin.benchmark.rounds import Spread
 from actcache.reader.reader import Reader
+from bench.caches import drop_caches
 from bench.report import Cell, Report
 
 #: Milliseconds a batch in the paper's table: from memory, with prefetch, without.

@@ -34,13 +34,14 @@ import numpy as np
 
 import actcache
 from actcache.admin.benchmark import rounds
-from actcache.admin.benchmark.caches import drop_caches, refuse_mappings
+from actcache.admin.benchmark.caches import refuse_mappings
 from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
 from actcache.admin.benchmark.limits import FlatFile
 from actcache.admin.benchmark.rounds import Spread, fastest
 from actcache.io.workers import available_cpus
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
+from bench.caches import drop_caches
 from bench.report import Cell, Report
 
 SEED = 3
@@ -96,7 +97,9 @@ class Turns:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the documents of each batch of an epoch, by their positions in the corpus."""
-        plan = Order(self.corpus.shape.batch, shuffle=True, seed=SEED).plan(self.corpus.lengths[self._sample], epoch)
+        plan = Order(self.corpus.shape.batch, shuffle=True, seed=SEED).of_epoch(
+            self.corpus.lengths[self._sample], epoch
+        )
         return [self._sample[part] for part in np.split(plan.sequence, plan.cuts[1:-1])]
 
     def reader(self, space: actcache.Space, layout: str) -> Reader:
@@ -165,8 +168,7 @@ def warm(turns: Turns, report: Report) -> None:
         turns.check_raw(raw, padded=layout == "padded")
         for name, read in raw.items():
             contestants[f"{name}, {layout}"] = turns.raw(read)
-    for threads in ("one", "shared"):
-        contestants[f"xxh3 {threads}"] = turns.raw(lambda which, threads=threads: flat.hash_passes(which)[threads]())
+    contestants.update({name: turns.raw(read) for name, read in flat.digests().items()})
     spaces = {name: turns.corpus.open(name) for name in turns.corpus.urls}
     for name, space in spaces.items():
         for layout in turns.layouts:

@@ -19,10 +19,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actcache.admin.benchmark.caches import drop_caches
 from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents, Shape
 from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
 from bench import remote
+from bench.caches import drop_caches
 from bench.server import bucket
 
 console = Console(width=120)

@@ -6,6 +6,9 @@ import gc
 import os
 import signal
 
+import pytest
+from hypothesis import settings
+
 # Several workers share the processors; threads that wait for each other within each of them would take three times as
 # long. Inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +17,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Likewise one that ``nohup`` started, of hang-ups.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+# `make test-long` runs what has the mark "long", and the tests of hypothesis again with its profile "long".
+settings.register_profile("everyday", max_examples=60, deadline=None)
+settings.register_profile("long", max_examples=2000, deadline=None)
+settings.load_profile("everyday")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a class that names its ``everyday`` tests, all others are for the long run."""
+    for item in items:
+        everyday = getattr(getattr(item, "cls", None), "everyday", None)
+        if everyday is not None and item.originalname not in everyday:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_collection_finish() -> None:

@@ -18,7 +18,9 @@ from typing import Any
 import h5py
 from h5py import h5d, h5p, h5s, h5t
 
-from actcache.backend import VALUES, Block, Column, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
+from actcache.backend import VALUES, Block, Extent, Layout, SegmentFiles, SegmentFormat
+from actcache.errors import FormatError
+from actcache.format.ragged import Column, pieces
 
 _ALIGN = 4096
 # locking=False: files are written before they have a name and never again, and network file systems lock badly.

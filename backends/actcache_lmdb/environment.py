@@ -6,6 +6,7 @@ Every transaction of the backend begins here, behind the gate.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +18,10 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import FormatError
-from actcache.errors import ClosedError, ReadOnlyError, StorageIOError, StoreError
+from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError, StoreError
+from actcache.io.files import failure
 from actcache_lmdb.datafile import read_meta
-from actcache_lmdb.failures import full, is_full, translated
+from actcache_lmdb.failures import is_full, translated
 from actcache_lmdb.readers_writer_lock import ReadersWriterLock
 from actcache_lmdb.record import PAGE_HEADER, State
 
@@ -35,7 +36,7 @@ GATE = ReadersWriterLock()
 
 
 class Environment:
-    """One environment, shared by all of this process that use its file. Thread-safe. Made by ``registry`` alone.
+    """One environment, shared by all of this process that use its file. Thread-safe. ``shared_environments`` makes it.
 
     Raises (all that does something):
         ClosedError: it is closed, or the process was forked since.
@@ -200,7 +201,7 @@ class Environment:
                 except StoreError as error:
                     if isinstance(error, StorageIOError) and is_full(self.folder):
                         # LMDB reports a write that was cut short, as the last one on a full disk is, as an I/O error.
-                        raise full(what) from error
+                        raise failure(what, errno.ENOSPC, "") from error
                     if isinstance(error.__cause__, lmdb.PanicError):
                         with GATE.alone(), translated(what):
                             self.close()
@@ -273,6 +274,10 @@ class Environment:
             self._base = self._find_base(txn, entry)
         mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
         return np.frombuffer(mapped.toreadonly(), np.uint8)
+
+    def state(self, txn: lmdb.Transaction[memoryview]) -> State:
+        """Return the record of the space's state. Raises ``FormatError``, ``FormatVersionError``."""
+        return State.unpack(txn.get(State.KEY, db=self.dbs["state"]), self.data)
 
     def find_page(self, txn: lmdb.Transaction[memoryview], entry: int) -> int:
         """Return the number of an entry's first page as the B-tree has it, after ``memory``. Raises as that does."""

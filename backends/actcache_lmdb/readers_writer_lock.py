@@ -34,21 +34,16 @@ class ReadersWriterLock:
 
     def shut(self, seconds: float | None = None) -> bool:
         """Keep everybody out and wait until nobody is inside; return False, having opened again, when time is up."""
-        until = None if seconds is None else time.monotonic() + seconds
+        began = time.monotonic()
         with self._condition:
-            done = self._wait(lambda: not self._shut, until)
-            if not done:
+            if not self._condition.wait_for(lambda: not self._shut, seconds):
                 return False
             self._shut = True
-            if self._wait(lambda: not self._inside, until):
-                return True
-            self._shut = False
-            self._condition.notify_all()
-            return False
-
-    def _wait(self, predicate: object, until: float | None) -> bool:
-        seconds = None if until is None else max(0.0, until - time.monotonic())
-        return bool(self._condition.wait_for(predicate, seconds))  # type: ignore[arg-type]
+            left = None if seconds is None else max(0.0, began + seconds - time.monotonic())
+            if not self._condition.wait_for(lambda: not self._inside, left):
+                self._shut = False
+                self._condition.notify_all()
+            return self._shut
 
     def open(self) -> None:
         """Let others in again after ``shut``."""

@@ -32,9 +32,9 @@ from pathlib import Path
 import numpy as np
 
 from actcache.admin.benchmark import rounds
-from actcache.admin.benchmark.caches import drop_caches
 from actcache.admin.benchmark.corpus import SHAPES, Documents
 from actcache.admin.benchmark.rounds import Spread, fastest
+from bench.caches import drop_caches
 from bench.peers.contestant import Contestant, load, prepare, timed
 from bench.peers.loading import Wanted
 from bench.report import Cell, Report

@@ -9,6 +9,17 @@ import pytest
 from actcache.testing.conformance import BackendConformance
 from actcache.testing.memory import backend as memory
 
+#: What reads rows.
+READING = (
+    "test_results_are_aligned_and_misses_explicit",
+    "test_random_operations_against_a_dictionary",
+    "test_an_entry_larger_than_a_segment",
+    "test_optional_arrays",
+    "test_codecs",
+    "test_read_into",
+    "test_reader",
+)
+
 
 class TestMemory(BackendConformance):
     @pytest.fixture
@@ -28,6 +39,7 @@ class TestHDF5ByReading(TestHDF5):
     """As on a network file system, where a mapping would not be safe."""
 
     options: ClassVar = {"mapped": False}
+    everyday = READING
 
 
 class TestZarr(BackendConformance):
@@ -38,9 +50,14 @@ class TestZarr(BackendConformance):
 
 class TestZarrByReading(TestZarr):
     options: ClassVar = {"mapped": False}
+    everyday = READING
 
 
 class TestDefault(BackendConformance):
+    """Which is HDF5."""
+
+    everyday = ("test_closing_flushes", "test_absent_stores_and_spaces", "test_usage")
+
     @pytest.fixture
     def url(self, tmp_path):
         return str(tmp_path / "store")

@@ -17,7 +17,7 @@ import xxhash
 
 import actcache
 from actcache.errors import FormatError
-from actcache.segments.places.local import LocalSegment
+from actcache.segments.places.local_place import LocalSegment
 from actcache_hdf5 import backend
 from tests.support import HIDDEN, check, ids, key, make_store, put, recipe, rows, run, segment_files
 
@@ -496,7 +496,7 @@ def test_a_damaged_heap_does_not_hang(segment):
     code = f"""
 import signal, actcache
 from tests.support import *
-signal.alarm(20)
+signal.alarm(90)
 with actcache.open({str(segment.parents[3])!r}, "r") as store, store.space(recipe()) as space:
     assert list(space.damaged()) == [{segment.stem!r}]
 """

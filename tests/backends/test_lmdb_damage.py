@@ -13,6 +13,8 @@ import pytest
 import actcache
 from tests.support import put, recipe, run
 
+pytestmark = pytest.mark.processes
+
 READ = """
 import random, sys
 import numpy as np

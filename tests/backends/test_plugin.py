@@ -15,6 +15,8 @@ import pytest
 
 from tests.support import MEMORY_FOLDER, ROOT
 
+pytestmark = pytest.mark.processes
+
 #: Each array of a segment is a file of its own, in a folder with a JSON table; of actcache it needs one module.
 MODULE = '''
 """Segments that are folders of raw arrays."""
@@ -62,10 +64,6 @@ class TestRawFiles(BackendConformance):
     @pytest.fixture
     def url(self, tmp_path):
         return f"rawfiles:{tmp_path}/store"
-
-
-class TestRawFilesByReading(TestRawFiles):
-    options = {"mapped": False}
 
 
 def test_it_is_found_by_name():
@@ -128,5 +126,5 @@ def test_a_third_partys_distribution_passes_the_conformance_suite(tmp_path):
     shutil.rmtree(place)
     assert suite.returncode == 0, suite.stdout[-8000:] + suite.stderr
     last = suite.stdout.strip().splitlines()[-1]
-    assert int(last.split()[0]) > 50, last
+    assert int(last.split()[0]) > 25, last
     assert "skipped" not in last

@@ -23,7 +23,7 @@ from actcache.backend import Block
 from actcache.errors import UsageError
 from actcache.models.budget import taken
 from actcache.models.pretrained import load_pretrained
-from actcache.segments.space import SegmentedSpace
+from actcache.segments.catalog import Catalog
 from actcache.store.store import Store
 from tests.cli.running import cachectl
 from tests.support.backends import each
@@ -136,14 +136,14 @@ def test_many_small_segments_never_take_more(loaded, tmp_path, monkeypatch):
     """Not while it works either: small ones are not merged, which would have them there twice."""
     most = 0
 
-    def publish(driver: SegmentedSpace, block: Block, *options: Any) -> str:
+    def publish(catalog: Catalog, block: Block, *options: Any) -> str:
         nonlocal most
-        name = published(driver, block, *options)
+        name = published(catalog, block, *options)
         most = max(most, used(store, recyclers))
         return name
 
-    published = SegmentedSpace.publish
-    monkeypatch.setattr(SegmentedSpace, "publish", publish)
+    published = Catalog.publish
+    monkeypatch.setattr(Catalog, "publish", publish)
     with actcache.open(tmp_path / "s") as store:
         store.space = functools.partial(store.space, segment_bytes=1 << 16)
         recyclers = Recyclers(*loaded, layers=[1], store=store, dtype="float32")

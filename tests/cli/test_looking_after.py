@@ -145,16 +145,16 @@ def test_verify_finds_damaged_spans_among_entries_of_all_kinds(kind, tmp_path):
 def test_verify_reads_in_several_threads(store, monkeypatch):
     monkeypatch.setattr(maintenance, "available_cpus", lambda: 3)
     monkeypatch.setattr(maintenance, "_PART_BYTES", 100)
-    meeting, real = threading.Barrier(3), maintenance.Maintained._corrupt
+    meeting, real = threading.Barrier(3), maintenance.Space._corrupt
     met = []
 
     def slowly(space, keys):
         if not met:
-            meeting.wait(30)  # breaks where fewer come
+            meeting.wait(90)  # breaks where fewer come
             met.append(1)
         return real(space, keys)
 
-    monkeypatch.setattr(maintenance.Maintained, "_corrupt", slowly)
+    monkeypatch.setattr(maintenance.Space, "_corrupt", slowly)
     with actcache.open(store, "r") as opened, opened.space(recipe()) as space:
         found = space.verify()
     assert (found.entries, found.corrupt, met) == (12, [], [1, 1, 1])
@@ -179,7 +179,7 @@ def test_one_damaged_recipe_hides_nothing_else(store):
         assert (list(json.loads(result.out)["spaces"]), list(json.loads(result.out)["unreadable"])) == ([good], [bad])
     with actcache.open(store, "r") as opened:
         with pytest.raises(UsageError):
-            inspection.chosen(opened, ["ffff-none"])
+            inspection.select_spaces(opened, ["ffff-none"])
         with pytest.raises(SpaceNotFoundError, match="other/model"):  # and not what is wrong with another space
             opened.space(recipe(layer=3))
 

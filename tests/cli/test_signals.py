@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache.cli import signals
-from actcache.cli.signals import HEEDED, Interrupted, Requests
+from actcache.cli import shell
+from actcache.cli.shell import HEEDED, Interrupted, Requests
 from tests.support import ROOT
 from tests.support.tiny import save_tiny
 
@@ -410,7 +410,11 @@ def rounds(name: str, numbers: list[int], driver: Driver, world: World, folder: 
     return codes
 
 
-@pytest.mark.parametrize("name", CASES)
+#: ``bench`` takes as long as all others; that it leaves nothing behind is shown in test_bench.py, too.
+EVERYDAY = [pytest.param(name, marks=pytest.mark.long) if name == "bench" else name for name in CASES]
+
+
+@pytest.mark.parametrize("name", EVERYDAY)
 def test_signals_end_a_command_and_lose_nothing(name, driver, world, tmp_path):
     numbers = [random.Random(name).choice(HEEDED)] if name != "fill" else list(HEEDED)
     rounds(name, numbers, driver, world, tmp_path / "rounds")
@@ -517,8 +521,8 @@ def requests(monkeypatch) -> Iterator[tuple[Requests, list[int], list[float]]]:
     """Requests whose clock a test sets, and what ended at once."""
     at_once: list[int] = []
     now = [100.0]
-    monkeypatch.setattr(signals, "_end_now", at_once.append)
-    monkeypatch.setattr(signals, "_now", lambda: now[0])
+    monkeypatch.setattr(shell, "_end_now", at_once.append)
+    monkeypatch.setattr(shell, "_now", lambda: now[0])
     given = {number: signal.getsignal(number) for number in HEEDED}, sys.unraisablehook
     asked = Requests()
     asked.heed()

@@ -59,12 +59,12 @@ def fuzz(name, seconds, seed=0):
     try:
         while time.monotonic() < end or sum(counts) < 20:
             data = mutated(rng, seeds)
-            before = time.monotonic()
+            before = time.process_time()
             try:
                 counts[target(data)] += 1
             except BaseException as error:
                 raise AssertionError(f"{name}: {data[:4000]!r}") from error
-            assert time.monotonic() - before < 10, f"{name} hangs: {data[:4000]!r}"
+            assert time.process_time() - before < 10, f"{name} hangs: {data[:4000]!r}"
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
@@ -75,7 +75,7 @@ def fuzz(name, seconds, seed=0):
 def test_mutated_seeds(name):
     if not available(name):
         pytest.skip("its backend is not installed")
-    refused, _ = fuzz(name, 1)
+    refused, _ = fuzz(name, 0.3)
     assert refused > 5
 
 

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import actcache
 from actcache.errors import ClosedError, FormatError, SegmentGoneError, StorageIOError
 from actcache.io import mmap
 from actcache.io.mmap import Arena
-from actcache.segments.places.local import LocalSegment
-from actcache.segments.rows import MappedRows, ReadRows
+from actcache.segments.places.local_place import LocalSegment
+from actcache.segments.rows import MappedRows, ReadRows, RowPlan
 from actcache.segments.segment import Segment
 from tests.support import HIDDEN, key, make_store, recipe, rows, run, segment_files
+from tests.support.waiting import DEADLINE, ended, ours
 
 
 def write(path, offset, array):
@@ -58,7 +59,6 @@ def test_rows_of_odd_sizes(tmp_path, hidden, dtype):
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["|u1", "<u2", "<i4", "<f8"]),
     st.sampled_from([(), (2,), (5,), (24,), (32,)]),
@@ -196,7 +196,7 @@ from tests.support import *
 space = actcache.open(sys.argv[1], "r", mapped=True).space(recipe())
 keys = [key(n) for n in range(50)] * 20
 space.get(keys)
-arena, firsts = space._driver._rows._columns["values"]
+arena, firsts = space._driver.catalog._rows._columns["values"]
 rows, first, spare = arena.rows(), firsts[0], np.empty((1000, HIDDEN), np.float32)
 def hammer():
     while True:
@@ -227,10 +227,10 @@ def test_row_sources_name_the_segment_that_is_gone(tmp_path, source):
     where = np.array([0, 3, 1]), np.zeros(3, np.int64), np.ones(3, np.int64)
     out = np.empty((3, HIDDEN), np.float32)
     with pytest.raises(SegmentGoneError, match=re.escape(segments[1].files.where)):
-        opened.plan("values", *where, out, None)(0, 3)
+        opened.prepare(RowPlan("values", *where), out, None)(0, 3)
     with pytest.raises(FormatError, match=r"truncated"):
-        opened.plan("values", np.array([2]), np.array([0]), np.array([1]), out, None)(0, 1)
-    opened.plan("values", np.array([3, 0]), where[1][:2], where[2][:2], out, None)(0, 2)
+        opened.prepare(RowPlan("values", np.array([2]), np.array([0]), np.array([1])), out, None)(0, 1)
+    opened.prepare(RowPlan("values", np.array([3, 0]), where[1][:2], where[2][:2]), out, None)(0, 2)
     np.testing.assert_array_equal(out[:2], [rows(15)[0], rows(0)[0]])
     opened.close()
 
@@ -264,7 +264,7 @@ def test_many_small_segments(tmp_path, count):
     """Made by the segment format directly; read by both sources, in any order; few descriptors, one mapping each."""
     from actcache.entries.entry import columns_of
     from actcache.entries.writer import Builder
-    from actcache.segments.segment import metadata, new_name
+    from actcache.segments.segment import metadata, next_name
     from actcache_hdf5 import backend
 
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -275,7 +275,7 @@ def test_many_small_segments(tmp_path, count):
         builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0)
         ids = np.arange(len(rows(number)), dtype="<i4")
         builder.add(key(number), {"values": rows(number), "token_ids": ids})
-        name = new_name(number + 1)
+        name = next_name([f"{number:012x}-"])
         backend.write(folder / "segments" / f"{name}.h5", builder.block(seed), metadata(name, recipe().fingerprint))
     order = np.random.default_rng(0).permutation(count).tolist()
     expected = np.concatenate([rows(n) for n in order])
@@ -290,6 +290,7 @@ def test_many_small_segments(tmp_path, count):
 
 def test_closing_while_threads_read(tmp_path):
     """They get what they asked for, or ``ClosedError``; nothing else, and no thread is left."""
+    before = ours()
     with actcache.open(tmp_path / "store") as store, store.space(recipe(hidden_size=256)) as space:
         keys = [key(n) for n in range(200)]
         space.put(keys, [np.full((100, 256), n, np.float32) for n in range(200)])
@@ -319,10 +320,10 @@ def test_closing_while_threads_read(tmp_path):
             started.wait()
             store.close()
             for thread in threads:
-                thread.join(30)
+                thread.join(DEADLINE)
                 assert not thread.is_alive()
             assert strange == []
-    assert [t for t in threading.enumerate() if t.name.startswith("actcache")] == []
+    ended(before)
 
 
 def test_a_mapping_that_is_refused_is_an_error_of_ours():
@@ -374,7 +375,7 @@ def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
             if in_memory(descriptor, wanted[:100]).any():
                 pytest.skip("this file system keeps all in memory")
             arena.will_need(first + wanted, np.ones(len(wanted), np.int64))
-            end = time.monotonic() + 30
+            end = time.monotonic() + DEADLINE
             while not in_memory(descriptor, wanted).all() and time.monotonic() < end:
                 time.sleep(0.05)
             assert in_memory(descriptor, wanted).all()

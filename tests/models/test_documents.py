@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import actcache
 from actcache import Recyclers
 from actcache.admin.forecast import forecast
-from actcache.admin.recompute.inputs import of_documents
+from actcache.admin.lost import of_documents
 from actcache.errors import DocumentError, UsageError
 from actcache.models.parallel import fill as fill_parallel
 from actcache.models.training.joint import read_jointly
@@ -53,10 +53,14 @@ def recyclers(loaded: tuple[Any, Any], tmp_path: Path) -> Iterator[Recyclers]:
 Use = Callable[[Any], Any]
 
 
+@pytest.fixture(scope="module")
+def task(tiny: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2).eval()
+
+
 @pytest.fixture
-def uses(recyclers: Recyclers, tiny: Path, tmp_path: Path) -> dict[str, Use]:
+def uses(recyclers: Recyclers, tiny: Path, task: Any, tmp_path: Path) -> dict[str, Use]:
     """Every way to give texts."""
-    task = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2).eval()
     one = recyclers[2]
     store = str(tmp_path / "store")
     return {

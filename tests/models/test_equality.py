@@ -31,7 +31,7 @@ def task(minilm_path: str) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[80, pytest.param(520, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[24, pytest.param(520, marks=pytest.mark.long)])
 def texts(request: pytest.FixtureRequest, docstrings: list[str]) -> list[str]:
     """Docstrings from all over."""
     count: int = request.param

@@ -283,10 +283,15 @@ def test_the_change_matters(pair: Any, tokenizer: Any) -> None:
     assert np.linalg.norm(first - second) > 2e-4 * np.linalg.norm(first)
 
 
-def test_in_one_process_and_after_all_documents_are_present(pair: Any, store: actcache.Store, tokenizer: Any) -> None:
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.long) for turn in (1, 2))])
+def test_in_one_process_and_after_all_documents_are_present(
+    pair: Any, turn: int, request: pytest.FixtureRequest, store: actcache.Store, tokenizer: Any
+) -> None:
+    """Each change by one of the ways in a turn."""
     first, second = pair
     fill(store, first, tokenizer)
-    for way in WAYS.values():
+    number = list(CHANGES).index(request.node.callspec.params["pair"])
+    for way in [list(WAYS.values())[(number + turn) % len(WAYS)]]:
         with reported(), Recycler(second, tokenizer, layer=LAYER, store=store, dtype="float32", max_length=128) as mine:
             way(mine)
     with (

@@ -144,9 +144,9 @@ def check(kind: Kind, path: Path, expected: dict[bytes, np.ndarray]) -> set[byte
         return set(keys)
 
 
-@each()
+@each(everyday=("hdf5", "lmdb"))
 def test_killed_fills_lose_nothing_and_compute_nothing_twice(kind, driver, expected, tmp_path):
-    rounds(kind, driver, tmp_path / "store", expected, 6)
+    rounds(kind, driver, tmp_path / "store", expected, 4)
 
 
 @pytest.mark.long

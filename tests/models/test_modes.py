@@ -153,7 +153,9 @@ def check_compiled(reduced: PreTrainedModel, batch: Any, backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
-@pytest.mark.parametrize(("name", "head"), [("bert", ANSWER), ("deberta-v2", CLASSIFY)])  # the second breaks the graph
+@pytest.mark.parametrize(
+    ("name", "head"), [("bert", ANSWER), pytest.param("deberta-v2", CLASSIFY, marks=pytest.mark.long)]
+)  # the second breaks the graph
 def test_a_compiled_model_gives_the_same(name: str, head: Any) -> None:
     _, reduced, batch = prepared(name, head, layer=3)  # one layer above: each takes seconds
     check_compiled(reduced, batch, "eager")

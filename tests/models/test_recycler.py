@@ -408,7 +408,7 @@ def test_progress_that_nobody_reads(
         writing = os.open(gone, os.O_WRONLY)
     raw = io.FileIO(writing, "w")
     monkeypatch.setattr("sys.stderr", io.TextIOWrapper(raw, write_through=True))
-    monkeypatch.setattr("actcache.models.progress._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("actcache.io.progress._LINE_SECONDS", 0.0)
     with raw, Recycler(model, tokenizer, layer=2, store=store) as recycler:
         assert recycler.fill(TEXTS).computed == 60
         assert len(recycler.space) == 60

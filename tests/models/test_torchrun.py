@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from actcache import Recycler
@@ -57,6 +58,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long  # everyday: ranks in tests/reader/test_reader.py, DDP in test_modes.py
 def test_two_ranks_train_and_one_goes_on(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
     full = tmp_path / "full"
     make_model(AutoModelForSequenceClassification).save_pretrained(full)

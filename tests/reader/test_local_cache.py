@@ -18,14 +18,15 @@ from torch.utils.data import DataLoader
 
 import actcache
 from actcache.errors import NotAStoreError, StorageIOError, UsageError
-from actcache.reader.caches import entries as localentries
-from actcache.reader.caches.folder import in_use
-from actcache.reader.caches.local import LocalCache
+from actcache.reader.caches import local_entries as localentries
+from actcache.reader.caches.local_cache import LocalCache
+from actcache.reader.caches.local_folder import in_use
 from actcache.reader.reader import Reader
 from tests.reader.remote import COUNT, KEYS, Remote, check, reading
 from tests.store.test_disk import mount, small_disk  # noqa: F401 (a fixture)
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows, run, start
 from tests.support.backends import each
+from tests.support.waiting import DEADLINE, until
 
 
 @pytest.fixture
@@ -201,9 +202,9 @@ def test_a_disk_that_cannot_be_read(remote, place, caplog, what):
         if what == "rows":
             entries._snapshot.gather = broken
         else:
-            entries._space.snapshot, entries._seen = broken, -1
+            entries._catalog.snapshot, entries._seen = broken, -1
         assert sorted(check(reader)) == sorted(check(reader)) == list(range(COUNT))
-        entries._space.snapshot = lambda: None  # closing looks once more
+        entries._catalog.snapshot = lambda: None  # closing looks once more
     assert [record.message[:31] for record in caplog.records] == ["going on without the local cache"[:31]]
     caplog.clear()
 
@@ -322,8 +323,8 @@ def test_what_is_in_use_is_not_evicted(tmp_path, place, space, remote, monkeypat
     # As long as the first one lives, in another process too.
     code = """
 import sys, actcache
-from actcache.reading.leases import in_use
-from actcache.reading.localcache import LocalCache
+from actcache.reader.caches.local_folder import in_use
+from actcache.reader.caches.local_cache import LocalCache
 from tests.support import *
 space = actcache.open(sys.argv[1], "r").space(recipe())
 cache = LocalCache(space, sys.argv[2], 600_000)
@@ -344,7 +345,7 @@ sys.stdin.read()
         assert mine <= set(segments(place))
         assert not set(held) <= set(segments(place))
         child.send_signal(signal.SIGKILL)  # the lease of a killed process counts no more
-        child.wait(10)
+        child.wait(DEADLINE)
         with folder.changing():
             assert folder.make_room(nbytes - 100_000, "")
         assert not mine <= set(segments(place))
@@ -360,7 +361,7 @@ from tests.reader.remote import Remote, check, reading
 space = actcache.open(sys.argv[1], "r").space(recipe())
 remote = Remote(space)
 from pathlib import Path
-from actcache.reading import localentries
+from actcache.reader.caches import local_entries as localentries
 localentries._SEGMENT_BYTES = 1500
 """
 
@@ -494,9 +495,7 @@ def test_another_recipe_shares_the_folder(tmp_path, remote, place):
 def test_leaving_it_to_the_collector(remote, place):
     check(reading(remote, place))
     gc.collect()
-    deadline = time.monotonic() + 10
-    while not segments(place) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: segments(place))
     with reading(remote, place) as reader:
         check(reader)
     assert remote.read == COUNT
@@ -561,7 +560,7 @@ def test_a_childs_end_does_not_end_the_parents_lease(remote, place):
         assert used
         child = multiprocessing.get_context("fork").Process(target=gc.collect)
         child.start()
-        child.join(30)
+        child.join(DEADLINE)
         assert child.exitcode == 0
         assert in_use(place / "leases") == used
     assert in_use(place / "leases") == set()
@@ -598,14 +597,12 @@ def test_a_forks_child_does_not_keep_the_folder_locked(remote, place):
         with folder.changing():
             pid = os.fork()
             if pid == 0:
-                time.sleep(60)
+                time.sleep(600)
                 os._exit(0)
-        start = time.monotonic()
         with folder.changing() as allowed:
             assert allowed
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        assert time.monotonic() - start < 5
+        os.kill(pid, signal.SIGKILL)  # it was there all the time
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
 def test_workers_of_a_loader(space, place):

@@ -13,7 +13,7 @@ import pytest
 
 import actcache
 from actcache.errors import UsageError
-from actcache.reader.caches.ram import RamCache
+from actcache.reader.caches.ram_cache import RamCache
 from actcache.reader.checks import nbytes_of
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows
 

@@ -23,6 +23,8 @@ from actcache.io.files import FileOperations
 from tests.support import check, compact, key, put, recipe, rows
 from tests.support.backends import KINDS, each
 
+pytestmark = pytest.mark.processes
+
 
 class Killed(BaseException):
     """The process ends here; nothing catches this."""
@@ -184,7 +186,7 @@ class World:
 @each(segmented=True)
 def test_every_step_of_a_life(kind, disk, tmp_path):
     """Create, put, flush, overwrite, delete, compact, index, collections: power is lost after each step of each."""
-    a_life(kind, disk, tmp_path, {"hdf5": 1, "safetensors": 3, "zarr": 10}[kind.name])
+    a_life(kind, disk, tmp_path, {"hdf5": 4, "safetensors": 6, "zarr": 20}[kind.name])
 
 
 @pytest.mark.long
@@ -278,7 +280,7 @@ def heirs_of_compactors(kind, disk, tmp_path, stride):
 
 @each(segmented=True)
 def test_the_heir_of_a_killed_compactor(kind, disk, tmp_path):
-    assert heirs_of_compactors(kind, disk, tmp_path, 9 if kind.name == "zarr" else 2) > 10
+    assert heirs_of_compactors(kind, disk, tmp_path, 17 if kind.name == "zarr" else 4) > 10
 
 
 @pytest.mark.long
@@ -318,7 +320,7 @@ def test_blobs_and_collections_survive_whole(disk, tmp_path):
 
 @each(segmented=True)
 def test_the_heir_of_a_killed_process_owes_it_nothing(kind, disk, tmp_path):
-    heirs_of_processes(kind, disk, tmp_path, {"hdf5": 2, "safetensors": 5, "zarr": 7}[kind.name])
+    heirs_of_processes(kind, disk, tmp_path, {"hdf5": 5, "safetensors": 7, "zarr": 11}[kind.name])
 
 
 @pytest.mark.long
@@ -367,9 +369,10 @@ def heirs_of_processes(kind, disk, tmp_path, stride):
     assert kill_at > 25
 
 
-def test_only_skipped_keys(disk, tmp_path):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_only_skipped_keys(disk, tmp_path, stride):
     """The heir puts nothing new: even then its flush makes durable what it skipped."""
-    for kill_at in range(1, 40):
+    for kill_at in range(1, 40, stride):
         folder = tmp_path / str(kill_at)
         folder.mkdir()
         world = World(disk, folder)

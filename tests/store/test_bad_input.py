@@ -346,7 +346,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(90)
 def test_a_foreign_file_among_the_segments(folder, kind):
     """The rest stays readable and writable, and ``damaged`` names it."""
     name = f"{77:012x}-{'ab' * 8}"
@@ -455,7 +455,7 @@ def test_a_full_disk_for_the_index_alone(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Table, "write", full)
-    monkeypatch.setattr("actcache.segments.space._UNCOVERED", 1)
+    monkeypatch.setattr("actcache.segments.catalog._UNCOVERED", 1)
     with opened(folder, "a") as space:
         put(space, [20, 21])
         space.flush()

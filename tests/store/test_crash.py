@@ -27,6 +27,8 @@ from actcache.segments.segment import is_name
 from tests.support import MEMORY_FOLDER, ROOT, check, ids, key, put, recipe, rows, run
 from tests.support.backends import Kind, each
 
+pytestmark = pytest.mark.processes
+
 ABSENT = -1  # as a version
 
 DRIVER = """

@@ -16,8 +16,11 @@ import pytest
 import actcache
 from actcache.backend import SpaceDriver
 from actcache.errors import OutOfSpaceError, StorageIOError
-from actcache.segments.space import SegmentedSpace
+from actcache.segments.space_driver import SegmentedSpace
 from tests.support import HIDDEN, PYTHONPATH, ROOT, check, ids, key, make_store, put, recipe, rows, run
+from tests.support.waiting import DEADLINE, no_hang
+
+pytestmark = pytest.mark.processes
 
 HELD = dict.fromkeys(range(30), 0)
 
@@ -66,7 +69,7 @@ for child in range(12):
     time.sleep(0.02)
     pid = os.fork()
     if not pid:
-        signal.alarm(20)
+        signal.alarm(90)
         try:
             check(space, held, range(40))
             put(space, [100 + child])
@@ -95,11 +98,11 @@ with actcache.open(root, "r") as again, again.space(recipe()) as reader:
 """
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize("mapped", [True, False])
 def test_forks_while_threads_read_and_write(root, mapped):
     """A child's locks may be held by threads that it does not have; it opens everything anew."""
-    assert run(FORK, root, mapped, timeout=80).split()[0] == "1"
+    assert run(FORK, root, mapped, timeout=140).split()[0] == "1"
 
 
 def test_a_forked_child_does_not_flush_its_parents_entries(root):
@@ -179,7 +182,7 @@ def test_a_pool_of_spawned_processes(root):
 @pytest.mark.parametrize("mapped", [True, False])
 def test_threads_on_one_space(tmp_path, mapped):
     """Each sees at once what it put, flushed or not, while segments are published, indexed and deleted around it."""
-    failures, stop = [], time.monotonic() + 3
+    failures, stop = [], time.monotonic() + 1
 
     def work(me):
         try:
@@ -231,7 +234,7 @@ def test_a_slow_refresh_does_not_hide_what_was_published_meanwhile(root, monkeyp
         result = snapshot(self)
         if slow.is_set() and threading.current_thread().name == "refresher":
             taken.set()
-            go_on.wait(2)
+            go_on.wait(DEADLINE)
         return result
 
     monkeypatch.setattr(SegmentedSpace, "snapshot", snapshot_slowly)
@@ -239,7 +242,7 @@ def test_a_slow_refresh_does_not_hide_what_was_published_meanwhile(root, monkeyp
         slow.set()
         refresher = threading.Thread(target=space.refresh, name="refresher")
         refresher.start()
-        assert taken.wait(5)
+        assert taken.wait(DEADLINE)
         threading.Timer(0.2, go_on.set).start()
         put(space, [50])
         space._writer.flush()  # published, and forgotten by the writer
@@ -252,7 +255,10 @@ def test_a_slow_refresh_does_not_hide_what_was_published_meanwhile(root, monkeyp
 
 def left():
     gc.collect()
-    return sorted(t.name for t in threading.enumerate()), sorted(os.listdir("/proc/self/fd"))
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer) and thread.finished.is_set():  # called off: it ends in a moment
+            thread.join()
+    return {*threading.enumerate(), *os.listdir("/proc/self/fd")}
 
 
 @pytest.mark.parametrize("options", [{"mapped": True}, {"mapped": False}])
@@ -268,10 +274,10 @@ def test_no_threads_and_no_descriptors_stay(root, options):
                         put(space, [60 + number])
                         space.flush()
                     list(space.reader([key(n) for n in range(30)], batch_size=7, shuffle=True))
-            assert left() == before, "although the closed spaces are still referred to"
+            assert left() <= before, "although the closed spaces are still referred to"
     with pytest.raises(actcache.errors.ReadOnlyError), actcache.open(root, "r", **options) as store:
         put(store.space(recipe()), [1])
-    assert left() == before
+    assert left() <= before
     assert list((root / "tmp").iterdir()) == []
 
 
@@ -394,17 +400,15 @@ def test_closing_ends_after_a_failure(root, monkeypatch, error):
     spaces = [store.space(recipe()), store.space(recipe(layer=3))]
     for space in spaces:
         put(space, [50])
-    started = time.monotonic()
-    with pytest.raises(type(error)):
+    with no_hang(), pytest.raises(type(error)):
         store.close()
-    assert time.monotonic() - started < 20
     store.close()  # the second time it does nothing
     for space in spaces:
         with pytest.raises(actcache.errors.ClosedError):
             space.get([key(1)])
         space.close()
     del space, spaces
-    assert left() == before
+    assert left() <= before
 
 
 def test_an_interrupt_while_waiting_loses_and_doubles_nothing(root, monkeypatch):
@@ -412,7 +416,7 @@ def test_an_interrupt_while_waiting_loses_and_doubles_nothing(root, monkeypatch)
     code = """
 import os, signal, sys, threading, time
 import actcache
-from actcache.storage.space import SegmentedSpace
+from actcache.segments.space_driver import SegmentedSpace
 from tests.support import *
 append = SegmentedSpace.append
 def slow(self, block):

@@ -18,6 +18,8 @@ from actcache.testing.memory import backend as memory
 from tests.support import ids, key, put, recipe, rows
 from tests.support.backends import KINDS
 
+pytestmark = pytest.mark.processes
+
 DOCUMENTS = 10
 KEYS = [key(n) for n in range(DOCUMENTS)]
 #: Nothing here depends on what a disk forgets: in memory it runs ten times as fast.
@@ -182,7 +184,7 @@ def run(name, examples, steps):
 
 @pytest.mark.parametrize("name", ["ram", *KINDS])
 def test_any_sequence_of_operations(name):
-    run(name, 8, 25)
+    run(name, 5, 25)
 
 
 @pytest.mark.long

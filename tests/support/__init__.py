@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +74,43 @@ def check(space: actcache.Space, held: dict[int, int], numbers: Any) -> None:
 
 
 def make_store(url: Any, numbers: Any, *, segments: int = 1, **changes: Any) -> Path:
-    """Make a store with these documents in so many segments; return the folder of its space."""
+    """Make a store with these documents in so many segments; return the folder of its space.
+
+    Who asks for the same again gets a copy, unless something is there already.
+    """
+    scheme, _, path = str(url).rpartition(":")
+    wanted = repr((scheme, list(numbers), segments, changes))
+    if path.startswith("//") or Path(path).exists():
+        _fill(url, numbers, segments, changes)
+    else:
+        if wanted not in _MADE:
+            _MADE[wanted] = Path(_folder()) / str(len(_MADE))
+            _fill(f"{scheme}:{_MADE[wanted]}" if scheme else _MADE[wanted], numbers, segments, changes)
+        shutil.copytree(_MADE[wanted], path, copy_function=shutil.copyfile)  # which are as old as if they were written
+    return Path(path) / "spaces" / recipe(**changes).fingerprint
+
+
+_MADE: dict[str, Path] = {}
+
+
+def _fill(url: Any, numbers: Any, segments: int, changes: dict[str, Any]) -> None:
     with actcache.open(url) as store, store.space(recipe(**changes)) as space:
         for part in np.array_split(list(numbers), segments):
             put(space, part.tolist())
             space.flush()
-    return Path(str(url).removeprefix("hdf5:")) / "spaces" / recipe(**changes).fingerprint
+
+
+@functools.cache
+def _folder() -> str:
+    """A folder of this process, gone with it."""
+    folder, me = tempfile.mkdtemp(dir=MEMORY_FOLDER), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == me:  # not a fork's child
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def segment_files(folder: Path) -> list[Path]:

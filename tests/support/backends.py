@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -47,8 +48,17 @@ KINDS = {
 }
 
 
-def each(*, segmented: bool = False) -> pytest.MarkDecorator:
-    """Run a test with every ``kind`` (only those that keep segments of the core)."""
+def each(*, segmented: bool = False, everyday: Container[str] = KINDS) -> pytest.MarkDecorator:
+    """Run a test with every ``kind`` (only those that keep segments of the core).
+
+    Args:
+        everyday: names of those that run every day; the others, which share their code, in the long run.
+    """
     kinds = [kind for kind in KINDS.values() if kind.segmented or not segmented]
-    marks = {kind.name: [] if kind.installed else [pytest.mark.skip(f"{kind.name} is not installed")] for kind in kinds}
+    marks: dict[str, list[pytest.MarkDecorator]] = {kind.name: [] for kind in kinds}
+    for kind in kinds:
+        if not kind.installed:
+            marks[kind.name].append(pytest.mark.skip(f"{kind.name} is not installed"))
+        if kind.name not in everyday:
+            marks[kind.name].append(pytest.mark.long)
     return pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name, marks=marks[kind.name]) for kind in kinds])

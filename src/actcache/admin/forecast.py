@@ -40,8 +40,8 @@ class Forecast:
 
 
 @dataclass
-class _Survey:
-    """What of a corpus is missing."""
+class _Lookup:
+    """What of a corpus is there, and what is missing."""
 
     documents: int = 0
     lacking: Counter[int] = field(default_factory=Counter)  # documents by layer
@@ -98,7 +98,7 @@ def forecast(
                     continue
                 spaces[layer] = recycler.space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        found = _survey(documents, layers, spaces, spec)
+        found = _look_up(documents, layers, spaces, spec)
     if not found.missing:
         return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
     last = max(found.deepest)
@@ -120,8 +120,8 @@ def forecast(
     return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
 
 
-def _survey(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Survey:
-    found = _Survey()
+def _look_up(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Lookup:
+    found = _Lookup()
     seen: set[bytes] = set()
     chance = random.Random(0)
     for first, chunk in chunked(texts, _CHUNK):

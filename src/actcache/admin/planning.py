@@ -16,7 +16,6 @@ from pathlib import Path
 from actcache.errors import UsageError
 from actcache.format import codec
 from actcache.io.files import translated
-from actcache.reader.checks import nbytes_of as size_of
 
 GIB = 1 << 30
 HOUR = 3600.0
@@ -152,15 +151,6 @@ def months_between(saved: float, device_hour: float, nbytes: float, gib_month: f
     """
     storage = nbytes / GIB * gib_month
     return saved / HOUR * device_hour / storage if storage else math.inf
-
-
-def bandwidth(name: str, text: str) -> float:
-    """Return bytes a second, given as a size (``"2GB"``).
-
-    Raises:
-        UsageError: it is none.
-    """
-    return float(size_of(name, text))
 
 
 def measure_disk(folder: Path, nbytes: int = 256 << 20) -> Disk:

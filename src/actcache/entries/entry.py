@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES
-from actcache.entries.writer import Columns
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Columns
 from actcache.errors import KeyFormatError, ShapeError
-from actcache.format import codec, rounding
+from actcache.format import codec
 from actcache.format.arguments import to_numpy
 from actcache.format.ragged import offsets_of
 from actcache.format.recipe import Recipe
@@ -129,10 +128,10 @@ def check_digits(arrays: Sequence[Any], recipe: Recipe) -> None:
                 f"array {i} is a {type(array).__name__}, which says no dtype: give an array or a tensor, in the dtype "
                 f"that its rows were computed in ({recipe.compute_dtype})"
             )
-        if rounding.holds(given, recipe.compute_dtype):
+        if codec.holds(given, recipe.compute_dtype):
             continue
         rounded = given in codec.names()
-        if not rounded or rounding.traces((given, *recipe.via, recipe.dtype), recipe.compute_dtype) != recipe.via:
+        if not rounded or codec.traces((given, *recipe.via, recipe.dtype), recipe.compute_dtype) != recipe.via:
             raise ShapeError(
                 f"array {i} holds {given}, but the recipe is of rows computed in {recipe.compute_dtype} and stored as "
                 f"{recipe.stored_as}: the digits are gone. Put rows as they were computed"

@@ -1,4 +1,7 @@
-"""Numbers and truth values of callers, as Python's own: NumPy's are taken, what only looks like one is not."""
+"""What callers give: numbers and truth values as Python's own, and arrays of any library as NumPy's.
+
+NumPy's numbers are taken, what only looks like one is not. torch is never imported.
+"""
 
 from __future__ import annotations
 
@@ -62,17 +65,6 @@ def truth(name: str, value: Any) -> bool:
     return bool(value)
 
 
-# Arrays of callers: NumPy arrays and torch tensors alike, without importing torch.
-
-
-def _is_tensor(array: Any) -> bool:
-    return hasattr(array, "detach")
-
-
-def _is_bfloat16(array: Any) -> bool:
-    return str(array.dtype) == "torch.bfloat16"
-
-
 def to_numpy(array: Any) -> NDArray[Any]:
     """Return an array or tensor (on any device) as NumPy.
 
@@ -83,7 +75,7 @@ def to_numpy(array: Any) -> NDArray[Any]:
         ShapeError: nested lists of unequal lengths, a tensor without numbers (``meta``) or of a dtype that has no such
             form, a masked array, or something that is no array at all.
     """
-    if _is_tensor(array):
+    if hasattr(array, "detach"):  # a tensor
         return _of_tensor(array)
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise ShapeError("a masked array has places without numbers: fill them, or take those rows out")
@@ -122,13 +114,15 @@ def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any
         ShapeError: it is not C-contiguous, not writable, not on the CPU, or of another dtype.
     """
     buffer = array
-    if _is_tensor(array):
+    if hasattr(array, "detach"):  # a tensor
         if array.device.type != "cpu":
             raise ShapeError(f"{what} is on {array.device}; read into host memory and copy it over")
         tensor = array.detach()
         bits = tensor.new_empty(0).short().dtype  # torch.int16, without importing torch
         try:
-            buffer = tensor.view(bits).numpy().view(np.uint16) if _is_bfloat16(tensor) else tensor.numpy()
+            buffer = (
+                tensor.view(bits).numpy().view(np.uint16) if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+            )
         except (TypeError, RuntimeError) as error:  # sparse, negated, quantized, float8, ...
             reason = str(error).partition("\n")[0]
             raise ShapeError(f"{what} is a tensor that cannot be written into ({reason:.200})") from None

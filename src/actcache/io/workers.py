@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
+CHUNK_BYTES = 1 << 20
 _MOST = 8  # gathering is bound by memory bandwidth, which a few cores use up
 
 
@@ -57,6 +58,20 @@ class Workers:
             wait(futures)
         for future in futures:
             future.result()
+
+    def run_chunks(self, steps: Sequence[Callable[[int, int], None]], chunks: Iterable[slice]) -> None:
+        """Call all ``steps``, one after another, with the bounds of each chunk, as ``run`` calls its jobs.
+
+        Where one step reads rows and the next one checks them, in chunks of about ``CHUNK_BYTES`` it finds them in the
+        processor's cache (docs/decisions/0002).
+        """
+        bounds = [(chunk.start, chunk.stop) for chunk in chunks]
+
+        def job(number: int) -> None:
+            for step in steps:
+                step(*bounds[number])
+
+        self.run(job, len(bounds))
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -13,7 +13,7 @@ from actcache.entries.entry import columns_of
 from actcache.format.ragged import TOKEN_IDS, VALUES
 from actcache.format.recipe import Recipe
 from actcache.reader.checks import nbytes_of
-from actcache.store.footprint import footprint
+from actcache.store.footprint import footprint_of
 from actcache.store.space import Space
 from actcache.store.store import Store
 
@@ -32,7 +32,7 @@ class ByteBudget:
 
     What lies on the medium is measured, as ``du`` counts it: what was replaced counts, too. What is promised since is
     counted from above, for all writers: so the bound holds, and measuring again after a flush tells how much of it is
-    really left. It holds where nobody compacts meanwhile, nor merges small segments (``Space.merge_small_segments``).
+    really left. It holds where nobody compacts meanwhile, nor merges small segments (``Space.merge_tiers``).
 
     Args:
         limit: bytes that the spaces take at most, or a size like ``"8GiB"``.
@@ -73,7 +73,7 @@ class ByteBudget:
 
 def taken(store: Store, fingerprints: Sequence[str]) -> int:
     """Return how many bytes some spaces of a store take, as ``du`` counts them."""
-    found = footprint(store.driver.listing())
+    found = footprint_of(store.driver.listing())
     return sum(found.of_space(name) for name in fingerprints)
 
 

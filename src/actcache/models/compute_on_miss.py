@@ -83,6 +83,6 @@ class ComputeOnMiss:
             labels=None if labels is None else of_entries(labels, self.documents, len(self._texts)),
             documents=self.documents,
             on_missing="compute",
-            supplier=MissComputer(self.lengths, self.supply, self._space.flush),
+            miss_computer=MissComputer(self.lengths, self.supply, self._space.flush),
             **options,
         )

@@ -148,7 +148,7 @@ class Filler:
         full = compared = False
         stored = _Stored(advance)
         for space in self._spaces.values():
-            space.merge_small_segments(budget is None)
+            space.merge_tiers(budget is None)
         try:
             for positions, chunk in parts:
                 keys = document_keys(chunk, positions[0] if chunk else 0)
@@ -173,7 +173,7 @@ class Filler:
         finally:
             with ExitStack() as stack:  # all of them, also where one fails
                 for space in self._spaces.values():
-                    stack.callback(space.merge_small_segments, True)
+                    stack.callback(space.merge_tiers, True)
                     stack.callback(space.flush)
         present = documents - stored.documents - left_out
         spaces = {layer: space.recipe.fingerprint for layer, space in self._spaces.items()}

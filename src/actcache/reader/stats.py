@@ -1,4 +1,4 @@
-"""What a reader tells about itself: where the time went."""
+"""What a reader tells about itself: where the time went, for people and for monitoring systems."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Measurements for monitoring systems as plain data: names, kinds and units of OpenTelemetry and Prometheus.
-
 _PREFIX = "actcache.reader."
 #: OpenTelemetry's units -> what Prometheus wants names to end in.
 _SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
 
 
-class Row(NamedTuple):
-    """What is said about one measurement.
+class Metric(NamedTuple):
+    """One measurement as plain data, with name, kind and unit of OpenTelemetry and Prometheus.
 
     Attributes:
         attribute: of the object that is measured.
@@ -28,21 +26,11 @@ class Row(NamedTuple):
     kind: str
     unit: str
     description: str
-
-
-class Metric(NamedTuple):
-    """One measurement and its value; see ``Row``."""
-
-    attribute: str
-    short: str
-    kind: str
-    unit: str
-    description: str
-    value: float
+    value: float = 0.0
 
     @property
     def name(self) -> str:
-        """The name for OpenTelemetry: ``actcache.reader.reader.read.time``."""
+        """The name for OpenTelemetry: ``actcache.reader.read.time``."""
         return f"{_PREFIX}{self.short}"
 
     @property
@@ -115,7 +103,7 @@ class ReaderStats:
 
     def metrics(self) -> list[Metric]:
         """Return what to export to a monitoring system, with names and units as OpenTelemetry has them."""
-        return [Metric(*row, float(getattr(self, row.attribute))) for row in _ROWS]
+        return [metric._replace(value=float(getattr(self, metric.attribute))) for metric in _METRICS]
 
     def verdict(self) -> str:
         """Return in one line what the consumer's time went to."""
@@ -132,22 +120,22 @@ class ReaderStats:
         )
 
 
-_ROWS = [
-    Row("epochs", "epochs", "counter", "{epoch}", "Epochs that were read to their end"),
-    Row("batches", "batches", "counter", "{batch}", "Batches handed to the consumer"),
-    Row("documents", "documents", "counter", "{document}", "Documents read"),
-    Row("ram_documents", "ram.documents", "counter", "{document}", "Of which from the RAM cache"),
-    Row("local_documents", "local.documents", "counter", "{document}", "Of which from the local cache"),
-    Row("tokens", "tokens", "counter", "{token}", "Tokens read"),
-    Row("nbytes", "io", "counter", "By", "Activations read, as stored, without padding"),
-    Row("read_seconds", "read.time", "counter", "s", "Reading: look-up, rows, checksums"),
-    Row("deliver_seconds", "deliver.time", "counter", "s", "From host buffer to batch, in the reading thread"),
-    Row("copy_seconds", "copy.time", "counter", "s", "Copying to the device"),
-    Row("decode_seconds", "decode.time", "counter", "s", "Decoding and padding"),
-    Row("compute_seconds", "compute.time", "counter", "s", "The lower half, for documents that were missing"),
-    Row("wait_seconds", "wait.time", "counter", "s", "The consumer waited for a batch"),
-    Row("first_seconds", "first_wait.time", "counter", "s", "Of which for the first batches of epochs"),
-    Row("step_seconds", "step.time", "counter", "s", "The consumer worked between two batches"),
-    Row("stall_fraction", "stall", "gauge", "1", "Share of the consumer's time that it waited, first batches aside"),
-    Row("queue_depth", "queue.depth", "gauge", "{batch}", "Batches that stood ready when asked for, on average"),
+_METRICS = [
+    Metric("epochs", "epochs", "counter", "{epoch}", "Epochs that were read to their end"),
+    Metric("batches", "batches", "counter", "{batch}", "Batches handed to the consumer"),
+    Metric("documents", "documents", "counter", "{document}", "Documents read"),
+    Metric("ram_documents", "ram.documents", "counter", "{document}", "Of which from the RAM cache"),
+    Metric("local_documents", "local.documents", "counter", "{document}", "Of which from the local cache"),
+    Metric("tokens", "tokens", "counter", "{token}", "Tokens read"),
+    Metric("nbytes", "io", "counter", "By", "Activations read, as stored, without padding"),
+    Metric("read_seconds", "read.time", "counter", "s", "Reading: look-up, rows, checksums"),
+    Metric("deliver_seconds", "deliver.time", "counter", "s", "From host buffer to batch, in the reading thread"),
+    Metric("copy_seconds", "copy.time", "counter", "s", "Copying to the device"),
+    Metric("decode_seconds", "decode.time", "counter", "s", "Decoding and padding"),
+    Metric("compute_seconds", "compute.time", "counter", "s", "The lower half, for documents that were missing"),
+    Metric("wait_seconds", "wait.time", "counter", "s", "The consumer waited for a batch"),
+    Metric("first_seconds", "first_wait.time", "counter", "s", "Of which for the first batches of epochs"),
+    Metric("step_seconds", "step.time", "counter", "s", "The consumer worked between two batches"),
+    Metric("stall_fraction", "stall", "gauge", "1", "Share of the consumer's time that it waited, first batches aside"),
+    Metric("queue_depth", "queue.depth", "gauge", "{batch}", "Batches that stood ready when asked for, on average"),
 ]

@@ -77,6 +77,8 @@ class BackendConformance:
     documents = Documents()
     #: options for ``actcache.open``
     options: ClassVar[dict[str, Any]] = {}
+    #: how many random operations are compared with a dictionary
+    steps: ClassVar[int] = 150
 
     @pytest.fixture
     def url(self) -> str:
@@ -180,7 +182,7 @@ class BackendConformance:
         store = actcache.open(url, **self.options)
         space = store.space(recipe(), segment_bytes=4096)
         held: dict[int, int] = {}
-        for step in range(150):
+        for step in range(self.steps):
             numbers = rng.choice(60, int(rng.integers(1, 8)), replace=False).tolist()
             match rng.choice(list(_ACTIONS), p=list(_ACTIONS.values())):
                 case "put":

@@ -64,6 +64,13 @@ class Bucket:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
         return [found["Key"] for page in pages for found in page.get("Contents", ())]
 
+    def remove(self) -> None:
+        for upload in self.s3.list_multipart_uploads(Bucket=self.name).get("Uploads", ()):
+            self.s3.abort_multipart_upload(Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"])
+        while keys := [{"Key": key} for key in self.listed()[:1000]]:
+            self.s3.delete_objects(Bucket=self.name, Delete={"Objects": keys, "Quiet": True})
+        self.s3.delete_bucket(Bucket=self.name)
+
     def uploads(self) -> list[str]:
         return [u["Key"] for u in self.s3.list_multipart_uploads(Bucket=self.name).get("Uploads", ())]
 
@@ -88,21 +95,30 @@ def server(request: pytest.FixtureRequest) -> Server:
     return found
 
 
-@pytest.fixture
-def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def _without_amazon(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    s3 = server.client()
+
+
+@pytest.fixture(scope="session")
+def plain_client(server: Server) -> Iterator[Any]:
+    """One for all tests: making it takes as long as many requests."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _without_amazon(monkeypatch)
+        s3 = server.client()
+    yield s3
+    s3.close()
+
+
+@pytest.fixture
+def bucket(server: Server, plain_client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    _without_amazon(monkeypatch)
+    s3 = plain_client
     found = Bucket(server, f"actcache-{uuid.uuid4().hex[:16]}", s3)
     s3.create_bucket(Bucket=found.name)
     yield found
-    for upload in s3.list_multipart_uploads(Bucket=found.name).get("Uploads", ()):
-        s3.abort_multipart_upload(Bucket=found.name, Key=upload["Key"], UploadId=upload["UploadId"])
-    for key in found.listed():
-        s3.delete_object(Bucket=found.name, Key=key)
-    s3.delete_bucket(Bucket=found.name)
-    s3.close()
+    found.remove()
 
 
 @pytest.fixture

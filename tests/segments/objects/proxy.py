@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(answer.status, headers, data, send=data[: len(data) // 2])
                 self.wfile.flush()
                 if kind == "stall":
-                    self.owner.released.wait(60)
+                    self.owner.released.wait(600)
                 self._cut()
             elif kind == "short":
                 self._answer(
@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Tests print enough."""
 
 
-def wait_for(condition: Any, seconds: float = 10) -> None:
+def wait_for(condition: Any, seconds: float = 90) -> None:
     """Wait until ``condition()`` holds; fail when it never does."""
     end = time.monotonic() + seconds
     while not condition():

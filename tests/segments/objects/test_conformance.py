@@ -11,23 +11,28 @@ from actcache.testing.conformance import BackendConformance
 
 
 class TestS3(BackendConformance):
+    steps = 40
+
     @pytest.fixture
     def url(self, bucket):
         self.options = bucket.options
         return bucket.url
 
 
+@pytest.mark.long
+class TestS3ForLong(TestS3):
+    steps = 500
+
+
 class TestZarrOnS3(BackendConformance):
-    """Many objects a segment, so that the everyday run does without the longest test."""
+    """Many objects a segment, each some requests: what that makes a difference to; the rest is TestZarrInMemory's."""
+
+    everyday = ("test_get_returns_what_was_put", "test_two_writers", "test_closing_flushes")
 
     @pytest.fixture
     def url(self, bucket):
         self.options = bucket.options
         return f"zarr:{bucket.url}"
-
-    @pytest.mark.long
-    def test_random_operations_against_a_dictionary(self, url):
-        super().test_random_operations_against_a_dictionary(url)
 
 
 class TestMemory(BackendConformance):
@@ -45,9 +50,7 @@ class TestZarrInMemory(BackendConformance):
         yield f"zarr:memory://{name}/store"
         fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
 
-    @pytest.mark.long
-    def test_random_operations_against_a_dictionary(self, url):
-        super().test_random_operations_against_a_dictionary(url)
+    steps = 40
 
 
 class TestSafetensorsInAFolder(BackendConformance):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+import uuid
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from actcache.errors import (
 )
 from actcache.segments.places.objects import ObjectPlace
 from tests import support
+from tests.segments.objects.conftest import Bucket
+from tests.support.waiting import DEADLINE, no_hang
 
 LARGE = 40 << 20  # three parts
 PATTERN_PART = r"PUT .*partNumber=2"
@@ -73,10 +76,9 @@ def test_a_read_is_repeated(place, proxy, kind, status):
 def test_a_read_that_stalls_is_given_up_and_repeated(place, proxy):
     place.publish_bytes("thing", body(100_000), replace=False)
     rule = proxy.rule("stall", "GET .*thing")
-    begin = time.monotonic()
-    assert place.read("thing") == body(100_000)
+    with no_hang():  # the proxy stalls for longer
+        assert place.read("thing") == body(100_000)
     assert rule.hits == 1
-    assert time.monotonic() - begin < 15
 
 
 def test_a_body_that_is_too_short_is_asked_for_again(place, proxy):
@@ -96,20 +98,16 @@ def test_a_failure_that_lasts_is_raised_in_bounded_time(impatient, proxy, patter
         "PUT ": lambda: impatient.publish_bytes("other", b"x", replace=True),
         "HEAD ": lambda: impatient.age("thing"),
     }
-    begin = time.monotonic()
-    with pytest.raises(StorageIOError, match="tried"):
+    with no_hang(), pytest.raises(StorageIOError, match="tried"):
         calls[pattern]()
-    assert time.monotonic() - begin < 25
     proxy.clear()
     assert impatient.read("thing") == body()  # and works on
 
 
 def test_a_server_that_is_gone_is_an_error_in_bounded_time(bucket):
     options = {**bucket.options, "endpoint_url": "http://127.0.0.1:9", "retry_seconds": 1}
-    begin = time.monotonic()
-    with pytest.raises(StorageIOError, match=r"tried|cannot"):
+    with no_hang(), pytest.raises(StorageIOError, match=r"tried|cannot"):
         actcache.open(bucket.url, **options)
-    assert time.monotonic() - begin < 25
 
 
 def test_a_listing_is_whole_or_fails(place, proxy, monkeypatch):
@@ -180,8 +178,8 @@ def test_a_large_write_that_fails_leaves_nothing(bucket, proxy):
 def test_what_a_killed_uploader_left_is_swept(bucket):
     code = """
 import sys, os, signal, json
-from actcache.storage.objects import ObjectPlace, place
-from actcache.storage.objects.s3 import S3Client
+from actcache.segments.places.objects import ObjectPlace
+from actcache.segments.places.objects.s3 import S3Client
 part, sent = S3Client.part, []
 def kill(self, key, upload, number, data):
     etag = part(self, key, upload, number, data)
@@ -216,10 +214,8 @@ def test_wrong_credentials_are_told_at_once(bucket, proxy, client):
     if bucket.server.name == "moto":
         proxy.rule("SignatureDoesNotMatch", times=10**6, status=403)
     options = {**bucket.through(proxy), "secret": "wrong", "client": client}
-    begin = time.monotonic()
     with pytest.raises(StorageIOError, match="credentials") as raised:
         actcache.open(bucket.url, **options)
-    assert time.monotonic() - begin < 15
     assert not isinstance(raised.value, FileNotFoundError)
     assert len(proxy.requests) == 1
 
@@ -238,11 +234,10 @@ def test_no_permission_to_write_is_told(place, proxy):
 
 
 @pytest.mark.parametrize("mode", ["r", "a"])
-def test_an_absent_bucket_is_told_at_once(bucket, mode):
-    begin = time.monotonic()
+def test_an_absent_bucket_is_told_at_once(bucket, proxy, mode):
     with pytest.raises(StoreNotFoundError, match="no bucket actcache-absent"):
-        actcache.open("s3://actcache-absent/store", mode, **bucket.options)
-    assert time.monotonic() - begin < 15
+        actcache.open("s3://actcache-absent/store", mode, **bucket.through(proxy))
+    assert len(proxy.requests) <= 2
 
 
 def test_a_full_store_is_told(place, proxy):
@@ -290,6 +285,19 @@ def test_options_that_make_no_sense(url, options, message):
 
 @pytest.fixture
 def filled(bucket):
+    return fill(bucket)
+
+
+@pytest.fixture(scope="module")
+def only_read(server, plain_client):
+    """The URL of a store that tests only read."""
+    bucket = Bucket(server, f"actcache-{uuid.uuid4().hex[:16]}", plain_client)
+    plain_client.create_bucket(Bucket=bucket.name)
+    yield fill(bucket).url
+    bucket.remove()
+
+
+def fill(bucket):
     with actcache.open(bucket.url, **bucket.options) as store, store.space(support.recipe()) as space:
         for part in range(4):
             support.put(space, range(part * 10, part * 10 + 10))
@@ -298,8 +306,8 @@ def filled(bucket):
 
 
 @pytest.mark.parametrize(("kind", "status"), [*FAULTS, ("short", 0)])
-def test_a_batch_is_right_though_every_fourth_request_fails(filled, proxy, options, kind, status):
-    with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
+def test_a_batch_is_right_though_every_fourth_request_fails(only_read, proxy, options, kind, status):
+    with actcache.open(only_read, "r", **options) as store, store.space(support.recipe()) as space:
         for _ in range(3):
             proxy.rule(kind, r"GET .*\.safetensors", times=2, status=status)
             support.check(space, dict.fromkeys(range(40), 0), range(40))
@@ -311,16 +319,15 @@ def test_segments_deleted_under_a_reader(filled, options):
         gone = [key for key in filled.listed() if "/segments/" in key][1]
         filled.s3.delete_object(Bucket=filled.name, Key=gone)
         entries = []
-        begin = time.monotonic()
-        for number in range(40):
-            try:
-                entry = space.get([support.key(number)])[0]
-            except ActcacheError:
-                entry = None
-            if entry is not None:
-                np.testing.assert_array_equal(entry.activations, support.rows(number))
-            entries.append(entry)
-        assert time.monotonic() - begin < 20
+        with no_hang():
+            for number in range(40):
+                try:
+                    entry = space.get([support.key(number)])[0]
+                except ActcacheError:
+                    entry = None
+                if entry is not None:
+                    np.testing.assert_array_equal(entry.activations, support.rows(number))
+                entries.append(entry)
         assert all(entry is not None for number, entry in enumerate(entries) if not 10 <= number < 20)
         assert all(entry is None for entry in entries[10:20])
 
@@ -338,17 +345,16 @@ def test_a_segment_truncated_under_a_reader(filled, options):
 
 
 def test_closing_ends_what_waits(bucket, proxy):
-    place = ObjectPlace(bucket.url, "", {**bucket.through(proxy), "retry_seconds": 60})
+    place = ObjectPlace(bucket.url, "", {**bucket.through(proxy), "retry_seconds": 600})
     place.publish_bytes("thing", b"x", replace=True)
     proxy.rule("SlowDown", "GET .*thing", times=10**6)
     future = place._session.submit(lambda: place.read("thing"))
     while len(proxy.requests) < 4:
         time.sleep(0.01)
-    begin = time.monotonic()
-    place.close()
-    assert time.monotonic() - begin < 20
-    with pytest.raises((ClosedError, StorageIOError)):
-        future.result(timeout=1)
+    with no_hang():
+        place.close()
+        with pytest.raises((ClosedError, StorageIOError)):
+            future.result(timeout=DEADLINE)
     with pytest.raises(ClosedError):
         place.read("thing")
     place.close()
@@ -380,8 +386,6 @@ def test_a_server_that_never_answers_is_given_up(client):
             lambda: place.publish_bytes("thing", b"x", replace=True),
         )
         for call in calls:
-            begin = time.monotonic()
-            with pytest.raises(StorageIOError, match="tried"):
+            with no_hang(), pytest.raises(StorageIOError, match="tried"):
                 call()
-            assert time.monotonic() - begin < 25
         place.close()

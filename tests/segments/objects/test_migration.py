@@ -34,7 +34,7 @@ def test_there_and_back(bucket, tmp_path):
 CHILD = """
 import json, sys
 import actcache
-from actcache.migration import migrate
+from actcache.admin.migration import migrate
 
 source, source_options, target, target_options = json.loads(sys.argv[1])
 old, new = actcache.open(source, "r", **source_options), actcache.open(target, **target_options)

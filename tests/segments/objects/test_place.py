@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
 import tempfile
-import threading
-import time
 import uuid
 from pathlib import Path
 
@@ -18,12 +15,13 @@ import pytest
 
 import actcache
 from actcache.errors import ClosedError, FormatError, OutOfSpaceError, StorageIOError
-from actcache.segments.places.objects import ObjectPlace, blocks, obstore_reads, place, s3, transfers
+from actcache.segments.places.objects import ObjectPlace, blocks, object_place, obstore_reads, s3, transfers
 from actcache.segments.places.objects.client import ObjectExistsError, TransientError
+from actcache.segments.places.objects.fetched_rows import coalesce
 from actcache.segments.places.objects.generic import FsspecClient
-from actcache.segments.places.objects.retry import Retrying
-from actcache.segments.places.objects.rows import coalesce
+from actcache.segments.places.objects.session import Retrying
 from tests import support
+from tests.support.waiting import DEADLINE, ended, ours
 
 SEGMENT = "segments/000000000001-0123456789abcdef.zarr"
 OTHER = "quarantine/000000000001-0123456789abcdef.zarr"
@@ -331,26 +329,21 @@ def test_after_a_fork(bucket):
         result = context.Queue()
         child = context.Process(target=_child, args=(space, result))
         child.start()
-        assert result.get(timeout=30) == ("read", False)
-        assert result.get(timeout=30)[0] == "written"
-        child.join(30)
+        assert result.get(timeout=DEADLINE) == ("read", False)
+        assert result.get(timeout=DEADLINE)[0] == "written"
+        child.join(DEADLINE)
         assert child.exitcode == 0
         space.refresh()
         support.check(space, dict.fromkeys(range(25), 0), range(25))
 
 
 def test_no_threads_stay(bucket):
+    before = ours()
     with actcache.open(bucket.url, **bucket.options) as store, store.space(support.recipe()) as space:
         support.put(space, range(50))
         space.flush()
         space.get([support.key(n) for n in range(50)])
-    deadline = time.monotonic() + 60  # what earlier tests have left ends with its garbage, in a moment
-    while (
-        left := [t.name for t in threading.enumerate() if t.name.startswith("actcache")]
-    ) and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.01)
-    assert left == []
+    ended(before)
 
 
 def test_a_session_that_ends_without_closing_leaves_nothing(bucket, tmp_path, monkeypatch):
@@ -368,7 +361,7 @@ assert space.get([support.key(1)])[0] is not None
 """
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     child = support.start(code, bucket.url, json.dumps(bucket.options))
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=DEADLINE)
     assert child.returncode == 0, err
     assert not list(tmp_path.iterdir())
     assert "ClientSession" not in err
@@ -378,7 +371,9 @@ assert space.get([support.key(1)])[0] is not None
 def test_local_leftovers_are_swept(local, tmp_path, monkeypatch):
     here, _ = local
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    old, new, other = (tmp_path / name for name in (f"{place._TEMPORARY}a", f"{place._TEMPORARY}b", "else"))
+    old, new, other = (
+        tmp_path / name for name in (f"{object_place._TEMPORARY}a", f"{object_place._TEMPORARY}b", "else")
+    )
     for path in (old, new, other):
         path.mkdir()
         (path / "file").touch()

@@ -11,7 +11,7 @@ from tests.segments.test_strange_names import round_trip
 STRANGE = " a b%20 100% #*[a]{b}\\c'\"|<>^`~&;=+@$:é日😀\u200b- /.hidden/a.zarr/%2e%2e"
 
 
-@pytest.mark.parametrize("how", ["obstore", "s3fs", "zarr"])
+@pytest.mark.parametrize("how", ["obstore", "s3fs", pytest.param("zarr", marks=pytest.mark.long)])
 def test_a_prefix_of_strange_characters(bucket, how):
     options = bucket.options if how == "zarr" else {**bucket.options, "client": how}
     round_trip(f"{'zarr:' if how == 'zarr' else ''}s3://{bucket.name}/{STRANGE}", **options)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.admin.inspection import StepProgress
+
 #: Seconds of a contestant, ``[rounds]``.
 Seconds = NDArray[np.float64]
 
@@ -44,7 +46,7 @@ def run(
     contestants: Mapping[str, Callable[[int], float]],
     rounds: int,
     before: Callable[[], None] = lambda: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: StepProgress = lambda done, total: None,
 ) -> dict[str, Seconds]:
     """Time ``contestant(round)`` for every contestant in every round, each round in another order.
 

@@ -166,7 +166,7 @@ class TextBatches:
 
     def _positions(self) -> list[NDArray[np.int64]]:
         """Return the positions of the documents of each of this rank's batches."""
-        plan = self._order.plan(self._lengths, self._epoch)
+        plan = self._order.of_epoch(self._lengths, self._epoch)
         return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
 
     def _inputs(self, batches: list[NDArray[np.int64]]) -> Iterator[Inputs]:

@@ -30,7 +30,7 @@ def upload(client: Client, key: str, path: Path, *, create: bool = False) -> Non
     """Write an object from a local file; holds four parts of it in memory.
 
     Raises:
-        StandsError: it stands already, and ``create`` is true.
+        ObjectExistsError: it stands already, and ``create`` is true.
         StoreError, OSError: the object was not written, and no part of it is left on the store unless that failed, too.
     """
     size = os.path.getsize(path)
@@ -79,7 +79,7 @@ def download(session: Session, key: str, file: BinaryIO) -> None:
     """Write an object's bytes to a file.
 
     Raises:
-        AbsentError: there is none.
+        ObjectNotFoundError: there is none.
         StoreError: it cannot be read, or was replaced meanwhile.
         OSError: the file cannot be written.
     """

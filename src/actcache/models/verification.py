@@ -176,7 +176,9 @@ class _Comparison:
 
     def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, outputs: _Outputs | None) -> None:
         self._lower, self._outputs = lower, outputs
-        self._separator = separator_of(encoder)
+        # The token that ends each of two texts, where these have type ids.
+        typed = "token_type_ids" in encoder.tokenizer.model_input_names
+        self._separator = encoder.tokenizer.sep_token_id if typed else None
         self._tolerance = TOLERANCE[lower.compute_dtype] + _rounding(space.recipe)
         self._errors: list[float] = []
         self._failed: list[bytes] = []
@@ -343,9 +345,3 @@ def _as_pairs(
         again = _errors(lower, [entries[i]], [paired])[0]
         if again[0] <= tolerance:
             found[i], inputs[i] = again, paired
-
-
-def separator_of(encoder: DocumentEncoder) -> int | None:
-    """Return the token that ends each of two texts, where these have type ids."""
-    typed = "token_type_ids" in encoder.tokenizer.model_input_names
-    return encoder.tokenizer.sep_token_id if typed else None

@@ -11,6 +11,7 @@ from typing import Any
 
 from actcache.admin.planning import Corpus, nbytes_of
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
+from actcache.format.arguments import nbytes_of as size_of
 from actcache.format.keys import Windows
 from actcache.models.budget import RESERVE, taken
 from actcache.models.documents import chunked, document_keys, streamed
@@ -18,7 +19,6 @@ from actcache.models.pretrained import load_pretrained
 from actcache.models.recycler import Recycler
 from actcache.models.recyclers import checked_layers
 from actcache.models.timing import measure
-from actcache.reader.checks import nbytes_of as size_of
 from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 from actcache.store.store import open_store

@@ -15,8 +15,8 @@ from actcache.admin.benchmark import Bench, Comparison, plot
 from actcache.admin.display import fields_as_json
 from actcache.cli import options
 from actcache.cli.common import console, print_json, say, table
+from actcache.format.arguments import nbytes_of
 from actcache.io.progress import Meter
-from actcache.reader.checks import nbytes_of
 
 _FEW = 4  # batches of a turn
 

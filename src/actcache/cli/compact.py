@@ -12,8 +12,8 @@ from actcache.admin.inspection import each_space
 from actcache.backend import GRACE_SECONDS
 from actcache.cli import options
 from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
+from actcache.format.arguments import nbytes_of
 from actcache.io.progress import Meter
-from actcache.reader.checks import nbytes_of
 from actcache.store.space import COMPACT_BYTES
 from actcache.store.store import open_standing
 

@@ -15,8 +15,8 @@ from actcache.admin.inspection import open_space
 from actcache.cli import corpus, options
 from actcache.cli.common import quieten_transformers, say
 from actcache.errors import DocumentError, OutOfSpaceError, UsageError, requires_extra
+from actcache.format.arguments import nbytes_of
 from actcache.format.keys import Windows, document_key
-from actcache.reader.checks import nbytes_of
 from actcache.store.document_entries import check_found, find_entries
 from actcache.store.space import Space
 from actcache.store.store import Store, open_store

@@ -13,8 +13,8 @@ from actcache.cli import options
 from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
 from actcache.entries.writer import SEGMENT_BYTES
 from actcache.errors import UsageError
+from actcache.format.arguments import nbytes_of
 from actcache.io.progress import Meter
-from actcache.reader.checks import nbytes_of
 from actcache.store.store import open_store
 
 

@@ -13,7 +13,7 @@ from actcache.admin.planning import Corpus, Disk, Estimate, Model, Prices
 from actcache.cli import corpus, options
 from actcache.cli.common import console, print_json, say, table
 from actcache.errors import UsageError, requires_extra
-from actcache.reader.checks import nbytes_of
+from actcache.format.arguments import nbytes_of
 
 _SAMPLE = 5000  # documents whose lengths are looked at
 

@@ -16,8 +16,8 @@ from actcache.cli import corpus, options
 from actcache.cli.common import SHORT, notice, print_json, say
 from actcache.cli.shell import text_of_argument
 from actcache.errors import OutOfSpaceError, UsageError
+from actcache.format.arguments import nbytes_of
 from actcache.io.progress import Meter
-from actcache.reader.checks import nbytes_of
 from actcache.store.store import open_standing, open_store
 
 _MOST = 12  # values that are named where none fits

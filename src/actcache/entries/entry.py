@@ -1,4 +1,4 @@
-"""What a space takes and gives: entries, checked and converted on their way in."""
+"""What a space takes and gives: entries, and how they are checked and converted on their way in."""
 
 from __future__ import annotations
 
@@ -63,38 +63,6 @@ def listed(name: str, arrays: Any) -> list[Any]:
         raise ShapeError(f"{name}: give a list of arrays, one a key, not a {type(arrays).__name__}") from None
 
 
-def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec.Codec, what: str) -> NDArray[Any]:
-    """Return one array of one entry in stored form, checked; the caller's own array where it is in that form.
-
-    Args:
-        name, rows: the array.
-        values: the entry's activations, which ``rows`` has to be as long as.
-        what: how an error names the document.
-
-    Raises:
-        ShapeError, NonFiniteError, CodecOverflowError: see ``Space.put``.
-    """
-    try:
-        array = to_numpy(rows)
-    except ShapeError as error:
-        raise ShapeError(f"{what}: {name}: {error}") from None
-    dtype, trailing = columns[name]
-    tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
-    if array.shape != (tokens, *trailing) or not tokens:
-        expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
-        raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")
-    if name != VALUES:
-        if array.dtype.kind not in "iu":
-            raise ShapeError(f"{what}: {name} must be integers, not {array.dtype}")
-        limits = np.iinfo(dtype)
-        if array.min() < limits.min or array.max() > limits.max:
-            raise ShapeError(f"{what}: {name} must fit {np.dtype(dtype)}")
-        return array.astype(dtype)
-    if array.dtype.kind != "f":
-        raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
-    return stored_as.stored_rows(array, what=what)
-
-
 def check_lists(keys: Sequence[bytes], lists: Mapping[str, Sequence[Any]]) -> None:
     """Refuse what is not one array of each kind for each key, or a key that stands twice.
 
@@ -149,6 +117,34 @@ def _dtype_name(array: Any) -> str | None:
 def encode_entry(
     key: bytes, lists: Mapping[str, Sequence[Any]], i: int, columns: Columns, stored_as: codec.Codec
 ) -> dict[str, NDArray[Any]]:
-    """Return all arrays of the ``i``-th of some entries in stored form, checked; raises as ``encode`` does."""
-    what = f"document {key.hex()}"
-    return {name: encode(name, rows[i], lists[VALUES][i], columns, stored_as, what) for name, rows in lists.items()}
+    """Return all arrays of the ``i``-th of some entries in stored form, checked; the caller's own where they are so.
+
+    Raises:
+        ShapeError, NonFiniteError, CodecOverflowError: see ``Space.put``.
+    """
+    what, values = f"document {key.hex()}", lists[VALUES][i]
+    tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
+    return {name: _encode(name, rows[i], tokens, columns[name], stored_as, what) for name, rows in lists.items()}
+
+
+def _encode(
+    name: str, rows: Any, tokens: int, column: tuple[str, tuple[int, ...]], stored_as: codec.Codec, what: str
+) -> NDArray[Any]:
+    try:
+        array = to_numpy(rows)
+    except ShapeError as error:
+        raise ShapeError(f"{what}: {name}: {error}") from None
+    dtype, trailing = column
+    if array.shape != (tokens, *trailing) or not tokens:
+        expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
+        raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")
+    if name == VALUES:
+        if array.dtype.kind != "f":
+            raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
+        return stored_as.stored_rows(array, what=what)
+    if array.dtype.kind not in "iu":
+        raise ShapeError(f"{what}: {name} must be integers, not {array.dtype}")
+    limits = np.iinfo(dtype)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ShapeError(f"{what}: {name} must fit {np.dtype(dtype)}")
+    return array.astype(dtype)

@@ -141,7 +141,7 @@ class Request:
         corrupt: list[int] = []
         for first, last in itertools.pairwise(edges):
             alike = self if last - first == count else self._part(slice(first, last))
-            lacking = _lacking(kinds[first], optional)
+            lacking = _lacking(int(kinds[first]), optional)
             here = {n: buffer[starts[first] : starts[last]] for n, buffer in out.items() if n not in lacking}
             corrupt += [first + i for i in alike._read_alike(here, width, verify)]
         return corrupt
@@ -152,8 +152,9 @@ class Request:
         kinds = np.zeros(len(self._keys), np.int64)
         for bit, name in enumerate(columns):
             kinds |= (self.has(name) | (self.lengths == 0)).astype(np.int64) << bit
-        pending = list(self._pending)
-        kinds[pending] = ~kinds[pending]
+        if self._pending:
+            pending = list(self._pending)
+            kinds[pending] = ~kinds[pending]
         return kinds
 
     def _part(self, members: slice | NDArray[np.int64]) -> Request:
@@ -179,7 +180,7 @@ class Request:
         optional = [name for name in out if name != VALUES]
         for kind in np.unique(kinds):
             members = np.flatnonzero(kinds == kind)
-            alike, lacking = self._part(members), _lacking(kind, optional)
+            alike, lacking = self._part(members), _lacking(int(kind), optional)
             rows = row_indices(starts[members], alike.lengths, None)
             here = {n: np.empty((len(rows), *b.shape[1:]), b.dtype) for n, b in out.items() if n not in lacking}
             corrupt += members[alike._read_alike(here, None, verify)].tolist()

@@ -152,7 +152,7 @@ class Writer:
                 self._filling = Builder(self._columns, names, max(self._capacity, tokens), self._clock.now())
             self._filling.add(key, rows)
             if self._call_off is None:
-                self._look_in(self._left(self._filling))
+                self._check_age_in(self._left(self._filling))
 
     def keys(self) -> list[bytes]:
         """Return the keys of unpublished entries; one may stand twice."""
@@ -220,8 +220,8 @@ class Writer:
         """Return in how many seconds a block is to be published."""
         return builder.born + self._seconds - self._clock.now()
 
-    def _look_in(self, seconds: float) -> None:
-        look = weakref.WeakMethod(self._look)  # a writer that nobody has any more is not kept
+    def _check_age_in(self, seconds: float) -> None:
+        look = weakref.WeakMethod(self._check_age)  # a writer that nobody has any more is not kept
 
         def call() -> None:
             if (looking := look()) is not None:
@@ -229,7 +229,7 @@ class Writer:
 
         self._call_off = self._clock.later(seconds, call)
 
-    def _look(self) -> None:
+    def _check_age(self) -> None:
         """Publish a block that has stood long enough. What fails is raised where somebody can hear it."""
         with self._lock:
             if self._call_off is None:  # closed meanwhile
@@ -240,7 +240,7 @@ class Writer:
             left = self._left(self._filling)
             before = None if self._leaving is None else self._publishing
             if left > 0 or (before is not None and not before.done()):
-                self._look_in(max(left, _AGAIN_SECONDS))
+                self._check_age_in(max(left, _AGAIN_SECONDS))
             elif self._leaving is None or (before is not None and before.exception() is None):
                 self._hand_over()
 

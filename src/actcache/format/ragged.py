@@ -150,8 +150,8 @@ def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
         most: 1 or more.
     """
     starts = offsets_of(sizes)
-    cuts = np.unique(np.r_[0, np.searchsorted(starts, np.arange(0, starts[-1], most)), len(sizes)])
-    return itertools.starmap(slice, itertools.pairwise(cuts.tolist()))
+    inner = np.searchsorted(starts, np.arange(most, starts[-1], most)).tolist()
+    return itertools.starmap(slice, itertools.pairwise(dict.fromkeys([0, *inner, len(sizes)])))
 
 
 def chunks(lengths: NDArray[np.int64], width: int | None, out: Mapping[str, NDArray[np.generic]]) -> Iterator[slice]:

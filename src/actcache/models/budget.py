@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from actcache.entries.entry import columns_of
+from actcache.format.arguments import nbytes_of
 from actcache.format.ragged import TOKEN_IDS, VALUES
 from actcache.format.recipe import Recipe
-from actcache.reader.checks import nbytes_of
 from actcache.store.footprint import footprint_of
 from actcache.store.space import Space
 from actcache.store.store import Store

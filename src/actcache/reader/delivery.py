@@ -99,18 +99,11 @@ class HostDelivery(Delivery):
         else:
             mask = (np.arange(read.values.shape[1]) < read.lengths[:, None]).astype(np.int64)
             batch = Batch(values, mask, ids, key_array=members.keys, **common)
-        return batch if self._torch is None else self._as_tensors(batch)
-
-    def _as_tensors(self, batch: Batch | PackedBatch) -> Batch | PackedBatch:
-        torch = self._torch
-        arrays = {
-            name: torch.from_numpy(np.ascontiguousarray(value))
-            for name, value in vars(batch).items()
-            if isinstance(value, np.ndarray) and name != "key_array"
-        }
-        if self._dtype == "bfloat16":
-            arrays["activations"] = arrays["activations"].view(torch.bfloat16)
-        return replace(batch, **arrays)
+        if self._torch is None:
+            return batch
+        batch = batch.to("cpu")
+        bits = self._dtype == "bfloat16"
+        return replace(batch, activations=batch.activations.view(self._torch.bfloat16)) if bits else batch
 
 
 class DeviceDelivery(Delivery):
@@ -120,11 +113,11 @@ class DeviceDelivery(Delivery):
         super().__init__()
         self._host = HostDelivery(dtype, torch, packed=packed, depth=depth)
         self.packed, self.padded, self.buffers = packed, not packed, self._host.buffers
-        self._torch, self._device = torch, device
+        self._device = device
 
     def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
         batch = self._host.deliver(read, members).batch
         start = time.perf_counter()
-        moved = {n: v.to(self._device) for n, v in vars(batch).items() if isinstance(v, self._torch.Tensor)}
+        moved = batch.to(self._device)
         self._spend(time.perf_counter() - start, self._host.spent()[1])
-        return Delivered(replace(batch, **moved))
+        return Delivered(moved)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actcache.errors import ShapeError, UsageError
-from actcache.format.arguments import whole, whole_numbers
+from actcache.format.arguments import check_choice, nbytes_of, whole, whole_numbers
 from actcache.format.keys import Keys, key_array
 from actcache.reader.caches.local_cache import LocalCache
 from actcache.reader.caches.ram_cache import RamCache
-from actcache.reader.checks import check_choice, check_present, nbytes_of, ranks_of
+from actcache.reader.checks import check_present, ranks_of
 from actcache.reader.cursor import Cursor
 from actcache.reader.delivery import Delivery, DeviceDelivery, HostDelivery
 from actcache.reader.epoch import Epoch, MissComputer, Work, count_spent
@@ -133,7 +133,7 @@ class Reader:
             miss_computer=miss_computer if on_missing == "compute" else None,
             stats=stats,
         )
-        self._layout, self._device, self._told = layout, device, on_stats
+        self._layout, self._device, self._on_stats = layout, device, on_stats
         self._delivery: tuple[int, Delivery] | None = None
         self._digest = self._order.digest(self._work.keys, lengths[found])
         self._cursor = Cursor(self._order, lengths[found], *ranks_of(ranks, self._digest))
@@ -143,7 +143,7 @@ class Reader:
         return self._cursor.batches_of_epoch()
 
     def __iter__(self) -> Epoch:
-        return Epoch(self._work, self._to_device(), self._cursor, self._told)
+        return Epoch(self._work, self._to_device(), self._cursor, self._on_stats)
 
     def _to_device(self) -> Delivery:
         """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
@@ -153,7 +153,7 @@ class Reader:
         return self._delivery[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_delivery": None, "_told": None}  # what travels is where to read, never buffers
+        return {**vars(self), "_delivery": None, "_on_stats": None}  # what travels is where to read, never buffers
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
@@ -188,7 +188,7 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def digest(self) -> str:

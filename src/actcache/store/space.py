@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -244,6 +243,9 @@ class Space:
     def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
         """Return the entries of the keys, in their order; None where there is none.
 
+        Args:
+            verify: whether to check the entries' checksums.
+
         Raises:
             CorruptEntryError: entries fail their checksums; it names them.
         """
@@ -323,9 +325,9 @@ class Space:
         corrupt = request.read(out, None, verify=verify)
         return out, {name: there.tolist() for name, there in has.items()}, corrupt
 
-    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:
+    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: list[int]) -> None:
         if corrupt:
-            bad = key_list(keys[sorted(corrupt)])
+            bad = key_list(keys[corrupt])
             raise CorruptEntryError(
                 f"{len(bad)} of {len(keys)} entries fail their checksum, the first is {bad[0].hex()}: "
                 "space.delete(error.keys) makes them misses, fill computes them again",
@@ -578,7 +580,7 @@ class Space:
     def __enter__(self) -> Space:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, StoreNotFoundError, UsageError, WorkerError
+from actcache.format.arguments import nbytes_of
 from actcache.format.keys import Document
 from actcache.io.workers import available_cpus
 from actcache.models.documents import check_texts, document_keys, streamed
@@ -26,7 +27,6 @@ from actcache.models.parallel import worker
 from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
 from actcache.models.progress import FillProgress
 from actcache.models.recyclers import checked_layers
-from actcache.reader.checks import nbytes_of
 from actcache.segments.registry import resolve
 from actcache.store.store import open_store
 

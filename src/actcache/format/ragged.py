@@ -161,8 +161,10 @@ def chunks(lengths: NDArray[np.int64], width: int | None, out: Mapping[str, NDAr
         lengths, width: as of ``row_indices``.
         out: the buffers that the rows go to.
     """
-    row_bytes = max(buffer.strides[0] for buffer in out.values())
-    return runs((lengths if width is None else np.full(len(lengths), width)) * row_bytes, CHUNK_BYTES)
+    row_bytes, count = max(buffer.strides[0] for buffer in out.values()), len(lengths)
+    if (int(lengths.sum()) if width is None else count * width) * row_bytes <= CHUNK_BYTES:
+        return iter([slice(0, count)])  # a small batch is not planned longer than it is read
+    return runs((lengths if width is None else np.full(count, width)) * row_bytes, CHUNK_BYTES)
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:

@@ -145,7 +145,7 @@ def test_verify_finds_damaged_spans_among_entries_of_all_kinds(kind, tmp_path):
 def test_verify_reads_in_several_threads(store, monkeypatch):
     monkeypatch.setattr(maintenance, "available_cpus", lambda: 3)
     monkeypatch.setattr(maintenance, "_PART_BYTES", 100)
-    meeting, real = threading.Barrier(3), maintenance.Maintained._corrupt
+    meeting, real = threading.Barrier(3), maintenance.Space._corrupt
     met = []
 
     def slowly(space, keys):
@@ -154,7 +154,7 @@ def test_verify_reads_in_several_threads(store, monkeypatch):
             met.append(1)
         return real(space, keys)
 
-    monkeypatch.setattr(maintenance.Maintained, "_corrupt", slowly)
+    monkeypatch.setattr(maintenance.Space, "_corrupt", slowly)
     with actcache.open(store, "r") as opened, opened.space(recipe()) as space:
         found = space.verify()
     assert (found.entries, found.corrupt, met) == (12, [], [1, 1, 1])

@@ -330,6 +330,7 @@ def test_stats(space, monkeypatch):
     reader = space.reader(KEYS, batch_size=6)
     assert "nothing" in reader.stats().verdict()
     for _ in reader:
+        time.sleep(0.01)  # more is read meanwhile
         now[0] += 0.01
     stats = reader.stats()
     tokens = sum(length(n) for n in range(COUNT))
@@ -345,12 +346,13 @@ def test_slow_reading_is_said(space, monkeypatch):
     read, now = space.read_into, [0.0]  # a clock that goes on while a batch is read
 
     def slow(*args, **options):
+        time.sleep(0.02)  # who consumes waits meanwhile
         now[0] += 0.02
         return read(*args, **options)
 
     monkeypatch.setattr(space, "read_into", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    reader = space.reader(KEYS, batch_size=6, depth=0)
+    reader = space.reader(KEYS, batch_size=6)
     list(reader)
     assert reader.stats().verdict().startswith("loading-bound")
 

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A store on objects sweeps the machine's temporary folder: each worker has one of its own.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="act-")
+os.chmod(tempfile.tempdir, 0o1777)  # as temporary folders are
 
 # A background job of a shell ignores interrupts, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 
-from tests.support import MEMORY_FOLDER, ROOT
+from tests.support import MEMORY_FOLDER, PYTHONPATH
 
 pytestmark = pytest.mark.processes
 
@@ -104,7 +104,7 @@ def test_a_third_partys_distribution_passes_the_conformance_suite(tmp_path):
         pytest.skip("there is no pip")
     assert done.returncode == 0, done.stderr
     (tmp_path / "test_rawfiles.py").write_text(SUITE)
-    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{PYTHONPATH}", "TMPDIR": str(tmp_path)}
     place = tempfile.mkdtemp(dir=MEMORY_FOLDER)
     options = [
         "-q",

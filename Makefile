@@ -1,4 +1,5 @@
 # `make demo` and `make test` need Python 3.11+, make and a package index; they set up .venv themselves.
+SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ EVERYDAY := PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -n auto --ma
 # For the inner loop: no processes, no models, no servers.
 QUICK := architecture backends entries format golden io segments store
 
-.PHONY: demo test test-quick test-long test-quantized fuzz golden lint bench clean
+.PHONY: demo test test-quick test-long test-quantized fuzz golden lint picture bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
@@ -47,6 +48,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# docs/architecture.svg: needs Graphviz.
+picture: $(READY)
+	set -o pipefail; $(BIN)/import-linter drawgraph actcache | tred | sed 's/helvetica/helvetica, shape=box, style=rounded/' | dot -Tsvg -o docs/architecture.svg
 
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold

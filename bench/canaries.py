@@ -59,7 +59,7 @@ def main() -> None:
     digests = []
     for _ in range(options.rounds):
         start = time.perf_counter()
-        weights.lower_digest(model, recycler._lower.family, options.layer)
+        weights.lower_digest(model, recycler.agreement.lower.family, options.layer)
         digests.append(time.perf_counter() - start)
     opening, reading = ([a[i] - b[i] for a, b in zip(with_check, without, strict=True)] for i in (0, 1))
 

@@ -142,7 +142,7 @@ def _ways(recycler: actcache.Recycler, texts: Corpus, train: np.ndarray, held_ou
 
     def from_text(which: np.ndarray, shuffle: bool) -> Batches:
         def batches(epoch: int) -> Iterator[dict[str, torch.Tensor]]:
-            plan = Order(BATCH, shuffle=shuffle, seed=1).plan(np.ones(len(which), np.int64), epoch)
+            plan = Order(BATCH, shuffle=shuffle, seed=1).of_epoch(np.ones(len(which), np.int64), epoch)
             for ((begin, end),) in plan.rounds(1):  # the reader's own order
                 some = which[plan.sequence[begin:end]]
                 inputs = tokenizer.pad({"input_ids": [tokenized[i] for i in some]}, return_tensors="pt")

@@ -21,8 +21,8 @@ import numpy as np
 
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Extent
 from actcache.segments.index import Table
-from actcache.segments.places.local import LocalSegment
-from actcache.segments.segment import Segment, new_name
+from actcache.segments.places.local_place import LocalSegment
+from actcache.segments.segment import Segment, next_name
 
 COLUMNS = {VALUES: ("<f2", (384,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
 TOKENS = 28
@@ -68,7 +68,9 @@ def table(entries: int, per_segment: int, folder: Path) -> Table:
         "checksums": Extent("", 0, "<u8", (per_segment,)),
         TOKEN_IDS: Extent("", 0, "<i4", (rows,)),
     }
-    names = [new_name(n) for n in range(count)]
+    names: list[str] = []
+    for _ in range(count):
+        names.append(next_name(names[-1:]))
     segments = tuple(Segment(LocalSegment(folder / f"{n}.h5"), n, extents, rows * 768) for n in names)
     number = np.arange(entries)
     return Table(

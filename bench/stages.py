@@ -20,11 +20,11 @@ from typing import Any
 STAGES = {
     "look-up": ("actcache.segments.snapshot", "SegmentedSnapshot.locate"),
     "which columns": ("actcache.segments.snapshot", "SegmentedSnapshot.has"),
-    "planning": ("actcache.segments.rows", "MappedRows.plan"),
+    "planning": ("actcache.segments.rows", "MappedRows.prepare"),
     "first seeds": ("actcache.format.checksum", "entry_seeds"),
     "digests": ("actcache.format.checksum", "chainer"),
     "hand-over": ("actcache.reader.delivery", "HostDelivery.deliver"),
-    "buffers": ("actcache.reader.buffers", "Slots.take"),
+    "buffers": ("actcache.reader.buffers", "BufferPool.take"),
     "read-ahead hints": ("actcache.segments.rows", "MappedRows.will_need"),
     "sharing among threads": ("actcache.io.workers", "Workers.run"),
     "other Python": ("actcache.reader.epoch", "read_batch"),

@@ -48,7 +48,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from actcache.cli.inspect import binary
-from actcache.models.vocabulary import Vocabulary, count_vocabulary, prune
+from actcache.models.vocabulary import Vocabulary, count_vocabulary, prune_vocabulary
 from bench.docstrings import docstrings
 
 console = Console(width=140)
@@ -188,7 +188,7 @@ def print_minilm(found: dict[tuple[str, str], tuple[Vocabulary, float]]) -> None
         model = AutoModel.from_pretrained(get_model_path())
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         before = sum(p.numel() for p in model.parameters())
-        pruned = prune(model, vocabulary)
+        pruned = prune_vocabulary(model, vocabulary)
         after = sum(p.numel() for p in model.parameters())
         saved = pruned.saved_bytes
         if saved != (before - after) * _BYTES:

@@ -18,7 +18,9 @@ from typing import Any
 import h5py
 from h5py import h5d, h5p, h5s, h5t
 
-from actcache.backend import VALUES, Block, Column, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
+from actcache.backend import VALUES, Block, Extent, Layout, SegmentFiles, SegmentFormat
+from actcache.errors import FormatError
+from actcache.format.ragged import Column, pieces
 
 _ALIGN = 4096
 # locking=False: files are written before they have a name and never again, and network file systems lock badly.
@@ -91,12 +93,11 @@ def _allocate(file: h5py.File, name: str, array: Column) -> int:
     return int(h5d.create(file.id, name.encode(), h5t.py_create(array.dtype), space, dcpl=properties).get_offset())
 
 
-class _Output(io.RawIOBase):
+class _Output(io.FileIO):
     """A new file. While failures are kept, writing pretends to succeed, and the failure is raised in the end."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._position = 0
+        super().__init__(path, "x+")
         self._keeping = False
         self._failure: OSError | None = None
 
@@ -113,22 +114,6 @@ class _Output(io.RawIOBase):
         if self._failure is not None:
             raise self._failure
 
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        length = len(view)
-        with self._kept():
-            while view:
-                count = os.pwrite(self._descriptor, view, self._position)
-                view, self._position = view[count:], self._position + count
-        self._position += len(view)
-        return length
-
-    def truncate(self, size: int | None = None) -> int:
-        size = self._position if size is None else size
-        with self._kept():
-            os.ftruncate(self._descriptor, size)
-        return size
-
     @contextmanager
     def _kept(self) -> Iterator[None]:
         try:
@@ -138,23 +123,20 @@ class _Output(io.RawIOBase):
                 raise
             self._failure = self._failure or error
 
-    def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self._descriptor, [buffer], self._position)
-        self._position += count
-        return count
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        length = len(view)
+        with self._kept():
+            while view:
+                view = view[super().write(view) :]
+        self.seek(len(view), os.SEEK_CUR)
+        return length
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
-        self._position = offset + (os.fstat(self._descriptor).st_size if start is None else start)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
+    def truncate(self, size: int | None = None) -> int:
+        size = self.tell() if size is None else size
+        with self._kept():
+            super().truncate(size)
+        return size
 
 
 def _extent(path: Path, file: h5py.File, name: str) -> Extent:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from actcache.backend import GRACE_SECONDS, Columns, SpaceDriver, SpaceEngine, is_local
+from actcache.backend import GRACE_SECONDS, Columns, SpaceDriver, SpaceEngine
 from actcache.errors import BackendError, StoreError
-from actcache_lmdb.space import LMDBSpace
+from actcache.io.files import is_local
+from actcache_lmdb.driver import LMDBSpace
 
 _LEAST_MAP = 1 << 16
 
@@ -37,14 +38,7 @@ class LMDBEngine(SpaceEngine):
                 f"{root} lies on a network file system, where LMDB loses data; use hdf5: there, or a local disk"
             )
 
-    def open(
-        self,
-        folder: Path,
-        columns: Columns,
-        *,
-        writable: bool,
-        options: Mapping[str, Any],
-    ) -> SpaceDriver:
+    def open(self, folder: Path, columns: Columns, *, writable: bool, options: Mapping[str, Any]) -> SpaceDriver:
         grace, map_size = options.get("grace", GRACE_SECONDS), options.get("map_size")
         if not isinstance(grace, int | float) or not grace >= 0:
             raise BackendError(f"grace is a number of seconds, not {grace!r}")

@@ -1,14 +1,20 @@
-"""What ``data.mdb`` says before LMDB maps it: a file that is shorter than its meta pages say would be a SIGBUS."""
+"""Looks at ``data.mdb`` before LMDB maps it: what is damaged there would crash whoever maps it.
+
+A file that is shorter than its meta pages say would be a SIGBUS. The structure inside is examined by another process.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import struct
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.backend import FormatError
+from actcache.errors import FormatError, StorageIOError
 
 _META = struct.Struct("<IIQQ48s48sQQ")  # magic, version, address, map size, free db, main db, last page, transaction
 _PAGE = struct.Struct("<QHHI")  # number, padding, flags, bounds
@@ -17,6 +23,11 @@ _MAGIC = 0xBEEFC0DE
 _P_META = 0x08
 _NO_PAGE = 2**64 - 1
 _TRIES = 50
+#: By which somebody ends a process, not what it finds.
+_FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}
+
+_ATTEMPTS = 4  # a writer may change pages under the examination; damage stays
+_PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -80,3 +91,35 @@ def _parse(path: Path, data: bytes, number: int) -> Meta:
         if root != _NO_PAGE and not 2 <= root <= last:
             raise FormatError(f"{path}: meta page {number} is damaged: a root at page {root} of {last}")
     return Meta(page_size, last, transaction)
+
+
+def examine(folder: Path) -> str | None:
+    """Have lmdb's own verifier walk a file in a process of its own; return what is wrong, None where nothing is.
+
+    Raises:
+        StorageIOError: somebody ended the verifier.
+    """
+    said = ""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)
+        # From within: the verifier takes no name that the locale's encoding lacks.
+        command = [sys.executable, "-m", "lmdb", "verify", "-e", "."]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            cwd=folder,
+            check=False,
+            process_group=0,  # what a terminal or a batch system sends to all of this one's group is not for it
+        )
+        if done.returncode == 0:
+            return None
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        said = lines[-1][:200] if lines else ""
+        if done.returncode < 0:
+            said = f"the verifier was ended by {signal.Signals(-done.returncode).name}"
+            if -done.returncode in _FROM_OUTSIDE:
+                raise StorageIOError(f"cannot look for damage in {folder}: {said}; do it again")
+    return said or "lmdb's verifier refuses it"

@@ -1,11 +1,12 @@
 """One open LMDB environment: its transactions, its map, and what a map that grows asks for.
 
-Every transaction of the backend begins here, behind the gate.
+Every transaction of the backend begins here, and shares a lock while it lives.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +18,10 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import FormatError
-from actcache.errors import ClosedError, ReadOnlyError, StorageIOError, StoreError
+from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError, StoreError
+from actcache.io.files import failure
 from actcache_lmdb.datafile import read_meta
-from actcache_lmdb.failures import full, is_full, translated
+from actcache_lmdb.failures import is_full, translated
 from actcache_lmdb.readers_writer_lock import ReadersWriterLock
 from actcache_lmdb.record import PAGE_HEADER, State
 
@@ -31,11 +32,11 @@ _MAP_SIZE = 64 << 30  # of addresses, not of memory; it grows by itself
 _LEAST_MAP = 1 << 20
 _READERS = 2048
 
-GATE = ReadersWriterLock()
+MAP_LOCK = ReadersWriterLock()
 
 
 class Environment:
-    """One environment, shared by all of this process that use its file. Thread-safe. Made by ``registry`` alone.
+    """One environment, shared by all of this process that use its file. Thread-safe. ``shared_environments`` makes it.
 
     Raises (all that does something):
         ClosedError: it is closed, or the process was forked since.
@@ -104,7 +105,7 @@ class Environment:
         return status.st_dev, status.st_ino
 
     def upgrade(self) -> None:
-        """Open again, for writing too; the caller is alone in the gate.
+        """Open again, for writing too; the caller holds ``MAP_LOCK`` alone.
 
         Who only reads does not open for writing: LMDB's library then waits for the write lock to find its databases,
         and a writer that was stopped in the middle would stop every reader.
@@ -151,7 +152,7 @@ class Environment:
     @contextmanager
     def reading(self) -> Iterator[lmdb.Transaction[memoryview]]:
         """A short read transaction; its buffers, and ``memory``, mean nothing afterwards."""
-        GATE.enter()
+        MAP_LOCK.acquire_shared()
         try:
             with translated(f"cannot read {self.data}"):
                 while True:
@@ -169,7 +170,7 @@ class Environment:
                 finally:
                     txn.abort()
         finally:
-            GATE.leave()
+            MAP_LOCK.release_shared()
 
     def write(self, work: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
         """Run ``work`` in a write transaction and commit it durably; again from its start where the map had to grow.
@@ -200,9 +201,9 @@ class Environment:
                 except StoreError as error:
                     if isinstance(error, StorageIOError) and is_full(self.folder):
                         # LMDB reports a write that was cut short, as the last one on a full disk is, as an I/O error.
-                        raise full(what) from error
+                        raise failure(what, errno.ENOSPC, "") from error
                     if isinstance(error.__cause__, lmdb.PanicError):
-                        with GATE.alone(), translated(what):
+                        with MAP_LOCK.exclusive(), translated(what):
                             self.close()
                             self._open()
                     raise
@@ -219,7 +220,7 @@ class Environment:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        GATE.enter()
+        MAP_LOCK.acquire_shared()
         try:
             yield
         except lmdb.MapFullError:
@@ -227,15 +228,15 @@ class Environment:
         except lmdb.MapResizedError:
             raise _Again(self._adopt) from None
         finally:
-            GATE.leave()
+            MAP_LOCK.release_shared()
 
     def _outside(self, mend: Callable[[], None]) -> None:
-        """Leave the gate for ``mend``, which needs to be alone."""
-        GATE.leave()
+        """Release the lock for ``mend``, which needs it alone."""
+        MAP_LOCK.release_shared()
         try:
             mend()
         finally:
-            GATE.enter()
+            MAP_LOCK.acquire_shared()
 
     def _grow(self) -> None:
         self._resize(lambda env: max(2 * env.info()["map_size"], _LEAST_MAP))
@@ -246,7 +247,7 @@ class Environment:
         self._resize(lambda env: max(env.info()["map_size"], 2 * read_meta(self.data).nbytes))
 
     def _resize(self, size: Callable[[lmdb.Environment], int]) -> None:
-        with GATE.alone(), translated(f"cannot grow the map of {self.data}"):
+        with MAP_LOCK.exclusive(), translated(f"cannot grow the map of {self.data}"):
             if self._lmdb is None:
                 return
             self._base = 0
@@ -273,6 +274,10 @@ class Environment:
             self._base = self._find_base(txn, entry)
         mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
         return np.frombuffer(mapped.toreadonly(), np.uint8)
+
+    def state(self, txn: lmdb.Transaction[memoryview]) -> State:
+        """Return the record of the space's state. Raises ``FormatError``, ``FormatVersionError``."""
+        return State.unpack(txn.get(State.KEY, db=self.dbs["state"]), self.data)
 
     def find_page(self, txn: lmdb.Transaction[memoryview], entry: int) -> int:
         """Return the number of an entry's first page as the B-tree has it, after ``memory``. Raises as that does."""

@@ -11,22 +11,13 @@ from pathlib import Path
 
 import lmdb
 
-from actcache.backend import FormatError
-from actcache.errors import ActcacheError, OutOfSpaceError, ReadOnlyError, StorageIOError, StoreError
+from actcache.errors import ActcacheError, FormatError, StorageIOError, StoreError
+from actcache.io.files import NO_SPACE, failure
 
 _DAMAGE = (
-    lmdb.CorruptedError,
-    lmdb.PageNotFoundError,
-    lmdb.InvalidError,
-    lmdb.VersionMismatchError,
-    lmdb.IncompatibleError,
-    lmdb.BadValsizeError,
-    lmdb.NotFoundError,
-    lmdb.CursorFullError,
-    lmdb.PageFullError,
-    lmdb.BadDbiError,
+    *(lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.BadDbiError),
+    *(lmdb.IncompatibleError, lmdb.BadValsizeError, lmdb.NotFoundError, lmdb.CursorFullError, lmdb.PageFullError),
 )
-_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBE = 1 << 20
 
 
@@ -43,22 +34,18 @@ def translated(what: str) -> Iterator[None]:
         raise _of_code(what, error.errno or 0, error) from error
 
 
-def full(what: str) -> OutOfSpaceError:
-    return OutOfSpaceError(f"{what}: the disk or quota is full; free some space and flush again")
-
-
 def is_full(folder: Path) -> bool:
     """Return whether not even a small file can be written there."""
     probe = folder / f"probe-{os.getpid()}-{secrets.token_hex(8)}"
     try:
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        return error.errno in _SPACE
+        return error.errno in NO_SPACE
     try:
         data = bytes(_PROBE)
         return os.write(descriptor, data) < len(data)
     except OSError as error:
-        return error.errno in _SPACE
+        return error.errno in NO_SPACE
     finally:
         os.close(descriptor)
         probe.unlink(missing_ok=True)
@@ -76,9 +63,5 @@ def _translate(what: str, error: lmdb.Error) -> ActcacheError:
     return _of_code(what, int(getattr(error, "code", 0) or 0), error)
 
 
-def _of_code(what: str, code: int, error: BaseException) -> ActcacheError:
-    if code in _SPACE or "No space left" in str(error):
-        return full(what)
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ReadOnlyError(f"{what}: {error}; check the permissions, or read only with mode='r'")
-    return StorageIOError(f"{what}: {error}")
+def _of_code(what: str, code: int, error: BaseException) -> StoreError:
+    return failure(what, errno.ENOSPC if "No space left" in str(error) else code, str(error))

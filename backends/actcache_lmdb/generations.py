@@ -1,7 +1,7 @@
 """The generations of a space: one LMDB environment after another, each made whole under another name, then renamed.
 
 ``<folder>/lmdb/00000001``, ``00000002``, ...; the greatest is the one that counts. Older ones are left to those who
-still read them, and removed later.
+still read them, and removed later. Compaction copies the live entries of one into the next.
 """
 
 from __future__ import annotations
@@ -14,18 +14,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lmdb
+import numpy as np
+from numpy.typing import NDArray
 
-from actcache_lmdb.environment import create_databases
+from actcache.backend import BytesDone
+from actcache.errors import FormatError
+from actcache.format.ragged import runs
+from actcache.io.files import FileOperations, Files
+from actcache_lmdb.environment import Environment, create_databases, page_of
 from actcache_lmdb.failures import translated
-from actcache_lmdb.record import State
+from actcache_lmdb.lookup import live, scan
+from actcache_lmdb.record import HEADER, Shapes, State, checks, joined
+from actcache_lmdb.writing import GONE, Writing
+
+if TYPE_CHECKING:
+    Txn = lmdb.Transaction[memoryview]
 
 _NAME = re.compile(r"[0-9]{8}")
 _LEAST_MAP = 1 << 26
-_BELOW_STORE = 2  # folders above that of the generations: spaces/<fingerprint>
+_BELOW_STORE = 2  # folders between that of the generations and the store's: spaces/<fingerprint>
 _FORGOTTEN = 3600.0  # seconds after which what a killed process was building is removed
+_STEP_BYTES = 64 << 20  # copied in one transaction
 
 
 def name_of(number: int) -> str:
@@ -74,7 +86,7 @@ class Generations:
             map_size: what it fits into, bytes.
         """
         with translated(f"cannot make a generation in {self.folder}"):
-            _make_folders(self.folder)
+            Files(self.folder.parents[_BELOW_STORE]).make_folders(self.folder)
             folder = self.folder / f"tmp-{os.getpid()}-{secrets.token_hex(8)}"
             folder.mkdir()
             try:
@@ -136,8 +148,10 @@ class Build:
         parent, target = self._generations.folder, self._generations.path(number)
         self.env.sync(True)
         self.env.close()
-        for path in (self._folder / "data.mdb", self._folder / "made", self._folder):
-            _sync(path)
+        disk = FileOperations()
+        for path in (self._folder / "data.mdb", self._folder / "made"):
+            disk.sync_file(path)
+        disk.sync_folder(self._folder)
         try:
             os.rename(self._folder, target)
         except OSError:
@@ -146,8 +160,8 @@ class Build:
             return False
         finally:
             # Also where it stood: who made it may have died before its own sync.
-            _sync(parent)
-            _sync(parent.parent)
+            disk.sync_folder(parent)
+            disk.sync_folder(parent.parent)
         return True
 
 
@@ -158,25 +172,86 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def _make_folders(folder: Path) -> None:
-    """Make a folder and those above it up to the store's own, each name durable before the next.
+class Filling:
+    """Fills a build from an environment with what is live, in the order of the entries' numbers. Not thread-safe.
 
-    Raises:
-        FileNotFoundError: the store's folder has gone.
+    Nearly all of it is copied while others write: an entry never changes. Under the write lock, what was added or
+    replaced meanwhile is made up for, and the new generation gets its name.
     """
-    missing = []
-    for path in (folder, *folder.parents[:_BELOW_STORE]):
-        if path.is_dir():
-            break
-        missing.append(path)
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        _sync(path.parent)
 
+    def __init__(self, environment: Environment, build: Build, shapes: Shapes) -> None:
+        self._environment = environment
+        self._build = build
+        self._shapes = shapes
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def copy(self, progress: BytesDone = lambda done, total: None) -> None:
+        """Copy what is live, in short transactions; what goes meanwhile is passed over."""
+        with self._environment.reading() as txn:
+            records = self._live(txn)
+        done, total = 0, self._nbytes(records)
+        for step in self._steps(records):
+            with self._environment.reading() as txn:
+                self._copy(txn, step, needed=False)
+            done += self._nbytes(step)
+            progress(done, total)
+        self._build.env.sync(True)
+
+    def finish(self, txn: Txn) -> None:
+        """Make up for what changed since; ``txn`` holds the write lock.
+
+        Raises:
+            FormatError: the value of a live entry is not there.
+        """
+        databases, env = self._build.databases, self._build.env
+        with env.begin(buffers=True) as copied:
+            done = joined(scan(copied, databases["heads"]))
+        records = self._live(txn)
+        stale = done[~np.isin(done["head"]["id"], records["head"]["id"])]
+        with env.begin(write=True, buffers=True) as target:
+            for record in stale:
+                target.delete(record["key"].tobytes(), db=databases["heads"])
+                target.delete(int(record["head"]["id"]).to_bytes(8, "big"), db=databases["entries"])
+        for step in self._steps(records[~np.isin(records["head"]["id"], done["head"]["id"])]):
+            self._copy(txn, step, needed=True)
+        state = self._environment.state(txn)
+        with env.begin(write=True, buffers=True) as target:
+            writing = Writing(target, databases, self._shapes, self._environment.folder)
+            # Older snapshots keep to the old generation, so nothing of theirs is needed here.
+            fresh = {"created": writing.state().created, "horizon": state.sequence}
+            counted = state.changed(entries=0, tokens=0, nbytes=0, **fresh)
+            writing.put_state(counted.added(len(records), *self._shapes.count(records)))
+
+    def _live(self, txn: Txn) -> NDArray[np.void]:
+        """Return the records of all live entries in the order of their numbers."""
+        records = joined(map(live, scan(txn, self._environment.dbs["heads"])))
+        return records[np.argsort(records["head"]["id"], kind="stable")]
+
+    def _nbytes(self, records: NDArray[np.void]) -> int:
+        return self._shapes.count(records)[1]
+
+    def _steps(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
+        row_bytes = max(self._shapes.row_bytes.values())
+        nbytes = records["head"]["tokens"].astype(np.int64) * row_bytes + self._environment.page_size
+        return [records[run] for run in runs(nbytes, _STEP_BYTES)]
+
+    def _copy(self, txn: Txn, records: NDArray[np.void], *, needed: bool) -> None:
+        source, databases = self._environment.dbs["entries"], self._build.databases
+        pages = []
+        with self._build.env.begin(write=True, buffers=True) as target:
+            for entry in records["head"]["id"].tolist():
+                name = entry.to_bytes(8, "big")
+                value = txn.get(name, db=source)
+                if value is None or len(value) < HEADER.itemsize:
+                    if needed:
+                        raise FormatError(
+                            f"{self._environment.data}: entry {entry} is missing; delete it, then compact"
+                        )
+                    pages.append(0)
+                    continue
+                target.put(name, value, db=databases["entries"])
+                pages.append(page_of(target.get(name, db=databases["entries"]) or GONE))
+            there = np.array(pages) > 0
+            copied = records[there]
+            copied["head"]["page"] = np.array(pages)[there]
+            copied["head"]["check"] = checks(copied)
+            Writing(target, databases, self._shapes, self._environment.folder).put_heads(copied)

@@ -1,21 +1,27 @@
-"""From keys to heads: one native call for a batch of keys, and one pass over all of them."""
+"""From keys to heads: one native call for a batch of keys, one pass over all of them, and an index in memory."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache_lmdb.record import HEAD, KEY_BYTES, RECORD, checks, sequences
+from actcache.format.keys import KEY_BYTES, split_keys
+from actcache_lmdb.record import HEAD, RECORD, checks, sequences
 
 logger = logging.getLogger(__name__)
 
+NEWEST = 2**64 - 1  # a sequence number behind all others
 _SCAN = 50_000  # records of one step of a scan
+_FIELDS = ("id", "page", "checksum", "tokens", "columns")
+_KEPT = np.dtype(
+    [("id", "<u8"), ("page", "<u8"), ("checksum", "<u8"), ("tokens", "<u4"), ("columns", "u1"), ("rest", "V24")]
+)
 
 
 def records_of(txn: lmdb.Transaction[memoryview], heads: Any, keys: list[bytes]) -> NDArray[np.void]:
@@ -47,11 +53,16 @@ def latest(records: NDArray[np.void], sequence: int) -> NDArray[np.void]:
     return records if first.all() else records[first]
 
 
+def live(records: NDArray[np.void], sequence: int = NEWEST) -> NDArray[np.void]:
+    """Return ``latest`` without deletions."""
+    newest = latest(records, sequence)
+    return newest[newest["head"]["id"] > 0]
+
+
 def find(txn: lmdb.Transaction[memoryview], heads: Any, keys: NDArray[np.uint8], sequence: int) -> NDArray[np.void]:
     """Return the head that each of ``[n, 32]`` keys has at ``sequence``, ``[n]``; zeros where it has none."""
     keys = np.ascontiguousarray(keys)
-    prefix = keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)
-    order = np.argsort(prefix, kind="stable")
+    order = np.argsort(split_keys(keys)[0], kind="stable")
     data = keys[order].tobytes()
     names = [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
     found = latest(records_of(txn, heads, names), sequence)
@@ -85,3 +96,44 @@ def scan(txn: lmdb.Transaction[memoryview], heads: Any) -> Iterator[NDArray[np.v
             rest = data[whole * RECORD.itemsize :]
             if whole:
                 yield records[:whole]
+
+
+class HeadIndex:
+    """Live heads by key, 61 bytes each, for whoever looks up more keys than it would take to read them all.
+
+    Immutable, thread-safe.
+
+    Args:
+        steps: records of live heads, each key once, in the order of their bytes.
+    """
+
+    def __init__(self, steps: Iterable[NDArray[np.void]]) -> None:
+        prefixes, kept = [np.zeros(0, np.uint64)], [np.zeros(0, _KEPT)]
+        for records in steps:
+            keys = np.ascontiguousarray(records["key"])
+            part = np.zeros(len(records), _KEPT)
+            for name in _FIELDS:
+                part[name] = records["head"][name]
+            prefix, rest = split_keys(keys)
+            part["rest"] = np.ascontiguousarray(rest).view("V24").reshape(-1)
+            prefixes.append(prefix)
+            kept.append(part)
+        self._prefix, self._kept = np.concatenate(prefixes), np.concatenate(kept)
+        # Among equal prefixes a look-up would have to try each; nearly never is there any.
+        self.usable = bool((self._prefix[1:] != self._prefix[:-1]).all())
+
+    def find(self, keys: NDArray[np.uint8]) -> NDArray[np.void]:
+        """Return the head of each of ``[n, 32]`` keys; zeros where it has none. ``age`` and ``extra`` are always 0."""
+        heads = np.zeros(len(keys), HEAD)
+        if not len(self._prefix):
+            return heads
+        wanted, rests = split_keys(keys)
+        order = np.argsort(wanted)  # neighbours in the query are neighbours in the index
+        place = np.empty(len(keys), np.int64)
+        place[order] = np.minimum(np.searchsorted(self._prefix, wanted[order]), len(self._prefix) - 1)
+        found = self._kept[place]
+        rest = np.ascontiguousarray(found["rest"]).view(np.uint8).reshape(-1, KEY_BYTES - 8)
+        same = (self._prefix[place] == wanted) & (rest == rests).all(axis=1)
+        for name in _FIELDS:
+            heads[name] = np.where(same, found[name], 0)
+        return heads

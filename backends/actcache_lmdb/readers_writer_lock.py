@@ -1,7 +1,7 @@
-"""The gate that every transaction of the process goes through.
+"""The lock that every transaction of the process shares.
 
 Resizing a map under a live transaction, and closing an environment in a fork's child while the parent had one, are the
-two ways to die in LMDB. So transactions enter a gate, and whoever resizes or forks waits until nobody is inside.
+two ways to die in LMDB. So transactions share a lock, and whoever resizes or forks has it alone.
 """
 
 from __future__ import annotations
@@ -13,53 +13,46 @@ from contextlib import contextmanager
 
 
 class ReadersWriterLock:
-    """Lets any number of threads in, or one alone. Not reentrant: nobody may enter twice, or be alone inside."""
+    """Shared by any number of threads, or held by one alone, for whom new ones wait. Not reentrant."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition(threading.Lock())
-        self._inside = 0
-        self._shut = False
+        self._sharing = 0
+        self._exclusive = False
 
-    def enter(self) -> None:
+    def acquire_shared(self) -> None:
         with self._condition:
-            while self._shut:
-                self._condition.wait()
-            self._inside += 1
+            self._condition.wait_for(lambda: not self._exclusive)
+            self._sharing += 1
 
-    def leave(self) -> None:
+    def release_shared(self) -> None:
         with self._condition:
-            self._inside -= 1
-            if not self._inside:
+            self._sharing -= 1
+            if not self._sharing:
                 self._condition.notify_all()
 
-    def shut(self, seconds: float | None = None) -> bool:
-        """Keep everybody out and wait until nobody is inside; return False, having opened again, when time is up."""
-        until = None if seconds is None else time.monotonic() + seconds
+    def acquire_exclusive(self, seconds: float | None = None) -> bool:
+        """Keep new ones out and wait until nobody shares it; return False, having let go, when time is up."""
+        began = time.monotonic()
         with self._condition:
-            done = self._wait(lambda: not self._shut, until)
-            if not done:
+            if not self._condition.wait_for(lambda: not self._exclusive, seconds):
                 return False
-            self._shut = True
-            if self._wait(lambda: not self._inside, until):
-                return True
-            self._shut = False
-            self._condition.notify_all()
-            return False
+            self._exclusive = True
+            left = None if seconds is None else max(0.0, began + seconds - time.monotonic())
+            if not self._condition.wait_for(lambda: not self._sharing, left):
+                self._exclusive = False
+                self._condition.notify_all()
+            return self._exclusive
 
-    def _wait(self, predicate: object, until: float | None) -> bool:
-        seconds = None if until is None else max(0.0, until - time.monotonic())
-        return bool(self._condition.wait_for(predicate, seconds))  # type: ignore[arg-type]
-
-    def open(self) -> None:
-        """Let others in again after ``shut``."""
+    def release_exclusive(self) -> None:
         with self._condition:
-            self._shut = False
+            self._exclusive = False
             self._condition.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        self.shut()
+    def exclusive(self) -> Iterator[None]:
+        self.acquire_exclusive()
         try:
             yield
         finally:
-            self.open()
+            self.release_exclusive()

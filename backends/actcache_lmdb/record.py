@@ -19,11 +19,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, FormatError
-from actcache.errors import FormatVersionError
+from actcache.backend import Columns
+from actcache.errors import FormatError, FormatVersionError
+from actcache.format.keys import KEY_BYTES
+from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
 
 FORMAT_VERSION = 1
-KEY_BYTES = 32
 PAGE_HEADER = 16  # bytes that LMDB puts before a value that has pages of its own
 HEADER_BYTES = 112  # of an entry, so that rows begin 128 bytes into their page
 ROWS_AT = PAGE_HEADER + HEADER_BYTES
@@ -133,6 +134,10 @@ class State:
     def changed(self, **fields: int) -> State:
         return replace(self, **fields)
 
+    def added(self, entries: int, tokens: int, nbytes: int) -> State:
+        more = {"entries": self.entries + entries, "tokens": self.tokens + tokens, "nbytes": self.nbytes + nbytes}
+        return replace(self, **more)
+
 
 def bits(names: Sequence[str] | Mapping[str, object]) -> int:
     """Return the ``columns`` of an entry that has these arrays."""
@@ -146,7 +151,7 @@ class Shapes:
         columns: the dtype and trailing shape of each ragged array of the space.
     """
 
-    def __init__(self, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(self, columns: Columns) -> None:
         self.row_bytes = {
             name: np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=np.int64))
             for name, (dtype, trailing) in columns.items()
@@ -170,3 +175,9 @@ class Shapes:
     def nbytes(self, tokens: int, columns: int) -> int:
         """Return the bytes of an entry's arrays, without header and padding."""
         return sum(tokens * self.row_bytes[name] for i, name in enumerate(COLUMNS) if columns >> i & 1)
+
+    def count(self, records: NDArray[np.void]) -> tuple[int, int]:
+        """Return the tokens of these records, and the bytes of their arrays."""
+        tokens, columns = records["head"]["tokens"].astype(np.int64), records["head"]["columns"]
+        nbytes = sum(self.nbytes(int(tokens[columns == kind].sum()), kind) for kind in np.unique(columns).tolist())
+        return int(tokens.sum()), nbytes

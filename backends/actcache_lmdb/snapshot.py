@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, EntryLocations, FormatError, SegmentGoneError, Snapshot, Usage, Workers, offsets_of
-from actcache.errors import StoreError
-from actcache_lmdb.copying import copier
+from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
+from actcache.errors import FormatError, SegmentGoneError, StoreError
+from actcache.format.ragged import chunks, offsets_of
+from actcache.io.workers import Workers
 from actcache_lmdb.environment import Environment
-from actcache_lmdb.index import HeadIndex
-from actcache_lmdb.lookup import find, latest, scan
+from actcache_lmdb.lookup import HeadIndex, find, live, scan
 from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
-from actcache_lmdb.registry import release, retain
+from actcache_lmdb.shared_environments import release, retain
 
-_CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache
 _MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each
+_EXTRA_WORD = (PAGE_HEADER + dict(HEADER.fields or {})["extra"][1]) // 8  # of an entry's pages
 _BITS = 8  # of ``EntryLocations.row``, below the entry's number: its columns
+_SLICE_BYTES = 64 << 10  # longer entries are copied one by one, shorter ones in one native call a chunk
+_LEAST_UNIT = 64  # bytes that such a call moves at a time
+_MOST_NUMBERS = 1 << 22
 
 
 class LMDBSnapshot(Snapshot):
@@ -54,9 +58,7 @@ class LMDBSnapshot(Snapshot):
     def _reading(self) -> Iterator[lmdb.Transaction[memoryview]]:
         """A transaction in which all that this snapshot shows is still there."""
         with self._environment.reading() as txn:
-            data = txn.get(State.KEY, db=self._environment.dbs["state"])
-            horizon = State.unpack(data, self._environment.data).horizon
-            if horizon > self._state.sequence:
+            if self._environment.state(txn).horizon > self._state.sequence:
                 raise SegmentGoneError(f"{self._environment.folder}: what was replaced is gone; refresh the space")
             yield txn
 
@@ -95,9 +97,8 @@ class LMDBSnapshot(Snapshot):
         which = np.flatnonzero(located.found)
         if len(which):
             with self._memory(located[which]) as (memory, pages):
-                for i, page in zip(which.tolist(), pages.tolist(), strict=True):
-                    begin = page * self._environment.page_size + PAGE_HEADER
-                    sums[i] = memory[begin : begin + HEADER.itemsize].view(HEADER)["extra"][0]
+                words = memory[: len(memory) & ~7].view("<u8")
+                sums[which] = words[pages * (self._environment.page_size // 8) + _EXTRA_WORD]
         return sums
 
     # --- rows --------------------------------------------------------------------------------------------------------
@@ -152,13 +153,7 @@ class LMDBSnapshot(Snapshot):
         )
         return good
 
-    def gather(
-        self,
-        located: EntryLocations,
-        out: Mapping[str, NDArray[np.generic]],
-        width: int | None,
-        done: Callable[[int, int], None],
-    ) -> None:
+    def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
         count = len(located.tokens)
         if not located.found.any():
             for buffer in out.values():
@@ -181,19 +176,7 @@ class LMDBSnapshot(Snapshot):
                     places = np.where(columns == kind, here, places)
                 begins = first * self._environment.page_size + places
                 copies.append(copier(memory, begins, located.tokens, buffer, width))
-            starts = offsets_of(located.tokens if width is None else np.full(count, width))
-            row_bytes = max(buffer.strides[0] for buffer in out.values())
-            # Chunks of whole entries; the threads take the next one as they become free.
-            wanted = np.arange(0, int(starts[-1]) * row_bytes, _CHUNK_BYTES)
-            cuts = np.unique(np.r_[np.searchsorted(starts * row_bytes, wanted), count])
-
-            def job(number: int) -> None:
-                begin, end = int(cuts[number]), int(cuts[number + 1])
-                for copy in copies:
-                    copy(begin, end)
-                done(begin, end)
-
-            self._workers.run(job, len(cuts) - 1)
+            self._workers.run_chunks([*copies, done], chunks(located.tokens, width, out))
 
     def read_ahead(self, located: EntryLocations) -> None:
         if not hasattr(os, "posix_fadvise"):
@@ -215,8 +198,7 @@ class LMDBSnapshot(Snapshot):
         """Yield the records of all live entries, a step at a time, in the order of their keys."""
         with self._reading() as txn:
             for records in scan(txn, self._environment.dbs["heads"]):
-                newest = latest(records, self._state.sequence)
-                yield newest[newest["head"]["id"] > 0]
+                yield live(records, self._state.sequence)
 
     def keys(self) -> NDArray[np.uint8]:
         with self._lock:
@@ -241,3 +223,120 @@ class LMDBSnapshot(Snapshot):
             return {}  # old, not damaged
         except (FormatError, StoreError) as error:
             return {self._environment.folder.name: str(error)}
+
+
+class EmptySnapshot(Snapshot):
+    """Of a space that nobody has written to yet, opened for reading. Stateless."""
+
+    def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
+        zeros = np.zeros(len(keys), np.int64)
+        return EntryLocations(zeros, zeros.astype(np.uint64), zeros, zeros)
+
+    def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
+        return np.zeros(len(located.tokens), bool)
+
+    def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
+        return np.zeros(len(located.tokens), np.uint64)
+
+    def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
+        for buffer in out.values():
+            buffer[: len(located.tokens) * (width or 0)] = 0
+        done(0, len(located.tokens))
+
+    def read_ahead(self, located: EntryLocations) -> None:
+        """Do nothing."""
+
+    def keys(self) -> NDArray[np.uint8]:
+        return np.empty((0, 32), np.uint8)
+
+    def usage(self) -> Usage:
+        return Usage(0, 0, 0, 0)
+
+    def damaged(self) -> dict[str, str]:
+        return {}
+
+
+# --- copies of many entries' rows from the mapped file into one buffer, in few native calls that free the GIL ---------
+
+
+def copier(
+    memory: NDArray[np.uint8],
+    begins: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    out: NDArray[np.generic],
+    width: int | None,
+) -> Callable[[int, int], None]:
+    """Return a function that copies the rows of entries first..last-1; several threads may call it.
+
+    Args:
+        begins: ``[n]`` where each entry's rows begin in ``memory``.
+        lengths: ``[n]`` rows of each.
+        out: rows of the whole batch; packed, or padded with zeros to ``width`` rows an entry.
+    """
+    row_bytes = out.strides[0]
+    target = out.reshape(-1).view(np.uint8)
+    starts = offsets_of(lengths, width)
+    unit = math.gcd(4096, row_bytes)
+    mean = int(lengths.sum()) * row_bytes // max(1, len(lengths))
+    if unit < _LEAST_UNIT:
+        unit = row_bytes
+    if width is None and mean < _SLICE_BYTES and (unit >= _LEAST_UNIT or row_bytes in (1, 4, 8)):
+        present = begins[lengths > 0]
+        if not ((present - present[0]) % unit).any():
+            return _taker(memory, begins, lengths * (row_bytes // unit), target, unit, int(present[0] % unit))
+    bounds = (starts * row_bytes).tolist()
+    sources, sizes = begins.tolist(), (lengths * row_bytes).tolist()
+
+    def copy(first: int, last: int) -> None:
+        for i in range(first, last):
+            begin, size = bounds[i], sizes[i]
+            source, end = sources[i], begin + size
+            target[begin:end] = memory[source : source + size]
+            if end < bounds[i + 1]:
+                target[end : bounds[i + 1]] = 0
+
+    return copy
+
+
+_numbers = np.arange(1 << 16)
+
+
+def _ascending(count: int) -> NDArray[np.int64]:
+    """Return an array that begins with 0 .. count - 1; made once, as making it costs as much as a third of a copy."""
+    global _numbers
+    numbers = _numbers
+    if len(numbers) < count:
+        numbers = np.arange(2 * count)
+        if count <= _MOST_NUMBERS:
+            _numbers = numbers
+    return numbers
+
+
+def _taker(
+    memory: NDArray[np.uint8],
+    begins: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    target: NDArray[np.uint8],
+    unit: int,
+    shift: int,
+) -> Callable[[int, int], None]:
+    """Copy by one ``take`` a chunk: for short entries, a loop is what would cost.
+
+    Args:
+        counts: ``[n]`` units of each entry.
+        shift: how far all ``begins`` are off a multiple of ``unit``.
+    """
+    kind = np.dtype((np.void, unit)) if unit > 8 else np.dtype(f"u{unit}")
+    units = memory[shift : shift + (len(memory) - shift) // unit * unit].view(kind)
+    bounds = offsets_of(counts)
+    ascending = _ascending(int(bounds[-1]))
+    starts = (begins - shift) // unit - bounds[:-1]
+    whole = target[: int(bounds[-1]) * unit].view(kind)
+
+    def copy(first: int, last: int) -> None:
+        begin, end = int(bounds[first]), int(bounds[last])
+        index = np.repeat(starts[first:last], counts[first:last])
+        index += ascending[begin:end]
+        np.take(units, index, axis=0, out=whole[begin:end], mode="clip")
+
+    return copy

@@ -11,17 +11,18 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Block, pieces
+from actcache.backend import Block
 from actcache.errors import ShapeError
+from actcache.format.keys import KEY_BYTES, key_order
+from actcache.format.ragged import Pieces, pieces
 from actcache_lmdb.environment import page_of
-from actcache_lmdb.lookup import latest, records_of, scan
+from actcache_lmdb.lookup import NEWEST, live, records_of, scan
 from actcache_lmdb.record import (
     COLUMNS,
     ENTRY_MAGIC,
     FORMAT_VERSION,
     HEAD,
     HEADER,
-    KEY_BYTES,
     RECORD,
     RETIRED,
     Shapes,
@@ -31,24 +32,15 @@ from actcache_lmdb.record import (
     joined,
 )
 
-_NEWEST = 2**64 - 1
 _MOST_REMOVED = 4096  # versions that one transaction removes
 _LARGEST = 0xFFFF0000  # bytes of a value
 _PADDING = bytes(1 << 16)
 _ZEROS = bytes(8)
-_GONE = memoryview(b"")
+GONE = memoryview(b"")  # stands for a value that is not there
 
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[memoryview]
 Databases = Mapping[str, Any]
-
-
-def read_state(txn: Txn, databases: Databases, where: object) -> State:
-    return State.unpack(txn.get(State.KEY, db=databases["state"]), where)
-
-
-def write_state(txn: Txn, databases: Databases, state: State) -> None:
-    txn.put(State.KEY, state.pack(), db=databases["state"])
 
 
 class Blocks:
@@ -62,7 +54,7 @@ class Blocks:
         self._order = [name for name in COLUMNS if name in block.columns]
         self.columns = bits(block.columns)
         self.tokens = np.diff(block.offsets)
-        data = {name: b"".join(pieces(column)) for name, column in block.columns.items() if _lazy(column)}
+        data = {name: b"".join(pieces(column)) for name, column in block.columns.items() if isinstance(column, Pieces)}
         self._data = {
             name: memoryview(data[name]) if name in data else next(pieces(block.columns[name])) for name in self._order
         }
@@ -81,7 +73,7 @@ class Blocks:
 
     def number(self, sequence: int, first_id: int) -> None:
         """Give the entries their numbers."""
-        self.records["head"]["age"] = _NEWEST - sequence
+        self.records["head"]["age"] = NEWEST - sequence
         self.records["head"]["id"] = np.arange(first_id, first_id + len(self.records))
         headers = np.zeros(len(self.records), HEADER)
         headers["magic"], headers["version"], headers["sequence"] = ENTRY_MAGIC, FORMAT_VERSION, sequence
@@ -108,129 +100,109 @@ class Blocks:
             yield number.to_bytes(8, "big"), b"".join(parts)
 
 
-def _lazy(column: Any) -> bool:
-    return not isinstance(column, np.ndarray)
+class Writing:
+    """What changes inside of one write transaction. Not thread-safe.
 
+    Args:
+        databases: of the environment.
+        where: how an error names it.
+    """
 
-def append(txn: Txn, databases: Databases, block: Blocks, shapes: Shapes, where: object) -> None:
-    """Add a block's entries, each the newest of its key."""
-    state = read_state(txn, databases, where)
-    block.number(state.sequence + 1, state.next_id)
-    state, _ = _supersede(txn, databases, state, block.records["key"], shapes)
-    entries = databases["entries"]
-    pages = []
-    for number, value in block.values():
-        txn.put(number, value, append=True, db=entries)
-        pages.append(page_of(txn.get(number, db=entries) or _GONE))
-    records = block.records
-    records["head"]["page"] = pages
-    records["head"]["check"] = checks(records)
-    put_heads(txn, databases, records)
-    write_state(
-        txn,
-        databases,
-        state.changed(
-            sequence=state.sequence + 1,
-            next_id=state.next_id + len(records),
-            entries=state.entries + len(records),
-            tokens=state.tokens + int(block.tokens.sum()),
-            nbytes=state.nbytes + block.nbytes,
-        ),
-    )
+    def __init__(self, txn: Txn, databases: Databases, shapes: Shapes, where: object) -> None:
+        self._txn, self._databases, self._shapes, self._where = txn, databases, shapes, where
 
+    def state(self) -> State:
+        return State.unpack(self._txn.get(State.KEY, db=self._databases["state"]), self._where)
 
-def delete(txn: Txn, databases: Databases, keys: NDArray[np.uint8], shapes: Shapes, where: object) -> int:
-    """Make these keys absent; return how many were there."""
-    state = read_state(txn, databases, where)
-    changed, there = _supersede(txn, databases, state, keys, shapes, tombstones=True)
-    if changed != state:
-        write_state(txn, databases, changed.changed(sequence=state.sequence + 1))
-    return there
+    def put_state(self, state: State) -> None:
+        self._txn.put(State.KEY, state.pack(), db=self._databases["state"])
 
+    def put_heads(self, records: NDArray[np.void]) -> None:
+        data = records[key_order(records["key"])].tobytes()
+        size = RECORD.itemsize
+        items = [(data[i : i + KEY_BYTES], data[i + KEY_BYTES : i + size]) for i in range(0, len(data), size)]
+        with self._txn.cursor(self._databases["heads"]) as cursor:
+            cursor.putmulti(items)
 
-def _supersede(
-    txn: Txn,
-    databases: Databases,
-    state: State,
-    keys: NDArray[np.uint8],
-    shapes: Shapes,
-    *,
-    tombstones: bool = False,
-) -> tuple[State, int]:
-    """Retire the live entries of these keys by the next sequence number, damaged heads at once; count the live."""
-    data = sorted({key.tobytes() for key in np.ascontiguousarray(keys)})
-    records = records_of(txn, databases["heads"], data)
-    broken = records[checks(records) != records["head"]["check"]]
-    for key in {record["key"].tobytes() for record in broken}:
-        # Its versions cannot be told apart any more: they all go, and with them what older snapshots saw.
-        txn.delete(key, db=databases["heads"])
-    if len(broken):
-        state = _recount(txn, databases, shapes, state).changed(horizon=state.sequence + 1)
-        records = records_of(txn, databases["heads"], data)
-    newest = latest(records, _NEWEST)
-    live = newest[newest["head"]["id"] > 0]
-    sequence = state.sequence + 1
-    retired = [live]
-    if tombstones:
-        dead = np.zeros(len(live), RECORD)
-        dead["key"], dead["head"]["age"] = live["key"], _NEWEST - sequence
-        dead["head"]["check"] = checks(dead)
-        put_heads(txn, databases, dead)
-        retired.append(dead)
-    now = int(time.time() * 1e6)
-    for number, record in enumerate(joined(retired)):
-        name = sequence.to_bytes(8, "big") + number.to_bytes(4, "big")
-        txn.put(name, RETIRED.pack(now, record["key"].tobytes(), record["head"].tobytes()), db=databases["retired"])
-    tokens, nbytes = count(live, shapes)
-    left = {"entries": state.entries - len(live), "tokens": state.tokens - tokens, "nbytes": state.nbytes - nbytes}
-    return state.changed(**left), len(live)
+    def append(self, block: Blocks) -> None:
+        """Add a block's entries, each the newest of its key."""
+        state = self.state()
+        block.number(state.sequence + 1, state.next_id)
+        state, _ = self._supersede(state, block.records["key"])
+        entries = self._databases["entries"]
+        pages = []
+        for number, value in block.values():
+            self._txn.put(number, value, append=True, db=entries)
+            pages.append(page_of(self._txn.get(number, db=entries) or GONE))
+        records = block.records
+        records["head"]["page"] = pages
+        records["head"]["check"] = checks(records)
+        self.put_heads(records)
+        added = state.added(len(records), int(block.tokens.sum()), block.nbytes)
+        self.put_state(added.changed(sequence=state.sequence + 1, next_id=state.next_id + len(records)))
 
+    def delete(self, keys: NDArray[np.uint8]) -> int:
+        """Make these keys absent; return how many were there."""
+        state = self.state()
+        changed, there = self._supersede(state, keys, tombstones=True)
+        if changed != state:
+            self.put_state(changed.changed(sequence=state.sequence + 1))
+        return there
 
-def count(records: NDArray[np.void], shapes: Shapes) -> tuple[int, int]:
-    """Return the tokens of these records, and the bytes of their arrays."""
-    tokens, columns = records["head"]["tokens"].astype(np.int64), records["head"]["columns"]
-    nbytes = sum(shapes.nbytes(int(tokens[columns == kind].sum()), kind) for kind in np.unique(columns).tolist())
-    return int(tokens.sum()), nbytes
+    def _supersede(self, state: State, keys: NDArray[np.uint8], *, tombstones: bool = False) -> tuple[State, int]:
+        """Retire the live entries of these keys by the next sequence number, damaged heads at once; count the live."""
+        txn, heads = self._txn, self._databases["heads"]
+        data = sorted({key.tobytes() for key in np.ascontiguousarray(keys)})
+        records = records_of(txn, heads, data)
+        broken = records[checks(records) != records["head"]["check"]]
+        for key in {record["key"].tobytes() for record in broken}:
+            # Its versions cannot be told apart any more: they all go, and with them what older snapshots saw.
+            txn.delete(key, db=heads)
+        if len(broken):
+            state = self._recount(state).changed(horizon=state.sequence + 1)
+            records = records_of(txn, heads, data)
+        gone = live(records)
+        sequence = state.sequence + 1
+        retired = [gone]
+        if tombstones:
+            dead = np.zeros(len(gone), RECORD)
+            dead["key"], dead["head"]["age"] = gone["key"], NEWEST - sequence
+            dead["head"]["check"] = checks(dead)
+            self.put_heads(dead)
+            retired.append(dead)
+        now = int(time.time() * 1e6)
+        for number, record in enumerate(joined(retired)):
+            name = sequence.to_bytes(8, "big") + number.to_bytes(4, "big")
+            value = RETIRED.pack(now, record["key"].tobytes(), record["head"].tobytes())
+            txn.put(name, value, db=self._databases["retired"])
+        tokens, nbytes = self._shapes.count(gone)
+        return state.added(-len(gone), -tokens, -nbytes), len(gone)
 
+    def _recount(self, state: State) -> State:
+        counted = state.changed(entries=0, tokens=0, nbytes=0)
+        for records in map(live, scan(self._txn, self._databases["heads"])):
+            counted = counted.added(len(records), *self._shapes.count(records))
+        return counted
 
-def _recount(txn: Txn, databases: Databases, shapes: Shapes, state: State) -> State:
-    entries = tokens = nbytes = 0
-    for records in scan(txn, databases["heads"]):
-        newest = latest(records, _NEWEST)
-        live = newest[newest["head"]["id"] > 0]
-        more_tokens, more_bytes = count(live, shapes)
-        entries, tokens, nbytes = entries + len(live), tokens + more_tokens, nbytes + more_bytes
-    return state.changed(entries=entries, tokens=tokens, nbytes=nbytes)
-
-
-def put_heads(txn: Txn, databases: Databases, records: NDArray[np.void]) -> None:
-    order = np.lexsort(np.ascontiguousarray(records["key"]).view(">u8").T[::-1])
-    data = records[order].tobytes()
-    size = RECORD.itemsize
-    items = [(data[i : i + KEY_BYTES], data[i + KEY_BYTES : i + size]) for i in range(0, len(data), size)]
-    with txn.cursor(databases["heads"]) as cursor:
-        cursor.putmulti(items)
-
-
-def remove_retired(txn: Txn, databases: Databases, where: object, grace: float) -> int:
-    """Remove versions that were superseded more than ``grace`` seconds ago, some of them; return how many."""
-    until = int((time.time() - grace) * 1e6)
-    removed, horizon = [], 0
-    with txn.cursor(databases["retired"]) as cursor:
-        for raw, value in itertools.islice(cursor.iternext(), _MOST_REMOVED):
-            when, key, head = RETIRED.unpack(value)
-            if when > until:
-                break
-            removed.append((bytes(raw), key, head))
-            horizon = int.from_bytes(raw[:8], "big")
-    if not removed:
-        return 0
-    for name, key, head in removed:
-        txn.delete(name, db=databases["retired"])
-        txn.delete(key, head, db=databases["heads"])
-        entry = int(np.frombuffer(head, HEAD)["id"][0])
-        if entry:
-            txn.delete(entry.to_bytes(8, "big"), db=databases["entries"])
-    state = read_state(txn, databases, where)
-    write_state(txn, databases, state.changed(horizon=max(horizon, state.horizon)))
-    return len(removed)
+    def remove_retired(self, grace: float) -> int:
+        """Remove versions that were superseded more than ``grace`` seconds ago, some of them; return how many."""
+        txn, databases = self._txn, self._databases
+        until = int((time.time() - grace) * 1e6)
+        removed, horizon = [], 0
+        with txn.cursor(databases["retired"]) as cursor:
+            for raw, value in itertools.islice(cursor.iternext(), _MOST_REMOVED):
+                when, key, head = RETIRED.unpack(value)
+                if when > until:
+                    break
+                removed.append((bytes(raw), key, head))
+                horizon = int.from_bytes(raw[:8], "big")
+        for name, key, head in removed:
+            txn.delete(name, db=databases["retired"])
+            txn.delete(key, head, db=databases["heads"])
+            entry = int(np.frombuffer(head, HEAD)["id"][0])
+            if entry:
+                txn.delete(entry.to_bytes(8, "big"), db=databases["entries"])
+        if removed:
+            state = self.state()
+            self.put_state(state.changed(horizon=max(horizon, state.horizon)))
+        return len(removed)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from actcache.backend import VALUES, Block, Column, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
+from actcache.backend import VALUES, Block, Layout, SegmentFiles, SegmentFormat
+from actcache.errors import FormatError
 from actcache.format import safetensors
+from actcache.format.ragged import Column, pieces
 
 _PAGE = 4096
 _MOST_HEADER = 1 << 20
 #: What is looked for first stands first; two numbers a row (spans) just before the rows, on a multiple of eight.
 _ORDER = (
-    *("offsets", "checksums", "extra_checksums", "lineage_checksum", "keys", "birth", "birth_entries"),
+    *("offsets", "checksums", "extra_checksums", "origins_checksum", "keys", "origin", "origin_entries"),
     *("token_ids", "word_ids", "spans"),
 )
 

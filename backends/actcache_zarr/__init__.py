@@ -21,7 +21,9 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from actcache.backend import Block, Extent, FormatError, Layout, SegmentFiles, SegmentFormat, pieces
+from actcache.backend import Block, Extent, Layout, SegmentFiles, SegmentFormat
+from actcache.errors import FormatError
+from actcache.format.ragged import pieces
 
 _BLOCK_BYTES = 1 << 20  # what zarr reads at least for a row
 _MOST_BLOCKS = 1 << 16  # of a shard: bounds the index that is read and compared

@@ -11,12 +11,19 @@ Messages say what is wrong and what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
 class ActcacheError(Exception):
     """Base of all exceptions of this package."""
+
+
+class _OfKeys(ActcacheError):
+    def __init__(self, message: str, keys: Sequence[bytes] = ()) -> None:
+        super().__init__(message)
+        self.keys = list(keys)
 
 
 # --- change the call ------------------------------------------------------------------------------------------------
@@ -66,6 +73,19 @@ class MissingExtraError(BackendError):
     """A backend is known but the library that it needs is not installed; the message says which to install."""
 
 
+@contextmanager
+def requires_extra(extra: str, need: str) -> Iterator[None]:
+    """Have an import that fails say what needs it, and which extra brings it.
+
+    Raises:
+        MissingExtraError: something could not be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(f"{need}: pip install 'actcache[{extra}]' ({error})") from None
+
+
 # --- look at the store ----------------------------------------------------------------------------------------------
 
 
@@ -92,16 +112,16 @@ class NotAStoreError(StoreError):
     """Something that is no store lies at the path."""
 
 
-class SpaceNotFoundError(StoreError, KeyError):
-    """The store has no space for the recipe; the message lists the nearest ones and what differs."""
-
+class _NotFoundError(StoreError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the message's repr
 
 
-class CollectionNotFoundError(StoreError, KeyError):
-    """The store has no collection of that name."""
+class SpaceNotFoundError(_NotFoundError):
+    """The store has no space for the recipe; the message lists the nearest ones and what differs."""
 
-    __str__ = Exception.__str__
+
+class CollectionNotFoundError(_NotFoundError):
+    """The store has no collection of that name."""
 
 
 class ReadOnlyError(StoreError, PermissionError):
@@ -120,14 +140,8 @@ class ClosedError(StoreError):
     """The store, space or reader was closed before this call."""
 
 
-class MissingEntryError(StoreError, KeyError):
+class MissingEntryError(_OfKeys, _NotFoundError):
     """Documents that a read needs are not in the space. ``keys`` holds their keys."""
-
-    __str__ = Exception.__str__
-
-    def __init__(self, message: str, keys: Sequence[bytes] = ()) -> None:
-        super().__init__(message)
-        self.keys = list(keys)
 
 
 # --- what was read back is not what was stored ------------------------------------------------------------------------
@@ -149,15 +163,11 @@ class FormatVersionError(FormatError):
     """The store was written by a newer release."""
 
 
-class CorruptEntryError(DataError):
+class CorruptEntryError(_OfKeys, DataError):
     """Entries failed their checksum, or their bytes cannot be read. ``keys`` holds their keys.
 
     Every other entry is unaffected. ``space.delete(error.keys)`` turns them into misses that a fill recomputes.
     """
-
-    def __init__(self, message: str, keys: Sequence[bytes] = ()) -> None:
-        super().__init__(message)
-        self.keys = list(keys)
 
 
 # --- the transformer does not fit the recipe --------------------------------------------------------------------------

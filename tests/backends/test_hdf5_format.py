@@ -17,7 +17,7 @@ import xxhash
 
 import actcache
 from actcache.errors import FormatError
-from actcache.segments.places.local import LocalSegment
+from actcache.segments.places.local_place import LocalSegment
 from actcache_hdf5 import backend
 from tests.support import HIDDEN, check, ids, key, make_store, put, recipe, rows, run, segment_files
 

@@ -58,8 +58,8 @@ def test_after_damage_was_found_nothing_is_read(tmp_path, monkeypatch):
     with actcache.open(f"lmdb:{tmp_path}/store") as store, store.space(recipe()) as space:
         put(space, range(5))
         space.flush()
-        from actcache_lmdb import examination
+        from actcache_lmdb import datafile
 
-        monkeypatch.setattr(examination, "examine", lambda folder: "page 7 is no page")
+        monkeypatch.setattr(datafile, "examine", lambda folder: "page 7 is no page")
         with pytest.raises(FormatError, match="page 7"):
             space.verify()

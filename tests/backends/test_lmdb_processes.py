@@ -150,7 +150,7 @@ def test_the_map_grows_under_readers(url):
             for job in jobs:
                 job.result()
         assert len(rounds) > 3
-        assert space._driver._space._environment._lmdb.info()["map_size"] > 16 * TINY["map_size"]
+        assert space._driver._wrapped._environment._lmdb.info()["map_size"] > 16 * TINY["map_size"]
         check(space, dict.fromkeys(range(700), 0), range(710))
 
 
@@ -248,7 +248,7 @@ def test_a_killed_reader_pins_nothing(url):
             "import sys, time, actcache\n"
             "from tests.support import recipe\n"
             "space = actcache.open(sys.argv[1], 'r').space(recipe())\n"
-            "with space._driver._space._environment.reading():\n"
+            "with space._driver._wrapped._environment.reading():\n"
             "    print('in', flush=True)\n"
             "    time.sleep(60)\n",
             url,
@@ -260,6 +260,6 @@ def test_a_killed_reader_pins_nothing(url):
         for version in range(1, 25):
             put(space, range(50), version=version, overwrite=True)
             space.flush()
-            sizes.append(space._driver._space._environment.check_size())
+            sizes.append(space._driver._wrapped._environment.check_size())
         assert sizes[-1] < 3 * sizes[3]
         check(space, dict.fromkeys(range(50), 24), range(60))

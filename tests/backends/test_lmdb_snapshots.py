@@ -15,8 +15,8 @@ import pytest
 import actcache
 from actcache.backend import VALUES
 from actcache.errors import OutOfSpaceError, ReadOnlyError, SegmentGoneError, StoreError
-from actcache_lmdb import registry
-from actcache_lmdb.environment import GATE
+from actcache_lmdb import shared_environments
+from actcache_lmdb.environment import MAP_LOCK
 from tests.support import HIDDEN, check, key, length, put, recipe, rows
 
 
@@ -103,7 +103,7 @@ def test_what_was_superseded_goes_after_the_grace_period(url, tmp_path):
         space.flush()
         put(space, [61])
         space.flush()
-        environment = space._driver._space._environment
+        environment = space._driver._wrapped._environment
         with environment.reading() as txn:
             left = {name: txn.stat(db)["entries"] for name, db in environment.dbs.items()}
         assert left == {"state": 1, "heads": 2, "entries": 2, "retired": 0}
@@ -135,7 +135,9 @@ def test_two_stores_of_one_process_share_the_environment(url, tmp_path):
     first, second = actcache.open(url), actcache.open(f"lmdb:{tmp_path}/../{tmp_path.name}/store")
     one, two = first.space(recipe()), second.space(recipe())
     reading = actcache.open(str(tmp_path / "store"), "r").space(recipe())
-    assert one._driver._space._environment is two._driver._space._environment is reading._driver._space._environment
+    assert (
+        one._driver._wrapped._environment is two._driver._wrapped._environment is reading._driver._wrapped._environment
+    )
     put(one, range(5))
     one.flush()
     put(two, range(5, 10))
@@ -148,8 +150,8 @@ def test_two_stores_of_one_process_share_the_environment(url, tmp_path):
     check(reading, dict.fromkeys(range(10), 0), range(12))
     reading.close()
     gc.collect()
-    assert not [e for e in registry._OPEN.values() if e.folder.is_relative_to(tmp_path)]
-    assert not GATE._inside
+    assert not [e for e in shared_environments._OPEN.values() if e.folder.is_relative_to(tmp_path)]
+    assert not MAP_LOCK._sharing
 
 
 def test_a_copy_by_lmdbs_own_tools_is_read(url, tmp_path):
@@ -286,7 +288,7 @@ def test_read_only_media(tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         with actcache.open(url, "r") as store, store.space(recipe()) as space:
             check(space, dict.fromkeys(range(20), 0), range(25))
-            assert not space._driver._space._environment.locked
+            assert not space._driver._wrapped._environment.locked
         space = actcache.open(url).space(recipe())
         put(space, [99])
         with pytest.raises(ReadOnlyError):
@@ -312,7 +314,7 @@ def test_a_folder_of_somebody_else(tmp_path):
             os.setuid(65534)
             with actcache.open(url, "r") as store, store.space(recipe()) as space:
                 check(space, dict.fromkeys(range(20), 0), range(25))
-                status = 0 if not space._driver._space._environment.locked else 2
+                status = 0 if not space._driver._wrapped._environment.locked else 2
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0

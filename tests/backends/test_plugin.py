@@ -23,7 +23,9 @@ MODULE = '''
 
 import json
 
-from actcache.backend import Extent, FormatError, Layout, SegmentFormat, pieces
+from actcache.backend import Extent, Layout, SegmentFormat
+from actcache.errors import FormatError
+from actcache.format.ragged import pieces
 
 
 class RawFormat(SegmentFormat):

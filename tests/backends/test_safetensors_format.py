@@ -15,14 +15,14 @@ import actcache
 from actcache.backend import Block
 from actcache.errors import FormatError
 from actcache.format.ragged import Origins
-from actcache.segments.places.local import LocalSegment
+from actcache.segments.places.local_place import LocalSegment
 from actcache_s3 import backend
 from tests.support import HIDDEN, check, key, put, recipe, segment_files
 
 HEADER = 8
 
 
-def block(lengths=(3, 1, 4), dtype=np.float32, hidden=HIDDEN, extras=False, lineage=None):
+def block(lengths=(3, 1, 4), dtype=np.float32, hidden=HIDDEN, extras=False, origins=None):
     offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
     tokens, count = int(offsets[-1]), len(lengths)
     rng = np.random.default_rng(tokens)
@@ -42,11 +42,11 @@ def block(lengths=(3, 1, 4), dtype=np.float32, hidden=HIDDEN, extras=False, line
         np.arange(count, dtype=np.uint64),
         columns,
         np.arange(count, dtype=np.uint64) if extras else None,
-        lineage,
+        origins,
     )
 
 
-LINEAGE = Origins(
+ORIGINS = Origins(
     ("000000000001-" + "a" * 16, "000000000002-" + "b" * 16),
     np.array([0, 1, 1], np.uint32),
     np.array([5, 0, 7], np.uint32),
@@ -56,10 +56,10 @@ LINEAGE = Origins(
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint16, np.int8, np.uint8])
 @pytest.mark.parametrize("hidden", [1, 3, 8, 768])
-@pytest.mark.parametrize(("extras", "lineage"), [(False, None), (True, None), (True, LINEAGE)])
-def test_any_reader_opens_it(tmp_path, dtype, hidden, extras, lineage):
+@pytest.mark.parametrize(("extras", "origins"), [(False, None), (True, None), (True, ORIGINS)])
+def test_any_reader_opens_it(tmp_path, dtype, hidden, extras, origins):
     path = tmp_path / "segment.safetensors"
-    written = block(dtype=dtype, hidden=hidden, extras=extras, lineage=lineage)
+    written = block(dtype=dtype, hidden=hidden, extras=extras, origins=origins)
     backend.write(path, written, {"space": "x", "segment": "y"})
     with safetensors.safe_open(path, "numpy") as file:
         assert file.metadata() == {"space": "x", "segment": "y"}
@@ -79,7 +79,7 @@ def test_any_reader_opens_it(tmp_path, dtype, hidden, extras, lineage):
         if name in layout.extents:
             assert layout.extents[name].offset % np.gcd(4096, layout.extents[name].row_bytes) == 0
     behind = {n for n, extent in layout.extents.items() if extent.offset > layout.extents["values"].offset}
-    assert behind <= {"type_ids", "births", "sources"}
+    assert behind <= {"type_ids", "origins", "sources"}
 
 
 def test_odd_blocks_are_gathered_from_a_mapping(tmp_path):
@@ -167,7 +167,7 @@ def test_a_folder_and_a_missing_file_are_told(tmp_path):
 def test_random_damage_is_refused_or_harmless(tmp_path):
     """Flipped and lost bytes of headers: a layout that stays inside of the file, or a FormatError."""
     path = tmp_path / "segment.safetensors"
-    backend.write(path, block(extras=True, lineage=LINEAGE), {"space": "x"})
+    backend.write(path, block(extras=True, origins=ORIGINS), {"space": "x"})
     whole = path.read_bytes()
     for seed in range(1500):
         rng = random.Random(seed)

@@ -26,7 +26,7 @@ import actcache
 from actcache.backend import Block
 from actcache.errors import CorruptEntryError, FormatError
 from actcache.io.files import Files
-from actcache.segments.places.local import LocalSegment
+from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.segment import Segment
 from actcache_zarr import _crc32c, backend
 from tests.support import HIDDEN, check, ids, key, make_store, put, recipe, rows, run, segment_files

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actcache.cli import main
-from actcache.cli.signals import HEEDED
+from actcache.cli.shell import HEEDED
 
 
 @dataclass(frozen=True)

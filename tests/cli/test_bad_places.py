@@ -16,7 +16,7 @@ import pytest
 
 import actcache
 from actcache.cli import COMMANDS
-from actcache.cli.progress import Meter
+from actcache.io.progress import Meter
 from tests.cli.running import cachectl
 from tests.store.test_disk import mount, remount
 from tests.support import check, key, make_store, recipe

@@ -7,7 +7,7 @@ import itertools
 import sys
 
 import actcache
-from actcache.cli.progress import Meter
+from actcache.io.progress import Meter
 from tests.cli.running import cachectl
 from tests.support import check, key, make_store, put, recipe
 from tests.support.backends import each
@@ -43,7 +43,7 @@ def test_the_command_shows_them(tmp_path, monkeypatch):
         def __call__(self, step, done, total):
             seen.append((step, done, total))
             super().__call__(step, done, total)
-            shown.write(self._rate())
+            shown.write(self._rates())
 
     monkeypatch.setattr(sys.modules["actcache.cli.compact"], "Meter", Watched)
     assert cachectl("compact", tmp_path / "store").code == 0

@@ -8,7 +8,7 @@ import shlex
 
 import actcache
 from actcache.cli.corpus import Kind
-from actcache.cli.corpus.kinds import COMPRESSIONS, form
+from actcache.cli.corpus.files import COMPRESSIONS, form
 from tests.cli.running import cachectl
 from tests.support import ROOT
 

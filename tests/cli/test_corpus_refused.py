@@ -186,7 +186,7 @@ def test_options_that_go_with_a_corpus(store):
 def test_standard_input(tmp_path, monkeypatch):
     """The same rules; a table is read by its --format."""
     path = tmp_path / "given"
-    monkeypatch.setattr("actcache.cli.corpus.places.os.dup", lambda _: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr("actcache.cli.corpus.files.os.dup", lambda _: os.open(path, os.O_RDONLY))
 
     def read(data, *given, **options):
         path.write_bytes(data)

@@ -250,8 +250,8 @@ def test_a_pipe_is_read_once_and_whole(tmp_path):
     path = tmp_path / "pipe.jsonl"
     os.mkfifo(path)
     writer = threading.Thread(target=lambda: path.write_bytes(content("jsonl", TEXTS)))
-    assert corpus.passes(path)
-    assert corpus.passes("-")
+    assert corpus.is_stream(path)
+    assert corpus.is_stream("-")
     corpus.check(path, "body")
     assert corpus.count(path, "body") is None
     writer.start()

@@ -37,7 +37,7 @@ def test_an_extra_that_is_missing(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return importlib.metadata.version(name)
 
-    monkeypatch.setattr("actcache.admin.doctor.version", absent)
+    monkeypatch.setattr("actcache.admin.machine.version", absent)
     assert "pip install 'actcache[lmdb]'" in diagnosed()["facts"]["extras"]["lmdb"]
 
 

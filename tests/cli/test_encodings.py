@@ -22,7 +22,7 @@ from rich.console import Console
 import actcache
 from actcache.admin.benchmark import SHAPES, Shape
 from actcache.cli import COMMANDS
-from actcache.cli.progress import Meter
+from actcache.io.progress import Meter
 from actcache.models.progress import FillProgress
 from tests.cli.running import Pipe, Result, cachectl
 from tests.support import ids, key, recipe, rows

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import actcache
 from actcache.admin import exchange
-from actcache.admin.exchange import exporting, importing, parquet
-from actcache.cli.progress import Meter
+from actcache.admin.exchange import exporting, importing
 from actcache.errors import CorruptEntryError, FormatError, MissingEntryError
+from actcache.io.progress import Meter
 from tests.cli.running import cachectl
 from tests.store.test_disk import mount
 from tests.support import check, ids, key, length, make_store, put, recipe, rows, segment_files
@@ -282,8 +282,8 @@ def test_parquet_by_its_library(tmp_path, monkeypatch):
         {"key": key(n).hex(), "id": name, "length": length(n), "token_ids": None if n == 50 else ids(n).tolist()}
         for n, name in ((7, "seven"), (50, "fifty"), (2, ""), (7, "again"))
     ]
-    monkeypatch.setattr(parquet, "PART_BYTES", 200)
-    monkeypatch.setattr(parquet, "_GROUP_TOKENS", 40)
+    monkeypatch.setattr(exporting, "PART_BYTES", 200)
+    monkeypatch.setattr(exporting, "_GROUP_TOKENS", 40)
     assert "31 entries" in cachectl("export", tmp_path / "store", tmp_path / "all.parquet").out
     file = pyarrow.parquet.ParquetFile(tmp_path / "all.parquet")
     assert file.num_row_groups > 2

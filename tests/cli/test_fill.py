@@ -15,22 +15,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
 import actcache
 from actcache import Recycler, Recyclers
 from actcache.backend import Block
 from actcache.errors import UsageError
 from actcache.models.budget import taken
-from actcache.models.recycler import load_pretrained
-from actcache.segments.space import SegmentedSpace
+from actcache.models.pretrained import load_pretrained
+from actcache.segments.catalog import Catalog
 from actcache.store.store import Store
 from tests.cli.running import cachectl
 from tests.support.backends import each
+from tests.support.tiny import save_tiny
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -46,19 +43,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of four layers with a tokenizer that knows the words of TEXTS and digits, as a folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "document", "says", "la", *map(str, range(10))]
-    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-    AutoModel.from_config(BertConfig(vocab_size=len(words), initializer_range=0.2, **sizes)).save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", words=["document", "says", "la"], hidden_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +136,14 @@ def test_many_small_segments_never_take_more(loaded, tmp_path, monkeypatch):
     """Not while it works either: small ones are not merged, which would have them there twice."""
     most = 0
 
-    def publish(driver: SegmentedSpace, block: Block, *options: Any) -> str:
+    def publish(catalog: Catalog, block: Block, *options: Any) -> str:
         nonlocal most
-        name = published(driver, block, *options)
+        name = published(catalog, block, *options)
         most = max(most, used(store, recyclers))
         return name
 
-    published = SegmentedSpace.publish
-    monkeypatch.setattr(SegmentedSpace, "publish", publish)
+    published = Catalog.publish
+    monkeypatch.setattr(Catalog, "publish", publish)
     with actcache.open(tmp_path / "s") as store:
         store.space = functools.partial(store.space, segment_bytes=1 << 16)
         recyclers = Recyclers(*loaded, layers=[1], store=store, dtype="float32")

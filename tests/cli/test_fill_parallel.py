@@ -22,8 +22,7 @@ from actcache.errors import DocumentTooLongError, ModelError, StoreGoneError, Us
 from actcache.models import parallel
 from actcache.models.filling import CHUNK, Part
 from actcache.models.parallel import worker
-from actcache.models.parallel.fill import _together
-from actcache.models.parallel.partitioner import Partitioner
+from actcache.models.parallel.leader import Partitioner, _together
 from actcache.models.parallel.worker import Failed, Job
 from tests.cli.running import cachectl
 from tests.cli.test_fill import TEXTS, _own_cache, corpus, loaded, same, tiny, used  # noqa: F401
@@ -275,7 +274,7 @@ def stored(path: Path) -> int:
 # --- without ----------------------------------------------------------------------------------------------------------
 
 
-def test_documents_are_dealt_once_in_bounded_memory():
+def test_documents_come_once_in_bounded_memory():
     """Also where one process is much faster than the others; a text that stands twice comes to one process."""
     given = [f"text {i}" for i in range(60_000)]
     given += given[:100]
@@ -287,27 +286,29 @@ def test_documents_are_dealt_once_in_bounded_memory():
             read += 1
             yield text
 
-    dealer = Partitioner(texts(), 3)
+    partitioner = Partitioner(texts(), 3)
     got: list[list[Part]] = [[], [], []]
-    while (part := dealer.part(0)) is not None and part[1]:  # the others do nothing
+    while (part := partitioner.part(0)) is not None and part[1]:  # the others do nothing
         got[0].append(part)
     assert part is not None
     assert read < 3 * 6 * CHUNK
     ended: set[int] = set()
     while len(ended) < 3:
-        for hand in range(3):
-            part = dealer.part(hand)
+        for process in range(3):
+            part = partitioner.part(process)
             if part is None:
-                ended.add(hand)
+                ended.add(process)
             else:
                 assert len(part[1]) <= CHUNK
-                got[hand].append(part)
-    dealt = [[(i, text) for positions, some in parts for i, text in zip(positions, some, strict=True)] for parts in got]
-    assert sorted(pair for hand in dealt for pair in hand) == list(enumerate(given))
-    assert dealer.dealt == len(given)
-    whose = [{text for _, text in hand} for hand in dealt]
+                got[process].append(part)
+    partitions = [
+        [(i, text) for positions, some in parts for i, text in zip(positions, some, strict=True)] for parts in got
+    ]
+    assert sorted(pair for one in partitions for pair in one) == list(enumerate(given))
+    assert partitioner.taken == len(given)
+    whose = [{text for _, text in one} for one in partitions]
     assert not whose[0] & whose[1] and not whose[0] & whose[2] and not whose[1] & whose[2]  # noqa: PT018
-    assert min(map(len, dealt)) > 0.3 * len(given)
+    assert min(map(len, partitions)) > 0.3 * len(given)
 
 
 def test_losses_of_several_processes_are_added_up():
@@ -322,12 +323,12 @@ def test_losses_of_several_processes_are_added_up():
     )
 
 
-def test_few_documents_are_dealt_to_all():
-    dealer = Partitioner(MANY[:100], 4)
-    sizes = [len(dealer.part(hand)[1]) for hand in range(4)]
+def test_few_documents_come_to_all():
+    partitioner = Partitioner(MANY[:100], 4)
+    sizes = [len(partitioner.part(process)[1]) for process in range(4)]
     assert sum(sizes) == 100
     assert min(sizes) > 10
-    assert [dealer.part(hand) for hand in range(4)] == [None] * 4
+    assert [partitioner.part(process) for process in range(4)] == [None] * 4
 
 
 def test_a_worker_reports_what_it_cannot_do(tiny, tmp_path, monkeypatch):  # noqa: F811

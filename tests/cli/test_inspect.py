@@ -103,7 +103,7 @@ def test_a_sample_is_drawn_by_its_seed(store):
     with actcache.open(store, "r") as opened:
         for options in ({"sample": -1}, {"seed": -1}):
             with pytest.raises(UsageError):
-                report.survey(opened, **options)
+                report.store_detail(opened, **options)
     cachectl("inspect", store, "--space", NAME, "--sample", -1).refused(2)
 
 

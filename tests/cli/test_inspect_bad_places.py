@@ -9,8 +9,8 @@ import signal
 import pytest
 
 import actcache
-from actcache.admin.report.words import moment
-from actcache.cli.progress import Meter
+from actcache.admin.display import moment
+from actcache.io.progress import Meter
 from tests.cli.inspected import NAME, filled, strict
 from tests.cli.running import cachectl
 from tests.support import make_store, recipe, segment_files

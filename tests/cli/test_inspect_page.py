@@ -140,7 +140,7 @@ def test_a_file_that_stands_is_left_alone(store, tmp_path):
     dangling.symlink_to(tmp_path / "nowhere")
     assert "stands already" in cachectl("inspect", store, "--html", dangling).refused(2)
     with actcache.open(store, "r") as opened:
-        found = reporting.survey(opened, sample=0)
+        found = reporting.store_detail(opened, sample=0)
     with pytest.raises(actcache.errors.UsageError):
         reporting.write_page(found, path)
 
@@ -171,8 +171,8 @@ def test_a_page_where_there_are_no_links(store, tmp_path, monkeypatch):
         (tmp_path / "other.html").write_text("mine")
         return made(found)
 
-    made = page_module.page
-    monkeypatch.setattr(page_module, "page", made_meanwhile)
+    made = page_module.render_page
+    monkeypatch.setattr(page_module, "render_page", made_meanwhile)
     assert "made meanwhile" in cachectl("inspect", store, "--html", tmp_path / "other.html").refused(2)
     assert (tmp_path / "other.html").read_text() == "mine"
 

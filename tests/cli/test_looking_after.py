@@ -179,7 +179,7 @@ def test_one_damaged_recipe_hides_nothing_else(store):
         assert (list(json.loads(result.out)["spaces"]), list(json.loads(result.out)["unreadable"])) == ([good], [bad])
     with actcache.open(store, "r") as opened:
         with pytest.raises(UsageError):
-            inspection.chosen(opened, ["ffff-none"])
+            inspection.select_spaces(opened, ["ffff-none"])
         with pytest.raises(SpaceNotFoundError, match="other/model"):  # and not what is wrong with another space
             opened.space(recipe(layer=3))
 

@@ -9,9 +9,8 @@ import time
 import pytest
 from rich.console import Console
 
-from actcache.cli.common import binary, counted, span
-from actcache.cli.progress import Meter
-from actcache.io.progress import Unheard
+from actcache.admin.display import binary, counted, span
+from actcache.io.progress import LossyStream, Meter
 from actcache.models.progress import FillProgress
 
 
@@ -42,7 +41,7 @@ def test_lines_where_there_is_no_terminal(clock):
 
 def test_each_step_has_its_own_rate(clock):
     console = plain()
-    with Meter("migrate", "B", console=console) as meter:
+    with Meter("migrate", amount=binary, console=console) as meter:
         meter("one", 0, 1 << 30)
         clock[0] += 5
         meter("one", 1 << 30, 1 << 30)
@@ -96,7 +95,7 @@ def test_quiet_and_broken_pipes(clock):
             raise OSError(errno.EIO, "the terminal is closed")
 
     for terminal in (True, False):
-        console = Console(file=Unheard(Broken()), force_terminal=terminal, width=100)
+        console = Console(file=LossyStream(Broken()), force_terminal=terminal, width=100)
         with Meter("verify", "entries", console=console) as meter:
             for done in range(5):
                 meter("x", done, 10)

@@ -56,7 +56,7 @@ def spaces(root):
 
 def planned(root, **options):
     with actcache.open(root, "r") as store:
-        return retention.plan(store, **options)
+        return retention.plan_pruning(store, **options)
 
 
 def size(root):
@@ -368,7 +368,7 @@ def test_a_reader_and_a_writer_at_work_lose_nothing(kind, tmp_path):
             make_store(url, range(30), layer=10 + number)
             put_back(root, old, DAY)
             with actcache.open(url) as store:
-                done = retention.prune(store, retention.plan(store, max_bytes=1))
+                done = retention.prune(store, retention.plan_pruning(store, max_bytes=1))
             assert done.spaces == [old.fingerprint]
             time.sleep(0.05)
     finally:
@@ -527,7 +527,7 @@ def test_a_damaged_space_goes_by_its_name(root):
 
 def test_states(root):
     with actcache.open(root, "r") as store:
-        found = {state.fingerprint: state for state in retention.states(store)}
+        found = {state.fingerprint: state for state in retention.space_states(store)}
     for one, days, used in ((A, 30, 1), (B, 20, 20), (C, 10, 10)):
         state = found[one.fingerprint]
         assert state.recipe == one

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import actcache
 from actcache import Recycler
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 from actcache.models.verification import ROUNDING
 from tests.cli.running import cachectl
 from tests.support import make_store

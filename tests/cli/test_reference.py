@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from actcache.cli import COMMANDS
-from actcache.cli.reference import reference
+from actcache.cli.reference import reference_text
 from tests.cli.running import cachectl
 from tests.support import ROOT
 
 
 def test_the_reference_is_up_to_date():
-    assert (ROOT / "docs" / "cli.md").read_text() == reference(), "python -m actcache.cli.reference docs/cli.md"
+    assert (ROOT / "docs" / "cli.md").read_text() == reference_text(), "python -m actcache.cli.reference docs/cli.md"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
@@ -26,7 +26,7 @@ def test_every_command_describes_itself(command):
 
 
 def test_every_option_is_in_the_reference():
-    text = reference()
+    text = reference_text()
     for option in (
         "--max-length",
         "`--json`",

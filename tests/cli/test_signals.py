@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 
 import actcache
-from actcache.cli import signals
-from actcache.cli.signals import HEEDED, Interrupted, Requests
+from actcache.cli import shell
+from actcache.cli.shell import HEEDED, Interrupted, Requests
 from tests.support import ROOT
 from tests.support.tiny import save_tiny
 
@@ -39,7 +39,7 @@ import functools, json, os, signal, sys, threading
 import h5py, zarr, actcache.cli, actcache.models.parallel, actcache.admin.recompute, actcache.models.timing
 from transformers import BertModel, PreTrainedTokenizerFast
 from actcache.models.filling import Filler
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 from actcache.store.store import Store
 
 Store.space = functools.partialmethod(Store.space, segment_bytes=1 << 16)  # many segments: signals hit every phase
@@ -521,8 +521,8 @@ def requests(monkeypatch) -> Iterator[tuple[Requests, list[int], list[float]]]:
     """Requests whose clock a test sets, and what ended at once."""
     at_once: list[int] = []
     now = [100.0]
-    monkeypatch.setattr(signals, "_end_now", at_once.append)
-    monkeypatch.setattr(signals, "_now", lambda: now[0])
+    monkeypatch.setattr(shell, "_end_now", at_once.append)
+    monkeypatch.setattr(shell, "_now", lambda: now[0])
     given = {number: signal.getsignal(number) for number in HEEDED}, sys.unraisablehook
     asked = Requests()
     asked.heed()

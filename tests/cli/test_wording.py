@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from actcache.cli.wording import SHELL_WORDS, in_shell
+from actcache.cli.shell import SHELL_WORDS, in_shell
 from tests.cli.running import cachectl
 from tests.support import ROOT
 

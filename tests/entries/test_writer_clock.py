@@ -168,7 +168,7 @@ def test_an_interrupt_while_it_closes_loses_nothing(clock):
     blocks: list[int] = []
     interrupts = iter([True])
     writer = Writer(lambda block: blocks.append(len(block)), COLUMNS, 1, clock=clock, segment_bytes=48)
-    settle = writer._settle
+    settle = writer._finish_publishing
 
     def interrupted() -> None:
         if next(interrupts, False):
@@ -177,7 +177,7 @@ def test_an_interrupt_while_it_closes_loses_nothing(clock):
 
     add(writer, 1)
     add(writer, 2)
-    writer._settle = interrupted
+    writer._finish_publishing = interrupted
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     assert blocks == [1, 1]

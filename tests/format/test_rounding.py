@@ -12,7 +12,7 @@ import actcache
 from actcache.admin.exchange import export_space, import_file
 from actcache.admin.migration import migrate
 from actcache.errors import CodecOverflowError, FormatError, RecipeError, ShapeError
-from actcache.format import codec, rounding
+from actcache.format import codec
 from actcache.format.recipe import Recipe
 from tests.support import key, recipe
 from tests.support.backends import each
@@ -70,7 +70,7 @@ def test_ways_have_one_recipe_exactly_when_their_numbers_are_the_same(compute_dt
     assert sorted(map(sorted, by_recipe.values())) == sorted(map(sorted, by_numbers.values()))
     assert len(by_recipe) == recipes
     longer = (way for steps in (5, 6) for way in itertools.product(codec.names(), repeat=steps))
-    assert len({(way[-1], rounding.traces(way, compute_dtype)) for way in longer}) == recipes
+    assert len({(way[-1], codec.traces(way, compute_dtype)) for way in longer}) == recipes
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
@@ -127,8 +127,8 @@ def test_a_lineage_that_no_way_has_is_refused(via):
 def test_traces_of_nothing_lost():
     for way in WAYS:
         if set(way[:-1]) <= {"float32"}:
-            assert rounding.traces(way, "float32") == ()
-            assert rounding.traces(way, "bfloat16") == ()
+            assert codec.traces(way, "float32") == ()
+            assert codec.traces(way, "bfloat16") == ()
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------

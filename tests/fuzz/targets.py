@@ -19,7 +19,7 @@ from actcache.format.recipe import Recipe
 from actcache.segments import registry, tombstones
 from actcache.segments.index import Table
 from actcache.segments.places import marker
-from actcache.segments.places.local import LocalSegment
+from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.segment import Segment
 from actcache.store.collection import Collection
 from tests.support import compact, ids, key, put, recipe, rows

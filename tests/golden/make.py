@@ -89,8 +89,9 @@ def make(name):
     held = {"spaces": spaces, "collections": {"named": [hexed, named], "plain": [hexed[:2], None]}}
     (folder / "holds.json").write_text(json.dumps(held, indent=1) + "\n")
     shutil.rmtree(folder / "store/tmp", ignore_errors=True)
-    for lock in (folder / "store").rglob("lock.mdb"):  # means nothing when nobody has the space open
-        lock.unlink()
+    for name in ("lock.mdb", "used.json"):  # mean nothing when nobody has the space open, nor ever looked at it
+        for path in (folder / "store").rglob(name):
+            path.unlink()
     (folder / "files.json").write_text(json.dumps(files(folder / "store"), indent=1) + "\n")
 
 

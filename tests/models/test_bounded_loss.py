@@ -15,7 +15,7 @@ import actcache
 from actcache import Recycler, Recyclers
 from actcache.errors import MissingEntryError, OutOfSpaceError
 from actcache.models.filling import Filler
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 from tests.entries.test_writer_clock import Hand, until
 from tests.support.tiny import save_tiny
 
@@ -43,7 +43,7 @@ class Watch:
     """Looks, whenever a batch is computed, at what a kill would lose."""
 
     def __init__(self, clock: Hand, store, recycler: Recycler, monkeypatch) -> None:
-        self.clock, self.store, self.recipe, encoder = clock, store, recycler.recipe, recycler._encoder
+        self.clock, self.store, self.recipe, encoder = clock, store, recycler.recipe, recycler.agreement.encoder
         self.computed: dict[bytes, float] = {}  # token ids -> when
         self.worst = 0.0
         self.batches = 0

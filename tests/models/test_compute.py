@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 import actcache
 from actcache import Recycler
 from actcache.errors import CanaryError, NonFiniteError, ReadOnlyError
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 
 TEXTS = [f"document {i} says " + "la " * (i % 13) + "." for i in range(40)]
 

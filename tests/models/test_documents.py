@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import actcache
 from actcache import Recyclers
 from actcache.admin.forecast import forecast
-from actcache.admin.recompute.inputs import of_documents
+from actcache.admin.lost import of_documents
 from actcache.errors import DocumentError, UsageError
 from actcache.models.parallel import fill as fill_parallel
 from actcache.models.training.joint import read_jointly
@@ -77,9 +77,9 @@ def uses(recyclers: Recyclers, tiny: Path, task: Any, tmp_path: Path) -> dict[st
         "regime R": lambda texts: one.regime("R", task, texts),
         "jointly": lambda texts: read_jointly(recyclers, texts),
         "sweep": lambda texts: sweep(recyclers, task, texts, [0, 1, 0], held_out=[0]),
-        "count": lambda texts: count_vocabulary(texts, one._encoder.tokenizer),
+        "count": lambda texts: count_vocabulary(texts, one.agreement.encoder.tokenizer),
         "forecast": lambda texts: forecast(store, texts, str(tiny), layers=[2]),
-        "recompute": lambda texts: of_documents(one.space, one._encoder, texts, {}),
+        "recompute": lambda texts: of_documents(one.space, one.agreement.encoder, texts, {}),
     }
 
 
@@ -135,7 +135,7 @@ def test_what_is_no_list_of_documents_is_refused_everywhere(uses: dict[str, Use]
                 continue
             with pytest.raises(UsageError, match=why):
                 use(make())
-    of_documents(recyclers[2].space, recyclers[2]._encoder, used_up(), {})
+    of_documents(recyclers[2].space, recyclers[2].agreement.encoder, used_up(), {})
     assert not len(recyclers[2].space)
     assert not len(recyclers[3].space)
 
@@ -176,7 +176,7 @@ def test_none_on_purpose(recyclers: Recyclers) -> None:
     assert recyclers.fill([], progress=False).documents == 0
     assert len(recyclers[2].reader([])) == 0
     assert len(recyclers[2].reader(np.empty(0, object))) == 0
-    assert count_vocabulary([], recyclers[2]._encoder.tokenizer).documents == 0
+    assert count_vocabulary([], recyclers[2].agreement.encoder.tokenizer).documents == 0
 
 
 def test_one_generator_for_two_fills(recyclers: Recyclers) -> None:
@@ -214,7 +214,7 @@ def test_documents_of_any_container(recyclers: Recyclers, name: str) -> None:
     one = recyclers[2]
     assert one.keys([given]) == one.keys([plain])
     one.fill([given], progress=False)
-    mine, theirs = one._encoder.encode([given, plain])
+    mine, theirs = one.agreement.encoder.encode([given, plain])
     np.testing.assert_array_equal(mine[0].token_ids, theirs[0].token_ids)
     np.testing.assert_array_equal(one.space.get(one.keys([plain]))[0].token_ids, theirs[0].token_ids)
     assert one.verify(texts=[given]).ok
@@ -235,7 +235,7 @@ def test_a_subclass_of_str_is_its_text(recyclers: Recyclers) -> None:
     assert str(Text.A) != "a b"
     for mine, plain in ((Text.A, "a b"), ((Text.A, "c"), ("a b", "c")), ([Text.A, "c"], ["a b", "c"])):
         assert recyclers[2].keys([mine]) == recyclers[2].keys([plain])
-        encoded, other = recyclers[2]._encoder.encode([mine, plain])
+        encoded, other = recyclers[2].agreement.encoder.encode([mine, plain])
         assert encoded[0].token_ids.tolist() == other[0].token_ids.tolist()
 
 
@@ -284,7 +284,7 @@ def test_what_is_no_document_is_named_by_its_position(recyclers: Recyclers, tiny
         lambda: one.reader(iter(texts), on_missing="compute"),
         lambda: one.keys(texts),
         lambda: one.regime("NR", task, texts),
-        lambda: count_vocabulary(texts, one._encoder.tokenizer),
+        lambda: count_vocabulary(texts, one.agreement.encoder.tokenizer),
         lambda: one.verify(texts=texts),
     ):
         with pytest.raises(DocumentError, match=rf"(position|document) 2\b.*({why})"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM
 
 from actcache.errors import ModelError, UsageError
 from actcache.models import add_adapters, load_reduced, reduce
-from actcache.models.vocabulary import load_pruned, prune
+from actcache.models.vocabulary import load_pruned, prune_vocabulary
 from tests.models.zoo import CLASSIFY, KINDS
 
 LAYER = 2
@@ -124,7 +124,7 @@ def test_adapters_ties_and_names_of_labels(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_pruned_model(tmp_path: Path) -> None:
     task = KINDS["bert"].make(CLASSIFY).to(torch.bfloat16)
-    prune(task, range(40)).model.save_pretrained(tmp_path)
+    prune_vocabulary(task, range(40)).model.save_pretrained(tmp_path)
     loaded = load_pruned(type(task), tmp_path).model
     assert {dtype for dtype in dtypes(loaded).values() if dtype.is_floating_point} == {torch.bfloat16}
 

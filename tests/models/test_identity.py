@@ -34,10 +34,10 @@ from transformers import (
 import actcache
 from actcache.errors import ActcacheError, CanaryError, LowerHalfMismatchError, ModelError, NonFiniteError
 from actcache.models import LowerHalf, base_model_of, canary, family_of, lower_digest
-from actcache.models.distance import relative_error
-from actcache.models.leaves import leaves
+from actcache.models.canary import relative_error
 from actcache.models.recycler import Recycler
 from actcache.models.recyclers import Recyclers
+from actcache.models.weights import leaves
 from tests.models.zoo import KINDS
 from tests.support import ROOT
 
@@ -249,7 +249,7 @@ def by_reduce(recycler: Recycler) -> None:
 
 
 def recycler_model(recycler: Recycler) -> PreTrainedModel:
-    return recycler._lower.base_model  # a base model is a task model, too
+    return recycler.agreement.lower.base_model  # a base model is a task model, too
 
 
 def compare(recycler: Recycler) -> None:

@@ -122,7 +122,7 @@ def test_copies_and_pickles_have_rows_and_weights_of_their_own(name: str) -> Non
         want = reduced(**batch).loss
         for other in (copy.deepcopy(reduced), torch.load(file, weights_only=False)):
             assert torch.equal(other(**batch).loss, want)
-            assert other.actcache_handed is not reduced.actcache_handed
+            assert other.actcache_injected is not reduced.actcache_injected
             for parameter in other.parameters():
                 parameter.zero_()
             assert not torch.equal(other(**batch).loss, want)

@@ -35,7 +35,7 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.models import base_model_of, canary, filling
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 from actcache.models.recycler import Recycler
 from actcache.store.store import Store
 
@@ -408,7 +408,7 @@ def test_progress_that_nobody_reads(
         writing = os.open(gone, os.O_WRONLY)
     raw = io.FileIO(writing, "w")
     monkeypatch.setattr("sys.stderr", io.TextIOWrapper(raw, write_through=True))
-    monkeypatch.setattr("actcache.models.progress._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("actcache.io.progress._LINE_SECONDS", 0.0)
     with raw, Recycler(model, tokenizer, layer=2, store=store) as recycler:
         assert recycler.fill(TEXTS).computed == 60
         assert len(recycler.space) == 60

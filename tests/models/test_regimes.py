@@ -148,9 +148,32 @@ def test_windows_have_their_documents_labels(task: PreTrainedModel, tokenizer: A
         assert len(text["labels"]) > 5
 
 
+def test_missing_windows_are_tokenized_once(task, tokenizer, tmp_path, monkeypatch):
+    """When the regime is prepared, to count and measure them; and each once more when its batch is computed."""
+    texts = [" ".join([text] * (i % 5 + 1)) for i, text in enumerate(TEXTS)]
+    calls: list[int] = []
+    plain = type(tokenizer).__call__
+
+    def counting(self: Any, some: Any, *args: Any, **options: Any) -> Any:
+        calls.append(len(some))
+        return plain(self, some, *args, **options)
+
+    windows = actcache.windows(32, stride=8)
+    with Recycler(
+        task.base_model, tokenizer, layer=2, store=tmp_path, too_long=windows, check_canaries=False
+    ) as recycler:
+        recycler.fill(texts[:1], progress=False)
+        monkeypatch.setattr(type(tokenizer), "__call__", counting)
+        batches = recycler.regime("SR", task, texts, bucket=True, batch_size=4).batches
+        assert sum(calls) == len(texts) - 1
+        for _ in batches:
+            pass
+        assert sum(calls) == 2 * (len(texts) - 1)
+
+
 def test_labels_of_tokens(recycler: Recycler, make_model: Make, tokenizer: Any) -> None:
     task = make_model(AutoModelForTokenClassification)
-    task.base_model.load_state_dict(recycler._lower.base_model.state_dict(), strict=False)
+    task.base_model.load_state_dict(recycler.agreement.lower.base_model.state_dict(), strict=False)
     labels = [np.arange(len(ids)) % 2 for ids in tokenizer(TEXTS)["input_ids"]]
     options = {**OPTIONS, "labels": labels}
     seen = {regime: losses(recycler.regime(regime, task, TEXTS, **options), 2) for regime in ("SR", "F", "R")}

@@ -209,8 +209,8 @@ def test_rows_are_not_kept_after_a_forward(make_model: Make) -> None:
     reduced(**batch)
     with pytest.raises(ShapeError):
         reduced(**{**batch, "attention_mask": MASK[:, :3]})
-    assert reduced.actcache_handed.get() == (None, None)
-    assert reduced.actcache_handed.last == (None, None)
+    assert reduced.actcache_injected.get() == (None, None)
+    assert reduced.actcache_injected.last == (None, None)
 
 
 def test_threads_that_share_a_model_get_their_own_rows(make_model: Make) -> None:

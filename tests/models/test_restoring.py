@@ -17,7 +17,8 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import actcache
 from actcache import Recycler, Recyclers
-from actcache.admin.recompute import RecordedModels, Restoration, repair, restoring
+from actcache.admin import recompute
+from actcache.admin.recompute import RecordedModels, Restoration, repair_by_recomputing
 from actcache.errors import DocumentError
 from tests.support.backends import each
 from tests.support.tiny import save_tiny
@@ -72,7 +73,7 @@ def damage(store: Any, documents: Any, column: str = "values", **changes: Any) -
 def mended(store: Any, model: Any, **options: Any) -> Restoration:
     """Repair; return what became of the first space that had lost something."""
     with actcache.open(store) as opened:
-        done = repair(opened, RecordedModels(model, device="cpu"), **options)
+        done = repair_by_recomputing(opened, RecordedModels(model, device="cpu"), **options)
     assert not done.unreadable
     return next(one for one in done.spaces.values() if one.quarantined or one.missing or one.recomputed)
 
@@ -122,7 +123,10 @@ def test_ids_that_nothing_vouches_for_are_not_computed(saved: Path, tmp_path: Pa
     assert (done.quarantined, set(done.recomputed), done.missing) == ([], lost.keys() - set(proven), [])
     check_back(store, lost)
     with actcache.open(store) as opened:
-        assert all(not (one.recomputed or one.missing) for one in repair(opened, RecordedModels(saved)).spaces.values())
+        assert all(
+            not (one.recomputed or one.missing)
+            for one in repair_by_recomputing(opened, RecordedModels(saved)).spaces.values()
+        )
 
 
 def test_from_another_layer(saved: Path, tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_from_another_layer(saved: Path, tmp_path: Path) -> None:
 
 
 def test_more_than_is_held_at_once(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restoring, "_HELD", 60)
+    monkeypatch.setattr(recompute, "_HELD", 60)
     store, told = tmp_path / "store", []
     with Recycler.from_pretrained(saved, layer=2, store=store, dtype="float32") as recycler:
         recycler.fill(TEXTS, progress=False)

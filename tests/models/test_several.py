@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 import actcache
 from actcache import Recycler, Recyclers
 from actcache.errors import LayerError, LowerHalfMismatchError, NonFiniteError, ReadOnlyError, UsageError
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 
 Make = Callable[..., PreTrainedModel]
 
@@ -135,7 +135,7 @@ def test_a_pretrained_model_is_loaded_once(minilm_path: str, tmp_path: Path) -> 
     with Recyclers.from_pretrained(minilm_path, layers=[2, 4], store=tmp_path / "store", device="cpu") as recyclers:
         assert recyclers.fill(TEXTS[:3], progress=False).computed == 3
         assert recyclers[2].recipe.layer == 2
-        assert recyclers[2]._lower.base_model is recyclers[4]._lower.base_model
+        assert recyclers[2].agreement.lower.base_model is recyclers[4].agreement.lower.base_model
         assert "2, 4" in repr(recyclers)
     with Recycler.from_pretrained(minilm_path, layer=4, store=tmp_path / "store", device="cpu") as recycler:
         assert recycler.fill(TEXTS[:3], progress=False).computed == 0

@@ -184,7 +184,7 @@ def test_loading_against_another_recipe_is_refused(
     with actcache.open(tmp_path / "others") as store:
 
         def other(seed: int = 0, **options: Any) -> Recycler:
-            model = make_model(AutoModel, seed=seed) if seed else recycler._lower.base_model
+            model = make_model(AutoModel, seed=seed) if seed else recycler.agreement.lower.base_model
             return Recycler(model, tokenizer, store=store, **{"layer": LAYER, "dtype": "float32", **options})
 
         with pytest.raises(LowerHalfMismatchError, match="weights"):

@@ -113,7 +113,7 @@ def test_readers_that_do_not_go_together_are_refused(make_model: Make, tokenizer
     assert sum(len(step[3]) for step in computed) == 41
     key = recyclers[1].keys(TEXTS[:1])
     ids = np.arange(3)
-    recyclers[1].space.put(key, recyclers[1]._lower.run([ids]), token_ids=[ids], overwrite=True)
+    recyclers[1].space.put(key, recyclers[1].agreement.lower.run([ids]), token_ids=[ids], overwrite=True)
     reader = read_jointly(recyclers, TEXTS[:1], on_missing="skip")
     with pytest.raises(DataError, match="overwritten in one of the spaces"):
         next(iter(reader))

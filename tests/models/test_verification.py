@@ -52,7 +52,7 @@ def test_what_was_recorded_passes(make: Any, make_model: Make, dtype: str) -> No
     recycler = make(dtype=dtype)
     for head in (AutoModelForSequenceClassification, AutoModelForQuestionAnswering):
         task = make_model(head)
-        task.base_model.load_state_dict(recycler._lower.base_model.state_dict(), strict=False)
+        task.base_model.load_state_dict(recycler.agreement.lower.base_model.state_dict(), strict=False)
         report = recycler.verify(25, task_model=task)
         assert report.ok
         assert report.documents == 25
@@ -110,7 +110,7 @@ def test_entries_of_another_text_are_found(make: Any) -> None:
 
 def test_a_lower_half_that_changed_is_found(make: Any) -> None:
     recycler = make()
-    layer = recycler._lower.base_model.encoder.layer[0]
+    layer = recycler.agreement.lower.base_model.encoder.layer[0]
     handle = layer.register_forward_hook(lambda module, args, output: output * 1.01)
     with pytest.raises(VerificationError) as caught:
         recycler.verify(10)

@@ -99,7 +99,7 @@ class Kind:
     def configured(self, **options: Any) -> Any:
         return self.config(**{**self.options, "num_labels": 2, **options})
 
-    def make(self, head: Any, attention: str = "eager", seed: int = 0, **options: Any) -> PreTrainedModel:
+    def make(self, head: Any, attention: str | None = "eager", seed: int = 0, **options: Any) -> PreTrainedModel:
         torch.manual_seed(seed)
         make = head.from_config if hasattr(head, "from_config") else head._from_config
         model: PreTrainedModel = make(self.configured(**options), attn_implementation=attention)

@@ -38,7 +38,7 @@ class Copy:
         self.ended = self.waited = True
 
 
-class PageableSlots(cuda.PinnedSlots):
+class PageableBuffers(cuda.PinnedBuffers):
     """The same over ordinary memory."""
 
     def _allocate(self, nbytes):
@@ -50,45 +50,45 @@ def place(array):
 
 
 def test_a_buffer_is_not_written_while_it_is_copied():
-    slots, copies, seen = PageableSlots(3), [Copy() for _ in range(5)], []
+    buffers, copies, seen = PageableBuffers(3), [Copy() for _ in range(5)], []
     for copy in copies[:3]:
-        array = slots.take((10, 4), np.float16)
+        array = buffers.take((10, 4), np.float16)
         assert place(array) not in seen  # their copies run: another buffer, nothing is waited for
         seen.append(place(array))
-        slots.give_back(array, copy)
+        buffers.give_back(array, copy)
     assert not any(copy.waited for copy in copies)
-    array = slots.take((10, 4), np.float16)  # no more are made: the oldest copy is waited for
+    array = buffers.take((10, 4), np.float16)  # no more are made: the oldest copy is waited for
     assert place(array) == seen[0]
     assert [copy.waited for copy in copies[:3]] == [True, False, False]
-    slots.give_back(array, copies[3])
+    buffers.give_back(array, copies[3])
     copies[2].ended = True
-    array = slots.take((10, 4), np.float16)  # one that is free is preferred to one that is not
+    array = buffers.take((10, 4), np.float16)  # one that is free is preferred to one that is not
     assert place(array) == seen[2]
     assert not copies[1].waited
 
 
 def test_a_buffer_that_is_too_small_is_replaced_after_its_copy():
-    slots, copy = PageableSlots(1), Copy()
-    small = slots.take((2, 4), np.float16)
-    slots.give_back(small, copy)
-    large = slots.take((200, 4), np.float16)
+    buffers, copy = PageableBuffers(1), Copy()
+    small = buffers.take((2, 4), np.float16)
+    buffers.give_back(small, copy)
+    large = buffers.take((200, 4), np.float16)
     assert copy.waited
     assert place(large) != place(small)
-    slots.give_back(large, None)
-    assert place(slots.take((100, 4), np.float16)) == place(large)
-    assert len(slots._pinned) == 1
+    buffers.give_back(large, None)
+    assert place(buffers.take((100, 4), np.float16)) == place(large)
+    assert len(buffers._pinned) == 1
 
 
 def test_buffers_of_several_threads_are_apart():
-    slots, failures = PageableSlots(4), []
+    buffers, failures = PageableBuffers(4), []
 
     def work(number):
         for _ in range(300):
-            array = slots.take((50,), np.int64)
+            array = buffers.take((50,), np.int64)
             array[:] = number
             if not (array == number).all():
                 failures.append(number)
-            slots.give_back(array, None)
+            buffers.give_back(array, None)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -96,7 +96,7 @@ def test_buffers_of_several_threads_are_apart():
     for thread in threads:
         thread.join()
     assert failures == []
-    assert len(slots._pinned) <= 4
+    assert len(buffers._pinned) <= 4
 
 
 # --- with a device --------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_memory_and_buffers_stay_flat(space):
             pass
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before + (1 << 20)
-    assert len(reader._to().slots._pinned) <= 2 + 2
+    assert len(reader._to_device().buffers._pinned) <= 2 + 2
 
 
 @needs_cuda
@@ -184,7 +184,7 @@ def test_times_are_the_devices(space):
     stats = reader.stats()
     assert stats.copy_seconds > 0
     assert stats.decode_seconds > 0
-    assert not reader._to()._timed  # all of it was counted
+    assert not reader._to_device()._timed  # all of it was counted
 
 
 @needs_cuda

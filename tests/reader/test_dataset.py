@@ -221,8 +221,8 @@ def test_it_computes_what_is_missing_in_one_process(reader, tmp_path):
         settled.append(1)
         space.flush()
 
-    supplier = MissComputer(lambda positions: np.array([length(n) for n in positions]), supply, settle)
-    options = {"labels": np.arange(COUNT), "on_missing": "compute", "supplier": supplier}
+    miss_computer = MissComputer(lambda positions: np.array([length(n) for n in positions]), supply, settle)
+    options = {"labels": np.arange(COUNT), "on_missing": "compute", "miss_computer": miss_computer}
     data = space.reader([key(n) for n in range(COUNT)], **options).dataset()
     assert data.lengths.tolist() == [length(n) for n in range(COUNT)]
     with pytest.raises(UsageError, match="one process"):

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 import actcache
 from actcache.errors import NotAStoreError, StorageIOError, UsageError
-from actcache.reader.caches import entries as localentries
-from actcache.reader.caches.folder import in_use
-from actcache.reader.caches.local import LocalCache
+from actcache.reader.caches import local_entries as localentries
+from actcache.reader.caches.local_cache import LocalCache
+from actcache.reader.caches.local_folder import in_use
 from actcache.reader.reader import Reader
 from tests.reader.remote import COUNT, KEYS, Remote, check, reading
 from tests.store.test_disk import mount, small_disk  # noqa: F401 (a fixture)
@@ -202,9 +202,9 @@ def test_a_disk_that_cannot_be_read(remote, place, caplog, what):
         if what == "rows":
             entries._snapshot.gather = broken
         else:
-            entries._space.snapshot, entries._seen = broken, -1
+            entries._catalog.snapshot, entries._seen = broken, -1
         assert sorted(check(reader)) == sorted(check(reader)) == list(range(COUNT))
-        entries._space.snapshot = lambda: None  # closing looks once more
+        entries._catalog.snapshot = lambda: None  # closing looks once more
     assert [record.message[:31] for record in caplog.records] == ["going on without the local cache"[:31]]
     caplog.clear()
 
@@ -323,8 +323,8 @@ def test_what_is_in_use_is_not_evicted(tmp_path, place, space, remote, monkeypat
     # As long as the first one lives, in another process too.
     code = """
 import sys, actcache
-from actcache.reader.caches.folder import in_use
-from actcache.reader.caches.local import LocalCache
+from actcache.reader.caches.local_folder import in_use
+from actcache.reader.caches.local_cache import LocalCache
 from tests.support import *
 space = actcache.open(sys.argv[1], "r").space(recipe())
 cache = LocalCache(space, sys.argv[2], 600_000)
@@ -361,7 +361,7 @@ from tests.reader.remote import Remote, check, reading
 space = actcache.open(sys.argv[1], "r").space(recipe())
 remote = Remote(space)
 from pathlib import Path
-from actcache.reader.caches import entries as localentries
+from actcache.reader.caches import local_entries as localentries
 localentries._SEGMENT_BYTES = 1500
 """
 

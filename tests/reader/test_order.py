@@ -22,7 +22,7 @@ lengths_of = st.lists(st.integers(1, 40), max_size=70).map(lambda values: np.arr
 
 @given(orders, lengths_of, st.integers(1, 5), st.integers(0, 3))
 def test_each_document_once_and_as_many_batches_on_every_rank(order, lengths, ranks, epoch):
-    plan = order.plan(lengths, epoch)
+    plan = order.of_epoch(lengths, epoch)
     assert sorted(plan.sequence.tolist()) == list(range(len(lengths)))
     if 0 < len(lengths) < ranks:
         with pytest.raises(ValueError, match="ranks"):
@@ -44,7 +44,7 @@ def test_each_document_once_and_as_many_batches_on_every_rank(order, lengths, ra
 
 @given(orders, lengths_of, st.integers(1, 4), st.integers(1, 4), st.data())
 def test_an_epoch_is_taken_up_again_at_any_round(order, lengths, ranks, others, data):
-    plan = order.plan(lengths, 0)
+    plan = order.of_epoch(lengths, 0)
     if len(lengths) < max(ranks, others):
         return
     rounds = list(plan.rounds(ranks))
@@ -63,7 +63,7 @@ def test_an_epoch_is_taken_up_again_at_any_round(order, lengths, ranks, others, 
 @given(orders, lengths_of, st.integers(1, 4))
 def test_dropping_the_last(order, lengths, ranks):
     order = Order(**{**vars(order), "drop_last": True})
-    plan = order.plan(lengths, 0)
+    plan = order.of_epoch(lengths, 0)
     for batches in plan.rounds(ranks):
         assert len(batches) == ranks
         if not order.max_tokens:
@@ -72,21 +72,21 @@ def test_dropping_the_last(order, lengths, ranks):
 
 def test_order_given_shuffled_and_by_length():
     lengths = np.random.default_rng(0).integers(1, 500, 5000)
-    assert Order(32).plan(lengths, 3).sequence.tolist() == list(range(5000))
-    shuffled = [Order(32, shuffle=True, seed=1).plan(lengths, epoch).sequence for epoch in (0, 1, 0)]
+    assert Order(32).of_epoch(lengths, 3).sequence.tolist() == list(range(5000))
+    shuffled = [Order(32, shuffle=True, seed=1).of_epoch(lengths, epoch).sequence for epoch in (0, 1, 0)]
     assert not np.array_equal(shuffled[0], shuffled[1])
     np.testing.assert_array_equal(shuffled[0], shuffled[2])
-    assert not np.array_equal(shuffled[0], Order(32, shuffle=True, seed=2).plan(lengths, 0).sequence)
+    assert not np.array_equal(shuffled[0], Order(32, shuffle=True, seed=2).of_epoch(lengths, 0).sequence)
 
     def padding(order):
-        plan = order.plan(lengths, 0)
+        plan = order.of_epoch(lengths, 0)
         padded = sum((j - i) * int(lengths[plan.sequence[i:j]].max()) for ((i, j),) in plan.rounds(1))
         return padded / lengths.sum() - 1
 
     assert padding(Order(32, shuffle=True)) > 0.8
     assert padding(Order(32, shuffle=True, bucket=True)) < 0.06
     assert padding(Order(32, bucket=True)) < 0.02
-    bucketed = [Order(32, shuffle=True, bucket=True).plan(lengths, epoch) for epoch in (0, 1)]
+    bucketed = [Order(32, shuffle=True, bucket=True).of_epoch(lengths, epoch) for epoch in (0, 1)]
     firsts = [lengths[plan.sequence[i]] for plan in bucketed for i in plan.cuts[:-1]]
     assert np.corrcoef(firsts[:-1], firsts[1:])[0, 1] < 0.2  # batches do not come by length
     # Other companions in another epoch.
@@ -96,5 +96,5 @@ def test_order_given_shuffled_and_by_length():
 
 
 def test_no_documents():
-    plan = Order(4, max_tokens=10, shuffle=True, bucket=True).plan(np.empty(0, np.int64), 0)
+    plan = Order(4, max_tokens=10, shuffle=True, bucket=True).of_epoch(np.empty(0, np.int64), 0)
     assert list(plan.rounds(3)) == []

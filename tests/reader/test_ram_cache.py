@@ -13,8 +13,8 @@ import pytest
 
 import actcache
 from actcache.errors import UsageError
-from actcache.reader.caches.ram import RamCache
-from actcache.reader.checks import nbytes_of
+from actcache.format.arguments import nbytes_of
+from actcache.reader.caches.ram_cache import RamCache
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows
 
 COUNT = 40

@@ -160,7 +160,7 @@ def test_what_is_put_again_meanwhile_is_served(url, space, monkeypatch):
 
 def test_two_compactors_at_once_only_duplicate(url, folder, space, monkeypatch):
     other = another(url)
-    Between(monkeypatch, lambda: compactor.compact(other._driver, target_bytes=1 << 30, waste=0.1, grace=1e9))
+    Between(monkeypatch, lambda: other._driver.compact(target_bytes=1 << 30, waste=0.1, grace=1e9))
     space.compact(grace=1e9)
     assert len(segment_files(folder)) == 6
     check(space, HELD, range(25))
@@ -207,7 +207,7 @@ def test_a_compactor_that_is_too_late_publishes_nothing(url, folder, space, monk
 
 
 def test_a_copy_that_differs_is_not_published(url, folder, space, monkeypatch):
-    write = type(space._driver._format).write
+    write = type(space._driver.catalog._format).write
 
     def wrong(self, path, block, metadata):
         write(self, path, block, metadata)
@@ -218,7 +218,7 @@ def test_a_copy_that_differs_is_not_published(url, folder, space, monkeypatch):
         data[where + 2] ^= 1
         file.write_bytes(data)
 
-    monkeypatch.setattr(type(space._driver._format), "write", wrong)
+    monkeypatch.setattr(type(space._driver.catalog._format), "write", wrong)
     before = names(folder, "segments")
     space.compact(grace=0)
     assert names(folder, "segments") == before
@@ -260,7 +260,7 @@ def test_many_small_flushes_are_merged_by_the_writer(url, folder):
             put(space, [n])
             space.flush()
         assert space.usage().segments < 35
-        assert len(space._driver._small) < 35  # what was merged is merged again, when there is enough of its size
+        assert len(space._driver._tiers) < 35  # what was merged is merged again, when there is enough of its size
         check(space, dict.fromkeys(range(100), 0), range(105))
         space.compact(grace=0)
         assert space.usage().segments == 1
@@ -326,7 +326,7 @@ def test_no_space_for_the_copy(url, folder, space, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(space._driver._format), "write", full)
+        patch.setattr(type(space._driver.catalog._format), "write", full)
         with pytest.raises(OutOfSpaceError):
             space.compact(grace=0)
     check(space, HELD, range(25))
@@ -508,23 +508,23 @@ def test_a_segment_in_anothers_place(url, folder, space):
     check(again, dict.fromkeys(range(10, 20), 0), range(25))
 
 
-def test_a_foreign_lineage_is_damage(tmp_path):
-    """Births that are no segments, or too few of them."""
+def test_foreign_origins_are_damage(tmp_path):
+    """Origins that are no segments, or too few of them."""
     from actcache.format.ragged import Origins, names_from_array, names_to_array
 
     names = ("0000000000ab-0123456789abcdef", "ffffffffffff-ffffffffffffffff")
     assert names_from_array(names_to_array(names)) == names
     make_store(tmp_path / "store", range(5))
     with actcache.open(tmp_path / "store") as store, store.space(recipe()) as space:
-        live = compaction.survey(space._driver.snapshot())
-        merger = compaction.Merger(space._driver.snapshot(), live, space._driver.columns, ())
+        live = compaction.live_segments(space._driver.snapshot())
+        merger = compaction.Merger(space._driver.snapshot(), live, space._driver.catalog.columns, ())
         bad = Origins(names, np.full(5, 2, np.uint32), np.arange(5, dtype=np.uint32), names)
-        block = merger.block.__class__(**{**merger.block.__dict__, "lineage": bad})
-        name = space._driver.publish(block)
+        block = merger.block.__class__(**{**merger.block.__dict__, "origins": bad})
+        name = space._driver.catalog.publish(block)
         space.refresh()
         assert list(space.damaged()) == [name]
         with pytest.raises(FormatError):
-            space._driver.open_segment(name).lineage()
+            space._driver.catalog.open_segment(name).origins()
         check(space, dict.fromkeys(range(5), 0), range(6))
 
 
@@ -611,7 +611,7 @@ def test_a_listing_that_spans_the_joining_of_deletions(url, folder, space, monke
     other = another(url)
     held = {n: 0 for n in HELD if n not in (3, 4, 5)}
     check(other, held, range(25))
-    place = other._driver.place
+    place = other._driver.catalog.place
     listed = place.names
     joined = []
 
@@ -619,7 +619,7 @@ def test_a_listing_that_spans_the_joining_of_deletions(url, folder, space, monke
         before = listed(of)
         if of.endswith("tombstones") and not joined:
             monkeypatch.setattr(compactor, "SECONDS", -1.0)
-            compactor.settle_tombstones(space._driver, 0)
+            compactor.join_tombstones(space._driver.catalog, 0)
             joined.append(names(folder, "tombstones"))
             return before[:1]
         return before

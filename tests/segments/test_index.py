@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import actcache
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors as tensorfile
-from actcache.segments.index import Table, join_keys, split_keys
-from actcache.segments.places.local import LocalSegment
+from actcache.format.keys import join_keys, split_keys
+from actcache.segments.index import Table
+from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.segment import Access, Segment
 from tests.support import check, key, make_store, put, recipe, run, segment_files
 from tests.support.waiting import calls
@@ -50,7 +51,7 @@ def inside(folder: Path) -> Access:
 def a_table(contents: dict[str, list[bytes]]) -> Table:
     """A table over segments with these names and keys; entry i of a segment is row 3 i, and has i + 1 tokens.
 
-    All are born where they lie.
+    All have their origin where they lie.
     """
     tables = []
     for name, keys in contents.items():
@@ -120,7 +121,7 @@ def test_merging_is_making_anew(first, second, keep):
             )
 
 
-def test_the_later_born_copy_is_served_wherever_it_lies():
+def test_the_copy_of_the_later_origin_is_served_wherever_it_lies():
     """A compacted segment has a later name than its sources, and its entries are as old as they were there."""
     wanted, other = bytes(32), bytes([1]) * 32
     prefix, rest = split_keys(np.frombuffer(wanted + other, np.uint8).reshape(-1, 32))
@@ -131,10 +132,10 @@ def test_the_later_born_copy_is_served_wherever_it_lies():
         table = Table.merged(tables, frozenset("bd"))
         found = table.find(prefix, rest)
         assert [table.segments[table.segment[i]].name for i in found] == ["b", "d"]
-        assert [(table.births[table.birth[i]], table.entry[i]) for i in found] == [("b", 0), ("a", 9)]
+        assert [(table.origins[table.origin[i]], table.entry[i]) for i in found] == [("b", 0), ("a", 9)]
         assert len(table.copies(prefix[:1], rest[:1])) == 2
         without = Table.merged([table], frozenset("d"))
-        assert (without.births, len(without)) == (("a",), 2)
+        assert (without.origins, len(without)) == (("a",), 2)
 
 
 @given(st.lists(st.binary(min_size=32, max_size=32), max_size=20))
@@ -150,10 +151,10 @@ def test_a_file_holds_the_table(tmp_path):
     table = a_table({"000000000001-0123456789abcdef": [bytes([i]) * 32 for i in range(9)]})
     table.write(tmp_path / "one.index")
     again = Table.open(tmp_path / "one.index", nowhere, COLUMNS)
-    for name in ("prefix", "rest", "segment", "birth", "entry", "row", "tokens", "checksum"):
+    for name in ("prefix", "rest", "segment", "origin", "entry", "row", "tokens", "checksum"):
         np.testing.assert_array_equal(getattr(again, name), getattr(table, name))
     assert again.segments == table.segments
-    assert again.births == table.births == ("000000000001-0123456789abcdef",)
+    assert again.origins == table.origins == ("000000000001-0123456789abcdef",)
     # It is a safetensors file for anybody else.
     arrays = safetensors.numpy.load_file(tmp_path / "one.index")
     np.testing.assert_array_equal(arrays["rest"], table.rest)
@@ -178,7 +179,7 @@ def read_all(folder, **options):
     with actcache.open(folder.parent.parent, "r", **options) as store, store.space(recipe()) as space:
         check(space, HELD, range(25))
         assert len(space) == 20
-        return space._driver._base is not None
+        return space._driver.catalog._base is not None
 
 
 def test_the_index_is_used(indexed):
@@ -237,8 +238,8 @@ def _with_metadata(path, good, **changes):
             header.update(value)
         else:
             header["__metadata__"][name] = value
-    data = (header["__metadata__"]["segments"] + header["__metadata__"]["births"]).encode()
-    for name in ("segment", "birth", "entry"):
+    data = (header["__metadata__"]["segments"] + header["__metadata__"]["origins"]).encode()
+    for name in ("segment", "origin", "entry"):
         begin, end = header[name]["data_offsets"]
         data += good[8 + length + begin : 8 + length + end]
     header["__metadata__"]["checksum"] = xxhash.xxh3_64_hexdigest(data)
@@ -272,13 +273,13 @@ def test_an_index_that_lies_about_segments(indexed, segments):
 
 
 @pytest.mark.parametrize(
-    "births",
+    "origins",
     ["", "null", "5", "[]", "[" * 100_000, "[5]", '["../../x"]', '["x"]', '{"a": 1}', "[Infinity]", "[[]]"],
     ids=lambda text: text[:20],
 )
-def test_an_index_that_lies_about_births(indexed, births):
+def test_an_index_that_lies_about_origins(indexed, origins):
     (path,) = (indexed / "index").iterdir()
-    _with_metadata(path, path.read_bytes(), births=births)
+    _with_metadata(path, path.read_bytes(), origins=origins)
     with pytest.raises(FormatError):
         Table.open(path, inside(indexed), _columns())
     assert not read_all(indexed)
@@ -352,7 +353,7 @@ def test_an_index_with_wrong_numbers_of_entries_is_passed_over(indexed):
         space.delete([key(3), key(12)])
     (path,) = (indexed / "index").iterdir()
     metadata, arrays = tensorfile.mapped(path)
-    for name in ("entry", "segment", "birth"):
+    for name in ("entry", "segment", "origin"):
         for i in range(20):
             bad = {n: np.array(array) for n, array in arrays.items()}
             bad[name][i] ^= 1
@@ -360,7 +361,7 @@ def test_an_index_with_wrong_numbers_of_entries_is_passed_over(indexed):
             tensorfile.write(path, bad, metadata)
             with actcache.open(indexed.parent.parent, "r") as store, store.space(recipe()) as space:
                 check(space, {n: 0 for n in range(20) if n not in (3, 12)}, range(20))
-                assert space._driver._base is None
+                assert space._driver.catalog._base is None
 
 
 def test_newer_versions(indexed):
@@ -378,7 +379,7 @@ def test_an_index_of_segments_that_are_gone(indexed):
     """A segment that is removed takes its entries along, whatever the index says."""
     segment_files(indexed)[1].unlink()
     with actcache.open(indexed.parent.parent, "r") as store, store.space(recipe()) as space:
-        assert space._driver._base is not None
+        assert space._driver.catalog._base is not None
         check(space, {n: 0 for n in range(20) if n not in range(5, 10)}, range(20))
         assert len(space) == 15
 
@@ -458,8 +459,8 @@ def test_an_index_is_due_after_so_many_segments(tmp_path):
             space.flush()
         with actcache.open(tmp_path / "s", "r") as other, other.space(recipe()) as reader:
             check(reader, dict.fromkeys(range(70), 0), range(72))
-            assert len(reader._driver._base.segments) > 60
-            assert len(reader._driver._recent.segments) < 10
+            assert len(reader._driver.catalog._base.segments) > 60
+            assert len(reader._driver.catalog._recent.segments) < 10
 
 
 def test_many_dead_copies_of_one_key(tmp_path):
@@ -502,7 +503,8 @@ def test_two_million_entries(big_index):
 import sys, tracemalloc
 from pathlib import Path
 import numpy as np, psutil
-from actcache.segments.index import Table, split_keys
+from actcache.format.keys import split_keys
+from actcache.segments.index import Table
 from tests.segments.test_index import COLUMNS, nowhere
 from tests.support.waiting import calls
 path = Path(sys.argv[1])

@@ -17,7 +17,8 @@ from tests.support import check, put, recipe
 #: A segment format that a third party might write: each array a file of its own, in a folder, with a JSON table.
 PLUGIN = """
 import json
-from actcache.backend import Extent, FormatError, Layout, SegmentFormat
+from actcache.backend import Extent, Layout, SegmentFormat
+from actcache.errors import FormatError
 
 class RawFormat(SegmentFormat):
     name = "rawdir"

@@ -455,7 +455,7 @@ def test_a_full_disk_for_the_index_alone(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Table, "write", full)
-    monkeypatch.setattr("actcache.segments.space._UNCOVERED", 1)
+    monkeypatch.setattr("actcache.segments.catalog._UNCOVERED", 1)
     with opened(folder, "a") as space:
         put(space, [20, 21])
         space.flush()

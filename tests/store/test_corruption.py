@@ -84,17 +84,17 @@ def test_the_store_that_is_damaged_is_whole(kind, golden):
 
 
 @each(segmented=True)
-@pytest.mark.parametrize("array", ["births", "birth", "birth_entries", "sources", "lineage_checksum"])
+@pytest.mark.parametrize("array", ["origins", "origin", "origin_entries", "sources", "origins_checksum"])
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
-def test_births_that_are_wrong_are_refused(kind, array, stride, tmp_path):
-    """A tombstone names an entry by its birth: with another one, what was deleted would be served again."""
+def test_origins_that_are_wrong_are_refused(kind, array, stride, tmp_path):
+    """A tombstone names an entry by its origin: with another one, what was deleted would be served again."""
     with actcache.open(kind.url(tmp_path / "store")) as store, store.space(recipe()) as space:
         for numbers in (range(5), range(5, 10)):
             put(space, numbers)
             space.flush()
         compact(space)
         space.delete([key(3)])
-        (segment,) = space._driver.described()
+        (segment,) = space._driver.catalog.described()
         extent = segment.extents[array]
         path = segment.file(array)
     data = bytearray(path.read_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,15 +9,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from actcache.admin.planning import Corpus, nbytes_of
+from actcache.admin.planning import CorpusSize, nbytes_of
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
+from actcache.format.arguments import nbytes_of as size_of
 from actcache.format.keys import Windows
 from actcache.models.budget import RESERVE, taken
-from actcache.models.documents import document_keys, find_entries, streamed
-from actcache.models.recycler import Recycler, load_pretrained
+from actcache.models.documents import chunked, document_keys, streamed
+from actcache.models.pretrained import load_pretrained
+from actcache.models.recycler import Recycler
 from actcache.models.recyclers import checked_layers
 from actcache.models.timing import measure
-from actcache.reader.checks import nbytes_of as size_of
+from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 from actcache.store.store import open_store
 
@@ -39,8 +40,8 @@ class Forecast:
 
 
 @dataclass
-class _Survey:
-    """What of a corpus is missing."""
+class _Lookup:
+    """What of a corpus is there, and what is missing."""
 
     documents: int = 0
     lacking: Counter[int] = field(default_factory=Counter)  # documents by layer
@@ -97,7 +98,7 @@ def forecast(
                     continue
                 spaces[layer] = recycler.space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        found = _survey(documents, layers, spaces, spec)
+        found = _look_up(documents, layers, spaces, spec)
     if not found.missing:
         return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
     last = max(found.deepest)
@@ -106,7 +107,7 @@ def forecast(
     length = sum(timing.lengths) / len(timing.lengths)
     stored_as = dtype or timing.dtype
     nbytes = sum(
-        nbytes_of(Corpus(count, round(count * length)), timing.hidden_size, stored_as)
+        nbytes_of(CorpusSize(count, round(count * length)), timing.hidden_size, stored_as)
         for count in found.lacking.values()
     )
     # Layers cost about the same each.
@@ -119,14 +120,12 @@ def forecast(
     return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
 
 
-def _survey(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Survey:
-    found = _Survey()
+def _look_up(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Lookup:
+    found = _Lookup()
     seen: set[bytes] = set()
     chance = random.Random(0)
-    first = 0
-    while chunk := list(itertools.islice(texts, _CHUNK)):
+    for first, chunk in chunked(texts, _CHUNK):
         new = {key: text for text, key in zip(chunk, document_keys(chunk, first), strict=True) if key not in seen}
-        first += len(chunk)
         seen.update(new)
         missing: dict[bytes, int] = {}  # the deepest layer
         for layer in layers:

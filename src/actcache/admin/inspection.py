@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
+from actcache.admin.display import as_json
 from actcache.backend import Usage
 from actcache.errors import DataError, UsageError
 from actcache.format.recipe import Recipe
 from actcache.store.space import IntegrityReport, Repair, Space
 from actcache.store.store import Store
 
+T = TypeVar("T")
+R = TypeVar("R", bound=Repair)
+
+#: Called with how much of a step is done, and how much there is.
+StepProgress = Callable[[int, int], None]
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
@@ -38,7 +45,7 @@ class SpaceReport:
         return {
             "fingerprint": self.recipe.fingerprint,
             **self.recipe.to_json(),
-            **asdict(self.usage),
+            **as_json(self.usage),
             "damaged": self.damaged,
         }
 
@@ -52,7 +59,7 @@ class StoreReport:
     collections: list[str]
 
 
-def chosen(store: Store, prefixes: Sequence[str] = ()) -> list[str]:
+def select_spaces(store: Store, prefixes: Sequence[str] = ()) -> list[str]:
     """Return the fingerprints that begin with one of some prefixes, in their order; all where none is given.
 
     Raises:
@@ -72,7 +79,7 @@ def chosen(store: Store, prefixes: Sequence[str] = ()) -> list[str]:
 
 
 @contextmanager
-def opened(store: Store, fingerprint: str) -> Iterator[Space]:
+def open_space(store: Store, fingerprint: str) -> Iterator[Space]:
     """Open a space by its fingerprint, to look after it: it does not count as used.
 
     Raises:
@@ -86,16 +93,48 @@ def opened(store: Store, fingerprint: str) -> Iterator[Space]:
         yield space
 
 
+def each_space(
+    store: Store,
+    prefixes: Sequence[str],
+    work: Callable[[Space], T],
+    failures: type[Exception] | tuple[type[Exception], ...] = DataError,
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Open spaces one after another; one that fails keeps no other from its turn.
+
+    Args:
+        prefixes: of the fingerprints; all where there are none.
+        failures: what may be raised over a space.
+
+    Returns:
+        What ``work`` returned, and what was wrong with the others, both by fingerprint.
+
+    Raises:
+        UsageError: a prefix fits no space, or several.
+    """
+    done, failed = {}, {}
+    for fingerprint in select_spaces(store, prefixes):
+        try:
+            with open_space(store, fingerprint) as space:
+                done[fingerprint] = work(space)
+        except failures as error:
+            failed[fingerprint] = str(error)
+    return done, failed
+
+
+def step_of(progress: Progress | None, step: str) -> StepProgress | None:
+    """Return what tells of one step of some work; None where nobody listens."""
+    return None if progress is None else partial(progress, step)
+
+
 def inspect(store: Store, prefixes: Sequence[str] = ()) -> StoreReport:
     """Describe the spaces of a store. Reads keys, no activations."""
-    spaces, unreadable = [], {}
-    for fingerprint in chosen(store, prefixes):
-        try:
-            with opened(store, fingerprint) as space:
-                spaces.append(SpaceReport(space.recipe, space.usage(), space.damaged()))
-        except DataError as error:
-            unreadable[fingerprint] = str(error)
-    return StoreReport(spaces, unreadable, store.collections())
+    spaces, unreadable = each_space(store, prefixes, report_on)
+    return StoreReport(list(spaces.values()), unreadable, store.collections())
+
+
+def report_on(space: Space) -> SpaceReport:
+    """Describe a space. Reads keys, no activations."""
+    return SpaceReport(space.recipe, space.usage(), space.damaged())
 
 
 # --- verifying and repairing ------------------------------------------------------------------------------------------
@@ -123,39 +162,32 @@ def verify(
         sample: entries of each space that are read, drawn at random; None for all.
         progress: told the fingerprint, and entries.
     """
-    spaces, unreadable = {}, {}
-    for fingerprint in chosen(store, prefixes):
-        try:
-            with opened(store, fingerprint) as space:
-                spaces[fingerprint] = space.verify(_named(progress, fingerprint), sample=sample)
-        except DataError as error:
-            unreadable[fingerprint] = str(error)
-    return StoreIntegrityReport(spaces, unreadable)
+
+    def verify_space(space: Space) -> IntegrityReport:
+        return space.verify(step_of(progress, space.recipe.fingerprint), sample=sample)
+
+    return StoreIntegrityReport(*each_space(store, prefixes, verify_space))
 
 
 @dataclass(frozen=True)
-class StoreRepair:
-    """What ``repair`` did, by fingerprint; what is unreadable was left alone."""
+class StoreRepair(Generic[R]):
+    """What a repair did, by fingerprint; what is unreadable was left alone."""
 
-    spaces: dict[str, Repair]
+    spaces: dict[str, R]
     unreadable: dict[str, str]
 
 
-def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | None = None) -> StoreRepair:
+def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | None = None) -> StoreRepair[Repair]:
     """Verify the spaces of a store and quarantine what is corrupt: it becomes a miss, its bytes are kept aside."""
-    spaces, unreadable = {}, {}
-    for fingerprint in chosen(store, prefixes):
-        try:
-            with opened(store, fingerprint) as space:
-                found = space.verify(_named(progress, fingerprint))
-                spaces[fingerprint] = space.repair(found) if not found.intact else Repair([], [])
-        except DataError as error:
-            unreadable[fingerprint] = str(error)
-    return StoreRepair(spaces, unreadable)
+
+    def repair_space(space: Space) -> Repair:
+        found = space.verify(step_of(progress, space.recipe.fingerprint))
+        return Repair([], []) if found.intact else space.repair(found)
+
+    return StoreRepair(*each_space(store, prefixes, repair_space))
 
 
-def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
+# --- collections ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,15 +198,14 @@ class Coverage:
     present: int
 
 
-def coverage(store: Store, fingerprint: str) -> dict[str, Coverage | str]:
+def coverage(store: Store, space: Space) -> dict[str, Coverage | str]:
     """Return how much of each collection a space has, name -> coverage, or what is wrong with the collection."""
     found: dict[str, Coverage | str] = {}
-    with opened(store, fingerprint) as space:
-        for name in store.collections():
-            try:
-                keys = store.collection(name).keys
-            except DataError as error:
-                found[name] = str(error)
-            else:
-                found[name] = Coverage(len(keys), int(space.contains(keys).sum()))
+    for name in store.collections():
+        try:
+            keys = store.collection(name).keys
+        except DataError as error:
+            found[name] = str(error)
+        else:
+            found[name] = Coverage(len(keys), int(space.contains(keys).sum()))
     return found

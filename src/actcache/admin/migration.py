@@ -1,4 +1,4 @@
-"""Migrating a store: its spaces one after another, their blobs, and its collections."""
+"""Copying a store into another one, and proving it: its spaces one after another, their blobs, and its collections."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.inspection import Progress, chosen, opened
+from actcache.admin.inspection import Progress, each_space, select_spaces, step_of
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block
+from actcache.entries.entry import PackedEntries, columns_of
+from actcache.entries.read import read_intact
 from actcache.entries.writer import SEGMENT_BYTES
-from actcache.errors import CorruptEntryError, DataError, UsageError
+from actcache.errors import DataError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.keys import key_array, key_list
-from actcache.format.ragged import offsets_of
+from actcache.format.ragged import offsets_of, runs
 from actcache.format.recipe import Recipe
 from actcache.segments import registry
 from actcache.store.collection import Collection
 from actcache.store.space import Space
 from actcache.store.store import Store
 
-# What a migration says that it did, and the proof.
+_PIECE_BYTES = 32 << 20  # of rows that are read by one call
+_COLUMNS = (TOKEN_IDS, *sorted(EXTRAS))
+_NOT_COPIED = {"recipe.json", "used.json", "pinned.json"}  # the target's space has its own
+
+#: Keys, ``[n, 32]``, and the names of the optional arrays that all their entries have.
+Selection = tuple[NDArray[np.uint8], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -73,280 +80,6 @@ class Migration:
         return fine and not self.unreadable and all(space.equal for space in self.spaces)
 
 
-# Reading a space in parts, each of which becomes a segment of another space.
-
-_PIECE_BYTES = 32 << 20  # of rows that are read by one call
-_COLUMNS = (TOKEN_IDS, *sorted(EXTRAS))
-
-#: Keys, ``[n, 32]``, and the names of the optional arrays that all their entries have.
-Planned = tuple[NDArray[np.uint8], tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some entries as the target stores them, all with the same optional arrays."""
-
-    keys: NDArray[np.uint8]  # [n, 32]
-    lengths: NDArray[np.int64]  # [n]
-    columns: dict[str, NDArray[Any]]
-    demanded: NDArray[np.uint64]  # [n, 3] what the target should say of each entry, as ``stored_checksums`` puts it
-    corrupt: list[bytes]  # keys that are left out
-    nbytes: int  # of rows that were read
-
-    def only(self, which: NDArray[np.bool_]) -> Part:
-        """Return a part without the other entries; itself where there are none."""
-        if which.all():
-            return self
-        rows = np.repeat(which, self.lengths)
-        columns = {name: column[rows] for name, column in self.columns.items()}
-        return replace(
-            self, keys=self.keys[which], lengths=self.lengths[which], columns=columns, demanded=self.demanded[which]
-        )
-
-    def block(self) -> Block:
-        """Return what is published."""
-        more = np.ascontiguousarray(self.demanded[:, 2]) if self.columns.keys() & EXTRAS.keys() else None
-        sums = np.ascontiguousarray(self.demanded[:, 1])
-        return Block(self.keys, offsets_of(self.lengths), sums, self.columns, more)
-
-
-class Parts:
-    """Reads entries of ``source`` as a space of ``recipe`` stores them. Thread-safe."""
-
-    def __init__(self, source: Space, recipe: Recipe, segment_bytes: int) -> None:
-        self.same = source.recipe.fingerprint == recipe.fingerprint  #: whether entries have the same checksums
-        self._source = source
-        self._segment_bytes = segment_bytes
-        self._from, self._to = codec.get(source.recipe.dtype), codec.get(recipe.dtype)
-        self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
-
-    def plan(self, keys: NDArray[np.uint8]) -> list[Planned]:
-        """Return the entries as they lie, cut into segments, each with the names of the optional arrays they have."""
-        keys = self._source.in_order(keys)
-        has = [self._source.has(name, keys) for name in _COLUMNS]
-        kind = np.array([there.astype(np.int64) << i for i, there in enumerate(has)]).sum(axis=0)
-        parts = []
-        for one in np.unique(kind).tolist():
-            names = tuple(name for i, name in enumerate(_COLUMNS) if one >> i & 1)
-            parts += [(some, names) for some in self._cut(keys[kind == one], self._to, self._segment_bytes)]
-        return parts
-
-    def _cut(self, keys: NDArray[np.uint8], stored: codec.Codec, nbytes: int) -> list[NDArray[np.uint8]]:
-        """Return runs of entries, each of about so many bytes of rows, or of one entry."""
-        starts = offsets_of(self._source.lengths(keys) * (stored.stored.itemsize * self._source.recipe.hidden_size))
-        cuts = np.searchsorted(starts, np.arange(0, int(starts[-1]), nbytes))
-        edges = np.unique(np.r_[cuts, len(keys)]).tolist()
-        return [keys[first:last] for first, last in itertools.pairwise(edges)]
-
-    # --- reading -----------------------------------------------------------------------------------------------------
-
-    def read(self, keys: NDArray[np.uint8], names: tuple[str, ...]) -> Part:
-        """Read and verify entries; corrupt ones, and those that were deleted meanwhile, are left out."""
-        total, hidden = int(self._source.lengths(keys).sum()), self._source.recipe.hidden_size
-        columns = {name: np.empty((total, *EXTRAS[name][1]), EXTRAS[name][0]) for name in names if name in EXTRAS}
-        columns[VALUES] = np.empty((total, hidden), self._to.stored)
-        if TOKEN_IDS in names:
-            columns[TOKEN_IDS] = np.empty(total, np.int32)
-        read = self._rows if set(names) <= {TOKEN_IDS} else self._entries
-        kept, lengths, corrupt, end = [keys[:0]], [np.empty(0, np.int64)], [], 0
-        for some in self._cut(keys, self._from, _PIECE_BYTES):
-            while True:
-                some = some[self._source.contains(some)]
-                if end + int(self._source.lengths(some).sum()) > total:
-                    raise DataError("entries of the source were replaced while they were read: run it again")
-                try:
-                    found = read(some, {name: column[end:] for name, column in columns.items()})
-                    break
-                except CorruptEntryError as error:
-                    corrupt += error.keys
-                    bad = set(error.keys)
-                    some = some[[key not in bad for key in key_list(some)]]
-            kept.append(some[found > 0])
-            lengths.append(found[found > 0])
-            end += int(found.sum())
-        columns = {name: column[:end] for name, column in columns.items()}
-        return self._part(np.concatenate(kept), np.concatenate(lengths), columns, corrupt)
-
-    def _rows(self, keys: NDArray[np.uint8], out: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Read entries in one go into the beginning of buffers; return their lengths."""
-        ids = out.get(TOKEN_IDS)
-        if self._from.name == self._to.name:
-            return self._source.read_into(keys, out[VALUES], token_ids=ids).lengths
-        total = int(self._source.lengths(keys).sum())
-        values = np.empty((total, self._source.recipe.hidden_size), self._from.stored)
-        lengths = self._source.read_into(keys, values, token_ids=None if ids is None else ids[:total]).lengths
-        self._encode(keys, lengths, self._from.decode(values), out[VALUES])
-        return lengths
-
-    def _entries(self, keys: NDArray[np.uint8], out: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """The same for entries that have spans, word or type ids."""
-        entries = self._source.get(keys)
-        lengths = np.array([0 if entry is None else len(entry.activations) for entry in entries], np.int64)
-        for entry, begin in zip(entries, offsets_of(lengths).tolist(), strict=False):
-            if entry is None:
-                continue
-            for name, column in out.items():
-                if name != VALUES:
-                    rows = entry.token_ids if name == TOKEN_IDS else entry.extras.get(name)
-                    if rows is None:
-                        raise DataError(f"an entry lost its {name} while it was read: run it again")
-                    column[begin : begin + len(rows)] = rows
-        there = [entry.activations for entry in entries if entry is not None]
-        if there:
-            self._encode(keys, lengths, np.concatenate(there), out[VALUES])
-        return lengths
-
-    def _encode(
-        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], rows: NDArray[Any], out: NDArray[Any]
-    ) -> None:
-        """Convert rows to the target's dtype, entry by entry, so that an error names the document."""
-        cuts = itertools.pairwise(offsets_of(lengths).tolist())
-        for key, (begin, end) in zip(key_list(keys), cuts, strict=True):
-            self._to.encode(rows[begin:end], out[begin:end], what=f"document {key.hex()}")
-
-    # --- what the target should hold ---------------------------------------------------------------------------------
-
-    def _part(
-        self,
-        keys: NDArray[np.uint8],
-        lengths: NDArray[np.int64],
-        columns: dict[str, NDArray[Any]],
-        corrupt: list[bytes],
-    ) -> Part:
-        """Return a part with the checksums that the target should have.
-
-        Of an equal recipe they are the source's, with which the rows were compared just now; else they are computed
-        from the source's rows, by docs/format.md.
-        """
-        offsets, extras = offsets_of(lengths), [name for name in sorted(EXTRAS) if name in columns]
-        if self.same:
-            demanded = self._source.stored_checksums(keys)
-        else:
-            seeds = checksum.entry_seeds(self._seed, keys, lengths, has_token_ids=TOKEN_IDS in columns)
-            main = [columns[name] for name in (TOKEN_IDS, VALUES) if name in columns]
-            sums = checksum.chain(seeds.tolist(), main, offsets[:-1], lengths)
-            more = checksum.chain(sums, [columns[name] for name in extras], offsets[:-1], lengths) if extras else None
-            rest = np.zeros(len(keys), np.uint64) if more is None else np.array(more, np.uint64)
-            demanded = np.stack([lengths.astype(np.uint64), np.array(sums, np.uint64), rest], axis=1)
-        nbytes = int(offsets[-1]) * self._from.stored.itemsize * self._source.recipe.hidden_size
-        return Part(keys, lengths, columns, demanded, corrupt, nbytes)
-
-
-# Copying one space into another: read, publish and read back, each a segment behind the other.
-
-
-class Copy:
-    """Copies one space into another. Not thread-safe."""
-
-    def __init__(self, source: Space, target: Space, segment_bytes: int, progress: Progress | None) -> None:
-        self._source, self._target = source, target
-        self._parts = Parts(source, target.recipe, segment_bytes)
-        self._progress = progress
-        self._name = source.recipe.fingerprint
-        self._corrupt: set[bytes] = set()
-        self._copied = self._nbytes = 0
-
-    def run(self) -> SpaceMigration:
-        keys = self._source.key_array()  # sorted
-        expected = self._source.stored_checksums(keys)
-        there = self._target.contains(keys)
-        if self._parts.same:
-            bad = self._copy(keys[~there])
-        else:
-            # What the target should say follows from the source's rows alone, so all of them are read.
-            demanded = np.zeros_like(expected)
-            places = {key: i for i, key in enumerate(key_list(keys))}
-
-            def demand(part: Part) -> None:
-                demanded[[places[key] for key in key_list(part.keys)]] = part.demanded
-
-            bad = self._copy(keys, demand)
-            expected = demanded
-        bad += self._read_back(keys[there])
-        if bad:  # of an earlier life of the target: the source has them right
-            self._copy(key_array(bad), overwrite=True)
-            bad = self._read_back(key_array(bad))
-        held = self._target.stored_checksums(keys)
-        differs = (held != expected).any(axis=1)
-        differing = {*key_list(keys[differs]), *bad} - self._corrupt
-        return SpaceMigration(
-            self._name,
-            self._target.recipe.fingerprint,
-            self._target.recipe.stored_as,
-            list(self._target.recipe.via),
-            len(keys),
-            self._copied,
-            self._nbytes,
-            _digest(keys, expected),
-            _digest(keys, held),
-            sorted(self._corrupt),
-            sorted(differing),
-            self._source.damaged(),
-        )
-
-    def _read_back(self, keys: NDArray[np.uint8]) -> list[bytes]:
-        """Return the keys of entries of the target that fail their checksums when they are read."""
-        tell = None if self._progress is None else self._tell
-        return self._target.corrupt_among(keys[self._target.contains(keys)], tell)[0]
-
-    def _tell(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(f"{self._name[:8]} check", done, total)
-
-    # --- copying -----------------------------------------------------------------------------------------------------
-
-    def _copy(
-        self, keys: NDArray[np.uint8], seen: Callable[[Part], None] | None = None, *, overwrite: bool = False
-    ) -> list[bytes]:
-        """Read entries, publish those that the target has not, read these back; return the keys of what fails that."""
-        waiting, done = iter(self._parts.plan(keys)), 0
-        checks: list[Future[list[bytes]]] = []
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="actcache-migrate") as reading,
-            ThreadPoolExecutor(1, thread_name_prefix="actcache-proof") as checking,
-        ):
-            coming = self._next(reading, waiting)
-            try:
-                while coming is not None:
-                    part = coming.result()
-                    coming = self._next(reading, waiting)
-                    if seen is not None:
-                        seen(part)
-                    self._corrupt.update(part.corrupt)
-                    self._nbytes += part.nbytes
-                    done += len(part.keys) + len(part.corrupt)
-                    if not overwrite:
-                        part = part.only(~self._target.contains(part.keys))
-                    if len(part.keys):
-                        self._target.put_block(part.block())
-                        checks.append(checking.submit(self._check, part.keys))
-                    self._copied += len(part.keys)
-                    if self._progress is not None:
-                        self._progress(f"{self._name[:8]} copy", done, len(keys))
-                    del part  # two are in memory, not three
-                return [key for check in checks for key in check.result()]
-            finally:
-                for future in (coming, *checks):
-                    if future is not None:
-                        future.cancel()
-
-    def _next(self, pool: ThreadPoolExecutor, waiting: Iterator[Planned]) -> Future[Part] | None:
-        following = next(waiting, None)
-        return None if following is None else pool.submit(self._parts.read, *following)
-
-    def _check(self, keys: NDArray[np.uint8]) -> list[bytes]:
-        return self._target.corrupt_among(keys)[0]
-
-
-def _digest(keys: NDArray[np.uint8], checksums: NDArray[np.uint64]) -> str:
-    """Return the digest of sorted keys and their ``[n, 3]`` tokens and checksums."""
-    entries = np.concatenate([keys, checksums.astype("<u8").view(np.uint8).reshape(len(keys), 24)], axis=1)
-    return hashlib.blake2b(np.ascontiguousarray(entries).data, digest_size=16, person=b"actcache/migrate").hexdigest()
-
-
-_NOT_COPIED = {"recipe.json", "used.json", "pinned.json"}  # the target's space has its own
-
-
 def migrate(
     source: Store,
     target: Store,
@@ -369,27 +102,26 @@ def migrate(
         progress: told what is being done, and entries.
 
     Raises:
-        UsageError: a prefix fits no space, or two spaces would become one (see ``meetings``): nothing was copied; a row
-            is too large for the dtype: what was copied before stays.
+        UsageError: a prefix fits no space, or two spaces would become one (see ``collisions``): nothing was copied; a
+            row is too large for the dtype: what was copied before stays.
         StoreError: disk full, network, ...: likewise.
     """
-    for meeting in meetings(source, target.url, prefixes=prefixes, dtype=dtype):
-        raise UsageError(f"{meeting}: name one of them in prefixes, and give the other another target")
-    spaces, unreadable = [], {}
-    for fingerprint in chosen(source, prefixes):
-        try:
-            with opened(source, fingerprint) as space:
-                recipe = _again(space.recipe, dtype)
-                with target.space(recipe, segment_bytes=segment_bytes) as other:
-                    _copy_blobs(source, space, other)
-                    spaces.append(Copy(space, other, segment_bytes, progress).run())
-        except DataError as error:
-            unreadable[fingerprint] = str(error)
+    for collision in collisions(source, target.url, prefixes=prefixes, dtype=dtype):
+        raise UsageError(f"{collision}: name one of them in prefixes, and give the other another target")
+
+    def copy(space: Space) -> SpaceMigration:
+        with target.space(_recipe_for(space.recipe, dtype), segment_bytes=segment_bytes) as other:
+            _copy_blobs(source, space, other)
+            return _SpaceCopy(space, other, segment_bytes, progress).run()
+
+    spaces, unreadable = each_space(source, prefixes, copy)
     collections = {name: _copy_collection(source, target, name) for name in source.collections()}
-    return Migration(spaces, unreadable, collections)
+    return Migration(list(spaces.values()), unreadable, collections)
 
 
-def meetings(source: Store, target: str | Path, *, prefixes: Sequence[str] = (), dtype: str | None = None) -> list[str]:
+def collisions(
+    source: Store, target: str | Path, *, prefixes: Sequence[str] = (), dtype: str | None = None
+) -> list[str]:
     """Say which spaces would become one space of the target, a sentence for each; none where each gets its own.
 
     Their entries may be of other numbers, by the digits that one of them has lost, or by the batches that they were
@@ -403,20 +135,20 @@ def meetings(source: Store, target: str | Path, *, prefixes: Sequence[str] = (),
         UsageError: a prefix fits no space, or there is no such dtype.
     """
     in_place = _location(source.url) == _location(target)
-    met: dict[Recipe, list[Recipe]] = {}
-    for fingerprint in chosen(source, prefixes):
+    become: dict[Recipe, list[Recipe]] = {}
+    for fingerprint in select_spaces(source, prefixes):
         with suppress(DataError):  # migrate leaves it out, and says so
             recipe = source.recipe(fingerprint)
-            if recipe is not None and not (in_place and recipe == _again(recipe, dtype)):
-                met.setdefault(_again(recipe, dtype), []).append(recipe)
+            if recipe is not None and not (in_place and recipe == _recipe_for(recipe, dtype)):
+                become.setdefault(_recipe_for(recipe, dtype), []).append(recipe)
     return [
-        f"{' and '.join(_named(one) for one in recipes)} of {source.url} would become one space, {_named(become)}"
-        for become, recipes in met.items()
+        f"{' and '.join(map(_label, recipes))} of {source.url} would become one space, {_label(one)}"
+        for one, recipes in become.items()
         if len(recipes) > 1
     ]
 
 
-def _named(recipe: Recipe) -> str:
+def _label(recipe: Recipe) -> str:
     return f"{recipe.fingerprint[:12]} ({recipe.stored_as})"
 
 
@@ -424,7 +156,7 @@ def _location(url: str | Path) -> str:
     return registry.parse(str(registry.resolve(url)))[1]
 
 
-def _again(recipe: Recipe, dtype: str | None) -> Recipe:
+def _recipe_for(recipe: Recipe, dtype: str | None) -> Recipe:
     return recipe if dtype is None else recipe.stored_again(dtype)
 
 
@@ -448,3 +180,217 @@ def _copy_collection(source: Store, target: Store, name: str) -> str:
         return "present" if target.driver.read_blob(path) == data else "the target has another of that name: delete one"
     except DataError as error:
         return str(error)
+
+
+class _SpaceCopy:
+    """Copies one space into another: reads, publishes and reads back, each a segment behind the other."""
+
+    def __init__(self, source: Space, target: Space, segment_bytes: int, progress: Progress | None) -> None:
+        self._source, self._target = source, target
+        self._parts = _PartReader(source, target.recipe, segment_bytes)
+        name = source.recipe.fingerprint[:8]
+        self._tell_copied, self._tell_checked = step_of(progress, f"{name} copy"), step_of(progress, f"{name} check")
+        self._corrupt: set[bytes] = set()
+        self._copied = self._nbytes = 0
+
+    def run(self) -> SpaceMigration:
+        keys = self._source.key_array()  # sorted
+        expected = self._source.stored_checksums(keys)
+        there = self._target.contains(keys)
+        if self._parts.same:
+            bad = self._copy(keys[~there])
+        else:
+            # What the target should say follows from the source's rows alone, so all of them are read.
+            demanded = np.zeros_like(expected)
+            places = {key: i for i, key in enumerate(key_list(keys))}
+
+            def demand(part: _Part) -> None:
+                demanded[[places[key] for key in key_list(part.keys)]] = part.demanded
+
+            bad = self._copy(keys, demand)
+            expected = demanded
+        bad += self._read_back(keys[there])
+        if bad:  # of an earlier life of the target: the source has them right
+            self._copy(key_array(bad), overwrite=True)
+            bad = self._read_back(key_array(bad))
+        held = self._target.stored_checksums(keys)
+        differs = (held != expected).any(axis=1)
+        differing = {*key_list(keys[differs]), *bad} - self._corrupt
+        return SpaceMigration(
+            source=self._source.recipe.fingerprint,
+            target=self._target.recipe.fingerprint,
+            stored_as=self._target.recipe.stored_as,
+            via=list(self._target.recipe.via),
+            entries=len(keys),
+            copied=self._copied,
+            nbytes=self._nbytes,
+            digest=_digest(keys, expected),
+            target_digest=_digest(keys, held),
+            corrupt=sorted(self._corrupt),
+            differing=sorted(differing),
+            damaged=self._source.damaged(),
+        )
+
+    def _read_back(self, keys: NDArray[np.uint8]) -> list[bytes]:
+        """Return the keys of entries of the target that fail their checksums when they are read."""
+        return self._target.corrupt_among(keys[self._target.contains(keys)], self._tell_checked)[0]
+
+    def _copy(
+        self, keys: NDArray[np.uint8], seen: Callable[[_Part], None] | None = None, *, overwrite: bool = False
+    ) -> list[bytes]:
+        """Read entries, publish those that the target has not, read these back; return the keys of what fails that."""
+        waiting, done = iter(self._parts.select(keys)), 0
+        checks: list[Future[list[bytes]]] = []
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="actcache-migrate") as reading,
+            ThreadPoolExecutor(1, thread_name_prefix="actcache-proof") as checking,
+        ):
+            coming = self._next(reading, waiting)
+            try:
+                while coming is not None:
+                    part = coming.result()
+                    coming = self._next(reading, waiting)
+                    if seen is not None:
+                        seen(part)
+                    self._corrupt.update(part.corrupt)
+                    self._nbytes += part.nbytes
+                    done += len(part.keys) + len(part.corrupt)
+                    if not overwrite:
+                        part = part.only(~self._target.contains(part.keys))
+                    if len(part.keys):
+                        self._target.put_block(part.block())
+                        checks.append(checking.submit(self._check, part.keys))
+                    self._copied += len(part.keys)
+                    if self._tell_copied is not None:
+                        self._tell_copied(done, len(keys))
+                    del part  # two are in memory, not three
+                return [key for check in checks for key in check.result()]
+            finally:
+                for future in (coming, *checks):
+                    if future is not None:
+                        future.cancel()
+
+    def _next(self, pool: ThreadPoolExecutor, waiting: Iterator[Selection]) -> Future[_Part] | None:
+        following = next(waiting, None)
+        return None if following is None else pool.submit(self._parts.read, *following)
+
+    def _check(self, keys: NDArray[np.uint8]) -> list[bytes]:
+        return self._target.corrupt_among(keys)[0]
+
+
+def _digest(keys: NDArray[np.uint8], checksums: NDArray[np.uint64]) -> str:
+    """Return the digest of sorted keys and their ``[n, 3]`` tokens and checksums."""
+    entries = np.concatenate([keys, checksums.astype("<u8").view(np.uint8).reshape(len(keys), 24)], axis=1)
+    return hashlib.blake2b(np.ascontiguousarray(entries).data, digest_size=16, person=b"actcache/migrate").hexdigest()
+
+
+# --- reading a space in parts, each of which becomes a segment of another space ---------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some entries as the target stores them, all with the same optional arrays."""
+
+    keys: NDArray[np.uint8]  # [n, 32]
+    lengths: NDArray[np.int64]  # [n]
+    columns: dict[str, NDArray[Any]]
+    demanded: NDArray[np.uint64]  # [n, 3] what the target should say of each entry, as ``stored_checksums`` puts it
+    corrupt: list[bytes]  # keys that are left out
+    nbytes: int  # of rows that were read
+
+    def only(self, which: NDArray[np.bool_]) -> _Part:
+        """Return a part without the other entries; itself where there are none."""
+        if which.all():
+            return self
+        rows = np.repeat(which, self.lengths)
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return replace(
+            self, keys=self.keys[which], lengths=self.lengths[which], columns=columns, demanded=self.demanded[which]
+        )
+
+    def block(self) -> Block:
+        """Return what is published."""
+        more = np.ascontiguousarray(self.demanded[:, 2]) if self.columns.keys() & EXTRAS.keys() else None
+        sums = np.ascontiguousarray(self.demanded[:, 1])
+        return Block(self.keys, offsets_of(self.lengths), sums, self.columns, more)
+
+
+class _PartReader:
+    """Reads entries of ``source`` as a space of ``recipe`` stores them. Thread-safe."""
+
+    def __init__(self, source: Space, recipe: Recipe, segment_bytes: int) -> None:
+        self.same = source.recipe.fingerprint == recipe.fingerprint  #: whether entries have the same checksums
+        self._source = source
+        self._segment_bytes = segment_bytes
+        self._from, self._to = codec.get(source.recipe.dtype), codec.get(recipe.dtype)
+        self._columns, self._row_bytes = columns_of(recipe), recipe.row_bytes
+        self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
+
+    def select(self, keys: NDArray[np.uint8]) -> list[Selection]:
+        """Return the entries as they lie, cut into segments, each with the names of the optional arrays they have."""
+        keys = self._source.in_order(keys)
+        has = [self._source.has(name, keys) for name in _COLUMNS]
+        kind = np.array([there.astype(np.int64) << i for i, there in enumerate(has)]).sum(axis=0)
+        parts = []
+        for one in np.unique(kind).tolist():
+            names, some = tuple(name for i, name in enumerate(_COLUMNS) if one >> i & 1), keys[kind == one]
+            sizes = self._source.lengths(some) * self._row_bytes
+            parts += [(some[run], names) for run in runs(sizes, self._segment_bytes)]
+        return parts
+
+    def read(self, keys: NDArray[np.uint8], names: tuple[str, ...]) -> _Part:
+        """Read and verify entries; corrupt ones, and those that were deleted meanwhile, are left out."""
+        sizes, corrupt = self._source.lengths(keys), list[bytes]()
+        total = int(sizes.sum())
+        forms = {name: self._columns[name] for name in (VALUES, *names)}
+        columns = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in forms.items()}
+        kept, lengths, end = [keys[:0]], [np.empty(0, np.int64)], 0
+        for run in runs(sizes * self._source.recipe.row_bytes, _PIECE_BYTES):
+            packed, some, bad = read_intact(self._source.read_packed, keys[run])
+            corrupt += bad
+            begin, end = end, end + int(packed.lengths.sum())
+            if end > total:
+                raise DataError("entries of the source were replaced while they were read: run it again")
+            if begin == end:
+                continue
+            for name in names:
+                if name not in packed.has or not packed.has[name][packed.found].all():
+                    raise DataError(f"an entry lost its {name} while it was read: run it again")
+                columns[name][begin:end] = packed.columns[name]
+            self._convert(some, packed, columns[VALUES][begin:end])
+            kept.append(some[packed.found])
+            lengths.append(packed.lengths[packed.found])
+        columns = {name: column[:end] for name, column in columns.items()}
+        return self._part(np.concatenate(kept), np.concatenate(lengths), columns, corrupt)
+
+    def _convert(self, keys: NDArray[np.uint8], packed: PackedEntries, out: NDArray[Any]) -> None:
+        """Convert rows to the target's dtype, entry by entry, so that an error names the document."""
+        rows = packed.columns[VALUES]
+        if self._from.name == self._to.name:
+            out[:] = rows
+            return
+        rows = self._from.decode(rows)
+        for key, (begin, end) in zip(key_list(keys), itertools.pairwise(packed.offsets.tolist()), strict=True):
+            self._to.encode(rows[begin:end], out[begin:end], what=f"document {key.hex()}")
+
+    def _part(
+        self,
+        keys: NDArray[np.uint8],
+        lengths: NDArray[np.int64],
+        columns: dict[str, NDArray[Any]],
+        corrupt: list[bytes],
+    ) -> _Part:
+        """Return a part with the checksums that the target should have.
+
+        Of an equal recipe they are the source's, with which the rows were compared just now; else they are computed
+        from the source's rows, by docs/format.md.
+        """
+        offsets = offsets_of(lengths)
+        if self.same:
+            demanded = self._source.stored_checksums(keys)
+        else:
+            sums, more = checksum.entry_checksums(self._seed, keys, offsets[:-1], lengths, columns)
+            rest = np.zeros_like(sums) if more is None else more
+            demanded = np.stack([lengths.astype(np.uint64), sums, rest], axis=1)
+        nbytes = int(offsets[-1]) * self._source.recipe.row_bytes
+        return _Part(keys, lengths, columns, demanded, corrupt, nbytes)

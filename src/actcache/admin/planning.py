@@ -16,7 +16,6 @@ from pathlib import Path
 from actcache.errors import UsageError
 from actcache.format import codec
 from actcache.io.files import translated
-from actcache.reader.checks import nbytes_of as size_of
 
 GIB = 1 << 30
 HOUR = 3600.0
@@ -35,7 +34,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelCosts:
     """What a model costs, seconds a token of computing, on one device."""
 
     full: float  # all layers
@@ -48,7 +47,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CorpusSize:
     documents: int
     tokens: int
 
@@ -97,7 +96,7 @@ def _months(months: float) -> str:
     return f"{months:.1f} months" if months >= 1 else f"{months * 30.4:.1f} days"
 
 
-def nbytes_of(corpus: Corpus, hidden_size: int, dtype: str) -> int:
+def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str) -> int:
     """Return about what a corpus's entries take, token ids and what is beside them included.
 
     Raises:
@@ -108,7 +107,7 @@ def nbytes_of(corpus: Corpus, hidden_size: int, dtype: str) -> int:
 
 
 def estimate(
-    corpus: Corpus, model: Model, dtype: str, disk: Disk, *, devices: int = 1, prices: Prices | None = None
+    corpus: CorpusSize, model: ModelCosts, dtype: str, disk: Disk, *, devices: int = 1, prices: Prices | None = None
 ) -> Estimate:
     """Say what a cache takes and gives.
 
@@ -152,15 +151,6 @@ def months_between(saved: float, device_hour: float, nbytes: float, gib_month: f
     """
     storage = nbytes / GIB * gib_month
     return saved / HOUR * device_hour / storage if storage else math.inf
-
-
-def bandwidth(name: str, text: str) -> float:
-    """Return bytes a second, given as a size (``"2GB"``).
-
-    Raises:
-        UsageError: it is none.
-    """
-    return float(size_of(name, text))
 
 
 def measure_disk(folder: Path, nbytes: int = 256 << 20) -> Disk:

@@ -1,8 +1,7 @@
-"""Planning a pruning: which spaces go, or which of their entries. Changes nothing."""
+"""Which spaces stay: pinning, and pruning, which is planned first and done then."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -13,18 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.inspection import Progress, chosen, opened
+from actcache.admin.inspection import Progress, open_space, select_spaces
 from actcache.backend import StoredFile
 from actcache.errors import DataError, UsageError
 from actcache.format.keys import Keys, Windows, key_array, key_list
 from actcache.format.recipe import Recipe
-from actcache.store.footprint import footprint, written
+from actcache.store.document_entries import stored_windows
+from actcache.store.footprint import age_of_last_write, footprint_of
 from actcache.store.last_use import HOUR
 from actcache.store.last_use import NAME as USED
-from actcache.store.space import Space
 from actcache.store.store import SWEEP_SECONDS, Store
-
-# How a space stands: its age, its last use, whether it is pinned; what protects it.
 
 _PIN = "pinned.json"
 
@@ -48,19 +45,19 @@ class SpaceState:
     pinned: bool
 
 
-def states(store: Store) -> list[SpaceState]:
+def space_states(store: Store) -> list[SpaceState]:
     """Return the state of every space, in the order of their fingerprints; of unreadable ones, too."""
     files = store.driver.listing()
-    return [state_of(store, fingerprint, files) for fingerprint in store.fingerprints()]
+    return [_state_of(store, fingerprint, files) for fingerprint in store.fingerprints()]
 
 
-def state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> SpaceState:
+def _state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> SpaceState:
     folder = f"spaces/{fingerprint}"
     try:
         recipe = store.recipe(fingerprint)
     except DataError:
         recipe = None
-    last = written(files, fingerprint)
+    last = age_of_last_write(files, fingerprint)
     ages = [file.age for name, file in files.items() if name.startswith(f"{folder}/") and file.age != math.inf]
     age = last if last is not None else max(ages, default=0.0)
     made = files.get(f"{folder}/recipe.json")
@@ -68,7 +65,7 @@ def state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> Sp
     return SpaceState(
         fingerprint,
         recipe,
-        footprint(files).of_space(fingerprint),
+        footprint_of(files).of_space(fingerprint),
         max(ages, default=0.0) if made is None else made.age,
         age,
         age if used is None else min(age, used.age),
@@ -83,7 +80,7 @@ def pin(store: Store, prefixes: Sequence[str]) -> list[str]:
         UsageError: a prefix fits no space, or several.
         ReadOnlyError: the store was opened with ``mode="r"``.
     """
-    found = chosen(store, prefixes)
+    found = select_spaces(store, prefixes)
     note = json.dumps({"pinned": round(time.time())}).encode() + b"\n"
     for fingerprint in found:
         store.driver.write_blob(f"spaces/{fingerprint}/{_PIN}", note, replace=False)
@@ -92,13 +89,13 @@ def pin(store: Store, prefixes: Sequence[str]) -> list[str]:
 
 def unpin(store: Store, prefixes: Sequence[str]) -> list[str]:
     """Take that protection away; return the fingerprints of the spaces. Raises as ``pin`` does."""
-    found = chosen(store, prefixes)
+    found = select_spaces(store, prefixes)
     for fingerprint in found:
         store.driver.delete_blob(f"spaces/{fingerprint}/{_PIN}")
     return found
 
 
-def protected(state: SpaceState, idle: float) -> str | None:
+def why_protected(state: SpaceState, idle: float) -> str | None:
     """Return why a space must stay, None where it may go."""
     if state.pinned:
         return PINNED
@@ -120,7 +117,7 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningPlan:
     """What a pruning will do."""
 
     removals: list[Removal]
@@ -137,7 +134,7 @@ class Plan:
         return self.temporary + sum(removal.nbytes for removal in self.removals)
 
 
-def plan(
+def plan_pruning(
     store: Store,
     *,
     prefixes: Sequence[str] = (),
@@ -148,7 +145,7 @@ def plan(
     keep_only: Keys | None = None,
     stride: int | None = None,
     idle: float = IDLE_SECONDS,
-) -> Plan:
+) -> PruningPlan:
     """Say what a pruning would remove; changes nothing.
 
     The first four choose spaces: those that fit all of them. Of these, all go; or, with ``max_bytes``, only so many as
@@ -175,8 +172,8 @@ def plan(
         raise UsageError("a budget and a corpus at once: prune by one after the other")
     wanted = None if keep_only is None else key_array(keep_only)
     files = store.driver.listing()
-    found = footprint(files)
-    everything = states(store)
+    found = footprint_of(files)
+    everything = space_states(store)
     conditions = (older_than, unused_for, max_bytes, keep_only)
     where = where or {}
     named = _named(store, everything, prefixes, where)
@@ -196,9 +193,9 @@ def plan(
     for state in sorted(candidates, key=lambda state: -state.used) if max_bytes is not None else candidates:
         if excess is not None and excess <= 0:
             break
-        reason = protected(state, idle)
+        reason = why_protected(state, idle)
         if reason is None and wanted is not None:
-            removal, reason = _others(store, state, wanted, stride)
+            removal, reason = _removal_of_others(store, state, wanted, stride)
         else:
             removal = Removal(state.fingerprint, state.nbytes, _why(state, max_bytes))
         if reason is not None:
@@ -206,7 +203,7 @@ def plan(
         elif removal is not None:
             removals.append(removal)
             excess = None if excess is None else excess - removal.nbytes
-    return Plan(removals, kept, left_behind, found.total, max_bytes, idle, unfitting)
+    return PruningPlan(removals, kept, left_behind, found.total, max_bytes, idle, unfitting)
 
 
 def _why(state: SpaceState, max_bytes: int | None) -> str:
@@ -219,7 +216,7 @@ def _named(
     store: Store, everything: list[SpaceState], prefixes: Sequence[str], where: Mapping[str, str]
 ) -> list[SpaceState]:
     """Return the spaces with a prefix; refuse fields that no recipe of the store has."""
-    names = set(chosen(store, prefixes))
+    names = set(select_spaces(store, prefixes))
     fields = {field for state in everything for field in _fields(state.recipe)}
     for name in where:
         if name not in fields:
@@ -250,17 +247,18 @@ def _fields(recipe: Recipe | None) -> dict[str, str]:
     return {name: str(value) for name, value in {**recipe.provenance, **config, **identity}.items()}
 
 
-def _others(
+def _removal_of_others(
     store: Store, state: SpaceState, documents: NDArray[np.uint8], stride: int | None
 ) -> tuple[Removal | None, str | None]:
     """Return the removal of what belongs to no document of a corpus; or why the space is left alone; or neither."""
     try:
-        with opened(store, state.fingerprint) as space:
+        with open_space(store, state.fingerprint) as space:
             recipe = space.recipe
             if recipe.too_long == "windows":
                 if stride is None or recipe.max_length is None:
                     return None, "holds windows of documents: say by which stride they were cut"
-                documents = _windows(space, documents, Windows(recipe.max_length, stride))
+                windows = stored_windows(space, key_list(documents), Windows(recipe.max_length, stride))
+                documents = key_array([window.key for window in windows])
             keys = space.key_array()
             others = keys[~_among(keys, documents)]
             if len(others) == len(keys) and len(keys):
@@ -282,23 +280,6 @@ def _among(keys: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.boo
     return found
 
 
-def _windows(space: Space, documents: NDArray[np.uint8], spec: Windows) -> NDArray[np.uint8]:
-    """Return the keys of all windows of documents that a space has, those of incomplete documents too."""
-    found: list[bytes] = []
-    going_on = key_list(documents)
-    for number in itertools.count():
-        if not going_on:
-            break
-        probes = [spec.key(document, number, last=last) for document in going_on for last in (True, False)]
-        there = space.contains(probes).tolist()
-        found += [probe for probe, is_there in zip(probes, there, strict=True) if is_there]
-        going_on = [document for document, more in zip(going_on, there[1::2], strict=True) if more]
-    return key_array(found)
-
-
-# Doing what was planned.
-
-
 @dataclass(frozen=True)
 class Pruning:
     """What a pruning did."""
@@ -310,7 +291,7 @@ class Pruning:
     skipped: dict[str, str] = field(default_factory=dict)  # fingerprint -> what has changed since it was planned
 
 
-def prune(store: Store, planned: Plan, *, progress: Progress | None = None) -> Pruning:
+def prune(store: Store, plan: PruningPlan, *, progress: Progress | None = None) -> Pruning:
     """Do what was planned; what is pinned or written to by now is left alone. Safe to interrupt and to plan anew.
 
     Entries are deleted at once; their bytes are given back by compaction, of which replaced segments stay for readers
@@ -323,18 +304,18 @@ def prune(store: Store, planned: Plan, *, progress: Progress | None = None) -> P
     spaces: list[str] = []
     entries: dict[str, int] = {}
     skipped: dict[str, str] = {}
-    for number, removal in enumerate(planned.removals):
+    for number, removal in enumerate(plan.removals):
         name = removal.fingerprint
-        reason = protected(state_of(store, name, store.driver.listing()), planned.idle)
+        reason = why_protected(_state_of(store, name, store.driver.listing()), plan.idle)
         if reason is not None:
             skipped[name] = reason
         elif removal.keys is None:
             if store.delete_space(name):
                 spaces.append(name)
         else:
-            with opened(store, name) as space:
+            with open_space(store, name) as space:
                 entries[name] = space.delete(removal.keys)
                 space.compact()
         if progress is not None:
-            progress("prune", number + 1, len(planned.removals))
-    return Pruning(spaces, entries, swept, footprint(store.driver.listing()).total, skipped)
+            progress("prune", number + 1, len(plan.removals))
+    return Pruning(spaces, entries, swept, footprint_of(store.driver.listing()).total, skipped)

@@ -13,23 +13,24 @@ import sys
 
 import typer
 
-from actcache.cli import signals
-from actcache.cli.bench import bench
-from actcache.cli.compact import compact
-from actcache.cli.doctor import doctor
-from actcache.cli.du import du
-from actcache.cli.export import export, import_
-from actcache.cli.fill import fill
-from actcache.cli.inspect import inspect
-from actcache.cli.ls import ls
-from actcache.cli.migrate import migrate
-from actcache.cli.pin import pin, unpin
-from actcache.cli.plan import plan
-from actcache.cli.prune import prune
-from actcache.cli.repair import repair
-from actcache.cli.streams import escaping, let_go
-from actcache.cli.verify import verify
-from actcache.cli.wording import in_shell
+from actcache.cli import (
+    bench,
+    compact,
+    doctor,
+    du,
+    export,
+    fill,
+    inspect,
+    ls,
+    migrate,
+    pin,
+    plan,
+    prune,
+    repair,
+    shell,
+    verify,
+)
+from actcache.cli.common import ExitCode
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
 
 EXIT_CODES = " ".join((__doc__ or "").partition("\n\n")[2].split())
@@ -43,22 +44,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    fill,
-    ls,
-    inspect,
-    du,
-    verify,
-    repair,
-    compact,
-    migrate,
-    export,
-    import_,
-    prune,
-    pin,
-    unpin,
-    plan,
-    bench,
-    doctor,
+    *(fill.fill, ls.ls, inspect.inspect, du.du, verify.verify, repair.repair, compact.compact, migrate.migrate),
+    *(export.export, export.import_, prune.prune, pin.pin, pin.unpin, plan.plan, bench.bench, doctor.doctor),
 )
 for _command in COMMANDS:
     app.command()(_command)
@@ -71,16 +58,15 @@ def _group() -> None:
 
 _SIGNALLED = 128  # and a signal's number, as shells have it
 _INTERRUPTED = _SIGNALLED + signal.SIGINT
-_NOT_STORED = 3
 _UNREAD = 0  # whoever read the output has gone (``| head``), which is no failure
-_CODES = ((UsageError, 2), (StoreError, _NOT_STORED), (DataError, 4), (ModelError, 5))
+_CODES = ((UsageError, 2), (StoreError, ExitCode.STORE), (DataError, ExitCode.DAMAGED), (ModelError, ExitCode.MODEL))
 
 
 def main() -> None:
     """Run ``cachectl``: one line and an exit code for whatever goes wrong, never a traceback."""
-    escaping(sys.stdout)
-    escaping(sys.stderr)
-    requests = signals.Requests()
+    shell.escape_missing(sys.stdout)
+    shell.escape_missing(sys.stderr)
+    requests = shell.Requests()
     try:
         requests.heed()
         code = _run()
@@ -89,11 +75,11 @@ def main() -> None:
         if requests.number is None:
             raise
         code = 0  # whatever it is, the signal came first
-    if requests.number is not None and code != _NOT_STORED:
+    if requests.number is not None and code != ExitCode.STORE:
         code = _SIGNALLED + requests.number
     if code > _SIGNALLED:
-        _fail(f"{signals.what(code - _SIGNALLED)}; what was flushed is safe, run it again to go on", code)
-    let_go()
+        _fail(f"{shell.what(code - _SIGNALLED)}; what was flushed is safe, run it again to go on", code)
+    shell.drop_unread()
     sys.exit(code)
 
 
@@ -109,7 +95,7 @@ def _run() -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # what fails here would otherwise fail in the interpreter's last moments
     except ActcacheError as error:
-        code = _fail(in_shell(str(error)), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
+        code = _fail(shell.in_shell(str(error)), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except BrokenPipeError:
@@ -119,7 +105,7 @@ def _run() -> int:
             raise
         code = _UNREAD
     except OSError as error:
-        code = _UNREAD if signals.hung_up(error) else _fail(str(error), _NOT_STORED)
+        code = _UNREAD if shell.hung_up(error) else _fail(str(error), ExitCode.STORE)
     except Exception as error:
         # Wrong usage. Some releases of typer bring click's exceptions, some have their own of the same form.
         if not hasattr(error, "format_message"):

@@ -12,9 +12,11 @@ from rich.text import Text
 
 from actcache.admin import benchmark
 from actcache.admin.benchmark import Bench, Comparison, plot
-from actcache.cli.common import JsonOption, QuietOption, console, print_json, say, table
-from actcache.cli.progress import Meter
-from actcache.reader.checks import nbytes_of
+from actcache.admin.display import fields_as_json
+from actcache.cli import options
+from actcache.cli.common import console, print_json, say, table
+from actcache.format.arguments import nbytes_of
+from actcache.io.progress import Meter
 
 _FEW = 4  # batches of a turn
 
@@ -51,8 +53,8 @@ def bench(
         Path | None, typer.Option("--plot", help="Also draw it: a .png, .svg or .pdf file (needs actcache[plots]).")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch folder where it is.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure how fast this disk gives stored activations back, beside what it can do at all.
 
@@ -79,7 +81,7 @@ def bench(
     if plot_file is not None:
         plot.save(found, plot_file)
     if as_json:
-        print_json({"command": command, **found.to_json()})
+        print_json({"command": command, **fields_as_json(found)})
         return
     say(command)
     for name, value in found.facts.items():

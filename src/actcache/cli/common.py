@@ -1,57 +1,31 @@
-"""What the commands share: arguments, and how results are shown."""
+"""What the commands share: how results are shown, and models that are asked for only where somebody needs them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from typing import Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actcache.admin.report.words import binary, clean, counted, span
-from actcache.cli.corpus import Kind
-from actcache.cli.streams import shown
+from actcache.admin.display import as_json, clean
+from actcache.cli.shell import as_shown
+from actcache.errors import requires_extra
 
-__all__ = [
-    "SHORT",
-    "FieldOption",
-    "FormatOption",
-    "JsonOption",
-    "QuietOption",
-    "SpaceOption",
-    "StoreArgument",
-    "binary",
-    "console",
-    "counted",
-    "notice",
-    "print_json",
-    "say",
-    "span",
-    "table",
-]
+
+class ExitCode(IntEnum):
+    """What is told beside success and wrong usage."""
+
+    STORE = 3
+    DAMAGED = 4
+    MODEL = 5
+
 
 _PLAIN_WIDTH = 120  # where stdout is no terminal
-
-StoreArgument = Annotated[str, typer.Argument(help="Path or URL of the store.", show_default=False)]
-SpaceOption = Annotated[
-    list[str] | None, typer.Option("--space", help="Only the space whose fingerprint begins so; may be repeated.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-FieldOption = Annotated[
-    str | None, typer.Option(help="The column or JSON field of the corpus's texts; without one, lines are the texts.")
-]
-FormatOption = Annotated[
-    Kind | None,
-    typer.Option(
-        "--format",
-        help="What the corpus's files hold, where their names do not say so; text: lines, whatever they hold.",
-    ),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 #: How much of a fingerprint tables show.
 SHORT = 12
@@ -65,7 +39,7 @@ class _Console(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         # First what is no character (a file name's bytes), then what stands for one that is no text.
-        visible = shown(clean(shown(text, self.encoding)), self.encoding)
+        visible = as_shown(clean(as_shown(text, self.encoding)), self.encoding)
         return super().render_str(visible, **options)
 
 
@@ -86,8 +60,14 @@ def notice(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a result for machines."""
-    print(json.dumps(value, indent=1))
+    """Print a result for machines; see ``as_json``."""
+    print(json.dumps(as_json(value), indent=1))
+
+
+def say_failures(failures: Mapping[str, str], what: str) -> None:
+    """Print a line for each space, by fingerprint, of which something cannot be told or done, and why."""
+    for fingerprint, why in failures.items():
+        say(f"{fingerprint[:SHORT]}: {what}: {why}")
 
 
 def table(title: str, left: Iterable[str], right: Iterable[str] = ()) -> Table:
@@ -98,3 +78,23 @@ def table(title: str, left: Iterable[str], right: Iterable[str] = ()) -> Table:
     for name in right:
         made.add_column(name, justify="right", no_wrap=True)
     return made
+
+
+def quieten_transformers() -> None:
+    """Have the library say nothing but errors: its messages would bury the command's few."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def recorded_models(model: str | None, device: str | None) -> tuple[Any, Any]:
+    """Return the library's part, which needs torch, and the models that it is to find.
+
+    Raises:
+        MissingExtraError: torch or transformers are not installed.
+    """
+    with requires_extra("models", "computing entries again needs torch and transformers"):
+        quieten_transformers()
+        from actcache.admin import recompute
+    return recompute, recompute.RecordedModels(model, device=device)

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Annotated
 
 import typer
 
-from actcache.admin.inspection import chosen, opened
+from actcache.admin.display import binary, counted
+from actcache.admin.inspection import each_space
 from actcache.backend import GRACE_SECONDS
-from actcache.cli.common import (
-    SHORT,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    binary,
-    counted,
-    print_json,
-    say,
-)
-from actcache.cli.progress import Meter
-from actcache.errors import DataError
-from actcache.reader.checks import nbytes_of
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
+from actcache.format.arguments import nbytes_of
+from actcache.io.progress import Meter
 from actcache.store.space import COMPACT_BYTES
 from actcache.store.store import open_standing
 
-_DAMAGED = 4
-
 
 def compact(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     target: Annotated[str, typer.Option(help="Bytes of rows that a merged segment gets at most, about.")] = str(
         f"{COMPACT_BYTES >> 30}GiB"
     ),
@@ -42,8 +30,8 @@ def compact(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds for which what was replaced stays, for readers that still use it.")
     ] = GRACE_SECONDS,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Join small segments, and give back the space of deleted and overwritten entries, while others read and write.
 
@@ -52,25 +40,20 @@ def compact(
     Example: cachectl compact ./activations --target 4GiB
     """
     target_bytes = nbytes_of("--target", target)
-    done, unreadable = {}, {}
-    with open_standing(store) as opened_store, Meter("compact", "B", show=not quiet) as meter:
-        names = chosen(opened_store, space or ())
-        for name in names:
-            try:
-                with opened(opened_store, name) as one:
-                    done[name] = one.compact(
-                        target_bytes=target_bytes, waste=waste, grace=grace, progress=partial(meter, name)
-                    )
-            except DataError as error:
-                unreadable[name] = str(error)
+    with open_standing(store) as opened, Meter("compact", amount=binary, show=not quiet) as meter:
+        done, unreadable = each_space(
+            opened,
+            space or (),
+            lambda one: one.compact(
+                target_bytes=target_bytes, waste=waste, grace=grace, progress=partial(meter, one.recipe.fingerprint)
+            ),
+        )
     if as_json:
-        spaces = {name: dataclasses.asdict(one) for name, one in done.items()}
-        print_json({"store": store, "spaces": spaces, "unreadable": unreadable})
+        print_json({"store": store, "spaces": done, "unreadable": unreadable})
     else:
         for name, result in done.items():
             merged = f"{counted(result.segments_merged, 'segment')} merged into {result.segments_written:,}"
             say(f"{name[:SHORT]}: {merged}, {result.segments_removed:,} removed, {binary(result.bytes_freed)} freed")
-        for name, what in unreadable.items():
-            say(f"{name[:SHORT]}: left alone: {what}")
+        say_failures(unreadable, "left alone")
     if unreadable:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)

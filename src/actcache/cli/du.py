@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from actcache.cli.common import SHORT, JsonOption, StoreArgument, binary, console, print_json, table
-from actcache.store.footprint import footprint
+from actcache.admin.display import binary, fields_as_json
+from actcache.cli import options
+from actcache.cli.common import SHORT, console, print_json, table
+from actcache.store.footprint import footprint_of
 from actcache.store.store import open_store
 
 
 def du(
-    store: StoreArgument,
-    as_json: JsonOption = False,
+    store: options.Store,
+    as_json: options.Json = False,
     in_bytes: Annotated[bool, typer.Option("--bytes", help="Show bytes, not KiB, MiB, ...")] = False,
 ) -> None:
     """Show how many bytes each space takes, by its parts, and what else there is.
@@ -21,10 +23,9 @@ def du(
     Example: cachectl du ./activations
     """
     with open_store(store, mode="r") as opened:
-        found = footprint(opened.driver.listing())
+        found = footprint_of(opened.driver.listing())
     if as_json:
-        rest = {"collections": found.collections, "temporary": found.temporary, "other": found.other}
-        print_json({"store": store, "spaces": found.spaces, **rest, "total": found.total})
+        print_json({"store": store, **fields_as_json(found, "total")})
         return
 
     def shown(nbytes: int) -> str:
@@ -34,11 +35,7 @@ def du(
     listed = table(store, ("space",), (*parts, "total"))
     for name, held in found.spaces.items():
         listed.add_row(name[:SHORT], *(shown(held.get(part, 0)) for part in parts), shown(found.of_space(name)))
-    for name, nbytes in (
-        ("collections", found.collections),
-        ("temporary", found.temporary),
-        ("other", found.other),
-        ("all", found.total),
-    ):
+    rest = {"collections": found.collections, "temporary": found.temporary, "other": found.other, "all": found.total}
+    for name, nbytes in rest.items():
         listed.add_row(name, *("" for _ in parts), shown(nbytes))
     console().print(listed)

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from actcache.admin.display import binary, counted, entries, fields_as_json
 from actcache.admin.exchange import export_space, import_file
-from actcache.admin.inspection import chosen, opened
-from actcache.cli.common import SHORT, JsonOption, QuietOption, StoreArgument, binary, counted, print_json, say
-from actcache.cli.progress import Meter
+from actcache.admin.inspection import open_space, select_spaces
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, say
 from actcache.errors import UsageError
+from actcache.io.progress import Meter
 from actcache.store.store import open_store
-
-_DAMAGED = 4
 
 
 def export(
-    store: StoreArgument,
+    store: options.Store,
     file: Annotated[
         Path,
         typer.Argument(help="To write: .safetensors, .npz, or .parquet of keys and token ids.", show_default=False),
     ],
     space: Annotated[str | None, typer.Option(help="How its fingerprint begins, where there are several.")] = None,
     collection: Annotated[str | None, typer.Option(help="Only this collection's entries, in its order.")] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write a space's entries to one file that other programs read.
 
@@ -39,31 +38,27 @@ def export(
 
     Example: cachectl export ./activations activations.safetensors
     """
-    with open_store(store, mode="r") as opened_store, Meter("export", "entries", show=not quiet) as meter:
-        names = chosen(opened_store, [space] if space is not None else [])
+    with open_store(store, mode="r") as opened, Meter("export", "entries", show=not quiet) as meter:
+        names = select_spaces(opened, [space] if space is not None else [])
         if len(names) != 1:
             raise UsageError(f"{store} has {counted(len(names), 'space')}: choose one with --space")
-        listed = None if collection is None else opened_store.collection(collection)
+        listed = None if collection is None else opened.collection(collection)
         keys, ids = (None, None) if listed is None else (listed.keys, listed.ids)
-        with opened(opened_store, names[0]) as one:
+        with open_space(opened, names[0]) as one:
             done = export_space(one, file, keys, ids=ids, progress=meter)
     if as_json:
-        print_json({"store": store, "space": names[0], "file": str(file), **dataclasses.asdict(done)})
+        print_json({"store": store, "space": names[0], "file": str(file), **fields_as_json(done)})
         return
-    say(f"{counted(done.entries, 'entry', 'entries')} of {names[0][:SHORT]} in {file}, {binary(done.nbytes)}")
+    say(f"{entries(done.entries)} of {names[0][:SHORT]} in {file}, {binary(done.nbytes)}")
     for name, count in done.left_out.items():
-        say(
-            f"{name} of {counted(count, 'entry', 'entries')} left out, for the others have none; a migration takes them"
-        )
+        say(f"{name} of {entries(count)} left out, for the others have none; a migration takes them")
 
 
 def import_(
-    store: Annotated[
-        str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)
-    ],
+    store: options.NewStore,
     file: Annotated[Path, typer.Argument(help="A .safetensors or .npz that export wrote.", show_default=False)],
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Store the entries of an exported file; what is there already is skipped.
 
@@ -73,21 +68,17 @@ def import_(
     """
     if not file.is_file():
         raise UsageError(f"cannot read {file}: there is no such file")  # before a store is made
-    with open_store(store, mode="a") as opened_store, Meter("import", "entries", show=not quiet) as meter:
-        done = import_file(opened_store, file, progress=meter)
+    with open_store(store, mode="a") as opened, Meter("import", "entries", show=not quiet) as meter:
+        done = import_file(opened, file, progress=meter)
     if as_json:
-        corrupt = [key.hex() for key in done.corrupt]
-        print_json({"store": store, "file": str(file), **dataclasses.asdict(done), "corrupt": corrupt})
+        print_json({"store": store, "file": str(file), **fields_as_json(done)})
     else:
-        entries = counted(done.entries, "entry", "entries")
         there = done.entries - done.stored - len(done.corrupt)
-        say(f"{entries}: {done.stored:,} stored in {done.fingerprint[:SHORT]}, {there:,} were there")
+        say(f"{entries(done.entries)}: {done.stored:,} stored in {done.fingerprint[:SHORT]}, {there:,} were there")
         if done.corrupt:
-            say(
-                f"{counted(len(done.corrupt), 'entry', 'entries')} corrupt in {file}, the first {done.corrupt[0].hex()}"
-            )
+            say(f"{entries(len(done.corrupt))} corrupt in {file}, the first {done.corrupt[0].hex()}")
     if done.corrupt:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)
 
 
 import_.__name__ = "import"  # the command's name, which Python keeps for itself

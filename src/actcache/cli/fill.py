@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
@@ -10,12 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache.admin import inspection
-from actcache.cli import corpus
-from actcache.cli.common import FieldOption, FormatOption, JsonOption, QuietOption, binary, counted, say, span
-from actcache.errors import DocumentError, MissingExtraError, OutOfSpaceError, UsageError
-from actcache.format.keys import Windows
-from actcache.reader.checks import nbytes_of
+from actcache.admin.display import binary, counted, fields_as_json, span
+from actcache.admin.inspection import open_space
+from actcache.cli import corpus, options
+from actcache.cli.common import quieten_transformers, say
+from actcache.errors import DocumentError, OutOfSpaceError, UsageError, requires_extra
+from actcache.format.arguments import nbytes_of
+from actcache.format.keys import Windows, document_key
+from actcache.store.document_entries import check_found, find_entries
+from actcache.store.space import Space
 from actcache.store.store import Store, open_store
 
 
@@ -40,6 +43,35 @@ class _Counted(_Streamed):
         return self._count
 
 
+class _Notes:
+    """The keys and ids of documents that pass through on their way to a fill; their texts are let go."""
+
+    def __init__(self) -> None:
+        self._keys: list[bytes] = []
+        self._ids: list[str | None] = []
+
+    def passing(self, documents: Iterable[corpus.Document]) -> Iterator[corpus.Document]:
+        """Yield the documents."""
+        for document in documents:
+            self._keys.append(document_key(document.text))
+            self._ids.append(document.id)
+            yield document
+
+    def put(self, store: Store, space: Space, name: str, windows: Windows | None) -> None:
+        """Store a collection of the documents' entries, each document's windows one after another.
+
+        Where documents have ids, each entry has its document's; a document without one has an empty id.
+
+        Raises:
+            MissingEntryError: a document is not in the space.
+        """
+        found = find_entries(space, self._keys, windows)
+        check_found(self._keys, found)
+        ids = [one or "" for one, entries in zip(self._ids, found, strict=True) for _ in entries]
+        has_ids = any(one is not None for one in self._ids)
+        store.put_collection(name, list(itertools.chain.from_iterable(found)), ids if has_ids else None)
+
+
 class TooLong(StrEnum):
     refuse = "refuse"
     truncate = "truncate"
@@ -47,9 +79,7 @@ class TooLong(StrEnum):
 
 
 def fill(
-    store: Annotated[
-        str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)
-    ],
+    store: options.NewStore,
     source: Annotated[
         str,
         typer.Argument(
@@ -66,9 +96,9 @@ def fill(
         ),
     ],
     dtype: Annotated[str | None, typer.Option(help="float16, float32 or bfloat16; default: the model's.")] = None,
-    field: FieldOption = None,
+    field: options.Field = None,
     id_field: Annotated[str | None, typer.Option(help="The column or field of the documents' ids.")] = None,
-    format: FormatOption = None,
+    format: options.Format = None,
     collection: Annotated[
         str | None,
         typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
@@ -94,8 +124,8 @@ def fill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is there, how many bytes and how long it takes; store nothing.")
     ] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compute and store what is missing of a corpus.
 
@@ -106,16 +136,12 @@ def fill(
 
     Example: cachectl fill ./activations corpus.txt --model bert-base-uncased --layer 6
     """
-    try:
+    with requires_extra("models", "fill needs torch and transformers"):
         from actcache.admin.forecast import forecast
-        from actcache.cli.collecting import Notes, put_collection
         from actcache.models import parallel
         from actcache.models.recyclers import Recyclers
-    except ImportError as error:
-        raise MissingExtraError(
-            f"fill needs torch and transformers: pip install 'actcache[models]' ({error})"
-        ) from None
-    _quieten_transformers()
+
+        quieten_transformers()
     windows = _windows(too_long, max_length, stride)
     if collection is not None:
         Store.collection_blob(collection)  # a name that is none is refused before the work, not after it
@@ -124,27 +150,27 @@ def fill(
     places = [] if devices is None else [name.strip() for name in devices.split(",")]
     if len(places) > 1:
         parallel.check_devices(places)
-    options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
+    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
     documents = corpus.read(source, field, id_field, format)
-    notes = None if collection is None else Notes()
+    notes = None if collection is None else _Notes()
     streamed = (document.text for document in (documents if notes is None else notes.passing(documents)))
     count = corpus.count(source, field, format)
     texts = _Streamed(streamed) if count is None else _Counted(streamed, count)
     if dry_run:
-        found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **options)
+        found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **settings)
         _show_forecast(found, as_json)
         return
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
     if len(places) > 1:
-        report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **options)
+        report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **settings)
     else:
         device = places[0] if places else None
-        with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **options) as recyclers:
+        with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **settings) as recyclers:
             report = recyclers.fill(texts, **working)
     written = None if report.left_out else collection
     if written is not None and notes is not None:
-        with open_store(store) as standing, inspection.opened(standing, report.spaces[layer[0]]) as space:
-            put_collection(standing, space, written, notes, windows)
+        with open_store(store) as standing, open_space(standing, report.spaces[layer[0]]) as space:
+            notes.put(standing, space, written, windows)
     _tell(report, written, as_json)
     if report.left_out:
         unwritten = "" if collection is None else f" The collection {collection!r} was not written."
@@ -167,7 +193,7 @@ def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows 
 def _tell(report: Any, collection: str | None, as_json: bool) -> None:
     spaces = list(report.spaces.values())
     if as_json:
-        print(json.dumps({"space": spaces[0], **dataclasses.asdict(report), "collection": collection}))
+        print(json.dumps({"space": spaces[0], **fields_as_json(report), "collection": collection}))
         return
     rate = report.tokens / report.seconds if report.seconds else 0.0
     say(
@@ -179,18 +205,10 @@ def _tell(report: Any, collection: str | None, as_json: bool) -> None:
 
 def _show_forecast(found: Any, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
+        print(json.dumps(fields_as_json(found)))
         return
     missing = found.documents - found.present
     say(f"{found.documents:,} documents: {found.present:,} are there, {missing:,} to compute")
     say(f"about {found.tokens:,} tokens, {binary(found.nbytes)}, {span(found.seconds)} of computing")
     if found.fits is not None:
         say("all of it fits" if found.fits == missing else f"about {found.fits:,} of the {missing:,} fit")
-
-
-def _quieten_transformers() -> None:
-    """The command's own messages are few; the library's would bury them."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

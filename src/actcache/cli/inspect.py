@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,33 +11,26 @@ from rich.table import Table
 
 from actcache.admin import inspection
 from actcache.admin import report as reporting
+from actcache.admin.display import ago, binary, counted, entries, fields_as_json, model_name, number, spelled
 from actcache.admin.inspection import SpaceReport, StoreReport
-from actcache.admin.report import SAMPLE, DocumentReport, SegmentDetail, Survey
-from actcache.cli.common import (
-    SHORT,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    binary,
-    console,
-    counted,
-    print_json,
-    say,
-)
-from actcache.cli.inspected import recipe_table, show
-from actcache.cli.progress import Meter
-from actcache.cli.streams import text_of
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, console, print_json, say, table
+from actcache.cli.shell import text_of_argument
 from actcache.errors import UsageError
+from actcache.format.recipe import Recipe
 from actcache.io.newfile import check_new
+from actcache.io.progress import Meter
 from actcache.store.store import open_store
 
-_DAMAGED = 4
+_BAR = 40  # characters
+_MOST = 20  # segments, ids
+_CORRUPT = 5  # keys
+_UNKNOWN = "at an unknown time"
 
 
 def inspect(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     segment: Annotated[str | None, typer.Option(help="One segment: how its name begins.")] = None,
     text: Annotated[str | None, typer.Option(help="One document, by its text.")] = None,
     key: Annotated[
@@ -45,14 +39,16 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this new file.")] = None,
     sample: Annotated[
         int | None,
-        typer.Option(min=0, help=f"How many entries of each space, or of the segment, are read; default: {SAMPLE}."),
+        typer.Option(
+            min=0, help=f"How many entries of each space, or of the segment, are read; default: {reporting.SAMPLE}."
+        ),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Read all entries, and every segment without the help of an index.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Draws the same entries again.")] = 0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show what is in a store, a space, a segment or a document, and by which recipe. Changes nothing.
 
@@ -68,25 +64,28 @@ def inspect(
     if every and sample is not None:
         raise UsageError("--sample and --all are two numbers of entries: give one of them")
     in_detail = bool(space) or every or sample is not None or html is not None
-    options: dict[str, Any] = {"sample": None if every else SAMPLE if sample is None else sample, "seed": seed}
+    reading: dict[str, Any] = {
+        "sample": None if every else reporting.SAMPLE if sample is None else sample,
+        "seed": seed,
+    }
     if html is not None:
         check_new(html)  # before anything is read for it
-    report: SegmentDetail | DocumentReport | Survey
+    report: reporting.SegmentDetail | reporting.DocumentReport | reporting.StoreDetail
     with open_store(store, mode="r") as opened, Meter("read", "entries", show=not quiet) as meter:
-        options["progress"] = meter
+        reading["progress"] = meter
         if segment is not None:
-            report = reporting.segment_detail(opened, segment, space or (), **options)
+            report = reporting.segment_detail(opened, segment, space or (), **reading)
         elif text is not None:
-            report = reporting.document_by_text(opened, text_of(text), space or ())
+            report = reporting.document_by_text(opened, text_of_argument(text), space or ())
         elif key is not None:
             report = reporting.document_by_key(opened, key, space or ())
         elif in_detail:
-            report = reporting.survey(opened, space or (), **options)
+            report = reporting.store_detail(opened, space or (), **reading)
         else:
             _show_store(store, inspection.inspect(opened), as_json)
             return
     page: dict[str, Any] = {}
-    if html is not None and isinstance(report, Survey):
+    if html is not None and isinstance(report, reporting.StoreDetail):
         page = {"html": str(html), "html_bytes": reporting.write_page(report, html)}
     if as_json:
         print_json({"store": store, **report.to_json(), **page})
@@ -94,21 +93,19 @@ def inspect(
         damage = "" if report.intact else "; something is damaged, it says what"
         say(f"{html}: {binary(page['html_bytes'])}{damage}")
     else:
-        show(report)
+        _show(report)
     if not report.intact:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)
 
 
 def _show_store(store: str, found: StoreReport, as_json: bool) -> None:
     if as_json:
-        spaces = [report.to_json() for report in found.spaces]
-        rest = {"unreadable": found.unreadable, "collections": found.collections}
-        print_json({"store": store, "spaces": spaces, **rest})
+        print_json({"store": store, **fields_as_json(found)})
         return
     terminal = console()
     terminal.print(_summary(store, found.spaces))
     for report in found.spaces:
-        terminal.print(recipe_table(report.recipe, f"space {report.recipe.fingerprint}", report.damaged))
+        terminal.print(_recipe_table(report.recipe, f"space {report.recipe.fingerprint}", report.damaged))
     for name, what in found.unreadable.items():
         say(f"unreadable {name}: {what}")
     if found.collections:
@@ -116,16 +113,16 @@ def _show_store(store: str, found: StoreReport, as_json: bool) -> None:
 
 
 def _summary(store: str, reports: list[SpaceReport]) -> Table:
-    table = Table(title=f"{store}: {counted(len(reports), 'space')}")
+    summary = Table(title=f"{store}: {counted(len(reports), 'space')}")
     for name in ("space", "model", "layer", "dtype"):
-        table.add_column(name, no_wrap=name != "model")
+        summary.add_column(name, no_wrap=name != "model")
     for name in ("entries", "tokens", "bytes", "segments", "damaged"):
-        table.add_column(name, justify="right", no_wrap=True)
+        summary.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         recipe, usage = report.recipe, report.usage
-        table.add_row(
+        summary.add_row(
             recipe.fingerprint[:SHORT],
-            PurePath(recipe.model).name,
+            model_name(recipe),
             str(recipe.layer),
             recipe.stored_as,
             f"{usage.entries:,}",
@@ -134,4 +131,151 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
             f"{usage.segments:,}",
             f"{len(report.damaged):,}",
         )
-    return table
+    return summary
+
+
+# --- a space, a segment, a document, in full --------------------------------------------------------------------------
+
+
+def _show(report: reporting.StoreDetail | reporting.SegmentDetail | reporting.DocumentReport) -> None:
+    if isinstance(report, reporting.SegmentDetail):
+        _show_segment(report)
+    elif isinstance(report, reporting.DocumentReport):
+        _show_document(report)
+    else:
+        for space in report.spaces:
+            _show_space(space)
+        for name, what in report.unreadable.items():
+            say(f"unreadable {name}: {what}")
+
+
+def _recipe_table(recipe: Recipe, title: str, damaged: Mapping[str, str]) -> Table:
+    """Return a recipe in full: what decides the numbers, then where they came from; and what is damaged."""
+    made = Table(title=title, show_header=False)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in recipe.identity().items():
+        made.add_row(name, spelled(value))
+    made.add_section()
+    for name, value in recipe.to_json()["provenance"].items():
+        made.add_row(name, value)
+    for name, what in damaged.items():
+        made.add_row(f"damaged {name}", what)
+    return made
+
+
+def _show_space(detail: reporting.SpaceDetail) -> None:
+    usage = detail.report.usage
+    console().print(_recipe_table(detail.recipe, f"space {detail.recipe.fingerprint}", detail.report.damaged))
+    written = "" if detail.written is None else f", last written to {ago(detail.written)}"
+    say(f"made {ago(detail.made, _UNKNOWN)}{'' if detail.owner is None else f' by {detail.owner}'}{written}")
+    say(f"{entries(usage.entries)}, {counted(usage.tokens, 'token')}")
+    say(f"{binary(usage.nbytes)}{_compression(detail)}")
+    _show_lengths(detail.lengths)
+    _show_segments(detail.segments)
+    _show_sample(detail.sample)
+
+
+def _show_segment(detail: reporting.SegmentDetail) -> None:
+    segment = detail.report
+    say(f"segment {segment.name} of space {detail.recipe.fingerprint}")
+    size = binary(segment.nbytes) or "no file"
+    say(f"{entries(segment.entries)}, {counted(segment.tokens, 'token')}, {size}: {segment.state}")
+    written = ago(segment.age, _UNKNOWN)
+    provenance = ", ".join(f"{name} {value}" for name, value in detail.recipe.to_json()["provenance"].items())
+    say(f"written {written}{'' if segment.owner is None else f' by {segment.owner}'}; the space: {provenance}")
+    if segment.damaged is not None:
+        say(f"damaged: {segment.damaged}")
+    _show_lengths(detail.lengths)
+    _show_sample(detail.sample)
+
+
+def _show_document(report: reporting.DocumentReport) -> None:
+    say(f"document {report.key.hex()}: {entries(len(report.entries))}")
+    for before, entry in zip([None, *report.entries], report.entries, strict=False):
+        if before is None or before.recipe != entry.recipe:
+            say(f"space {entry.recipe.fingerprint[:SHORT]} ({entry.recipe.model} layer {entry.recipe.layer})")
+        _show_entry(entry)
+    for name, what in report.unreadable.items():
+        say(f"unreadable {name[:SHORT]}: {what}")
+
+
+def _show_entry(entry: reporting.EntryReport) -> None:
+    recipe, window = entry.recipe, entry.window
+    if window is not None:
+        last = ", the last" if window.last else ""
+        say(f"  window {window.number}{last}, cut at {window.max_length} tokens with stride {window.stride}")
+        say(f"  key {entry.key.hex()}")
+    size = f"{counted(entry.tokens, 'token')} x {recipe.hidden_size} {recipe.stored_as}, {binary(entry.nbytes)}"
+    say(f"  {size}{'' if entry.segment is None else f', in {entry.segment}'}")
+    say(f"  checksum {entry.checksum:016x}: {'intact' if entry.intact else 'CORRUPT, cachectl repair takes it away'}")
+    if entry.statistics is not None:
+        _show_statistics(entry.statistics, "  ")
+    if entry.token_ids is not None:
+        say(f"  token ids {_some(entry.token_ids)}")
+    for name, rows in (entry.extras or {}).items():
+        say(f"  {name} {_some(rows)}")
+
+
+def _some(values: list[Any]) -> str:
+    text = " ".join(str(value).replace(" ", "") for value in values[:_MOST])
+    return text if len(values) <= _MOST else f"{text} ... ({len(values):,})"
+
+
+def _compression(detail: reporting.SpaceDetail) -> str:
+    if detail.bytes_per_token is None or detail.ratio is None:
+        return ""
+    computed = f"{binary(detail.computed_bytes)} that its rows are in {detail.recipe.compute_dtype}"
+    return f", {number(detail.bytes_per_token)} a token; {detail.ratio:.2f} of the {computed}"
+
+
+def _show_lengths(lengths: reporting.Lengths) -> None:
+    if not lengths.entries:
+        return
+    say(
+        f"tokens of an entry: {lengths.shortest:,} to {lengths.longest:,}, median {number(lengths.median)}, mean "
+        f"{number(lengths.mean)}, 95 % up to {lengths.p95:,}"
+    )
+    _show_histogram(lengths.histogram, lambda edge: f"{edge:,.0f}")
+
+
+def _show_histogram(histogram: reporting.Histogram, edge: Callable[[float], str]) -> None:
+    block = "█" if "utf" in console().encoding.lower() else "#"
+    most = max(histogram.counts, default=0)
+    names = [edge(begin) for begin in histogram.edges[:-1]]
+    width = max(map(len, names), default=0)
+    for name, count in zip(names, histogram.counts, strict=True):
+        bar = block * max(1, round(_BAR * count / most)) if count else ""
+        say(f"  {name:>{width}} {bar:<{_BAR}} {count:,}".rstrip())
+
+
+def _show_segments(segments: list[reporting.SegmentReport]) -> None:
+    if not segments:
+        return
+    listed = table("", ("segment", "state", "owner"), ("entries", "tokens", "bytes", "written"))
+    listed.columns[0].no_wrap, listed.columns[0].overflow = False, "fold"  # on a narrow terminal
+    for one in segments[:_MOST]:
+        numbers = (f"{one.entries:,}", f"{one.tokens:,}", binary(one.nbytes), ago(one.age))
+        listed.add_row(one.name, one.state, one.owner or "", *numbers)
+    console().print(listed)
+    if len(segments) > _MOST:
+        say(f"and {counted(len(segments) - _MOST, 'more segment')}: --json lists them all")
+
+
+def _show_sample(sample: reporting.Sample) -> None:
+    if not sample.entries:
+        return
+    many = counted(len(sample.corrupt), "fails its checksum", "fail their checksums")
+    state = many if sample.corrupt else "intact"
+    say(f"read {sample.entries:,} of {entries(sample.of)}: {state}")
+    for key in sample.corrupt[:_CORRUPT]:
+        say(f"  corrupt {key.hex()}")
+    _show_statistics(sample.statistics, "  ")
+
+
+def _show_statistics(found: reporting.Statistics, indent: str) -> None:
+    say(f"{indent}norms {number(found.norm_min)} to {number(found.norm_max)}, mean {number(found.norm_mean)}")
+    say(
+        f"{indent}numbers: mean {number(found.mean)}, standard deviation {number(found.std)}; {found.nan:,} NaN, "
+        f"{found.infinite:,} infinite, {counted(found.zero_rows, 'row')} all zero"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -10,33 +9,23 @@ import typer
 from rich.tree import Tree
 
 from actcache.admin import inspection
+from actcache.admin.display import ago, binary, counted, entries, fields_as_json, model_name
 from actcache.admin.inspection import Coverage, SpaceReport
 from actcache.admin.report import Overview, SegmentReport, overview
 from actcache.backend import StoredFile
-from actcache.cli.common import (
-    SHORT,
-    JsonOption,
-    SpaceOption,
-    StoreArgument,
-    binary,
-    console,
-    counted,
-    print_json,
-    say,
-    span,
-    table,
-)
-from actcache.store.footprint import segments_in, written
+from actcache.cli import options
+from actcache.cli.common import SHORT, console, print_json, say, table
+from actcache.store.footprint import age_of_last_write, segments_in
 from actcache.store.store import open_store
 
 _MOST = 20  # segments of a space in a tree
 
 
 def ls(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     tree: Annotated[bool, typer.Option("--tree", help="Show each space's segments and collections as a tree.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the spaces and collections of a store; with --space, that space's segments and what it has of each.
 
@@ -46,7 +35,7 @@ def ls(
         if tree:
             found = overview(opened, space or ())
             if as_json:
-                print_json(found.to_json())
+                print_json(found)
             else:
                 console().print(_tree(store, found))
             return
@@ -57,26 +46,28 @@ def ls(
             for row in rows:
                 held = segments_in(files, row["fingerprint"])
                 row["segment_bytes"] = {name: file.nbytes for name, file in held.items()}
-                row["collections"] = inspection.coverage(opened, row["fingerprint"])
+                with inspection.open_space(opened, row["fingerprint"]) as one:
+                    row["collections"] = inspection.coverage(opened, one)
     if as_json:
         for row in rows:
             held = row.get("collections", {})
-            row["collections"] = {n: dataclasses.asdict(c) for n, c in held.items() if isinstance(c, Coverage)}
-        result = {"spaces": rows, "unreadable": report.unreadable, "collections": report.collections}
-        print_json({"store": store, **result})
+            row["collections"] = {name: one for name, one in held.items() if isinstance(one, Coverage)}
+        print_json({"store": store, **fields_as_json(report), "spaces": rows})
         return
     text = ("space", "model", "layer", "dtype")
     listed = table(store, text, ("entries", "tokens", "bytes", "written"))
     for row in rows:
-        model = PurePath(row["model"]).name
         numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]))
-        ago = "" if row["written"] is None else f"{span(row['written'])} ago"
-        listed.add_row(row["fingerprint"][:SHORT], model, str(row["layer"]), row["stored_as"], *numbers, ago)
+        words = (row["fingerprint"][:SHORT], PurePath(row["model"]).name, str(row["layer"]), row["stored_as"])
+        listed.add_row(*words, *numbers, ago(row["written"]))
     console().print(listed)
     for row in rows:
         for segment, what in row["damaged"].items():
             say(f"damaged {row['fingerprint'][:SHORT]}: {segment}: {what}")
-        _details(row)
+        for segment, nbytes in row.get("segment_bytes", {}).items():
+            say(f"  {segment}  {binary(nbytes)}")
+        for name, held in row.get("collections", {}).items():
+            say(f"  collection {name}: {_coverage(held)}")
     for name, what in report.unreadable.items():
         say(f"unreadable {name[:SHORT]}: {what}")
     if report.collections:
@@ -87,16 +78,15 @@ def _tree(store: str, found: Overview) -> Tree:
     root = Tree(store)
     for branch in found.spaces:
         recipe, usage = branch.report.recipe, branch.report.usage
-        size = f"{counted(usage.entries, 'entry', 'entries')}, {binary(usage.nbytes)}"
-        name = f"{PurePath(recipe.model).name} layer {recipe.layer} {recipe.stored_as}"
+        size = f"{entries(usage.entries)}, {binary(usage.nbytes)}"
+        name = f"{model_name(recipe)} layer {recipe.layer} {recipe.stored_as}"
         space = root.add(f"space {recipe.fingerprint[:SHORT]}  {name}: {size}")
         for segment in branch.segments[:_MOST]:
             space.add(_segment(segment))
         if len(branch.segments) > _MOST:
             space.add(f"and {counted(len(branch.segments) - _MOST, 'more segment')}")
         for collection, held in branch.collections.items():
-            has = f"{held.present:,} of {counted(held.documents, 'document')}" if isinstance(held, Coverage) else held
-            space.add(f"collection {collection}: {has}")
+            space.add(f"collection {collection}: {_coverage(held)}")
     for fingerprint, what in found.unreadable.items():
         root.add(f"space {fingerprint[:SHORT]}  unreadable: {what}")
     for collection, documents in found.collections.items():
@@ -108,10 +98,13 @@ def _tree(store: str, found: Overview) -> Tree:
 def _segment(segment: SegmentReport) -> str:
     if segment.damaged is not None:
         return f"{segment.name}  damaged: {segment.damaged}"
-    size = "" if segment.nbytes is None else f", {binary(segment.nbytes)}"
-    ago = "" if segment.age is None else f", {span(segment.age)} ago"
-    held = counted(segment.entries, "entry", "entries") if segment.entries else segment.state
-    return f"{segment.name}  {held}{size}{ago}"
+    held = entries(segment.entries) if segment.entries else segment.state
+    facts = [f"{segment.name}  {held}", binary(segment.nbytes), ago(segment.age)]
+    return ", ".join(filter(None, facts))
+
+
+def _coverage(held: Coverage | str) -> str:
+    return held if isinstance(held, str) else f"{held.present:,} of {counted(held.documents, 'document')}"
 
 
 def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
@@ -122,15 +115,7 @@ def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
         "layer": recipe.layer,
         "dtype": recipe.dtype,
         "stored_as": recipe.stored_as,
-        **dataclasses.asdict(report.usage),
+        **fields_as_json(report.usage),
         "damaged": report.damaged,
-        "written": written(files, recipe.fingerprint),
+        "written": age_of_last_write(files, recipe.fingerprint),
     }
-
-
-def _details(row: dict[str, Any]) -> None:
-    for segment, nbytes in row.get("segment_bytes", {}).items():
-        say(f"  {segment}  {binary(nbytes)}")
-    for name, held in row.get("collections", {}).items():
-        has = f"{held.present:,} of {counted(held.documents, 'document')}" if isinstance(held, Coverage) else held
-        say(f"  collection {name}: {has}")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
 
-from actcache.admin.migration import Migration, SpaceMigration, meetings
-from actcache.admin.migration import migrate as migrate_store
-from actcache.cli.common import SHORT, JsonOption, QuietOption, SpaceOption, binary, counted, print_json, say
-from actcache.cli.progress import Meter
+from actcache.admin import migration
+from actcache.admin.display import binary, entries, fields_as_json
+from actcache.admin.migration import Migration, SpaceMigration
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
 from actcache.entries.writer import SEGMENT_BYTES
 from actcache.errors import UsageError
-from actcache.reader.checks import nbytes_of
+from actcache.format.arguments import nbytes_of
+from actcache.io.progress import Meter
 from actcache.store.store import open_store
-
-_DAMAGED = 4
 
 
 def migrate(
@@ -24,15 +23,15 @@ def migrate(
     target: Annotated[
         str, typer.Argument(help="Path or URL of the store to write; made where it is absent.", show_default=False)
     ],
-    space: SpaceOption = None,
+    space: options.Spaces = None,
     dtype: Annotated[
         str | None, typer.Option(help="Store rows as float16, float32 or bfloat16; by default as the source does.")
     ] = None,
     segment_bytes: Annotated[
         str, typer.Option(help="Bytes of rows of a segment; two are in memory. What is published survives a kill.")
     ] = f"{SEGMENT_BYTES >> 20}MiB",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Copy a store's spaces and collections into another store, of any backend at any place, and prove it.
 
@@ -49,41 +48,30 @@ def migrate(
     nbytes = nbytes_of("--segment-bytes", segment_bytes)
     prefixes = space or ()
     with open_store(source, mode="r") as old:  # first: nothing is made where there is nothing to read
-        for meeting in meetings(old, target, prefixes=prefixes, dtype=dtype):
-            raise UsageError(f"{meeting}: choose one with --space, and migrate the other to another TARGET")
+        for collision in migration.collisions(old, target, prefixes=prefixes, dtype=dtype):
+            raise UsageError(f"{collision}: choose one with --space, and migrate the other to another TARGET")
         with open_store(target, mode="a") as new, Meter("migrate", "entries", show=not quiet) as meter:
-            done = migrate_store(old, new, prefixes=prefixes, dtype=dtype, segment_bytes=nbytes, progress=meter)
+            done = migration.migrate(old, new, prefixes=prefixes, dtype=dtype, segment_bytes=nbytes, progress=meter)
     if as_json:
-        spaces = [
-            {
-                **dataclasses.asdict(one),
-                "corrupt": [key.hex() for key in one.corrupt],
-                "differing": [key.hex() for key in one.differing],
-                "equal": one.equal,
-            }
-            for one in done.spaces
-        ]
-        rest = {"unreadable": done.unreadable, "collections": done.collections, "equal": done.equal}
-        print_json({"source": source, "target": target, "spaces": spaces, **rest})
+        spaces = [fields_as_json(one, "equal") for one in done.spaces]
+        print_json({"source": source, "target": target, **fields_as_json(done, "equal"), "spaces": spaces})
     else:
         _show(done)
     if not done.equal:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)
 
 
 def _show(done: Migration) -> None:
     for one in done.spaces:
         new = "" if one.target == one.source else f" -> {one.target[:SHORT]}"
-        entries = counted(one.entries, "entry", "entries")
-        say(f"{one.source[:SHORT]}{new}: {entries}, {one.copied:,} copied ({binary(one.nbytes)} read)")
+        say(f"{one.source[:SHORT]}{new}: {entries(one.entries)}, {one.copied:,} copied ({binary(one.nbytes)} read)")
         say(f"  should hold {one.digest}")
         say(f"  does hold   {one.target_digest}  {'equal' if one.equal else 'NOT EQUAL'}")
         if one.via:
             say(f"  stored as {one.stored_as}: a space of its own, for a fill would compute other digits")
         for line in _complaints(one):
             say(f"  {line}")
-    for name, what in done.unreadable.items():
-        say(f"{name[:SHORT]}: left out: {what}")
+    say_failures(done.unreadable, "left out")
     for name, state in done.collections.items():
         say(f"collection {name}: {state}")
 
@@ -91,13 +79,10 @@ def _show(done: Migration) -> None:
 def _complaints(one: SpaceMigration) -> list[str]:
     lines = [f"damaged in the source: {name}: {what}" for name, what in one.damaged.items()]
     if one.corrupt:
-        lines.append(
-            f"{counted(len(one.corrupt), 'entry', 'entries')} corrupt in the source, the first {one.corrupt[0].hex()}"
-        )
+        lines.append(f"{entries(len(one.corrupt))} corrupt in the source, the first {one.corrupt[0].hex()}")
     if one.differing:
-        first = one.differing[0].hex()
         lines.append(
-            f"{counted(len(one.differing), 'entry', 'entries')} stand in the target with other numbers, or were "
-            f"deleted meanwhile, the first {first}: run it again, or delete them there"
+            f"{entries(len(one.differing))} stand in the target with other numbers, or were deleted meanwhile, the "
+            f"first {one.differing[0].hex()}: run it again, or delete them there"
         )
     return lines

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from actcache.admin import retention
-from actcache.cli.common import JsonOption, StoreArgument, print_json, say
+from actcache.cli import options
+from actcache.cli.common import print_json, say
 from actcache.store.store import open_standing
 
 _Prefixes = Annotated[list[str], typer.Argument(help="Fingerprints of spaces, or how they begin.", show_default=False)]
 
 
-def pin(store: StoreArgument, spaces: _Prefixes, as_json: JsonOption = False) -> None:
+def pin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) -> None:
     """Protect spaces from every prune, until they are unpinned.
 
     Example: cachectl pin ./activations 3f2a
@@ -23,7 +24,7 @@ def pin(store: StoreArgument, spaces: _Prefixes, as_json: JsonOption = False) ->
     _show(store, "pinned", found, as_json)
 
 
-def unpin(store: StoreArgument, spaces: _Prefixes, as_json: JsonOption = False) -> None:
+def unpin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) -> None:
     """Take the protection of pinned spaces away.
 
     Example: cachectl unpin ./activations 3f2a

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from actcache.admin import planning
-from actcache.admin.planning import Corpus, Disk, Estimate, Model, Prices
-from actcache.cli import corpus
-from actcache.cli.common import FieldOption, FormatOption, JsonOption, binary, console, print_json, say, span, table
-from actcache.errors import MissingExtraError, UsageError
+from actcache.admin.display import binary, fields_as_json, span
+from actcache.admin.planning import CorpusSize, Disk, Estimate, ModelCosts, Prices
+from actcache.cli import corpus, options
+from actcache.cli.common import console, print_json, say, table
+from actcache.errors import UsageError, requires_extra
+from actcache.format.arguments import nbytes_of
 
 _SAMPLE = 5000  # documents whose lengths are looked at
 
@@ -23,8 +24,8 @@ def plan(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model id or folder, measured on this machine.")] = None,
     layer: Annotated[int | None, typer.Option(help="The layer to cache.")] = None,
-    field: FieldOption = None,
-    format: FormatOption = None,
+    field: options.Field = None,
+    format: options.Format = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Such devices that compute at the same time.")] = 1,
@@ -42,7 +43,7 @@ def plan(
     device_hour: Annotated[float | None, typer.Option(min=0, help="Price of an hour of a device.")] = None,
     gib_month: Annotated[float | None, typer.Option(min=0, help="Price of a month of a GiB of storage.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Show the paper's Table 7 beside ours.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say whether caching pays: bytes, time to fill, a pass with and without, and from which pass on.
 
@@ -64,17 +65,15 @@ def plan(
     else:
         load, costs = _given(documents, tokens, hidden, full_ms, upper_ms)
     if read is not None and write is not None:
-        disk = Disk(planning.bandwidth("--read", read), planning.bandwidth("--write", write))
+        disk = Disk(float(nbytes_of("--read", read)), float(nbytes_of("--write", write)))
     elif read is None and write is None:
         disk = planning.measure_disk(folder)
     else:
         raise UsageError("--read and --write go together")
     found = planning.estimate(load, costs, dtype, disk, devices=devices, prices=prices)
     if as_json:
-        given: dict[str, Any] = {"corpus": load, "model": costs, "disk": disk}
-        inputs = {name: dataclasses.asdict(one) for name, one in given.items()}
-        outputs = {**dataclasses.asdict(found), "break_even": found.break_even, "verdict": found.verdict}
-        print_json({**inputs, "devices": devices, "dtype": dtype, **outputs})
+        inputs = {"corpus": load, "model": costs, "disk": disk, "devices": devices, "dtype": dtype}
+        print_json({**inputs, **fields_as_json(found, "break_even", "verdict")})
         return
     _show(load, costs, disk, found)
 
@@ -87,33 +86,31 @@ def _measured(
     layer: int,
     device: str | None,
     max_length: int | None,
-) -> tuple[Corpus, Model]:
-    try:
+) -> tuple[CorpusSize, ModelCosts]:
+    with requires_extra("models", "measuring needs torch and transformers"):
         from actcache.models.timing import measure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"measuring needs torch and transformers: pip install 'actcache[models]' ({error})"
-        ) from None
     texts = [document.text for document in corpus.read(source, field, format=format)]
     if not texts:
         raise UsageError(f"{source} holds no documents")
     sample = texts[:: -(-len(texts) // _SAMPLE)]
     timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
     tokens = round(sum(timing.lengths) / len(sample) * len(texts))
-    return Corpus(len(texts), tokens), Model(timing.full, timing.upper, timing.hidden_size)
+    return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size)
 
 
 def _given(
     documents: int | None, tokens: int | None, hidden: int | None, full_ms: float | None, upper_ms: float | None
-) -> tuple[Corpus, Model]:
+) -> tuple[CorpusSize, ModelCosts]:
     if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
         raise UsageError(
             "give a corpus with --model and --layer, or --documents, --tokens, --hidden, --full-ms and --upper-ms"
         )
-    return Corpus(documents, documents * tokens), Model(full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden)
+    return CorpusSize(documents, documents * tokens), ModelCosts(
+        full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden
+    )
 
 
-def _show(load: Corpus, costs: Model, disk: Disk, found: Estimate) -> None:
+def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:
     per_token = f"{costs.full * 1e6:,.1f} us a token, {costs.upper * 1e6:,.1f} of them above the cached layer"
     say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
     say(f"model: {per_token}")
@@ -127,8 +124,8 @@ def _show_paper(as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for one in planning.PAPER:
         cloud, local = one.months()
-        ours = {"model": one.model, "cloud": cloud, "local": local}
-        rows.append({**ours, "paper_cloud": one.cloud, "paper_local": one.local})
+        given = {"paper_cloud": one.cloud, "paper_local": one.local}
+        rows.append({"model": one.model, "cloud": cloud, "local": local, **given})
     if as_json:
         print_json({"months": rows})
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from typing import Annotated, Any
@@ -10,27 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from actcache.admin import retention
-from actcache.admin.retention import IDLE_SECONDS, PINNED, Plan, Pruning
+from actcache.admin.display import binary, counted, entries
+from actcache.admin.retention import IDLE_SECONDS, PINNED, Pruning, PruningPlan
 from actcache.backend import GRACE_SECONDS
-from actcache.cli import corpus
-from actcache.cli.common import (
-    SHORT,
-    FieldOption,
-    FormatOption,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    binary,
-    counted,
-    notice,
-    print_json,
-    say,
-)
-from actcache.cli.progress import Meter
-from actcache.cli.streams import text_of
+from actcache.cli import corpus, options
+from actcache.cli.common import SHORT, notice, print_json, say
+from actcache.cli.shell import text_of_argument
 from actcache.errors import OutOfSpaceError, UsageError
-from actcache.reader.checks import nbytes_of
+from actcache.format.arguments import nbytes_of
+from actcache.io.progress import Meter
 from actcache.store.store import open_standing, open_store
 
 _MOST = 12  # values that are named where none fits
@@ -40,8 +27,8 @@ _SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def prune(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     where: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,8 +49,8 @@ def prune(
     keep_collection: Annotated[
         str | None, typer.Option(help="Delete entries, not spaces: those that this collection does not name.")
     ] = None,
-    field: FieldOption = None,
-    format: FormatOption = None,
+    field: options.Field = None,
+    format: options.Format = None,
     stride: Annotated[
         int | None, typer.Option(help="With --keep-only: the stride of spaces that hold windows of documents.")
     ] = None,
@@ -73,8 +60,8 @@ def prune(
     ] = f"{IDLE_SECONDS / 60:.0f}min",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Delete spaces, or entries, that are no longer wanted, and what killed writers left behind.
 
@@ -89,12 +76,12 @@ def prune(
         raise UsageError("--keep-only and --keep-collection at once: prune by one after the other")
     if keep_only is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --keep-only FILE")
-    asked = _fields([text_of(one) for one in where or []])
+    asked = _fields([text_of_argument(one) for one in where or []])
     keys = None if keep_only is None else corpus.keys(keep_only, field, format)
     with open_store(store, mode="r") as opened:
         if keep_collection is not None:
             keys = opened.collection(keep_collection).keys
-        planned = retention.plan(
+        plan = retention.plan_pruning(
             opened,
             prefixes=space or (),
             where=asked,
@@ -105,32 +92,29 @@ def prune(
             stride=stride,
             idle=_seconds("--idle", idle) or 0.0,
         )
-    if planned.unfitting:
-        notice(_nothing_fits(planned, asked))
+    if plan.unfitting:
+        notice(_nothing_fits(plan, asked))
     if not as_json:
-        _show(planned)
+        _show(plan)
     done: Pruning | None = None
-    if dry_run or not (planned.removals or planned.temporary):
-        if as_json:
-            print_json({"store": store, "plan": _json(planned), "done": done})
-    else:
+    if not dry_run and (plan.removals or plan.temporary):
         if not _agreed(yes):
             say("nothing was deleted")
             return
         with open_standing(store) as opened, Meter("prune", "spaces", show=not quiet) as meter:
-            done = retention.prune(opened, planned, progress=meter)
-        if as_json:
-            print_json({"store": store, "plan": _json(planned), "done": dataclasses.asdict(done)})
-        else:
-            _tell(done)
-    rest = planned.nbytes - planned.freed if done is None else done.nbytes
-    if planned.max_bytes is not None and rest > planned.max_bytes:
-        raise OutOfSpaceError(f"{binary(rest)} stay, more than --max-bytes {max_bytes}: {_why_not(planned, done)}")
+            done = retention.prune(opened, plan, progress=meter)
+    if as_json:
+        print_json({"store": store, "plan": _json(plan), "done": done})
+    elif done is not None:
+        _tell(done)
+    rest = plan.nbytes - plan.freed if done is None else done.nbytes
+    if plan.max_bytes is not None and rest > plan.max_bytes:
+        raise OutOfSpaceError(f"{binary(rest)} stay, more than --max-bytes {max_bytes}: {_why_not(plan, done)}")
 
 
-def _why_not(planned: Plan, done: Pruning | None) -> str:
+def _why_not(plan: PruningPlan, done: Pruning | None) -> str:
     """Say what keeps a store from its budget, and what would help."""
-    kept = {**planned.kept, **({} if done is None else done.skipped)}
+    kept = {**plan.kept, **({} if done is None else done.skipped)}
     pinned = sum(reason == PINNED for reason in kept.values())
     reasons = []
     if pinned:
@@ -161,10 +145,10 @@ def _fields(given: list[str]) -> dict[str, str]:
     return fields
 
 
-def _nothing_fits(planned: Plan, asked: dict[str, str]) -> str:
+def _nothing_fits(plan: PruningPlan, asked: dict[str, str]) -> str:
     """Say why the fields chose no space, and what could be said instead."""
-    missed = " and ".join(f"{name}={asked[name]}" for name in planned.unfitting)
-    there = [f"{name}={value}" for name, values in planned.unfitting.items() for value in values]
+    missed = " and ".join(f"{name}={asked[name]}" for name in plan.unfitting)
+    there = [f"{name}={value}" for name, values in plan.unfitting.items() for value in values]
     shown = ", ".join(there[:_MOST]) + (", ..." if len(there) > _MOST else "")
     return f"no space fits --where {missed}; there are {shown or 'none with such a field'}"
 
@@ -178,28 +162,28 @@ def _seconds(name: str, text: str | None) -> float | None:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-def _show(planned: Plan) -> None:
-    for removal in planned.removals:
-        what = "all" if removal.keys is None else counted(len(removal.keys), "entry", "entries")
+def _show(plan: PruningPlan) -> None:
+    for removal in plan.removals:
+        what = "all" if removal.keys is None else entries(len(removal.keys))
         say(f"delete {removal.fingerprint[:SHORT]}: {what}, {binary(removal.nbytes)} ({removal.why})")
-    for fingerprint, why in planned.kept.items():
+    for fingerprint, why in plan.kept.items():
         say(f"keep   {fingerprint[:SHORT]}: {why}")
-    if planned.temporary:
-        say(f"delete temporary files: {binary(planned.temporary)}")
-    say(f"{binary(planned.nbytes)} now, {binary(planned.nbytes - planned.freed)} afterwards")
+    if plan.temporary:
+        say(f"delete temporary files: {binary(plan.temporary)}")
+    say(f"{binary(plan.nbytes)} now, {binary(plan.nbytes - plan.freed)} afterwards")
 
 
 def _tell(done: Pruning) -> None:
     for fingerprint, why in done.skipped.items():
         say(f"kept {fingerprint[:SHORT]}: {why}")
-    entries = sum(done.entries.values())
-    if entries:
+    deleted = sum(done.entries.values())
+    if deleted:
         say(f"the bytes of deleted entries are given back by compaction; {GRACE_SECONDS:.0f} s later, what it replaced")
-    parts = [counted(len(done.spaces), "space"), counted(entries, "entry", "entries")]
-    say(f"deleted {', '.join(parts)}, {counted(done.swept, 'temporary file')}; the store takes {binary(done.nbytes)}")
+    parts = [counted(len(done.spaces), "space"), entries(deleted), counted(done.swept, "temporary file")]
+    say(f"deleted {', '.join(parts)}; the store takes {binary(done.nbytes)}")
 
 
-def _json(planned: Plan) -> dict[str, Any]:
+def _json(plan: PruningPlan) -> dict[str, Any]:
     removals = [
         {
             "fingerprint": removal.fingerprint,
@@ -207,7 +191,7 @@ def _json(planned: Plan) -> dict[str, Any]:
             "why": removal.why,
             "entries": None if removal.keys is None else len(removal.keys),
         }
-        for removal in planned.removals
+        for removal in plan.removals
     ]
-    rest = {"kept": planned.kept, "temporary": planned.temporary, "nbytes": planned.nbytes, "freed": planned.freed}
-    return {"removals": removals, **rest, "max_bytes": planned.max_bytes}
+    rest = {"kept": plan.kept, "temporary": plan.temporary, "nbytes": plan.nbytes, "freed": plan.freed}
+    return {"removals": removals, **rest, "max_bytes": plan.max_bytes}

@@ -38,7 +38,7 @@ layer.
 _EXAMPLE = "Example: "
 
 
-def reference() -> str:
+def reference_text() -> str:
     """Return docs/cli.md."""
     return _HEAD + _codes() + "".join(_section(command) for command in COMMANDS)
 
@@ -118,6 +118,6 @@ def _default(default: Any) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
+        Path(sys.argv[1]).write_text(reference_text(), encoding="utf-8")
     else:
-        print(reference(), end="")
+        print(reference_text(), end="")

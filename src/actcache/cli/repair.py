@@ -7,45 +7,32 @@ from typing import Annotated, Any
 import typer
 
 from actcache.admin import inspection
-from actcache.cli import corpus
-from actcache.cli.common import (
-    SHORT,
-    FieldOption,
-    FormatOption,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    counted,
-    print_json,
-    say,
-)
-from actcache.cli.progress import Meter
-from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
+from actcache.admin.display import counted, entries
+from actcache.cli import corpus, options
+from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
+from actcache.io.progress import Meter
 from actcache.store.store import open_standing
-
-_DAMAGED, _NO_MODEL = 4, 5
 
 
 def repair(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute what is quarantined again; so does each option below.")
     ] = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
+    model: options.Model = None,
+    device: options.Device = None,
     texts: Annotated[
         str | None, typer.Option("--corpus", help="Where the documents are, as for fill.", show_default=False)
     ] = None,
-    field: FieldOption = None,
-    format: FormatOption = None,
+    field: options.Field = None,
+    format: options.Format = None,
     stride: Annotated[
         int | None, typer.Option(min=0, help="Of the windows that documents were cut into.", show_default=False)
     ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Verify all entries, and quarantine what is corrupt: it becomes a miss, its bytes are kept aside.
 
@@ -61,7 +48,7 @@ def repair(
     if texts is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --corpus FILE")
     if texts is not None:
-        if corpus.passes(texts):
+        if corpus.is_stream(texts):
             raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
         corpus.check(texts, field, format=format)
     if not (recompute or model is not None or device is not None or texts is not None or stride is not None):
@@ -74,7 +61,9 @@ def repair(
             None if texts is None else lambda: (document.text for document in corpus.read(texts, field, format=format))
         )
         with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
-            done = recomputing.repair(opened, models, space or (), texts=documents, stride=stride or 0, progress=meter)
+            done = recomputing.repair_by_recomputing(
+                opened, models, space or (), texts=documents, stride=stride or 0, progress=meter
+            )
         computed = True
     if as_json:
         spaces = {name: _described(one, computed) for name, one in done.spaces.items()}
@@ -82,24 +71,21 @@ def repair(
     else:
         for name, one in done.spaces.items():
             _show(name[:SHORT], one, computed)
-        for name, what in done.unreadable.items():
-            say(f"{name[:SHORT]}: left alone: {what}")
+        say_failures(done.unreadable, "left alone")
     if done.unreadable:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)
     if computed and any(one.unable is not None for one in done.spaces.values()):
-        raise typer.Exit(_NO_MODEL)
+        raise typer.Exit(ExitCode.MODEL)
 
 
 def _described(one: Any, computed: bool) -> dict[str, Any]:
-    found = {"quarantined": [key.hex() for key in one.quarantined], "set_aside": one.set_aside}
-    if not computed:
-        return found
-    again = {"recomputed": [key.hex() for key in one.recomputed], "missing": [key.hex() for key in one.missing]}
-    return {**found, **again, "not_recomputed": one.unable}
+    found = {"quarantined": one.quarantined, "set_aside": one.set_aside}
+    again = {"recomputed": one.recomputed, "missing": one.missing, "not_recomputed": one.unable} if computed else {}
+    return {**found, **again}
 
 
 def _show(name: str, one: Any, computed: bool) -> None:
-    changed = f"{counted(len(one.quarantined), 'entry', 'entries')} quarantined"
+    changed = f"{entries(len(one.quarantined))} quarantined"
     if one.quarantined or one.set_aside:
         say(f"{name}: {changed}, {counted(len(one.set_aside), 'segment')} set aside")
         if one.set_aside:

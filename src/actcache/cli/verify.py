@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 import typer
 
 from actcache.admin import inspection
-from actcache.cli.common import (
-    SHORT,
-    JsonOption,
-    QuietOption,
-    SpaceOption,
-    StoreArgument,
-    binary,
-    counted,
-    print_json,
-    say,
-)
-from actcache.cli.progress import Meter
-from actcache.cli.recomputing import DeviceOption, ModelOption, recorded_models
+from actcache.admin.display import binary, counted, entries, fields_as_json
+from actcache.cli import options
+from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
+from actcache.io.progress import Meter
 from actcache.store.store import Store, open_store
-
-_DAMAGED, _NO_MODEL = 4, 5
 
 
 def verify(
-    store: StoreArgument,
-    space: SpaceOption = None,
+    store: options.Store,
+    space: options.Spaces = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="Read so many entries of each space, drawn at random, instead of all.")
     ] = None,
@@ -39,10 +27,10 @@ def verify(
             min=1, help="Also compute so many entries of each space again, drawn at random, from their token ids."
         ),
     ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    model: options.Model = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Read all entries and compare them with their checksums, on all processors. Changes nothing.
 
@@ -64,63 +52,42 @@ def verify(
             found = inspection.verify(opened, space or (), sample=sample, progress=meter)
     intact = found.intact and (again is None or again.ok)
     if as_json:
-        spaces = {
-            name: {
-                "entries": one.entries,
-                "nbytes": one.nbytes,
-                "intact": one.intact,
-                "corrupt": [key.hex() for key in one.corrupt],
-                "damaged": one.damaged,
-            }
-            for name, one in found.spaces.items()
-        }
-        more = {} if again is None else {"recomputed": _recomputed(again), "not_recomputed": again.unable}
-        print_json({"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable, **more})
+        spaces = {name: fields_as_json(one, "intact") for name, one in found.spaces.items()}
+        told = {"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable}
+        if again is not None:
+            told["recomputed"] = {name: _recomputed(one) for name, one in again.spaces.items()}
+            told["not_recomputed"] = again.unable
+        print_json(told)
     else:
         _show(found, store)
         if again is not None:
             _show_recomputed(again)
     if not intact:
-        raise typer.Exit(_DAMAGED)
+        raise typer.Exit(ExitCode.DAMAGED)
     if again is not None and again.unable:
-        raise typer.Exit(_NO_MODEL)
+        raise typer.Exit(ExitCode.MODEL)
 
 
 def _recompute(
     store: Store, prefixes: list[str] | tuple[()], sample: int, model: str | None, device: str | None, quiet: bool
 ) -> Any:
     with Meter("recompute", "entries", show=not quiet) as meter:
-        recomputing, models = recorded_models(model, device)
-        return recomputing.recompute(store, models, prefixes, sample=sample, progress=meter)
+        recompute, models = recorded_models(model, device)
+        return recompute.verify_by_recomputing(store, models, prefixes, sample=sample, progress=meter)
 
 
-def _recomputed(again: Any) -> dict[str, Any]:
-    return {
-        name: {
-            "ok": one.ok,
-            "entries": one.documents,
-            "error": _finite(one.error),
-            "largest": _finite(one.largest),
-            "tolerance": one.tolerance,
-            "wrong": [key.hex() for key in one.failed],
-            "corrupt": [key.hex() for key in one.corrupt],
-        }
-        for name, one in again.spaces.items()
-    }
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON has no infinity
+def _recomputed(one: Any) -> dict[str, Any]:
+    found = {name: getattr(one, name) for name in ("ok", "error", "largest", "tolerance", "corrupt")}
+    return {**found, "entries": one.documents, "wrong": one.failed}
 
 
 def _show(found: inspection.StoreIntegrityReport, store: str) -> None:
     for name, one in found.spaces.items():
         state = "intact" if one.intact else f"{counted(len(one.corrupt), 'corrupt entry', 'corrupt entries')}"
-        say(f"{name[:SHORT]}: {counted(one.entries, 'entry', 'entries')}, {binary(one.nbytes)} read: {state}")
+        say(f"{name[:SHORT]}: {entries(one.entries)}, {binary(one.nbytes)} read: {state}")
         for segment, what in one.damaged.items():
             say(f"  damaged {segment}: {what}")
-    for name, what in found.unreadable.items():
-        say(f"{name[:SHORT]}: unreadable: {what}")
+    say_failures(found.unreadable, "unreadable")
     if not found.intact:
         say(f"cachectl repair {store} takes what is corrupt out of the way; a fill, or --recompute, computes it again")
 
@@ -128,12 +95,11 @@ def _show(found: inspection.StoreIntegrityReport, store: str) -> None:
 def _show_recomputed(again: Any) -> None:
     for name, one in again.spaces.items():
         say(
-            f"{name[:SHORT]}: {counted(one.documents, 'entry', 'entries')} computed again: relative error at most "
+            f"{name[:SHORT]}: {entries(one.documents)} computed again: relative error at most "
             f"{one.error:.2g} (allowed {one.tolerance:.2g}), {len(one.failed)} wrong"
         )
         for key in one.failed:
             say(f"  wrong {key.hex()}")
         if one.failed:
             say("  their checksums are right: they were put so. In Python, space.delete(keys) makes them misses")
-    for name, what in again.unable.items():
-        say(f"{name[:SHORT]}: not computed again: {what}")
+    say_failures(again.unable, "not computed again")

@@ -1,4 +1,4 @@
-"""What a space takes and gives: entries, checked and converted on their way in."""
+"""What a space takes and gives: entries, and how they are checked and converted on their way in."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES
-from actcache.entries.writer import Columns
+from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Columns
 from actcache.errors import KeyFormatError, ShapeError
-from actcache.format import codec, rounding
+from actcache.format import codec
 from actcache.format.arguments import to_numpy
 from actcache.format.ragged import offsets_of
 from actcache.format.recipe import Recipe
@@ -47,6 +46,14 @@ class ReadReport:
         return offsets_of(self.lengths)
 
 
+@dataclass(frozen=True)
+class PackedEntries(ReadReport):
+    """All arrays of some entries in stored form, one entry's rows after another's; absent entries have none."""
+
+    columns: dict[str, NDArray[Any]]  # ``values``, and the optional arrays that any of the entries has
+    has: dict[str, NDArray[np.bool_]]  # [n] which entries have each of those
+
+
 def columns_of(recipe: Recipe) -> Columns:
     """Return dtype and trailing shape of each ragged array of a recipe's space."""
     return {VALUES: (codec.get(recipe.dtype).stored.str, (recipe.hidden_size,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
@@ -62,38 +69,6 @@ def listed(name: str, arrays: Any) -> list[Any]:
         return list(arrays)
     except TypeError:
         raise ShapeError(f"{name}: give a list of arrays, one a key, not a {type(arrays).__name__}") from None
-
-
-def encode(name: str, rows: Any, values: Any, columns: Columns, stored_as: codec.Codec, what: str) -> NDArray[Any]:
-    """Return one array of one entry in stored form, checked; the caller's own array where it is in that form.
-
-    Args:
-        name, rows: the array.
-        values: the entry's activations, which ``rows`` has to be as long as.
-        what: how an error names the document.
-
-    Raises:
-        ShapeError, NonFiniteError, CodecOverflowError: see ``Space.put``.
-    """
-    try:
-        array = to_numpy(rows)
-    except ShapeError as error:
-        raise ShapeError(f"{what}: {name}: {error}") from None
-    dtype, trailing = columns[name]
-    tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
-    if array.shape != (tokens, *trailing) or not tokens:
-        expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
-        raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")
-    if name != VALUES:
-        if array.dtype.kind not in "iu":
-            raise ShapeError(f"{what}: {name} must be integers, not {array.dtype}")
-        limits = np.iinfo(dtype)
-        if array.min() < limits.min or array.max() > limits.max:
-            raise ShapeError(f"{what}: {name} must fit {np.dtype(dtype)}")
-        return array.astype(dtype)
-    if array.dtype.kind != "f":
-        raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
-    return stored_as.stored_rows(array, what=what)
 
 
 def check_lists(keys: Sequence[bytes], lists: Mapping[str, Sequence[Any]]) -> None:
@@ -129,10 +104,10 @@ def check_digits(arrays: Sequence[Any], recipe: Recipe) -> None:
                 f"array {i} is a {type(array).__name__}, which says no dtype: give an array or a tensor, in the dtype "
                 f"that its rows were computed in ({recipe.compute_dtype})"
             )
-        if rounding.holds(given, recipe.compute_dtype):
+        if codec.holds(given, recipe.compute_dtype):
             continue
         rounded = given in codec.names()
-        if not rounded or rounding.traces((given, *recipe.via, recipe.dtype), recipe.compute_dtype) != recipe.via:
+        if not rounded or codec.traces((given, *recipe.via, recipe.dtype), recipe.compute_dtype) != recipe.via:
             raise ShapeError(
                 f"array {i} holds {given}, but the recipe is of rows computed in {recipe.compute_dtype} and stored as "
                 f"{recipe.stored_as}: the digits are gone. Put rows as they were computed"
@@ -150,6 +125,34 @@ def _dtype_name(array: Any) -> str | None:
 def encode_entry(
     key: bytes, lists: Mapping[str, Sequence[Any]], i: int, columns: Columns, stored_as: codec.Codec
 ) -> dict[str, NDArray[Any]]:
-    """Return all arrays of the ``i``-th of some entries in stored form, checked; raises as ``encode`` does."""
-    what = f"document {key.hex()}"
-    return {name: encode(name, rows[i], lists[VALUES][i], columns, stored_as, what) for name, rows in lists.items()}
+    """Return all arrays of the ``i``-th of some entries in stored form, checked; the caller's own where they are so.
+
+    Raises:
+        ShapeError, NonFiniteError, CodecOverflowError: see ``Space.put``.
+    """
+    what, values = f"document {key.hex()}", lists[VALUES][i]
+    tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
+    return {name: _encode(name, rows[i], tokens, columns[name], stored_as, what) for name, rows in lists.items()}
+
+
+def _encode(
+    name: str, rows: Any, tokens: int, column: tuple[str, tuple[int, ...]], stored_as: codec.Codec, what: str
+) -> NDArray[Any]:
+    try:
+        array = to_numpy(rows)
+    except ShapeError as error:
+        raise ShapeError(f"{what}: {name}: {error}") from None
+    dtype, trailing = column
+    if array.shape != (tokens, *trailing) or not tokens:
+        expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
+        raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")
+    if name == VALUES:
+        if array.dtype.kind != "f":
+            raise ShapeError(f"{what}: activations must be floating point, not {array.dtype}")
+        return stored_as.stored_rows(array, what=what)
+    if array.dtype.kind not in "iu":
+        raise ShapeError(f"{what}: {name} must be integers, not {array.dtype}")
+    limits = np.iinfo(dtype)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ShapeError(f"{what}: {name} must fit {np.dtype(dtype)}")
+    return array.astype(dtype)

@@ -1,4 +1,4 @@
-"""One batched read: where a batch of keys lies, and its rows, verified while they come in."""
+"""One batched read: where the entries of a batch of keys lie, and their rows, verified while they come in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -16,40 +16,40 @@ from numpy.typing import NDArray
 
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, EntryLocations, Snapshot
 from actcache.entries.writer import Writer
-from actcache.errors import FormatError, SegmentGoneError
+from actcache.errors import CorruptEntryError, FormatError, SegmentGoneError
 from actcache.format import checksum
-from actcache.format.keys import key_list
+from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, row_indices
 
-# Look-ups that serve several times: a reader asks for a batch ahead, and for its checksums, and then reads it.
-
-_KEPT = 8  # a few batches ahead of each of several readers
+_LOOKUPS = 8  # that are remembered: a few batches ahead of each of several readers
 _MOST_KEYS = 1 << 16  # of a batch; more than that is a whole corpus, which is looked up once
+_MOST_RUNS = 16  # of entries of one kind in a batch, each of which is another gather
+_TRIES = 5  # each finds what compaction had published by then
+
+#: Rows of some entries by the name of their ragged array.
+Rows = dict[str, NDArray[np.generic]]
 
 
 class LookupCache:
-    """Remembers where the entries of the last batches lie, as long as the snapshot is the same. Thread-safe."""
+    """Remembers where the entries of the last batches lie, as long as the snapshot is the same. Thread-safe.
+
+    A reader asks for a batch ahead, and for its checksums, and then reads it: one look-up serves all three.
+    """
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[bytes, weakref.ref[Snapshot], EntryLocations]] = deque(maxlen=_KEPT)
+        self._lookups: deque[tuple[bytes, weakref.ref[Snapshot], EntryLocations]] = deque(maxlen=_LOOKUPS)
 
     def locate(self, snapshot: Snapshot, keys: NDArray[np.uint8]) -> EntryLocations:
         """Return where the entries of ``[n, 32]`` keys lie."""
         if len(keys) > _MOST_KEYS:
             return snapshot.locate(keys)
-        name = xxhash.xxh3_128_digest(keys.data)
-        for kept, of, located in tuple(self._kept):
-            if kept == name and of() is snapshot:
+        digest = xxhash.xxh3_128_digest(keys.data)
+        for of_keys, of_snapshot, located in tuple(self._lookups):
+            if of_keys == digest and of_snapshot() is snapshot:
                 return located
         located = snapshot.locate(keys)
-        self._kept.append((name, weakref.ref(snapshot), located))
+        self._lookups.append((digest, weakref.ref(snapshot), located))
         return located
-
-
-Rows = dict[str, NDArray[np.generic]]
-
-_MOST_CUTS = 16  # between entries of different kinds in a batch, each of which is another gather
-_LOOKS = 5  # each finds what compaction had published by then
 
 
 class _Refreshed(Protocol):
@@ -66,7 +66,7 @@ def retry_on_stale_snapshot(read: Callable[Concatenate[S, P], T]) -> Callable[Co
 
     @functools.wraps(read)
     def attempt(space: S, /, *args: P.args, **options: P.kwargs) -> T:
-        for _ in range(_LOOKS - 1):
+        for _ in range(_TRIES - 1):
             try:
                 return read(space, *args, **options)
             except SegmentGoneError:
@@ -74,6 +74,25 @@ def retry_on_stale_snapshot(read: Callable[Concatenate[S, P], T]) -> Callable[Co
         return read(space, *args, **options)
 
     return attempt
+
+
+def read_intact(read: Callable[[NDArray[np.uint8]], T], keys: Keys) -> tuple[T, NDArray[np.uint8], list[bytes]]:
+    """Read entries, without those that fail their checksums.
+
+    Args:
+        read: of a space (``get``, ``read_packed``); raises ``CorruptEntryError``.
+
+    Returns:
+        What it returns, the keys of which, ``[n, 32]``, and the keys of what is corrupt.
+    """
+    names, corrupt = key_array(keys), list[bytes]()
+    while True:
+        try:
+            return read(names), names, corrupt
+        except CorruptEntryError as error:
+            corrupt += error.keys
+            bad = set(error.keys)
+            names = names[[key not in bad for key in key_list(names)]]
 
 
 class Request:
@@ -90,7 +109,7 @@ class Request:
         writer: Writer | None,
         space_seed: int,
         keys: NDArray[np.uint8],
-        ahead: LookupCache | None = None,
+        lookups: LookupCache | None = None,
     ) -> None:
         self._keys = keys
         self._seed = space_seed
@@ -100,7 +119,7 @@ class Request:
             found = ((i, writer.rows(key)) for i, key in enumerate(key_list(keys)))
             self._pending = {i: rows for i, rows in found if rows is not None}
         self._snapshot = snapshot()
-        self.located = self._snapshot.locate(keys) if ahead is None else ahead.locate(self._snapshot, keys)
+        self.located = lookups.locate(self._snapshot, keys) if lookups is not None else self._snapshot.locate(keys)
         self.lengths = self.located.tokens.copy()
         for i, rows in self._pending.items():
             self.lengths[i] = len(rows[VALUES])
@@ -122,33 +141,53 @@ class Request:
     def read(self, out: Mapping[str, NDArray[np.generic]], width: int | None, *, verify: bool) -> list[int]:
         """Read rows into buffers; return the positions of entries that are corrupt, whose rows mean nothing.
 
+        Entries that have the same of these arrays are read by one gather.
+
         Args:
-            out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``. With ``values``, ``token_ids``
-                has to be there too (what an entry has no token ids for is left as it is).
+            out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``. What an entry has no array of
+                that name for is left as it is.
             width: None for packed rows, else the rows that each entry takes up.
+            verify: whether to compare checksums, for which ``values`` and ``token_ids`` have to be there (these not
+                where no entry has any).
         """
         count = len(self._keys)
-        starts = offsets_of(self.lengths if width is None else np.full(count, width, np.int64))
-        kinds = np.ones(count, np.int8)  # 1: with token ids, or absent; 0: without; 2: not published yet
-        kinds[~self.has(TOKEN_IDS) & (self.lengths > 0)] = 0
-        kinds[list(self._pending)] = 2
-        corrupt: list[int] = []
-        cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
-        if len(cuts) > _MOST_CUTS:
+        starts = offsets_of(self.lengths, width)
+        optional = [name for name in out if name != VALUES]
+        kinds = self._kinds(optional)
+        edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
+        if len(edges) > _MOST_RUNS + 1:
             return self._read_by_kind(kinds, out, width, starts, verify)
-        for first, last in itertools.pairwise(cuts):
-            here = {name: buffer[starts[first] : starts[last]] for name, buffer in out.items()}
-            if kinds[first] == 2:
-                self._copy(first, last, here, width)
-                continue
-            if kinds[first] == 0:
-                here.pop(TOKEN_IDS, None)
-            corrupt += self._gather(first, last, here, width, verify)
+        corrupt: list[int] = []
+        for first, last in itertools.pairwise(edges):
+            alike = self if last - first == count else self._part(slice(first, last))
+            lacking = _lacking(int(kinds[first]), optional)
+            here = {n: buffer[starts[first] : starts[last]] for n, buffer in out.items() if n not in lacking}
+            corrupt += [first + i for i in alike._read_alike(here, width, verify)]
         return corrupt
+
+    def _kinds(self, columns: list[str]) -> NDArray[np.int64]:
+        """Return which of these arrays each entry has, ``[n]``: a bit each, all of them inverted where it is not
+        published yet. Absent entries are read beside those that have all."""
+        kinds = np.zeros(len(self._keys), np.int64)
+        for bit, name in enumerate(columns):
+            kinds |= (self.has(name) | (self.lengths == 0)).astype(np.int64) << bit
+        if self._pending:
+            pending = list(self._pending)
+            kinds[pending] = ~kinds[pending]
+        return kinds
+
+    def _part(self, members: slice | NDArray[np.int64]) -> Request:
+        """Return the request of some of the entries."""
+        part = copy.copy(self)
+        part._keys, part.located, part.lengths = self._keys[members], self.located[members], self.lengths[members]
+        if self._pending:
+            numbers = np.arange(len(self._keys))[members].tolist()
+            part._pending = {new: self._pending[i] for new, i in enumerate(numbers) if i in self._pending}
+        return part
 
     def _read_by_kind(
         self,
-        kinds: NDArray[np.int8],
+        kinds: NDArray[np.int64],
         out: Mapping[str, NDArray[np.generic]],
         width: int | None,
         starts: NDArray[np.int64],
@@ -157,15 +196,13 @@ class Request:
         """Read entries of each kind together, then put them into their places: what has not been published yet stands
         all over a shuffled batch, and a gather for each entry between would cost ten times as much."""
         corrupt: list[int] = []
+        optional = [name for name in out if name != VALUES]
         for kind in np.unique(kinds):
-            which = np.flatnonzero(kinds == kind)
-            part = copy.copy(self)
-            part._keys, part.located, part.lengths = self._keys[which], self.located[which], self.lengths[which]
-            part._pending = {new: self._pending[i] for new, i in enumerate(which.tolist()) if i in self._pending}
-            rows = row_indices(starts[which], part.lengths, None)
-            names = [name for name in out if kind != 0 or name != TOKEN_IDS]
-            here = {name: np.empty((len(rows), *out[name].shape[1:]), out[name].dtype) for name in names}
-            corrupt += which[part.read(here, None, verify=verify)].tolist()
+            members = np.flatnonzero(kinds == kind)
+            alike, lacking = self._part(members), _lacking(int(kind), optional)
+            rows = row_indices(starts[members], alike.lengths, None)
+            here = {n: np.empty((len(rows), *b.shape[1:]), b.dtype) for n, b in out.items() if n not in lacking}
+            corrupt += members[alike._read_alike(here, None, verify)].tolist()
             for name, brought in here.items():
                 out[name][rows] = brought
         if width is not None:
@@ -174,76 +211,72 @@ class Request:
                 buffer[: pads.size].reshape(*pads.shape, *buffer.shape[1:])[pads] = 0
         return sorted(corrupt)
 
-    def _copy(self, first: int, last: int, out: Rows, width: int | None) -> None:
-        position = 0
-        for i in range(first, last):
-            end = position + int(self.lengths[i])
-            following = end if width is None else position + width
-            for name, buffer in out.items():
-                if name in self._pending[i]:
-                    buffer[position:end] = self._pending[i][name]
-                    buffer[end:following] = 0
-            position = following
-
-    def _gather(self, first: int, last: int, out: Rows, width: int | None, verify: bool) -> list[int]:
-        """Gather the entries first..last-1, which the snapshot has; return which are corrupt."""
-        located = self.located[first:last]
-        starts = offsets_of(located.tokens if width is None else np.full(last - first, width, np.int64))
+    def _read_alike(self, out: Rows, width: int | None, verify: bool) -> list[int]:
+        """Read entries that all have the arrays of ``out``, and are all published, or none of them is."""
+        if self._pending:
+            return self._copy(out, width)
         try:
-            corrupt = self._gather_checked(first, located, out, width, starts, verify)
+            return self._gather(out, width, verify)
         except SegmentGoneError:
             raise  # compaction took it: a new snapshot has these entries elsewhere
         except FormatError:
             # A segment is truncated. One by one, so that only its own entries are lost.
-            if last - first == 1:
-                return [first]
+            if len(self._keys) == 1:
+                return [0]
+            starts = offsets_of(self.lengths, width).tolist()
             corrupt = []
-            for i in range(last - first):
-                alone = {name: buffer[starts[i] : starts[i + 1]] for name, buffer in out.items()}
-                corrupt += self._gather(first + i, first + i + 1, alone, width, verify)
+            for i, (begin, end) in enumerate(itertools.pairwise(starts)):
+                alone = {name: buffer[begin:end] for name, buffer in out.items()}
+                if self._part(slice(i, i + 1))._read_alike(alone, width, verify):
+                    corrupt.append(i)
+            return corrupt
+
+    def _copy(self, out: Rows, width: int | None) -> list[int]:
+        position = 0
+        for i, tokens in enumerate(self.lengths.tolist()):
+            end = position + tokens
+            following = end if width is None else position + width
+            for name, buffer in out.items():
+                buffer[position:end] = self._pending[i][name]
+                buffer[end:following] = 0
+            position = following
+        return []
+
+    def _gather(self, out: Rows, width: int | None, verify: bool) -> list[int]:
+        # The small arrays in one go, then the rows, each chunk of which is checked by the thread that brought it.
+        located, lengths = self.located, self.located.tokens
+        small = {name: buffer for name, buffer in out.items() if name != VALUES}
+        rows = {name: buffer for name, buffer in out.items() if name == VALUES}
+        for columns in (small, {} if verify else rows):
+            if columns:
+                self._snapshot.gather(located, columns, width, lambda first, last: None)
+        if not verify:
+            return []
+        begins = offsets_of(lengths, width)[:-1]
+        corrupt: set[int] = set()
+        extras = [small[name] for name in sorted(small) if name in EXTRAS]
+        if extras:
+            sums = checksum.chain(located.checksums.tolist(), extras, begins, lengths)
+            wrong = (np.array(sums, np.uint64) != self._snapshot.extra_checksums(located)) & located.found
+            corrupt.update(np.flatnonzero(wrong).tolist())
+        ids = [small[TOKEN_IDS]] if TOKEN_IDS in small else []
+        seeds = checksum.entry_seeds(self._seed, self._keys, lengths, has_token_ids=bool(ids)).tolist()
+        digests = checksum.chain(seeds, ids, begins, lengths)
+        chained = checksum.chainer(list(rows.values()), begins, lengths)
+        expected = located.checksums.tolist()
+
+        def check(first: int, last: int) -> None:
+            found = chained(first, digests[first:last])
+            if found != expected[first:last]:
+                for i, digest in enumerate(found, first):
+                    if digest != expected[i] and lengths[i]:
+                        corrupt.add(i)
+
+        self._snapshot.gather(located, rows, width, check)
         return sorted(corrupt)
 
-    def _gather_checked(
-        self, first: int, located: EntryLocations, out: Rows, width: int | None, starts: NDArray[np.int64], verify: bool
-    ) -> list[int]:
-        # The small arrays in one go, then the rows, each chunk of which is checked by the thread that brought it.
-        small = {name: buffer for name, buffer in out.items() if name != VALUES}
-        large = {name: buffer for name, buffer in out.items() if name == VALUES}
-        begins, lengths = starts[:-1], located.tokens
-        if small:
-            self._snapshot.gather(located, small, width, lambda begin, end: None)
-        if not verify:
-            if large:
-                self._snapshot.gather(located, large, width, lambda begin, end: None)
-            return []
-        if large:
-            keys = self._keys[first : first + len(lengths)]
-            seeds = checksum.entry_seeds(self._seed, keys, located.tokens, has_token_ids=bool(small)).tolist()
-            expected = located.checksums.tolist()
-        else:
-            seeds, expected = located.checksums.tolist(), self._snapshot.extra_checksums(located).tolist()
-        digests = checksum.chain(seeds, [small[name] for name in sorted(small)], begins, lengths)
-        chained = checksum.chainer(list(large.values()), begins, lengths)
-        corrupt: list[int] = []
 
-        def check(begin: int, end: int) -> None:
-            found = chained(begin, digests[begin:end])
-            if found != expected[begin:end]:
-                for i, digest in enumerate(found, begin):
-                    if digest != expected[i] and lengths[i]:
-                        corrupt.append(first + i)
-
-        if large:
-            self._snapshot.gather(located, large, width, check)
-        else:
-            check(0, len(lengths))
-        return corrupt
-
-    def read_extras(self, i: int) -> tuple[Rows, bool]:
-        """Return the optional arrays of entry ``i``, and whether they are intact."""
-        if i in self._pending:
-            return {name: rows for name, rows in self._pending[i].items() if name in EXTRAS}, True
-        located = self.located[i : i + 1]
-        names: Sequence[str] = [name for name in sorted(EXTRAS) if self._snapshot.has(name, located)[0]]
-        out: Rows = {n: np.empty((int(self.lengths[i]), *EXTRAS[n][1]), EXTRAS[n][0]) for n in names}
-        return out, not names or not self._gather(i, i + 1, out, None, True)
+def _lacking(kind: int, columns: list[str]) -> list[str]:
+    """Return the arrays that entries of a kind do not have (see ``Request._kinds``)."""
+    kind = max(kind, ~kind)
+    return [name for bit, name in enumerate(columns) if not kind >> bit & 1]

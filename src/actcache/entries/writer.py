@@ -17,17 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import TOKEN_IDS, VALUES, Block
+from actcache.backend import VALUES, Block, Columns
 from actcache.errors import StoreError, StoreGoneError
 from actcache.format import checksum
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import EXTRAS, offsets_of
+from actcache.format.ragged import offsets_of
 
 SEGMENT_BYTES = 256 << 20
 SEGMENT_SECONDS = 45.0
 _AGAIN_SECONDS = 1.0  # where the block before is still being published
-
-Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 class Clock:
@@ -89,18 +87,8 @@ class Builder:
             columns = {name: array[kept] for name, array in self._columns.items()}
         keys = np.frombuffer(b"".join(self._places), np.uint8).reshape(-1, KEY_BYTES)
         offsets = offsets_of(lengths)
-        seeds = checksum.entry_seeds(space_seed, keys, lengths, has_token_ids=TOKEN_IDS in columns)
-        main = [columns[name] for name in (TOKEN_IDS, VALUES) if name in columns]
-        sums = checksum.chain(seeds.tolist(), main, offsets[:-1], lengths)
-        extras = [columns[name] for name in sorted(EXTRAS) if name in columns]
-        extra_sums = checksum.chain(sums, extras, offsets[:-1], lengths) if extras else None
-        return Block(
-            keys,
-            offsets,
-            np.array(sums, np.uint64),
-            columns,
-            None if extra_sums is None else np.array(extra_sums, np.uint64),
-        )
+        sums, extra_sums = checksum.entry_checksums(space_seed, keys, offsets[:-1], lengths, columns)
+        return Block(keys, offsets, sums, columns, extra_sums)
 
 
 class Writer:
@@ -145,7 +133,10 @@ class Writer:
     def __len__(self) -> int:
         """Return how many entries are not published yet."""
         with self._lock:
-            return sum(len(builder) for builder in (self._filling, self._leaving) if builder is not None)
+            return sum(map(len, self._builders()))
+
+    def _builders(self) -> list[Builder]:
+        return [builder for builder in (self._filling, self._leaving) if builder is not None]
 
     def add(self, key: bytes, rows: Mapping[str, NDArray[np.generic]]) -> None:
         """Add one entry in stored form, replacing what the writer holds under that key."""
@@ -161,19 +152,18 @@ class Writer:
                 self._filling = Builder(self._columns, names, max(self._capacity, tokens), self._clock.now())
             self._filling.add(key, rows)
             if self._call_off is None:
-                self._look_in(self._left(self._filling))
+                self._check_age_in(self._left(self._filling))
 
     def keys(self) -> list[bytes]:
         """Return the keys of unpublished entries; one may stand twice."""
         with self._lock:
-            return [key for builder in (self._filling, self._leaving) if builder is not None for key in builder.held()]
+            return [key for builder in self._builders() for key in builder.held()]
 
     def rows(self, key: bytes) -> dict[str, NDArray[np.generic]] | None:
         """Return an unpublished entry's stored rows; None where the writer does not hold it."""
         with self._lock:
-            for builder in (self._filling, self._leaving):
-                rows = builder.rows(key) if builder is not None else None
-                if rows is not None:
+            for builder in self._builders():
+                if (rows := builder.rows(key)) is not None:
                     return rows
             return None
 
@@ -190,10 +180,10 @@ class Writer:
                 raise self._counted(error, "are kept in memory: flush again once the store is back") from error
 
     def _flush(self) -> None:
-        self._settle()
+        self._finish_publishing()
         if self._filling is not None:
             self._hand_over()
-            self._settle()
+            self._finish_publishing()
 
     def close(self) -> None:
         """Publish everything and end the thread. What cannot be published is dropped, and the failure raised."""
@@ -230,8 +220,8 @@ class Writer:
         """Return in how many seconds a block is to be published."""
         return builder.born + self._seconds - self._clock.now()
 
-    def _look_in(self, seconds: float) -> None:
-        look = weakref.WeakMethod(self._look)  # a writer that nobody has any more is not kept
+    def _check_age_in(self, seconds: float) -> None:
+        look = weakref.WeakMethod(self._check_age)  # a writer that nobody has any more is not kept
 
         def call() -> None:
             if (looking := look()) is not None:
@@ -239,7 +229,7 @@ class Writer:
 
         self._call_off = self._clock.later(seconds, call)
 
-    def _look(self) -> None:
+    def _check_age(self) -> None:
         """Publish a block that has stood long enough. What fails is raised where somebody can hear it."""
         with self._lock:
             if self._call_off is None:  # closed meanwhile
@@ -250,13 +240,13 @@ class Writer:
             left = self._left(self._filling)
             before = None if self._leaving is None else self._publishing
             if left > 0 or (before is not None and not before.done()):
-                self._look_in(max(left, _AGAIN_SECONDS))
+                self._check_age_in(max(left, _AGAIN_SECONDS))
             elif self._leaving is None or (before is not None and before.exception() is None):
                 self._hand_over()
 
     def _hand_over(self) -> None:
         """Start publishing the block that was being filled, after the one before it."""
-        self._settle()
+        self._finish_publishing()
         self._leaving, self._filling = self._filling, None
         self._start()
 
@@ -272,7 +262,7 @@ class Writer:
     def _publish(self, builder: Any) -> None:
         self._append(builder.block(self._seed))
 
-    def _settle(self) -> None:
+    def _finish_publishing(self) -> None:
         """Wait until nothing is being published; try again what failed before."""
         if self._leaving is None:
             return

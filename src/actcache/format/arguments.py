@@ -1,13 +1,21 @@
-"""Numbers and truth values of callers, as Python's own: NumPy's are taken, what only looks like one is not."""
+"""What callers give: numbers and truth values as Python's own, and arrays of any library as NumPy's.
+
+NumPy's numbers are taken, what only looks like one is not. torch is never imported.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ShapeError, UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -62,15 +70,24 @@ def truth(name: str, value: Any) -> bool:
     return bool(value)
 
 
-# Arrays of callers: NumPy arrays and torch tensors alike, without importing torch.
+def nbytes_of(name: str, value: int | str) -> int:
+    """Return a number of bytes, given as such or as ``"8GiB"``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None or match[2].lower() not in _UNITS:
+            raise UsageError(f"{name} is a number of bytes or a size like '8GiB', not {value!r:.80}")
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    return whole(name, value, 0)
 
 
-def _is_tensor(array: Any) -> bool:
-    return hasattr(array, "detach")
-
-
-def _is_bfloat16(array: Any) -> bool:
-    return str(array.dtype) == "torch.bfloat16"
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of some words."""
+    if value not in choices:
+        raise UsageError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r:.80}")
 
 
 def to_numpy(array: Any) -> NDArray[Any]:
@@ -83,7 +100,7 @@ def to_numpy(array: Any) -> NDArray[Any]:
         ShapeError: nested lists of unequal lengths, a tensor without numbers (``meta``) or of a dtype that has no such
             form, a masked array, or something that is no array at all.
     """
-    if _is_tensor(array):
+    if hasattr(array, "detach"):  # a tensor
         return _of_tensor(array)
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise ShapeError("a masked array has places without numbers: fill them, or take those rows out")
@@ -122,13 +139,15 @@ def to_buffer(array: Any, dtype: np.dtype[np.generic], what: str) -> NDArray[Any
         ShapeError: it is not C-contiguous, not writable, not on the CPU, or of another dtype.
     """
     buffer = array
-    if _is_tensor(array):
+    if hasattr(array, "detach"):  # a tensor
         if array.device.type != "cpu":
             raise ShapeError(f"{what} is on {array.device}; read into host memory and copy it over")
         tensor = array.detach()
         bits = tensor.new_empty(0).short().dtype  # torch.int16, without importing torch
         try:
-            buffer = tensor.view(bits).numpy().view(np.uint16) if _is_bfloat16(tensor) else tensor.numpy()
+            buffer = (
+                tensor.view(bits).numpy().view(np.uint16) if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+            )
         except (TypeError, RuntimeError) as error:  # sparse, negated, quantized, float8, ...
             reason = str(error).partition("\n")[0]
             raise ShapeError(f"{what} is a tensor that cannot be written into ({reason:.200})") from None

@@ -8,11 +8,13 @@ docs/format.md gives the chain in a form that needs no actcache, and a test impl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
 
 _digest = xxhash.xxh3_64_intdigest
 
@@ -37,6 +39,28 @@ def entry_seeds(
     mixed ^= lengths.astype(np.uint64) * _PRIMES[4]
     mixed ^= np.uint64(space ^ (_HAS_TOKEN_IDS if has_token_ids else 0))
     return mixed
+
+
+def entry_checksums(
+    space: int,
+    keys: NDArray[np.uint8],
+    begins: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    columns: Mapping[str, NDArray[np.generic]],
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64] | None]:
+    """Return the checksums of entries, ``[n]``, and those of their optional arrays; None where there are none.
+
+    Args:
+        space: see ``space_seed``.
+        keys: ``[n, 32]``.
+        begins, lengths: ``[n]``, which rows of the columns are each entry's.
+        columns: the ragged arrays by name, C-contiguous, in stored form.
+    """
+    seeds = entry_seeds(space, keys, lengths, has_token_ids=TOKEN_IDS in columns)
+    sums = chain(seeds.tolist(), [columns[name] for name in (TOKEN_IDS, VALUES) if name in columns], begins, lengths)
+    extras = [columns[name] for name in sorted(EXTRAS) if name in columns]
+    more = np.array(chain(sums, extras, begins, lengths), np.uint64) if extras else None
+    return np.array(sums, np.uint64), more
 
 
 def chain(

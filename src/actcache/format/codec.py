@@ -1,4 +1,4 @@
-"""Codecs: how rows of activations become stored bytes and come back.
+"""Codecs: how rows of activations become stored bytes and come back, and what they were rounded to on the way.
 
 A codec turns one document's ``[tokens, hidden]`` rows into an array of the same shape in the stored dtype, and back. It
 never stores an infinity or a NaN. NumPy has no bfloat16: its rows are kept as their bits in uint16.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from actcache.errors import CodecOverflowError, NonFiniteError, RecipeError
 
@@ -119,16 +119,12 @@ def _all_finite(rows: NDArray[np.generic]) -> bool:
     return bool(np.isfinite(rows).all())
 
 
-def _codec(kind: type[Codec], name: str, stored: DTypeLike, delivered: DTypeLike) -> Codec:
-    return kind(name, np.dtype(stored), np.dtype(delivered))
-
-
 _CODECS = {
-    codec.name: codec
-    for codec in (
-        _codec(Codec, "float16", "<f2", "<f2"),
-        _codec(Codec, "float32", "<f4", "<f4"),
-        _codec(_Bfloat16, "bfloat16", "<u2", "<f4"),
+    name: kind(name, np.dtype(stored), np.dtype(delivered))
+    for kind, name, stored, delivered in (
+        (Codec, "float16", "<f2", "<f2"),
+        (Codec, "float32", "<f4", "<f4"),
+        (_Bfloat16, "bfloat16", "<u2", "<f4"),
     )
 }
 
@@ -154,3 +150,48 @@ def get(name: str, via: Sequence[str] = ()) -> Codec:
         return _CODECS[name]
     except KeyError:
         raise RecipeError(f"there is no codec {name!r}; there are {', '.join(_CODECS)}") from None
+
+
+# --- what rows were rounded to before they came to be stored as they are ----------------------------------------------
+#
+# Rows that were float16 once are float16's in any dtype: the digits that were lost do not come back. So a recipe names,
+# beside the dtype that its rows are stored in, those that they passed through and that left a trace. Only these: what
+# the rows of one recipe are stored as again is often, bit for bit, what another recipe would have stored at once.
+
+
+def traces(dtypes: Sequence[str], compute_dtype: str) -> tuple[str, ...]:
+    """Return which dtypes on the way of rows show in what is stored at its end; none where they were stored at once.
+
+    Two ways give the same numbers exactly when they have the same traces and the same end
+    (tests/format/test_rounding.py tries all ways of four steps). A number that does not fit a dtype is refused on the
+    way, so it is at no end. That follows from three facts:
+
+    * float32 holds every number of a smaller dtype, and every one that was computed in a smaller one.
+    * Rows that were rounded to a dtype before are not changed by it: those of float16 that were rounded to bfloat16, or
+      the other way round, have few enough digits for both, and are in the range of both.
+    * bfloat16 is made of float64 by way of float32.
+
+    Args:
+        dtypes: names of codecs, in the order in which the rows are stored as them; the last is what they are stored as.
+        compute_dtype: what the rows were computed in.
+    """
+    rounded: list[str] = []
+    for dtype in dtypes:
+        if dtype in rounded or (dtype == "float32" and (rounded or compute_dtype != "float64")):
+            continue
+        rounded = [dtype] if (rounded, dtype) == (["float32"], "bfloat16") else [*rounded, dtype]
+    return tuple(rounded[:-1] if rounded[-1:] == [dtypes[-1]] else rounded)
+
+
+_EXTENDED = ("longdouble", "float96", "float128")  # NumPy's names for what C has beyond float64
+_WIDER = {
+    "float64": _EXTENDED,
+    "float32": ("float64", *_EXTENDED),
+    "float16": ("float32", "float64", *_EXTENDED),
+    "bfloat16": ("float32", "float64", *_EXTENDED),
+}
+
+
+def holds(given: str, compute_dtype: str) -> bool:
+    """Return whether every number of ``compute_dtype`` is one of ``given``, a dtype's name; of unknown ones, never."""
+    return given == compute_dtype or given in _WIDER[compute_dtype]

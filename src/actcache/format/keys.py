@@ -1,4 +1,4 @@
-"""Keys: the name of a document is a digest of its kind and content.
+"""Keys: the name of a document, or of a window of it, is a digest of its kind and content.
 
 Format version 1. Each kind has its own domain, so that no text, pair, word list or id sequence shares a key with
 another kind's, and every part is length-prefixed, so that ``("ab", "c")`` and ``("a", "bc")`` differ.
@@ -166,12 +166,6 @@ def _no_document(value: object) -> str:
     return f"a {name} is no document; {_KINDS}"
 
 
-def window_key(key: bytes, max_length: int, stride: int, number: int, last: bool) -> bytes:
-    """Return the key of one window of a long document (see ``actcache.windows``)."""
-    spec = np.array([max_length, stride, number, last], "<i8").tobytes()
-    return _digest("window", [key, spec])
-
-
 def key_array(keys: Keys) -> NDArray[np.uint8]:
     """Return keys as one ``[n, 32]`` uint8 array (an array of that shape is returned as it is).
 
@@ -199,16 +193,29 @@ def key_list(keys: NDArray[np.uint8]) -> list[bytes]:
     return [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
 
 
-# Windows: a document longer than the model takes becomes several overlapping entries.
-#
-# A window's key is made from the document's key, the window spec, the window's number, and whether it is the last. The
-# last flag makes a document's windows countable without its tokens, and a document whose last window is missing is a
-# miss rather than a shorter document.
+def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Return the first 8 bytes of ``[n, 32]`` keys as numbers that sort as the bytes do, ``[n]``, and the rest."""
+    keys = np.ascontiguousarray(keys)
+    return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64), keys[:, 8:]
+
+
+def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return ``[n, 32]`` keys; the inverse of ``split_keys``."""
+    return np.concatenate([prefix.astype(">u8").view(np.uint8).reshape(-1, 8), rest], axis=1)
+
+
+def key_order(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the positions of ``[n, 32]`` keys in the order of their bytes, ``[n]``."""
+    return np.lexsort(np.ascontiguousarray(keys).view(">u8").T[::-1])
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How long documents are cut: windows of ``max_length`` tokens that overlap by ``stride``.
+    """How long documents are cut: windows of ``max_length`` tokens that overlap by ``stride``, an entry each.
+
+    A window's key is made from the document's key, these two, the window's number, and whether it is the last. So a
+    document's windows are countable without its tokens, and one whose last window is missing is a miss rather than a
+    shorter document.
 
     Args:
         max_length: tokens of a window, special tokens included.
@@ -236,7 +243,8 @@ class Windows:
 
     def key(self, document: bytes, number: int, *, last: bool) -> bytes:
         """Return the key of one window, numbered from 0."""
-        return window_key(document, self.max_length, self.stride, number, last)
+        spec = np.array([self.max_length, self.stride, number, last], "<i8").tobytes()
+        return _digest("window", [document, spec])
 
 
 def windows(max_length: int, stride: int = 0) -> Windows:

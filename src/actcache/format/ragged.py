@@ -6,6 +6,7 @@ The one schema that every backend stores (docs/format.md). All arrays of ``colum
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from actcache.errors import FormatError
 
 VALUES = "values"
 TOKEN_IDS = "token_ids"
+CHUNK_BYTES = 1 << 20  # of rows that are read, then checked (docs/decisions/0002)
 
 #: The optional ragged arrays: name -> (dtype, trailing shape). Labels cannot be aligned without them.
 EXTRAS: Mapping[str, tuple[str, tuple[int, ...]]] = {
@@ -54,29 +56,29 @@ def pieces(column: Column) -> Iterator[memoryview]:
 class Origins:
     """Where the entries of a compacted block come from.
 
-    An entry is born in the segment that it was first written to, as its so-manieth entry. That never changes, however
-    often it is copied: deletions name it, and of two copies of a key the one born later is served.
+    An entry's origin is the segment that it was first written to, and its number there. That never changes, however
+    often it is copied: deletions name it, and of two copies of a key the one of the later origin is served.
     """
 
-    births: tuple[str, ...]  # names of segments
-    birth: NDArray[np.uint32]  # [n] position in ``births``
-    birth_entries: NDArray[np.uint32]  # [n] number of the entry in the segment of its birth
+    segments: tuple[str, ...]  # their names
+    segment: NDArray[np.uint32]  # [n] position in ``segments``
+    entries: NDArray[np.uint32]  # [n] number of the entry in that segment
     sources: tuple[str, ...]  # names of the segments that the block replaces
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the arrays by their stored names."""
         return {
-            "births": names_to_array(self.births),
-            "birth": self.birth,
-            "birth_entries": self.birth_entries,
+            "origins": names_to_array(self.segments),
+            "origin": self.segment,
+            "origin_entries": self.entries,
             "sources": names_to_array(self.sources),
-            "lineage_checksum": np.array([self.checksum()], np.uint64),
+            "origins_checksum": np.array([self.checksum()], np.uint64),
         }
 
     def checksum(self) -> int:
-        """Return the XXH3-64 of the arrays: with a wrong birth, an entry that was deleted would be served again."""
-        digest = xxhash.xxh3_64(names_to_array(self.births).tobytes())
-        for array in (self.birth, self.birth_entries, names_to_array(self.sources)):
+        """Return the XXH3-64 of the arrays: with a wrong origin, an entry that was deleted would be served again."""
+        digest = xxhash.xxh3_64(names_to_array(self.segments).tobytes())
+        for array in (self.segment, self.entries, names_to_array(self.sources)):
             digest.update(array.tobytes())
         return digest.intdigest()
 
@@ -105,7 +107,7 @@ class Block:
     checksums: NDArray[np.uint64]  # [n]
     columns: Mapping[str, Column]
     extra_checksums: NDArray[np.uint64] | None = None
-    lineage: Origins | None = None  # None where the entries are born here
+    origins: Origins | None = None  # None where the entries are written for the first time
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -122,18 +124,47 @@ class Block:
             "keys": self.keys,
             "checksums": self.checksums,
         }
-        if self.lineage is not None:
-            arrays |= self.lineage.arrays()
+        if self.origins is not None:
+            arrays |= self.origins.arrays()
         if self.extra_checksums is not None:
             arrays["extra_checksums"] = self.extra_checksums
         return arrays | {name: column for name, column in self.columns.items() if name != VALUES}
 
 
-def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return ``[n + 1]`` offsets from ``[n]`` lengths."""
+def offsets_of(lengths: NDArray[np.integer[Any]], width: int | None = None) -> NDArray[np.int64]:
+    """Return ``[n + 1]`` offsets from ``[n]`` lengths; with ``width``, of entries that are padded to so many."""
+    if width is not None:
+        return np.arange(len(lengths) + 1, dtype=np.int64) * width
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
+    """Return runs of neighbouring items whose sizes add up to about ``most``, each of one item or more; together all.
+
+    A run ends with the item that reaches the next multiple of ``most``: work is cut into parts of like size by it.
+
+    Args:
+        sizes: ``[n]``, of each item, 0 or more (bytes, say).
+        most: 1 or more.
+    """
+    starts = offsets_of(sizes)
+    inner = np.searchsorted(starts, np.arange(most, starts[-1], most)).tolist()
+    return itertools.starmap(slice, itertools.pairwise(dict.fromkeys([0, *inner, len(sizes)])))
+
+
+def chunks(lengths: NDArray[np.int64], width: int | None, out: Mapping[str, NDArray[np.generic]]) -> Iterator[slice]:
+    """Cut a batch into runs of entries whose rows are still in the processor's cache when they are checked.
+
+    Args:
+        lengths, width: as of ``row_indices``.
+        out: the buffers that the rows go to.
+    """
+    row_bytes, count = max(buffer.strides[0] for buffer in out.values()), len(lengths)
+    if (int(lengths.sum()) if width is None else count * width) * row_bytes <= CHUNK_BYTES:
+        return iter([slice(0, count)])  # a small batch is not planned longer than it is read
+    return runs((lengths if width is None else np.full(count, width)) * row_bytes, CHUNK_BYTES)
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:

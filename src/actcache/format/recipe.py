@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import FormatError, RecipeError
-from actcache.format import codec, rounding
+from actcache.format import codec
 from actcache.format.arguments import is_truth, is_whole
 
 #: What a document longer than ``max_length`` becomes.
@@ -104,7 +104,7 @@ class Recipe:
             f"via holds names of dtypes ({', '.join(codec.names())}), not {self.via!r:.80}",
         )
         object.__setattr__(self, "via", tuple(self.via))
-        kept = rounding.traces((*self.via, self.dtype), self.compute_dtype)
+        kept = codec.traces((*self.via, self.dtype), self.compute_dtype)
         check(
             kept == self.via,
             f"rows that were {', '.join(self.via)} and are stored as {self.dtype} have the lineage "
@@ -154,6 +154,11 @@ class Recipe:
         """How rows are stored, for people: ``float32``, or ``float32 via float16`` where they were that before."""
         return " via ".join([self.dtype, *reversed(self.via)])
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one token's row, as stored."""
+        return codec.get(self.dtype).stored.itemsize * self.hidden_size
+
     def stored_again(self, dtype: str) -> Recipe:
         """Return the recipe of this one's rows where they are stored again, as another dtype.
 
@@ -163,7 +168,7 @@ class Recipe:
         Raises:
             RecipeError: there is no such dtype.
         """
-        return replace(self, dtype=dtype, via=rounding.traces((*self.via, self.dtype, dtype), self.compute_dtype))
+        return replace(self, dtype=dtype, via=codec.traces((*self.via, self.dtype, dtype), self.compute_dtype))
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Return the identity fields in which this recipe and another differ, as ``field -> (this, other)``."""

@@ -24,6 +24,9 @@ from actcache.errors import FormatError
 from actcache.format.extent import Extent
 
 LENGTH_BYTES = 8  # of the header's length, which stands before it
+_ALIGN = 64
+_MAX_HEADER = 64 << 20  # JSON takes ten times as much memory as text
+_METADATA = "__metadata__"
 
 _NAMES = {
     "U8": "|u1",
@@ -37,10 +40,10 @@ _NAMES = {
     "U64": "<u8",
 }
 _DTYPES = {np.dtype(dtype): name for name, dtype in _NAMES.items()}
-_METADATA = "__metadata__"
 
 #: Name, dtype and shape of an array.
 Described = tuple[str, np.dtype[Any], tuple[int, ...]]
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 def header(arrays: Sequence[Described], metadata: Mapping[str, str], *, align: int, lead: int = 0) -> bytes:
@@ -115,12 +118,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_ALIGN = 64
-_MAX_HEADER = 64 << 20  # JSON takes ten times as much memory as text
-
-Arrays = Mapping[str, NDArray[np.generic]]
-
-
 def write(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None:
     """Write arrays and metadata to a new file. Arrays with the widest items come first, so all of them are aligned."""
     with open(path, "xb") as file:
@@ -151,11 +148,11 @@ def _layout(file: BinaryIO, where: str) -> tuple[dict[str, str], dict[str, Exten
         raise FormatError(f"{where} is truncated or no file of this store: {error}") from None
 
 
-def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
-    """Return a file's metadata and its arrays, read-only, mapped in place.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to be mapped; a pipe would block, and a device has no end.
 
     Raises:
-        FormatError: the file is truncated or foreign.
+        FormatError: it is no regular file, or cannot be read.
         FileNotFoundError: there is none.
     """
     try:
@@ -164,17 +161,24 @@ def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES):
             raise FormatError(f"{path} cannot be read: {error.strerror}") from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe would block, and a device has no end
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path} is no file")
-    with open(descriptor, "rb") as file:
+    return open(descriptor, "rb")
+
+
+def mapped(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
+    """Return a file's metadata and its arrays, read-only, mapped in place.
+
+    Raises:
+        FormatError: the file is truncated or foreign.
+        FileNotFoundError: there is none.
+    """
+    with open_regular(path) as file:
         metadata, extents = _layout(file, str(path))
         # One mapping for all: each of Python's keeps a file descriptor for as long as it lives.
         whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
-    return metadata, {
-        name: whole[extent.offset : extent.offset + extent.nbytes].view(extent.dtype).reshape(extent.shape)
-        for name, extent in extents.items()
-    }
+    return metadata, _views(whole, extents)
 
 
 def loads(data: bytes, where: str) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
@@ -187,7 +191,11 @@ def loads(data: bytes, where: str) -> tuple[dict[str, str], dict[str, NDArray[np
         FormatError: the data are truncated or foreign.
     """
     metadata, extents = _layout(io.BytesIO(data), where)
-    return metadata, {
-        name: np.frombuffer(data, np.uint8, extent.nbytes, extent.offset).view(extent.dtype).reshape(extent.shape)
+    return metadata, _views(np.frombuffer(data, np.uint8), extents)
+
+
+def _views(data: NDArray[np.uint8], extents: Mapping[str, Extent]) -> dict[str, NDArray[np.generic]]:
+    return {
+        name: data[extent.offset : extent.offset + extent.nbytes].view(extent.dtype).reshape(extent.shape)
         for name, extent in extents.items()
     }

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, StoreError
 
-_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -88,7 +88,7 @@ class Files:
             StorageIOError, ...: among others, that there is no root.
         """
 
-        def unsettled(folder: Path) -> bool:
+        def unsynced(folder: Path) -> bool:
             return folder != self.root and not (folder.is_dir() and folder in self._durable)
 
         with translated(f"cannot make the folder {path}"):
@@ -96,7 +96,7 @@ class Files:
                 if os.access(self.root.parent, os.R_OK):  # else somebody made it for us where we cannot even look
                     self.disk.sync_folder(self.root.parent)
                 self._durable.add(self.root)
-            for folder in reversed(list(itertools.takewhile(unsettled, (path, *path.parents)))):
+            for folder in reversed(list(itertools.takewhile(unsynced, (path, *path.parents)))):
                 self._make(folder)
 
     def _make(self, folder: Path) -> None:
@@ -109,7 +109,7 @@ class Files:
         self.disk.sync_folder(folder.parent)
         self._durable.add(folder)
 
-    def publish(self, target: Path, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+    def publish(self, target: Path, write: Callable[[Path], object], *, replace: bool = False) -> bool:
         """Have ``write(path)`` write a file or folder, then give it its name.
 
         Returns:
@@ -143,7 +143,7 @@ class Files:
 
     def publish_bytes(self, target: Path, data: bytes, *, replace: bool) -> bool:
         """Publish a small file."""
-        return self.publish(target, lambda path: _write_bytes(path, data), replace=replace)
+        return self.publish(target, lambda path: path.write_bytes(data), replace=replace)
 
     def remove(self, path: Path) -> bool:
         """Remove a file or folder, durably and at once; return whether it was there."""
@@ -238,22 +238,21 @@ def translated(what: str) -> Iterator[None]:
     except (StoreError, FileExistsError):
         raise
     except OSError as error:
-        code = error.errno
-        if code in _SPACE:
-            raise OutOfSpaceError(f"{what}: the disk or quota is full; free some space and flush again") from error
-        if code in _DENIED:
-            raise ReadOnlyError(
-                f"{what}: {os.strerror(code or 0)}; check the permissions, or read only with mode='r'"
-            ) from error
-        raise StorageIOError(f"{what}: {error}") from error
+        code = error.errno or 0
+        raise failure(what, code, os.strerror(code) if code in _DENIED else str(error)) from error
+
+
+def failure(what: str, code: int, said: str) -> StoreError:
+    """Return the exception for a failure of the operating system, ``code`` being its ``errno``."""
+    if code in NO_SPACE:
+        return OutOfSpaceError(f"{what}: the disk or quota is full; free some space and flush again")
+    if code in _DENIED:
+        return ReadOnlyError(f"{what}: {said}; check the permissions, or read only with mode='r'")
+    return StorageIOError(f"{what}: {said}")
 
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _discard(path: Path) -> None:
@@ -269,19 +268,8 @@ def _discard(path: Path) -> None:
 
 #: File systems whose files can change size or vanish under a mapping, which is a SIGBUS: their rows are read instead.
 _REMOTE = (
-    "nfs",
-    "cifs",
-    "smb",
-    "fuse",
-    "ceph",
-    "lustre",
-    "9p",
-    "afs",
-    "gfs",
-    "gpfs",
-    "beegfs",
-    "virtiofs",
-    "glusterfs",
+    *("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "9p", "afs"),
+    *("gfs", "gpfs", "beegfs", "virtiofs", "glusterfs"),
 )
 
 

@@ -30,38 +30,27 @@ _FAILED = ctypes.c_void_p(-1).value
 _FIRST_RESERVATION = 64 << 30
 _LEAST_RESERVATION = 1 << 20
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_longlong,
-)
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-_NO_MEMORY = (
-    ": the process has too many mappings (compact the space) or too little address space (ulimit -v); "
-    "a store that is opened with mapped=False needs neither"
-)
-if hasattr(_libc, "mremap"):
-    _libc.mremap.restype = ctypes.c_void_p
-    _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _MREMAP_MAYMOVE_FIXED = 3
-
-
 # Linux 5.10 and later, the same number on every architecture; the C libraries have no name for it.
 _PROCESS_MADVISE = 440
 _MOST_RANGES = 1024  # of one call
 _LOOKS = 64  # pages that are looked at before a batch is asked for
 
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc = ctypes.CDLL(None, use_errno=True)
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+_libc.mmap.restype, _libc.mmap.argtypes = _POINTER, (_POINTER, _SIZE, _INT, _INT, _INT, ctypes.c_longlong)
+_libc.munmap.argtypes = (_POINTER, _SIZE)
+_libc.madvise.argtypes = (_POINTER, _SIZE, _INT)
 _libc.syscall.restype = ctypes.c_long
+if hasattr(_libc, "mremap"):
+    _libc.mremap.restype, _libc.mremap.argtypes = _POINTER, (_POINTER, _SIZE, _SIZE, _INT, _POINTER)
 if hasattr(_libc, "mincore"):
-    _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    _libc.mincore.argtypes = (_POINTER, _SIZE, _POINTER)
 
+_NO_MEMORY = (
+    ": the process has too many mappings (compact the space) or too little address space (ulimit -v); "
+    "a store that is opened with mapped=False needs neither"
+)
 _in_one_call = hasattr(os, "pidfd_open") and hasattr(_libc, "syscall")
 
 
@@ -117,10 +106,13 @@ def in_memory(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
 def _mmap(address: int | None, length: int, protection: int, flags: int, descriptor: int = -1, offset: int = 0) -> int:
     result = _libc.mmap(address, length, protection, flags, descriptor, offset)
     if result == _FAILED or result is None:
-        code = ctypes.get_errno()
-        hint = _NO_MEMORY if code == errno.ENOMEM else ""
-        raise StorageIOError(f"cannot map {length} bytes: {os.strerror(code)}{hint}")
+        raise _failure(f"cannot map {length} bytes")
     return int(result)
+
+
+def _failure(what: str) -> StorageIOError:
+    code = ctypes.get_errno()
+    return StorageIOError(f"{what}: {os.strerror(code)}{_NO_MEMORY if code == errno.ENOMEM else ''}")
 
 
 def _check_size(path: Path, size: int, needed: int) -> None:
@@ -178,10 +170,8 @@ class Arena:
             else:
                 self._map(grown, path, offset, rows, first)
         usable = length // self.row_bytes
-        rows_of_range = np.frombuffer(memoryview(grown.buffer).cast("B"), np.uint8, usable * self.row_bytes).view(
-            self._dtype
-        )
-        rows_of_range = rows_of_range.reshape(usable, *self._trailing)
+        raw = np.frombuffer(memoryview(grown.buffer).cast("B"), np.uint8, usable * self.row_bytes)
+        rows_of_range = raw.view(self._dtype).reshape(usable, *self._trailing)
         rows_of_range.flags.writeable = False
         self._end = max(self._end, zeros)
         self._range = grown
@@ -238,9 +228,7 @@ class Arena:
         old, new = self._range.address + begin, target.address + begin
         # An old size of zero leaves the old mapping, which arrays in use refer to, where it is.
         if _libc.mremap(old, 0, rows * self.row_bytes + shift, _MREMAP_MAYMOVE_FIXED, new) != new:
-            code = ctypes.get_errno()
-            hint = _NO_MEMORY if code == errno.ENOMEM else ""
-            raise StorageIOError(f"cannot move a mapping of {rows} rows: {os.strerror(code)}{hint}")
+            raise _failure(f"cannot move a mapping of {rows} rows")
 
     def will_need(self, firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Ask the kernel to load runs of placed rows, ``counts[i]`` from ``firsts[i]`` on; returns at once.

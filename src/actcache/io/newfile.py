@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from actcache.errors import UsageError
@@ -29,38 +29,31 @@ def new_file(path: Path) -> Iterator[Path]:
         UsageError: something has that name by then; it is left as it is.
         OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written; nothing became visible.
     """
-    temporary = _temporary(path)
-    with translated(f"cannot write {path}"):
-        try:
+    try:
+        with _written(path, claim) as temporary:  # never over another's
             yield temporary
-            disk = FileOperations()
-            disk.sync_file(temporary)
-            claim(disk, temporary, path)  # never over another's
-            disk.sync_folder(path.parent)
-        except FileExistsError:
-            raise UsageError(f"{path} was made meanwhile; write another file") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+    except FileExistsError:
+        raise UsageError(f"{path} was made meanwhile; write another file") from None
 
 
-@contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def replaced_file(path: Path) -> AbstractContextManager[Path]:
     """The same for a file that takes the place of what has its name.
 
     Raises:
         OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written; what stood there still does.
     """
-    temporary = _temporary(path)
+    return _written(path, FileOperations.rename)
+
+
+@contextmanager
+def _written(path: Path, name: Callable[[FileOperations, Path, Path], None]) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with translated(f"cannot write {path}"):
         try:
             yield temporary
             disk = FileOperations()
             disk.sync_file(temporary)
-            disk.rename(temporary, path)
+            name(disk, temporary, path)
             disk.sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,10 +1,10 @@
-"""A few threads that share the native calls of one batch."""
+"""A few threads that share the native calls of one batch, and a lock for what threads and forks share."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 _MOST = 8  # gathering is bound by memory bandwidth, which a few cores use up
@@ -15,6 +15,21 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class ProcessLock:
+    """A lock that is free after a fork, whoever held it before: that thread is not there any more."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():  # a fork has one thread
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *failure: object) -> None:
+        self._lock.release()
 
 
 class Workers:
@@ -57,6 +72,16 @@ class Workers:
             wait(futures)
         for future in futures:
             future.result()
+
+    def run_chunks(self, steps: Sequence[Callable[[int, int], None]], chunks: Iterable[slice]) -> None:
+        """Call all ``steps``, one after another, with the bounds of each chunk, as ``run`` calls its jobs."""
+        bounds = [(chunk.start, chunk.stop) for chunk in chunks]
+
+        def job(number: int) -> None:
+            for step in steps:
+                step(*bounds[number])
+
+        self.run(job, len(bounds))
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

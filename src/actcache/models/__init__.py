@@ -14,7 +14,7 @@ except ImportError as error:
 
 from actcache.models.families import Family, base_model_of, family_of, register_family
 from actcache.models.loading import load_reduced
-from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.lower_half import LowerHalf, plan_batches
 from actcache.models.replay import reduce
 from actcache.models.saving import merge
 from actcache.models.tokenizing import DocumentEncoder, Encoded, tokenizer_digest

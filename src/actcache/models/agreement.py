@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from actcache.errors import CanaryError, UsageError
+from transformers import PreTrainedModel
+
+from actcache.errors import CanaryError, LowerHalfMismatchError, UsageError
 from actcache.models import canary
-from actcache.models.documents import find_entries
-from actcache.models.matching import check_same_lower_half
-from actcache.models.record import LowerHalf, evaluating
+from actcache.models.families import base_model_of, family_of
+from actcache.models.lower_half import LowerHalf, evaluating
+from actcache.models.provenance import setup_of
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
+from actcache.models.weights import check_same_lower_half
+from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 
 logger = logging.getLogger(__name__)
@@ -25,31 +29,18 @@ class Agreement:
     """Sees to it that what a space serves, and what is added to it, is what a lower half computes. Not thread-safe.
 
     Args:
-        provenance: the set-up that the lower half is computed in.
         enabled: whether canaries and documents are computed again; the weights are looked at in any case.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        encoder: DocumentEncoder,
-        lower: LowerHalf,
-        provenance: Mapping[str, str],
-        *,
-        enabled: bool = True,
-    ) -> None:
-        self._space, self._encoder, self._lower = space, encoder, lower
-        self._provenance, self._enabled = provenance, enabled
+    def __init__(self, space: Space, encoder: DocumentEncoder, lower: LowerHalf, *, enabled: bool = True) -> None:
+        self.space, self.encoder, self.lower, self.enabled = space, encoder, lower, enabled
+        self._setup = setup_of(lower)
         self._canaries: bytes | None = None  # the space's, where they agree
-
-    @property
-    def enabled(self) -> bool:
-        return self._enabled
 
     def when_opened(self) -> None:
         """Compare the canaries; raises ``CanaryError``."""
-        if self._enabled:
-            with evaluating(self._lower.base_model):
+        if self.enabled:
+            with evaluating(self.lower.base_model):
                 self._compare_canaries(create=False)
 
     def before_serving(self, documents: Sequence[bytes]) -> None:
@@ -59,9 +50,9 @@ class Agreement:
             LowerHalfMismatchError: the lower half was trained meanwhile.
             CanaryError: it computes other numbers.
         """
-        check_same_lower_half(self._lower.base_model, self._space.recipe)
-        if self._enabled:
-            with evaluating(self._lower.base_model):
+        check_same_lower_half(self.lower.base_model, self.space.recipe)
+        if self.enabled:
+            with evaluating(self.lower.base_model):
                 self._compare_canaries(create=False)
                 self.of_present(documents)
 
@@ -73,8 +64,8 @@ class Agreement:
             ModelError: the lower half is in train mode.
             UnsupportedModelError, NonFiniteError: its rows cannot be stored.
         """
-        check_same_lower_half(self._lower.base_model, self._space.recipe)
-        if self._enabled or self._space.blob(canary.BLOB_NAME) is None:
+        check_same_lower_half(self.lower.base_model, self.space.recipe)
+        if self.enabled or self.space.blob(canary.BLOB_NAME) is None:
             self._compare_canaries(create=True)
 
     def of_present(self, documents: Sequence[bytes]) -> None:
@@ -85,11 +76,11 @@ class Agreement:
         Raises:
             CanaryError: one comes out differently.
         """
-        if not self._enabled or not documents:
+        if not self.enabled or not documents:
             return
         some = random.Random().sample(documents, min(_SAMPLE, len(documents)))  # the caller's own state stays as it is
-        keys = [entries[0] for entries in find_entries(self._space, some, self._encoder.windows) if entries]
-        wrong = disagreeing(self._space, self._lower, self._encoder, keys)
+        keys = [entries[0] for entries in find_entries(self.space, some, self.encoder.windows) if entries]
+        wrong = disagreeing(self.space, self.lower, self.encoder, keys)
         if wrong:
             raise CanaryError(
                 f"{len(wrong)} of {len(keys)} stored documents that were computed again come out differently here, "
@@ -97,38 +88,53 @@ class Agreement:
                 "that looks at tokens? Use another store, or go back to the model that recorded them"
             )
 
-    def reference(self) -> bytes:
-        """Return the space's canaries, or, where it has none yet, those that this model makes."""
-        if self._canaries is not None:
-            return self._canaries
-        with evaluating(self._lower.base_model):
-            return canary.make(self._encoder, self._lower, self._provenance)
+    def check_task_model(self, model: PreTrainedModel) -> None:
+        """Run canaries through a task model whose lower half has the space's weights, and compare what comes out.
+
+        Raises:
+            LowerHalfMismatchError: other numbers come out.
+        """
+        if not self.enabled:
+            return
+        canaries = self._canaries
+        if canaries is None:  # the space has none yet
+            with evaluating(self.lower.base_model):
+                canaries = canary.make(self.encoder, self.lower, self._setup)
+        base, recipe = base_model_of(model), self.space.recipe
+        lower = LowerHalf(base, family_of(base), recipe.layer, recipe.compute_dtype)
+        try:
+            with evaluating(base):
+                canary.check(canaries, self.encoder, lower, setup_of(lower))
+        except CanaryError as error:
+            raise LowerHalfMismatchError(
+                f"the lower half of this {type(model).__name__} has the recorded weights and configuration, but {error}"
+            ) from error
 
     def _compare_canaries(self, *, create: bool) -> None:
-        blob = self._canaries or self._space.blob(canary.BLOB_NAME)
-        if blob is None and len(self._space):
+        blob = self._canaries or self.space.blob(canary.BLOB_NAME)
+        if blob is None and len(self.space):
             self._compare_entries()
         if blob is None and create:
-            made = canary.make(self._encoder, self._lower, self._provenance)
-            if self._space.put_blob(canary.BLOB_NAME, made):
+            made = canary.make(self.encoder, self.lower, self._setup)
+            if self.space.put_blob(canary.BLOB_NAME, made):
                 self._canaries = made
                 return
-            blob = self._space.blob(canary.BLOB_NAME)  # another process was first
+            blob = self.space.blob(canary.BLOB_NAME)  # another process was first
         if blob is not None:
-            canary.check(blob, self._encoder, self._lower, self._provenance)
+            canary.check(blob, self.encoder, self.lower, self._setup)
             self._canaries = blob
 
     def _compare_entries(self) -> None:
         try:
-            report = verify_stored(self._space, self._lower, self._encoder, sample=_WITHOUT_CANARIES)
+            report = verify_stored(self.space, self.lower, self.encoder, sample=_WITHOUT_CANARIES)
         except UsageError:
             logger.warning(
                 "%r has neither canaries nor token ids: nothing shows whether this model computes its numbers",
-                self._space,
+                self.space,
             )
             return
         if report.failed:
             raise CanaryError(
-                f"{self._space!r} has no canaries, and {len(report.failed)} of {report.documents} entries are not what "
+                f"{self.space!r} has no canaries, and {len(report.failed)} of {report.documents} entries are not what "
                 "this model computes from their token ids: another model recorded them. Use another store"
             )

@@ -1,4 +1,4 @@
-"""Documents that are computed on the way: when a reader comes to them and they are not stored."""
+"""Documents that are computed and stored when a reader comes to them and they are missing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.format.keys import Document
-from actcache.models.documents import entry_keys, find_entries
-from actcache.models.filling import TOKEN_BUDGET, Filler
+from actcache.models.filling import Filler
+from actcache.models.lower_half import TOKEN_BUDGET
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.reader.epoch import MissComputer
 from actcache.reader.labels import of_entries
 from actcache.reader.reader import Reader
+from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.space import Space
 
 
@@ -43,23 +44,30 @@ class ComputeOnMiss:
         keys: list[bytes],
     ) -> None:
         self._space, self._filler, self._encoder, self._texts = space, filler, encoder, texts
+        self._lengths: dict[int, list[int]] = {}  # of the windows of missing documents, tokenized to count them
         found = [[key] for key in keys]
         if encoder.windows is not None:
             found = find_entries(space, keys, encoder.windows)
             missing = [i for i, entries in enumerate(found) if not entries]
-            for i, entries in zip(missing, encoder.encode([texts[i] for i in missing], missing), strict=True):
-                found[i] = entry_keys(keys[i], len(entries), encoder.windows)
+            self._lengths = self._tokenized(missing)
+            for i in missing:
+                found[i] = entry_keys(keys[i], len(self._lengths[i]), encoder.windows)
         counts = np.array([len(entries) for entries in found], np.int64)
         self.keys = list(itertools.chain.from_iterable(found))
         self.documents: NDArray[np.int64] = np.repeat(np.arange(len(keys)), counts)
         self._numbers = np.arange(len(self.keys)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its document
 
+    def _tokenized(self, documents: list[int]) -> dict[int, list[int]]:
+        """Return the tokens of each entry of some documents."""
+        encoded = self._encoder.encode([self._texts[i] for i in documents], documents)
+        return {i: [len(one.token_ids) for one in entries] for i, entries in zip(documents, encoded, strict=True)}
+
     def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many tokens some of the entries have."""
-        documents, which = np.unique(self.documents[positions], return_inverse=True)
-        encoded = self._encoder.encode([self._texts[i] for i in documents], documents.tolist())
-        numbers = self._numbers[positions].tolist()
-        return np.array([len(encoded[i][n].token_ids) for i, n in zip(which.tolist(), numbers, strict=True)], np.int64)
+        documents, numbers = self.documents[positions].tolist(), self._numbers[positions].tolist()
+        others = self._tokenized([i for i in dict.fromkeys(documents) if i not in self._lengths])
+        lengths = [(self._lengths.get(i) or others[i])[number] for i, number in zip(documents, numbers, strict=True)]
+        return np.array(lengths, np.int64)
 
     def supply(self, positions: NDArray[np.int64], corrupt: Sequence[bytes]) -> None:
         """Compute and put what some of the entries come from; those that are corrupt in the place of what is stored."""
@@ -75,6 +83,6 @@ class ComputeOnMiss:
             labels=None if labels is None else of_entries(labels, self.documents, len(self._texts)),
             documents=self.documents,
             on_missing="compute",
-            supplier=MissComputer(self.lengths, self.supply, self._space.flush),
+            miss_computer=MissComputer(self.lengths, self.supply, self._space.flush),
             **options,
         )

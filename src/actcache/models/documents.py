@@ -1,4 +1,4 @@
-"""Which entries of a space belong to a document: itself, or its windows."""
+"""Documents as callers give them: refused where they are none, and their keys."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from actcache.errors import DocumentError, MissingEntryError, UsageError
-from actcache.format.keys import Document, Keys, Windows, document_key
+from actcache.errors import DocumentError, UsageError
+from actcache.format.keys import Document, document_key
 
 T = TypeVar("T")
-
-
-class Container(Protocol):
-    """What is asked of a space."""
-
-    def contains(self, keys: Keys) -> NDArray[np.bool_]: ...
 
 
 def check_texts(texts: object) -> None:
@@ -98,6 +91,14 @@ def listed(texts: Iterable[T]) -> list[T]:
     return list(streamed(texts))
 
 
+def chunked(texts: Iterable[T], size: int) -> Iterator[tuple[int, list[T]]]:
+    """Yield documents so many at a time, each time with the position of the first."""
+    iterator, first = iter(texts), 0
+    while chunk := list(itertools.islice(iterator, size)):
+        yield first, chunk
+        first += len(chunk)
+
+
 def document_keys(documents: Sequence[Document], first: int = 0) -> list[bytes]:
     """Return the documents' keys.
 
@@ -111,48 +112,3 @@ def document_keys(documents: Sequence[Document], first: int = 0) -> list[bytes]:
         except DocumentError as error:
             raise DocumentError(f"position {position} of the texts: {error}") from None
     return keys
-
-
-def entry_keys(document: bytes, count: int, spec: Windows | None) -> list[bytes]:
-    """Return the keys of a document's ``count`` entries."""
-    return [document] if spec is None else spec.keys(document, count)
-
-
-def find_entries(space: Container, documents: list[bytes], spec: Windows | None) -> list[list[bytes]]:
-    """Return the keys of each document's entries, in order; none where the document is not wholly in the space."""
-    if spec is None:
-        there = space.contains(documents).tolist()
-        return [[key] if is_there else [] for key, is_there in zip(documents, there, strict=True)]
-    found: list[list[bytes]] = [[] for _ in documents]
-    unfinished = list(range(len(documents)))
-    for number in itertools.count():  # one look-up a round: window 0 of all, window 1 of those that go on, ...
-        if not unfinished:
-            break
-        probes = [[spec.key(documents[i], number, last=last) for last in (True, False)] for i in unfinished]
-        there = space.contains([key for pair in probes for key in pair]).reshape(-1, 2).tolist()
-        going_on = []
-        for i, (last, further), (is_last, goes_on) in zip(unfinished, probes, there, strict=True):
-            if is_last:
-                found[i].append(last)
-            elif goes_on:
-                found[i].append(further)
-                going_on.append(i)
-            else:
-                found[i] = []
-        unfinished = going_on
-    return found
-
-
-def check_found(documents: list[bytes], found: list[list[bytes]]) -> None:
-    """Refuse documents without entries.
-
-    Raises:
-        MissingEntryError: holding their keys.
-    """
-    missing = [key for key, entries in zip(documents, found, strict=True) if not entries]
-    if missing:
-        raise MissingEntryError(
-            f"{len(missing)} of {len(documents)} documents are not in the space, the first at position "
-            f"{documents.index(missing[0])}: fill them first, or have a reader skip them (on_missing='skip')",
-            missing,
-        )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
-from actcache.models.budget import ByteBudget, most_bytes
-from actcache.models.documents import document_keys, entry_keys, find_entries, streamed
+from actcache.models.agreement import Agreement
+from actcache.models.budget import ByteBudget, Shared, most_bytes
+from actcache.models.documents import check_texts, chunked, document_keys, streamed
+from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_batches
 from actcache.models.progress import FillProgress
-from actcache.models.record import LowerHalf, check_token_budget, plan_batches
-from actcache.models.tokenizing import DocumentEncoder, Encoded
-from actcache.store.space import Space
+from actcache.models.tokenizing import Encoded
+from actcache.store.document_entries import entry_keys, find_entries
+from actcache.store.store import Store
 
-TOKEN_BUDGET = 8192  # padded tokens of a batch
 CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
 _PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
@@ -42,7 +42,7 @@ class FillReport:
     spaces: dict[int, str] = field(default_factory=dict)  # fingerprints by layer
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Work:
     """A document that is to be computed."""
 
@@ -51,10 +51,15 @@ class _Work:
     keys: list[bytes]  # of its entries
     entries: list[Encoded]
     layers: tuple[int, ...]  # where it is missing
+    rows: dict[tuple[int, int], Any] = field(default_factory=dict)  # computed and not put, by layer and entry
 
     @property
     def tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
+
+    def complete(self, layers: Collection[int]) -> bool:
+        """Return whether all entries' rows at these layers, with which each was computed, are there."""
+        return len(self.rows) == len(layers) * len(self.entries)
 
 
 class _Stored:
@@ -73,81 +78,77 @@ class _Stored:
         self._advance(len(some), len(some), tokens)
 
 
-class Watch(Protocol):
-    """What sees to it that a lower half computes the numbers of a space; see ``actcache.models.agreement``."""
-
-    def before_adding(self) -> None: ...
-
-    def of_present(self, documents: Sequence[bytes]) -> None: ...
-
-
 class Filler:
     """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
     Args:
-        parts: each layer's space and lower half.
-        watches: asked before anything is computed, and again where weights or hooks have changed meanwhile.
-        extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
+        store: where the spaces are.
+        agreements: each layer's space and lower half, and one encoder; they are checked before anything is computed,
+            and again where weights or hooks have changed meanwhile.
     """
 
     _now = staticmethod(time.monotonic)  # a test has another clock
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[Space, LowerHalf]],
-        encoder: DocumentEncoder,
-        extras: Sequence[str],
-        watches: Sequence[Watch],
-    ) -> None:
-        self._spaces = {lower.layer: space for space, lower in parts}
-        self._lowers = {lower.layer: lower for _, lower in parts}
-        self._encoder, self._extras = encoder, tuple(extras)
-        self._watches = watches
+    def __init__(self, store: Store, agreements: Sequence[Agreement]) -> None:
+        self._store, self._agreements = store, agreements
+        self._spaces = {one.lower.layer: one.space for one in agreements}
+        self._lowers = {one.lower.layer: one.lower for one in agreements}
+        self._encoder = agreements[0].encoder
         self._marks: object = None  # of the lower half when it was checked
 
-    @classmethod
-    def together(cls, fillers: Sequence[Filler]) -> Filler:
-        """Return one filler of what several fill, with the first one's tokenizer and extras."""
-        parts = [(filler._spaces[layer], lower) for filler in fillers for layer, lower in filler._lowers.items()]
-        watches = [watch for filler in fillers for watch in filler._watches]
-        return cls(parts, fillers[0]._encoder, fillers[0]._extras, watches)
-
-    def check(self) -> None:
-        """Make sure that the lower half computes the numbers of the spaces; raises what ``Watch`` raises."""
-        for watch in self._watches:
-            watch.before_adding()
-        self._marks = self._lowers[max(self._lowers)].marks()
-
     def fill(
-        self,
-        texts: Iterable[Document],
-        token_budget: int,
-        progress: bool,
-        budget: ByteBudget | None = None,
+        self, texts: Iterable[Document], token_budget: int, progress: bool, max_bytes: int | str | None = None
     ) -> FillReport:
         """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
+        check_texts(texts)
+        budget = self._prepared(max_bytes)
+        chunks = chunked(streamed(texts), CHUNK)
+        parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
-            return self.fill_parts(_parts(texts), token_budget, bar.advance, budget)
+            return self._fill(parts, token_budget, bar.advance, budget)
 
     def fill_parts(
         self,
         parts: Iterable[Part],
-        token_budget: int,
+        *,
         advance: Advance,
-        budget: ByteBudget | None = None,
+        token_budget: int = TOKEN_BUDGET,
+        max_bytes: int | str | None = None,
+        shared: Shared | None = None,
+        number: int = 0,
     ) -> FillReport:
-        """Do the same with documents that somebody else has numbered.
+        """Do this process's part of a fill by several; see ``actcache.models.parallel``.
 
         Args:
-            parts: each is looked up, tokenized and sorted by length as one.
+            parts: documents that somebody else has numbered; each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
+            shared, number: what all of them share for ``max_bytes``, and which of them this is.
         """
+        return self._fill(parts, token_budget, advance, self._prepared(max_bytes, shared, number))
+
+    def _prepared(
+        self, max_bytes: int | str | None, shared: Shared | None = None, number: int = 0
+    ) -> ByteBudget | None:
+        """Make sure that the store can be written to, and that the lower half computes the numbers of the spaces."""
+        self._store.check_writable()
+        self._check()
+        spaces = list(self._spaces.values())
+        return None if max_bytes is None else ByteBudget(max_bytes, self._store, spaces, shared, number)
+
+    def _check(self) -> None:
+        for agreement in self._agreements:
+            agreement.before_adding()
+        self._marks = self._lowers[max(self._lowers)].marks()
+
+    def _fill(
+        self, parts: Iterable[Part], token_budget: int, advance: Advance, budget: ByteBudget | None
+    ) -> FillReport:
         token_budget, start = check_token_budget(token_budget), time.monotonic()
         documents = left_out = 0
         full = compared = False
         stored = _Stored(advance)
         for space in self._spaces.values():
-            space.merge_small_segments(budget is None)
+            space.merge_tiers(budget is None)
         try:
             for positions, chunk in parts:
                 keys = document_keys(chunk, positions[0] if chunk else 0)
@@ -155,8 +156,8 @@ class Filler:
                 documents += len(chunk)
                 if not compared and (known := [key for key in dict.fromkeys(keys) if key not in absent]):
                     compared = True
-                    for watch in self._watches:
-                        watch.of_present(known)
+                    for agreement in self._agreements:
+                        agreement.of_present(known)
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
                     work = self._encoded(chunk, positions, keys, absent)
@@ -172,7 +173,7 @@ class Filler:
         finally:
             with ExitStack() as stack:  # all of them, also where one fails
                 for space in self._spaces.values():
-                    stack.callback(space.merge_small_segments, True)
+                    stack.callback(space.merge_tiers, True)
                     stack.callback(space.flush)
         present = documents - stored.documents - left_out
         spaces = {layer: space.recipe.fingerprint for layer, space in self._spaces.items()}
@@ -191,7 +192,7 @@ class Filler:
             if not count:
                 for space in self._spaces.values():
                     space.flush()
-                budget.settle()
+                budget.remeasure()
                 count = budget.admit(sizes)
             if not count:
                 return
@@ -200,7 +201,7 @@ class Filler:
 
     def _most_bytes(self, work: _Work, layer: int) -> int:
         recipe = self._spaces[layer].recipe
-        return sum(most_bytes(recipe, self._extras, len(entry.token_ids)) for entry in work.entries)
+        return sum(most_bytes(recipe, self._encoder.extras, len(entry.token_ids)) for entry in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
@@ -242,46 +243,37 @@ class Filler:
         Args:
             stored: told what was put.
         """
-        entries = [(work, key, entry) for work in group for key, entry in zip(work.keys, work.entries, strict=True)]
+        entries = [(work, i) for work in group for i in range(len(work.entries))]
         layers = {layer for work in group for layer in work.layers}
         lower = self._lowers[max(layers)]
         if self._lowers[max(self._lowers)].marks() != self._marks:
-            self.check()
-        rows: dict[int, list[Any]] = {layer: [None] * len(entries) for layer in layers}
-        lacking = Counter(work.position for work, _, _ in entries)
+            self._check()
         waiting: list[_Work] = []  # complete, and not put
 
         def put_complete() -> None:
-            positions = {work.position for work in waiting}
-            which = [i for i, (work, _, _) in enumerate(entries) if work.position in positions]
             try:
                 for layer in layers:
-                    chosen = [i for i in which if layer in entries[i][0].layers]
-                    self._put(layer, [entries[i] for i in chosen], [rows[layer][i] for i in chosen])
+                    self._put(layer, [work for work in waiting if layer in work.layers])
             except Exception:
                 waiting.clear()  # they would fail again
                 raise
             done = list(waiting)
             waiting.clear()
-            for layer in layers:
-                for i in which:
-                    rows[layer][i] = None
+            for work in done:
+                work.rows.clear()
             stored(done)
 
         put = now = self._now()
         try:
-            for batch in plan_batches([len(entry.token_ids) for _, _, entry in entries], token_budget):
-                some = [entries[i][2] for i in batch]
-                inputs = [one.token_ids for one in some], [one.type_ids for one in some]
-                computed = lower.run_at(layers, *inputs) if len(layers) > 1 else {lower.layer: lower.run(*inputs)}
+            for batch in plan_batches([len(work.entries[i].token_ids) for work, i in entries], token_budget):
+                some = [entries[position] for position in batch]
+                inputs = [work.entries[i] for work, i in some]
+                ids, types = [one.token_ids for one in inputs], [one.type_ids for one in inputs]
+                computed = lower.run_at(layers, ids, types) if len(layers) > 1 else {lower.layer: lower.run(ids, types)}
                 for layer, arrays in computed.items():
-                    for i, array in zip(batch, arrays, strict=True):
-                        rows[layer][i] = array
-                for i in batch:
-                    work = entries[i][0]
-                    lacking[work.position] -= 1
-                    if not lacking[work.position]:
-                        waiting.append(work)
+                    for (work, i), array in zip(some, arrays, strict=True):
+                        work.rows[layer, i] = array
+                waiting += [work for work in dict.fromkeys(work for work, _ in some) if work.complete(computed)]
                 before, now = now, self._now()
                 if waiting and 2 * now - before - put > _PUT_SECONDS:  # after another batch like this one
                     put_complete()
@@ -291,23 +283,20 @@ class Filler:
             if waiting:  # an interrupt may have come while they were put, too
                 put_complete()
 
-    def _put(self, layer: int, entries: list[tuple[_Work, bytes, Encoded]], rows: list[Any]) -> None:
-        extras: dict[str, Any] = {name: [getattr(entry, name) for *_, entry in entries] for name in self._extras}
+    def _put(self, layer: int, works: list[_Work]) -> None:
+        entries = [entry for work in works for entry in work.entries]
+        extras: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in self._encoder.extras}
         try:
             # One call, so that all windows of a document become visible together.
             self._spaces[layer].put(
-                [key for _, key, _ in entries], rows, [entry.token_ids for *_, entry in entries], **extras
+                [key for work in works for key in work.keys],
+                [work.rows[layer, i] for work in works for i in range(len(work.entries))],
+                [entry.token_ids for entry in entries],
+                **extras,
             )
         except NonFiniteError as error:
-            owners = [work.position for work, key, _ in entries if key.hex() in str(error)]
+            owners = [work.position for work in works for key in work.keys if key.hex() in str(error)]
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
-
-
-def _parts(texts: Iterable[Document]) -> Iterator[Part]:
-    iterator, first = streamed(texts), 0
-    while chunk := list(itertools.islice(iterator, CHUNK)):
-        yield range(first, first + len(chunk)), chunk
-        first += len(chunk)
 
 
 def _groups(work: list[_Work], tokens: int) -> Iterator[list[_Work]]:

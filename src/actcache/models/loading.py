@@ -21,7 +21,8 @@ from actcache.format.recipe import Recipe
 from actcache.models.families import Family, base_model_of
 from actcache.models.replay import reduce
 from actcache.models.saving import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
-from actcache.models.stubs import Embeddings
+from actcache.models.stubs import EmbeddingStub
+from actcache.models.tensors import first_parameter, set_parameter
 from actcache.models.training.adapters import AdapterSpec, insert_adapters
 
 #: Fields of a recipe that say how rows and documents are stored, not whose they are.
@@ -56,8 +57,7 @@ def load_reduced(
     path = Path(folder)
     if set(allow) - set(STORED):
         raise UsageError(f"recipes may differ in {', '.join(STORED)} at most, not in {', '.join(sorted(allow))}")
-    what = _read(path)
-    theirs = _recipe_of(what, path)
+    what, theirs = _read(path)
     if recipe is not None:
         _check_recipe(theirs, recipe, allow, path)
     kind = task_class or _class_named(what["task_class"], path)
@@ -75,7 +75,9 @@ def load_reduced(
         reduced = reduce(full, int(what["layer"]))
         if what["adapters"] is not None:
             insert_adapters(reduced, AdapterSpec.from_json(what["adapters"]))
-        _tie(reduced, what["tied"])
+        for first, *others in what["tied"]:
+            for name in others:
+                set_parameter(reduced, name, reduced.get_parameter(first))
         if wanted == "auto":
             computed = {name: getattr(torch, dtype) for name, dtype in what.get("buffers", {}).items()}
             _cast_as(reduced, {**computed, **{name: tensor.dtype for name, tensor in state.items()}})
@@ -101,14 +103,14 @@ def _cast_as(reduced: PreTrainedModel, saved: Mapping[str, torch.dtype]) -> None
             tensor.data = tensor.data.to(saved[name])
     # The stub of the embeddings goes with the first layer behind it, whatever dtype the head has.
     family: Family = reduced.__dict__["actcache_family"]
-    layer = family.layers_of(base_model_of(reduced))[reduced.__dict__["actcache_layer"]]
-    like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    like = first_parameter(family.layers_of(base_model_of(reduced))[reduced.__dict__["actcache_layer"]])
     for module in reduced.modules():
-        if isinstance(module, Embeddings):
+        if isinstance(module, EmbeddingStub):
             module.zero = module.zero.to(like.dtype)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], Recipe | None]:
+    """Return what a folder says of its reduced model, and the recipe that it belongs to."""
     try:
         what = json.loads((path / DESCRIPTION_NAME).read_text(encoding="utf-8"))
         version, expected = what["version"], {"task_class", "config", "layer", "recipe", "adapters", "tied"}
@@ -120,12 +122,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} was written by a newer release (version {version}): update actcache")
     if not expected <= what.keys():
         raise ModelError(f"{path / DESCRIPTION_NAME} lacks {', '.join(sorted(expected - what.keys()))}")
-    return dict(what)
-
-
-def _recipe_of(what: dict[str, Any], path: Path) -> Recipe | None:
     try:
-        return None if what["recipe"] is None else Recipe.from_json(what["recipe"])
+        return what, None if what["recipe"] is None else Recipe.from_json(what["recipe"])
     except FormatError as error:
         raise ModelError(f"{path / DESCRIPTION_NAME}: {error}") from None
 
@@ -144,14 +142,6 @@ def _check_recipe(theirs: Recipe | None, ours: Recipe, allow: Collection[str], p
     if set(differ) <= set(STORED):
         raise ModelError(f"{message}: if that is as you want it, pass allow={sorted(differ)}")
     raise LowerHalfMismatchError(f"{message}: use a recycler of the model, layer and tokenizer that it belongs to")
-
-
-def _tie(reduced: PreTrainedModel, groups: list[list[str]]) -> None:
-    for first, *others in groups:
-        parameter = reduced.get_parameter(first)
-        for name in others:
-            path, _, attribute = name.rpartition(".")
-            setattr(reduced.get_submodule(path), attribute, parameter)
 
 
 def _class_named(name: str, path: Path) -> type[PreTrainedModel]:

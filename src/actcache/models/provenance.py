@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import torch
 from transformers import PreTrainedModel
 
-from actcache.models.record import LowerHalf
+from actcache.models.lower_half import LowerHalf
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "actcache")
 

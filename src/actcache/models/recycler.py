@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.errors import DataError, ModelError, UsageError
+from actcache.errors import DataError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import weights
+from actcache.models import loading, replay, verification
 from actcache.models.agreement import Agreement
-from actcache.models.budget import ByteBudget
 from actcache.models.compute_on_miss import ComputeOnMiss
-from actcache.models.documents import check_found, check_texts, document_keys, find_entries, listed
+from actcache.models.documents import document_keys, listed
 from actcache.models.families import base_model_of, family_of
-from actcache.models.filling import TOKEN_BUDGET, Filler, FillReport
-from actcache.models.partial import vocabulary_size
+from actcache.models.filling import Filler, FillReport
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
+from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.record import LowerHalf
-from actcache.models.tasks import TaskModels
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
+from actcache.models.training.regimes import (
+    Prepared,
+    Regime,
+    StoredBatches,
+    TextBatches,
+    TokenDataset,
+    with_frozen_lower_half,
+)
+from actcache.models.verification import Verification
+from actcache.models.weights import check_same_lower_half, lower_digest
 from actcache.reader.labels import of_entries
+from actcache.reader.order import Order
 from actcache.reader.reader import Reader
+from actcache.store.document_entries import check_found, find_entries
 from actcache.store.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
 
-class Recycler(TaskModels):
+class Recycler:
     """Records the activations of a model after one layer, and serves them to reduced models. Not thread-safe.
 
     Args:
@@ -61,6 +73,7 @@ class Recycler(TaskModels):
     Attributes:
         recipe: what decides the numbers.
         space: where they are; created where it was absent.
+        agreement: of the space with the tokenizer and the lower half that compute its entries.
 
     Raises:
         LayerError, RecipeError, UnsupportedModelError, ModelError: model and options do not fit.
@@ -86,42 +99,36 @@ class Recycler(TaskModels):
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
-        self._lower = LowerHalf(base, family, layer, compute_dtype)
-        layer = self._lower.layer
-        stored_extras = _check_extras(extras)
-        self._encoder = DocumentEncoder(
+        lower = LowerHalf(base, family, layer, compute_dtype)
+        encoder = DocumentEncoder(
             tokenizer,
             check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
             too_long,
             special_tokens,
             vocabulary=vocabulary_size(base),
-            extras=stored_extras,
+            extras=_check_extras(extras),
         )
-        self._setup = setup_of(self._lower)
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
-            layer=layer,
-            hidden_size=self._lower.hidden_size,
+            layer=lower.layer,
+            hidden_size=lower.hidden_size,
             dtype=dtype or family.dtype,
-            weights=weights.lower_digest(base, family, layer),
+            weights=lower_digest(base, family, lower.layer),
             config=family.numbers_of(base.config),
-            compute_dtype=self._lower.compute_dtype,
+            compute_dtype=lower.compute_dtype,
             tokenizer=tokenizer_digest(tokenizer),
-            special_tokens=self._encoder.special_tokens,
-            max_length=self._encoder.max_length,
+            special_tokens=encoder.special_tokens,
+            max_length=encoder.max_length,
             too_long="windows" if isinstance(too_long, Windows) else too_long,
-            provenance={**self._setup, **revision_of(base), **origin(), **(provenance or {})},
+            provenance={**setup_of(lower), **revision_of(base), **origin(), **(provenance or {})},
         )
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
         try:
             self.space = self._store.space(self.recipe)
-            self._agreement = Agreement(
-                self.space, self._encoder, self._lower, self._setup, enabled=bool(check_canaries)
-            )
-            parts = [(self.space, self._lower)]
-            self._filler = Filler(parts, self._encoder, stored_extras, [self._agreement])
-            self._agreement.when_opened()
+            self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
+            self._filler = Filler(self._store, [self.agreement])
+            self.agreement.when_opened()
         except BaseException:
             self.close()
             raise
@@ -185,11 +192,7 @@ class Recycler(TaskModels):
             CanaryError: the lower half computes other numbers than those of the space (a hook, an adapter, ...).
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
-        check_texts(texts)
-        self._store.check_writable()
-        self._filler.check()
-        budget = None if max_bytes is None else ByteBudget.of(max_bytes, self._store, [self.space])
-        return self._filler.fill(texts, token_budget, progress, budget)
+        return self._filler.fill(texts, token_budget, progress, max_bytes)
 
     # --- replay ------------------------------------------------------------------------------------------------------
 
@@ -224,13 +227,13 @@ class Recycler(TaskModels):
         """
         documents_given = listed(texts)
         keys = document_keys(documents_given)
-        self._agreement.before_serving(keys)
+        self.agreement.before_serving(keys)
         options |= {"batch_size": batch_size, "device": device}
         if on_missing == "compute":
             self._store.check_writable()
-            way = ComputeOnMiss(self.space, self._filler, self._encoder, documents_given, keys)
-            return way.reader(labels, **options)
-        found = find_entries(self.space, keys, self._encoder.windows)
+            misses = ComputeOnMiss(self.space, self._filler, self.agreement.encoder, documents_given, keys)
+            return misses.reader(labels, **options)
+        found = find_entries(self.space, keys, self.agreement.encoder.windows)
         if on_missing == "raise":
             check_found(keys, found)
         documents = np.repeat(np.arange(len(keys)), [len(entries) for entries in found])
@@ -251,11 +254,138 @@ class Recycler(TaskModels):
             MissingEntryError: a document's windows are not, or not all, in the space.
         """
         keys = document_keys(listed(texts))
-        if self._encoder.windows is None:
+        if self.agreement.encoder.windows is None:
             return keys
-        found = find_entries(self.space, keys, self._encoder.windows)
+        found = find_entries(self.space, keys, self.agreement.encoder.windows)
         check_found(keys, found)
         return list(itertools.chain.from_iterable(found))
+
+    # --- task models -------------------------------------------------------------------------------------------------
+
+    def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
+        """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
+
+        It knows the recipe that it belongs to, and is saved with it.
+
+        Raises:
+            LowerHalfMismatchError: the task model's lower half is not the one that was recorded, or, with the same
+                weights and configuration, computes other numbers.
+        """
+        family = check_same_lower_half(task_model, self.recipe)
+        self.agreement.check_task_model(task_model)
+        reduced = replay.reduce(task_model, self.recipe.layer, family)
+        reduced.__dict__["actcache_recipe"] = self.recipe
+        return reduced
+
+    def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``.
+
+        Raises:
+            LowerHalfMismatchError, ModelError: it belongs to another recipe, or the folder holds none.
+        """
+        return loading.load_reduced(folder, self.recipe, **options)
+
+    def verify(
+        self,
+        sample: int = 100,
+        *,
+        texts: Iterable[Document] | None = None,
+        task_model: PreTrainedModel | None = None,
+        seed: int = 0,
+    ) -> Verification:
+        """Compute a sample of documents again and compare with what is stored.
+
+        ``space.verify()`` shows that entries are what was put; this shows that they are what the model computes. An
+        entry's relative error may be that of other kernels in the compute dtype (``models.canary.TOLERANCE``) and
+        the stored dtype's rounding: 6e-4 for float16 entries computed in float32.
+
+        Args:
+            sample: documents to compare, chosen at random; all where there are fewer.
+            texts: choose among these, and see that they make the stored tokens; else among all entries, whose token ids
+                are stored.
+            task_model: a full task model in eval mode, on any device, whose outputs are compared with those of its
+                reduced model: each document alone.
+            seed: of the choice.
+
+        Raises:
+            VerificationError: something is further off; it holds the report.
+            CorruptEntryError: an entry fails its checksum.
+            MissingEntryError: a text is not in the space.
+            LowerHalfMismatchError: the task model's lower half is not the one that was recorded.
+        """
+        if task_model is not None:
+            check_same_lower_half(task_model, self.recipe)
+        report = verification.verify(
+            self.space,
+            self.agreement.lower,
+            self.agreement.encoder,
+            sample=sample,
+            texts=texts,
+            task_model=task_model,
+            seed=seed,
+        )
+        if not report.ok:
+            raise VerificationError(
+                f"the space does not hold what this model computes: {report}. Remove the entries "
+                "(space.delete(error.report.failed)) and fill again, or go back to the model that recorded them",
+                report,
+            )
+        return report
+
+    def regime(
+        self,
+        regime: Regime | str,
+        task_model: PreTrainedModel,
+        texts: Iterable[Document],
+        *,
+        labels: Any = None,
+        batch_size: int = 32,
+        device: Any = "cpu",
+        shuffle: bool = False,
+        bucket: bool = False,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        **reading: Any,
+    ) -> Prepared:
+        """Return a copy of a task model, and the batches to train it on, for one of the paper's four regimes.
+
+        ``for batch in batches: model(**batch).loss`` serves all four, and so does the ``Trainer`` with
+        ``dataset = batches.dataset()`` and ``data_collator=dataset.collate``. The order of documents depends on the
+        options alone.
+
+        Args:
+            regime: ``"NR"``, ``"F"``, ``"SR"`` or ``"R"``; see ``actcache.models.training.regimes``.
+            task_model: full, with the recorded lower half; not changed.
+            texts, labels, batch_size, ...: as of ``reader``. ``device`` is for the batches.
+            reading: options of the reader that matter to SR and R alone (``depth``, ``ram_cache``).
+
+        Raises:
+            MissingEntryError: R, and documents are not in the space.
+            ShapeError: the labels do not fit the documents.
+            LowerHalfMismatchError: see ``reduce``.
+        """
+        kind, documents = Regime.named(regime), listed(texts)
+        family = check_same_lower_half(task_model, self.recipe)
+        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        if kind in (Regime.RECYCLE, Regime.SAVE_AND_RECYCLE):
+            reader = self.reader(
+                documents,
+                labels=labels,
+                device=device,
+                on_missing="compute" if kind is Regime.SAVE_AND_RECYCLE else "raise",
+                **{**vars(order), **reading},
+            )
+            return Prepared(self.reduce(task_model), StoredBatches(reader, type(task_model)))
+        encoded = self.agreement.encoder.encode(documents)
+        owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
+        given = None if labels is None else of_entries(labels, owners, len(documents))
+        padding = int(self.agreement.lower.base_model.config.pad_token_id or 0)
+        entries = [window for windows in encoded for window in windows]
+        dataset = TokenDataset(entries, given, padding, type(task_model))
+        frozen = kind is Regime.FROZEN
+        model = with_frozen_lower_half(task_model, family, self.recipe.layer) if frozen else copy.deepcopy(task_model)
+        return Prepared(model, TextBatches(dataset, order, torch.device(device)))
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +399,7 @@ class Recycler(TaskModels):
     def __enter__(self) -> Recycler:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -290,42 +420,6 @@ class Recycler(TaskModels):
                 other.model,
                 differ,
             )
-
-
-def load_pretrained(
-    name_or_path: str | Path,
-    layers: Iterable[int],
-    device: str | torch.device | None,
-    revision: str | None,
-    dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers.
-
-    Args:
-        dtype: of the weights; None for the one that they are saved in.
-    """
-    name = str(name_or_path)
-    try:
-        options = {} if dtype is None else {"dtype": dtype}
-        model = AutoModel.from_pretrained(name, revision=revision, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
-        raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
-    base = base_model_of(model)
-    family = family_of(base)
-    for layer in layers:
-        layer = family.check_layer(base, layer)
-        # The digest stays known within the process, so that the constructor does not compute it again.
-        weights.pretrained_digest(base, family, layer, weights.weight_files(name, revision))
-    try:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-        raise ModelError(f"{name} cannot be moved to the device {device}: {_first_line(error)}") from error
-    return model, tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:

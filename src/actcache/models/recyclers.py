@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import UsageError
 from actcache.format.arguments import whole_numbers
 from actcache.format.keys import Document
-from actcache.models.budget import Account, ByteBudget
-from actcache.models.documents import check_texts
-from actcache.models.filling import TOKEN_BUDGET, Advance, Filler, FillReport, Part
-from actcache.models.recycler import Recycler, load_pretrained
+from actcache.models.filling import Filler, FillReport
+from actcache.models.lower_half import TOKEN_BUDGET
+from actcache.models.pretrained import load_pretrained
+from actcache.models.recycler import Recycler
 from actcache.store.store import Store, open_store
 
 
@@ -31,6 +30,9 @@ class Recyclers(Mapping[int, Recycler]):
         layers: 1-based, in any order; a list, range or array.
         store: a ``Store``, or a URL or path of one, which this then opens and closes.
         options: the other arguments of ``Recycler``.
+
+    Attributes:
+        filler: fills all of them; for ``actcache.models.parallel``.
 
     Raises:
         UsageError: there are no layers, or one twice; else as ``Recycler``.
@@ -55,7 +57,7 @@ class Recyclers(Mapping[int, Recycler]):
         except BaseException:
             self.close()
             raise
-        self._filler = Filler.together([recycler._filler for recycler in self._recyclers.values()])
+        self.filler = Filler(self._store, [recycler.agreement for recycler in self._recyclers.values()])
 
     @classmethod
     def from_pretrained(
@@ -86,36 +88,7 @@ class Recyclers(Mapping[int, Recycler]):
         Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked, and ``max_bytes`` is for all
         layers together.
         """
-        check_texts(texts)
-        self._store.check_writable()
-        self._filler.check()
-        budget = None if max_bytes is None else self._budget(max_bytes)
-        return self._filler.fill(texts, token_budget, progress, budget)
-
-    def fill_parts(
-        self,
-        parts: Iterable[Part],
-        *,
-        advance: Advance,
-        token_budget: int = TOKEN_BUDGET,
-        max_bytes: int | str | None = None,
-        account: Account | None = None,
-        number: int = 0,
-    ) -> FillReport:
-        """Do this process's part of a fill by several; see ``actcache.models.parallel``.
-
-        Args:
-            parts, advance: see ``Filler.fill_parts``.
-            account, number: what all of them write under ``max_bytes``, and which of them this is.
-        """
-        self._store.check_writable()
-        self._filler.check()
-        budget = None if max_bytes is None else self._budget(max_bytes, account, number)
-        return self._filler.fill_parts(parts, token_budget, advance, budget)
-
-    def _budget(self, max_bytes: int | str, account: Account | None = None, number: int = 0) -> ByteBudget:
-        spaces = [recycler.space for recycler in self._recyclers.values()]
-        return ByteBudget.of(max_bytes, self._store, spaces, account, number)
+        return self.filler.fill(texts, token_budget, progress, max_bytes)
 
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""
@@ -137,7 +110,7 @@ class Recyclers(Mapping[int, Recycler]):
     def __enter__(self) -> Recyclers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

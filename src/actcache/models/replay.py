@@ -10,24 +10,27 @@ import copy
 import functools
 import inspect
 import logging
+import os
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.errors import ModelError, ShapeError, UnsupportedModelError
+from actcache.errors import ModelError, ShapeError, UnsupportedModelError, UsageError
+from actcache.models import saving
 from actcache.models.answers import as_positions, takes_answers
 from actcache.models.families import Family, base_model_of, family_of
-from actcache.models.saving import Shipped
 from actcache.models.stubs import (
     BiasPassThrough,
-    Embeddings,
+    ConvolutionStub,
+    EmbeddingStub,
     InjectedRows,
     NoAnswersAtPadding,
-    NoConvolution,
     PassThrough,
 )
+from actcache.models.tensors import first_parameter
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ _DROPPED = (
     "use_cache",
     "encoder_outputs",
 )
+#: Options of ``save_pretrained`` that change nothing here.
+_IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
 _CAPTURED = ("hidden_states", "attentions", "cross_attentions")
 
 
@@ -72,7 +77,7 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     base = base_model_of(task_model)
     family = family or family_of(base)
     layer = family.check_layer(base, layer)
-    if isinstance(task_model, _Reduced):
+    if isinstance(task_model, ReducedModel):
         raise ModelError("the model is a reduced one already; reduce the task model")
     if getattr(base.config, "is_decoder", False):
         raise UnsupportedModelError(
@@ -81,12 +86,12 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
         )
     lower = family.lower_of(base, layer)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
-    handed = InjectedRows()
-    reduced = copy.deepcopy(task_model, _stand_ins(task_model, base, family, layer, handed))
+    injected = InjectedRows()
+    reduced = copy.deepcopy(task_model, _stubs_of(task_model, base, family, layer, injected))
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
     reduced.__dict__["actcache_family"], reduced.__dict__["actcache_layer"] = family, layer
-    reduced.__dict__["actcache_handed"] = handed
+    reduced.__dict__["actcache_injected"] = injected
     for module in reduced.modules():
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False  # it would hold nothing of the lower half
@@ -95,36 +100,36 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     stack.register_forward_hook(functools.partial(_mark_absent, layer=layer, all_layers=collects))
     if any(cls.__name__.endswith("ForQuestionAnswering") for cls in task_class.__mro__):
         head: Any = getattr(reduced, "qa_outputs", None) or reduced.classifier
-        head.register_forward_hook(NoAnswersAtPadding(handed))
+        head.register_forward_hook(NoAnswersAtPadding(injected))
     notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
     if notes:
         logger.warning("both halves of %s use %s", type(task_model).__name__, "; ".join(notes))
     return reduced
 
 
-def _stand_ins(
-    task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int, handed: InjectedRows
+def _stubs_of(
+    task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int, injected: InjectedRows
 ) -> dict[int, Any]:
     """Return what stands for each part of the lower half, by the part's id."""
     layers = family.layers_of(base)
-    like = next(parameter for parameter in layers[layer].parameters() if parameter.is_floating_point())
+    like = first_parameter(layers[layer])
     matrix = None
     if any(hasattr(task_model, name) for name in family.matrix_readers):
         matrix = _matrix(base)
     hidden_size = base.config.hidden_size
-    stand_ins: dict[int, Any] = {
-        id(module): Embeddings(hidden_size, like, matrix) for module in family.embeddings_of(base).values()
+    stubs: dict[int, Any] = {
+        id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()
     }
-    stand_ins |= {id(module): Embeddings(hidden_size, like) for module in family.alias_of(base).values()}
-    stand_ins |= {id(module): NoConvolution() for module in family.convolution_of(base).values()}
+    stubs |= {id(module): EmbeddingStub(hidden_size, like) for module in family.alias_of(base).values()}
+    stubs |= {id(module): ConvolutionStub() for module in family.convolution_of(base).values()}
     for i in range(layer):
-        takes = handed if i == layer - 1 else None
-        stand_ins[id(layers[i])] = (
+        takes = injected if i == layer - 1 else None
+        stubs[id(layers[i])] = (
             PassThrough(layers[i], family.tuple_arity, takes)
             if family.relative_bias is None
             else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
-    return stand_ins
+    return stubs
 
 
 def _matrix(base: PreTrainedModel) -> tuple[str, nn.Module]:
@@ -133,32 +138,75 @@ def _matrix(base: PreTrainedModel) -> tuple[str, nn.Module]:
     return name.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
 
 
-class _Reduced(Shipped):
-    """What a reduced model adds to its task class. As thread-safe as the task class's own forward."""
+class ReducedModel:
+    """What a reduced model adds to its task class: replay, saving, merging. As thread-safe as that class's forward."""
 
     main_input_name = "token_ids"
 
-    def _replay(self, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
-        family: Family = self.actcache_family  # type: ignore[attr-defined]
-        config: Any = self.config  # type: ignore[attr-defined]
-        handed: InjectedRows = self.actcache_handed  # type: ignore[attr-defined]
-        _check_inputs(activations, token_ids, attention_mask, config.hidden_size)
+    def _replay(self: Any, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
+        injected: InjectedRows = self.actcache_injected
+        _check_inputs(activations, token_ids, attention_mask, self.config.hidden_size)
         _check_options(self, kwargs)
         if attention_mask is not None:
-            padding = getattr(config, "pad_token_id", None)
+            padding = getattr(self.config, "pad_token_id", None)
             if padding is not None:  # heads of decoders look for the last token that is another
                 token_ids = token_ids.masked_fill(attention_mask == 0, padding)
-            if family.positions_in_layers:  # each document's own, wherever its padding is
+            if self.actcache_family.positions_in_layers:  # each document's own, wherever its padding is
                 kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
-        before = handed.put(activations.flatten(0, -3), attention_mask)
+        before = injected.put(activations.flatten(0, -3), attention_mask)
         try:
             output = forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
         finally:
-            handed.put(*before)
+            injected.put(*before)
         if kwargs.get("labels") is not None and "loss" in getattr(output, "__dataclass_fields__", ()):
-            _check_loss(output.loss, type(self).__bases__[1])
+            _check_loss(output.loss, self.actcache_task_class)
         return output
+
+    def merge_into(self, full_model: saving.Model) -> saving.Model:
+        """Put the trained upper layers, head and adapters into a full model; see ``merge``."""
+        return saving.merge(self, full_model)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Save upper layers, head and adapters with their recipe; ``recycler.load_reduced`` loads them.
+
+        The ``Trainer`` saves its checkpoints by this, and goes on from them.
+
+        Args:
+            save_directory: is made where it is absent.
+            is_main_process: whether this process writes.
+            state_dict: the weights, where they are not to be taken from the model.
+            options: transformers' others. There is one file of weights, whatever its size.
+
+        Raises:
+            ModelError: PEFT's modules are in the model.
+            UsageError: an option asks for what this does not do.
+        """
+        asked = [name for name, value in options.items() if value and name not in _IGNORED_OPTIONS]
+        if asked:
+            raise UsageError(f"a reduced model is saved without {', '.join(asked)}: leave it out")
+        saving.save(self, save_directory, state_dict=state_dict, write=is_main_process)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load weights as any module does; what ``save_pretrained`` wrote to keep others from it is left out."""
+        guard = saving.guard_of(self)
+        own = {name: value for name, value in state_dict.items() if name != guard}
+        return super().load_state_dict(own, *args, **options)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> NoReturn:
+        """Refuse: a reduced model is loaded by the recycler that it belongs to."""
+        raise ModelError("a reduced model is loaded with recycler.load_reduced(folder), which compares the recipes")
+
+    def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
+        """Refuse: a reduced model is no repository of the hub."""
+        raise ModelError("push the full model instead: reduced.merge_into(full_model).push_to_hub(...)")
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ModelError(
@@ -166,9 +214,9 @@ class _Reduced(Shipped):
             "full task model, and generate with that"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # the class has no importable name
-        return _new_reduced, (type(self).__bases__[1],), self.__dict__
+        return _new_reduced, (self.actcache_task_class,), self.__dict__
 
 
 @functools.cache
@@ -194,7 +242,11 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
     # The Trainer drops the columns of a data set that the signature does not name.
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     forward.__doc__ = f"{task_class.__name__}'s forward, from stored activations."
-    reduced = type(f"Reduced{task_class.__name__}", (_Reduced, task_class), {"forward": forward})
+    reduced = type(
+        f"Reduced{task_class.__name__}",
+        (ReducedModel, task_class),
+        {"forward": forward, "actcache_task_class": task_class},
+    )
     # transformers finds what a base model can record (output_hidden_states) by its class's qualified name
     reduced.__module__, reduced.__qualname__ = task_class.__module__, task_class.__qualname__
     return reduced

@@ -14,18 +14,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.errors import ModelError, UsageError
+from actcache.errors import ModelError
 from actcache.models.families import base_model_of
-from actcache.models.matching import check_same_lower_half
-from actcache.models.tensors import unshared
+from actcache.models.tensors import dtype_name, set_parameter, unshared
 from actcache.models.training.adapters import insert_adapters, spec_of
+from actcache.models.weights import check_same_lower_half
 
 logger = logging.getLogger(__name__)
 
@@ -34,55 +34,6 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 WEIGHTS_NAME = "model.safetensors"  # where the Trainer looks for a checkpoint's weights
 DESCRIPTION_NAME = "reduced.json"
 VERSION = 1
-_NO_MATTER = ("safe_serialization", "max_shard_size", "token", "save_original_format")
-
-
-class Shipped:
-    """What a reduced model can do beside running."""
-
-    def merge_into(self, full_model: Model) -> Model:
-        """Put the trained upper layers, head and adapters into a full model; see ``merge``."""
-        return merge(self, full_model)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        **options: Any,
-    ) -> None:
-        """Save upper layers, head and adapters with their recipe; ``recycler.load_reduced`` loads them.
-
-        The ``Trainer`` saves its checkpoints by this, and goes on from them.
-
-        Args:
-            save_directory: is made where it is absent.
-            is_main_process: whether this process writes.
-            state_dict: the weights, where they are not to be taken from the model.
-            options: transformers' others. There is one file of weights, whatever its size.
-
-        Raises:
-            ModelError: PEFT's modules are in the model.
-            UsageError: an option asks for what this does not do.
-        """
-        asked = [name for name, value in options.items() if value and name not in _NO_MATTER]
-        if asked:
-            raise UsageError(f"a reduced model is saved without {', '.join(asked)}: leave it out")
-        save(self, save_directory, state_dict=state_dict, write=is_main_process)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """Load weights as any module does; what ``save_pretrained`` wrote to keep others from it is left out."""
-        own = {name: value for name, value in state_dict.items() if name != _guard(self)}
-        return super().load_state_dict(own, *args, **options)  # type: ignore[misc]
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> NoReturn:
-        """Refuse: a reduced model is loaded by the recycler that it belongs to."""
-        raise ModelError("a reduced model is loaded with recycler.load_reduced(folder), which compares the recipes")
-
-    def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
-        """Refuse: a reduced model is no repository of the hub."""
-        raise ModelError("push the full model instead: reduced.merge_into(full_model).push_to_hub(...)")
 
 
 def save(
@@ -92,12 +43,12 @@ def save(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     write: bool = True,
 ) -> None:
-    """Write a reduced model to a folder; see ``Shipped.save_pretrained``."""
+    """Write a reduced model to a folder; see ``ReducedModel.save_pretrained``."""
     recipe = reduced.__dict__.get("actcache_recipe")
     _refuse_peft(reduced)
     spec = spec_of(reduced)
     config = json.loads(reduced.config.to_json_string(use_diff=False))
-    config["dtype"] = str(reduced.dtype).removeprefix("torch.")  # as it is, not as it was once loaded
+    config["dtype"] = dtype_name(reduced.dtype)  # as it is, not as it was once loaded
     what = {
         "actcache": "a reduced model: load it with actcache.Recycler(...).load_reduced(folder)",
         "version": VERSION,
@@ -114,7 +65,7 @@ def save(
         path.mkdir(parents=True, exist_ok=True)
         _refuse_packed(reduced)
         tensors = unshared(reduced.state_dict() if state_dict is None else state_dict)
-        tensors[_guard(reduced)] = torch.empty(0)
+        tensors[guard_of(reduced)] = torch.empty(0)
         save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
         (path / DESCRIPTION_NAME).write_text(json.dumps(what, indent=1), encoding="utf-8")
 
@@ -173,9 +124,9 @@ def task_class_of(reduced: Any) -> type[PreTrainedModel]:
     Raises:
         ModelError: the model is no reduced one.
     """
-    if not isinstance(reduced, Shipped):
+    task_class: type[PreTrainedModel] | None = getattr(type(reduced), "actcache_task_class", None)
+    if task_class is None:
         raise ModelError(f"a {type(reduced).__name__} is no reduced model: recycler.reduce(task_model) makes one")
-    task_class: type[PreTrainedModel] = type(reduced).__bases__[1]
     return task_class
 
 
@@ -189,26 +140,20 @@ def _copy(
         if target[name].data_ptr() not in lower:
             target[name].copy_(value)
         elif not torch.equal(value, target[name]):
-            _set(full_model, name, value)
+            set_parameter(full_model, name, nn.Parameter(value.detach().clone()))
             untied.append(name)
     if untied:
         # That is one switch for all of a model's ties.
         for first, *others in _tied(full_model):
             for name in others:
-                _set(full_model, name, full_model.get_parameter(first))
+                set_parameter(full_model, name, nn.Parameter(full_model.get_parameter(first).detach().clone()))
         full_model.config.tie_word_embeddings = False
         full_model.all_tied_weights_keys = {}
         logger.warning("%s was trained on its own: it is no longer tied to the embeddings", ", ".join(sorted(untied)))
 
 
-def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give a model a parameter of its own with these numbers."""
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, nn.Parameter(value.detach().clone()))
-
-
-def _guard(reduced: Any) -> str:
-    """Return the name of a matrix in the first layer, which is not the reduced model's."""
+def guard_of(reduced: Any) -> str:
+    """Return the name of a matrix in the first layer, which is not the reduced model's; see the module."""
     family, base = reduced.actcache_family, base_model_of(reduced)
     layers = family.layers_of(base)
     path = next(path for path, module in reduced.named_modules() if module is layers)
@@ -228,7 +173,7 @@ def _computed_buffers(reduced: nn.Module) -> dict[str, str]:
     """Return the dtypes of the floating point buffers that no state dict has: ``model.to(dtype)`` rounds them, too."""
     saved = reduced.state_dict()
     found = {name: buffer for name, buffer in reduced.named_buffers() if name not in saved}
-    return {n: str(b.dtype).removeprefix("torch.") for n, b in found.items() if b.is_floating_point()}
+    return {n: dtype_name(b.dtype) for n, b in found.items() if b.is_floating_point()}
 
 
 def _refuse_packed(reduced: nn.Module) -> None:

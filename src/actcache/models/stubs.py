@@ -1,4 +1,4 @@
-"""What stands in a reduced model where its lower half stood: the embeddings, the layers, and what lies between them."""
+"""The stubs of a reduced model: what stands where its lower half stood, and takes the rows that are injected."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from actcache.errors import ShapeError
 
+RowsAndMask = tuple[torch.Tensor | None, torch.Tensor | None]
+
 #: Where base models look for the word embeddings within their embeddings.
 _WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings")
 
@@ -19,30 +21,27 @@ class InjectedRows:
     """The rows of one forward of a reduced model, and their mask: from its beginning to where they are taken.
 
     Threads may run one model at once, so each has its own. Dynamo knows no such thing: what it compiles reads what was
-    handed last, by whatever thread.
+    injected last, by whatever thread.
     """
 
     def __init__(self) -> None:
-        self.last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self.last: RowsAndMask = (None, None)
 
-    def get(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def get(self) -> RowsAndMask:
         """Return rows ``[batch, tokens, hidden]`` and mask ``[batch, tokens]``, or what of them there is."""
         if torch.compiler.is_compiling():
             return self.last
-        here = _threads.handed
-        return here.get(id(self), (None, None))
+        return _threads.injected.get(id(self), (None, None))
 
-    def put(
-        self, rows: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Hand over, and return what was handed before."""
+    def put(self, rows: torch.Tensor | None, mask: torch.Tensor | None) -> RowsAndMask:
+        """Inject, and return what was injected before."""
         before = self.get()
         self.last = (rows, mask)
         if not torch.compiler.is_compiling():
             if rows is None:
-                _threads.handed.pop(id(self), None)
+                _threads.injected.pop(id(self), None)
             else:
-                _threads.handed[id(self)] = (rows, mask)
+                _threads.injected[id(self)] = (rows, mask)
         return before
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,13 +50,13 @@ class InjectedRows:
 
 class _Threads(threading.local):
     def __init__(self) -> None:  # in each thread
-        self.handed: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self.injected: dict[int, RowsAndMask] = {}
 
 
 _threads = _Threads()
 
 
-class Embeddings(nn.Module):
+class EmbeddingStub(nn.Module):
     """Returns zeros ``[batch, tokens, hidden]`` for ids ``[batch, tokens]``; what is embedded already it returns as is.
 
     Args:
@@ -96,17 +95,17 @@ class Embeddings(nn.Module):
 
 
 class PassThrough(nn.Module):
-    """Stands where a layer of the lower half stood: returns its input, or the rows that were handed to it.
+    """Stands where a layer of the lower half stood: returns its input, or the rows that were injected.
 
     Args:
         layer: what stood there; base models look at plain attributes of layers (``attention_type``).
         tuple_arity: the length of the tuple that it returned; None where it returned the bare tensor.
-        handed: where the rows are, of the last pass-through.
+        injected: where the rows are, of the last pass-through.
     """
 
-    def __init__(self, layer: nn.Module, tuple_arity: int | None, handed: InjectedRows | None = None) -> None:
+    def __init__(self, layer: nn.Module, tuple_arity: int | None, injected: InjectedRows | None = None) -> None:
         super().__init__()
-        self.tuple_arity, self.handed = tuple_arity, handed
+        self.tuple_arity, self.injected = tuple_arity, injected
         for name, value in vars(layer).items():
             if isinstance(value, str | int) and name not in ("training", "gradient_checkpointing"):
                 setattr(self, name, value)
@@ -116,7 +115,7 @@ class PassThrough(nn.Module):
         return hidden if self.tuple_arity is None else (hidden, *[None] * (self.tuple_arity - 1))
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = None if self.handed is None else self.handed.get()[0]
+        rows = None if self.injected is None else self.injected.get()[0]
         if rows is None:
             return hidden
         if rows.shape != hidden.shape:
@@ -132,8 +131,8 @@ class BiasPassThrough(PassThrough):
             that attention the bias's weights are kept, frozen, under their own names.
     """
 
-    def __init__(self, layer: nn.Module, tuple_arity: int, handed: InjectedRows | None, bias: str | None) -> None:
-        super().__init__(layer, tuple_arity, handed)
+    def __init__(self, layer: nn.Module, tuple_arity: int, injected: InjectedRows | None, bias: str | None) -> None:
+        super().__init__(layer, tuple_arity, injected)
         self.bias = bias
         if bias is None:
             return
@@ -156,7 +155,7 @@ class BiasPassThrough(PassThrough):
         return (hidden, bias, *[None] * ((self.tuple_arity or 2) - 2))
 
 
-class NoConvolution(nn.Module):
+class ConvolutionStub(nn.Module):
     """Stands where a convolution added to the first layer's output, which the stored rows hold already."""
 
     def forward(self, hidden_states: torch.Tensor, residual_states: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -171,11 +170,11 @@ class NoAnswersAtPadding:
     is what it is alone.
     """
 
-    def __init__(self, handed: InjectedRows) -> None:
-        self.handed = handed
+    def __init__(self, injected: InjectedRows) -> None:
+        self.injected = injected
 
     def __call__(self, head: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor | None:
-        mask = self.handed.get()[1]
+        mask = self.injected.get()[1]
         if mask is None or mask.shape != logits.shape[:-1]:
             return None
         return logits.masked_fill(mask[..., None] == 0, torch.finfo(logits.dtype).min)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
 
-from actcache.errors import ModelError
 from actcache.models.families import base_model_of, family_of
-from actcache.models.record import LowerHalf, plan_batches
+from actcache.models.lower_half import LowerHalf, plan_batches
+from actcache.models.pretrained import load_pretrained
+from actcache.models.tensors import padded
 from actcache.models.tokenizing import DocumentEncoder, check_max_length
 
 _ROUNDS = 3
@@ -55,12 +55,7 @@ def measure(
         ModelError: the model cannot be loaded.
         LayerError, UnsupportedModelError: see ``LowerHalf``.
     """
-    try:
-        model = AutoModel.from_pretrained(str(name)).eval()
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
-        raise ModelError(f"{name} cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}") from error
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer = load_pretrained(name, [], device, None)
     base = base_model_of(model)
     family = family_of(base)
     lower = LowerHalf(base, family, layer)
@@ -91,11 +86,6 @@ def _timed(compute: Callable[[Any], object], batches: Sequence[Any]) -> float:
 
 def _whole(lower: LowerHalf, batch: Sequence[Any]) -> None:
     """Compute all layers of a batch."""
-    longest = max(map(len, batch))
-    ids = torch.zeros(len(batch), longest, dtype=torch.long, device="cpu")
-    mask = torch.zeros_like(ids)
-    for i, one in enumerate(batch):
-        ids[i, : len(one)] = torch.as_tensor(np.asarray(one, np.int64))
-        mask[i, : len(one)] = 1
+    ids, mask = padded(batch, 0), padded([np.ones(len(one), np.int64) for one in batch], 0)
     with torch.inference_mode():
         lower.family.stack_of(lower.base_model)(input_ids=ids.to(lower.device), attention_mask=mask.to(lower.device))

@@ -18,10 +18,11 @@ from actcache.errors import DocumentError, DocumentTooLongError, ModelError, Rec
 from actcache.format.arguments import is_whole, truth, whole
 from actcache.format.keys import Document, Windows, normal_form
 from actcache.format.recipe import canonical_json
-from actcache.models.words import joined_words
 
 TooLong = Literal["refuse", "truncate"] | Windows
 
+#: Words that tell whether a tokenizer keeps given words apart; see ``joined_words``.
+_PROBES = (("a", "b"), ("A", "B"), ("1", "2"), ("é", "ü"), ("return", "it"))
 _NO_LIMIT = 1_000_000  # transformers gives tokenizers without a limit one of 10**30
 
 
@@ -78,7 +79,8 @@ class DocumentEncoder:
             each.
         special_tokens: whether the tokenizer adds its special tokens. Documents of token ids are taken as they are.
         vocabulary: token ids that the model knows are below this; None for what the tokenizer has.
-        extras: ``spans`` and ``word_ids`` where they are wanted; only fast tokenizers know them.
+        extras: of ``spans``, ``word_ids``, ``type_ids``, what is wanted of entries beside the token ids; only fast
+            tokenizers know the first two.
 
     Raises:
         ModelError: the tokenizer knows no tokens but special ones.
@@ -118,7 +120,7 @@ class DocumentEncoder:
             self.tokenizer.truncation_side = "right"  # windows lose nothing; with "left" they came in reverse order
         self.max_length, self.too_long, self.special_tokens = max_length, too_long, special_tokens
         self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
-        self.extras = tuple(name for name in ("spans", "word_ids") if name in extras)
+        self.extras = tuple(extras)
         self._added = [
             self.tokenizer.num_special_tokens_to_add(pair) if special_tokens else 0 for pair in (False, True)
         ]
@@ -128,7 +130,7 @@ class DocumentEncoder:
                 f"max_length {max_length} leaves no room: {self._added[0]} are special tokens"
                 + (f" and {stride} are stride" if stride else "")
             )
-        if not self.tokenizer.is_fast and (self.extras or isinstance(too_long, Windows)):
+        if not self.tokenizer.is_fast and ({"spans", "word_ids"} & {*extras} or isinstance(too_long, Windows)):
             raise RecipeError(
                 f"{type(tokenizer).__name__} is slow and knows no windows, spans or word ids: load the fast tokenizer"
             )
@@ -138,12 +140,9 @@ class DocumentEncoder:
         """The spec by which documents are cut, None under another policy."""
         return self.too_long if isinstance(self.too_long, Windows) else None
 
-    def truncating(self) -> DocumentEncoder:
-        """Return an encoder that differs in that it truncates whatever is too long; each time the same one."""
-        return self._truncating
-
     @functools.cached_property
-    def _truncating(self) -> DocumentEncoder:
+    def truncating(self) -> DocumentEncoder:
+        """An encoder that differs in that it truncates whatever is too long, and makes no extras."""
         other = copy.copy(self)  # with the same tokenizer: to copy that takes as long as hundreds of documents
         other.too_long, other.extras = "truncate", ()
         return other
@@ -176,18 +175,23 @@ class DocumentEncoder:
 
     def _encode_texts(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
         if kind == "words" and self._joined_words is not None:
-            raise self._joins_words(*self._joined_words, positions[0])
+            first, second = self._joined_words
+            raise DocumentError(
+                f"document {positions[0]} is words, and this {type(self.tokenizer).__name__} would run them together: "
+                f"the words {first!r}, {second!r} get other tokens than the text '{first} {second}'. Load it with "
+                "add_prefix_space=True, or, where that changes nothing, give the document as one text"
+            )
         cut: dict[str, Any] = {}
         if isinstance(self.too_long, Windows):
             cut = {"truncation": True, "return_overflowing_tokens": True, "stride": self.too_long.stride}
             if kind == "pair":
-                self._check_first_texts(documents, positions)
+                self._check_first_texts(documents, positions, self.too_long)
                 cut["truncation"] = "only_second"
         elif self.too_long == "truncate" and self.max_length is not None:
             cut = {"truncation": True}
         if cut:
             cut["max_length"] = self.max_length
-        if self.extras:
+        if "spans" in self.extras:
             cut["return_offsets_mapping"] = True
         firsts, seconds = [list(part) for part in zip(*documents, strict=True)] if kind == "pair" else (documents, None)
         batch = self.tokenizer(
@@ -208,13 +212,6 @@ class DocumentEncoder:
     def _joined_words(self) -> tuple[str, str] | None:
         return joined_words(self.tokenizer)
 
-    def _joins_words(self, first: str, second: str, position: int) -> DocumentError:
-        return DocumentError(
-            f"document {position} is words, and this {type(self.tokenizer).__name__} would run them together: the "
-            f"words {first!r}, {second!r} get other tokens than the text '{first} {second}'. Load it with "
-            "add_prefix_space=True, or, where that changes nothing, give the document as one text"
-        )
-
     def _encoded(self, batch: Any, i: int) -> Encoded:
         ids = np.array(batch["input_ids"][i], np.int32)
         types = batch.get("token_type_ids")
@@ -229,28 +226,25 @@ class DocumentEncoder:
 
     def _encode_ids(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
         result = []
-        for document, position in zip(documents, positions, strict=True):
-            windows = [document]
+        for ids, position in zip(documents, positions, strict=True):
+            windows = [ids]
             if isinstance(self.too_long, Windows):
-                length, step = self.too_long.max_length, self.too_long.max_length - self.too_long.stride
-                windows = [
-                    document[i : i + length] for i in range(0, max(1, len(document) - self.too_long.stride), step)
-                ]
+                length, stride = self.too_long.max_length, self.too_long.stride
+                windows = [ids[i : i + length] for i in range(0, max(1, len(ids) - stride), length - stride)]
             elif self.too_long == "truncate" and self.max_length is not None:
                 left = self.tokenizer.truncation_side == "left"
-                windows = [document[-self.max_length :] if left else document[: self.max_length]]
+                windows = [ids[-self.max_length :] if left else ids[: self.max_length]]
             result.append([self._plain(window, position) for window in windows])
         return result
 
     def _plain(self, ids: NDArray[np.integer], position: int) -> Encoded:
-        if len(ids) and ids.max() >= self.vocabulary:
+        if len(ids) and ids.max() >= self.vocabulary:  # before they are cut down to 32 bits
             raise self._outside(ids, position)
-        unknown = np.full(len(ids), -1, np.int32)
         return Encoded(
             ids.astype(np.int32),
             np.zeros(len(ids), np.int8),
             np.zeros((len(ids), 2), np.int32) if "spans" in self.extras else None,
-            unknown if "word_ids" in self.extras else None,
+            np.full(len(ids), -1, np.int32) if "word_ids" in self.extras else None,
         )
 
     def _check(self, windows: list[Encoded], document: Document, position: int) -> None:
@@ -272,11 +266,9 @@ class DocumentEncoder:
             "is it the tokenizer of another model?"
         )
 
-    def _check_first_texts(self, documents: list[tuple[str, str]], positions: Sequence[int]) -> None:
+    def _check_first_texts(self, documents: list[tuple[str, str]], positions: Sequence[int], windows: Windows) -> None:
         # Only the second text is cut; the tokenizers' own check of this is a panic.
-        if not isinstance(self.too_long, Windows):
-            return
-        room = self.too_long.max_length - self._added[1] - self.too_long.stride
+        room = windows.max_length - self._added[1] - windows.stride
         ids = self.tokenizer([first for first, _ in documents], add_special_tokens=False)["input_ids"]
         for document, position, tokens in zip(documents, positions, ids, strict=True):
             if len(tokens) >= room:
@@ -317,3 +309,22 @@ def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase,
     if positions is not None and max_length > positions:
         raise RecipeError(f"max_length {max_length} is more than the {positions} tokens that the model takes")
     return int(max_length)
+
+
+def joined_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Return two words that get other tokens as words than in a text with a space between; None where none do.
+
+    A byte-level tokenizer without ``add_prefix_space``, and a SentencePiece one that puts no mark before a word, know a
+    word by the space before it. Given words have none: all but the first would get the tokens of the inside of a word.
+    This is found out by running the tokenizer, for no table of tokenizers is complete.
+    """
+
+    def tokens(document: str | list[str]) -> list[int]:
+        split = isinstance(document, list)
+        ids: list[int] = tokenizer(document, add_special_tokens=False, is_split_into_words=split)["input_ids"]
+        return ids
+
+    for first, second in _PROBES:
+        if tokens([first, second]) != tokens(f"{first} {second}"):
+            return first, second
+    return None

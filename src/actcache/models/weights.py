@@ -1,4 +1,4 @@
-"""The digest of a lower half's weights, which is the heart of a space's identity.
+"""The digest of a lower half's weights, which is the heart of a space's identity, and whether a model has it.
 
 Every byte is looked at each time, because nothing cheaper is certain: optimizers, ``param.data`` and NumPy views change
 weights in ways that version counters do not show. What is remembered is the cryptographic digest, by a checksum that
@@ -9,31 +9,43 @@ meanwhile.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import hashlib
+import io
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from actcache.format.recipe import canonical_json
-from actcache.models.families import Family
-from actcache.models.leaves import Leaf, leaves
-from actcache.models.partial import Whole
-from actcache.models.state import lower_state
+from actcache.errors import LowerHalfMismatchError, ModelError
+from actcache.format.recipe import Recipe, canonical_json
+from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.lower_state import lower_state
+from actcache.models.partial_vocabulary import Whole
+from actcache.models.tensors import dtype_name, without_bytes
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
 _MEMO_VERSION = 3
 _MEMO_ENTRIES = 1000
 _RACY_SECONDS = 2.0
+
+#: What a value in a state dict comes down to: ``None``, truth values, numbers and texts stand for themselves.
+Leaf = torch.Tensor | Whole | None | bool | int | float | str
+
+_NAMED_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format, torch.qscheme, type)
 
 _digests: dict[str, str] = {}  # quick checksum -> digest, of lower halves seen in this process
 
@@ -43,8 +55,8 @@ def lower_digest(base_model: PreTrainedModel, family: Family, layer: int) -> str
 
     It covers the names (relative to the part or layer), dtypes, shapes and bytes of all that their forward can read:
     parameters and buffers, of modules that were added (adapters) too, packed and quantized weights, tensors that are
-    plain attributes, and what it reads beside the layers (rotary frequencies); see ``actcache.models.state``. Upper
-    layers, pooler and heads are not looked at. Of a model whose vocabulary was pruned, it is that of the whole
+    plain attributes, and what it reads beside the layers (rotary frequencies); see ``actcache.models.lower_state``.
+    Upper layers, pooler and heads are not looked at. Of a model whose vocabulary was pruned, it is that of the whole
     embedding matrix, with the rows that the model holds as they are now. The lower half is run once, for a few tokens.
     Hashes in as many threads as there are processors; not thread-safe beside other uses of the model.
 
@@ -52,10 +64,39 @@ def lower_digest(base_model: PreTrainedModel, family: Family, layer: int) -> str
         ModelError: the weights are not in memory (``meta`` device), the rows that pruning dropped are not at hand, or
             something in the lower half cannot be hashed; it is named.
     """
-    quick = _checksum(base_model, family, layer, _quick)
+    quick = _checksum(base_model, family, layer, xxhash.xxh3_128_digest)
     if quick not in _digests:
         _digests[quick] = _checksum(base_model, family, layer, _strong)
     return _digests[quick]
+
+
+def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
+    """Return the family of a base or task model that has the recipe's lower half.
+
+    Raises:
+        LowerHalfMismatchError: weights or configuration of the lower half are others; it names the fields.
+        LayerError, UnsupportedModelError: the model cannot be cut at the recipe's layer.
+    """
+    base = base_model_of(model)
+    family = family_of(base)
+    family.check_layer(base, recipe.layer)
+    theirs, ours = family.numbers_of(base.config), recipe.config
+    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if different:
+        fields = "; ".join(f"{name}: {theirs.get(name)!r}, recorded {ours.get(name)!r}" for name in different)
+        raise LowerHalfMismatchError(
+            f"the lower half of this {type(model).__name__} computes other numbers than the recorded one: its "
+            f"configuration differs ({fields}). Record its activations with a recycler of its own"
+        )
+    if lower_digest(base, family, recipe.layer) != recipe.weights:
+        dtype, recorded = dtype_name(base.dtype), recipe.provenance.get("weights_dtype")
+        hint = "" if recorded in (None, dtype) else f" (they are {dtype}, load the model with dtype {recorded})"
+        raise LowerHalfMismatchError(
+            f"the embeddings or layers 1..{recipe.layer} of this {type(model).__name__} have other weights than those "
+            f"that were recorded{hint}: they were fine-tuned, adapted, or are another model's. Keep the lower half "
+            "frozen, or record its activations with a recycler of its own"
+        )
+    return family
 
 
 def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, files: list[Path]) -> str:
@@ -64,7 +105,7 @@ def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, f
     Files that changed in size or time are hashed again, and files that were written less than two seconds ago are not
     remembered, for another write could leave their time as it is. A memo that cannot be read or written is ignored.
     """
-    quick = _checksum(base_model, family, layer, _quick)
+    quick = _checksum(base_model, family, layer, xxhash.xxh3_128_digest)
     name = _memo_name(quick, layer, files)
     if name is None:
         return lower_digest(base_model, family, layer)
@@ -91,10 +132,6 @@ def weight_files(name_or_path: str, revision: str | None = None) -> list[Path]:
     return sorted(path.resolve() for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
 
 
-def _quick(data: memoryview) -> bytes:
-    return xxhash.xxh3_128_digest(data)
-
-
 def _strong(data: memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=32).digest()
 
@@ -102,23 +139,19 @@ def _strong(data: memoryview) -> bytes:
 def _checksum(
     base_model: PreTrainedModel, family: Family, layer: int, hash_chunk: Callable[[memoryview], bytes]
 ) -> str:
+    found = (leaf for name, value in lower_state(base_model, family, layer) for leaf in leaves(name, value))
     # Both functions free the GIL while they run.
     whole = hashlib.blake2b(digest_size=32, person=b"actcache/weights")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             (canonical_json(_header(name, leaf)).encode(), _digests_of(name, leaf, hash_chunk, pool))
-            for name, leaf in sorted(_leaves(base_model, family, layer), key=lambda item: item[0])
+            for name, leaf in sorted(found, key=lambda item: item[0])
         ]
         for header, digests in jobs:
             whole.update(len(header).to_bytes(8, "little") + header)
             for digest in digests:
                 whole.update(digest)
     return whole.hexdigest()
-
-
-def _leaves(base_model: PreTrainedModel, family: Family, layer: int) -> Iterator[tuple[str, Leaf]]:
-    for name, value in lower_state(base_model, family, layer):
-        yield from leaves(name, value)
 
 
 def _header(name: str, leaf: Leaf) -> list[Any]:
@@ -181,3 +214,108 @@ def _write_memo(memo: dict[str, Any]) -> None:
     except (OSError, RuntimeError):
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+# --- values as bytes, whatever form a module keeps them in -----------------------------------------------------------
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:
+    """Yield the parts of a value by name: plain strided tensors (detached, on their device), and JSON values.
+
+    Quantized weights are no plain tensors: packed parameters come out of a state dict as tuples, torchao's are wrappers
+    around several tensors, and a module's extra state can be anything. What cannot be taken apart is refused: bytes
+    that nobody hashes would let two models share a cache.
+
+    Raises:
+        ModelError: the value, which it names, has bytes that cannot be told.
+    """
+    if isinstance(value, torch.Tensor):
+        yield from _of_tensor(name, value)
+    elif isinstance(value, Whole) or value is None or isinstance(value, bool | int | str):
+        yield name, value
+    elif isinstance(value, float):
+        yield name, value.hex()  # JSON has no NaN
+    elif isinstance(value, _NAMED_CONSTANTS):
+        yield name, str(value)
+    elif isinstance(value, torch.device):
+        return  # where numbers lie is no part of them
+    elif isinstance(value, bytes | bytearray | io.BytesIO):
+        data = value.getvalue() if isinstance(value, io.BytesIO) else bytes(value)
+        yield name, torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+        yield name, torch.from_numpy(np.array(value))
+    elif isinstance(value, Mapping):
+        yield name, len(value)
+        for key, item in value.items():
+            yield from leaves(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        yield name, len(value)
+        for i, item in enumerate(value):
+            yield from leaves(f"{name}.{i}", item)
+    elif isinstance(value, enum.Enum):
+        yield name, f"{type(value).__name__}.{value.name}"
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield name, type(value).__name__
+        for field in dataclasses.fields(value):
+            yield from leaves(f"{name}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, torch.ScriptObject):
+        yield from leaves(name, _state_of(name, value))
+    else:
+        raise _unknown(name, value)
+
+
+def _of_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Leaf]]:
+    if tensor.is_meta:
+        raise without_bytes(name)
+    if hasattr(tensor, "full_tensor"):
+        raise ModelError(
+            f"weight {name} is distributed over several processes: make the recycler from a model that is whole "
+            "(before it is sharded)"
+        )
+    if is_traceable_wrapper_subclass(tensor):
+        inner, context = tensor.__tensor_flatten__()
+        yield name, f"{type(tensor).__name__} {list(tensor.shape)} {tensor.dtype}"
+        for attribute in inner:
+            yield from leaves(f"{name}.{attribute}", getattr(tensor, attribute))
+        yield from leaves(f"{name}.context", context)
+        return
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or is_lazy(tensor):
+        raise _unknown(name, tensor)
+    with torch.no_grad():
+        plain = tensor.detach()
+        if plain.is_nested or plain.is_mkldnn:
+            raise _unknown(name, plain)
+        if plain.layout != torch.strided:  # COO, CSR, ...: the same numbers have one dense form
+            yield name, str(plain.layout)
+            yield f"{name}.dense", plain.to_dense()
+        elif plain.is_quantized:
+            yield from _of_quantized(name, plain)
+        else:
+            yield name, plain.as_subclass(torch.Tensor).resolve_conj().resolve_neg()
+
+
+def _of_quantized(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Leaf]]:
+    yield name, f"{tensor.dtype} {tensor.qscheme()}"
+    yield f"{name}.values", tensor.int_repr()
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        yield f"{name}.scale", tensor.q_scale().hex()
+        yield f"{name}.zero_point", tensor.q_zero_point()
+    else:
+        yield f"{name}.scales", tensor.q_per_channel_scales()
+        yield f"{name}.zero_points", tensor.q_per_channel_zero_points()
+        yield f"{name}.axis", tensor.q_per_channel_axis()
+
+
+def _state_of(name: str, packed: torch.ScriptObject) -> Any:
+    try:
+        return packed.__getstate__()
+    except (AttributeError, RuntimeError):  # its class cannot be saved
+        raise _unknown(name, packed) from None
+
+
+def _unknown(name: str, value: Any) -> ModelError:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return ModelError(
+        f"{name} of the lower half is a {kind}, whose bytes cannot be told, so two models that differ in it would "
+        "share one cache: give a model whose lower half is made of tensors (model.dequantize() makes them)"
+    )

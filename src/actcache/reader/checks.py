@@ -1,8 +1,7 @@
-"""What a reader is given, checked; and which rank it is."""
+"""What a reader finds of its keys, checked; and which rank it is."""
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
@@ -12,30 +11,6 @@ from numpy.typing import NDArray
 from actcache.errors import MissingEntryError, UsageError
 from actcache.format.arguments import whole
 from actcache.format.keys import key_list
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
-
-
-def nbytes_of(name: str, value: int | str) -> int:
-    """Return a number of bytes, given as such or as ``"8GiB"``.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value.strip())
-        if match is None or match[2].lower() not in _UNITS:
-            raise UsageError(f"{name} is a number of bytes or a size like '8GiB', not {value!r:.80}")
-        return int(float(match[1]) * _UNITS[match[2].lower()])
-    return whole(name, value, 0)
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of some words."""
-    if value not in choices:
-        raise UsageError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r:.80}")
 
 
 def check_present(keys: NDArray[np.uint8], found: NDArray[np.bool_]) -> None:

@@ -35,11 +35,10 @@ class _Pinned:
         self.array = self.tensor.numpy()
 
 
-class PinnedSlots(BufferPool):
+class PinnedBuffers(BufferPool):
     """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe.
 
-    As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made, so
-    that a batch is read while the one before is copied.
+    As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made.
     """
 
     def __init__(self, most: int) -> None:
@@ -49,30 +48,30 @@ class PinnedSlots(BufferPool):
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        slot = self._choose()
-        if slot is not None and slot.copied is not None:
-            slot.copied.synchronize()
-            slot.copied = None
-        if slot is None or slot.array.nbytes < nbytes:
+        pinned = self._choose()
+        if pinned is not None and pinned.copied is not None:
+            pinned.copied.synchronize()
+            pinned.copied = None
+        if pinned is None or pinned.array.nbytes < nbytes:
             fresh = _Pinned(self._allocate(max(1, nbytes + nbytes // 8)), taken=True)
             with self._guard:
-                if slot is not None:
-                    self._pinned.remove(slot)
+                if pinned is not None:
+                    self._pinned.remove(pinned)
                 self._pinned.append(fresh)
-            slot = fresh
-        array: NDArray[Any] = slot.array[:nbytes].view(dtype).reshape(shape)
+            pinned = fresh
+        array: NDArray[Any] = pinned.array[:nbytes].view(dtype).reshape(shape)
         return array
 
     def _choose(self) -> _Pinned | None:
         """Take a buffer into use, whose copy may still have to be waited for; None to have one made."""
         with self._guard:
             free = [one for one in self._pinned if not one.taken]
-            slot = next((one for one in free if one.copied is None or one.copied.query()), None)
-            if slot is None and free and len(self._pinned) >= self._most:
-                slot = free[0]  # its copy began first
-            if slot is not None:
-                slot.taken = True
-            return slot
+            pinned = next((one for one in free if one.copied is None or one.copied.query()), None)
+            if pinned is None and free and len(self._pinned) >= self._most:
+                pinned = free[0]  # its copy began first
+            if pinned is not None:
+                pinned.taken = True
+            return pinned
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -80,54 +79,54 @@ class PinnedSlots(BufferPool):
     def give_back(self, array: NDArray[Any], copied: Any) -> None:
         """Have the buffer of an array that ``take`` returned used again after an event; None: at once."""
         with self._guard:
-            for slot in self._pinned:
-                if slot.taken and slot.array.ctypes.data == array.ctypes.data:
-                    self._pinned.remove(slot)
-                    self._pinned.append(slot)
-                    slot.taken, slot.copied = False, copied
+            for pinned in self._pinned:
+                if pinned.taken and pinned.array.ctypes.data == array.ctypes.data:
+                    self._pinned.remove(pinned)
+                    self._pinned.append(pinned)
+                    pinned.taken, pinned.copied = False, copied
                     return
 
 
 class CudaDelivery(Delivery):
-    """See the module. Rows are always read packed; ``layout`` says whether they are padded on the device."""
+    """See the module. Rows are always read packed, and padded on the device where ``packed`` is not wanted."""
 
     def __init__(self, dtype: str, device: torch.device, *, packed: bool, depth: int) -> None:
         super().__init__()
         if device.index is None:  # another thread may have another current device
             device = torch.device(device.type, torch.cuda.current_device())
         self.packed, self.padded = True, not packed
-        self.slots: PinnedSlots = PinnedSlots(depth + 2)
+        self.buffers: PinnedBuffers = PinnedBuffers(depth + 2)
         self._bfloat16 = dtype == "bfloat16"
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._timed: deque[tuple[Any, Any, Any]] = deque()  # events: copying begins, ends; the batch is there
 
-    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:
+    def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
         values = torch.from_numpy(read.values)
         with torch.cuda.stream(self._stream):
             begun = self._event()
             try:
                 rows = values.to(self._device, non_blocking=True)
             except BaseException:
-                self.slots.give_back(read.values, None)  # no memory on the device: nothing is being copied
+                self.buffers.give_back(read.values, None)  # no memory on the device: nothing is being copied
                 raise
             copied = self._event()
-            self.slots.give_back(read.values, copied)
+            self.buffers.give_back(read.values, copied)
             if self._bfloat16:
                 rows = rows.view(torch.bfloat16)
             small = {
                 "lengths": self._move(read.lengths),
-                "documents": self._move(which.documents),
-                "labels": None if which.labels is None else self._move(which.labels),
+                "documents": self._move(members.documents),
+                "labels": None if members.labels is None else self._move(members.labels),
             }
             ids = None if read.token_ids is None else self._move(read.token_ids).long()
             batch: Batch | PackedBatch
             if self.padded:
-                batch = self._pad(rows, ids, read.lengths, which.keys, small)
+                batch = self._pad(rows, ids, read.lengths, members.keys, small)
             else:
                 offsets = self._move(offsets_of(read.lengths).astype(np.int32))
                 longest = int(read.lengths.max(initial=0))
-                batch = PackedBatch(rows, offsets, longest, ids, key_array=which.keys, **small)
+                batch = PackedBatch(rows, offsets, longest, ids, key_array=members.keys, **small)
             ready = self._event()
         with self._counting:
             self._timed.append((begun, copied, ready))

@@ -60,9 +60,7 @@ class Item(Mapping[str, Any]):
         return self._batch.model_inputs()[name]
 
     def __contains__(self, name: object) -> bool:
-        if (
-            name == "label_ids"
-        ):  # the Trainer's own collator asks for it, and would stack what has a batch's axis already
+        if name == "label_ids":  # the Trainer's own collator asks, and would stack what has a batch's axis already
             raise UsageError(
                 "items of a data set are put into a batch by its collate alone: give the Trainer "
                 "data_collator=dataset.collate (an item's labels are its 'labels')"
@@ -135,34 +133,34 @@ class EntryDataset(Dataset[Any]):
         """
         if self._delivery is None:
             self._delivery = HostDelivery(self._work.source.recipe.dtype, torch, packed=False, depth=2)
-        which = np.asarray(positions, np.int64)
-        read = read_batch if self._work.supplier is None else self._read_or_compute
-        batch = read(self._work, self._delivery, which).batch
+        members = np.asarray(positions, np.int64)
+        read = read_batch if self._work.miss_computer is None else self._read_or_compute
+        batch = read(self._work, self._delivery, members).batch
         assert isinstance(batch, Batch)
-        if self._work.supplier is not None and self._unseen.any() and os.getpid() == self._pid:
-            self._unseen[which] = False
+        if self._work.miss_computer is not None and self._unseen.any() and os.getpid() == self._pid:
+            self._unseen[members] = False
             if not self._unseen.any():
-                self._work.supplier.settle()
+                self._work.miss_computer.flush()
         return batch
 
-    def _read_or_compute(self, work: Work, to: HostDelivery, which: NDArray[np.int64]) -> Delivered:
+    def _read_or_compute(self, work: Work, delivery: HostDelivery, members: NDArray[np.int64]) -> Delivered:
         corrupt: Sequence[bytes] = []
-        if (work.source.lengths(work.keys[which]) > 0).all():
+        if (work.source.lengths(work.keys[members]) > 0).all():
             try:
-                return read_batch(work, to, which)
+                return read_batch(work, delivery, members)
             except CorruptEntryError as error:
                 corrupt = error.keys
         if os.getpid() != self._pid:
             raise UsageError(_ONE_PROCESS)
-        return read_computed(work, to, which, corrupt)
+        return read_computed(work, delivery, members, corrupt)
 
     @functools.cached_property
     def lengths(self) -> NDArray[np.int64]:
         work = self._work
-        lengths = work.outlook.lengths.copy()
+        lengths = work.info.lengths.copy()
         missing = np.flatnonzero(lengths == 0)
-        if work.supplier is not None and len(missing):
-            lengths[missing] = work.supplier.lengths(work.origins[missing])
+        if work.miss_computer is not None and len(missing):
+            lengths[missing] = work.miss_computer.lengths(work.origins[missing])
         return lengths
 
     @property
@@ -171,7 +169,7 @@ class EntryDataset(Dataset[Any]):
         return isinstance(self._work.labels, TokenLabels)
 
     @staticmethod
-    def collate(items: Sequence[Item]) -> Inputs:
+    def collate(items: Sequence[Item], *, collate_fn_map: Any = None) -> Inputs:
         """Return the keyword arguments of a reduced model for the items of one data set, or of several of one kind.
 
         Raises:
@@ -195,10 +193,10 @@ class EntryDataset(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         work = self._work
-        if work.supplier is not None:
+        if work.miss_computer is not None:
             if not (work.source.lengths(work.keys) > 0).all():
                 raise UsageError(_ONE_PROCESS)
-            work = replace(work, supplier=None)
+            work = replace(work, miss_computer=None)
         return {**vars(self), "_work": work, "_delivery": None}
 
 
@@ -208,9 +206,9 @@ def _joined(items: Sequence[Item]) -> Inputs:
     for place, item in enumerate(items):
         places.setdefault(id(item._dataset), []).append(place)
     parts = []
-    for which in places.values():
-        dataset = items[which[0]]._dataset
-        parts.append((dataset, dataset.read([items[place]._position for place in which])))
+    for members in places.values():
+        dataset = items[members[0]]._dataset
+        parts.append((dataset, dataset.read([items[place]._position for place in members])))
     if len(parts) == 1:
         return parts[0][1].model_inputs()
     width = max(batch.activations.shape[1] for _, batch in parts)
@@ -235,8 +233,4 @@ def _widened(inputs: Mapping[str, Any], width: int, of_tokens: bool) -> dict[str
     return wide
 
 
-def _collated(items: Sequence[Item], *, collate_fn_map: Any = None) -> Inputs:
-    return EntryDataset.collate(items)
-
-
-default_collate_fn_map[Item] = _collated
+default_collate_fn_map[Item] = EntryDataset.collate

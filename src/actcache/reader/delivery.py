@@ -40,14 +40,14 @@ class Delivery(ABC):
 
     packed: bool  # whether rows are read without padding
     padded: bool  # whether they are delivered with it
-    slots: BufferPool  # host buffers to read into
+    buffers: BufferPool  # host buffers to read into
 
     def __init__(self) -> None:
         self._copied = self._decoded = 0.0
         self._counting = threading.Lock()  # several iterations deliver at a time
 
     @abstractmethod
-    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered: ...
+    def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered: ...
 
     def arrive(self, delivered: Delivered) -> Batch | PackedBatch:
         """Return a batch that the consumer may use from here on."""
@@ -79,38 +79,31 @@ class HostDelivery(Delivery):
     def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:
         super().__init__()
         self.packed, self.padded = packed, not packed
-        self.slots = BufferPool(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
+        self.buffers = BufferPool(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
         self._dtype = dtype
         self._torch = torch
 
-    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:
+    def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
         start = time.perf_counter()
-        batch = self._made(read, which)
+        batch = self._made(read, members)
         self._spend(0.0, time.perf_counter() - start)
         return Delivered(batch)
 
-    def _made(self, read: HostBatch, which: BatchMembers) -> Batch | PackedBatch:
+    def _made(self, read: HostBatch, members: BatchMembers) -> Batch | PackedBatch:
         ids = None if read.token_ids is None else read.token_ids.astype(np.int64)
         values: Any = read.values if self._torch is not None else codec.get(self._dtype).decode(read.values)
-        common = {"lengths": read.lengths, "documents": which.documents, "labels": which.labels}
+        common = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
         if self.packed:
             offsets, longest = offsets_of(read.lengths).astype(np.int32), int(read.lengths.max(initial=0))
-            batch: Batch | PackedBatch = PackedBatch(values, offsets, longest, ids, key_array=which.keys, **common)
+            batch: Batch | PackedBatch = PackedBatch(values, offsets, longest, ids, key_array=members.keys, **common)
         else:
             mask = (np.arange(read.values.shape[1]) < read.lengths[:, None]).astype(np.int64)
-            batch = Batch(values, mask, ids, key_array=which.keys, **common)
-        return batch if self._torch is None else self._as_tensors(batch)
-
-    def _as_tensors(self, batch: Batch | PackedBatch) -> Batch | PackedBatch:
-        torch = self._torch
-        arrays = {
-            name: torch.from_numpy(np.ascontiguousarray(value))
-            for name, value in vars(batch).items()
-            if isinstance(value, np.ndarray) and name != "key_array"
-        }
-        if self._dtype == "bfloat16":
-            arrays["activations"] = arrays["activations"].view(torch.bfloat16)
-        return replace(batch, **arrays)
+            batch = Batch(values, mask, ids, key_array=members.keys, **common)
+        if self._torch is None:
+            return batch
+        batch = batch.to("cpu")
+        bits = self._dtype == "bfloat16"
+        return replace(batch, activations=batch.activations.view(self._torch.bfloat16)) if bits else batch
 
 
 class DeviceDelivery(Delivery):
@@ -119,28 +112,12 @@ class DeviceDelivery(Delivery):
     def __init__(self, dtype: str, torch: Any, device: Any, *, packed: bool, depth: int) -> None:
         super().__init__()
         self._host = HostDelivery(dtype, torch, packed=packed, depth=depth)
-        self.packed, self.padded, self.slots = packed, not packed, self._host.slots
-        self._torch, self._device = torch, device
+        self.packed, self.padded, self.buffers = packed, not packed, self._host.buffers
+        self._device = device
 
-    def deliver(self, read: HostBatch, which: BatchMembers) -> Delivered:
-        batch = self._host.deliver(read, which).batch
+    def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
+        batch = self._host.deliver(read, members).batch
         start = time.perf_counter()
-        moved = {n: v.to(self._device) for n, v in vars(batch).items() if isinstance(v, self._torch.Tensor)}
+        moved = batch.to(self._device)
         self._spend(time.perf_counter() - start, self._host.spent()[1])
-        return Delivered(replace(batch, **moved))
-
-
-def make(dtype: str, device: Any, *, packed: bool, depth: int) -> Delivery:
-    """Return the delivery to a device; None for NumPy arrays."""
-    if device is None:
-        return HostDelivery(dtype, None, packed=packed, depth=depth)
-    import torch  # only those who name a device need it
-
-    device = torch.device(device)
-    if device.type == "cpu":
-        return HostDelivery(dtype, torch, packed=packed, depth=depth)
-    if device.type == "cuda":
-        from actcache.reader.cuda import CudaDelivery
-
-        return CudaDelivery(dtype, device, packed=packed, depth=depth)
-    return DeviceDelivery(dtype, torch, device, packed=packed, depth=depth)
+        return Delivered(moved)

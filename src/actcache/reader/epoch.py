@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CorruptEntryError, MissingEntryError, ShapeError
+from actcache.errors import CorruptEntryError, MissingEntryError
 from actcache.format.keys import key_list
+from actcache.reader.cursor import Cursor
 from actcache.reader.delivery import BatchMembers, Delivered, Delivery
 from actcache.reader.fetch import EntryInfo, Source, fetch
 from actcache.reader.labels import Labels
@@ -38,8 +39,8 @@ class MissComputer:
     """Computes what is missing, for ``on_missing="compute"``. Called by the consumer's thread."""
 
     lengths: Callable[[NDArray[np.int64]], NDArray[np.int64]]  # positions in the keys given -> tokens
-    supply: Callable[[NDArray[np.int64], Sequence[bytes]], None]  # (positions, corrupt keys): puts their entries
-    settle: Callable[[], None]  # makes them durable
+    compute: Callable[[NDArray[np.int64], Sequence[bytes]], None]  # (positions, corrupt keys): puts their entries
+    flush: Callable[[], None]  # makes them durable
 
 
 @dataclass(frozen=True)
@@ -51,34 +52,21 @@ class Work:
     documents: NDArray[np.int64]  # [n] as delivered
     labels: Labels | None
     origins: NDArray[np.int64]  # [n] positions in the keys that the reader was given
-    outlook: EntryInfo  # [n]
+    info: EntryInfo  # [n]
     depth: int
-    supplier: MissComputer | None
+    miss_computer: MissComputer | None
     stats: ReaderStats = field(default_factory=ReaderStats)
 
 
 @dataclass(frozen=True)
-class _Absent:
+class _Missing:
     """Takes the place of a batch that cannot be read before some of its documents are computed."""
 
-    which: NDArray[np.int64]
+    members: NDArray[np.int64]
     corrupt: list[bytes]
 
 
-_Items = Generator[Delivered | _Absent, None, None]
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What an iteration goes through.
-
-    Attributes:
-        batches: positions of each batch's documents in ``work.keys``.
-        positions: (epoch, documents consumed) after each batch, and after the last of all.
-    """
-
-    batches: list[NDArray[np.int64]]
-    positions: list[tuple[int, int]]
+_Items = Generator[Delivered | _Missing, None, None]
 
 
 class Epoch(Iterator[Any]):
@@ -88,33 +76,25 @@ class Epoch(Iterator[Any]):
     then which epoch it is.
 
     Args:
-        begin: called once, then.
-        not_begun: called where that is not going to happen.
-        moved: called with the position that was reached, and the epoch before it.
-        told: called with the statistics when the consumer has finished with a batch, and at the end.
+        cursor: says then which batches it has; told what was delivered, or that it is not going to begin.
+        on_stats: called with the statistics when the consumer has finished with a batch, and at the end.
     """
 
-    _items: Prefetch[Delivered | _Absent] | _Items | None = None
+    _items: Prefetch[Delivered | _Missing] | _Items | None = None
     _closed = False
 
     def __init__(
-        self,
-        work: Work,
-        to: Delivery,
-        begin: Callable[[], Begun],
-        not_begun: Callable[[], None],
-        moved: Callable[[tuple[int, int], int], None],
-        told: Callable[[ReaderStats], object] | None = None,
+        self, work: Work, delivery: Delivery, cursor: Cursor, on_stats: Callable[[ReaderStats], object] | None = None
     ) -> None:
-        self._work, self._begin, self._not_begun, self._moved, self._told = work, begin, not_begun, moved, told
+        self._work, self._delivery, self._cursor, self._on_stats = work, delivery, cursor, on_stats
+        self._start = cursor.next_start()
         self._delivered = 0
         self._stepping: float | None = None  # since when the consumer has had a batch
-        self._delivery = to
 
-    def _start(self) -> Prefetch[Delivered | _Absent] | _Items:
-        begun = self._begin()
-        self._positions = begun.positions
-        produce = _produce(self._work, self._delivery, begun.batches)
+    def _begin(self) -> Prefetch[Delivered | _Missing] | _Items:
+        epoch = self._cursor.begin(self._start)
+        self._reached = epoch.reached
+        produce = _produce(self._work, self._delivery, epoch.batches)
         if not self._work.depth:
             return produce
         # The thread's iterator must not refer to this one: in a cycle, only the collector would end the thread.
@@ -127,38 +107,41 @@ class Epoch(Iterator[Any]):
         return Prefetch(produce, self._work.depth, waited)
 
     def __next__(self) -> Any:
-        stats = self._work.stats
+        work = self._work
         if self._stepping is not None:
-            stats.step_seconds += time.perf_counter() - self._stepping
+            work.stats.step_seconds += time.perf_counter() - self._stepping
             self._stepping = None
             self._tell()  # here, where a failure of whoever listens leaves no batch out
         if self._items is None:
             if self._closed:
                 raise StopIteration
-            self._items = self._start()
+            self._items = self._begin()
         try:
             item = next(self._items)
         except StopIteration:
-            if self._delivered + 1 == len(self._positions):
-                self._delivered += 1
-                self._moved(self._positions[-1], self._positions[-1][0] - 1)
-                if self._work.supplier is not None:
-                    self._work.supplier.settle()
-                stats.epochs += 1
+            if self._delivered + 1 == len(self._reached):
+                self._moved(self._reached[-1][0] - 1)
+                if work.miss_computer is not None:
+                    work.miss_computer.flush()
+                work.stats.epochs += 1
                 self._tell()
             raise
         try:
-            if isinstance(item, _Absent):
-                item = read_computed(self._work, self._delivery, item.which, item.corrupt)
+            if isinstance(item, _Missing):
+                item = read_computed(work, self._delivery, item.members, item.corrupt)
             batch = self._delivery.arrive(item)
         except BaseException:
             self.close()  # as after a failure of the thread: to go on would leave this batch out
             raise
-        self._moved(self._positions[self._delivered], self._positions[self._delivered][0])
-        self._delivered += 1
-        stats.batches += 1
+        self._moved(self._reached[self._delivered][0])
+        work.stats.batches += 1
         self._stepping = time.perf_counter()
         return batch
+
+    def _moved(self, epoch: int) -> None:
+        reached = self._reached[self._delivered]
+        self._delivered += 1
+        self._cursor.moved(reached, epoch)
 
     def close(self) -> None:
         """End the iteration; its thread has ended when this returns. Does nothing the second time."""
@@ -166,11 +149,11 @@ class Epoch(Iterator[Any]):
         if self._items is not None:
             self._items.close()
         else:
-            self._not_begun()
+            self._cursor.take_back(self._start)
 
     def __del__(self) -> None:
         if self._items is None and not self._closed:
-            self._not_begun()
+            self._cursor.take_back(self._start)
 
     def _waited(self, seconds: float, ready: int) -> None:
         stats = self._work.stats
@@ -180,87 +163,81 @@ class Epoch(Iterator[Any]):
             stats.first_seconds += seconds
 
     def _tell(self) -> None:
-        if self._told is not None:
+        if self._on_stats is not None:
             with _COUNTING:
-                told = replace(self._work.stats)
-            self._told(told)
+                counted = replace(self._work.stats)
+            self._on_stats(counted)
 
 
-def _produce(work: Work, to: Delivery, batches: list[NDArray[np.int64]]) -> _Items:
+def _produce(work: Work, delivery: Delivery, batches: list[NDArray[np.int64]]) -> _Items:
     """Read batches. The thread that reads ahead runs this; it knows no iteration, which can be collected meanwhile."""
     asked = 0
-    for number, which in enumerate(batches):
+    for number, members in enumerate(batches):
         while asked < min(number + 1 + _AHEAD, len(batches)):
             work.source.read_ahead(work.keys[batches[asked]])
             asked += 1
-        if work.supplier is not None and (work.source.lengths(work.keys[which]) == 0).any():
-            yield _Absent(which, [])
+        if work.miss_computer is not None and (work.source.lengths(work.keys[members]) == 0).any():
+            yield _Missing(members, [])
             continue
         try:
-            item: Delivered | _Absent = read_batch(work, to, which)
+            item: Delivered | _Missing = read_batch(work, delivery, members)
         except CorruptEntryError as error:
-            if work.supplier is None:
+            if work.miss_computer is None:
                 raise
-            item = _Absent(which, error.keys)
+            item = _Missing(members, error.keys)
         yield item
         del item  # or it would hold a buffer for as long as the next is read
 
 
-def read_computed(work: Work, to: Delivery, which: NDArray[np.int64], corrupt: Sequence[bytes]) -> Delivered:
+def read_computed(work: Work, delivery: Delivery, members: NDArray[np.int64], corrupt: Sequence[bytes]) -> Delivered:
     """Have what is missing of some documents, or corrupt, computed and stored, then read them like any others."""
-    assert work.supplier is not None
+    assert work.miss_computer is not None
     start = time.perf_counter()
-    keys = work.keys[which]
-    missing = work.source.lengths(keys) == 0
-    found_corrupt = set(corrupt)
-    missing |= np.array([key in found_corrupt for key in key_list(keys)], bool)
-    work.supplier.supply(work.origins[which[missing]], corrupt)
+    keys, bad = work.keys[members], set(corrupt)
+    missing = (work.source.lengths(keys) == 0) | np.array([key in bad for key in key_list(keys)], bool)
+    work.miss_computer.compute(work.origins[members[missing]], corrupt)
     work.stats.compute_seconds += time.perf_counter() - start
-    return read_batch(work, to, which)
+    return read_batch(work, delivery, members)
 
 
-def count_spent(stats: ReaderStats, to: Delivery) -> None:
-    """Add what copying and decoding have taken by now."""
-    copied, decoded = to.spent()
-    stats.copy_seconds += copied
-    stats.decode_seconds += decoded
-
-
-def read_batch(work: Work, to: Delivery, which: NDArray[np.int64]) -> Delivered:
-    """Read the documents at some positions of ``work.keys``.
+def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> Delivered:
+    """Read the documents at some positions of ``work.keys`` and send them on their way to the device.
 
     Raises:
         MissingEntryError: some are gone.
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
         ShapeError: an entry has not as many tokens as its label.
     """
-    start, keys = time.perf_counter(), work.keys[which]
-    read = fetch(work.source, keys, to.slots, packed=to.packed, outlook=work.outlook[which])
+    start, keys, stats = time.perf_counter(), work.keys[members], work.stats
+    read = fetch(work.source, keys, delivery.buffers, packed=delivery.packed, info=work.info[members])
     done = time.perf_counter()
-    if not read.lengths.all():
-        to.slots.give_back(read.values, None)
-        gone = key_list(keys[read.lengths == 0])
-        raise MissingEntryError(
-            f"{len(gone)} documents of this batch were deleted since the reader was made, the first at position "
-            f"{work.documents[which][int(np.argmin(read.lengths))]}: fill them again and make a new reader",
-            gone,
-        )
-    labels = None
-    if work.labels is not None:
-        width = int(read.lengths.max(initial=0)) if to.padded else None
-        try:
-            labels = work.labels.of_batch(which, read.lengths, width)
-        except ShapeError:
-            to.slots.give_back(read.values, None)
-            raise
-    delivered = to.deliver(read, BatchMembers(keys, work.documents[which], labels))
+    try:
+        if not read.lengths.all():
+            gone, where = key_list(keys[read.lengths == 0]), work.documents[members][int(np.argmin(read.lengths))]
+            raise MissingEntryError(
+                f"{len(gone)} documents of this batch were deleted since the reader was made, the first at position "
+                f"{where}: fill them again and make a new reader",
+                gone,
+            )
+        width = int(read.lengths.max(initial=0)) if delivery.padded else None
+        labels = None if work.labels is None else work.labels.of_batch(members, read.lengths, width)
+    except BaseException:
+        delivery.buffers.give_back(read.values, None)
+        raise
+    delivered = delivery.deliver(read, BatchMembers(keys, work.documents[members], labels))
     tokens = int(read.lengths.sum())
     with _COUNTING:
-        stats = work.stats
         stats.read_seconds += done - start
         stats.deliver_seconds += time.perf_counter() - done
-        count_spent(stats, to)
-        stats.documents += len(which)
+        count_spent(stats, delivery)
+        stats.documents += len(members)
         stats.tokens += tokens
         stats.nbytes += tokens * read.values.itemsize * read.values.shape[-1]
     return delivered
+
+
+def count_spent(stats: ReaderStats, delivery: Delivery) -> None:
+    """Add what copying and decoding have taken by now."""
+    copied, decoded = delivery.spent()
+    stats.copy_seconds += copied
+    stats.decode_seconds += decoded

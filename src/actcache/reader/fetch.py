@@ -13,8 +13,9 @@ from actcache.errors import ShapeError
 from actcache.format import codec
 from actcache.format.keys import Keys
 from actcache.format.recipe import Recipe
+from actcache.reader.buffers import BufferPool
 
-_LOOKS = 5
+_TRIES = 5  # each finds how long entries are by then
 
 
 class Source(Protocol):
@@ -34,14 +35,6 @@ class Source(Protocol):
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None) -> Any: ...
 
 
-class Buffers(Protocol):
-    """Where host buffers come from."""
-
-    def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]: ...
-
-    def give_back(self, array: NDArray[Any], copied: Any) -> None: ...
-
-
 @dataclass(frozen=True)
 class HostBatch:
     """What was read, in the stored dtype. Absent entries have length 0."""
@@ -49,10 +42,6 @@ class HostBatch:
     values: NDArray[Any]  # [B, L, hidden], or packed [T, hidden]
     token_ids: NDArray[np.int32] | None  # [B, L] or [T]
     lengths: NDArray[np.int64]  # [B]
-
-    @property
-    def packed(self) -> bool:
-        return self.values.ndim == 2
 
 
 @dataclass(frozen=True)
@@ -67,44 +56,42 @@ class EntryInfo:
         lengths = source.lengths(keys)
         return cls(lengths, source.has(TOKEN_IDS, keys) | (lengths == 0))
 
-    def __getitem__(self, which: NDArray[np.generic]) -> EntryInfo:
-        return EntryInfo(self.lengths[which], self.has_ids[which])
+    def __getitem__(self, members: NDArray[np.generic]) -> EntryInfo:
+        return EntryInfo(self.lengths[members], self.has_ids[members])
 
 
 def fetch(
-    source: Source, keys: NDArray[np.uint8], buffers: Buffers, *, packed: bool, outlook: EntryInfo | None = None
+    source: Source, keys: NDArray[np.uint8], buffers: BufferPool, *, packed: bool, info: EntryInfo | None = None
 ) -> HostBatch:
     """Read the entries of ``[B, 32]`` keys.
 
     Args:
-        outlook: spares a look at their lengths, as long as it is right.
+        info: spares a look at their lengths, as long as it is right.
 
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
-    if outlook is not None and outlook.lengths.all() and outlook.has_ids.all():
+    known = info if info is not None and info.lengths.all() and info.has_ids.all() else None
+    left = _TRIES - (known is None)
+    while True:
         try:
-            read = _fetch(source, keys, buffers, outlook, packed=packed)
-        except ShapeError:
-            pass
+            read = _fetch(source, keys, buffers, known or EntryInfo.of(source, keys), packed=packed)
+        except ShapeError:  # entries were replaced by longer ones between the looks at their lengths and at their rows
+            if not left:
+                raise
         else:
-            if np.array_equal(read.lengths, outlook.lengths):
+            if known is None or np.array_equal(read.lengths, known.lengths):
                 return read
             buffers.give_back(read.values, None)
-    for _ in range(_LOOKS - 1):
-        try:
-            return _fetch(source, keys, buffers, EntryInfo.of(source, keys), packed=packed)
-        except ShapeError:  # entries were replaced by longer ones between the looks at their lengths and at their rows
-            continue
-    return _fetch(source, keys, buffers, EntryInfo.of(source, keys), packed=packed)
+        known, left = None, left - 1
 
 
-def _fetch(source: Source, keys: NDArray[np.uint8], buffers: Buffers, outlook: EntryInfo, *, packed: bool) -> HostBatch:
-    recipe, lengths = source.recipe, outlook.lengths
+def _fetch(source: Source, keys: NDArray[np.uint8], buffers: BufferPool, info: EntryInfo, *, packed: bool) -> HostBatch:
+    recipe, lengths = source.recipe, info.lengths
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
     shape = (total,) if packed else (len(keys), longest)
     values = buffers.take((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
-    ids = np.empty(shape, np.int32) if outlook.has_ids.all() else None
+    ids = np.empty(shape, np.int32) if info.has_ids.all() else None
     # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
     try:
         lengths = source.read_into(keys, values, token_ids=ids).lengths

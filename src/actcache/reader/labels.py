@@ -25,12 +25,12 @@ class DocumentLabels:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, which: NDArray[Any]) -> DocumentLabels:
-        return DocumentLabels(self.values[which])
+    def __getitem__(self, members: NDArray[Any]) -> DocumentLabels:
+        return DocumentLabels(self.values[members])
 
-    def of_batch(self, which: NDArray[np.int64], lengths: NDArray[np.int64], width: int | None) -> NDArray[Any]:
+    def of_batch(self, members: NDArray[np.int64], lengths: NDArray[np.int64], width: int | None) -> NDArray[Any]:
         """Return the labels of some documents, ``[B, ...]``."""
-        return self.values[which]
+        return self.values[members]
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class TokenLabels:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, which: NDArray[Any]) -> TokenLabels:
-        lengths = np.diff(self.offsets)[which]
-        rows = self.values[row_indices(self.offsets[:-1][which], lengths, None)]
-        return TokenLabels(rows, offsets_of(lengths), self.positions[which])
+    def __getitem__(self, members: NDArray[Any]) -> TokenLabels:
+        lengths = np.diff(self.offsets)[members]
+        rows = self.values[row_indices(self.offsets[:-1][members], lengths, None)]
+        return TokenLabels(rows, offsets_of(lengths), self.positions[members])
 
-    def of_batch(self, which: NDArray[np.int64], lengths: NDArray[np.int64], width: int | None) -> NDArray[Any]:
+    def of_batch(self, members: NDArray[np.int64], lengths: NDArray[np.int64], width: int | None) -> NDArray[Any]:
         """Return the labels of some documents' tokens, ``[B, width]`` padded with -100, or ``[T]`` packed.
 
         Args:
@@ -58,14 +58,14 @@ class TokenLabels:
         Raises:
             ShapeError: a document has another number of tokens than of labels.
         """
-        begins, counts = self.offsets[which], self.offsets[which + 1] - self.offsets[which]
+        begins, counts = self.offsets[members], self.offsets[members + 1] - self.offsets[members]
         if (counts != lengths).any():
             i = int(np.argmax(counts != lengths))
-            raise _mismatch(self.positions[which][i], lengths[i], counts[i])
+            raise _mismatch(self.positions[members][i], lengths[i], counts[i])
         rows = self.values[row_indices(begins, lengths, None)]
         if width is None:
             return rows
-        padded = np.full((len(which), width), IGNORED, self.values.dtype)
+        padded = np.full((len(members), width), IGNORED, self.values.dtype)
         padded[np.arange(width) < lengths[:, None]] = rows
         return padded
 
@@ -110,10 +110,7 @@ def labels_of(given: Any, lengths: NDArray[np.int64]) -> Labels:
                 i = int(wrong[0])
                 raise _mismatch(i, lengths[i], counts[i])
             return TokenLabels(_numbers(np.concatenate(arrays)), offsets_of(counts), np.arange(count))
-    values = to_numpy(given)
-    if not values.ndim or len(values) != count:
-        raise ShapeError(f"{count} documents and labels of shape {list(values.shape)}: give one a document")
-    return DocumentLabels(_numbers(values))
+    return DocumentLabels(_numbers(_one_each(given, count)))
 
 
 def of_entries(given: Any, documents: NDArray[np.int64], count: int) -> Any:
@@ -131,10 +128,14 @@ def of_entries(given: Any, documents: NDArray[np.int64], count: int) -> Any:
         if len(given) != count:
             raise ShapeError(f"{count} documents and {len(given)} labels: give one a document")
         return [given[i] for i in documents.tolist()]
+    return _one_each(given, count)[documents]
+
+
+def _one_each(given: Any, count: int) -> NDArray[Any]:
     values = to_numpy(given)
     if not values.ndim or len(values) != count:
         raise ShapeError(f"{count} documents and labels of shape {list(values.shape)}: give one a document")
-    return values[documents]
+    return values
 
 
 def _mismatch(position: int, tokens: int, labels: int) -> ShapeError:

@@ -6,6 +6,7 @@ other, each by what is left alone, so that an epoch can be taken up again at any
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,23 +52,32 @@ class Order:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    def plan(self, lengths: NDArray[np.int64], epoch: int) -> Plan:
-        """Return the plan of an epoch over documents of these lengths in tokens."""
+    def digest(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> str:
+        """Return what identifies the order that documents of these keys and lengths come in, in all epochs."""
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=16, person=b"actcache/reader")
+        digest.update(np.ascontiguousarray(keys).data)
+        if self.bucket or self.max_tokens:
+            digest.update(np.ascontiguousarray(lengths).data)
+        return digest.hexdigest()
+
+    def of_epoch(self, lengths: NDArray[np.int64], epoch: int) -> EpochOrder:
+        """Return the order of an epoch over documents of these lengths in tokens."""
         count = len(lengths)
         rng = np.random.default_rng([self.seed, epoch])
         sequence = rng.permutation(count) if self.shuffle else np.arange(count)
         if not self.bucket:
-            return Plan(sequence, self._cut(lengths[sequence]), self)
+            return EpochOrder(sequence, self._cut(lengths[sequence]), self)
         # Sorted inside of pools (without shuffling, as a whole); then the batches of all pools change places.
         pool = _POOL_BATCHES * self.batch_size if self.shuffle else max(count, 1)
-        pools = [part[np.argsort(lengths[part], kind="stable")] for part in _split(sequence, pool)]
-        batches = [part[begin:end] for part in pools for begin, end in _pairs(self._cut(lengths[part]))]
+        parts = (sequence[start : start + pool] for start in range(0, count, pool))
+        pools = [part[np.argsort(lengths[part], kind="stable")] for part in parts]
+        batches = [part[begin:end] for part in pools for begin, end in itertools.pairwise(self._cut(lengths[part]))]
         if self.shuffle and batches:
             whole = [batch for batch in batches if self.max_tokens or len(batch) == self.batch_size]
             rest = [batch for batch in batches if not (self.max_tokens or len(batch) == self.batch_size)]
             batches = [whole[i] for i in rng.permutation(len(whole))] + rest
         sequence = np.concatenate([np.empty(0, np.int64), *batches])
-        return Plan(sequence, np.cumsum([0, *map(len, batches)]), self)
+        return EpochOrder(sequence, np.cumsum([0, *map(len, batches)]), self)
 
     def _cut(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where batches begin and end in a sequence of documents of these lengths, ``[batches + 1]``."""
@@ -84,7 +94,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochOrder:
     """An epoch's documents in their order, ``sequence`` [n], and where its batches begin and end, ``cuts``."""
 
     sequence: NDArray[np.int64]
@@ -106,7 +116,7 @@ class Plan:
             raise ValueError(f"{end - start} documents are left for {ranks} ranks")
         while start < end:
             bounds = [start, *self.cuts[np.searchsorted(self.cuts, start, "right") :][:ranks].tolist()]
-            batches = list(_pairs(bounds))
+            batches = list(itertools.pairwise(bounds))
             left = end - bounds[-1]
             if self.order.drop_last:
                 full = self.order.batch_size
@@ -122,7 +132,7 @@ class Plan:
     def _spread(self, start: int, end: int, ranks: int) -> list[tuple[int, int]]:
         """Cut a part of the sequence into one batch a rank, inside of the planned batches where these suffice."""
         inner = self.cuts[(self.cuts > start) & (self.cuts < end)].tolist()
-        batches = list(_pairs([start, *inner, end]))
+        batches = list(itertools.pairwise([start, *inner, end]))
         while len(batches) < ranks:  # halve the one with most documents
             largest = max(range(len(batches)), key=lambda i: batches[i][1] - batches[i][0])
             begin, stop = batches[largest]
@@ -133,12 +143,3 @@ class Plan:
             smallest = sizes.index(min(sizes))
             batches[smallest : smallest + 2] = [(batches[smallest][0], batches[smallest + 1][1])]
         return batches
-
-
-def _split(sequence: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    return [sequence[start : start + size] for start in range(0, len(sequence), size)]
-
-
-def _pairs(cuts: NDArray[np.int64] | list[int]) -> Iterator[tuple[int, int]]:
-    bounds = cuts if isinstance(cuts, list) else cuts.tolist()
-    return itertools.pairwise(bounds)

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace, TracebackType
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actcache.errors import ShapeError, UsageError
-from actcache.format.arguments import whole, whole_numbers
+from actcache.format.arguments import check_choice, nbytes_of, whole, whole_numbers
 from actcache.format.keys import Keys, key_array
-from actcache.reader import delivery
-from actcache.reader.caches.local import LocalCache
-from actcache.reader.caches.ram import RamCache
-from actcache.reader.checks import check_choice, check_present, nbytes_of, ranks_of
-from actcache.reader.delivery import Delivery
-from actcache.reader.epoch import Begun, Epoch, MissComputer, Work, count_spent
+from actcache.reader.caches.local_cache import LocalCache
+from actcache.reader.caches.ram_cache import RamCache
+from actcache.reader.checks import check_present, ranks_of
+from actcache.reader.cursor import Cursor
+from actcache.reader.delivery import Delivery, DeviceDelivery, HostDelivery
+from actcache.reader.epoch import Epoch, MissComputer, Work, count_spent
 from actcache.reader.fetch import EntryInfo, Source
 from actcache.reader.labels import labels_of
-from actcache.reader.order import Order, Plan
+from actcache.reader.order import Order
 from actcache.reader.stats import ReaderStats
 
 if TYPE_CHECKING:
     from actcache.reader.dataset import EntryDataset
-
-
-@dataclass(eq=False)
-class _Turn:
-    """Where an iteration is to start."""
-
-    epoch: int
-    start: int  # documents of the epoch that were delivered before
-    loaded: bool
-    taken_back: bool = False
 
 
 class Reader:
@@ -74,7 +62,7 @@ class Reader:
             ``torch.distributed`` by default, where it is initialized.
         on_stats: called with a copy of the statistics when the consumer has finished with a batch and at the end of an
             epoch, by the consumer's thread, which its exceptions reach; for export (``ReaderStats.metrics``).
-        supplier: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
+        miss_computer: computes what is missing, for ``"compute"``; ``Recycler.reader`` brings one.
 
     Raises:
         MissingEntryError: entries are absent; it names them.
@@ -105,12 +93,12 @@ class Reader:
         local_bytes: int | str = 0,
         ranks: tuple[int, int] | None = None,
         on_stats: Callable[[ReaderStats], object] | None = None,
-        supplier: MissComputer | None = None,
+        miss_computer: MissComputer | None = None,
     ) -> None:
         depth = whole("depth", depth, 0)
-        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        self._order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
         check_choice("layout", layout, ("padded", "packed"))
-        check_choice("on_missing", on_missing, ("raise", "skip", "compute") if supplier else ("raise", "skip"))
+        check_choice("on_missing", on_missing, ("raise", "skip", "compute") if miss_computer else ("raise", "skip"))
         wanted = key_array(keys)
         stats = ReaderStats()
         if local_bytes and local_cache is None:
@@ -123,109 +111,53 @@ class Reader:
         positions = np.arange(len(wanted)) if documents is None else whole_numbers("documents", documents)
         if positions.shape != (len(wanted),):
             raise ShapeError(f"{len(wanted)} keys and documents of shape {list(positions.shape)}: give each a position")
-        outlook = EntryInfo.of(space, wanted)
-        lengths = outlook.lengths.copy()
+        info = EntryInfo.of(space, wanted)
+        lengths = info.lengths.copy()
         wanted_labels = None if labels is None else labels_of(labels, lengths)
         found = lengths > 0
         if on_missing == "raise":
             check_present(wanted, found)
         elif on_missing == "compute":
             if not found.all() and (bucket or max_tokens):
-                assert supplier is not None
-                lengths[~found] = supplier.lengths(np.flatnonzero(~found))
+                assert miss_computer is not None
+                lengths[~found] = miss_computer.lengths(np.flatnonzero(~found))
             found[:] = True
-        self._keys = wanted[found]
-        self._lengths = lengths[found]
-        self._order = order
         self._work = Work(
             space,
-            self._keys,
+            wanted[found],
             positions[found],
             None if wanted_labels is None else wanted_labels[found],
             np.flatnonzero(found),
-            outlook[found],
+            info[found],
             depth=depth,
-            supplier=supplier if on_missing == "compute" else None,
+            miss_computer=miss_computer if on_missing == "compute" else None,
             stats=stats,
         )
-        self._layout, self._device, self._told = layout, device, on_stats
+        self._layout, self._device, self._on_stats = layout, device, on_stats
         self._delivery: tuple[int, Delivery] | None = None
-        self._rank, self._world = ranks_of(ranks, self.digest())
-        self._epoch = 0
-        self._consumed = 0  # documents of that epoch, on all ranks together, that were delivered
-        self._reached = (0, 0)  # the same, of the iteration that was begun or advanced last
-        self._loaded = False  # whether that is where a state says
-        self._turn: _Turn | None = None  # of the iteration that was asked for last, until it begins
-        self._counting: tuple[int, int] | None = None
+        self._digest = self._order.digest(self._work.keys, lengths[found])
+        self._cursor = Cursor(self._order, lengths[found], *ranks_of(ranks, self._digest))
 
     def __len__(self) -> int:
         """Return the number of batches that a whole epoch has on this rank (with ``max_tokens``, the coming one)."""
-        varies = self._order.max_tokens is not None or self._order.bucket
-        epoch = self._epoch if varies else 0
-        if self._counting is None or self._counting[0] != epoch:
-            plan = self._order.plan(self._lengths, epoch)
-            self._counting = epoch, sum(1 for _ in self._rounds(plan, 0))
-        return self._counting[1]
+        return self._cursor.batches_of_epoch()
 
     def __iter__(self) -> Epoch:
-        turn = self._turn = self._next_turn()
-        return Epoch(
-            self._work, self._to(), lambda: self._begin(turn), lambda: self._take_back(turn), self._moved, self._told
-        )
+        return Epoch(self._work, self._to_device(), self._cursor, self._on_stats)
 
-    def _next_turn(self) -> _Turn:
-        """Hand out where an iteration is to start; the one after it has the next epoch."""
-        turn = _Turn(self._epoch, self._consumed, self._loaded)
-        self._epoch, self._consumed, self._reached, self._loaded = turn.epoch + 1, 0, (turn.epoch, turn.start), False
-        return turn
-
-    def _take_back(self, turn: _Turn | None) -> None:
-        """Forget that an iteration was asked for, where it has not begun and none was asked for since."""
-        if turn is not None and turn is self._turn:
-            self._turn, turn.taken_back = None, True
-            self._epoch, self._consumed, self._loaded = turn.epoch, turn.start, turn.loaded
-            self._reached = turn.epoch, turn.start
-
-    def _begin(self, turn: _Turn) -> Begun:
-        if turn.taken_back:  # it was said meanwhile which epoch it is
-            turn = self._next_turn()
-        elif turn is self._turn:
-            self._turn = None
-        epoch, start = turn.epoch, turn.start
-        plan = self._order.plan(self._lengths, epoch)
-        rounds = list(self._rounds(plan, start))
-        if start and not rounds and not turn.loaded:
-            # Whoever counts batches does not ask for one more, and so has not seen the end of that epoch.
-            return self._begin(self._next_turn())
-        batches = [plan.sequence[slice(*batch[self._rank])] for batch in rounds]
-        return Begun(batches, [(epoch, batch[-1][1]) for batch in rounds] + [(epoch + 1, 0)])
-
-    def _to(self) -> Delivery:
+    def _to_device(self) -> Delivery:
         """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
         if self._delivery is None or self._delivery[0] != os.getpid():
             dtype, packed = self._work.source.recipe.dtype, self._layout == "packed"
-            made = delivery.make(dtype, self._device, packed=packed, depth=self._work.depth)
-            self._delivery = os.getpid(), made
+            self._delivery = os.getpid(), _delivery(dtype, self._device, packed=packed, depth=self._work.depth)
         return self._delivery[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What travels is where to read, never buffers, nor whom to tell.
-        return {**vars(self), "_delivery": None, "_told": None, "_turn": None}
-
-    def _moved(self, position: tuple[int, int], before: int) -> None:
-        """Take note of where an iteration is, unless it has just ended and another one has been begun since."""
-        if position[1] or self._epoch == before:
-            self._epoch, self._consumed = self._reached = position
-        elif self._reached[0] == before:  # it had no batches
-            self._reached = position
+        return {**vars(self), "_delivery": None, "_on_stats": None}  # what travels is where to read, never buffers
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; where that is the one that was loaded, it goes on where that was."""
-        epoch = whole("epoch", epoch, 0)
-        self._take_back(self._turn)
-        if epoch != self._epoch or not self._loaded:
-            self._epoch, self._consumed = epoch, 0
-        self._reached = self._epoch, self._consumed
+        self._cursor.set_epoch(whole("epoch", epoch, 0))
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
@@ -256,24 +188,20 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def digest(self) -> str:
         """Return what identifies the order of this reader's epochs, on all ranks: its keys and options."""
-        digest = hashlib.blake2b(repr(self._order).encode(), digest_size=16, person=b"actcache/reader")
-        digest.update(np.ascontiguousarray(self._keys).data)
-        if self._order.bucket or self._order.max_tokens:
-            digest.update(np.ascontiguousarray(self._lengths).data)
-        return digest.hexdigest()
+        return self._digest
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the iteration that was begun or advanced last is: after the batch that it returned last.
 
         The state is the same on all ranks, and another number of ranks can go on from it.
         """
-        epoch, consumed = self._reached
-        return {"epoch": epoch, "consumed": consumed, "order": self.digest()}
+        epoch, consumed = self._cursor.reached
+        return {"epoch": epoch, "consumed": consumed, "order": self._digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next iteration go on at a state.
@@ -285,14 +213,22 @@ class Reader:
             epoch, consumed, order = int(state["epoch"]), int(state["consumed"]), state["order"]
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"this is no state of a reader: {error!r}") from None
-        if order != self.digest() or epoch < 0 or not 0 <= consumed <= len(self._keys):
+        if order != self._digest or epoch < 0 or not 0 <= consumed <= len(self._work.keys):
             raise UsageError("the state is of a reader with other keys, batch sizes or another order; start it anew")
-        self._take_back(self._turn)
-        self._epoch, self._consumed = self._reached = epoch, consumed
-        self._loaded = True
+        self._cursor.load(epoch, consumed)
 
-    def _rounds(self, plan: Plan, start: int) -> Iterator[list[tuple[int, int]]]:
-        try:
-            yield from plan.rounds(self._world, start)
-        except ValueError as error:
-            raise UsageError(f"{error}: give more documents, or run fewer ranks") from None
+
+def _delivery(dtype: str, device: Any, *, packed: bool, depth: int) -> Delivery:
+    """Return the delivery to a device; None for NumPy arrays."""
+    if device is None:
+        return HostDelivery(dtype, None, packed=packed, depth=depth)
+    import torch  # only those who name a device need it
+
+    device = torch.device(device)
+    if device.type == "cpu":
+        return HostDelivery(dtype, torch, packed=packed, depth=depth)
+    if device.type == "cuda":
+        from actcache.reader.cuda import CudaDelivery
+
+        return CudaDelivery(dtype, device, packed=packed, depth=depth)
+    return DeviceDelivery(dtype, torch, device, packed=packed, depth=depth)

@@ -1,20 +1,18 @@
-"""What a reader tells about itself: where the time went."""
+"""What a reader tells about itself: where the time went, for people and for monitoring systems."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
-
-# Measurements for monitoring systems as plain data: names, kinds and units of OpenTelemetry and Prometheus.
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 _PREFIX = "actcache.reader."
 #: OpenTelemetry's units -> what Prometheus wants names to end in.
 _SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
 
 
-class Row(NamedTuple):
-    """What is said about one measurement.
+class Metric(NamedTuple):
+    """One measurement as plain data, with name, kind and unit of OpenTelemetry and Prometheus.
 
     Attributes:
         attribute: of the object that is measured.
@@ -28,17 +26,7 @@ class Row(NamedTuple):
     kind: str
     unit: str
     description: str
-
-
-class Metric(NamedTuple):
-    """One measurement and its value; see ``Row``."""
-
-    attribute: str
-    short: str
-    kind: str
-    unit: str
-    description: str
-    value: float
+    value: float = 0.0
 
     @property
     def name(self) -> str:
@@ -71,6 +59,13 @@ def _escaped(value: str) -> str:
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
+def _counter(short: str, unit: str, description: str) -> Any:
+    """Return a field that counts from 0, and is exported."""
+    return field(
+        default=0.0 if unit == "s" else 0, metadata={"exported": Metric("", short, "counter", unit, description)}
+    )
+
+
 @dataclass
 class ReaderStats:
     """Counts since the reader was made, over all epochs. Times in seconds.
@@ -79,21 +74,24 @@ class ReaderStats:
     than what passes on the clock, and none of them is lost time. That is ``wait_seconds``.
     """
 
-    epochs: int = 0  # that were read to their end
-    batches: int = 0
-    documents: int = 0
-    ram_documents: int = 0  # of which from ``ram_cache``
-    local_documents: int = 0  # of which from ``local_cache``
-    tokens: int = 0
-    nbytes: int = 0  # of activations, as they are stored, without padding
-    read_seconds: float = 0.0  # in the thread that reads ahead: look-up, rows, checksums
-    deliver_seconds: float = 0.0  # in that thread too: from host buffer to batch, or to the queue of the device
-    copy_seconds: float = 0.0  # from host to device, by the device's own clock where it is a CUDA device
-    decode_seconds: float = 0.0  # the rest of making a batch: decoding, padding, masks; on a CUDA device, by its clock
-    compute_seconds: float = 0.0  # the lower half, for documents that were missing
-    wait_seconds: float = 0.0  # the consumer waited for a batch
-    first_seconds: float = 0.0  # of which for the first batch of an epoch, when there is nothing to hide behind
-    step_seconds: float = 0.0  # the consumer worked between two batches
+    epochs: int = _counter("epochs", "{epoch}", "Epochs that were read to their end")
+    batches: int = _counter("batches", "{batch}", "Batches handed to the consumer")
+    documents: int = _counter("documents", "{document}", "Documents read")
+    ram_documents: int = _counter("ram.documents", "{document}", "Of which from the RAM cache")
+    local_documents: int = _counter("local.documents", "{document}", "Of which from the local cache")
+    tokens: int = _counter("tokens", "{token}", "Tokens read")
+    nbytes: int = _counter("io", "By", "Activations read, as stored, without padding")
+    # In the thread that reads ahead:
+    read_seconds: float = _counter("read.time", "s", "Reading: look-up, rows, checksums")
+    deliver_seconds: float = _counter("deliver.time", "s", "From host buffer to batch, in the reading thread")
+    # By the device's own clock where it is a CUDA device; decoding is the rest of making a batch, masks among it:
+    copy_seconds: float = _counter("copy.time", "s", "Copying to the device")
+    decode_seconds: float = _counter("decode.time", "s", "Decoding and padding")
+    # In the consumer's:
+    compute_seconds: float = _counter("compute.time", "s", "The lower half, for documents that were missing")
+    wait_seconds: float = _counter("wait.time", "s", "The consumer waited for a batch")
+    first_seconds: float = _counter("first_wait.time", "s", "Of which for the first batches of epochs")
+    step_seconds: float = _counter("step.time", "s", "The consumer worked between two batches")
     ready: int = 0  # batches that stood ready when the consumer asked, summed over its requests
 
     @property
@@ -115,7 +113,8 @@ class ReaderStats:
 
     def metrics(self) -> list[Metric]:
         """Return what to export to a monitoring system, with names and units as OpenTelemetry has them."""
-        return [Metric(*row, float(getattr(self, row.attribute))) for row in _ROWS]
+        counters = [one.metadata["exported"]._replace(attribute=one.name) for one in fields(self) if one.metadata]
+        return [one._replace(value=float(getattr(self, one.attribute))) for one in (*counters, *_GAUGES)]
 
     def verdict(self) -> str:
         """Return in one line what the consumer's time went to."""
@@ -132,22 +131,7 @@ class ReaderStats:
         )
 
 
-_ROWS = [
-    Row("epochs", "epochs", "counter", "{epoch}", "Epochs that were read to their end"),
-    Row("batches", "batches", "counter", "{batch}", "Batches handed to the consumer"),
-    Row("documents", "documents", "counter", "{document}", "Documents read"),
-    Row("ram_documents", "ram.documents", "counter", "{document}", "Of which from the RAM cache"),
-    Row("local_documents", "local.documents", "counter", "{document}", "Of which from the local cache"),
-    Row("tokens", "tokens", "counter", "{token}", "Tokens read"),
-    Row("nbytes", "io", "counter", "By", "Activations read, as stored, without padding"),
-    Row("read_seconds", "read.time", "counter", "s", "Reading: look-up, rows, checksums"),
-    Row("deliver_seconds", "deliver.time", "counter", "s", "From host buffer to batch, in the reading thread"),
-    Row("copy_seconds", "copy.time", "counter", "s", "Copying to the device"),
-    Row("decode_seconds", "decode.time", "counter", "s", "Decoding and padding"),
-    Row("compute_seconds", "compute.time", "counter", "s", "The lower half, for documents that were missing"),
-    Row("wait_seconds", "wait.time", "counter", "s", "The consumer waited for a batch"),
-    Row("first_seconds", "first_wait.time", "counter", "s", "Of which for the first batches of epochs"),
-    Row("step_seconds", "step.time", "counter", "s", "The consumer worked between two batches"),
-    Row("stall_fraction", "stall", "gauge", "1", "Share of the consumer's time that it waited, first batches aside"),
-    Row("queue_depth", "queue.depth", "gauge", "{batch}", "Batches that stood ready when asked for, on average"),
+_GAUGES = [
+    Metric("stall_fraction", "stall", "gauge", "1", "Share of the consumer's time that it waited, first batches aside"),
+    Metric("queue_depth", "queue.depth", "gauge", "{batch}", "Batches that stood ready when asked for, on average"),
 ]

@@ -1,5 +1,7 @@
-"""How segments lie on local disks: files, arenas, the index, snapshots.
+"""The engine: segments in a place, and the space and store that the core builds of them around any ``SegmentFormat``.
 
-``files`` publishes, ``segment`` describes one segment, ``index`` finds keys, ``rows`` reads them from ``arena``, and
-``snapshot`` joins the three. ``space`` and ``store`` are the drivers that the core builds around any ``SegmentFormat``.
+From the bottom up: ``segment`` describes one segment, ``rows`` reads from segments, ``places`` hold them, ``index``
+finds keys in them, ``tombstones`` say what is deleted, ``snapshot`` joins these at one moment, ``catalog`` lists and
+publishes, ``compaction`` and ``quarantine`` work on a catalog, ``space_driver`` and ``store_driver`` implement the
+plug-in contracts, and ``registry`` finds the backend of a URL.
 """

@@ -1,37 +1,35 @@
 """Compaction: rows that are still served move from many or wasteful segments into few large ones.
 
 Nothing is locked. A compacted segment names the segments that it replaces, which from then on nobody looks into, and
-the birth of each entry, by which deletions and the order of copies hold as before. Two compactors at once write the
+the origin of each entry, by which deletions and the order of copies hold as before. Two compactors at once write the
 same rows twice, and the next one drops the second copy. Replaced segments are removed after a grace period, for readers
 that still have them in a snapshot; a reader that comes later yet finds them gone and looks again.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Compaction, EntryLocations
+from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Columns, Compaction, EntryLocations
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import Origins, Pieces, offsets_of
+from actcache.format.ragged import Origins, Pieces, offsets_of, runs
 from actcache.io.workers import Workers
+from actcache.segments.catalog import Catalog
 from actcache.segments.index import Table
+from actcache.segments.places.place import Place
 from actcache.segments.rows import ReadRows
-from actcache.segments.segment import Columns, Segment
+from actcache.segments.segment import Segment
 from actcache.segments.snapshot import SegmentedSnapshot
-
-if TYPE_CHECKING:
-    from actcache.segments.space import SegmentedSpace
-
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ class LiveSegment:
         return all(np.array_equal(one, other) for one, other in said)
 
 
-def survey(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> list[LiveSegment]:
+def live_segments(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> list[LiveSegment]:
     """Return the live entries of every served segment (those named in ``only``), in the order of the names."""
     if only is None:
         keys = snapshot.keys()
@@ -96,7 +94,7 @@ def survey(snapshot: SegmentedSnapshot, only: Collection[str] | None = None) -> 
     return sorted(found, key=lambda live: live.segment.name)
 
 
-def plan(candidates: Sequence[LiveSegment], target_bytes: int, waste: float) -> list[list[LiveSegment]]:
+def merge_plan(candidates: Sequence[LiveSegment], target_bytes: int, waste: float) -> list[list[LiveSegment]]:
     """Return which segments to merge into one each: small ones with their neighbours, and wasteful ones.
 
     Args:
@@ -159,10 +157,10 @@ class Merger:
                 self._digests.append(_digest(rows))
                 yield rows
 
-        lineage, extra = _lineage(group, standing)
+        origins, extra = _origins(group, standing)
         values = Pieces(np.dtype(dtype), (tokens, *trailing), make)
         self.block = Block(
-            keys, offsets_of(located.tokens), located.checksums, {VALUES: values, **self._small}, extra, lineage
+            keys, offsets_of(located.tokens), located.checksums, {VALUES: values, **self._small}, extra, origins
         )
 
     def verify(self, segment: Segment) -> None:
@@ -195,11 +193,9 @@ class Merger:
 
     def _pieces(self, snapshot: SegmentedSnapshot, located: EntryLocations) -> Iterator[NDArray[np.generic]]:
         dtype, trailing = self._columns[VALUES]
-        starts = offsets_of(located.tokens) * np.dtype(dtype).itemsize * int(np.prod(trailing))
-        wanted = np.arange(0, int(starts[-1]), _PIECE_BYTES)
-        cuts = np.unique(np.r_[np.searchsorted(starts, wanted), len(located.tokens)])
-        for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-            rows = self._rows(snapshot, located[first:last], VALUES)
+        sizes = located.tokens * np.dtype(dtype).itemsize * int(np.prod(trailing))
+        for run in runs(sizes, _PIECE_BYTES):
+            rows = self._rows(snapshot, located[run], VALUES)
             yield rows
             self._moved(rows.nbytes)
 
@@ -208,65 +204,60 @@ def _digest(rows: NDArray[np.generic]) -> int:
     return xxhash.xxh3_64_intdigest(rows.reshape(-1).view(np.uint8).data)
 
 
-def _lineage(group: Sequence[LiveSegment], standing: Collection[str]) -> tuple[Origins, NDArray[np.uint64] | None]:
-    """Return where the entries were born, and their extra checksums."""
-    births: dict[str, int] = {}
-    birth, entries, extra, sources = [], [], [], []
+def _origins(group: Sequence[LiveSegment], standing: Collection[str]) -> tuple[Origins, NDArray[np.uint64] | None]:
+    """Return where the entries come from, and their extra checksums."""
+    numbers: dict[str, int] = {}  # name of a segment of origin -> its position
+    segments, entries, extra, sources = [], [], [], []
     for live in group:
         entry = np.searchsorted(live.segment.offsets()[:-1], live.located.row)
-        lineage = live.segment.lineage()
-        numbers = np.array([births.setdefault(name, len(births)) for name in lineage.births], np.uint32)
-        birth.append(numbers[lineage.birth[entry]])
-        entries.append(lineage.birth_entries[entry])
+        origins = live.segment.origins()
+        renumber = np.array([numbers.setdefault(name, len(numbers)) for name in origins.segments], np.uint32)
+        segments.append(renumber[origins.segment[entry]])
+        entries.append(origins.entries[entry])
         # And what a source replaces and still stands: it would come back when the source is removed first.
         sources += [live.segment.name, *(name for name in live.segment.sources if name in standing)]
         if "extra_checksums" in live.segment.extents:
             extra.append(live.segment.read("extra_checksums")[entry])
-    lineage = Origins(tuple(births), np.concatenate(birth), np.concatenate(entries), tuple(dict.fromkeys(sources)))
-    return lineage, np.concatenate(extra) if extra else None
+    origins = Origins(tuple(numbers), np.concatenate(segments), np.concatenate(entries), tuple(dict.fromkeys(sources)))
+    return origins, np.concatenate(extra) if extra else None
 
 
-# What a space does with compaction: publish merged segments, remove what they replace, forget settled deletions.
+# --- what is done to a catalog ---------------------------------------------------------------------------------------
 
 _NO_LIMIT, _ANY_WASTE = 1 << 62, 2.0
 
 
-def compact(
-    space: SegmentedSpace,
-    *,
-    target_bytes: int,
-    waste: float,
-    grace: float,
-    progress: BytesDone = lambda done, total: None,
-) -> Compaction:
+def compact(catalog: Catalog, target_bytes: int, waste: float, grace: float, progress: BytesDone) -> Compaction:
     """Merge what is small or wasteful, and remove what has long been replaced. See ``SpaceDriver.compact``."""
-    with ExitStack() as stack:
-        lives = survey(space.snapshot())
-        if plan(lives, target_bytes, waste) or not all(live.tokens for live in lives):
-            stack.enter_context(space.without_index())
-        snapshot = space.snapshot()
-        groups = plan(survey(snapshot), target_bytes, waste)
-        moved = Moved(2 * sum(live.nbytes for group in groups for live in group), progress)  # written, and read back
-        merged = [group for group in groups if merge(space, snapshot, group, moved)]
-        removed, freed = remove_replaced(space, grace)
-        more, bytes_more = remove_dead(space, grace)
-        settle_tombstones(space, grace)
+    lives = live_segments(catalog.snapshot())
+    needed = merge_plan(lives, target_bytes, waste) or not all(live.tokens for live in lives)
+    with catalog.without_index() if needed else nullcontext():
+        snapshot = catalog.snapshot()
+        groups = merge_plan(live_segments(snapshot), target_bytes, waste)
+        moved = _counting(
+            2 * sum(live.nbytes for group in groups for live in group), progress
+        )  # written, and read back
+        merged = [group for group in groups if merge(catalog, snapshot, group, moved)]
+        removed, freed = remove_replaced(catalog, grace)
+        more, bytes_more = remove_dead(catalog, grace)
+        join_tombstones(catalog, grace)
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
 
 
-class Moved:
-    """Counts the bytes of rows that a compaction has written or read back."""
+def _counting(total: int, progress: BytesDone) -> Callable[[int], None]:
+    """Return what is told how many bytes were moved since it was told last, and tells ``progress``."""
+    done = 0
 
-    def __init__(self, total: int, progress: BytesDone = lambda done, total: None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+    def moved(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(min(done, total), total)
 
-    def __call__(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress(min(self._done, self._total), self._total)
+    return moved
 
 
 def merge(
-    space: SegmentedSpace,
+    catalog: Catalog,
     snapshot: SegmentedSnapshot,
     group: Sequence[LiveSegment],
     moved: Callable[[int], None] = lambda nbytes: None,
@@ -279,15 +270,15 @@ def merge(
         StoreError: the disk is full, ...; nothing has changed.
     """
     try:
-        merger = Merger(snapshot, group, space.columns, space.listed, moved)
+        merger = Merger(snapshot, group, catalog.columns, catalog.listed, moved)
 
         def verify(segment: Segment) -> None:
             merger.verify(segment)
             # Whoever has deleted a key since a source is gone knew nothing of what it held: an overwritten copy, say.
-            if not space.stand([live.segment.name for live in group]):
+            if not catalog.holds([live.segment.name for live in group]):
                 raise SegmentGoneError(f"a source of {segment.files.where} is gone")
 
-        return space.publish(merger.block, verify)
+        return catalog.publish(merger.block, verify)
     except SegmentGoneError as error:
         logger.info("another process has compacted the same segments: %s", error)
     except (DataError, FileNotFoundError) as error:
@@ -295,110 +286,86 @@ def merge(
     return ""
 
 
-def merge_some(space: SegmentedSpace, names: Collection[str]) -> dict[str, int]:
-    """Merge the segments of these names, those that can be; return the tokens of each new segment."""
-    snapshot = space.snapshot()
-    covered = space.covered()
-    lives = [live for live in survey(snapshot, names) if live.segment.name not in covered or live.is_whole()]
-    groups = plan(lives, _NO_LIMIT, _ANY_WASTE)
-    merged = {merge(space, snapshot, group): sum(live.tokens for live in group) for group in groups}
-    return {name: tokens for name, tokens in merged.items() if name}
-
-
-def remove_replaced(space: SegmentedSpace, grace: float) -> tuple[int, int]:
+def remove_replaced(catalog: Catalog, grace: float) -> tuple[int, int]:
     """Remove segments that others have replaced so many seconds ago; return how many, and their bytes."""
-    removed = freed = 0
-    space.snapshot()
-    if not space.replaced:
-        return 0, 0
-    replacing: dict[str, list[str]] = {}
-    for segment in space.described():
+    catalog.snapshot()
+    described, age = sorted(catalog.described(), key=lambda segment: segment.name), _ages(catalog.place)
+    replacing: dict[str, list[str]] = {name: [] for name in catalog.replaced}
+    for segment in described:
         for source in segment.sources:
-            replacing.setdefault(source, []).append(segment.name)
-    sizes = {segment.name: segment.nbytes for segment in space.described()}
-    ages = _Ages(space)
-    for name in sorted(space.replaced):
-        if any(ages.segment(by) >= grace for by in replacing[name]) and space.place.remove(space.segment_name(name)):
-            removed, freed = removed + 1, freed + sizes[name]
-    return removed, freed
+            if source in replacing:
+                replacing[source].append(catalog.segment_name(segment.name))
+    replaced = (segment for segment in described if segment.name in replacing)
+    return _remove(catalog, (s for s in replaced if any(age(by) >= grace for by in replacing[s.name])))
 
 
-def remove_dead(space: SegmentedSpace, grace: float) -> tuple[int, int]:
+def remove_dead(catalog: Catalog, grace: float) -> tuple[int, int]:
     """Remove segments all of whose entries were deleted or overwritten so many seconds ago."""
-    removed = freed = 0
-    snapshot = space.snapshot()
-    served, ages = snapshot.served(), _Ages(space)
-    for live in survey(snapshot):
-        if live.tokens:
-            continue
-        segment = live.segment
-        try:
-            keys, births = segment.read("keys"), segment.lineage().births
-        except (DataError, FileNotFoundError):
-            continue
-        numbers = snapshot.locate(keys).segment
-        newer = {served[n].name for n in np.unique(numbers[numbers >= 0]).tolist()}
-        deleters = [file for file, deleted in space.tombstones.items() if not deleted.keys().isdisjoint(births)]
-        youngest = min([*map(ages.segment, newer), *map(ages.tombstone, deleters)], default=-1.0)
-        if youngest >= grace and space.place.remove(space.segment_name(segment.name)):
-            removed, freed = removed + 1, freed + segment.nbytes
-    return removed, freed
+    snapshot = catalog.snapshot()
+    served, tombstones, age = snapshot.served(), catalog.tombstones, _ages(catalog.place)
+
+    def dead() -> Iterator[Segment]:
+        for segment in (live.segment for live in live_segments(snapshot) if not live.tokens):
+            try:
+                keys, origins = segment.read("keys"), segment.origins().segments
+            except (DataError, FileNotFoundError):
+                continue
+            numbers = snapshot.locate(keys).segment
+            newer = [catalog.segment_name(served[n].name) for n in np.unique(numbers[numbers >= 0]).tolist()]
+            deleters = [
+                tombstones.path(n) for n, deleted in tombstones.known.items() if not deleted.keys().isdisjoint(origins)
+            ]
+            if min(map(age, (*newer, *deleters)), default=-1.0) >= grace:
+                yield segment
+
+    return _remove(catalog, dead())
 
 
-def settle_tombstones(space: SegmentedSpace, grace: float) -> None:
-    """Join the tombstones into one, without entries that no segment has any more."""
-    space.snapshot()
-    if space.damaged:  # one that comes back from a copy brings its deleted entries with it
+def _remove(catalog: Catalog, doomed: Iterable[Segment]) -> tuple[int, int]:
+    removed = [segment.nbytes for segment in doomed if catalog.remove(segment.name)]
+    return len(removed), sum(removed)
+
+
+def join_tombstones(catalog: Catalog, grace: float) -> None:
+    """Join the old tombstones into one, without entries that no segment has any more."""
+    catalog.snapshot()
+    if catalog.damaged:  # one that comes back from a copy brings its deleted entries with it
         return
-    ages = _Ages(space)
-    settled = [name for name in space.tombstones if ages.tombstone(name) >= max(grace, 2 * SECONDS)]
-    if not settled:
-        return
-    deleted: dict[str, set[int]] = {}
-    for name in settled:
-        for segment, entries in space.tombstones[name].items():
-            deleted.setdefault(segment, set()).update(entries)
-    needed = space.still_there(deleted)
-    if len(settled) == 1 and needed == deleted:
+    tombstones, age = catalog.tombstones, _ages(catalog.place)
+    old = [name for name in tombstones.known if age(tombstones.path(name)) >= max(grace, 2 * SECONDS)]
+    deleted = tombstones.deleted(old)
+    needed = catalog.still_there(deleted)
+    if not old or (len(old) == 1 and needed == deleted):
         return
     if needed:
-        space.tombstones.publish(needed)
-    for name in settled:
-        space.place.remove(space.tombstones.path(name))
+        tombstones.publish(needed)
+    for name in old:
+        catalog.place.remove(tombstones.path(name))
 
 
-class _Ages:
-    """Ages in seconds, each asked for once; what is gone is of no age."""
+def _ages(place: Place) -> Callable[[str], float]:
+    """Return what gives the age of a file or segment in seconds, asked for once; what is gone is of no age."""
 
-    def __init__(self, space: SegmentedSpace) -> None:
-        self._space = space
-        self._known: dict[str, float] = {}
+    @functools.cache
+    def age(name: str) -> float:
+        found = place.age(name)
+        return -1.0 if found is None else max(0.0, found)
 
-    def segment(self, name: str) -> float:
-        return self._age(self._space.segment_name(name))
-
-    def tombstone(self, name: str) -> float:
-        return self._age(self._space.tombstones.path(name))
-
-    def _age(self, name: str) -> float:
-        if name not in self._known:
-            age = self._space.place.age(name)
-            self._known[name] = -1.0 if age is None else max(0.0, age)
-        return self._known[name]
+    return age
 
 
-# The small segments of one writer, which are merged on the way: sixteen of about one size into one, and so on.
+# --- size-tiered merges of what one writer has published: sixteen segments of about one size into one, and so on ------
 
 _AT_ONCE = 16
 _BYTES = 16 << 20  # of rows; larger ones are not worth writing twice
 
 
-class SmallSegments:
-    """What a space object has published and may merge. Not thread-safe."""
+class TieredMerge:
+    """What one object has published to a catalog, and may merge. Not thread-safe."""
 
-    def __init__(self, space: SegmentedSpace) -> None:
-        self._space = space
-        dtype, trailing = space.columns[VALUES]
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        dtype, trailing = catalog.columns[VALUES]
         self._most_tokens = _BYTES // (np.dtype(dtype).itemsize * int(np.prod(trailing)))
         self._tokens: dict[str, int] = {}  # of each segment
 
@@ -419,13 +386,21 @@ class SmallSegments:
         for other in alike:
             del self._tokens[other]
         try:
-            merged = merge_some(self._space, alike)
-            remove_replaced(self._space, GRACE_SECONDS)
+            merged = self._merge(alike)
+            remove_replaced(self._catalog, GRACE_SECONDS)
         except (StoreError, DataError, FileNotFoundError) as error:
-            logger.warning("could not merge small segments of %s: %s", self._space.place.where, error)
+            logger.warning("could not merge small segments of %s: %s", self._catalog.place.where, error)
             return
         for new, size in merged.items():
             self.add(new, size)
+
+    def _merge(self, names: Collection[str]) -> dict[str, int]:
+        """Merge the segments of these names, those that can be; return the tokens of each new segment."""
+        snapshot, covered = self._catalog.snapshot(), self._catalog.covered()
+        lives = [live for live in live_segments(snapshot, names) if live.segment.name not in covered or live.is_whole()]
+        groups = merge_plan(lives, _NO_LIMIT, _ANY_WASTE)
+        merged = {merge(self._catalog, snapshot, group): sum(live.tokens for live in group) for group in groups}
+        return {name: tokens for name, tokens in merged.items() if name}
 
 
 def _tier(tokens: int) -> int:

@@ -12,15 +12,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from actcache.backend import Columns
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors
+from actcache.format.keys import split_keys
 from actcache.format.ragged import row_indices
-from actcache.segments.segment import Access, Columns, Segment, dumps, is_name
+from actcache.segments.segment import Access, Segment, is_name
 
 VERSION = "1"
 
@@ -30,39 +33,25 @@ _ARRAYS = {
     "checksum": ("<u8", ()),
     "rest": ("|u1", (24,)),  # the other bytes of the key
     "segment": ("<u4", ()),  # position in ``segments``
-    "birth": ("<u4", ()),  # position in ``births`` of the segment where it was born
+    "origin": ("<u4", ()),  # position in ``origins`` of the segment of its origin
     "entry": ("<u4", ()),  # number of the entry in that segment
     "tokens": ("<u4", ()),
 }
 
 
-def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Return the prefixes ``[n]`` and rests ``[n, 24]`` of ``[n, 32]`` keys."""
-    keys = np.ascontiguousarray(keys)
-    return keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64), keys[:, 8:]
-
-
-def join_keys(prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return ``[n, 32]`` keys; the inverse of ``split_keys``."""
-    keys = np.empty((len(prefix), 32), np.uint8)
-    keys[:, :8] = prefix.astype(">u8").view(np.uint8).reshape(-1, 8)
-    keys[:, 8:] = rest
-    return keys
-
-
 @dataclass(frozen=True)
 class Table:
-    """Entries of some segments, sorted by key prefix; among equal prefixes, later born ones first. Immutable.
+    """Entries of some segments, sorted by key prefix; among equal prefixes, those of later origin first. Immutable.
 
-    In compacted segments, where an entry lies (``segment``, ``row``) is not where it was born (``birth``, ``entry``).
+    In compacted segments, where an entry lies (``segment``, ``row``) is not what its origin is (``origin``, ``entry``).
     """
 
     segments: tuple[Segment, ...]
-    births: tuple[str, ...]  # names of segments, each once
+    origins: tuple[str, ...]  # names of segments, each once
     prefix: NDArray[np.uint64]
     rest: NDArray[np.uint8]
     segment: NDArray[np.uint32]
-    birth: NDArray[np.uint32]
+    origin: NDArray[np.uint32]
     entry: NDArray[np.uint32]
     row: NDArray[np.int64]
     tokens: NDArray[np.uint32]
@@ -70,6 +59,9 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.prefix)
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {name: getattr(self, name) for name in _ARRAYS}
 
     def find(
         self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8], alive: NDArray[np.bool_] | None = None
@@ -117,17 +109,17 @@ class Table:
         """
         parts = []
         for number, segment in enumerate(segments):
-            offsets, lineage = segment.offsets(), segment.lineage()
+            offsets, origins = segment.offsets(), segment.origins()
             prefix, rest = split_keys(segment.read("keys"))
             parts.append(
                 cls(
                     (segment,),
-                    lineage.births,
+                    origins.segments,
                     prefix,
                     rest,
                     np.full(len(prefix), number, np.uint32),
-                    lineage.birth,
-                    lineage.birth_entries,
+                    origins.segment,
+                    origins.entries,
                     offsets[:-1],
                     np.diff(offsets).astype(np.uint32),
                     segment.read("checksums"),
@@ -138,60 +130,44 @@ class Table:
     @classmethod
     def merged(cls, tables: Sequence[Table], keep: frozenset[str]) -> Table:
         """Join tables, leaving out segments whose names are not in ``keep``."""
-        segments = [segment for table in tables for segment in table.segments]
-        parts, first = [], 0
+        segments: list[Segment] = []
+        parts = []
         for table in tables:
             kept = np.array([segment.name in keep for segment in table.segments], bool)
             which = kept[table.segment] if not kept.all() else slice(None)
-            arrays = {name: getattr(table, name)[which] for name in _ARRAYS}
-            arrays["segment"] = arrays["segment"] + np.uint32(first)
-            parts.append(cls(table.segments, table.births, **arrays))
-            first += len(table.segments)
-        return cls._sorted(tuple(segments), parts)._without_strangers(keep)
-
-    def _without_strangers(self, keep: frozenset[str]) -> Table:
-        """Drop the descriptions of segments that have no entries any more, and births of none."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        kept = [number for number, segment in enumerate(self.segments) if segment.name in keep]
-        born = np.unique(self.birth)
-        if len(kept) == len(self.segments) and len(born) == len(self.births):
-            return self
-        for name, numbers, count in (
-            ("segment", kept, len(self.segments)),
-            ("birth", born.tolist(), len(self.births)),
-        ):
-            renumber = np.zeros(count, np.uint32)
-            renumber[numbers] = np.arange(len(numbers), dtype=np.uint32)
-            arrays[name] = renumber[arrays[name]]
-        return Table(
-            tuple(self.segments[number] for number in kept),
-            tuple(self.births[number] for number in born.tolist()),
-            **arrays,
-        )
+            arrays = {name: array[which] for name, array in table._arrays().items()}
+            arrays["segment"] = (len(segments) + np.cumsum(kept) - 1).astype(np.uint32)[arrays["segment"]]
+            parts.append(cls(table.segments, table.origins, **arrays))
+            segments += [segment for segment in table.segments if segment.name in keep]
+        return cls._sorted(tuple(segments), parts)
 
     @classmethod
     def _sorted(cls, segments: tuple[Segment, ...], parts: Sequence[Table]) -> Table:
-        births = tuple(sorted({birth for part in parts for birth in part.births}))  # names sort by their sequence
-        numbers = {birth: number for number, birth in enumerate(births)}
+        """Join parts whose ``segment`` counts in ``segments``. Names sort by their sequence, so do those of origins."""
+        named = [np.unique(part.origin).tolist() for part in parts]
+        origins = sorted({part.origins[n] for part, some in zip(parts, named, strict=True) for n in some})
+        numbers = {origin: number for number, origin in enumerate(origins)}
 
         def joined(name: str) -> NDArray[np.generic]:
             dtype, trailing = _ARRAYS[name]
             return np.concatenate([np.empty((0, *trailing), dtype), *(getattr(part, name) for part in parts)])
 
-        arrays = {name: joined(name) for name in _ARRAYS if name != "birth"}
-        renumbered = [np.array([numbers[birth] for birth in part.births], np.uint32)[part.birth] for part in parts]
-        arrays["birth"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
-        # Later births first, and of equal ones the segment of the last name.
+        arrays = {name: joined(name) for name in _ARRAYS if name != "origin"}
+        renumber = ([numbers.get(origin, 0) for origin in part.origins] for part in parts)
+        renumbered = [np.array(new, np.uint32)[part.origin] for new, part in zip(renumber, parts, strict=True)]
+        arrays["origin"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
+        # Later origins first, and of equal ones the segment of the last name.
         ranks = np.empty(len(segments), np.int64)
         ranks[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
-        order = np.lexsort((-ranks[arrays["segment"].astype(np.int64)], -arrays["birth"].astype(np.int64)))
+        order = np.lexsort((-ranks[arrays["segment"].astype(np.int64)], -arrays["origin"].astype(np.int64)))
         order = order[np.argsort(arrays["prefix"][order], kind="stable")]
-        return cls(segments, births, **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
+        return cls(segments, tuple(origins), **{name: array[order] for name, array in arrays.items()})  # type: ignore[arg-type]
 
     def write(self, path: Path) -> None:
         """Write the table as an index file of format version 1."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        texts = {"segments": dumps(list(self.segments)), "births": json.dumps(self.births, separators=(",", ":"))}
+        arrays = self._arrays()
+        described = {"segments": [segment.to_json() for segment in self.segments], "origins": self.origins}
+        texts = {name: json.dumps(value, separators=(",", ":")) for name, value in described.items()}
         checksum = _checksum(texts, arrays)
         safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": checksum})
 
@@ -217,9 +193,9 @@ class Table:
             if metadata["checksum"] != _checksum(metadata, arrays):
                 raise ValueError("what it says of the segments fails its checksum")
             segments = tuple(Segment.from_json(access, value, columns) for value in json.loads(metadata["segments"]))
-            births = tuple(json.loads(metadata["births"]))
-            if not all(isinstance(birth, str) and is_name(birth) for birth in births):
-                raise ValueError("births in what is no segment")
+            origins = tuple(json.loads(metadata["origins"]))
+            if not all(isinstance(origin, str) and is_name(origin) for origin in origins):
+                raise ValueError("origins that are no segments")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path} is damaged: {error}") from None
         count = arrays["entry"].size
@@ -227,16 +203,16 @@ class Table:
             array = arrays.get(name)
             if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
                 raise FormatError(f"{path} is damaged: {name} is missing or of another shape")
-        for name, known in (("segment", len(segments)), ("birth", len(births))):
+        for name, known in (("segment", len(segments)), ("origin", len(origins))):
             if count and int(arrays[name].max()) >= known:
                 raise FormatError(f"{path} is damaged: it counts more segments than it describes")
-        return cls(segments, births, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
+        return cls(segments, origins, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
 
 
 def _checksum(texts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]) -> str:
-    """Return the XXH3-64 of the description of the segments and of where each entry lies and was born."""
+    """Return the XXH3-64 of the description of the segments and of where each entry lies and comes from."""
     digest = xxhash.xxh3_64(texts["segments"].encode())
-    digest.update(texts["births"].encode())
-    for name in ("segment", "birth", "entry"):
+    digest.update(texts["origins"].encode())
+    for name in ("segment", "origin", "entry"):
         digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -7,7 +7,6 @@ quarantine/<segment>             a segment that cannot be read
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,78 +14,72 @@ from numpy.typing import NDArray
 from actcache.errors import DataError, FormatVersionError
 from actcache.format import safetensors
 from actcache.format.ragged import offsets_of
-from actcache.segments.compaction import merge, survey
-from actcache.segments.segment import new_name, sequence_of
-from actcache.segments.snapshot import SegmentedSnapshot
-
-if TYPE_CHECKING:
-    from actcache.segments.space import SegmentedSpace
+from actcache.segments.catalog import Catalog
+from actcache.segments.compaction import live_segments, merge
+from actcache.segments.places.place import unique_names
+from actcache.segments.segment import next_name
 
 
-def quarantine(space: SegmentedSpace, keys: NDArray[np.uint8]) -> int:
+def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
     """Keep the bytes of these entries aside, then delete every copy of them; return how many there were.
 
     An older copy, that an overwritten one has, goes as well: to serve it would be wrong.
     """
-    with space.without_index():
-        return _quarantine(space, space.snapshot(), keys)
-
-
-def _quarantine(space: SegmentedSpace, snapshot: SegmentedSnapshot, keys: NDArray[np.uint8]) -> int:
-    keys = np.unique(np.ascontiguousarray(keys), axis=0)
-    located = snapshot.locate(keys)
-    keys, located = keys[located.found], located[located.found]
-    if not len(keys):
-        return 0
-    arrays: dict[str, NDArray[np.generic]] = {
-        "keys": keys,
-        "offsets": offsets_of(located.tokens),
-        "checksums": located.checksums,
-    }
-    for name, (dtype, trailing) in space.columns.items():
-        rows = np.zeros((int(located.tokens.sum()), *trailing), dtype)
-        begin = 0
-        for i, tokens in enumerate(located.tokens.tolist()):
-            if snapshot.has(name, located[i : i + 1])[0]:
-                with suppress(DataError):  # its segment is gone or cut short: zeros stand for what cannot be read
-                    snapshot.gather(located[i : i + 1], {name: rows[begin : begin + tokens]}, None, lambda *_: None)
+    with catalog.without_index():
+        snapshot = catalog.snapshot()
+        keys = np.unique(np.ascontiguousarray(keys), axis=0)
+        located = snapshot.locate(keys)
+        keys, located = keys[located.found], located[located.found]
+        if not len(keys):
+            return 0
+        arrays: dict[str, NDArray[np.generic]] = {
+            "keys": keys,
+            "offsets": offsets_of(located.tokens),
+            "checksums": located.checksums,
+        }
+        bounds = arrays["offsets"].tolist()
+        for name, (dtype, trailing) in catalog.columns.items():
+            rows = np.zeros((bounds[-1], *trailing), dtype)
+            for i in np.flatnonzero(snapshot.has(name, located)).tolist():
                 arrays[name] = rows
-            begin += tokens
-    held = space.quarantined()
-    name = new_name(1 + max(map(sequence_of, held), default=0))
-    segments = " ".join(snapshot.served()[number].name for number in located.segment.tolist())
-    data = safetensors.dumps(arrays, {"actcache_quarantine": "1", "segments": segments})
-    space.place.publish_bytes(f"{space.folder}/quarantine/{name}.safetensors", data, replace=True)
-    return space.delete(keys)
+                with suppress(DataError):  # its segment is gone or cut short: zeros stand for what cannot be read
+                    own = rows[bounds[i] : bounds[i + 1]]
+                    snapshot.gather(located[i : i + 1], {name: own}, None, lambda first, last: None)
+        segments = " ".join(catalog.segments[number].name for number in located.segment.tolist())
+        data = safetensors.dumps(arrays, {"actcache_quarantine": "1", "segments": segments})
+        folder = f"{catalog.folder}/quarantine"
+        name = next_name(unique_names(catalog.place, folder, ".safetensors"))
+        catalog.place.publish_bytes(f"{folder}/{name}.safetensors", data, replace=True)
+        return catalog.delete(keys)
 
 
-def examine(space: SegmentedSpace) -> dict[str, str]:
+def examine(catalog: Catalog) -> dict[str, str]:
     """Open every segment by its own description, which the index spares a reader; return which cannot be, and why."""
-    with space.without_index() as unread:
-        return {**space.damaged, **unread}
+    with catalog.without_index() as unread:
+        return {**catalog.damaged, **unread}
 
 
-def set_aside(space: SegmentedSpace) -> list[str]:
+def set_aside(catalog: Catalog) -> list[str]:
     """Move the segments that cannot be read; return their names.
 
     Those that can be read only because an index tells where everything lies are written anew first.
     """
-    with space.without_index() as unread:
-        found = [name for name in (*space.damaged, *unread) if not _newer(space, name)]
-        snapshot = space.snapshot()
-        for live in survey(snapshot, found):
-            if live.tokens and not merge(space, snapshot, [live]):
+    with catalog.without_index() as unread:
+        found = [name for name in (*catalog.damaged, *unread) if not _newer(catalog, name)]
+        snapshot = catalog.snapshot()
+        for live in live_segments(snapshot, found):
+            if live.tokens and not merge(catalog, snapshot, [live]):
                 found.remove(live.segment.name)  # nothing is moved that could not be saved
     for name in found:
-        source = space.segment_name(name)
-        space.place.move(source, f"{space.folder}/quarantine/{source.rpartition('/')[2]}")
+        source = catalog.segment_name(name)
+        catalog.place.move(source, f"{catalog.folder}/quarantine/{source.rpartition('/')[2]}")
     return sorted(found)
 
 
-def _newer(space: SegmentedSpace, name: str) -> bool:
+def _newer(catalog: Catalog, name: str) -> bool:
     """Return whether a segment is of a newer release, which can read it."""
     try:
-        space.open_segment(name)
+        catalog.open_segment(name)
     except FormatVersionError:
         return True
     except (DataError, OSError):

@@ -12,9 +12,9 @@ from typing import Any
 from actcache.backend import Backend, SegmentFormat, SpaceEngine, StoreDriver
 from actcache.errors import BackendError, MissingExtraError
 from actcache.segments.places import marker
-from actcache.segments.places.local import LocalPlace, local_path
+from actcache.segments.places.local_place import LocalPlace, local_path
 from actcache.segments.places.place import Place
-from actcache.segments.store import check_folder, check_options, open_engine, open_segmented
+from actcache.segments.store_driver import check_folder, check_options, open_engine, open_segmented
 
 GROUP = "actcache.backends"
 DEFAULT = "default"  # the entry point that serves a bare path where no store stands yet

@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,23 +40,28 @@ _NONE = np.empty(0, np.int64)
 _LONG_BYTES = 64 << 10  # of an entry, on average, from which on copying it beats gathering its rows
 
 
+#: Reads entries first..last-1 of a batch; several threads may call it.
+Read: TypeAlias = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Where the rows of a batch's entries are that one array has; ``[n]`` each."""
+
+    column: str
+    segments: NDArray[np.int64]  # their numbers
+    starts: NDArray[np.int64]  # the first row of each entry in its segment
+    lengths: NDArray[np.int64]
+
+
 class RowSource(ABC):
     """Reads rows of segments, which are named by their number in the space. Thread-safe."""
 
     @abstractmethod
-    def plan(
-        self,
-        column: str,
-        segments: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        out: NDArray[np.generic],
-        width: int | None,
-    ) -> Callable[[int, int], None]:
-        """Return a function that reads entries first..last-1 of the batch; several threads may call it.
+    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
+        """Return what reads the batch.
 
         Args:
-            segments, starts, lengths: ``[n]``, where each entry's rows are.
             out: the whole batch's buffer; an entry's rows go where they belong in it, packed or padded with zeros (see
                 ``row_indices``).
 
@@ -65,9 +72,7 @@ class RowSource(ABC):
         """
 
     @abstractmethod
-    def will_need(
-        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> None:
+    def will_need(self, plan: RowPlan) -> None:
         """Hint that these rows are read soon."""
 
     @abstractmethod
@@ -83,19 +88,20 @@ class MappedRows(RowSource):
         self._columns: dict[str, tuple[Arena, NDArray[np.int64]]] = {}
         self._lock = threading.Lock()
 
-    def _first_rows(self, column: str, numbers: NDArray[np.int64]) -> tuple[Arena, NDArray[np.int64]]:
-        """Return the arena of a column and each entry's segment's first row in it; map what is not mapped yet."""
+    def _begins(self, plan: RowPlan) -> tuple[Arena, NDArray[np.int64]]:
+        """Return the arena of a column and each entry's first row in it; map what is not mapped yet."""
+        column, numbers = plan.column, plan.segments
         arena, firsts = self._columns.get(column, (None, _NONE))
         if arena is None or (len(numbers) and int(numbers.max()) >= len(firsts)) or bool((firsts[numbers] < 0).any()):
             with self._lock:
-                arena, firsts = self._map(column, np.unique(numbers))
-        return arena, firsts[numbers]
+                arena, firsts = self._map(column, sorted(set(numbers.tolist())))
+        return arena, firsts[numbers] + plan.starts
 
-    def _map(self, column: str, numbers: NDArray[np.int64]) -> tuple[Arena, NDArray[np.int64]]:
+    def _map(self, column: str, numbers: list[int]) -> tuple[Arena, NDArray[np.int64]]:
         arena, old = self._columns.get(column, (None, _NONE))
         firsts = np.full(len(self._segments), -1, np.int64)
         firsts[: len(old)] = old
-        for number in numbers.tolist():
+        for number in numbers:
             if firsts[number] < 0:
                 segment = self._segments[number]
                 extent = segment.extents[column]
@@ -109,36 +115,26 @@ class MappedRows(RowSource):
         self._columns[column] = arena, firsts
         return arena, firsts
 
-    def plan(
-        self,
-        column: str,
-        segments: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        out: NDArray[np.generic],
-        width: int | None,
-    ) -> Callable[[int, int], None]:
-        arena, firsts = self._first_rows(column, segments)
-        if int(lengths.sum()) * arena.row_bytes > _LONG_BYTES * len(lengths):
-            return _copying(arena.rows(), (firsts + starts).tolist(), lengths.tolist(), out, width)
+    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
+        arena, begins = self._begins(plan)
+        bounds, source = offsets_of(plan.lengths, width), arena.rows()
+        if int(plan.lengths.sum()) * arena.row_bytes > _LONG_BYTES * len(plan.lengths):
+            return _copying(source, begins.tolist(), plan.lengths.tolist(), out, bounds.tolist())
         # All planning is done here, once a batch: what a thread does for a chunk is one native call.
-        rows, source = row_indices(firsts + starts, lengths, width), arena.rows()
-        ends = offsets_of(lengths) if width is None else np.arange(len(lengths) + 1) * width
+        rows = row_indices(begins, plan.lengths, width)
 
         def read(first: int, last: int) -> None:
-            begin, end = ends[first], ends[last]
+            begin, end = bounds[first], bounds[last]
             # "clip" is the mode that writes straight into ``out``; the snapshot has checked the bounds.
             np.take(source, rows[begin:end], axis=0, out=out[begin:end], mode="clip")
 
         return read
 
-    def will_need(
-        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> None:
-        arena, firsts = self._first_rows(column, segments)
-        order = np.argsort(firsts + starts)
-        begins = (firsts + starts)[order]
-        ends = begins + lengths[order]
+    def will_need(self, plan: RowPlan) -> None:
+        arena, begins = self._begins(plan)
+        order = np.argsort(begins)
+        begins = begins[order]
+        ends = begins + plan.lengths[order]
         cuts = np.flatnonzero(begins[1:] != ends[:-1]) + 1  # neighbours on disk become one hint
         first, last = begins[np.r_[0, cuts]], ends[np.r_[cuts - 1, -1]]
         arena.will_need(first, last - first)
@@ -149,17 +145,16 @@ class MappedRows(RowSource):
 
 
 def _copying(
-    source: NDArray[np.generic], starts: list[int], lengths: list[int], out: NDArray[np.generic], width: int | None
-) -> Callable[[int, int], None]:
-    """Return a function like ``plan``'s for long entries, each of which is one copy: faster than row by row."""
-    begins = offsets_of(np.array(lengths)).tolist() if width is None else [i * width for i in range(len(lengths) + 1)]
+    source: NDArray[np.generic], starts: list[int], lengths: list[int], out: NDArray[np.generic], bounds: list[int]
+) -> Read:
+    """Return what reads long entries, each of which is one copy: faster than row by row."""
 
     def read(first: int, last: int) -> None:
         for i in range(first, last):
-            begin, end = begins[i], begins[i] + lengths[i]
+            begin, end = bounds[i], bounds[i] + lengths[i]
             out[begin:end] = source[starts[i] : starts[i] + lengths[i]]
-            if width is not None:
-                out[end : begins[i + 1]] = 0
+            if end < bounds[i + 1]:
+                out[end : bounds[i + 1]] = 0
 
     return read
 
@@ -173,23 +168,16 @@ class ReadRows(RowSource):
         self._most = most_files
         self._lock = threading.Lock()
 
-    def plan(
-        self,
-        column: str,
-        segments: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        out: NDArray[np.generic],
-        width: int | None,
-    ) -> Callable[[int, int], None]:
-        begins = offsets_of(lengths if width is None else np.full(len(lengths), width)).tolist()
+    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
+        bounds = offsets_of(plan.lengths, width).tolist()
+        segments, starts, lengths = plan.segments.tolist(), plan.starts.tolist(), plan.lengths.tolist()
 
         def read(first: int, last: int) -> None:
             for i in range(first, last):
-                end = begins[i] + int(lengths[i])
+                end = bounds[i] + lengths[i]
                 if lengths[i]:
-                    self._read(self._segments[segments[i]], column, int(starts[i]), out[begins[i] : end])
-                out[end : begins[i + 1]] = 0
+                    self._read(self._segments[segments[i]], plan.column, starts[i], out[bounds[i] : end])
+                out[end : bounds[i + 1]] = 0
 
         return read
 
@@ -221,9 +209,7 @@ class ReadRows(RowSource):
                 while len(self._files) > self._most:
                     os.close(self._files.popitem(last=False)[1])
 
-    def will_need(
-        self, column: str, segments: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> None:
+    def will_need(self, plan: RowPlan) -> None:
         """Do nothing: network file systems read ahead by themselves."""
 
     def close(self) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,59 +12,47 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Extent, SegmentFiles, SegmentFormat
+from actcache.backend import Columns, Extent, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.keys import KEY_BYTES
 from actcache.format.ragged import VALUES, Origins, check_offsets, names_from_array
-from actcache.segments.places.place import Place
 
 VERSION = 1
 
-#: Ragged array -> (dtype, trailing shape), as a space stores them.
-Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 #: From the name of a segment to its files.
 Access = Callable[[str], SegmentFiles]
 
-_FIXED: dict[str, tuple[str, tuple[int, ...]]] = {
+_FIXED: Columns = {
     "offsets": ("<i8", ()),
     "keys": ("|u1", (KEY_BYTES,)),
     "checksums": ("<u8", ()),
     "extra_checksums": ("<u8", ()),
-    "births": ("|u1", (14,)),
-    "birth": ("<u4", ()),
-    "birth_entries": ("<u4", ()),
+    "origins": ("|u1", (14,)),
+    "origin": ("<u4", ()),
+    "origin_entries": ("<u4", ()),
     "sources": ("|u1", (14,)),
-    "lineage_checksum": ("<u8", ()),
+    "origins_checksum": ("<u8", ()),
 }
-_LINEAGE = frozenset({"births", "birth", "birth_entries", "sources", "lineage_checksum"})
+_ORIGINS = frozenset({"origins", "origin", "origin_entries", "sources", "origins_checksum"})
 _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
 _LAST_SEQUENCE = (1 << 48) - 1
 
 
-def new_name(sequence: int) -> str:
-    """Return a unique segment name. Names sort by their sequence number, and of two copies of a key the later one is
-    served: a sequence number above all that the writer saw works without synchronized clocks.
+def next_name(names: Iterable[str]) -> str:
+    """Return a unique name that sorts behind all of these. Of two copies of a key the one of the later name is served:
+    a sequence number above all that the writer saw works without synchronized clocks.
 
     Raises:
         FormatError: there is no higher number; only a file that is not ours can have brought us there.
     """
+    sequence = 1 + max((int(name.partition("-")[0], 16) for name in names), default=0)
     if sequence > _LAST_SEQUENCE:
         raise FormatError(f"a file is named as if it came after all others ({_LAST_SEQUENCE:012x}-...): move it away")
     return f"{sequence:012x}-{secrets.token_hex(8)}"
 
 
-def sequence_of(name: str) -> int:
-    return int(name.partition("-")[0], 16)
-
-
 def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
-
-
-def unique_names(place: Place, folder: str, suffix: str) -> list[str]:
-    """Return the names in a folder without their suffix, sorted; foreign names are not ours to read."""
-    names = place.names(folder)
-    return sorted(stem for name in names if name.endswith(suffix) and is_name(stem := name.removesuffix(suffix)))
 
 
 @dataclass(frozen=True)
@@ -116,22 +103,22 @@ class Segment:
         check_offsets(offsets, self.entries, self.tokens, self.files.where)
         return offsets
 
-    def lineage(self) -> Origins:
-        """Return where the entries were born: here, unless this is a compacted segment.
+    def origins(self) -> Origins:
+        """Return where the entries come from: from here, unless this is a compacted segment.
 
         Raises:
             FormatError: what it says of that is impossible.
         """
-        if "births" not in self.extents:
+        if "origins" not in self.extents:
             entries = np.arange(self.entries, dtype=np.uint32)
             return Origins((self.name,), np.zeros(self.entries, np.uint32), entries, ())
-        births, birth = names_from_array(self.read("births")), self.read("birth")
-        if len(birth) and int(birth.max()) >= len(births):
-            raise FormatError(f"{self.files.where} is damaged: entries are born in segments that it does not name")
-        lineage = Origins(births, birth, self.read("birth_entries"), self.sources)
-        if self.read("lineage_checksum").tolist() != [lineage.checksum()]:
-            raise FormatError(f"{self.files.where} is damaged: what it says of its entries' births fails its checksum")
-        return lineage
+        segments, segment = names_from_array(self.read("origins")), self.read("origin")
+        if len(segment) and int(segment.max()) >= len(segments):
+            raise FormatError(f"{self.files.where} is damaged: entries come from segments that it does not name")
+        origins = Origins(segments, segment, self.read("origin_entries"), self.sources)
+        if self.read("origins_checksum").tolist() != [origins.checksum()]:
+            raise FormatError(f"{self.files.where} is damaged: what it says of its entries' origins fails its checksum")
+        return origins
 
     def to_json(self) -> dict[str, Any]:
         """Return what the index needs to find the arrays without opening the segment."""
@@ -224,8 +211,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
     """Refuse arrays that a segment of this space cannot have."""
     known = {**_FIXED, **columns}
     missing = {"offsets", "keys", "checksums", VALUES} - extents.keys()
-    if not _LINEAGE.isdisjoint(extents):
-        missing |= _LINEAGE - extents.keys()
+    if not _ORIGINS.isdisjoint(extents):
+        missing |= _ORIGINS - extents.keys()
     if missing:
         raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
     entries, tokens = extents["keys"].shape[:1], extents[VALUES].shape[:1]
@@ -236,9 +223,9 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
         length = entries if name in _FIXED else tokens
         if name == "offsets":
             length = (entries[0] + 1,) if entries else ()
-        elif name in ("births", "sources"):
+        elif name in ("origins", "sources"):
             length = extent.shape[:1]
-        elif name == "lineage_checksum":
+        elif name == "origins_checksum":
             length = (1,)
         if extent.dtype != dtype or extent.shape != (*length, *trailing) or len(length) != 1:
             raise FormatError(
@@ -248,8 +235,3 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
         parts = Path(extent.path).parts
         if extent.offset < 0 or min(extent.shape) < 0 or Path(extent.path).is_absolute() or ".." in parts:
             raise FormatError(f"{where} says that {name} lies outside of it")
-
-
-def dumps(segments: list[Segment]) -> str:
-    """Return the index's description of segments."""
-    return json.dumps([segment.to_json() for segment in segments], separators=(",", ":"))

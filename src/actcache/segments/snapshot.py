@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, EntryLocations, Snapshot, Usage
+from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
-from actcache.format.ragged import offsets_of
+from actcache.format.keys import join_keys, key_order, split_keys
+from actcache.format.ragged import chunks
 from actcache.io.workers import Workers
-from actcache.segments.index import Table, join_keys, split_keys
-from actcache.segments.rows import RowSource
+from actcache.segments.index import Table
+from actcache.segments.rows import RowPlan, RowSource
 from actcache.segments.segment import Segment
 
 logger = logging.getLogger(__name__)
-
-_CHUNK_BYTES = 1 << 20  # gathered, then checked while still in the processor's cache (docs/decisions/0002)
 
 
 class SegmentedSnapshot(Snapshot):
@@ -29,7 +28,7 @@ class SegmentedSnapshot(Snapshot):
         segments: all segments that the space ever knew, by number.
         tables: disjoint tables, the mapped index first.
         numbers: for each table, the number of each of its segments, -1 where the segment is gone or replaced.
-        dead: entries that tombstones name, segment of birth -> numbers.
+        dead: entries that tombstones name, segment of origin -> numbers.
         damaged: segments that could not be read, name -> what is wrong.
     """
 
@@ -51,11 +50,13 @@ class SegmentedSnapshot(Snapshot):
         self._damaged = dict(damaged)
         self._dead = dead
         self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
+        # By segments' numbers: 16 bytes an entry, of segments with optional arrays that were read.
+        self._extras: dict[int, tuple[NDArray[np.int64], NDArray[np.uint64]]] = {}
         self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
-        births = sorted({birth for table in tables for birth in table.births})
-        rank = {birth: number for number, birth in enumerate(births)}
-        self._ranks = [np.array([rank[birth] for birth in table.births], np.int64) for table in tables]
-        # Of copies that were born as one, the one in the segment of the last name: whoever looks finds the same.
+        origins = sorted({origin for table in tables for origin in table.origins})
+        rank = {origin: number for number, origin in enumerate(origins)}
+        self._ranks = [np.array([rank[origin] for origin in table.origins], np.int64) for table in tables]
+        # Of copies of one origin, the one in the segment of the last name: whoever looks finds the same.
         self._names = np.zeros(len(segments), np.int64)
         self._names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
         self._limits = np.array([segment.tokens for segment in segments], np.int64)
@@ -79,7 +80,7 @@ class SegmentedSnapshot(Snapshot):
             inside = (row >= 0) & (tokens > 0) & (row <= self._limits[number] - tokens)
             if not inside.all():
                 logger.warning("the index points outside of %d segments: rebuild it", (~inside).sum())
-            place = ranks[table.birth[position]] * len(self._segments) + self._names[number]
+            place = ranks[table.origin[position]] * len(self._segments) + self._names[number]
             better = inside & (place > rank[which])
             which, position, number = which[better], position[better], number[better]
             located.tokens[which] = tokens[better]
@@ -90,7 +91,7 @@ class SegmentedSnapshot(Snapshot):
         return located
 
     def copies(self, keys: NDArray[np.uint8]) -> dict[str, list[int]]:
-        """Return every copy of these keys that is not deleted, by its birth: segment -> numbers of entries.
+        """Return every copy of these keys that is not deleted, by its origin: segment -> numbers of entries.
 
         Those in replaced segments too: they are served again should the segment be lost that replaces them.
         """
@@ -98,10 +99,10 @@ class SegmentedSnapshot(Snapshot):
         copies: dict[str, set[int]] = {}
         for table in self._tables:
             position = table.copies(prefix, rest)
-            for birth, entry in zip(table.birth[position].tolist(), table.entry[position].tolist(), strict=True):
-                if entry not in self._dead.get(table.births[birth], ()):
-                    copies.setdefault(table.births[birth], set()).add(entry)
-        return {birth: sorted(entries) for birth, entries in copies.items()}
+            for origin, entry in zip(table.origin[position].tolist(), table.entry[position].tolist(), strict=True):
+                if entry not in self._dead.get(table.origins[origin], ()):
+                    copies.setdefault(table.origins[origin], set()).add(entry)
+        return {origin: sorted(entries) for origin, entries in copies.items()}
 
     def served(self) -> dict[int, Segment]:
         """Return the segments whose entries are served, by number."""
@@ -116,24 +117,30 @@ class SegmentedSnapshot(Snapshot):
 
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         sums = np.zeros(len(located.tokens), np.uint64)
-        for i, (number, row) in enumerate(zip(located.segment.tolist(), located.row.tolist(), strict=True)):
-            segment = self._segments[number] if number >= 0 else None
-            if segment is not None and "extra_checksums" in segment.extents:
-                try:
-                    sums[i] = segment.read("extra_checksums")[np.searchsorted(segment.offsets()[:-1], row)]
-                except FileNotFoundError:
-                    raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
-                except IndexError:
-                    raise FormatError(f"{segment.files.where} has no entry that begins at row {row}") from None
+        having = np.flatnonzero(self.has("extra_checksums", located))
+        having = having[np.argsort(located.segment[having], kind="stable")]
+        numbers, first = np.unique(located.segment[having], return_index=True)
+        for number, which in zip(numbers.tolist(), np.split(having, first[1:]), strict=False):
+            begins, of_entries = self._extra(number)
+            entry = np.searchsorted(begins, located.row[which])
+            if (outside := entry == len(begins)).any():
+                row = located.row[which][outside][0]
+                raise FormatError(f"{self._segments[number].files.where} has no entry that begins at row {row}")
+            sums[which] = of_entries[entry]
         return sums
 
-    def gather(
-        self,
-        located: EntryLocations,
-        out: Mapping[str, NDArray[np.generic]],
-        width: int | None,
-        done: Callable[[int, int], None],
-    ) -> None:
+    def _extra(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Return where the entries of a segment begin and the checksums of their optional arrays, read once."""
+        found = self._extras.get(number)
+        if found is None:
+            segment = self._segments[number]
+            try:
+                found = self._extras[number] = segment.offsets()[:-1], segment.read("extra_checksums")
+            except FileNotFoundError:
+                raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
+        return found
+
+    def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
         count = len(located.tokens)
         if not located.found.any():
             for buffer in out.values():
@@ -143,26 +150,15 @@ class SegmentedSnapshot(Snapshot):
         # An absent entry stands under some segment's number; none of its rows are read.
         segment = np.where(located.found, located.segment, located.segment[located.found][0])
         row = np.where(located.found, located.row, 0)
-        reads = [self._rows.plan(c, segment, row, located.tokens, buffer, width) for c, buffer in out.items()]
-        starts = offsets_of(located.tokens if width is None else np.full(count, width))
-        row_bytes = max(buffer.strides[0] for buffer in out.values())
-        # Chunks of whole entries; the threads take the next one as they become free.
-        wanted = np.arange(0, int(starts[-1]) * row_bytes, _CHUNK_BYTES)
-        cuts = np.unique(np.r_[np.searchsorted(starts * row_bytes, wanted), count])
-
-        def job(number: int) -> None:
-            first, last = int(cuts[number]), int(cuts[number + 1])
-            for read in reads:
-                read(first, last)
-            done(first, last)
-
-        self._workers.run(job, len(cuts) - 1)
+        plans = ((RowPlan(name, segment, row, located.tokens), buffer) for name, buffer in out.items())
+        reads = [self._rows.prepare(plan, buffer, width) for plan, buffer in plans]
+        self._workers.run_chunks([*reads, done], chunks(located.tokens, width, out))
 
     def read_ahead(self, located: EntryLocations) -> None:
         found = located[located.found]
         if len(found.tokens):
             with suppress(FormatError):  # the read itself will say which entries are lost
-                self._rows.will_need(VALUES, found.segment, found.row, found.tokens)
+                self._rows.will_need(RowPlan(VALUES, found.segment, found.row, found.tokens))
 
     def keys(self) -> NDArray[np.uint8]:
         live = [
@@ -170,8 +166,7 @@ class SegmentedSnapshot(Snapshot):
             for table, alive in zip(self._tables, self._alive, strict=True)
         ]
         keys = np.concatenate([np.empty((0, 32), np.uint8), *live])
-        words = keys.view(">u8")
-        keys = keys[np.lexsort(words.T[::-1])]
+        keys = keys[key_order(keys)]
         fresh = np.ones(len(keys), bool)
         fresh[1:] = (keys[1:] != keys[:-1]).any(axis=1)
         return keys[fresh]
@@ -191,10 +186,10 @@ class SegmentedSnapshot(Snapshot):
 
 def _alive(table: Table, numbers: NDArray[np.int64], dead: Mapping[str, Collection[int]]) -> NDArray[np.bool_] | None:
     """Return which entries of a table are served, ``[n]``; None for all."""
-    codes = [birth << 32 | entry for birth, name in enumerate(table.births) if name in dead for entry in dead[name]]
+    codes = [origin << 32 | entry for origin, name in enumerate(table.origins) if name in dead for entry in dead[name]]
     if not codes and (not len(numbers) or numbers.min() >= 0):
         return None
     alive: NDArray[np.bool_] = numbers[table.segment] >= 0
     if codes:
-        alive &= ~np.isin(table.birth.astype(np.int64) << 32 | table.entry, np.array(codes, np.int64))
+        alive &= ~np.isin(table.origin.astype(np.int64) << 32 | table.entry, np.array(codes, np.int64))
     return alive

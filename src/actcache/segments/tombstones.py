@@ -6,39 +6,30 @@ Like the entries, they have a checksum: a flipped digit would serve what was del
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import xxhash
 
 from actcache.errors import FormatError
 from actcache.format.recipe import canonical_json
-from actcache.segments.places.place import Place
-from actcache.segments.segment import new_name, sequence_of, unique_names
+from actcache.segments.places.place import Place, steady, unique_names
+from actcache.segments.segment import next_name
 
 _MOST_ENTRIES = 1 << 32
-LISTINGS = 5  # while other processes replace what was listed
 _SUFFIX = ".json"
 
 
-class Tombstones(Mapping[str, dict[str, list[int]]]):
-    """The tombstones of a space, as of the last ``refresh``: name -> segment of birth -> numbers of entries.
+class Tombstones:
+    """The tombstones of a space. Not thread-safe.
 
-    Not thread-safe.
+    Attributes:
+        known: those of the last ``refresh``, name -> segment of origin -> numbers of entries.
     """
 
     def __init__(self, place: Place, folder: str) -> None:
         self._place = place
         self._folder = f"{folder}/tombstones"
-        self._known: dict[str, dict[str, list[int]]] = {}
-
-    def __getitem__(self, name: str) -> dict[str, list[int]]:
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
+        self.known: dict[str, dict[str, list[int]]] = {}
 
     def path(self, name: str) -> str:
         """Return the name of a tombstone's file at the place."""
@@ -50,32 +41,35 @@ class Tombstones(Mapping[str, dict[str, list[int]]]):
         Raises:
             FormatError: one is damaged.
         """
-        before = set(self._known)
-        for _ in range(LISTINGS):
-            found = {name: self._read(name) for name in unique_names(self._place, self._folder, _SUFFIX)}
-            if None not in found.values() and before <= set(found):
-                break  # else one was joined with others, in a new one that the listing may have missed
-            before = set(found)
-        self._known = {name: deleted for name, deleted in found.items() if deleted is not None}
+        before = set(self.known)
 
-    def deleted(self) -> dict[str, set[int]]:
-        """Return all deleted entries by their births: segment -> numbers."""
+        def look() -> tuple[dict[str, dict[str, list[int]] | None], bool]:
+            nonlocal before
+            found = {name: self._read(name) for name in unique_names(self._place, self._folder, _SUFFIX)}
+            # Else one was joined with others, in a new one that the listing may have missed.
+            whole = None not in found.values() and before <= found.keys()
+            before = set(found)
+            return found, whole
+
+        self.known = {name: deleted for name, deleted in steady(look).items() if deleted is not None}
+
+    def deleted(self, names: Iterable[str] | None = None) -> dict[str, set[int]]:
+        """Return what these tombstones (all of them) have deleted, by origin: segment -> numbers of entries."""
         dead: dict[str, set[int]] = {}
-        for deleted in self._known.values():
-            for birth, entries in deleted.items():
-                dead.setdefault(birth, set()).update(entries)
+        for name in self.known if names is None else names:
+            for origin, entries in self.known[name].items():
+                dead.setdefault(origin, set()).update(entries)
         return dead
 
     def publish(self, deleted: Mapping[str, Collection[int]]) -> None:
-        """Delete entries, named by their births, durably."""
-        names = unique_names(self._place, self._folder, _SUFFIX)
-        name = new_name(1 + max(map(sequence_of, names), default=0))
-        data = dumps({birth: sorted(entries) for birth, entries in deleted.items()})
+        """Delete entries, named by their origins, durably."""
+        name = next_name(unique_names(self._place, self._folder, _SUFFIX))
+        data = dumps({origin: sorted(entries) for origin, entries in deleted.items()})
         self._place.publish_bytes(self.path(name), data, replace=True)
 
     def _read(self, name: str) -> dict[str, list[int]] | None:
-        if name in self._known:
-            return self._known[name]
+        if name in self.known:
+            return self.known[name]
         data = self._place.read(self.path(name))
         try:
             return None if data is None else loads(data)

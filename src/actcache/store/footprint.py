@@ -30,7 +30,7 @@ class Footprint:
         return sum(self.spaces.get(fingerprint, {}).values())
 
 
-def footprint(files: dict[str, StoredFile]) -> Footprint:
+def footprint_of(files: dict[str, StoredFile]) -> Footprint:
     """Add up a listing (``store.driver.listing()``)."""
     spaces: dict[str, dict[str, int]] = {}
     rest = {"collections": 0, "tmp": 0, "": 0}
@@ -59,7 +59,7 @@ def segments_in(files: dict[str, StoredFile], fingerprint: str) -> dict[str, Sto
     return dict(sorted(found.items()))
 
 
-def written(files: dict[str, StoredFile], fingerprint: str) -> float | None:
+def age_of_last_write(files: dict[str, StoredFile], fingerprint: str) -> float | None:
     """Return the seconds since entries were last written to or deleted from a space, or it was made; None: no files."""
     ages = [
         file.age

@@ -13,6 +13,7 @@ import time
 
 from actcache.backend import StoreDriver
 from actcache.errors import DataError, StoreError
+from actcache.store.description import space_blob
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class LastUse:
 
     def __init__(self, driver: StoreDriver, fingerprint: str, *, writable: bool) -> None:
         self._driver = driver
-        self._blob = f"spaces/{fingerprint}/{NAME}"
+        self._blob = space_blob(fingerprint, NAME)
         self._next = 0.0 if writable else math.inf  # by the monotonic clock: before then there is nothing to do
         self._lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""A space: all entries of one recipe."""
+"""A space: all entries of one recipe, put, read, looked up, checked and mended."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import (
-    EXTRAS,
     GRACE_SECONDS,
     TOKEN_IDS,
     VALUES,
@@ -24,31 +22,37 @@ from actcache.backend import (
     BytesDone,
     Compaction,
     Snapshot,
-    SpaceDriver,
+    StoreDriver,
     Usage,
 )
-from actcache.entries.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry, listed
+from actcache.entries.entry import (
+    Entry,
+    PackedEntries,
+    ReadReport,
+    check_digits,
+    check_lists,
+    columns_of,
+    encode_entry,
+    listed,
+)
 from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import Writer
 from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.arguments import to_buffer, whole
 from actcache.format.keys import Keys, key_array, key_list
-from actcache.format.ragged import offsets_of
+from actcache.format.ragged import offsets_of, runs
 from actcache.format.recipe import Recipe
 from actcache.io.workers import available_cpus
 from actcache.reader.reader import Reader
+from actcache.store.description import space_blob, write_recipe
 from actcache.store.last_use import LastUse
 
-if TYPE_CHECKING:
-    from actcache.store.store import Store
-
-_SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
-_CLOSED = "the space is closed; open it again with store.space(recipe)"
-
-
 COMPACT_BYTES = 2 << 30
+
 _PART_BYTES = 16 << 20  # read and checked at once by a thread
+_CLOSED = "the space is closed; open it again with store.space(recipe)"
+_SPACES: weakref.WeakSet[Space] = weakref.WeakSet()
 
 #: Called with the entries that have been checked and how many there are.
 Progress = Callable[[int, int], None]
@@ -84,29 +88,40 @@ class Space:
     """
 
     def __init__(
-        self, store: Store, driver: SpaceDriver, recipe: Recipe, *, created: bool, segment_bytes: int, seconds: float
+        self,
+        driver: StoreDriver,
+        recipe: Recipe,
+        *,
+        created: bool,
+        writable: bool,
+        segment_bytes: int,
+        segment_seconds: float,
+        reopen: Callable[[Recipe], Space],
+        on_close: Callable[[Space], object],
     ) -> None:
         self.recipe = recipe  #: as stored by whoever created the space
         self.created = created  #: whether this call created it
-        self._store = store
+        self._store = driver
+        self._reopen, self._on_close = reopen, on_close
         self._codec = codec.get(recipe.dtype, recipe.via)
         self._columns = columns_of(recipe)
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
-        self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": seconds}
-        self._used = LastUse(store.driver, recipe.fingerprint, writable=store.writable)
+        self._writable = writable
+        self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": segment_seconds}
+        self._used = LastUse(driver, recipe.fingerprint, writable=writable)
         self._closed = False
-        self._open(driver)
+        self._open()
         _SPACES.add(self)
 
-    def _open(self, driver: SpaceDriver) -> None:
-        self._driver = driver
+    def _open(self) -> None:
+        self._driver = self._store.space(self.recipe.fingerprint, self._columns)
         self._write_lock = threading.RLock()
         self._snapshot_lock = threading.Lock()
         self._writer: Writer | None = None
-        if self._store.writable:
+        if self._writable:
             self._writer = Writer(self._append, self._columns, self._seed, **self._segments)
-        self._snapshot: Snapshot | None = driver.snapshot()
-        self._ahead = LookupCache()
+        self._snapshot: Snapshot | None = self._driver.snapshot()
+        self._lookups = LookupCache()
         self._forked = False
 
     def _take_snapshot(self) -> None:
@@ -158,6 +173,34 @@ class Space:
         check_digits(lists[VALUES], self.recipe)
         return self._put(keys, lists, self._codec, overwrite=overwrite)
 
+    def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
+        """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
+
+        As ``put``, but the rows are what the recipe's lineage (``Recipe.via``) has made of them already. So they are
+        not rounded to its dtypes again, which refuses what bfloat16 has rounded up out of float16's range.
+
+        Raises:
+            ShapeError: also where rows are of another dtype than ``get`` returns.
+        """
+        stored = codec.get(self.recipe.dtype)
+        for i, array in enumerate(arrays):
+            if (given := getattr(array, "dtype", None)) != stored.delivered:
+                raise ShapeError(f"array {i} holds {given}, and get returns {stored.delivered}: use put")
+        return self._put(keys, {VALUES: arrays, **others}, stored, overwrite=False)
+
+    def put_block(self, block: Block) -> None:
+        """Publish entries that are in stored form already, as one segment; durable when this returns.
+
+        For whoever has read them, verified, where they stood under an equal recipe: nothing is looked at, computed or
+        copied. What stands here under one of the keys is replaced.
+
+        Raises:
+            StoreError: read-only, disk full, ...; nothing of the block is there.
+        """
+        with self._write_lock:
+            self._writing().flush()  # what was put before is older
+            self._append(block)
+
     def _put(self, keys: Keys, lists: Mapping[str, Sequence[Any]], stored_as: codec.Codec, *, overwrite: bool) -> int:
         writer = self._writing()
         all_keys = key_array(keys)
@@ -165,16 +208,22 @@ class Space:
         check_lists(names, lists)
         with self._write_lock:
             wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
-            which = np.flatnonzero(wanted).tolist()
-            encoded = [encode_entry(names[i], lists, i, self._columns, stored_as) for i in which]
-            for i, stored in zip(which, encoded, strict=True):
+            fresh = np.flatnonzero(wanted).tolist()
+            encoded = [encode_entry(names[i], lists, i, self._columns, stored_as) for i in fresh]
+            for i, stored in zip(fresh, encoded, strict=True):
                 writer.add(names[i], stored)
         return len(encoded)
 
     def _append(self, block: Block) -> None:
         self._driver.append(block)
-        self._store.describe(self.recipe)  # it may have been deleted under us
+        write_recipe(self._store, self.recipe)  # it may have been deleted under us
         self._take_snapshot()  # before the writer forgets the block
+
+    def _writing(self) -> Writer:
+        self._check_open()
+        if self._writer is None:
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
+        return self._writer
 
     def flush(self) -> None:
         """Make everything that was put durable, and visible to others.
@@ -203,27 +252,35 @@ class Space:
     def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
         """Return the entries of the keys, in their order; None where there is none.
 
+        Args:
+            verify: whether to check the entries' checksums.
+
         Raises:
             CorruptEntryError: entries fail their checksums; it names them.
         """
         wanted = key_array(keys)
         request = self._request(wanted)
-        total = int(request.lengths.sum())
-        values = np.empty((total, self.recipe.hidden_size), self._codec.stored)
-        ids = np.empty(total, np.int32)
-        corrupt = set(request.read({VALUES: values, TOKEN_IDS: ids}, None, verify=verify))
-        offsets, has_ids = offsets_of(request.lengths).tolist(), request.has(TOKEN_IDS)
-        entries: list[Entry | None] = []
-        for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
-            if begin == end:
-                entries.append(None)
-                continue
-            extras, intact = request.read_extras(i)
-            if not intact:
-                corrupt.add(i)
-            entries.append(Entry(self._codec.decode(values[begin:end]), ids[begin:end] if has_ids[i] else None, extras))
+        packed, corrupt = self._read_all(request, verify=verify)
         self._refuse_corrupt(wanted, corrupt)
+        has = {name: there.tolist() for name, there in packed.has.items()}
+        entries: list[Entry | None] = []
+        for i, (begin, end) in enumerate(itertools.pairwise(packed.offsets.tolist())):
+            others = {name: packed.columns[name][begin:end] for name, there in has.items() if there[i]}
+            rows, ids = self._codec.decode(packed.columns[VALUES][begin:end]), others.pop(TOKEN_IDS, None)
+            entries.append(Entry(rows, ids, others) if end > begin else None)
         return entries
+
+    @retry_on_stale_snapshot
+    def read_packed(self, keys: Keys) -> PackedEntries:
+        """Return the entries of the keys in stored form, verified, as few large arrays.
+
+        Raises:
+            CorruptEntryError: entries fail their checksums; it names them.
+        """
+        wanted = key_array(keys)
+        packed, corrupt = self._read_all(self._request(wanted), verify=True)
+        self._refuse_corrupt(wanted, corrupt)
+        return packed
 
     @retry_on_stale_snapshot
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
@@ -266,7 +323,37 @@ class Space:
     def read_ahead(self, keys: Keys) -> None:
         """Ask the operating system to load these entries soon; returns at once."""
         snapshot = self._view()
-        snapshot.read_ahead(self._ahead.locate(snapshot, key_array(keys)))
+        snapshot.read_ahead(self._lookups.locate(snapshot, key_array(keys)))
+
+    def reader(self, keys: Keys, **options: Any) -> Reader:
+        """Iterate over entries in batches; see ``actcache.Reader`` for the options."""
+        return Reader(self, keys, **options)
+
+    def _request(self, keys: NDArray[np.uint8]) -> Request:
+        self._check_open()  # before the writer is looked at: a fork has another
+        self._used.note()
+        return Request(self._view, self._writer, self._seed, keys, self._lookups)
+
+    def _read_all(self, request: Request, *, verify: bool) -> tuple[PackedEntries, list[int]]:
+        """Read all arrays of some entries; return them, and the positions of entries that are corrupt."""
+        has = {name: request.has(name) for name in self._columns if name != VALUES}
+        has = {name: there for name, there in has.items() if there.any()}
+        columns = {name: column for name, column in self._columns.items() if name == VALUES or name in has}
+        total = int(request.lengths.sum())
+        out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns.items()}
+        corrupt = request.read(out, None, verify=verify)
+        return PackedEntries(request.lengths, out, has), corrupt
+
+    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: list[int]) -> None:
+        if corrupt:
+            bad = key_list(keys[corrupt])
+            raise CorruptEntryError(
+                f"{len(bad)} of {len(keys)} entries fail their checksum, the first is {bad[0].hex()}: "
+                "space.delete(error.keys) makes them misses, fill computes them again",
+                bad,
+            )
+
+    # --- looking up --------------------------------------------------------------------------------------------------
 
     def lengths(self, keys: Keys) -> NDArray[np.int64]:
         """Return the tokens of each entry, ``[n]`` int64, 0 where it is absent."""
@@ -300,127 +387,6 @@ class Space:
     def __len__(self) -> int:
         return len(self.key_array())
 
-    def refresh(self) -> None:
-        """See what other processes have flushed or deleted since."""
-        self._check_open()
-        self._take_snapshot()
-
-    def usage(self) -> Usage:
-        """Return how many entries, tokens, bytes and segments are published."""
-        return self._view().usage()
-
-    def damaged(self) -> dict[str, str]:
-        """Return segments that could not be read, name -> what is wrong; their entries are absent."""
-        return self._view().damaged()
-
-    def reader(self, keys: Keys, **options: Any) -> Reader:
-        """Iterate over entries in batches; see ``actcache.Reader`` for the options."""
-        return Reader(self, keys, **options)
-
-    # --- closing -----------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Flush and release everything. Does nothing the second time."""
-        if self._closed:
-            return
-        if self._forked:  # in a fork's child that has done nothing with it, there is nothing to close
-            self._closed = True
-            self._store.forget(self)
-            return
-        try:
-            if self._writer is not None:
-                self._writer.close()
-        finally:
-            self._closed = True
-            self._store.forget(self)
-            self._snapshot = None
-            self._driver.close()
-
-    def __enter__(self) -> Space:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._store.space, (self.recipe,)  # what travels is the store's URL and the recipe, never a handle
-
-    def __repr__(self) -> str:
-        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
-
-    def _request(self, keys: NDArray[np.uint8]) -> Request:
-        self._check_open()  # before the writer is looked at: a fork has another
-        self._used.note()
-        return Request(self._view, self._writer, self._seed, keys, self._ahead)
-
-    def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: Sequence[int] | set[int]) -> None:
-        if corrupt:
-            bad = key_list(keys[sorted(corrupt)])
-            raise CorruptEntryError(
-                f"{len(bad)} of {len(keys)} entries fail their checksum, the first is {bad[0].hex()}: "
-                "space.delete(error.keys) makes them misses, fill computes them again",
-                bad,
-            )
-
-    def _view(self) -> Snapshot:
-        self._check_open()
-        if (snapshot := self._snapshot) is None:  # another thread closed it just now
-            raise ClosedError(_CLOSED)
-        return snapshot
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(_CLOSED)
-        if self._forked:
-            with self._write_lock:
-                if self._forked:
-                    self._open(self._store.driver.space(self.recipe.fingerprint, self._columns))
-
-    def _writing(self) -> Writer:
-        self._check_open()
-        if self._writer is None:
-            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
-        return self._writer
-
-    # --- looking after it -----------------------------------------------------------------------------------------
-
-    def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> IntegrityReport:
-        """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
-
-        Segments are looked at without the help of an index, too.
-
-        Args:
-            sample: entries that are read, drawn at random; None for all.
-
-        Raises:
-            UsageError: ``sample`` is no whole number of 0 or more.
-            FormatError: nothing of the space can be read safely (lmdb).
-        """
-        if sample is not None:
-            sample = whole("sample", sample, 0)
-        damaged = self._driver.examine()  # first: what is damaged there may be unsafe to read
-        self.refresh()
-        keys = self._view().keys()
-        if sample is not None and sample < len(keys):
-            keys = keys[np.random.default_rng().choice(len(keys), sample, replace=False)]
-        corrupt, nbytes = self.corrupt_among(keys, progress)
-        return IntegrityReport(len(keys), nbytes, corrupt, damaged)
-
-    def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
-        """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
-
-        As ``put``, but the rows are what the recipe's lineage (``Recipe.via``) has made of them already. So they are
-        not rounded to its dtypes again, which refuses what bfloat16 has rounded up out of float16's range.
-
-        Raises:
-            ShapeError: also where rows are of another dtype than ``get`` returns.
-        """
-        stored = codec.get(self.recipe.dtype)
-        for i, array in enumerate(arrays):
-            if (given := getattr(array, "dtype", None)) != stored.delivered:
-                raise ShapeError(f"array {i} holds {given}, and get returns {stored.delivered}: use put")
-        return self._put(keys, {VALUES: arrays, **others}, stored, overwrite=False)
-
     def in_order(self, keys: Keys) -> NDArray[np.uint8]:
         """Return keys as ``[n, 32]`` in the order in which their published entries lie, absent ones first."""
         wanted = key_array(keys)
@@ -445,14 +411,54 @@ class Space:
         view = self._view()
         return view.whereabouts(view.locate(key_array(keys)))
 
+    def usage(self) -> Usage:
+        """Return how many entries, tokens, bytes and segments are published."""
+        return self._view().usage()
+
+    def damaged(self) -> dict[str, str]:
+        """Return segments that could not be read, name -> what is wrong; their entries are absent."""
+        return self._view().damaged()
+
+    def refresh(self) -> None:
+        """See what other processes have flushed or deleted since."""
+        self._check_open()
+        self._take_snapshot()
+
+    def _view(self) -> Snapshot:
+        self._check_open()
+        if (snapshot := self._snapshot) is None:  # another thread closed it just now
+            raise ClosedError(_CLOSED)
+        return snapshot
+
+    # --- looking after it --------------------------------------------------------------------------------------------
+
+    def verify(self, progress: Progress | None = None, *, sample: int | None = None) -> IntegrityReport:
+        """Read every stored entry and compare it with its checksum, on all processors; changes nothing.
+
+        Segments are looked at without the help of an index, too.
+
+        Args:
+            sample: entries that are read, drawn at random; None for all.
+
+        Raises:
+            UsageError: ``sample`` is no whole number of 0 or more.
+            FormatError: nothing of the space can be read safely (lmdb).
+        """
+        if sample is not None:
+            sample = whole("sample", sample, 0)
+        damaged = self._driver.examine()  # first: what is damaged there may be unsafe to read
+        self.refresh()
+        keys = self._view().keys()
+        if sample is not None and sample < len(keys):
+            keys = keys[np.random.default_rng().choice(len(keys), sample, replace=False)]
+        corrupt, nbytes = self.corrupt_among(keys, progress)
+        return IntegrityReport(len(keys), nbytes, corrupt, damaged)
+
     def corrupt_among(self, keys: Keys, progress: Progress | None = None) -> tuple[list[bytes], int]:
         """Read published entries on all processors; return which fail their checksums, and the bytes of rows read."""
         keys = self.in_order(keys)
-        lengths = self._view().locate(keys).tokens
-        starts = offsets_of(lengths) * self._codec.stored.itemsize * self.recipe.hidden_size
-        wanted = np.arange(0, int(starts[-1]), _PART_BYTES)
-        cuts = np.unique(np.r_[np.searchsorted(starts, wanted), len(keys)]).tolist() if len(keys) else [0]
-        parts = [keys[first:last] for first, last in itertools.pairwise(cuts)]
+        nbytes = self._view().locate(keys).tokens * self.recipe.row_bytes
+        parts = [keys[part] for part in runs(nbytes, _PART_BYTES)]
         corrupt: list[bytes] = []
         checked = 0
         with ThreadPoolExecutor(available_cpus(), thread_name_prefix="actcache-verify") as pool:
@@ -466,7 +472,26 @@ class Space:
             finally:
                 for future in futures:
                     future.cancel()
-        return corrupt, int(starts[-1])
+        return corrupt, int(nbytes.sum())
+
+    @retry_on_stale_snapshot
+    def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
+        """Return the positions of published entries that fail their checksums; absent ones do not."""
+        view = self._view()  # one for all: another might know of other arrays
+        return self._read_all(Request(lambda: view, None, self._seed, keys), verify=True)[1]
+
+    @retry_on_stale_snapshot
+    def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:
+        """Return the token ids of published entries as they lie, intact or not; None where there are none to be read.
+
+        An entry's checksum is over ids and rows together: of a corrupt entry, nothing here says that the ids are right.
+        """
+        request = Request(self._view, None, self._seed, key_array(keys))
+        has, offsets = request.has(TOKEN_IDS), offsets_of(request.lengths)
+        ids = np.empty(int(offsets[-1]), np.int32)
+        lost = set(request.read({TOKEN_IDS: ids}, None, verify=False))
+        cuts = enumerate(itertools.pairwise(offsets.tolist()))
+        return [ids[begin:end] if has[i] and i not in lost else None for i, (begin, end) in cuts]
 
     def repair(self, found: IntegrityReport | None = None) -> Repair:
         """Quarantine what is corrupt: such entries become misses, which a fill computes again; the bytes are kept.
@@ -491,12 +516,12 @@ class Space:
             self.refresh()
         return repair
 
-    def merge_small_segments(self, allowed: bool) -> None:
+    def merge_tiers(self, allowed: bool) -> None:
         """Say whether this object's writer may merge its own small segments on the way, which it does unless told.
 
         For ten minutes, for those who read them, what it merged lies there twice. What stays is for ``compact``.
         """
-        self._driver.merges_small = allowed
+        self._driver.merges_tiers = allowed
 
     def compact(
         self,
@@ -531,63 +556,57 @@ class Space:
             self.refresh()
         return done
 
-    @retry_on_stale_snapshot
-    def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
-        """Return the positions of published entries that fail their checksums; absent ones do not."""
-        view = self._view()  # one for all: another might know of other arrays
-        request = Request(lambda: view, None, self._seed, keys)
-        total = int(request.lengths.sum())
-        rows = {VALUES: np.empty((total, self.recipe.hidden_size), self._codec.stored)}
-        found = set(request.read({**rows, TOKEN_IDS: np.empty(total, np.int32)}, None, verify=True))
-        had = np.array([request.has(name) for name in EXTRAS]).T
-        for kind in np.unique(had[had.any(axis=1)], axis=0):  # entries with the same optional arrays at once
-            which = np.flatnonzero((had == kind).all(axis=1))
-            part = Request(lambda: view, None, self._seed, keys[which])
-            columns = [column for column, there in zip(EXTRAS.items(), kind.tolist(), strict=True) if there]
-            total = int(part.lengths.sum())
-            out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns}
-            found.update(which[part.read(out, None, verify=True)].tolist())
-        return sorted(found)
+    # --- blobs -------------------------------------------------------------------------------------------------------
 
-    @retry_on_stale_snapshot
-    def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:
-        """Return the token ids of published entries as they lie, intact or not; None where there are none to be read.
+    def blob(self, name: str) -> bytes | None:
+        """Return a small named file of the space (its canaries, say), None where there is none."""
+        self._check_open()
+        return self._store.read_blob(space_blob(self.recipe.fingerprint, name))
 
-        An entry's checksum is over ids and rows together: of a corrupt entry, nothing here says that the ids are right.
-        """
-        request = Request(self._view, None, self._seed, key_array(keys))
-        has, offsets = request.has(TOKEN_IDS), offsets_of(request.lengths)
-        ids = np.empty(int(offsets[-1]), np.int32)
-        lost = set(request.read({TOKEN_IDS: ids}, None, verify=False))
-        cuts = enumerate(itertools.pairwise(offsets.tolist()))
-        return [ids[begin:end] if has[i] and i not in lost else None for i, (begin, end) in cuts]
-
-    def put_block(self, block: Block) -> None:
-        """Publish entries that are in stored form already, as one segment; durable when this returns.
-
-        For whoever has read them, verified, where they stood under an equal recipe: nothing is looked at, computed or
-        copied. What stands here under one of the keys is replaced.
-
-        Raises:
-            StoreError: read-only, disk full, ...; nothing of the block is there.
-        """
-        with self._write_lock:
-            self._writing().flush()  # what was put before is older
-            self._append(block)
+    def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool:
+        """Write a small named file of the space, durably; return False where it stands and ``replace`` is False."""
+        self._check_open()
+        return self._store.write_blob(space_blob(self.recipe.fingerprint, name), data, replace=replace)
 
     def leave_no_trace(self) -> None:
         """Have nothing that is done through this object from here on count as a use of the space."""
         self._used.stop()
 
-    # --- blobs -----------------------------------------------------------------------------------------------------
+    # --- closing -----------------------------------------------------------------------------------------------------
 
-    def blob(self, name: str) -> bytes | None:
-        """Return a small named file of the space (its canaries, say), None where there is none."""
-        return self._store.driver.read_blob(f"spaces/{self.recipe.fingerprint}/{name}")
+    def close(self) -> None:
+        """Flush and release everything. Does nothing the second time."""
+        if self._closed:
+            return
+        try:
+            if self._writer is not None and not self._forked:  # a fork's child has nothing of its own to flush
+                self._writer.close()
+        finally:
+            self._closed = True
+            self._on_close(self)
+            self._snapshot = None
+            if not self._forked:
+                self._driver.close()
 
-    def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool:
-        """Write a small named file of the space, durably; return False where it stands and ``replace`` is False."""
-        return self._store.driver.write_blob(f"spaces/{self.recipe.fingerprint}/{name}", data, replace=replace)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(_CLOSED)
+        if self._forked:
+            with self._write_lock:
+                if self._forked:
+                    self._open()
+
+    def __enter__(self) -> Space:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reopen, (self.recipe,)  # what travels is the store's URL and the recipe, never a handle
+
+    def __repr__(self) -> str:
+        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
 
 
 def _after_fork() -> None:

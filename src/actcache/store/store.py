@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import StoreDriver
-from actcache.entries.entry import columns_of
 from actcache.entries.writer import SEGMENT_BYTES, SEGMENT_SECONDS
 from actcache.errors import (
     ClosedError,
     CollectionNotFoundError,
     FormatError,
-    FormatVersionError,
     NotAStoreError,
     ReadOnlyError,
     SpaceNotFoundError,
@@ -32,12 +28,14 @@ from actcache.format.arguments import whole
 from actcache.format.recipe import Recipe, is_fingerprint
 from actcache.segments import registry
 from actcache.store.collection import Collection
+from actcache.store.description import read_recipe, write_recipe
 from actcache.store.space import Space
 
-SPACE_VERSION = 1
+SWEEP_SECONDS = 86_400.0
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _LONGEST_NAME = 240  # a file's name has at most 255 bytes, its suffix among them
+_SUFFIX = ".safetensors"
 _NEAREST = 3
 
 
@@ -64,9 +62,6 @@ def open_standing(url: str | Path, **options: Any) -> Store:
         StoreNotFoundError, ...: see ``open_store``.
     """
     return Store(url, "a", options, create=False)
-
-
-SWEEP_SECONDS = 86_400.0
 
 
 def _opened_elsewhere(url: str | Path, mode: str, options: dict[str, Any], identity: bytes) -> Store:
@@ -127,29 +122,20 @@ class Store:
         if stored is None:
             if not self.writable:
                 raise SpaceNotFoundError(self._explain(recipe))
-            created = self.describe(recipe)
+            created = write_recipe(self.driver, recipe)
             stored = self.recipe(fingerprint) or recipe
         space = Space(
-            self,
-            self.driver.space(fingerprint, columns_of(stored)),
+            self.driver,
             stored,
             created=created,
+            writable=self.writable,
             segment_bytes=segment_bytes,
-            seconds=segment_seconds,
+            segment_seconds=segment_seconds,
+            reopen=self.space,
+            on_close=self._forget,
         )
         self._spaces.append(space)
         return space
-
-    def describe(self, recipe: Recipe) -> bool:
-        """Make sure that a space's recipe stands in the store, durably; return whether it was missing.
-
-        A space that was deleted while somebody wrote to it begins anew with what is written afterwards.
-        """
-        name = _recipe_blob(recipe.fingerprint)
-        if self.driver.read_blob(name) is not None:
-            return False
-        description = {"format_version": SPACE_VERSION, **recipe.to_json()}
-        return self.driver.write_blob(name, json.dumps(description, indent=1).encode() + b"\n", replace=False)
 
     def fingerprints(self) -> list[str]:
         """Return the names of all spaces, sorted; of those whose description cannot be read, too."""
@@ -180,23 +166,7 @@ class Store:
         Raises:
             FormatError, FormatVersionError: see ``recipes``.
         """
-        data = self.driver.read_blob(_recipe_blob(fingerprint))
-        if data is None:
-            return None
-        where = f"{self.url}: {_recipe_blob(fingerprint)}"
-        try:
-            description = json.loads(data)
-            version = description["format_version"]
-            if not isinstance(version, int):
-                raise TypeError(f"its format version is {version!r}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FormatError(f"{where} is damaged: {error}") from None
-        if version > SPACE_VERSION:
-            raise FormatVersionError(f"{where} has format version {version}, newer than this release: upgrade actcache")
-        recipe = Recipe.from_json(description)
-        if recipe.fingerprint != fingerprint:
-            raise FormatError(f"{where} describes another space ({recipe.fingerprint}); restore it from a copy")
-        return recipe
+        return read_recipe(self.driver, fingerprint, self.url)
 
     def delete_space(self, fingerprint: str) -> bool:
         """Delete a space with all its entries, durably; return whether it was there.
@@ -228,7 +198,7 @@ class Store:
             KeyFormatError, ShapeError: see ``Collection.of``.
         """
         self.check_writable()
-        self.driver.write_blob(_collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
+        self.driver.write_blob(self.collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
 
     def collection(self, name: str) -> Collection:
         """Return a collection.
@@ -237,7 +207,7 @@ class Store:
             CollectionNotFoundError: there is none of that name.
             FormatError: its file is damaged.
         """
-        data = self.driver.read_blob(_collection_blob(name))
+        data = self.driver.read_blob(self.collection_blob(name))
         if data is None:
             known = ", ".join(self.collections()) or "none"
             raise CollectionNotFoundError(f"{self.url} has no collection {name!r}; it has {known}")
@@ -250,13 +220,22 @@ class Store:
 
     @staticmethod
     def collection_blob(name: str) -> str:
-        """Return the name of a collection's blob."""
-        return _collection_blob(name)
+        """Return the name of a collection's blob.
+
+        Raises:
+            UsageError: see ``put_collection``.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
+        if len(name) > _LONGEST_NAME:
+            count = f"{name:.40}... has {len(name)} characters"
+            raise UsageError(f"{count}; a collection's name has at most {_LONGEST_NAME}")
+        return f"collections/{name}{_SUFFIX}"
 
     def delete_collection(self, name: str) -> bool:
         """Delete a collection, not its entries; return whether it was there."""
         self.check_writable()
-        return self.driver.delete_blob(_collection_blob(name))
+        return self.driver.delete_blob(self.collection_blob(name))
 
     def sweep(self, older_than: float = SWEEP_SECONDS) -> int:
         """Remove what killed writers left behind: temporary files, unfinished uploads.
@@ -282,15 +261,14 @@ class Store:
             for space in list(self._spaces):
                 stack.callback(space.close)
 
-    def forget(self, space: Space) -> None:
-        """Drop a space that was closed."""
+    def _forget(self, space: Space) -> None:
         if space in self._spaces:
             self._spaces.remove(space)
 
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -303,18 +281,3 @@ class Store:
         """Raise ``ReadOnlyError`` where the store was opened with mode='r'."""
         if not self.writable:
             raise ReadOnlyError(f"{self.url} was opened with mode='r'; open it with mode='a' to write")
-
-
-_SUFFIX = ".safetensors"
-
-
-def _recipe_blob(fingerprint: str) -> str:
-    return f"spaces/{fingerprint}/recipe.json"
-
-
-def _collection_blob(name: str) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r:.80} is no name for a collection: use letters, digits, '.', '_' and '-'")
-    if len(name) > _LONGEST_NAME:
-        raise UsageError(f"{name:.40}... has {len(name)} characters; a collection's name has at most {_LONGEST_NAME}")
-    return f"collections/{name}{_SUFFIX}"

@@ -18,6 +18,7 @@ from actcache.backend import (
     VALUES,
     Backend,
     Block,
+    Columns,
     EntryLocations,
     Snapshot,
     SpaceDriver,
@@ -94,7 +95,7 @@ class _MemoryStore(StoreDriver):
         parts = (name.split("/") for name in self._contents.blobs)
         return sorted({part[1] for part in parts if part[0] == "spaces"})
 
-    def space(self, fingerprint: str, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> SpaceDriver:
+    def space(self, fingerprint: str, columns: Columns) -> SpaceDriver:
         return _MemorySpace(self._contents, fingerprint, writable=self._writable)
 
     def delete_space(self, fingerprint: str) -> bool:

@@ -1,55 +1,27 @@
-"""Tiny random models of every family, with special tokens all over their vocabulary."""
+"""Tiny random models of families, with special tokens all over their vocabulary, and what is put into them."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
+from tests.models.zoo import KINDS
+
 SIZE = 200
 USED = list(range(7, 150, 3))  # what the corpus of these tests uses
 
-_BERT = {
-    "vocab_size": SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 66,
-    "initializer_range": 0.2,
-}
-_DECODER = {**_BERT, "num_key_value_heads": 2, "pad_token_id": 190, "bos_token_id": 1, "eos_token_id": 2}
 _LAST = {"pad_token_id": 199, "eos_token_id": 198, "bos_token_id": 197}  # beyond the number of rows that are kept
-
-CONFIGS: dict[str, Any] = {
-    "bert": hf.BertConfig(**_BERT),
-    "roberta": hf.RobertaConfig(**_BERT),
-    "xlm-roberta": hf.XLMRobertaConfig(**_BERT),
-    "electra": hf.ElectraConfig(**_BERT, embedding_size=16),
-    "distilbert": hf.DistilBertConfig(
-        vocab_size=SIZE, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=66
-    ),
-    "mpnet": hf.MPNetConfig(**_BERT),
-    "deberta": hf.DebertaConfig(**_BERT),
-    "deberta-v2": hf.DebertaV2Config(
-        **_BERT, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], conv_kernel_size=3
-    ),
-    "deberta-v3": hf.DebertaV2Config(**_BERT, relative_attention=True, position_buckets=8, legacy=False),
-    "modernbert": hf.ModernBertConfig(**_BERT, **_LAST, cls_token_id=197, sep_token_id=198),
-    "t5": hf.T5Config(
-        vocab_size=SIZE, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    ),
-    "gpt2": hf.GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=66, **_LAST),
-    "llama": hf.LlamaConfig(**_DECODER),  # its output embeddings are its own
-    "qwen2": hf.Qwen2Config(**_DECODER, tie_word_embeddings=True),
-    "qwen3": hf.Qwen3Config(**_DECODER, head_dim=8),
-    "gemma": hf.GemmaConfig(**_DECODER, head_dim=8),
-    "gemma2": hf.Gemma2Config(**_DECODER, head_dim=8),
-    "gemma3": hf.Gemma3TextConfig(**_DECODER, head_dim=8),
+#: What these tests want otherwise than ``tests.models.zoo`` makes it.
+_OTHERWISE: dict[str, dict[str, Any]] = {
+    "modernbert": {**_LAST, "cls_token_id": 197, "sep_token_id": 198},
+    "gpt2": {**_LAST, "n_positions": 66},
+    **{family: {"pad_token_id": 190} for family in ("llama", "qwen3", "gemma", "gemma2", "gemma3")},
+    "qwen2": {"pad_token_id": 190, "tie_word_embeddings": True},  # those of Llama are its own
 }
+FAMILIES = tuple(family for family in KINDS if family not in ("camembert", "mt5"))
 DECODERS = ("gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 
@@ -61,12 +33,7 @@ def language_model(family: str) -> Any:
 
 
 def make(auto_class: Any, family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
-    config = copy.deepcopy(CONFIGS[family])
-    for name, value in options.items():
-        setattr(config, name, value)
-    torch.manual_seed(seed)
-    model = auto_class.from_config(config) if hasattr(auto_class, "from_config") else auto_class(config)
-    return model.eval()
+    return KINDS[family].make(auto_class, None, seed, **{"vocab_size": SIZE, **_OTHERWISE.get(family, {}), **options})
 
 
 def inputs(model: PreTrainedModel, seed: int = 0, shape: tuple[int, int] = (3, 9)) -> dict[str, torch.Tensor]:

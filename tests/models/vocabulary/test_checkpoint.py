@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from actcache.errors import ModelError, UsageError
-from actcache.models.vocabulary import Pruned, load_pruned, prune, save_full
+from actcache.models.vocabulary import Pruned, load_pruned, prune_vocabulary, save_full
 from tests.models.vocabulary.families import SIZE, USED, inputs, language_model, make
 
 
@@ -47,7 +47,7 @@ def test_the_other_rows_come_back_from_where_they_are(where, tmp_path: Path, pre
     # A task model's names have a prefix that a base model's checkpoint may lack.
     AutoModel.from_pretrained(pretrained).save_pretrained(tmp_path / "base")
     model.config.name_or_path = str(tmp_path / "base")
-    pruned = prune(model, USED, full_matrix=tmp_path / "kept.safetensors" if where == "file" else where)
+    pruned = prune_vocabulary(model, USED, full_matrix=tmp_path / "kept.safetensors" if where == "file" else where)
     train(full)
     train(model)
 
@@ -68,7 +68,7 @@ def test_a_small_checkpoint_becomes_full_again(family, tmp_path: Path):
     full = make(auto, family)
     full.save_pretrained(tmp_path / "pretrained")
     model = auto.from_pretrained(tmp_path / "pretrained")
-    prune(model, USED).grow([3])
+    prune_vocabulary(model, USED).grow([3])
     with torch.no_grad():  # as training would
         for each, row in ((model, 1), (full, int(Pruned(model).ids[1]))):
             each.get_output_embeddings().weight[row] += 1
@@ -86,7 +86,7 @@ def test_a_small_checkpoint_becomes_full_again(family, tmp_path: Path):
 
 def test_a_base_model_is_loaded_from_a_task_models_checkpoint(tmp_path: Path):
     model = make(AutoModelForSequenceClassification, "modernbert")
-    prune(model, USED)
+    prune_vocabulary(model, USED)
     model.save_pretrained(tmp_path)
     loaded = load_pruned(AutoModel, tmp_path, dtype=torch.float64)
     assert loaded.model.dtype == torch.float64
@@ -103,15 +103,15 @@ def test_another_models_matrix_is_refused(tmp_path: Path, pretrained):
     model = AutoModelForMaskedLM.from_pretrained(pretrained)
     model.config.name_or_path = str(tmp_path / "other")
     with pytest.raises(ModelError, match="is not what the checkpoint"):
-        prune(model, USED, full_matrix="checkpoint")
+        prune_vocabulary(model, USED, full_matrix="checkpoint")
     model.config.name_or_path = str(tmp_path / "nothing")
     with pytest.raises(ModelError, match="has no safetensors file"):
-        prune(model, USED, full_matrix="checkpoint")
+        prune_vocabulary(model, USED, full_matrix="checkpoint")
     assert model.config.vocab_size == SIZE
     (tmp_path / "there.safetensors").touch()
     with pytest.raises(UsageError, match="there already"):
-        prune(model, USED, full_matrix=tmp_path / "there.safetensors")
-    prune(model, USED)
+        prune_vocabulary(model, USED, full_matrix=tmp_path / "there.safetensors")
+    prune_vocabulary(model, USED)
     model.save_pretrained(tmp_path / "small")
     with pytest.raises(ModelError, match="other embeddings"):
         load_pruned(AutoModelForMaskedLM, tmp_path / "small", full_matrix=tmp_path / "other")
@@ -136,7 +136,7 @@ def test_what_is_no_pruned_checkpoint(tmp_path: Path, pretrained):
 def test_nothing_takes_a_small_checkpoint_for_a_full_one(tmp_path: Path):
     """Its rows would be taken for those of other tokens."""
     model = make(AutoModelForMaskedLM, "modernbert")
-    prune(model, USED)
+    prune_vocabulary(model, USED)
     model.save_pretrained(tmp_path / "task")
     model.base_model.save_pretrained(tmp_path / "base")
     assert model.config.vocab_size == len(Pruned(model).ids)
@@ -151,7 +151,7 @@ def test_nothing_takes_a_small_checkpoint_for_a_full_one(tmp_path: Path):
 def test_a_plain_state_dict_carries_the_rows_ids():
     model = make(AutoModel, "t5")
     state = model.state_dict()
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     names = set(model.state_dict()) - set(state)
     assert names == {"shared.row_ids"}
     assert model.state_dict()["shared.row_ids"].tolist() == pruned.ids.tolist()
@@ -162,7 +162,7 @@ def test_a_plain_state_dict_carries_the_rows_ids():
 def test_a_pickled_model_is_as_it_was(tmp_path: Path):
     """As when it is sent to another process."""
     model = make(language_model("gpt2"), "gpt2")
-    pruned = prune(model, USED, on_unseen="grow")
+    pruned = prune_vocabulary(model, USED, on_unseen="grow")
     again = pickle.loads(pickle.dumps(model))  # noqa: S301  our own bytes
     batch = inputs(model)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_the_whole_matrix_is_not_held_twice(where, pretrained):
     weight = model.get_input_embeddings().weight
     address, old = weight.data_ptr(), weakref.ref(weight)
     del weight
-    pruned = prune(model, USED, full_matrix=where)
+    pruned = prune_vocabulary(model, USED, full_matrix=where)
     gc.collect()
     assert old() is None
     rest = pruned._kept.rest["roberta.embeddings.word_embeddings.weight"]

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, T5EncoderModel
 
 from actcache.errors import ModelError
-from actcache.models.vocabulary import load_pruned, prune
-from tests.models.vocabulary.families import CONFIGS, SIZE, USED, inputs, language_model, make
+from actcache.models.vocabulary import load_pruned, prune_vocabulary
+from tests.models.vocabulary.families import FAMILIES, SIZE, USED, inputs, language_model, make
 
 CASES = [
-    *itertools.product(CONFIGS, ["language"]),
+    *itertools.product(FAMILIES, ["language"]),
     # Heads that look for the padding or the end of text, and one that does not.
     *itertools.product(["bert", "modernbert", "t5", "gpt2", "llama"], ["classification"]),
     *itertools.product(["roberta", "deberta-v2", "t5"], ["base"]),
@@ -56,7 +56,7 @@ def test_a_pruned_model_computes_the_same(family, head, tmp_path: Path):
     model.save_pretrained(tmp_path / "full")  # which notes class and dtype in the configuration
     config = copy.deepcopy(model.config.to_dict())
 
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     kept, rows = pruned.ids, len(pruned.ids)
     assert set(USED) | {0, model.config.pad_token_id} <= set(kept.tolist())
     assert rows < 60
@@ -94,7 +94,7 @@ def test_a_pruned_model_computes_the_same(family, head, tmp_path: Path):
     assert model.config.to_dict() == config
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_language_models_loss_is_over_the_kept_rows(family):
     model = make(language_model(family), family)
     batch = inputs(model)
@@ -103,7 +103,7 @@ def test_a_language_models_loss_is_over_the_kept_rows(family):
     batch["labels"] = labels
     with torch.no_grad():
         logits = model(**batch).logits
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     rows = {token: row for row, token in enumerate(pruned.ids.tolist())}
     targets = labels.clone().apply_(lambda token: rows.get(token, -100))
     logits = logits[..., pruned.ids]
@@ -129,11 +129,11 @@ def test_a_language_models_loss_is_over_the_kept_rows(family):
 def test_generating_gives_the_tokenizers_ids(family):
     model = make(language_model(family), family)
     ids = inputs(model)["input_ids"][1:]
-    kept = prune(make(language_model(family), family), USED).ids
+    kept = prune_vocabulary(make(language_model(family), family), USED).ids
     others = sorted(set(range(SIZE)) - set(kept.tolist()))
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, suppress_tokens=others, **options)
-    prune(model, USED)
+    prune_vocabulary(model, USED)
     assert torch.equal(model.generate(ids, **options), expected)
     assert set(expected.flatten().tolist()) <= set(kept.tolist())
     beams = model.generate(ids, num_beams=3, **options)
@@ -149,13 +149,13 @@ def test_the_scale_of_embeddings_and_max_norm_stay():
     expected = embedding(ids)
     model = make(AutoModel, "gemma3")
     model.get_input_embeddings().max_norm = 0.5
-    prune(model, USED)
+    prune_vocabulary(model, USED)
     assert torch.equal(model.get_input_embeddings()(ids), expected)
 
 
 def test_padding_gets_no_gradient():
     model = make(AutoModel, "roberta").train()
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     embedding = model.get_input_embeddings()
     row = int(pruned.rows_of(torch.tensor(model.config.pad_token_id)))
     assert embedding.padding_idx == row
@@ -168,6 +168,6 @@ def test_padding_gets_no_gradient():
 def test_another_model_of_the_same_configuration_keeps_its_size():
     first = make(AutoModel, "t5")
     second = AutoModel.from_config(first.config)
-    prune(first, USED)
+    prune_vocabulary(first, USED)
     assert second.config.vocab_size == second.encoder.config.vocab_size == SIZE
     assert first.config.vocab_size == first.encoder.config.vocab_size == first.get_input_embeddings().num_embeddings

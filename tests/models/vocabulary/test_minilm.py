@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from actcache.models.vocabulary import count_vocabulary, prune
+from actcache.models.vocabulary import count_vocabulary, prune_vocabulary
 from bench.vocabulary import MODELS, Shape
 
 
 def test_real_text_gives_the_same_embeddings(minilm, tokenizer, docstrings):
     model, texts = copy.deepcopy(minilm), docstrings[::26]
-    pruned = prune(model, count_vocabulary(docstrings, tokenizer))
+    pruned = prune_vocabulary(model, count_vocabulary(docstrings, tokenizer))
     assert 2000 < len(pruned.ids) < 6000
     before, after = (sum(p.numel() for p in m.parameters()) for m in (minilm, model))
     assert pruned.saved_bytes == 4 * (before - after) == 4 * 384 * (30522 - len(pruned.ids))

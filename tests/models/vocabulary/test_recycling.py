@@ -14,9 +14,10 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 import actcache
 from actcache.errors import LowerHalfMismatchError, ModelError, UnseenTokenError
-from actcache.models import base_model_of, family_of, lower_digest, partial, reduce, weights
+from actcache.models import base_model_of, family_of, lower_digest, reduce, weights
+from actcache.models.partial_vocabulary import Whole, vocabulary_size
 from actcache.models.recycler import Recycler
-from actcache.models.vocabulary import count_stored, count_vocabulary, load_pruned, prune
+from actcache.models.vocabulary import count_stored, count_vocabulary, load_pruned, prune_vocabulary
 
 LAYER = 2
 
@@ -38,7 +39,7 @@ def rows(recycler: Recycler, texts: list[str]) -> list[np.ndarray]:
 def test_one_fills_and_the_other_reads(first, tmp_path: Path, minilm, tokenizer, texts):
     """With the real MiniLM: nothing is computed twice, and what is computed is the same to the bit."""
     small = copy.deepcopy(minilm)
-    pruned = prune(small, count_vocabulary(texts, tokenizer))
+    pruned = prune_vocabulary(small, count_vocabulary(texts, tokenizer))
     assert len(pruned.ids) < 3000
     models = {"pruned": small, "full": minilm}
     other = "full" if first == "pruned" else "pruned"
@@ -67,7 +68,7 @@ def test_the_digest_is_that_of_the_whole_as_it_would_be_restored(full_matrix, tm
         return lower_digest(model, family, LAYER)
 
     before = digest(model)
-    pruned = prune(model, range(10, 60), full_matrix=full_matrix)
+    pruned = prune_vocabulary(model, range(10, 60), full_matrix=full_matrix)
     assert digest(model) == before
     pruned.grow([7, 400])
     assert digest(model) == before
@@ -82,7 +83,7 @@ def test_the_digest_is_that_of_the_whole_as_it_would_be_restored(full_matrix, tm
 def test_half_precision_over_a_checkpoint_of_another(tmp_path, make_model):
     make_model(AutoModel, vocab_size=500).save_pretrained(tmp_path)
     full, model = (AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16) for _ in range(2))
-    prune(model, range(10, 60), full_matrix="checkpoint")
+    prune_vocabulary(model, range(10, 60), full_matrix="checkpoint")
     assert lower_digest(model, family_of(model), LAYER) == lower_digest(full, family_of(full), LAYER)
 
 
@@ -92,7 +93,7 @@ def test_a_trained_lower_half_is_refused(tmp_path: Path, minilm, tokenizer, text
         full.fill(texts[:3], progress=False)
         task = AutoModelForSequenceClassification.from_config(minilm.config).eval()
         base_model_of(task).load_state_dict(model.state_dict())
-        prune(task, count_stored(full.space, tokenizer=tokenizer))
+        prune_vocabulary(task, count_stored(full.space, tokenizer=tokenizer))
         reduced = full.reduce(task)
         with torch.no_grad():
             task.get_input_embeddings().weight[5] += 0.5
@@ -109,7 +110,7 @@ def test_a_pruned_task_model_is_reduced(tmp_path: Path, minilm, tokenizer, texts
     with recycler(task, tokenizer, tmp_path / "store", dtype="float32") as full:
         full.fill(texts, progress=False)
         ids = tokenizer(texts, padding=True, truncation=True, max_length=24, return_tensors="pt")
-        pruned = prune(task, count_stored(full.space, tokenizer=tokenizer))
+        pruned = prune_vocabulary(task, count_stored(full.space, tokenizer=tokenizer))
         labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
         with torch.no_grad():
             expected = task(**ids, labels=labels)
@@ -128,7 +129,7 @@ def test_a_pruned_task_model_is_reduced(tmp_path: Path, minilm, tokenizer, texts
 
 def test_a_reduced_copy_grows_its_logits_on_its_own(make_model):
     task = make_model(AutoModelForMaskedLM, vocab_size=500)
-    pruned = prune(task, range(50), on_unseen="grow")
+    pruned = prune_vocabulary(task, range(50), on_unseen="grow")
     reduced = reduce(task, 2)
     rows, ids = torch.randn(1, 4, 32), torch.tensor([[1, 2, 3, 4]])
     labels = torch.tensor([[1, 499, -100, 4]])
@@ -142,14 +143,14 @@ def test_a_reduced_copy_grows_its_logits_on_its_own(make_model):
 
 def test_tokens_that_are_not_kept_stop_a_fill(tmp_path: Path, minilm, tokenizer):
     model = copy.deepcopy(minilm)
-    pruned = prune(model, count_vocabulary(["one two three"], tokenizer))
+    pruned = prune_vocabulary(model, count_vocabulary(["one two three"], tokenizer))
     with recycler(model, tokenizer, tmp_path / "store") as small:
         with pytest.raises(UnseenTokenError, match="'zebra'"):
             small.fill(["one zebra"], progress=False)
         pruned.grow(count_vocabulary(["one zebra"], tokenizer))
         assert small.fill(["one zebra"], progress=False).computed == 1
     growing = copy.deepcopy(minilm)
-    prune(growing, [0], on_unseen="grow")
+    prune_vocabulary(growing, [0], on_unseen="grow")
     with recycler(growing, tokenizer, tmp_path / "store") as again:
         assert again.fill(["one zebra", "two yaks"], progress=False).computed == 1
         assert again.recipe.fingerprint == small.recipe.fingerprint
@@ -157,7 +158,7 @@ def test_tokens_that_are_not_kept_stop_a_fill(tmp_path: Path, minilm, tokenizer)
 
 def test_a_small_checkpoint_alone_has_no_digest(tmp_path: Path, minilm, minilm_path, tokenizer):
     model = AutoModel.from_pretrained(minilm_path)
-    prune(model, count_vocabulary(["one two three"], tokenizer), full_matrix="checkpoint")
+    prune_vocabulary(model, count_vocabulary(["one two three"], tokenizer), full_matrix="checkpoint")
     model.save_pretrained(tmp_path / "small")
     alone = load_pruned(AutoModel, tmp_path / "small").model.eval()
     with pytest.raises(ModelError, match="not at hand"):
@@ -173,7 +174,7 @@ def test_a_small_checkpoint_alone_has_no_digest(tmp_path: Path, minilm, minilm_p
 def test_reading_a_part_as_a_whole():
     whole = torch.arange(70, dtype=torch.float32).reshape(10, 7)
     ids = torch.tensor([8, 2, 5])
-    part = partial.Whole("w", -whole[ids], ids, whole, 10)
+    part = Whole("w", -whole[ids], ids, whole, 10)
     expected = whole.clone()
     expected[ids] *= -1
     assert torch.equal(part.rows(0, 10), expected)
@@ -182,16 +183,16 @@ def test_reading_a_part_as_a_whole():
     assert part.nbytes == len(data)
     for start in range(0, len(data), 33):
         assert bytes(part.read(start, start + 33)) == data[start : start + 33]
-    meta = partial.Whole("w", part.rows(0, 3).to("meta"), ids, whole, 10)
+    meta = Whole("w", part.rows(0, 3).to("meta"), ids, whole, 10)
     with pytest.raises(ModelError, match="meta"):
         meta.rows(0, 10)
 
 
 def test_the_vocabulary_of_a_model(make_model):
     model = make_model(AutoModel, vocab_size=500)
-    assert partial.vocabulary_size(model) == 500
-    prune(model, range(9))
+    assert vocabulary_size(model) == 500
+    prune_vocabulary(model, range(9))
     assert model.config.vocab_size == 9
-    assert partial.vocabulary_size(model) == 500
+    assert vocabulary_size(model) == 500
     assert reduce(make_model(AutoModelForSequenceClassification, vocab_size=300), 1).config.vocab_size == 300
     assert actcache.errors.UnseenTokenError.__mro__[1] is ModelError

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from actcache.errors import ModelError, UsageError
-from actcache.models.vocabulary import Pruned, prune
+from actcache.models.vocabulary import Pruned, prune_vocabulary
 from tests.models.vocabulary.families import SIZE, USED, inputs, language_model, make
 
 RATE = 0.01
@@ -67,7 +67,7 @@ def test_pruned_training_equals_full_training(name, family):
     theirs = OPTIMIZERS[name](full.parameters())
     train(full, theirs, range(6))
 
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     ours = OPTIMIZERS[name](model.parameters())
     pruned.track(ours)
     train(model, ours, range(4))
@@ -82,7 +82,7 @@ def test_pruned_training_equals_full_training(name, family):
 
 def pruned_ids(model: PreTrainedModel) -> list[int]:
     copied = copy.deepcopy(model)
-    return [int(i) for i in prune(copied, USED).ids]
+    return [int(i) for i in prune_vocabulary(copied, USED).ids]
 
 
 def test_weight_decay_leaves_rows_without_a_gradient_alone():
@@ -91,7 +91,7 @@ def test_weight_decay_leaves_rows_without_a_gradient_alone():
     before = full.get_input_embeddings().weight.detach().clone()
     decay, steps = 0.1, 5
     train(full, torch.optim.AdamW(full.parameters(), RATE, weight_decay=decay), range(steps))
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     kept = pruned.ids
     train(model, torch.optim.AdamW(model.parameters(), RATE, weight_decay=decay), range(steps))
     pruned.restore()
@@ -116,7 +116,7 @@ def test_pruning_in_the_middle_of_training():
     some = USED[::2]
     dropped = [token for token in USED[1::2] if before["exp_avg"][token].any()]
     assert dropped
-    pruned = prune(model, some, optimizer=optimizer)
+    pruned = prune_vocabulary(model, some, optimizer=optimizer)
     state = state_of(optimizer)[index]
     assert optimizer.param_groups[0]["params"][index] is embedding.weight
     for name in ("exp_avg", "exp_avg_sq"):
@@ -136,7 +136,7 @@ def test_pruning_in_the_middle_of_training():
 def test_growing_in_the_middle_of_training_equals_full_training():
     full, model = classifier(), classifier()
     theirs = OPTIMIZERS["adamw"](full.parameters())
-    pruned = prune(model, [7, 10, 13], on_unseen="grow")
+    pruned = prune_vocabulary(model, [7, 10, 13], on_unseen="grow")
     ours = OPTIMIZERS["adamw"](model.parameters())
     pruned.track(ours)
     losses = []  # kept, and with them the graphs of earlier steps
@@ -161,7 +161,7 @@ def test_gradients_that_are_being_accumulated_stay():
     for batch in batches:
         full(**batch).loss.backward()
     model(**batches[0]).loss.backward()
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     model(**batches[1]).loss.backward()
     pruned.restore()
     model(**batches[2]).loss.backward()
@@ -173,7 +173,7 @@ def test_frozen_stays_frozen(family):
     model = make(language_model(family), family)
     model.get_input_embeddings().weight.requires_grad = False
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     pruned.grow([3])
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
@@ -185,7 +185,7 @@ def test_frozen_stays_frozen(family):
 def test_an_optimizer_that_was_forgotten_is_refused(when):
     model = classifier()
     optimizer = torch.optim.AdamW(model.parameters())
-    pruned = prune(model, USED, optimizer=None if when == "prune" else optimizer)
+    pruned = prune_vocabulary(model, USED, optimizer=None if when == "prune" else optimizer)
     if when != "prune":
         train(model, optimizer, range(1))
         optimizer = torch.optim.AdamW(model.parameters())
@@ -200,16 +200,16 @@ def test_packed_states_are_refused_and_nothing_changes():
     weight = model.get_input_embeddings().weight
     optimizer.state[weight]["state1"] = torch.zeros(SIZE, 32, dtype=torch.uint8)
     with pytest.raises(ModelError, match="packed"):
-        prune(model, USED, optimizer=optimizer)
+        prune_vocabulary(model, USED, optimizer=optimizer)
     assert model.get_input_embeddings().weight is weight
-    prune(model, USED)  # without it
+    prune_vocabulary(model, USED)  # without it
 
 
 def test_states_of_one_number_a_row_or_column_move():
     model = classifier()
     optimizer = OPTIMIZERS["adafactor"](model.parameters())
     train(model, optimizer, range(2))
-    pruned = prune(model, USED, optimizer=optimizer)
+    pruned = prune_vocabulary(model, USED, optimizer=optimizer)
     train(model, optimizer, range(2, 4))
     pruned.restore()
     train(model, optimizer, range(4, 5))
@@ -217,12 +217,12 @@ def test_states_of_one_number_a_row_or_column_move():
 
 def test_something_that_is_no_optimizer():
     with pytest.raises(UsageError, match="no torch optimizer"):
-        prune(classifier(), USED).track(classifier())  # type: ignore[arg-type]
+        prune_vocabulary(classifier(), USED).track(classifier())  # type: ignore[arg-type]
 
 
 def test_a_copy_goes_its_own_way():
     model = classifier()
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     copied = copy.deepcopy(model)
     theirs = Pruned(copied)
     train(copied, torch.optim.SGD(copied.parameters(), RATE), range(2))

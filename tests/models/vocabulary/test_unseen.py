@@ -10,13 +10,13 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BartConf
 
 from actcache.errors import ModelError, UnseenTokenError, UnsupportedModelError, UsageError
 from actcache.models import base_model_of
-from actcache.models.vocabulary import Pruned, count_vocabulary, prune
+from actcache.models.vocabulary import Pruned, count_vocabulary, prune_vocabulary
 from tests.models.vocabulary.families import SIZE, USED, inputs, language_model, make
 
 
 def test_an_unseen_token_is_named(tokenizer, minilm):
     model = copy.deepcopy(minilm)
-    prune(model, count_vocabulary(["one two three"], tokenizer))
+    prune_vocabulary(model, count_vocabulary(["one two three"], tokenizer))
     ids = tokenizer("one two zebra", return_tensors="pt")["input_ids"]
     with pytest.raises(UnseenTokenError, match=r"\('zebra'\).*grow") as raised:
         model(input_ids=ids)
@@ -27,7 +27,7 @@ def test_an_unseen_token_is_named(tokenizer, minilm):
 @pytest.mark.parametrize("on_unseen", ["raise", "grow"])
 def test_what_is_no_token_is_named(token, on_unseen):
     model = make(AutoModel, "bert")
-    pruned = prune(model, USED, on_unseen=on_unseen)
+    pruned = prune_vocabulary(model, USED, on_unseen=on_unseen)
     ids = torch.tensor([[7, token]])
     with pytest.raises(UnseenTokenError, match=rf"{token} \(no token of this model\)"):
         model(input_ids=ids)
@@ -40,7 +40,7 @@ def test_what_is_no_token_is_named(token, on_unseen):
 def test_a_language_model_grows_by_what_it_is_given(family):
     """By inputs and labels at once, at the first call and between two, while an earlier graph lives."""
     full, model = (make(language_model(family), family) for _ in range(2))
-    pruned = prune(model, USED, on_unseen="grow")
+    pruned = prune_vocabulary(model, USED, on_unseen="grow")
     for token in (3, 4):
         batch = inputs(model)
         batch["labels"] = batch["input_ids"][:, :4].clone() if family == "t5" else batch["input_ids"].clone()
@@ -61,7 +61,7 @@ def test_a_language_model_grows_by_what_it_is_given(family):
 
 def test_positional_arguments_are_seen_too():
     model = make(AutoModelForSequenceClassification, "bert")
-    pruned = prune(model, USED, on_unseen="grow")
+    pruned = prune_vocabulary(model, USED, on_unseen="grow")
     ids = torch.tensor([[7, 4, 5]])
     with torch.no_grad():
         expected = make(AutoModelForSequenceClassification, "bert")(ids).logits
@@ -73,14 +73,14 @@ def test_positional_arguments_are_seen_too():
 
 def test_the_base_model_of_a_language_model_cannot_grow_it():
     model = make(language_model("bert"), "bert")
-    prune(model, USED, on_unseen="grow")
+    prune_vocabulary(model, USED, on_unseen="grow")
     with pytest.raises(UnseenTokenError, match="4"):
         base_model_of(model)(torch.tensor([[7, 4]]))
 
 
 def test_labels_that_are_not_kept():
     model = make(language_model("bert"), "bert")
-    prune(model, USED)
+    prune_vocabulary(model, USED)
     ids = torch.tensor([[7, 10]])
     with pytest.raises(UnseenTokenError, match="3"):
         model(input_ids=ids, labels=torch.tensor([[3, -100]]))
@@ -89,7 +89,7 @@ def test_labels_that_are_not_kept():
 
 
 def test_rows_and_ids():
-    pruned = prune(make(AutoModel, "modernbert"), USED)
+    pruned = prune_vocabulary(make(AutoModel, "modernbert"), USED)
     assert pruned.ids.tolist() == [0, *USED, 197, 198, 199]
     ids = torch.tensor([[7, 199], [0, 10]], dtype=torch.int32)
     rows = pruned.rows_of(ids)
@@ -102,7 +102,7 @@ def test_inputs_of_any_shape_and_integer():
     model = make(AutoModel, "bert")
     embedding = model.get_input_embeddings()
     expected = embedding(torch.tensor([7, 10]))
-    prune(model, USED)
+    prune_vocabulary(model, USED)
     assert torch.equal(embedding(torch.tensor([7, 10], dtype=torch.int32)), expected)
     assert torch.equal(embedding(input=torch.tensor([7, 10])), expected)
     assert torch.equal(embedding(torch.tensor(7)), expected[0])
@@ -115,34 +115,34 @@ def test_inputs_of_any_shape_and_integer():
 def test_what_is_refused():
     model = make(AutoModel, "bert")
     with pytest.raises(UsageError, match=r"200.*0\.\.199"):
-        prune(model, [7, SIZE])
+        prune_vocabulary(model, [7, SIZE])
     with pytest.raises(UsageError, match="token ids are integers"):
-        prune(model, [-3])
+        prune_vocabulary(model, [-3])
     with pytest.raises(UsageError, match="'raise' nor 'grow'"):
-        prune(model, USED, on_unseen="ignore")  # type: ignore[arg-type]
+        prune_vocabulary(model, USED, on_unseen="ignore")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="is not pruned"):
         Pruned(model)
     assert len(model.get_input_embeddings().weight) == SIZE
-    pruned = prune(model, USED)
+    pruned = prune_vocabulary(model, USED)
     with pytest.raises(ModelError, match="pruned already"):
-        prune(model, USED)
+        prune_vocabulary(model, USED)
     pruned.restore()
     with pytest.raises(ModelError, match="is not pruned"):
         Pruned(model)
-    prune(model, USED[:3])
+    prune_vocabulary(model, USED[:3])
     model = make(AutoModel, "bert")
     model.config.vocab_size = 300
     with pytest.raises(ModelError, match=r"200 embeddings.*300"):
-        prune(model, USED)
+        prune_vocabulary(model, USED)
     model = make(AutoModel, "bert")
     model.set_input_embeddings(torch.nn.Linear(3, 3))
     with pytest.raises(UnsupportedModelError, match="Linear"):
-        prune(model, USED)
+        prune_vocabulary(model, USED)
     tiny = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     bart = BartConfig(vocab_size=SIZE, max_position_embeddings=16, **tiny)
     with pytest.raises(UnsupportedModelError, match="final_logits_bias"):
-        prune(BartForConditionalGeneration(bart), USED)
-    prune(BartForConditionalGeneration(bart).model, USED)
+        prune_vocabulary(BartForConditionalGeneration(bart), USED)
+    prune_vocabulary(BartForConditionalGeneration(bart).model, USED)
     model = make(language_model("gpt2"), "gpt2")
-    with prune(model, USED).whole_logits(), pytest.raises(UsageError, match="return_dict"):
+    with prune_vocabulary(model, USED).whole_logits(), pytest.raises(UsageError, match="return_dict"):
         model(torch.tensor([USED]), return_dict=False)

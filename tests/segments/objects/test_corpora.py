@@ -17,8 +17,8 @@ import pytest
 
 from actcache.cli import corpus
 from actcache.errors import DocumentError, MissingExtraError, StoreError, UsageError
+from actcache.segments.places.objects.buckets import Bucket as Reading
 from actcache.segments.places.objects.options import target
-from actcache.segments.places.objects.reading import Bucket as Reading
 from tests.cli.running import cachectl
 
 TEXTS = [f"text {number} żółć\r\n" + "x" * number for number in range(60)]
@@ -64,7 +64,7 @@ def test_files_folders_and_patterns(place):
     assert read(f"{url}/c/*.jsonl.gz") == TEXTS[20:40]
     assert read(f"{url}/c/*/[12].jsonl.gz") == TEXTS[40:]
     assert corpus.count(f"{url}/c", "body") is None
-    assert not corpus.passes(f"{url}/c")
+    assert not corpus.is_stream(f"{url}/c")
     for source, said in (
         (f"{url}/none.jsonl", "cannot read .*none.jsonl: there is no such object"),
         (f"{url}/none/*.jsonl", "no file matches .*none/"),
@@ -144,7 +144,7 @@ def test_options_stand_in_the_url(bucket, monkeypatch):
 
 
 def test_without_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "actcache.segments.places.objects.reading", None)
+    monkeypatch.setitem(sys.modules, "actcache.segments.places.objects.buckets", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'actcache\[s3\]'"):
         corpus.check("s3://bucket/c.txt")
 

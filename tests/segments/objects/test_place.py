@@ -15,11 +15,11 @@ import pytest
 
 import actcache
 from actcache.errors import ClosedError, FormatError, OutOfSpaceError, StorageIOError
-from actcache.segments.places.objects import ObjectPlace, blocks, obstore_reads, place, s3, transfers
+from actcache.segments.places.objects import ObjectPlace, blocks, object_place, obstore_reads, s3, transfers
 from actcache.segments.places.objects.client import ObjectExistsError, TransientError
+from actcache.segments.places.objects.fetched_rows import coalesce
 from actcache.segments.places.objects.generic import FsspecClient
-from actcache.segments.places.objects.retry import Retrying
-from actcache.segments.places.objects.rows import coalesce
+from actcache.segments.places.objects.session import Retrying
 from tests import support
 from tests.support.waiting import DEADLINE, ended, ours
 
@@ -371,7 +371,9 @@ assert space.get([support.key(1)])[0] is not None
 def test_local_leftovers_are_swept(local, tmp_path, monkeypatch):
     here, _ = local
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    old, new, other = (tmp_path / name for name in (f"{place._TEMPORARY}a", f"{place._TEMPORARY}b", "else"))
+    old, new, other = (
+        tmp_path / name for name in (f"{object_place._TEMPORARY}a", f"{object_place._TEMPORARY}b", "else")
+    )
     for path in (old, new, other):
         path.mkdir()
         (path / "file").touch()

@@ -5,8 +5,8 @@ measured in the same rounds. docs/benchmarks.md says what the limits are and wha
 """
 
 from actcache.admin.benchmark.corpus import SHAPES, Shape
-from actcache.admin.benchmark.disk import Bench, local_backends, run
+from actcache.admin.benchmark.disk import Bench, run
 from actcache.admin.benchmark.reading import Comparison, Contestant
 from actcache.admin.benchmark.rounds import Spread
 
-__all__ = ["SHAPES", "Bench", "Comparison", "Contestant", "Shape", "Spread", "local_backends", "run"]
+__all__ = ["SHAPES", "Bench", "Comparison", "Contestant", "Shape", "Spread", "run"]

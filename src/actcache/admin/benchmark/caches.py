@@ -18,15 +18,6 @@ _PATIENCE = 5.0  # seconds for the thread of an iteration that was broken off
 _TRIES = 20  # the kernel writes back and lets go of pages on its own time
 
 
-def drop_caches(folder: Path) -> None:
-    """Empty the page cache: all of it as root, else of the files in a folder, whose names and sizes stay known."""
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
-    except OSError:
-        evict(folder)
-
-
 def evict(folder: Path) -> None:
     """Ask the kernel to forget the contents of the files in a folder, which needs no rights; others' stay as they are.
 

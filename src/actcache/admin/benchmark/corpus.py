@@ -1,9 +1,12 @@
-"""The documents of a benchmark: as a store of every backend, and as one flat file."""
+"""The documents of a benchmark: as a store of every backend, and as one flat file.
+
+Storage does not look at the numbers, so they are pseudo-random; lengths are uniform in the shape's range.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.admin.inspection import StepProgress
 from actcache.format.keys import document_key
 from actcache.format.recipe import Recipe
 from actcache.store.space import Space
 from actcache.store.store import open_store
-
-# The document shapes of the design, and synthetic entries of them.
-#
-# Storage does not look at the numbers, so they are pseudo-random; lengths are uniform in the shape's range.
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Documents:
             space.put([key.tobytes() for key in self.keys[part]], self._documents[part], self._ids[part])
 
 
-class Corpus:
+class StoredCorpus:
     """Stores of the same documents.
 
     Args:
@@ -93,7 +93,7 @@ class Corpus:
         urls: Mapping[str, str],
         options: Mapping[str, Any],
         flat: Path | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: StepProgress = lambda done, total: None,
     ) -> None:
         self.shape, self.lengths, self.keys = documents.shape, documents.lengths, documents.keys
         self.nbytes = documents.nbytes

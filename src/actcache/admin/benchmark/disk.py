@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from actcache.admin import machine
 from actcache.admin.benchmark.caches import evict_surely
-from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
+from actcache.admin.benchmark.corpus import SHAPES, Documents, StoredCorpus
 from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
-from actcache.admin.doctor import diagnose
+from actcache.admin.inspection import Progress
 from actcache.backend import SegmentFormat, SpaceEngine
 from actcache.errors import BackendError, MissingExtraError, OutOfSpaceError, StorageIOError, UsageError
 from actcache.io.files import mount_of, translated
@@ -31,9 +29,6 @@ _MEMORY = {"tmpfs", "ramfs"}
 _TOLERATED = 0.001  # share of pages that may have stayed in memory before a cold turn
 _ROOM = 1.25  # of the rows' bytes, for keys, token ids and lmdb's pages
 
-#: Told the step, how much is done and how much there is.
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -43,32 +38,6 @@ class Bench:
     versions: dict[str, str]
     left_out: dict[str, str]  # backends that could not be measured, and why
     comparisons: list[Comparison]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as plain values: GB/s, ratios with their intervals, and the seconds of every round."""
-        found = []
-        for one in self.comparisons:
-            rows = []
-            for contestant in one.contestants:
-                names = ("of_the_limit", "of_one_coalesced_read")
-                ratios = {name: asdict(ratio) for name, ratio in zip(names, contestant.ratios, strict=False)}
-                speed, seconds = asdict(one.speed(contestant)), contestant.seconds.tolist()
-                rows.append({"name": contestant.name, "gb_per_s": speed, **ratios, "seconds": seconds})
-            found.append(
-                {
-                    "shape": one.shape,
-                    "mode": one.mode,
-                    "documents": one.documents,
-                    "nbytes": one.nbytes,
-                    "batch": one.batch,
-                    "batches": one.batches,
-                    "limit": one.limit,
-                    "one_coalesced_read": one.coalesced,
-                    "bytes_read": one.payload.tolist(),
-                    "contestants": rows,
-                }
-            )
-        return {**asdict(self), "comparisons": found}
 
 
 def local_backends() -> tuple[list[str], dict[str, str]]:
@@ -136,7 +105,10 @@ def run(
             scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         try:
             _check_room(folder, nbytes, name, len(chosen))
-            corpus = _corpus(scratch, name, nbytes, chosen, left_out, progress)
+            urls = {backend: f"{backend}:{scratch / backend}" for backend in chosen}
+            tell = partial(progress, f"{name} stores")
+            tell(0, 1 + len(urls))
+            corpus = StoredCorpus(Documents(SHAPES[name], nbytes), urls, {}, flat_path(scratch), tell)
             for mode in modes:
                 tell = partial(progress, f"{name} {mode}")
                 if mode == "warm":
@@ -147,10 +119,10 @@ def run(
         finally:
             if not keep:
                 _remove(scratch)
-    facts, versions = _machine(folder, load)
+    facts = _facts(folder, load)
     if keep:
         facts["kept"] = f"{folder}/{PREFIX}*"
-    return Bench(facts, versions, left_out, comparisons)
+    return Bench(facts, machine.versions(), left_out, comparisons)
 
 
 def _remove(folder: Path) -> None:
@@ -196,52 +168,14 @@ def _check_room(folder: Path, nbytes: int, shape: str, stores: int) -> None:
         )
 
 
-def _corpus(
-    scratch: Path, name: str, nbytes: int, chosen: list[str], left_out: dict[str, str], progress: Progress
-) -> Corpus:
-    tell = partial(progress, f"{name} stores")
-    tell(0, 1 + len(chosen))
-    urls = {backend: f"{backend}:{scratch / backend}" for backend in chosen}
-    return Corpus(Documents(SHAPES[name], nbytes), urls, {}, flat_path(scratch), tell)
-
-
-def _machine(folder: Path, load: float) -> tuple[dict[str, str], dict[str, str]]:
-    found = diagnose().facts
-    machine, versions = found["machine"], found["versions"]
+def _facts(folder: Path, load: float) -> dict[str, str]:
+    found = machine.facts()
     point, kind = mount_of(folder)
-    facts = {
+    return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": f"{_processor()}, {available_cpus()} of {os.cpu_count()} usable",
-        "memory": machine["memory"],
-        "system": machine["system"],
-        "folder": f"{folder}, {kind or 'unknown file system'} at {point or 'unknown'}, {_device(folder)}",
+        "processor": f"{machine.processor()}, {available_cpus()} of {os.cpu_count()} usable",
+        "memory": found["memory"],
+        "system": found["system"],
+        "folder": f"{folder}, {kind or 'unknown file system'} at {point or 'unknown'}, {machine.disk_of(folder)}",
         "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after",
     }
-    return facts, versions
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _device(folder: Path) -> str:
-    """Return the block device of a folder, and whether it turns; the kernel's word, which a virtual disk may invent."""
-    number = folder.stat().st_dev
-    path = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    if not path.exists():
-        return "no block device of this machine"
-    device = path.resolve()
-    disk = device if (device / "queue").exists() else device.parent  # a partition's queue is its disk's
-    with suppress(OSError):
-        model = (
-            (disk / "device" / "model").read_text(encoding="utf-8", errors="replace").strip()
-            if (disk / "device" / "model").exists()
-            else ""
-        )
-        turns = (disk / "queue" / "rotational").read_text(encoding="ascii").strip() == "1"
-        return f"{device.name}{f' ({model})' if model else ''}, {'rotational' if turns else 'not rotational'}"
-    return device.name

@@ -141,17 +141,22 @@ class FlatFile:
                 "take a folder on a local disk, or measure warm"
             ) from None
 
-    def hash_passes(self, which: Positions) -> dict[str, Callable[[], None]]:
-        """Return one xxh3 pass over the bytes of a batch, on one thread and shared by all."""
-        nbytes = int(self._lengths[which].sum()) * self._row_bytes
-        self._turn()
-        data = self._out.reshape(-1).view(np.uint8).data[:nbytes]
+    def digests(self) -> dict[str, Read]:
+        """Return xxh3 passes over as many bytes of the buffer as a batch has, on one thread and shared by all."""
 
-        def shared() -> None:
-            cuts = [nbytes * i // self._threads for i in range(self._threads + 1)]
+        def data_of(which: Positions) -> memoryview:
+            self._turn()
+            return self._out.reshape(-1).view(np.uint8).data[: int(self._lengths[which].sum()) * self._row_bytes]
+
+        def one(which: Positions) -> None:
+            xxhash.xxh3_64_intdigest(data_of(which))
+
+        def shared(which: Positions) -> None:
+            data = data_of(which)
+            cuts = [len(data) * i // self._threads for i in range(self._threads + 1)]
             list(self._pool.map(lambda i: xxhash.xxh3_64_intdigest(data[cuts[i] : cuts[i + 1]]), range(self._threads)))
 
-        return {"one": lambda: (xxhash.xxh3_64_intdigest(data), None)[1], "shared": shared}
+        return {"xxh3 one": one, "xxh3 shared": shared}
 
     def _spread(self, part: Callable[[Positions, Positions], None], threads: int, padded: bool) -> Read:
         """Have each thread bring its part of a batch: ``part(documents, bounds of the rows of each in the buffer)``."""

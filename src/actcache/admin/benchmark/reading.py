@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,13 @@ from numpy.typing import NDArray
 
 from actcache.admin.benchmark import rounds
 from actcache.admin.benchmark.caches import refuse_mappings
-from actcache.admin.benchmark.corpus import Corpus
+from actcache.admin.benchmark.corpus import StoredCorpus
 from actcache.admin.benchmark.limits import FlatFile, Positions
 from actcache.admin.benchmark.rounds import Seconds, Spread, fastest
+from actcache.admin.display import as_json
+from actcache.admin.inspection import StepProgress
 from actcache.io.workers import available_cpus
-
-_DIGESTS = ("xxh3 one", "xxh3 shared")
-
-Progress = Callable[[int, int], None]
+from actcache.store.space import Space
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,17 @@ class Comparison:
         """Return GB/s of rows."""
         return Spread.of(self.payload / contestant.seconds / 1e9)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values: GB/s, ratios with their intervals, and the seconds of every round."""
+
+        def row(one: Contestant) -> dict[str, Any]:
+            ratios = dict(zip(("of_the_limit", "of_one_coalesced_read"), one.ratios, strict=False))
+            return {"name": one.name, "gb_per_s": self.speed(one), **ratios, "seconds": one.seconds}
+
+        found = {**vars(self), "one_coalesced_read": self.coalesced, "bytes_read": self.payload}
+        found["contestants"] = [row(one) for one in self.contestants]
+        return {name: as_json(value) for name, value in found.items() if name not in ("coalesced", "payload")}
+
 
 def flat_path(folder: Path) -> Path:
     """Return where the corpus of a folder has its rows in one file."""
@@ -77,40 +88,33 @@ def flat_path(folder: Path) -> Path:
 
 
 def warm(
-    corpus: Corpus, folder: Path, count: int, batches: int, progress: Progress = lambda done, total: None
+    corpus: StoredCorpus, folder: Path, count: int, batches: int, progress: StepProgress = lambda done, total: None
 ) -> Comparison:
     """Compare reads of what is in the page cache and mapped already, ``count`` rounds of so many batches."""
     out, turns = corpus.buffer(), corpus.turns(count, batches)
     with ExitStack() as stack:
         flat = FlatFile(flat_path(folder), corpus.lengths, corpus.shape.hidden, [out], available_cpus())
         stack.enter_context(closing(flat))
-        contestants: dict[str, Callable[[int], float]] = {}
-        for name, read in (flat.warm() | flat.coalesced_warm()).items():
-            contestants[name] = lambda turn, read=read: _each(turns[turn], read)  # type: ignore[misc]
-        for name in _DIGESTS:
-            threads = name.removeprefix("xxh3 ")
-            contestants[name] = lambda turn, threads=threads: _each(  # type: ignore[misc]
-                turns[turn], lambda which: flat.hash_passes(which)[threads]()
-            )
+        ways = flat.warm() | flat.coalesced_warm() | flat.digests()
         spaces = {name: stack.enter_context(corpus.open(name)) for name in corpus.urls}
+        reads: dict[str, Callable[[Positions], object]] = dict(ways)
         for name, space in spaces.items():
-            for verify in (True, False):
-                label = name if verify else _unchecked(name)
-                contestants[label] = lambda turn, space=space, verify=verify: _each(  # type: ignore[misc]
-                    turns[turn], lambda which: space.read_into(corpus.keys[which], out, verify=verify)
-                )
+            reads[name] = partial(_read_entries, space, corpus, out, True)
+            reads[_unchecked(name)] = partial(_read_entries, space, corpus, out, False)
         # Warm means mapped as well: a page's first touch through a mapping is a fault, for the limit as for a backend.
         toucher = next(iter(flat.warm().values()))
         for which in np.array_split(np.arange(len(corpus.lengths)), 1 + len(corpus.lengths) // corpus.shape.batch):
             toucher(which)
             for space in spaces.values():
                 space.read_into(corpus.keys[which], out)
-        seconds = rounds.run(contestants, count, progress=progress)
-        raw, together = fastest(flat.warm(), seconds), fastest(flat.coalesced_warm(), seconds)
-        digest = fastest(_DIGESTS, seconds)
+        contestants = {name: partial(_read_batches, read, turns) for name, read in reads.items()}
+        seconds = rounds.take_turns(contestants, count, progress=progress)
+        raw, together, digest = (
+            fastest(some, seconds) for some in (flat.warm(), flat.coalesced_warm(), flat.digests())
+        )
         plain = seconds[raw], seconds[together]
         checked = seconds[raw] + seconds[digest], seconds[together] + seconds[digest]
-        rows = [Contestant(n, seconds[n]) for n in (*flat.warm(), *flat.coalesced_warm(), *_DIGESTS)]
+        rows = [Contestant(name, seconds[name]) for name in ways]
         rows += [Contestant(f"the limit: {raw}", plain[0]), Contestant(f"the limit: {raw} + {digest}", checked[0])]
         rows += [Contestant(f"one coalesced read: {together} + {digest}", checked[1])]
         for name in spaces:
@@ -120,12 +124,12 @@ def warm(
 
 
 def cold(
-    corpus: Corpus,
+    corpus: StoredCorpus,
     folder: Path,
     count: int,
     batches: int,
     drop: Callable[[], object],
-    progress: Progress = lambda done, total: None,
+    progress: StepProgress = lambda done, total: None,
 ) -> Comparison:
     """Compare reads of what is not in the page cache.
 
@@ -137,19 +141,17 @@ def cold(
     batches = min(batches, len(corpus.lengths) // corpus.shape.batch)
     out, turns = corpus.buffer(), corpus.turns(count, batches)
     with closing(FlatFile(flat_path(folder), corpus.lengths, corpus.shape.hidden, [out], available_cpus())) as flat:
-        contestants: dict[str, Callable[[int], float]] = {}
-        for name, read in flat.cold().items():  # all of a turn in one go: batches would have the disk wait in between
-            contestants[name] = lambda turn, read=read: _each([np.concatenate(turns[turn])], read)  # type: ignore[misc]
-        for name, read in flat.coalesced_cold().items():
-            contestants[name] = lambda turn, read=read: _each(turns[turn], read)  # type: ignore[misc]
-        for name in corpus.urls:
-            contestants[name] = lambda turn, name=name: _cold_turn(corpus, name, turns[turn], out)  # type: ignore[misc]
+        # All of a turn in one go: batches would have the disk wait in between.
+        whole = [[np.concatenate(turn)] for turn in turns]
+        contestants = {name: partial(_read_batches, read, whole) for name, read in flat.cold().items()}
+        contestants |= {name: partial(_read_batches, read, turns) for name, read in flat.coalesced_cold().items()}
+        contestants |= {name: partial(_read_cold, corpus, name, out, turns) for name in corpus.urls}
 
         def before() -> None:
             refuse_mappings([folder / name for name in corpus.urls])
             drop()
 
-        seconds = rounds.run(contestants, count, before=before, progress=progress)
+        seconds = rounds.take_turns(contestants, count, before=before, progress=progress)
         raw, together = fastest(flat.cold(), seconds), fastest(flat.coalesced_cold(), seconds)
         limits = seconds[raw], seconds[together]
         rows = [Contestant(name, seconds[name]) for name in (*flat.cold(), *flat.coalesced_cold())]
@@ -162,25 +164,30 @@ def _unchecked(name: str) -> str:
     return f"{name}, no checksums"
 
 
-def _cold_turn(corpus: Corpus, backend: str, turn: list[Positions], out: NDArray[Any]) -> float:
-    """Read a turn's batches, hinting one batch ahead as the reader does; the opening is part of the time."""
-    with corpus.open(backend) as space:
-        space.read_ahead(corpus.keys[turn[0]])
-        for number, which in enumerate(turn):
-            if number + 1 < len(turn):
-                space.read_ahead(corpus.keys[turn[number + 1]])
-            space.read_into(corpus.keys[which], out)
-    return 0.0
-
-
-def _each(turn: list[Positions], read: Callable[[Positions], object]) -> float:
-    for which in turn:
+def _read_batches(read: Callable[[Positions], object], turns: list[list[Positions]], turn: int) -> float:
+    for which in turns[turn]:
         read(which)
     return 0.0
 
 
+def _read_entries(space: Space, corpus: StoredCorpus, out: NDArray[Any], verify: bool, which: Positions) -> None:
+    space.read_into(corpus.keys[which], out, verify=verify)
+
+
+def _read_cold(corpus: StoredCorpus, backend: str, out: NDArray[Any], turns: list[list[Positions]], turn: int) -> float:
+    """Read a turn's batches, hinting one batch ahead as the reader does; the opening is part of the time."""
+    batches = [corpus.keys[which] for which in turns[turn]]
+    with corpus.open(backend) as space:
+        space.read_ahead(batches[0])
+        for number, keys in enumerate(batches):
+            if number + 1 < len(batches):
+                space.read_ahead(batches[number + 1])
+            space.read_into(keys, out)
+    return 0.0
+
+
 def _comparison(
-    mode: str, corpus: Corpus, turns: list[list[Positions]], rows: list[Contestant], limit: str, coalesced: str
+    mode: str, corpus: StoredCorpus, turns: list[list[Positions]], rows: list[Contestant], limit: str, coalesced: str
 ) -> Comparison:
     shape, payload = corpus.shape, corpus.payload(turns)
     size = len(corpus.lengths), corpus.nbytes, shape.batch, len(turns[0])

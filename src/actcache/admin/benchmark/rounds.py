@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.admin.inspection import StepProgress
+
 #: Seconds of a contestant, ``[rounds]``.
 Seconds = NDArray[np.float64]
 
@@ -40,11 +42,11 @@ class Spread:
         return f"{self.median:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
 
-def run(
+def take_turns(
     contestants: Mapping[str, Callable[[int], float]],
     rounds: int,
     before: Callable[[], None] = lambda: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: StepProgress = lambda done, total: None,
 ) -> dict[str, Seconds]:
     """Time ``contestant(round)`` for every contestant in every round, each round in another order.
 

@@ -1,10 +1,9 @@
-"""Writing a space's entries to one file."""
+"""Writing a space's entries to one file: whole as safetensors or npz, or keys and token ids as Parquet."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.exchange import parquet
-from actcache.admin.exchange.files import OPTIONAL, PART_BYTES, RECIPE_NAME, SINKS, VERSION, VERSION_NAME, sums_of
+from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, SINKS, VERSION, VERSION_NAME
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
-from actcache.errors import DataError, ShapeError, UsageError
-from actcache.format import codec
-from actcache.format.keys import Keys, key_array
-from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of
+from actcache.errors import DataError, ShapeError, UsageError, requires_extra
+from actcache.format import checksum
+from actcache.format.keys import Keys, key_array, key_list
+from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of, runs
 from actcache.format.safetensors import Described
 from actcache.io.newfile import check_new, new_file
 from actcache.reader.checks import check_present
 from actcache.store.space import Space
 
-_FORMATS = (*SINKS, *parquet.SUFFIXES)
+_FORMATS = (*SINKS, PARQUET)
+_GROUP_TOKENS = 4 << 20  # of a row group of Parquet
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,10 @@ def export_space(
     """Write entries to a new file, whole or not at all; rows are streamed, and verified as they are read.
 
     A ``.safetensors`` or ``.npz`` holds everything of the entries; each of the optional arrays where all entries have
-    it. A ``.parquet`` holds keys, lengths and token ids alone (``actcache.admin.exchange.parquet``).
+    it. A ``.parquet``, to be joined with what other programs know of the documents, has the columns ``key`` (64
+    hexadecimal digits, as cachectl prints them), ``id`` (the caller's own, where there are any), ``length`` (tokens,
+    int32) and ``token_ids`` (list of int32, null where an entry has none), and the recipe among the schema's metadata,
+    as JSON, under ``actcache_recipe``.
 
     Args:
         path: ends in ``.safetensors``, ``.npz`` or ``.parquet``.
@@ -73,15 +75,14 @@ def export_space(
     wanted = space.in_order(space.key_array()) if keys is None else key_array(keys)
     check_present(wanted, space.contains(wanted))
     with new_file(path) as temporary:
-        if path.suffix in parquet.SUFFIXES:
-            tokens = parquet.write(space, temporary, wanted, ids, progress)
-            done = Exported(len(wanted), temporary.stat().st_size, tokens)
-        else:
-            done = _write(space, temporary, path.suffix, _once(wanted), progress)
-    return done
+        if path.suffix == PARQUET:
+            return _write_parquet(space, temporary, wanted, ids, progress)
+        return _write_arrays(space, temporary, path.suffix, _once(wanted), progress)
 
 
-def _write(space: Space, path: Path, suffix: str, keys: NDArray[np.uint8], progress: Progress | None) -> Exported:
+def _write_arrays(
+    space: Space, path: Path, suffix: str, keys: NDArray[np.uint8], progress: Progress | None
+) -> Exported:
     lengths = space.lengths(keys)
     having = {name: int(space.has(name, keys).sum()) if len(keys) else 0 for name in OPTIONAL}
     columns = [VALUES, *(name for name, count in having.items() if count == len(keys) > 0)]
@@ -96,55 +97,95 @@ def _write(space: Space, path: Path, suffix: str, keys: NDArray[np.uint8], progr
         *((name, np.dtype(of[name][0]), (int(starts[-1]), *of[name][1])) for name in columns),
     ]
     metadata = {VERSION_NAME: VERSION, RECIPE_NAME: json.dumps(space.recipe.to_json())}
+    seed = checksum.space_seed(space.recipe.fingerprint, space.recipe.dtype, space.recipe.hidden_size)
     with SINKS[suffix](path, described, metadata) as sink:
         sink.write("offsets", starts)
         sink.write("keys", keys)
-        for first, last in cuts(space, starts):
-            part = keys[first:last]
-            rows = _rows(space, part, columns, int(starts[last] - starts[first]))
-            sums = sums_of(space.recipe, part, starts[first:last] - starts[first], lengths[first:last], rows)
-            sink.write("checksums", sums.checksums)
-            if sums.extra_checksums is not None:
-                sink.write("extra_checksums", sums.extra_checksums)
+        for run in runs(lengths * space.recipe.row_bytes, PART_BYTES):
+            part, begins = keys[run], starts[run] - starts[run.start]
+            rows = _rows(space, part, columns, int(lengths[run].sum()))
+            sums, extra_sums = checksum.entry_checksums(seed, part, begins, lengths[run], rows)
+            sink.write("checksums", sums)
+            if extra_sums is not None:
+                sink.write("extra_checksums", extra_sums)
             for name, array in rows.items():
                 sink.write(name, array)
             if progress is not None:
-                progress("export", last, len(keys))
+                progress("export", run.stop, len(keys))
     left_out = {name: count for name, count in having.items() if count and name not in columns}
     return Exported(len(keys), path.stat().st_size, TOKEN_IDS in columns, extras, left_out)
 
 
-def cuts(space: Space, starts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield runs of entries of about ``PART_BYTES`` of rows, as first and last + 1."""
-    step = max(1, PART_BYTES // (codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size))
-    edges = np.r_[np.searchsorted(starts, np.arange(0, int(starts[-1]), step)), len(starts) - 1]
-    return itertools.pairwise(np.unique(edges).tolist())
-
-
 def _rows(space: Space, keys: NDArray[np.uint8], columns: list[str], total: int) -> dict[str, NDArray[Any]]:
     """Return the entries' ragged arrays, packed, in stored form."""
-    stored = codec.get(space.recipe.dtype)
-    if set(columns) <= {VALUES, TOKEN_IDS}:
-        rows: dict[str, NDArray[Any]] = {VALUES: np.empty((total, space.recipe.hidden_size), stored.stored)}
-        if TOKEN_IDS in columns:
-            rows[TOKEN_IDS] = np.empty(total, np.int32)
-        found = space.read_into(keys, rows[VALUES], token_ids=rows.get(TOKEN_IDS))
-        check_present(keys, found.found)
-        if int(found.lengths.sum()) != total:
-            raise DataError("entries changed while they were read: run it again")
-        return rows
-    entries = [entry for entry in space.get(keys) if entry is not None]
-    check_present(keys, space.contains(keys))
-    arrays: dict[str, list[Any]] = {VALUES: [stored.stored_rows(entry.activations) for entry in entries]}
-    if TOKEN_IDS in columns:
-        arrays[TOKEN_IDS] = [entry.token_ids for entry in entries]
-    for name in columns:
-        if name in EXTRAS:
-            arrays[name] = [entry.extras[name] for entry in entries]
-    return {name: np.concatenate(parts) for name, parts in arrays.items()}
+    packed = space.read_packed(keys)
+    check_present(keys, packed.found)
+    there = all(name == VALUES or (name in packed.has and packed.has[name].all()) for name in columns)
+    if int(packed.lengths.sum()) != total or not there:
+        raise DataError("entries changed while they were read: run it again")
+    return {name: packed.columns[name] for name in columns}
 
 
 def _once(keys: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return each key once, where it first stands: in a corpus a document may stand twice."""
     _, first = np.unique(keys, axis=0, return_index=True)
     return keys[np.sort(first)]
+
+
+def _write_parquet(
+    space: Space, path: Path, keys: NDArray[np.uint8], ids: Sequence[str] | None, progress: Progress | None
+) -> Exported:
+    """Write a row group at a time. Rows are read as well, for a checksum is over token ids and rows together."""
+    arrow, parquet = _pyarrow()
+    schema = _schema(arrow, space, ids is not None)
+    lengths = space.lengths(keys)
+    complete = bool(len(keys))  # whether all have token ids
+    # An open file: arrow's own paths are UTF-8, and a file's name may be anything.
+    with path.open("xb") as file, parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        held: list[Any] = []
+        tokens = 0
+        for run in runs(lengths * (space.recipe.hidden_size * 4), PART_BYTES):
+            batch = _batch(arrow, schema, space, keys[run], None if ids is None else ids[run])
+            complete = complete and not batch.column("token_ids").null_count
+            held.append(batch)
+            tokens += int(lengths[run].sum())
+            if tokens >= _GROUP_TOKENS or run.stop == len(keys):
+                writer.write_table(arrow.Table.from_batches(held), row_group_size=1 << 30)
+                held, tokens = [], 0
+            if progress is not None:
+                progress("export", run.stop, len(keys))
+    return Exported(len(keys), path.stat().st_size, complete)
+
+
+def _schema(arrow: Any, space: Space, with_ids: bool) -> Any:
+    fields = [
+        arrow.field("key", arrow.string(), nullable=False),
+        *([arrow.field("id", arrow.string())] if with_ids else []),
+        arrow.field("length", arrow.int32(), nullable=False),
+        arrow.field("token_ids", arrow.list_(arrow.int32())),
+    ]
+    return arrow.schema(fields, {"actcache_recipe": json.dumps(space.recipe.to_json())})
+
+
+def _batch(arrow: Any, schema: Any, space: Space, keys: NDArray[np.uint8], ids: Sequence[str] | None) -> Any:
+    packed = space.read_packed(keys)
+    check_present(keys, packed.found)
+    has = packed.has.get(TOKEN_IDS, np.zeros(len(keys), bool))
+    tokens = packed.columns[TOKEN_IDS][np.repeat(has, packed.lengths)] if has.any() else np.empty(0, np.int32)
+    offsets = arrow.array(offsets_of(np.where(has, packed.lengths, 0)).astype(np.int32))
+    return arrow.record_batch(
+        [
+            arrow.array([key.hex() for key in key_list(keys)], arrow.string()),
+            *([arrow.array(ids, arrow.string())] if ids is not None else []),
+            arrow.array(packed.lengths, arrow.int32()),
+            arrow.ListArray.from_arrays(offsets, arrow.array(tokens), mask=arrow.array(~has)),
+        ],
+        schema=schema,
+    )
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    with requires_extra("corpora", "Parquet needs pyarrow"):
+        import pyarrow
+        import pyarrow.parquet
+    return pyarrow, pyarrow.parquet

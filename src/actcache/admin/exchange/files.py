@@ -1,4 +1,4 @@
-"""What export files hold: the ragged arrays of some entries, and what binds them together."""
+"""The files of an export: named arrays and texts, as safetensors or npz. docs/format.md says which arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO
@@ -21,53 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import DataError, FormatError
-from actcache.format import checksum, safetensors
+from actcache.format import safetensors
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
-from actcache.format.recipe import Recipe
 from actcache.format.safetensors import Described
 
 #: Of the files' metadata.
 VERSION = "1"
 VERSION_NAME, RECIPE_NAME = "actcache_export", "recipe"
 
+PARQUET = ".parquet"  # how the names of files end that hold no activations
 PART_BYTES = 16 << 20  # of rows that are read at a time
 
 #: The ragged arrays besides ``values``.
 OPTIONAL = (TOKEN_IDS, *sorted(EXTRAS))
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Checksums of some entries, ``[n]`` uint64 each."""
-
-    checksums: NDArray[np.uint64]
-    extra_checksums: NDArray[np.uint64] | None  # None where there are no optional arrays
-
-
-def sums_of(
-    recipe: Recipe,
-    keys: NDArray[np.uint8],
-    begins: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    columns: Mapping[str, NDArray[Any]],
-) -> Sums:
-    """Compute the checksums of entries (docs/format.md).
-
-    Args:
-        keys: ``[n, 32]``.
-        begins, lengths: ``[n]``, which rows of the columns are each entry's.
-        columns: the ragged arrays by name, C-contiguous, in stored form.
-    """
-    seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
-    seeds = checksum.entry_seeds(seed, keys, lengths, has_token_ids=TOKEN_IDS in columns)
-    main = [columns[name] for name in (TOKEN_IDS, VALUES) if name in columns]
-    sums = checksum.chain(seeds.tolist(), main, begins, lengths)
-    extras = [columns[name] for name in sorted(EXTRAS) if name in columns]
-    more = np.array(checksum.chain(sums, extras, begins, lengths), np.uint64) if extras else None
-    return Sums(np.array(sums, np.uint64), more)
-
-
-# Files of named arrays whose rows come piece by piece, those of all arrays in turn.
+# --- writing, piece by piece, rows of all arrays in turn --------------------------------------------------------------
 
 
 class Sink(ABC):
@@ -184,7 +152,7 @@ class NpzSink(Sink):
 SINKS: Mapping[str, type[Sink]] = {".safetensors": TensorsSink, ".npz": NpzSink}
 
 
-# Reading an npz where it lies: its members are mapped, none is unpacked, and nothing in it is executed.
+# --- reading an npz where it lies: its members are mapped, none is unpacked, and nothing in it is executed ------------
 #
 # NumPy's own reader unpacks members into memory by what their headers say, and checks little before; here each header
 # has one strict form, and its array has to fill its member exactly.
@@ -197,6 +165,7 @@ _MAGIC = {b"\x93NUMPY\x01\x00": "<H", b"\x93NUMPY\x02\x00": "<I"}
 _MAX_HEADER = 4096
 _LOCAL = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _ENCRYPTED = 1
+_UNREADABLE = (ValueError, TypeError, struct.error, zipfile.BadZipFile, NotImplementedError, OverflowError, EOFError)
 
 
 def mapped(file: BinaryIO, where: str) -> dict[str, NDArray[np.generic]]:
@@ -217,15 +186,7 @@ def mapped(file: BinaryIO, where: str) -> dict[str, NDArray[np.generic]]:
             raise ValueError(f"it has {len(members)} members, or two of one name")
         whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
         return {member.filename.removesuffix(".npy"): _array(whole, member, size) for member in members}
-    except (
-        ValueError,
-        TypeError,
-        struct.error,
-        zipfile.BadZipFile,
-        NotImplementedError,
-        OverflowError,
-        EOFError,
-    ) as error:
+    except _UNREADABLE as error:
         raise FormatError(f"{where} is no npz that can be read in place: {error}") from None
 
 

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
 import json
-import os
-import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.exchange import files, parquet
-from actcache.admin.exchange.files import OPTIONAL, PART_BYTES, RECIPE_NAME, VERSION, VERSION_NAME, sums_of
+from actcache.admin.exchange import files
+from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, VERSION, VERSION_NAME
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
 from actcache.errors import FormatError, UsageError
-from actcache.format import codec, safetensors
+from actcache.format import checksum, codec, safetensors
 from actcache.format.keys import key_list
-from actcache.format.ragged import EXTRAS, VALUES, check_offsets
+from actcache.format.ragged import EXTRAS, VALUES, check_offsets, runs
 from actcache.format.recipe import Recipe
 from actcache.store.store import Store
 
@@ -66,21 +62,19 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
     file = _checked(path, *_arrays_of(path))
     lengths, begins = np.diff(file.offsets), file.offsets[:-1]
     stored = codec.get(file.recipe.dtype)
-    step = max(1, PART_BYTES // (stored.stored.itemsize * file.recipe.hidden_size))
-    edges = np.searchsorted(file.offsets, np.arange(0, int(file.offsets[-1]), step))
+    seed = checksum.space_seed(file.recipe.fingerprint, file.recipe.dtype, file.recipe.hidden_size)
     corrupt: list[bytes] = []
     count = 0
     with ExitStack() as stack:
         # Where nothing of the file is right, its recipe may not be either, and no space is made of it.
         space = None if len(file.keys) else stack.enter_context(store.space(file.recipe))
-        for first, last in itertools.pairwise(np.unique(np.r_[edges, len(file.keys)]).tolist()):
-            part = slice(first, last)
-            sums = sums_of(file.recipe, file.keys[part], begins[part], lengths[part], file.columns)
-            right = sums.checksums == file.checksums[part]
-            if sums.extra_checksums is not None and file.extra_checksums is not None:
-                right &= sums.extra_checksums == file.extra_checksums[part]
-            corrupt += key_list(file.keys[part][~right])
-            which = (first + np.flatnonzero(right)).tolist()
+        for run in runs(lengths * file.recipe.row_bytes, PART_BYTES):
+            sums, extra_sums = checksum.entry_checksums(seed, file.keys[run], begins[run], lengths[run], file.columns)
+            right = sums == file.checksums[run]
+            if extra_sums is not None and file.extra_checksums is not None:
+                right &= extra_sums == file.extra_checksums[run]
+            corrupt += key_list(file.keys[run][~right])
+            which = (run.start + np.flatnonzero(right)).tolist()
             if space is None and which:
                 space = stack.enter_context(store.space(file.recipe))
             arrays: dict[str, Any] = {
@@ -91,7 +85,7 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
             if space is not None:
                 count += space.put_stored(file.keys[which], rows, **arrays)
             if progress is not None:
-                progress("import", last, len(file.keys))
+                progress("import", run.stop, len(file.keys))
         if space is not None:
             space.flush()
     return Imported(file.recipe.fingerprint, len(file.keys), count, corrupt)
@@ -99,12 +93,12 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
 
 def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]]]:
     """Return a file's metadata and arrays, mapped."""
-    if path.suffix in parquet.SUFFIXES:
+    if path.suffix == PARQUET:
         raise UsageError(f"{path} holds keys and token ids, no activations: import a .safetensors or .npz")
     try:
         if path.suffix != ".npz":
             return safetensors.mapped(path)
-        with _opened(path) as file:
+        with safetensors.open_regular(path) as file:
             arrays = files.mapped(file, str(path))
     except FileNotFoundError:
         raise UsageError(f"cannot read {path}: there is no such file") from None
@@ -115,20 +109,6 @@ def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]
             raise FormatError(f"{path} was not written by cachectl export: it has no {name}")
         metadata[name] = text.tobytes().decode(errors="replace")
     return metadata, arrays
-
-
-def _opened(path: Path) -> BinaryIO:
-    """Open a file to be mapped; a pipe would block, and a device has no end."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES):
-            raise FormatError(f"{path} cannot be read: {error.strerror}") from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FormatError(f"{path} is no file")
-    return open(descriptor, "rb")
 
 
 def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> _File:

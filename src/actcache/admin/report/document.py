@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from actcache.admin.inspection import chosen, opened
-from actcache.admin.report.sample import read_intact
-from actcache.admin.report.segments import stem_of
+from actcache.admin.display import as_json, fields_as_json
+from actcache.admin.inspection import each_space, select_spaces
+from actcache.admin.report.spaces import stem_of
 from actcache.admin.report.statistics import Numbers, Statistics
 from actcache.backend import EXTRAS, TOKEN_IDS, StoredFile
 from actcache.entries.entry import columns_of
-from actcache.errors import DataError, MissingEntryError, UsageError
-from actcache.format import codec
+from actcache.entries.read import read_intact
+from actcache.errors import MissingEntryError, UsageError
 from actcache.format.keys import KEY_BYTES, Windows, document_key, key_list
 from actcache.format.recipe import Recipe
+from actcache.store.document_entries import stored_windows
 from actcache.store.footprint import segments_in
 from actcache.store.space import Space
 from actcache.store.store import Store
-
-T = TypeVar("T")
 
 _HEX = re.compile(rf"[0-9a-f]{{1,{2 * KEY_BYTES}}}")
 _NAMED = 5  # of several keys that a prefix fits
@@ -64,7 +64,7 @@ class EntryReport:
             "model": recipe.model,
             "layer": recipe.layer,
             "key": self.key.hex(),
-            "window": None if self.window is None else vars(self.window),
+            "window": as_json(self.window),
             "tokens": self.tokens,
             "hidden_size": recipe.hidden_size,
             "dtype": recipe.dtype,
@@ -73,7 +73,7 @@ class EntryReport:
             "segment": self.segment,
             "checksum": f"{self.checksum:016x}",
             "intact": self.intact,
-            "statistics": None if self.statistics is None else self.statistics.to_json(),
+            "statistics": as_json(self.statistics),
             "token_ids": self.token_ids,
             "extras": self.extras,
         }
@@ -93,8 +93,7 @@ class DocumentReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        entries = [entry.to_json() for entry in self.entries]
-        return {"key": self.key.hex(), "intact": self.intact, "entries": entries, "unreadable": self.unreadable}
+        return fields_as_json(self, "intact")
 
 
 def document_by_text(store: Store, text: str, spaces: Sequence[str] = ()) -> DocumentReport:
@@ -123,8 +122,8 @@ def document_by_key(store: Store, digits: str, spaces: Sequence[str] = ()) -> Do
         raise UsageError(f"{digits!r:.80} is no key: a key is {2 * KEY_BYTES} hexadecimal digits, or how they begin")
     if len(digits) == 2 * KEY_BYTES:
         return _document(store, bytes.fromhex(digits), spaces, f"key {digits}")
-    keys, unreadable = _in_each(store, spaces, lambda space: _beginning(space, digits))
-    found = set(keys)
+    keys, unreadable = each_space(store, spaces, lambda space: _beginning(space, digits))
+    found = set(itertools.chain.from_iterable(keys.values()))
     if len(found) > 1:
         some = ", ".join(key.hex()[: len(digits) + 8] for key in sorted(found)[:_NAMED])
         more = ", ..." if len(found) > _NAMED else ""
@@ -144,21 +143,6 @@ def _beginning(space: Space, digits: str) -> list[bytes]:
     return key_list(keys[fitting])
 
 
-def _in_each(
-    store: Store, spaces: Sequence[str], look: Callable[[Space], Iterable[T]]
-) -> tuple[list[T], dict[str, str]]:
-    """Return what a look into each space finds, and the spaces that cannot be read, with what is wrong."""
-    found: list[T] = []
-    unreadable: dict[str, str] = {}
-    for fingerprint in chosen(store, spaces):
-        try:
-            with opened(store, fingerprint) as space:
-                found += look(space)
-        except DataError as error:
-            unreadable[fingerprint] = str(error)
-    return found, unreadable
-
-
 def _document(store: Store, key: bytes, spaces: Sequence[str], what: str) -> DocumentReport:
     files = store.driver.listing()
 
@@ -168,14 +152,15 @@ def _document(store: Store, key: bytes, spaces: Sequence[str], what: str) -> Doc
             found += _windows(space, key, space.recipe.max_length)
         return [_entry(space, files, *one) for one in found]
 
-    entries, unreadable = _in_each(store, spaces, look)
+    by_space, unreadable = each_space(store, spaces, look)
+    entries = list(itertools.chain.from_iterable(by_space.values()))
     if not entries:
         raise _missing(store, what, spaces, unreadable)
     return DocumentReport(key, entries, unreadable)
 
 
 def _missing(store: Store, what: str, spaces: Sequence[str], unreadable: dict[str, str]) -> MissingEntryError:
-    looked = len(chosen(store, spaces)) - len(unreadable)
+    looked = len(select_spaces(store, spaces)) - len(unreadable)
     message = f"{store.url} has no entry for {what}: looked into {looked} space{'' if looked == 1 else 's'}"
     if unreadable:
         message += f"; {len(unreadable)} cannot be read ({', '.join(sorted(unreadable))}): see cachectl verify"
@@ -188,15 +173,10 @@ def _windows(space: Space, document: bytes, max_length: int) -> Iterator[tuple[b
     first = [spec.key(document, 0, last=last) for spec in specs for last in (True, False)]
     has = space.contains(first).reshape(-1, 2).any(axis=1)
     for spec in (specs[i] for i in np.flatnonzero(has).tolist()):
-        number, last = 0, False
-        while not last:
-            keys = [spec.key(document, number, last=end) for end in (True, False)]
-            has_last, goes_on = space.contains(keys).tolist()
-            if not has_last and not goes_on:
+        for window in stored_windows(space, [document], spec):
+            yield window.key, Window(window.number, window.last, spec.max_length, spec.stride)
+            if window.last:
                 break
-            last = has_last
-            yield keys[0 if last else 1], Window(number, last, spec.max_length, spec.stride)
-            number += 1
 
 
 def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Window | None) -> EntryReport:
@@ -205,17 +185,17 @@ def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Windo
     stem = names[int(which[0])] if which[0] >= 0 else None
     tokens, checksum, _ = space.stored_checksums([key])[0].tolist()
     columns = columns_of(space.recipe)
-    row_bytes = codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size
+    row_bytes = space.recipe.row_bytes
     for name in (TOKEN_IDS, *EXTRAS):
         if space.has(name, [key])[0]:
             dtype, trailing = columns[name]
             row_bytes += np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=int))
     where = None if stem is None else listed.get(stem, stem)
     report = EntryReport(space.recipe, key, window, tokens, tokens * row_bytes, where, checksum, intact=False)
-    found, _ = read_intact(space, [key])
-    if not found:
+    found, _, _ = read_intact(space.get, [key])
+    entry, numbers = next(iter(found), None), Numbers()
+    if entry is None:
         return report
-    (entry,), numbers = found, Numbers()
     numbers.add(entry.activations)
     return replace(
         report,

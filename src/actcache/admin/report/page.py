@@ -1,16 +1,15 @@
-"""A survey as one page: HTML and SVG, nothing else. It asks for nothing from anywhere and runs nothing."""
+"""A store in full as one page: HTML and SVG, nothing else. It asks for nothing from anywhere and runs nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 
+from actcache.admin.display import ago, binary, counted, entries, model_name, moment, number, spelled
 from actcache.admin.report.plots import Markup, Row, bars, element, figure, histogram, joined, legend
-from actcache.admin.report.segments import SegmentReport
+from actcache.admin.report.spaces import SegmentReport, SpaceDetail, StoreDetail
 from actcache.admin.report.statistics import Histogram, Statistics
-from actcache.admin.report.survey import SpaceDetail, Survey
-from actcache.admin.report.words import binary, counted, moment, number, span, spelled
 from actcache.io.newfile import check_new, new_file
 
 # How the page looks: by the reader's own choice of light or dark, on any width, without a font or picture.
@@ -69,7 +68,6 @@ details { margin-top: .8rem; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: .4rem; }
 """
 
-
 #: Even if something slipped through the escaping, a browser would neither run it nor fetch anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _SHORT = 12
@@ -79,22 +77,22 @@ _TIMES = 24  # ranges of a plot over time
 _SHORTEST = 60.0  # seconds that such a plot shows
 
 
-def write_page(found: Survey, path: Path) -> int:
-    """Write a survey as a page to a new file, whole or not at all; return its bytes.
+def write_page(found: StoreDetail, path: Path) -> int:
+    """Write a page to a new file, whole or not at all; return its bytes.
 
     Raises:
         UsageError: something stands there already.
         OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written.
     """
     check_new(path)
-    data = page(found).encode()
+    data = render_page(found).encode()
     with new_file(path) as temporary:
         temporary.write_bytes(data)
     return len(data)
 
 
-def page(found: Survey) -> str:
-    """Return a survey as a page."""
+def render_page(found: StoreDetail) -> str:
+    """Return the page."""
     title = f"Activation cache {found.store}"
     head = joined(
         element("meta", {"charset": "utf-8"}),
@@ -113,12 +111,11 @@ def page(found: Survey) -> str:
 # --- the store --------------------------------------------------------------------------------------------------------
 
 
-def _header(found: Survey) -> Markup:
-    entries = sum(one.report.usage.entries for one in found.spaces)
+def _header(found: StoreDetail) -> Markup:
     tokens = sum(one.report.usage.tokens for one in found.spaces)
     facts = [
         counted(len(found.spaces), "space"),
-        counted(entries, "entry", "entries"),
+        entries(sum(one.report.usage.entries for one in found.spaces)),
         counted(tokens, "token"),
         binary(found.footprint.total),
     ]
@@ -133,7 +130,7 @@ def _header(found: Survey) -> Markup:
     )
 
 
-def _wrong(found: Survey) -> Markup:
+def _wrong(found: StoreDetail) -> Markup:
     lines = [f"space {name} cannot be read: {what}" for name, what in found.unreadable.items()]
     for one in found.spaces:
         name = one.recipe.fingerprint[:_SHORT]
@@ -148,32 +145,31 @@ def _wrong(found: Survey) -> Markup:
     return element("section", {"class": "wrong"}, element("h2", None, "What is wrong"), items, element("p", None, hint))
 
 
-def _spaces(found: Survey) -> Markup:
+def _spaces(found: StoreDetail) -> Markup:
     names = ("space", "model", "layer", "dtype", "entries", "tokens", "bytes", "bytes/token", "segments", "written")
     rows = []
     for one in found.spaces:
         recipe, usage = one.recipe, one.report.usage
         each = number(one.bytes_per_token)
-        written = "" if one.written is None else f"{span(one.written)} ago"
         link = element("a", {"href": f"#{recipe.fingerprint}"}, recipe.fingerprint[:_SHORT])
-        model = (PurePath(recipe.model).name, str(recipe.layer), recipe.stored_as)
-        sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), each, f"{usage.segments:,}", written)
-        rows.append((link, *model, *sizes))
+        model = (model_name(recipe), str(recipe.layer), recipe.stored_as)
+        sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), each, f"{usage.segments:,}")
+        rows.append((link, *model, *sizes, ago(one.written)))
     figures = element("div", {"class": "plots"}, _bytes_plot(found), _checksum_plot(found), _all_ages(found))
     return element("section", None, element("h2", None, "Spaces"), _table("Spaces", names, rows, left=4), figures)
 
 
-def _bytes_plot(found: Survey) -> Markup:
+def _bytes_plot(found: StoreDetail) -> Markup:
     rows = []
     for one in sorted(found.spaces, key=lambda one: -sum(one.parts.values())):
-        total, entries = sum(one.parts.values()), one.report.usage.nbytes
-        rows.append(Row(_label(one), [("one", min(entries, total)), ("two", max(0, total - entries))], binary(total)))
+        total, held = sum(one.parts.values()), one.report.usage.nbytes
+        rows.append(Row(_label(one), [("one", min(held, total)), ("two", max(0, total - held))], binary(total)))
     described = "; ".join(f"{row.label}: {row.text}" for row in rows) or "There are no spaces."
     meanings = legend(("one", "entries"), ("two", "index, canaries, replaced and quarantined segments"))
     return figure("Bytes by space", described, bars(rows), meanings)
 
 
-def _checksum_plot(found: Survey) -> Markup:
+def _checksum_plot(found: StoreDetail) -> Markup:
     rows = []
     for one in found.spaces:
         sample = one.sample
@@ -188,12 +184,12 @@ def _checksum_plot(found: Survey) -> Markup:
     return figure("Checksums", described, bars(rows), meanings)
 
 
-def _all_ages(found: Survey) -> Markup:
+def _all_ages(found: StoreDetail) -> Markup:
     return _ages([segment for one in found.spaces for segment in one.segments], found.time)
 
 
 def _label(one: SpaceDetail) -> str:
-    model = PurePath(one.recipe.model).name
+    model = model_name(one.recipe)
     model = model if len(model) <= _MODEL else f"{model[: _MODEL - 1]}…"
     return f"{model} {one.recipe.layer} {one.recipe.stored_as} {one.recipe.fingerprint[:6]}"
 
@@ -203,10 +199,10 @@ def _label(one: SpaceDetail) -> str:
 
 def _space(one: SpaceDetail, now: float) -> Markup:
     recipe = one.recipe
-    title = f"{PurePath(recipe.model).name}, layer {recipe.layer}, {recipe.stored_as}"
+    title = f"{model_name(recipe)}, layer {recipe.layer}, {recipe.stored_as}"
     lengths, sample = one.lengths, one.sample
     described = (
-        f"{counted(lengths.entries, 'entry', 'entries')} of {lengths.shortest:,} to {lengths.longest:,} tokens: half "
+        f"{entries(lengths.entries)} of {lengths.shortest:,} to {lengths.longest:,} tokens: half "
         f"have up to {number(lengths.median)}, 95 % up to {lengths.p95:,}; the mean is {number(lengths.mean)}."
     )
     plot = histogram(lengths.histogram, lambda edge: f"{edge:,.0f}", _count, "tokens of an entry")
@@ -228,12 +224,12 @@ def _space(one: SpaceDetail, now: float) -> Markup:
     return element("section", {"id": recipe.fingerprint}, *parts)
 
 
-def _norms(found: Statistics, entries: int) -> Markup:
+def _norms(found: Statistics, count: int) -> Markup:
     if not found.tokens:
         described = "No rows were read."
     else:
         described = (
-            f"Of {counted(entries, 'entry', 'entries')} ({counted(found.tokens, 'row')}): norms from "
+            f"Of {entries(count)} ({counted(found.tokens, 'row')}): norms from "
             f"{number(found.norm_min)} to {number(found.norm_max)}, mean {number(found.norm_mean)}. All numbers: mean "
             f"{number(found.mean)}, standard deviation {number(found.std)}, {found.nan:,} NaN, {found.infinite:,} "
             f"infinite; {counted(found.zero_rows, 'row')} all zero."
@@ -288,8 +284,8 @@ def _segments(segments: Sequence[SegmentReport]) -> Markup:
             one.owner or "",
             f"{one.entries:,}",
             f"{one.tokens:,}",
-            "" if one.nbytes is None else binary(one.nbytes),
-            "" if one.age is None else f"{span(one.age)} ago",
+            binary(one.nbytes),
+            ago(one.age),
         )
         for one in segments[:_MOST_SEGMENTS]
     ]

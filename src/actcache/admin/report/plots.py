@@ -7,8 +7,8 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from actcache.admin.display import clean
 from actcache.admin.report.statistics import Histogram
-from actcache.admin.report.words import clean
 
 # HTML and SVG from elements. What is not markup already is escaped: a model's name is text, whatever stands in it.
 

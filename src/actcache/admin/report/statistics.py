@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Histograms: of lengths, whose range is known, and of norms, whose range is not.
-
 _STEPS = (1, 2, 5)
 _PER_OCTAVE = 16  # ranges of a norm's histogram, each 4 % wide
+_PART = 1 << 20  # numbers that are looked at in one go, as float64
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,6 @@ class Histogram:
 
     edges: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the histogram as JSON values."""
-        return {"edges": list(self.edges), "counts": list(self.counts)}
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,6 @@ class Lengths:
             longest=int(lengths.max()),
             histogram=equal_ranges(lengths, ranges),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return them as JSON values."""
-        return {**vars(self), "histogram": self.histogram.to_json()}
 
 
 def equal_ranges(numbers: NDArray[np.int64], most: int) -> Histogram:
@@ -98,9 +89,6 @@ class LogCounts:
         return Histogram(tuple(edges), tuple(counts))
 
 
-_PART = 1 << 20  # numbers that are looked at in one go, as float64
-
-
 @dataclass(frozen=True)
 class Statistics:
     """Of rows of activations, one a token.
@@ -119,10 +107,6 @@ class Statistics:
     infinite: int
     zero_rows: int  # whose numbers are all 0
     norms: Histogram  # of those above 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return them as JSON values."""
-        return {**vars(self), "norms": self.norms.to_json()}
 
 
 class Numbers:

@@ -5,6 +5,8 @@ the file's name, which may end in .gz, .bz2, .xz or .zst as well. A source is on
 ``data/*.jsonl.gz``, any of these in an object store, a dataset that ``save_to_disk`` of Hugging Face's ``datasets``
 wrote, or ``-`` for standard input. Parquet, Arrow, such datasets and .zst need the extra ``corpora``, object stores the
 extra ``s3``. See docs/corpora.md.
+
+Whatever is wrong with a corpus is a ``DocumentError``, here and in all modules below.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.cli.corpus.document import Document
-from actcache.cli.corpus.kinds import Kind
-from actcache.cli.corpus.shards import shards
+from actcache.cli.corpus.files import Kind
+from actcache.cli.corpus.shards import find_shards
 from actcache.format.keys import document_key, key_array
 
-__all__ = ["Document", "Kind", "check", "count", "keys", "passes", "read"]
+__all__ = ["Document", "Kind", "check", "count", "is_stream", "keys", "read"]
 
 
 def read(
@@ -40,7 +42,7 @@ def read(
         MissingExtraError: an extra has to be installed.
         StoreError: an object store fails.
     """
-    with shards(source, field, id_field, format) as found:
+    with find_shards(source, field, id_field, format) as found:
         for shard in found.files:
             yield from found.documents(shard)
 
@@ -50,9 +52,9 @@ def check(source: str | Path, field: str | None = None, id_field: str | None = N
 
     Pipes and standard input stay unread.
     """
-    with shards(source, field, id_field, format) as found:
+    with find_shards(source, field, id_field, format) as found:
         for shard in found.files if found.local else found.files[:1]:
-            if shard.passes:
+            if shard.is_stream:
                 found.check_named(shard)
             else:
                 documents = found.documents(shard)
@@ -62,7 +64,7 @@ def check(source: str | Path, field: str | None = None, id_field: str | None = N
 
 def count(source: str | Path, field: str | None = None, format: str | None = None) -> int | None:
     """Return about how many documents there are, at most, to show progress; None where that takes long to learn."""
-    with shards(source, field, None, format) as found:
+    with find_shards(source, field, None, format) as found:
         return found.count()
 
 
@@ -71,7 +73,7 @@ def keys(source: str | Path, field: str | None = None, format: str | None = None
     return key_array([document_key(document.text) for document in read(source, field, format=format)])
 
 
-def passes(source: str | Path) -> bool:
+def is_stream(source: str | Path) -> bool:
     """Return whether a corpus can be read only once: standard input, or a pipe."""
-    with shards(source, None, None, None) as found:
-        return any(shard.passes for shard in found.files)
+    with find_shards(source, None, None, None) as found:
+        return any(shard.is_stream for shard in found.files)

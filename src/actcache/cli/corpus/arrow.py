@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from actcache.cli.corpus.document import Document, column, id_of, unnamed
-from actcache.cli.corpus.kinds import Kind
-from actcache.cli.corpus.places import SPLITS, STATE, File, Folder
-from actcache.errors import ActcacheError, DocumentError, MissingExtraError
+from actcache.cli.corpus.files import SPLITS, STATE, File, Folder, Kind
+from actcache.errors import ActcacheError, DocumentError, requires_extra
 
 _ROWS = 1024  # that are decoded at a time
 _BUFFER = 1 << 20  # bytes of a column that are read at a time
@@ -32,7 +31,7 @@ def documents(file: File, kind: Kind, field: str | None, id_field: str | None) -
         MissingExtraError: pyarrow is not installed.
         OSError: it cannot be read.
     """
-    if file.passes:
+    if file.is_stream:
         raise DocumentError(f"a {kind} file is read from its end: give the file, no pipe")
     number = 0
     with _readable(), _opened(file, kind) as (schema, batches_of):
@@ -64,12 +63,8 @@ def count(file: File, kind: Kind) -> int | None:
         return int(opened.metadata.num_rows)
 
 
-def saved(folder: Folder) -> list[File] | None:
-    """Return the Arrow files of a saved dataset, in order; None where the folder is none.
-
-    Raises:
-        DocumentError: it holds several splits, or its state is damaged.
-    """
+def saved_dataset(folder: Folder) -> list[File] | None:
+    """Return the Arrow files of a saved dataset, in order; None where the folder is none."""
     state = folder.file(STATE)
     if state is None:
         _refuse_splits(folder)
@@ -163,12 +158,8 @@ def _readable() -> Iterator[None]:
 
 
 def _library() -> tuple[Any, Any]:
-    try:
+    with requires_extra("corpora", "Parquet and Arrow files need pyarrow"):
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Parquet and Arrow files need pyarrow: pip install 'actcache[corpora]' ({error})"
-        ) from None
     return pyarrow, pyarrow.parquet

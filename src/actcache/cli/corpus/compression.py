@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from actcache.errors import DocumentError, MissingExtraError
+from actcache.errors import DocumentError, requires_extra
 
 #: What is raised while damaged data is read, an OSError apart.
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
@@ -25,7 +25,7 @@ def decompressed(file: io.BufferedReader, compression: str) -> io.BufferedReader
     """Return a file's content.
 
     Args:
-        compression: a value of ``kinds.COMPRESSIONS``.
+        compression: a value of ``files.COMPRESSIONS``.
 
     Raises:
         DocumentError: there is nothing.
@@ -77,9 +77,7 @@ class _Streams(io.RawIOBase):
 
 
 def _zstd(file: BinaryIO) -> io.BufferedReader:
-    try:
+    with requires_extra("corpora", ".zst files need pyarrow"):
         import pyarrow
-    except ImportError as error:
-        raise MissingExtraError(f".zst files need pyarrow: pip install 'actcache[corpora]' ({error})") from None
     stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
     return io.BufferedReader(stream)

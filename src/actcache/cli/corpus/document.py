@@ -20,11 +20,7 @@ class Document:
 
 
 def id_of(name: Any, where: str) -> str | None:
-    """Return an id as a text.
-
-    Raises:
-        DocumentError: it is neither a text nor a whole number; it names ``where`` it stands.
-    """
+    """Return an id as a text."""
     if name is None or isinstance(name, str):
         return name
     if isinstance(name, int) and not isinstance(name, bool):
@@ -33,11 +29,7 @@ def id_of(name: Any, where: str) -> str | None:
 
 
 def column(names: Sequence[str], wanted: str) -> int:
-    """Return where a table has a column; its name has to stand there exactly so, and once.
-
-    Raises:
-        DocumentError: it does not.
-    """
+    """Return where a table has a column; its name has to stand there exactly so, and once."""
     found = [place for place, name in enumerate(names) if name == wanted]
     if len(found) == 1:
         return found[0]

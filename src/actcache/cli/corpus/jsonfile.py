@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from actcache.cli.corpus.decoding import LONGEST
 from actcache.cli.corpus.document import Document, id_of, like, listed, unnamed
+from actcache.cli.corpus.text import LONGEST
 from actcache.errors import DocumentError
 
 #: A value and where it stands.
@@ -39,11 +39,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def by_lines(lines: Iterator[str]) -> Iterator[Item]:
-    """Yield the value of each line that is not blank.
-
-    Raises:
-        DocumentError: a line is no JSON.
-    """
+    """Yield the value of each line that is not blank."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -56,11 +52,7 @@ def by_lines(lines: Iterator[str]) -> Iterator[Item]:
 
 
 def by_values(pieces: Iterator[str]) -> Iterator[Item]:
-    """Yield the items of an array, or values that stand one after another; one at a time is in memory.
-
-    Raises:
-        DocumentError: it is no JSON.
-    """
+    """Yield the items of an array, or values that stand one after another; one at a time is in memory."""
     text = _Text(pieces)
     if text.next_character() != "[":
         while text.next_character():
@@ -144,9 +136,6 @@ def documents(items: Iterator[Item], field: str | None, id_field: str | None) ->
     """Yield the texts under a field of objects, or, without a field, of texts that stand there alone.
 
     What is null or empty is none.
-
-    Raises:
-        DocumentError: a value has no such field, or another value than a text under it; objects without a field.
     """
     for where, value in items:
         if field is None:

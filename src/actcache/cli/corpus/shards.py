@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.cli.corpus import arrow, jsonfile, lines, tables
+from actcache.cli.corpus import arrow, jsonfile, text
 from actcache.cli.corpus.compression import DAMAGED, decompressed
-from actcache.cli.corpus.decoding import decoded, pieces
 from actcache.cli.corpus.document import Document
-from actcache.cli.corpus.kinds import COLUMNAR, Form, Kind, form
-from actcache.cli.corpus.places import STATE, File, Folder, LocalFile, files_of, found
+from actcache.cli.corpus.files import COLUMNAR, STATE, File, Folder, Form, Kind, LocalFile, files_of, find_source, form
 from actcache.errors import ActcacheError, DocumentError
 
 _COUNTED_BYTES = 1 << 30
@@ -28,7 +26,7 @@ class Shards:
     kind: Kind
     field: str | None
     id_field: str | None
-    said: bool  # whether somebody said the kind, and not the names
+    kind_given: bool  # whether somebody said the kind, and not the names
 
     @property
     def local(self) -> bool:
@@ -58,15 +56,17 @@ class Shards:
             content = data if compression is None else decompressed(data, compression)
             match self.kind:
                 case Kind.text:
-                    yield from lines.documents(decoded(content, None), certain=self.said)
+                    yield from text.line_documents(text.decoded(content, None), certain=self.kind_given)
                 case Kind.csv | Kind.tsv:
-                    separator = tables.SEPARATORS[self.kind]
-                    yield from tables.documents(decoded(content, ""), separator, self.field, self.id_field)
+                    separator = text.SEPARATORS[self.kind]
+                    yield from text.table_documents(text.decoded(content, ""), separator, self.field, self.id_field)
                 case Kind.json:
-                    yield from jsonfile.documents(jsonfile.by_values(pieces(content)), self.field, self.id_field)
+                    yield from jsonfile.documents(jsonfile.by_values(text.pieces(content)), self.field, self.id_field)
                 case _:
                     # Line ends inside of a text are escaped, so that CR is a space.
-                    yield from jsonfile.documents(jsonfile.by_lines(decoded(content, "\n")), self.field, self.id_field)
+                    yield from jsonfile.documents(
+                        jsonfile.by_lines(text.decoded(content, "\n")), self.field, self.id_field
+                    )
 
     def count(self) -> int | None:
         """Return about how many documents there are, at most; None where that takes long to learn."""
@@ -88,7 +88,7 @@ class Shards:
 
 
 @contextmanager
-def shards(source: str | Path, field: str | None, id_field: str | None, format: str | None) -> Iterator[Shards]:
+def find_shards(source: str | Path, field: str | None, id_field: str | None, format: str | None) -> Iterator[Shards]:
     """Find the files of a corpus.
 
     Raises:
@@ -99,7 +99,7 @@ def shards(source: str | Path, field: str | None, id_field: str | None, format: 
         raise DocumentError(f"there is no format {format!r}; there are {', '.join(Kind)}")
     if "" in (field, id_field):
         raise DocumentError("the name of the field is empty: name the column or field of the texts, or leave it out")
-    with found(str(source)) as place:
+    with find_source(str(source)) as place:
         files, kind = _one_kind(place, None if format is None else Kind(format), field)
         if id_field is not None and field is None:
             raise DocumentError(f"{source}: name the column or field of the texts with --field")
@@ -111,7 +111,7 @@ def shards(source: str | Path, field: str | None, id_field: str | None, format: 
 def _one_kind(place: File | Folder, said: Kind | None, field: str | None) -> tuple[list[File], Kind]:
     if isinstance(place, File):
         return [place], said or _kind(form(place.name), field)
-    if not place.chosen and (dataset := arrow.saved(place)) is not None:
+    if not place.chosen and (dataset := arrow.saved_dataset(place)) is not None:
         return dataset, Kind.arrow
     files = place.files if said and place.files else files_of(place)
     forms = [form(file.name) for file in files]

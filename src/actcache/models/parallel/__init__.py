@@ -1,11 +1,11 @@
 """Filling by several processes of one machine, each with its own copy of the model: a GPU each, or a share of the CPU.
 
-The corpus is read once, here, and dealt by the documents' keys; each process writes segments of its own into the one
-store.
+The corpus is read once, here, and partitioned by the documents' keys; each process writes segments of its own into the
+one store.
 """
 
 from __future__ import annotations
 
-from actcache.models.parallel.fill import check_devices, fill
+from actcache.models.parallel.leader import check_devices, fill
 
 __all__ = ["check_devices", "fill"]

@@ -166,16 +166,20 @@ def spec_of(model: nn.Module) -> AdapterSpec | None:
     return model.__dict__.get("actcache_adapters")
 
 
+def _known_spec(model: nn.Module) -> AdapterSpec:
+    spec = spec_of(model)
+    if spec is None:
+        raise ModelError(f"this {type(model).__name__} has no adapters: actcache.models.add_adapters puts them in")
+    return spec
+
+
 def trained_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters that train in a model with adapters: theirs, the head's, and what was asked.
 
     Raises:
         ModelError: it has none.
     """
-    spec = spec_of(model)
-    if spec is None:
-        raise ModelError(f"this {type(model).__name__} has no adapters: actcache.models.add_adapters puts them in")
-    base = base_model_of(model)
+    base, spec = base_model_of(model), _known_spec(model)
     parts = [projection.adapter for _, projection in _projections(model, spec)]
     parts += [_submodule(model, path) for path in spec.also_train]
     if spec.layer_norms:
@@ -195,7 +199,7 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
         ModelError: it has none.
     """
     names = trained_names(model)
-    what = {"version": 1, "spec": asdict(_given(spec_of(model))), "model": _kind(model)}
+    what = {"version": 1, "spec": asdict(_known_spec(model)), "model": _kind(model)}
     state = model.state_dict()
     save_file(unshared({name: state[name] for name in names}), str(path), metadata={_METADATA: json.dumps(what)})
 
@@ -274,11 +278,6 @@ def _submodule(module: nn.Module, path: str) -> Any:
 
 def _kind(model: nn.Module) -> str:
     return f"{type(model).__qualname__} of {base_model_of(model).config.model_type}"
-
-
-def _given(spec: AdapterSpec | None) -> AdapterSpec:
-    assert spec is not None
-    return spec
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -11,21 +11,23 @@ import copy
 import enum
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from actcache.errors import UsageError
 from actcache.format.arguments import whole
 from actcache.models.answers import with_the_heads_names
 from actcache.models.families import Family, base_model_of
+from actcache.models.tensors import padded
 from actcache.models.tokenizing import Encoded
 from actcache.reader.checks import ranks_of
+from actcache.reader.dataset import EntryDataset
 from actcache.reader.labels import labels_of
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
@@ -54,38 +56,6 @@ class Regime(enum.StrEnum):
             raise UsageError(f"there is no regime {name!r}; there are {', '.join(cls)}") from None
 
 
-class Dataset(Protocol):
-    """What a ``DataLoader`` or the ``Trainer`` takes, with its own ``collate_fn`` or ``data_collator``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, position: int) -> Any: ...
-
-    def collate(self, items: list[Any]) -> Inputs:
-        """Return the model's inputs."""
-
-
-class Batches(Protocol):
-    """Epochs of batches: each iteration is one, and the next has the next order."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Inputs]: ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-
-    def dataset(self) -> Dataset:
-        """Return the same documents as a map-style data set."""
-
-
-class Prepared(NamedTuple):
-    """A model and what it is trained on: ``for batch in batches: model(**batch).loss``."""
-
-    model: PreTrainedModel
-    batches: Batches
-
-
 def with_frozen_lower_half(task_model: PreTrainedModel, family: Family, layer: int) -> PreTrainedModel:
     """Return a copy of a task model whose lower half has no gradients and, as when it is recorded, no dropout."""
     model = copy.deepcopy(task_model)
@@ -101,7 +71,10 @@ def _stay_evaluating(module: nn.Module, args: Any) -> None:
 
 
 class TokenItem(Mapping[str, Any]):
-    """One document of a ``TokenDataset``: its token ids (``input_ids``) and their mask, unpadded, as plain lists."""
+    """One document of a ``TokenDataset``: its token ids (``input_ids``) and their mask, unpadded, as plain lists.
+
+    No ``dict``, for the ``Trainer`` copies those, and the position would be lost.
+    """
 
     def __init__(self, position: int, token_ids: NDArray[np.integer]) -> None:
         self.position, self.token_ids = position, token_ids
@@ -118,7 +91,7 @@ class TokenItem(Mapping[str, Any]):
         return 2
 
 
-class TokenDataset(TorchDataset[TokenItem]):
+class TokenDataset(Dataset[TokenItem]):
     """Token ids of documents, for a full model. ``collate`` looks up what belongs to its items. Immutable.
 
     Args:
@@ -156,11 +129,11 @@ class TokenDataset(TorchDataset[TokenItem]):
         entries, lengths = [self._encoded[i] for i in which], self.lengths[which]
         width = int(lengths.max())
         inputs = {
-            "input_ids": _padded([entry.token_ids for entry in entries], self._padding),
+            "input_ids": padded([entry.token_ids for entry in entries], self._padding),
             "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
         }
         if self._typed:
-            inputs["token_type_ids"] = _padded([entry.type_ids for entry in entries], 0)
+            inputs["token_type_ids"] = padded([entry.type_ids for entry in entries], 0)
         if self._labels is not None:
             inputs["labels"] = torch.from_numpy(self._labels.of_batch(which, lengths, width))
         return with_the_heads_names(inputs, self._task_class)
@@ -176,25 +149,28 @@ class TextBatches:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
         self._epoch = whole("epoch", epoch, 0)
 
     def __len__(self) -> int:
-        return len(self._plan())
+        return len(self._positions())
 
     def __iter__(self) -> Iterator[Inputs]:
-        plan = self._plan()
+        batches = self._positions()
         self._epoch += 1
-        return self._batches(plan)
+        return self._inputs(batches)
 
     def dataset(self) -> TokenDataset:
+        """Return the same documents as a map-style data set."""
         return self._documents
 
-    def _plan(self) -> list[NDArray[np.int64]]:
-        plan = self._order.plan(self._lengths, self._epoch)
+    def _positions(self) -> list[NDArray[np.int64]]:
+        """Return the positions of the documents of each of this rank's batches."""
+        plan = self._order.of_epoch(self._lengths, self._epoch)
         return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
 
-    def _batches(self, plan: list[NDArray[np.int64]]) -> Iterator[Inputs]:
-        for which in plan:
+    def _inputs(self, batches: list[NDArray[np.int64]]) -> Iterator[Inputs]:
+        for which in batches:
             inputs = self._documents.inputs(which.tolist())
             yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
@@ -218,12 +194,13 @@ class StoredBatches:
     def __iter__(self) -> Iterator[Inputs]:
         return (with_the_heads_names(batch.model_inputs(), self._task_class) for batch in self.reader)
 
-    def dataset(self) -> Dataset:
+    def dataset(self) -> EntryDataset:
+        """Return the same documents as a map-style data set."""
         return self.reader.dataset()
 
 
-def _padded(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:
-    out = np.full((len(arrays), max(len(array) for array in arrays)), value, np.int64)
-    for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(out)
+class Prepared(NamedTuple):
+    """A model and what it is trained on: ``for batch in batches: model(**batch).loss``."""
+
+    model: PreTrainedModel
+    batches: TextBatches | StoredBatches  # each iteration is an epoch, and the next has the next order

@@ -8,7 +8,7 @@ from __future__ import annotations
 import actcache.models  # noqa: F401  says what to install where torch or transformers is missing
 from actcache.models.vocabulary.checkpoint import load_pruned, save_full
 from actcache.models.vocabulary.counts import Vocabulary, count_stored, count_vocabulary
-from actcache.models.vocabulary.pruned import Pruned, prune
+from actcache.models.vocabulary.pruned import Pruned, prune_vocabulary
 
 __all__ = [
     "Pruned",
@@ -16,6 +16,6 @@ __all__ = [
     "count_stored",
     "count_vocabulary",
     "load_pruned",
-    "prune",
+    "prune_vocabulary",
     "save_full",
 ]

@@ -2,136 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
-from actcache.models.partial import ROW_IDS, Whole, kept_of, whole_state
-from actcache.models.vocabulary import hooks
+from actcache.models.partial_vocabulary import ROW_IDS, Whole, whole_state
+from actcache.models.tensors import set_parameter
+from actcache.models.vocabulary.embedding_rows import set_vocabulary_size, tokens_of
+from actcache.models.vocabulary.full_matrix import checksum, of_checkpoint
+from actcache.models.vocabulary.hooks import RECORD, whole_config
 from actcache.models.vocabulary.kept import KeptVocabulary, OnUnseen
-from actcache.models.vocabulary.pruned import Pruned
-from actcache.models.vocabulary.rows import all_names, attach, move_rows, roots_of, tokens_of
-from actcache.models.vocabulary.sizes import marked, set_vocabulary_size
-from actcache.models.weights import weight_files
-
-# Where the rows are that a pruned model does not hold: in memory, or mapped from a safetensors file.
-
-_CHUNK_ROWS = 1 << 14
-
-
-def in_memory(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix on the CPU; it is not copied where it is there already."""
-    return matrix.detach().cpu()
-
-
-def write(path: Path, matrices: Mapping[str, torch.Tensor]) -> None:
-    """Write matrices into one file, under their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: matrix.detach().cpu().contiguous() for name, matrix in matrices.items()}, str(path))
-
-
-def find(files: Sequence[Path], names: Sequence[str], prefix: str) -> torch.Tensor | None:
-    """Map the first of some names that a file has; its pages are read when they are needed, and can be given back.
-
-    Args:
-        names: of the tensor in the model.
-        prefix: of the base model, which a checkpoint's names may have or lack.
-
-    Raises:
-        ModelError: a file cannot be read.
-    """
-    wanted = [*names, *(name.removeprefix(prefix) for name in names), *(prefix + name for name in names)]
-    for file in files:
-        try:
-            with safe_open(str(file), "pt", device="cpu") as archive:
-                there = set(archive.keys())
-                for name in wanted:
-                    if name in there:
-                        matrix: torch.Tensor = archive.get_tensor(name)
-                        return matrix
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
-    return None
-
-
-def equal(mapped: torch.Tensor, matrix: torch.Tensor) -> bool:
-    """Whether a mapped matrix, cast to the other's dtype, equals it; a few rows are in memory at a time."""
-    if mapped.shape != matrix.shape:
-        return False
-    starts = range(0, len(matrix), _CHUNK_ROWS)
-    return all(
-        torch.equal(mapped[i : i + _CHUNK_ROWS].to(matrix.dtype), matrix[i : i + _CHUNK_ROWS].detach().cpu())
-        for i in starts
-    )
-
-
-def checksum(matrix: torch.Tensor, dtype: torch.dtype) -> str:
-    """Return the XXH3-128 of a matrix's bytes in a dtype, to know it again."""
-    digest = xxhash.xxh3_128()
-    for i in range(0, len(matrix), _CHUNK_ROWS):
-        rows = matrix[i : i + _CHUNK_ROWS].detach().to(dtype).cpu().contiguous()
-        digest.update(memoryview(rows.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
-
-
-# Saving a pruned model, so that nothing takes its rows for those of other tokens.
-#
-# ``save_pretrained`` of a pruned model writes the rows that it holds and, in their buffer, which tokens they are, under
-# a configuration that says the whole vocabulary's size: ``from_pretrained`` alone refuses sizes that do not agree.
-
-#: The configuration's field by which a small checkpoint says what it is a part of.
-RECORD = "actcache_vocabulary"
-
-
-def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Have a pruned model, and its base model, save themselves as what they are."""
-    setattr(model.config, RECORD, record)
-    for one in (model, model.base_model):
-        one.__dict__["save_pretrained"] = functools.partial(_save_small, one)  # copied and pickled with it
-
-
-def remove(module: nn.Module) -> None:
-    """Take off whatever ``install`` has put on a module."""
-    module.__dict__.pop("save_pretrained", None)
-    config = module.__dict__.get("config")
-    if hasattr(config, RECORD):
-        delattr(config, RECORD)
-
-
-@contextlib.contextmanager
-def whole_config(model: nn.Module, size: int, record: dict[str, Any] | None) -> Iterator[None]:
-    """Within this context, configurations say the whole vocabulary's size, and this record."""
-    config: Any = model.config
-    before, rows = getattr(config, RECORD), config.vocab_size
-    delattr(config, RECORD)
-    if record is not None:
-        setattr(config, RECORD, record)
-    set_vocabulary_size(model, rows, size, configs_only=True)
-    try:
-        yield
-    finally:
-        set_vocabulary_size(model, size, rows, configs_only=True)
-        setattr(config, RECORD, before)
-
-
-def _save_small(model: Any, *args: Any, **kwargs: Any) -> Any:
-    held = next((kept_of(module) for module, _ in marked(model) if isinstance(module, nn.Embedding)), None)
-    if held is None:  # a reduced model, which has no embeddings
-        return type(model).save_pretrained(model, *args, **kwargs)
-    record = {**getattr(model.config, RECORD), "rows": len(held.ids)}
-    with whole_config(model, held.size, record):
-        return type(model).save_pretrained(model, *args, **kwargs)
+from actcache.models.vocabulary.pruned import Pruned, hold
 
 
 def save_full(pruned: Pruned, folder: str | Path, **options: Any) -> None:
@@ -171,7 +57,7 @@ def load_pruned(
         model_class: an auto class (``AutoModelForSequenceClassification``) or a class of models.
         full_matrix: name or folder of the model as it was when it was pruned (the pretrained one), whose safetensors
             files are mapped for what needs the other rows: ``grow``, ``restore``, ``save_full``, a recycler.
-        on_unseen, tokenizer: as for ``prune``.
+        on_unseen, tokenizer: as for ``prune_vocabulary``.
         options: of ``from_pretrained``.
 
     Raises:
@@ -193,19 +79,12 @@ def load_pruned(
         raise ModelError(f"the weights of {folder} do not say which tokens their rows are: save the pruned model anew")
     rest: dict[str, torch.Tensor | None] = dict.fromkeys(tokens.parameters)
     if full_matrix is not None:
-        files = [file for file in weight_files(str(full_matrix)) if file.suffix == ".safetensors"]
-        prefix = f"{model.base_model_prefix}."
-        rest = {n: find(files, all_names(model, p), prefix) for n, p in tokens.parameters.items()}
+        rest = of_checkpoint(model, tokens.parameters, str(full_matrix))
         _check(rest[next(iter(rest))], record, full_matrix)
     kept = KeptVocabulary(
         record["size"], ids, rest, has_output=tokens.has_output, on_unseen=on_unseen, tokenizer=tokenizer
     )
-    attach(model, tokens, kept)
-    move_rows(model, kept, ids)
-    for root in roots_of(model, kept):
-        hooks.install(root, tokens.embeddings if root is model else [])
-    install(model, record)
-    return Pruned(model)
+    return hold(model, tokens, kept, ids, record)
 
 
 def _check(matrix: torch.Tensor | None, record: dict[str, Any], full_matrix: str | Path) -> None:
@@ -239,10 +118,8 @@ def _small(task_class: Any, rows: int) -> Any:
             if names.intersection(pair):
                 names.update(pair)
         for name in names:
-            path, _, attribute = name.rpartition(".")
             parameter = self.get_parameter(name)
-            small = nn.Parameter(parameter.new_empty((rows, *parameter.shape[1:])))
-            self.get_submodule(path)._parameters[attribute] = small
+            set_parameter(self, name, nn.Parameter(parameter.new_empty((rows, *parameter.shape[1:]))))
         tokens.embeddings[0].register_buffer(ROW_IDS, torch.empty(rows, dtype=torch.int32))
         set_vocabulary_size(self, size, rows)
 

@@ -19,7 +19,7 @@ from actcache.errors import DocumentError, MissingEntryError, UsageError
 from actcache.format.arguments import whole, whole_numbers
 from actcache.format.keys import Document, Keys, key_array, key_list
 from actcache.models import canary
-from actcache.models.documents import streamed
+from actcache.models.documents import chunked, streamed
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.store.collection import Collection
 from actcache.store.space import Space
@@ -147,7 +147,7 @@ def count_vocabulary(
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for start, block in _blocks(source):
+            for start, block in chunked(source, _BLOCK):
                 running.append(pool.submit(count, start, block))
                 collect(2 * workers)
             collect(0)
@@ -201,13 +201,6 @@ def count_stored(
     if tokenizer is not None:
         always = np.union1d(always, _always(tokenizer))
     return Vocabulary(total, always, len(wanted), tokenizer)
-
-
-def _blocks(source: Iterator[Document]) -> Iterator[tuple[int, list[Document]]]:
-    start = 0
-    while block := list(itertools.islice(source, _BLOCK)):
-        yield start, block
-        start += len(block)
 
 
 def _spans(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,9 @@
 
 Heads that look for the padding or the last token see the ids that the user gave. The hooks read the state of the
 module that they are called with, so that copies of a model have their own.
+
+``save_pretrained`` of a pruned model writes the rows that it holds and, in their buffer, which tokens they are, under
+a configuration that says the whole vocabulary's size: ``from_pretrained`` alone refuses sizes that do not agree.
 """
 
 from __future__ import annotations
@@ -17,21 +20,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import UsageError
-from actcache.models.partial import KEPT
+from actcache.models.partial_vocabulary import KEPT, kept_of
+from actcache.models.vocabulary.embedding_rows import grow, marked, roots_of, set_vocabulary_size
 from actcache.models.vocabulary.kept import KeptVocabulary
-from actcache.models.vocabulary.rows import grow
 
+#: The configuration's field by which a small checkpoint says what it is a part of.
+RECORD = "actcache_vocabulary"
 _IDS = ("input_ids", "decoder_input_ids")
 
 
-def install(model: PreTrainedModel, embeddings: list[nn.Module]) -> None:
-    """Have embeddings look up rows, and a model translate labels and, while it generates, logits."""
+def install(model: PreTrainedModel, embeddings: list[nn.Module], record: dict[str, Any]) -> None:
+    """Have embeddings look up rows, a model translate labels and, while it generates, logits, and save what it is.
+
+    Args:
+        record: of the matrix that it holds a part of; see ``load_pruned``.
+    """
+    kept = _kept(model)
     for embedding in embeddings:
         embedding.register_forward_pre_hook(look_up, with_kwargs=True)
-    model.register_forward_pre_hook(translate, with_kwargs=True)
-    model.register_forward_hook(spread)
-    if _kept(model).has_output and model.can_generate():
-        model.__dict__["generate"] = functools.partial(_generate, model)  # copied and pickled with it
+    for root in roots_of(model, kept):
+        root.register_forward_pre_hook(translate, with_kwargs=True)
+        root.register_forward_hook(spread)
+        if kept.has_output and root.can_generate():
+            root.__dict__["generate"] = functools.partial(_generate, root)  # copied and pickled with it
+    setattr(model.config, RECORD, record)
+    for one in (model, model.base_model):
+        one.__dict__["save_pretrained"] = functools.partial(_save_small, one)  # likewise
 
 
 def remove(module: nn.Module) -> None:
@@ -43,7 +57,11 @@ def remove(module: nn.Module) -> None:
         for number in [number for number, hook in hooks.items() if hook in (look_up, translate, spread)]:
             del hooks[number]
             options.pop(number, None)
-    module.__dict__.pop("generate", None)
+    for name in ("generate", "save_pretrained"):
+        module.__dict__.pop(name, None)
+    config = module.__dict__.get("config")
+    if hasattr(config, RECORD):
+        delattr(config, RECORD)
 
 
 def look_up(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -118,3 +136,28 @@ def _labels(kept: KeptVocabulary, kwargs: dict[str, Any]) -> torch.Tensor | None
 def _kept(module: nn.Module) -> KeptVocabulary:
     kept: KeptVocabulary = module.__dict__[KEPT]
     return kept
+
+
+@contextlib.contextmanager
+def whole_config(model: nn.Module, size: int, record: dict[str, Any] | None) -> Iterator[None]:
+    """Within this context, configurations say the whole vocabulary's size, and this record."""
+    config: Any = model.config
+    before, rows = getattr(config, RECORD), config.vocab_size
+    delattr(config, RECORD)
+    if record is not None:
+        setattr(config, RECORD, record)
+    set_vocabulary_size(model, rows, size, configs_only=True)
+    try:
+        yield
+    finally:
+        set_vocabulary_size(model, size, rows, configs_only=True)
+        setattr(config, RECORD, before)
+
+
+def _save_small(model: Any, *args: Any, **kwargs: Any) -> Any:
+    held = next((kept_of(module) for module, _ in marked(model) if isinstance(module, nn.Embedding)), None)
+    if held is None:  # a reduced model, which has no embeddings
+        return type(model).save_pretrained(model, *args, **kwargs)
+    record = {**getattr(model.config, RECORD), "rows": len(held.ids)}
+    with whole_config(model, held.size, record):
+        return type(model).save_pretrained(model, *args, **kwargs)

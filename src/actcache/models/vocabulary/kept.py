@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import UnseenTokenError
-from actcache.models.partial import Whole
+from actcache.models.partial_vocabulary import Whole
 from actcache.models.vocabulary.moving import Optimizers
 
 OnUnseen = Literal["raise", "grow"]

@@ -112,7 +112,8 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
             if hasattr(parameter, _REPLACED):
                 raise ModelError(
                     f"this optimizer holds {getattr(parameter, _REPLACED)} as it was before its rows were pruned, "
-                    "restored or grown: give the optimizer to prune(..., optimizer=) or pruned.track(optimizer)"
+                    "restored or grown: give the optimizer to prune_vocabulary(..., optimizer=) or to "
+                    "pruned.track(optimizer)"
                 )
 
 

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError, UsageError
 from actcache.format.arguments import whole_numbers
-from actcache.models.partial import KEPT, ROW_IDS, kept_of
-from actcache.models.vocabulary import checkpoint, hooks
+from actcache.models.partial_vocabulary import KEPT, ROW_IDS, kept_of
+from actcache.models.tensors import dtype_name
+from actcache.models.vocabulary import hooks
 from actcache.models.vocabulary.counts import Vocabulary
+from actcache.models.vocabulary.embedding_rows import Tokens, attach, grow, marked, move_rows, special_ids, tokens_of
+from actcache.models.vocabulary.full_matrix import checksum, full_matrices
 from actcache.models.vocabulary.kept import MARK, KeptVocabulary, OnUnseen
-from actcache.models.vocabulary.rows import Tokens, all_names, attach, grow, move_rows, roots_of, special_ids, tokens_of
-from actcache.models.vocabulary.sizes import marked
-from actcache.models.weights import weight_files
 
 
 class Pruned:
@@ -109,7 +109,6 @@ class Pruned:
                 module.padding_idx = mark.padding_idx
         for module in model.modules():
             hooks.remove(module)
-            checkpoint.remove(module)
             module._buffers.pop(ROW_IDS, None)
             module._non_persistent_buffers_set.discard(ROW_IDS)
             for name in (KEPT, MARK):
@@ -120,7 +119,7 @@ class Pruned:
         return f"<Pruned {type(self.model).__name__}: {len(self._kept.ids)} of {self.size} tokens>"
 
 
-def prune(
+def prune_vocabulary(
     model: PreTrainedModel,
     vocabulary: Vocabulary | Iterable[int],
     *,
@@ -169,11 +168,10 @@ def prune(
             f"token id {ids[-1]} is to be kept and {type(model).__name__} has 0..{tokens.size - 1}: is it the "
             "vocabulary of another model's tokenizer?"
         )
-    rest = _rest(model, tokens, full_matrix)
     kept = KeptVocabulary(
         tokens.size,
         torch.arange(tokens.size),
-        rest,
+        full_matrices(model, tokens, full_matrix),
         has_output=tokens.has_output,
         on_unseen=on_unseen,
         tokenizer=tokenizer or vocabulary.tokenizer,
@@ -181,52 +179,17 @@ def prune(
     if optimizer is not None:
         kept.optimizers.track(optimizer)
     source = next(iter(tokens.parameters.values()))
-    dtype = str(source.dtype).removeprefix("torch.")
-    record = {"size": tokens.size, "dtype": dtype, "xxh3_128": checkpoint.checksum(source, source.dtype)}
+    record = {"size": tokens.size, "dtype": dtype_name(source.dtype), "xxh3_128": checksum(source, source.dtype)}
     for name, parameter in tokens.parameters.items():
         kept.optimizers.check(parameter, name)  # before anything is changed
+    return hold(model, tokens, kept, torch.from_numpy(ids), record)
+
+
+def hold(
+    model: PreTrainedModel, tokens: Tokens, kept: KeptVocabulary, ids: torch.Tensor, record: dict[str, Any]
+) -> Pruned:
+    """Have a model hold the rows of some tokens, look them up by token ids, and be saved with ``record``."""
     attach(model, tokens, kept)
-    move_rows(model, kept, torch.from_numpy(ids))
-    for root in roots_of(model, kept):
-        hooks.install(root, tokens.embeddings if root is model else [])
-    checkpoint.install(model, record)
+    move_rows(model, kept, ids)
+    hooks.install(model, tokens.embeddings, record)
     return Pruned(model)
-
-
-def _rest(model: PreTrainedModel, tokens: Tokens, full_matrix: str | Path) -> dict[str, torch.Tensor | None]:
-    """Return all rows of each parameter, where the caller wants them."""
-    matrices = {name: parameter for name, parameter in tokens.parameters.items() if parameter.ndim > 1}
-    if full_matrix == "memory":
-        found: dict[str, Any] = {}
-    elif full_matrix == "checkpoint":
-        found = _of_checkpoint(model, matrices)
-    else:
-        path = Path(full_matrix)
-        if path.exists():
-            raise UsageError(f"{path} is there already: give the path of a new file, or full_matrix='checkpoint'")
-        checkpoint.write(path, matrices)
-        found = {name: checkpoint.find([path], [name], "") for name in matrices}
-    return {
-        name: checkpoint.in_memory(parameter) if found.get(name) is None else found[name]
-        for name, parameter in tokens.parameters.items()
-    }
-
-
-def _of_checkpoint(model: PreTrainedModel, matrices: dict[str, nn.Parameter]) -> dict[str, torch.Tensor | None]:
-    name_or_path = str(model.config.name_or_path)
-    files = [file for file in weight_files(name_or_path) if file.suffix == ".safetensors"] if name_or_path else []
-    prefix = f"{model.base_model_prefix}."
-    found = {name: checkpoint.find(files, all_names(model, matrix), prefix) for name, matrix in matrices.items()}
-    first = next(iter(matrices))
-    for name, mapped in found.items():
-        if mapped is None and name == first:
-            raise ModelError(
-                f"the checkpoint {name_or_path!r} has no safetensors file with {name}: give full_matrix='memory' or "
-                "the path of a file to write"
-            )
-        if mapped is not None and not checkpoint.equal(mapped, matrices[name]):
-            raise ModelError(
-                f"{name} is not what the checkpoint {name_or_path!r} has (it was trained, or the files were replaced): "
-                "give full_matrix='memory' or the path of a file to write"
-            )
-    return found

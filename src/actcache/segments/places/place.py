@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from actcache.backend import SegmentFiles, StoredFile
+from actcache.segments.rows import RowSource
+from actcache.segments.segment import Segment, is_name
 
-if TYPE_CHECKING:
-    from actcache.segments.rows import RowSource
-    from actcache.segments.segment import Segment
+T = TypeVar("T")
+
+_LOOKS = 5
 
 
 class Place(ABC):
@@ -51,7 +53,7 @@ class Place(ABC):
         """Return a small file's bytes, None where there is none."""
 
     @abstractmethod
-    def publish(self, name: str, write: Callable[[Path], None], *, replace: bool = False) -> bool:
+    def publish(self, name: str, write: Callable[[Path], object], *, replace: bool = False) -> bool:
         """Have ``write(path)`` write a local file or folder, then give it its name here, durably, all or nothing.
 
         Returns:
@@ -76,7 +78,7 @@ class Place(ABC):
         it was there."""
 
     @abstractmethod
-    def settle(self, folder: str) -> None:
+    def sync_names(self, folder: str) -> None:
         """Make the names in a folder durable that other processes gave."""
 
     @abstractmethod
@@ -124,3 +126,18 @@ class Place(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release connections and local copies. Does nothing the second time."""
+
+
+def unique_names(place: Place, folder: str, suffix: str) -> list[str]:
+    """Return the names in a folder without their suffix, sorted; foreign names are not ours to read."""
+    names = place.names(folder)
+    return sorted(stem for name in names if name.endswith(suffix) and is_name(stem := name.removesuffix(suffix)))
+
+
+def steady(look: Callable[[], tuple[T, bool]]) -> T:
+    """Return what ``look`` sees; again, some times, while it says that other processes have replaced what it listed."""
+    for _ in range(_LOOKS):
+        seen, whole = look()
+        if whole:
+            break
+    return seen

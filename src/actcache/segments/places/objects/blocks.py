@@ -12,8 +12,9 @@ from collections.abc import Mapping
 
 from actcache.backend import SegmentFiles
 from actcache.errors import FormatError
+from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects.client import ObjectNotFoundError
-from actcache.segments.places.objects.session import ProcessLock, Session
+from actcache.segments.places.objects.session import Session
 
 BLOCK = 256 << 10
 CACHE_BYTES = 128 << 20

@@ -44,18 +44,12 @@ class Head:
 
     size: int
     age: float  # seconds since it was written, by the server's clock
-    token: str | None  # what ``put`` or ``begin`` was given; None where the store keeps none
-
-
-@dataclass(frozen=True)
-class Listed:
-    size: int
-    age: float
+    token: str | None = None  # what ``put`` or ``begin`` was given; None where the store keeps or lists none
 
 
 @dataclass(frozen=True)
 class Listing:
-    files: Mapping[str, Listed]  # key -> size and age
+    files: Mapping[str, Head]  # by key
     folders: frozenset[str]  # keys with a slash at the end
 
 
@@ -73,7 +67,7 @@ class Client(ABC):
 
     Raises (every method):
         TransientError: the request may be repeated.
-        AbsentError: there is no such object; listing never raises it.
+        ObjectNotFoundError: there is no such object; listing never raises it.
         StoreNotFoundError: there is no such bucket.
         ReadOnlyError, OutOfSpaceError, StorageIOError: repeating it does not help; the message says what does.
 
@@ -106,28 +100,30 @@ class Client(ABC):
             create: raise ``ObjectExistsError`` where it stands.
         """
 
-    @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
-        """Write an object from a file of any size, all or nothing."""
+        """Write an object from a file of any size, all or nothing; where uploads are not in parts."""
+        raise NotImplementedError
 
-    @abstractmethod
+    # Uploads in parts, where there are such.
+
     def begin(self, key: str, token: str) -> str:
         """Begin a multipart upload; return its id."""
+        raise NotImplementedError
 
-    @abstractmethod
     def part(self, key: str, upload: str, number: int, data: Data) -> str:
         """Upload a part, numbered from 1; return its etag."""
+        raise NotImplementedError
 
-    @abstractmethod
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
         """Make an object of the parts, all or nothing; ``token`` is what ``begin`` was given."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def abort(self, key: str, upload: str) -> None: ...
+    def abort(self, key: str, upload: str) -> None:
+        raise NotImplementedError
 
-    @abstractmethod
     def uploads(self) -> list[Upload]:
         """Return the unfinished uploads below the root."""
+        return []
 
     @abstractmethod
     def copy(self, key: str, target: str) -> None:

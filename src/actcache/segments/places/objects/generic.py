@@ -10,11 +10,11 @@ import os
 import select
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import fsspec
 from fsspec.exceptions import FSTimeoutError
@@ -25,12 +25,10 @@ from actcache.segments.places.objects.client import (
     Client,
     Data,
     Head,
-    Listed,
     Listing,
     ObjectExistsError,
     ObjectNotFoundError,
     TransientError,
-    Upload,
 )
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
@@ -73,10 +71,10 @@ class FsspecClient(Client):
             info = self._fs.info(self._path(key))
             if info["type"] != "file":
                 raise FileNotFoundError(key)
-            return Head(int(info["size"]), _age(info), None)
+            return Head(int(info["size"]), _age(info))
 
     def listing(self, prefix: str, *, recursive: bool) -> Listing:
-        files: dict[str, Listed] = {}
+        files: dict[str, Head] = {}
         folders: set[str] = set()
         pending = [prefix]
         while pending:
@@ -91,7 +89,7 @@ class FsspecClient(Client):
                 if info["type"] == "directory":
                     (pending.append if recursive else folders.add)(f"{key}/")
                 elif f"{key}/" != folder and key.startswith(prefix):
-                    files[key] = Listed(int(info["size"]), _age(info))
+                    files[key] = Head(int(info["size"]), _age(info))
         return Listing(files, frozenset(folders))
 
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
@@ -106,21 +104,6 @@ class FsspecClient(Client):
     def put_file(self, key: str, path: Path) -> None:
         with self._translated("write", key, writing=True):
             self._fs.put_file(str(path), self._path(key))
-
-    def begin(self, key: str, token: str) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def part(self, key: str, upload: str, number: int, data: Data) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def abort(self, key: str, upload: str) -> NoReturn:
-        raise NotImplementedError("fsspec uploads by itself")
-
-    def uploads(self) -> list[Upload]:
-        return []
 
     def copy(self, key: str, target: str) -> None:
         with self._translated("copy", key, writing=True):

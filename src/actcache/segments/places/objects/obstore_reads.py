@@ -15,9 +15,8 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from actcache.errors import StorageIOError
-from actcache.segments.places.objects import failures
 from actcache.segments.places.objects.client import Body, Data, TransientError
-from actcache.segments.places.objects.s3 import CREDENTIALS, S3Client
+from actcache.segments.places.objects.s3 import CREDENTIALS, S3Client, failure
 
 _STATUS = re.compile(r"non-2xx status code: (\d+)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -62,7 +61,7 @@ class FastClient(S3Client):
         if status == "416" or status.startswith("3"):
             return super().get(key, offset, nbytes)  # which asks for the size, and follows to another region
         bucket = f"{self._bucket} at {self.endpoint()[0]}"
-        raise failures.of_answer(int(status), code, message, what, bucket, writing=False) from error
+        raise failure(int(status), code, message, what, bucket, writing=False) from error
 
     def _open(self) -> S3Store:
         endpoint, region = self.endpoint()

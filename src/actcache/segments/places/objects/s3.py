@@ -10,8 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import botocore.exceptions as boto
 import s3fs
@@ -21,15 +20,14 @@ from botocore.loaders import create_loader
 from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
-from actcache.errors import StorageIOError
-from actcache.segments.places.objects import failures
+from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, StoreNotFoundError
 from actcache.segments.places.objects.client import (
     Body,
     Client,
     Data,
     Head,
-    Listed,
     Listing,
+    ObjectExistsError,
     ObjectNotFoundError,
     TransientError,
     Upload,
@@ -46,19 +44,23 @@ _SLOWEST = 100_000  # bytes a second; a transfer that is slower is given up
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile=..., key= and secret=, or anon=True"
 #: Failures to find credentials or to make sense of the configuration.
 _UNCONFIGURED = (
-    boto.NoCredentialsError,
-    boto.PartialCredentialsError,
-    boto.CredentialRetrievalError,
-    boto.ProfileNotFound,
-    boto.ParamValidationError,
-    boto.InvalidConfigError,
-    boto.ConfigParseError,
-    boto.ConfigNotFound,
-    boto.UnauthorizedSSOTokenError,
-    boto.SSOTokenLoadError,
-    boto.InvalidRegionError,
-    boto.NoRegionError,
+    *(boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.ProfileNotFound),
+    *(boto.ParamValidationError, boto.InvalidConfigError, boto.ConfigParseError, boto.ConfigNotFound),
+    *(boto.UnauthorizedSSOTokenError, boto.SSOTokenLoadError, boto.InvalidRegionError, boto.NoRegionError),
 )
+
+
+_AGAIN = {
+    *("InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"),
+    *("RequestLimitExceeded", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest"),
+    *("TooManyRequests", "Busy", "XAmzContentSHA256Mismatch"),
+}
+_KEYS = {
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"),
+    *("InvalidSecurity", "NotSignedUp", "InvalidSignature"),
+}
+_FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "InsufficientCapacity"}
+_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 
 
 class S3Client(Client):
@@ -133,7 +135,7 @@ class S3Client(Client):
 
     def listing(self, prefix: str, *, recursive: bool) -> Listing:
         async def ask(s3: Any) -> Listing:
-            files: dict[str, Listed] = {}
+            files: dict[str, Head] = {}
             folders: set[str] = set()
             options: dict[str, Any] = {"MaxKeys": _PAGE} | ({} if recursive else {"Delimiter": "/"})
             while True:
@@ -141,7 +143,7 @@ class S3Client(Client):
                 now = _now(page)
                 for found in page.get("Contents", ()):
                     age = _seconds(found["LastModified"], now)
-                    files[found["Key"].removeprefix(self._prefix)] = Listed(int(found["Size"]), age)
+                    files[found["Key"].removeprefix(self._prefix)] = Head(int(found["Size"]), age)
                 folders.update(f["Prefix"].removeprefix(self._prefix) for f in page.get("CommonPrefixes", ()))
                 if not page.get("IsTruncated"):
                     return Listing(files, frozenset(folders))
@@ -150,45 +152,23 @@ class S3Client(Client):
         return self._do("list", prefix, ask, 1 << 30)
 
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
-        async def ask(s3: Any) -> None:
-            condition = {"IfNoneMatch": "*"} if create else {}
-            body = data if isinstance(data, bytes) else bytes(data)
-            await s3.put_object(**self._object(key), Body=body, Metadata={_TOKEN: token}, **condition)
-
-        self._do("write", key, ask, len(data), writing=True)
-
-    def put_file(self, key: str, path: Path) -> NoReturn:
-        raise NotImplementedError("an S3 client uploads in parts")
+        self._write(key, "put_object", len(data), Body=_bytes(data), Metadata={_TOKEN: token}, **_condition(create))
 
     def begin(self, key: str, token: str) -> str:
-        async def ask(s3: Any) -> str:
-            return str((await s3.create_multipart_upload(**self._object(key), Metadata={_TOKEN: token}))["UploadId"])
-
-        return self._do("write", key, ask, writing=True)
+        return str(self._write(key, "create_multipart_upload", Metadata={_TOKEN: token})["UploadId"])
 
     def part(self, key: str, upload: str, number: int, data: Data) -> str:
-        async def ask(s3: Any) -> str:
-            where = {**self._object(key), "UploadId": upload, "PartNumber": number}
-            body = data if isinstance(data, bytes) else bytes(data)
-            return str((await s3.upload_part(**where, Body=body))["ETag"])
-
-        return self._do("write", key, ask, len(data), writing=True)
+        which: dict[str, Any] = {"UploadId": upload, "PartNumber": number}
+        return str(self._write(key, "upload_part", len(data), Body=_bytes(data), **which)["ETag"])
 
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
-        async def ask(s3: Any) -> None:
-            condition = {"IfNoneMatch": "*"} if create else {}
-            parts = [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(etags, 1)]
-            where = {**self._object(key), "UploadId": upload}
-            await s3.complete_multipart_upload(**where, MultipartUpload={"Parts": parts}, **condition)
-
+        parts = {"Parts": [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(etags, 1)]}
+        options: dict[str, Any] = {"UploadId": upload, "MultipartUpload": parts, **_condition(create)}
         # Stores put the parts together before they answer, and some send blanks meanwhile.
-        self._do("write", key, ask, 1 << 28, writing=True)
+        self._write(key, "complete_multipart_upload", 1 << 28, **options)
 
     def abort(self, key: str, upload: str) -> None:
-        async def ask(s3: Any) -> None:
-            await s3.abort_multipart_upload(**self._object(key), UploadId=upload)
-
-        self._do("abort the upload of", key, ask, writing=True)
+        self._write(key, "abort_multipart_upload", verb="abort the upload of", UploadId=upload)
 
     def uploads(self) -> list[Upload]:
         async def ask(s3: Any) -> list[Upload]:
@@ -214,10 +194,7 @@ class S3Client(Client):
         self._do("copy", key, ask, 1 << 30, writing=True)
 
     def remove(self, key: str) -> None:
-        async def ask(s3: Any) -> None:
-            await s3.delete_object(**self._object(key))
-
-        self._do("remove", key, ask, writing=True)
+        self._write(key, "delete_object", verb="remove")
 
     def abandon(self) -> None:
         leave_to_parent(self.fs, self._loop)
@@ -232,6 +209,14 @@ class S3Client(Client):
 
     def _object(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _write(self, key: str, operation: str, nbytes: int = 0, *, verb: str = "write", **options: Any) -> Any:
+        """Call an operation of S3 that changes an object; return what it answers."""
+
+        async def ask(s3: Any) -> Any:
+            return await getattr(s3, operation)(**self._object(key), **options)
+
+        return self._do(verb, key, ask, nbytes, writing=True)
 
     def _do(
         self, verb: str, key: str, ask: Callable[[Any], Awaitable[T]], nbytes: int = 0, *, writing: bool = False
@@ -272,7 +257,15 @@ class S3Client(Client):
         said = error.response.get("Error", {})
         code, message = str(said.get("Code", "")), str(said.get("Message", ""))
         bucket = f"{self._bucket} at {self.fs.endpoint_url or 'the configured endpoint'}"
-        return failures.of_answer(_status(error), code, message, what, bucket, writing=writing)
+        return failure(_status(error), code, message, what, bucket, writing=writing)
+
+
+def _bytes(data: Data) -> bytes:
+    return data if isinstance(data, bytes) else bytes(data)
+
+
+def _condition(create: bool) -> dict[str, str]:
+    return {"IfNoneMatch": "*"} if create else {}
 
 
 def _status(error: boto.ClientError) -> int:
@@ -289,3 +282,44 @@ def _now(answer: dict[str, Any]) -> datetime:
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
     except (KeyError, ValueError, TypeError):
         return datetime.now(UTC)
+
+
+def failure(status: int, code: str, message: str, what: str, bucket: str, *, writing: bool) -> Exception:
+    """Return the exception that an answer of a store stands for.
+
+    Args:
+        status: of HTTP; 0 where it is not known.
+        code: the error code of S3, such as ``NoSuchKey``.
+        what: the request, such as ``"cannot read s3://bucket/key"``.
+        bucket: the bucket and endpoint, for messages.
+    """
+    said = f"{code or status}{f': {message[:200]}' if message else ''}"
+    if code == "NoSuchBucket":
+        return StoreNotFoundError(f"{what}: there is no bucket {bucket}; create it, or check its name and endpoint_url")
+    if code in ("NoSuchKey", "NoSuchUpload", "NotFound") or status == 404:
+        return ObjectNotFoundError(what)
+    if code == "ConditionalRequestConflict" or code in _AGAIN:
+        return TransientError(f"{what}: {said}")
+    if code == "PreconditionFailed" or status == 412:
+        return ObjectExistsError(what)
+    if code in _FULL or status == 507:
+        return OutOfSpaceError(f"{what}: the store or quota is full ({said}); free some space and flush again")
+    if code == "RequestTimeTooSkewed":
+        return StorageIOError(f"{what}: this machine's clock differs too much from the store's; set it right")
+    if code in _KEYS or status == 401:
+        return StorageIOError(
+            f"{what}: {bucket} does not know these credentials ({said}); check key and secret, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or the profile"
+        )
+    if code in _ELSEWHERE or status in (301, 307):
+        return StorageIOError(f"{what}: the bucket is in another region ({said}); give region=...")
+    if status == 403:
+        if writing:
+            return ReadOnlyError(f"{what}: {bucket} does not let these credentials write ({said}); read with mode='r'")
+        return StorageIOError(
+            f"{what}: {bucket} refuses these credentials ({said}); check which they are, what they may do, and "
+            "the bucket's name"
+        )
+    if status >= 500 or status in (408, 429):
+        return TransientError(f"{what}: {said}")
+    return StorageIOError(f"{what}: {bucket} answers {said}")

@@ -1,23 +1,144 @@
-"""A client and the threads that use it, made anew in every process: neither survives a fork."""
+"""A client and the threads that use it, made anew in every process: neither survives a fork.
+
+What may succeed a moment later is repeated: exponential backoff with full jitter, bounded in time.
+"""
 
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from actcache.errors import ClosedError
-from actcache.segments.places.objects.client import Client
-from actcache.segments.places.objects.retry import Retrying
+from actcache.errors import ClosedError, StorageIOError
+from actcache.segments.places.objects.client import Client, Data, ObjectExistsError, ObjectNotFoundError, TransientError
 
 T = TypeVar("T")
 
 IN_FLIGHT = 32  # requests at a time
 _CLOSE_SECONDS = 5.0
+_FIRST_SECONDS = 0.1  # the most that the first pause lasts; the next ones' limit doubles
+_LONGEST_SECONDS = 8.0
 
+
+def _repeated(method: str) -> Callable[..., Any]:
+    """Return a method that calls the wrapped client's until it succeeds."""
+
+    def call(self: Retrying, *args: Any, **options: Any) -> Any:
+        return self.run(lambda: getattr(self.wrapped, method)(*args, **options))
+
+    return call
+
+
+class Retrying(Client):
+    """Wraps a client. A write whose answer was lost is looked for on the store before it is repeated. Thread-safe.
+
+    Args:
+        seconds: no attempt begins later than so many seconds after the first one.
+    """
+
+    def __init__(self, client: Client, seconds: float) -> None:
+        self.where = client.where
+        self.multipart = client.multipart
+        self.wrapped = client
+        self._seconds = seconds
+        self._closed = threading.Event()
+
+    def run(self, attempt: Callable[[], T], lost: Callable[[], T | None] = lambda: None) -> T:
+        """Return what ``attempt`` returns in the end; after a failure ``lost`` tells what it has done nevertheless."""
+        begin, count = time.monotonic(), 0
+        while True:
+            if self._closed.is_set():
+                raise ClosedError(f"{self.where} was closed")
+            try:
+                done = lost() if count else None
+                return attempt() if done is None else done
+            except TransientError as error:
+                pause = random.uniform(0, min(_LONGEST_SECONDS, _FIRST_SECONDS * 2**count))
+                count += 1
+                elapsed = time.monotonic() - begin
+                if elapsed + pause > self._seconds:
+                    raise StorageIOError(
+                        f"{error} (tried {count} times in {elapsed:.0f} s): check the network and the store, "
+                        "then do the same again"
+                    ) from error
+            self._closed.wait(pause)
+
+    get, head, listing, put_file, begin = map(_repeated, ("get", "head", "listing", "put_file", "begin"))
+    part, uploads, copy, remove = map(_repeated, ("part", "uploads", "copy", "remove"))
+
+    def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
+        attempts = 0
+
+        def attempt() -> bool:
+            nonlocal attempts
+            attempts += 1
+            try:
+                self.wrapped.put(key, data, token, create=create)
+            except ObjectExistsError:
+                # An attempt that seemed to fail may have been the one that made it.
+                if not self._wrote(key, len(data), token) and not (attempts > 1 and self._holds(key, data)):
+                    raise
+            return True
+
+        self.run(attempt, lambda: self._wrote(key, len(data), token) or None)
+
+    def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
+        def attempt() -> bool:
+            try:
+                self.wrapped.complete(key, upload, etags, token, create=create)
+            except (ObjectNotFoundError, ObjectExistsError) as error:  # the upload ended: well, or by another's hand
+                if not self._wrote(key, None, token):
+                    if isinstance(error, ObjectExistsError):
+                        raise
+                    raise StorageIOError(
+                        f"the upload of {self.where}/{key} was aborted by somebody else; do the same again"
+                    ) from None
+            return True
+
+        self.run(attempt, lambda: self._wrote(key, None, token) or None)
+
+    def _wrote(self, key: str, size: int | None, token: str) -> bool:
+        """Return whether the object is there and is ours."""
+        try:
+            head = self.wrapped.head(key)
+        except ObjectNotFoundError:
+            return False
+        return head.token is not None and secrets.compare_digest(head.token, token) and size in (None, head.size)
+
+    def _holds(self, key: str, data: Data) -> bool:
+        """Return whether the object has these bytes, where the store keeps no tokens that would tell whose it is."""
+        try:
+            if self.wrapped.head(key).token is not None:
+                return False
+            body = self.wrapped.get(key, 0, len(data) + 1)
+        except ObjectNotFoundError:
+            return False
+        return body.size == len(data) and bytes(body.data) == bytes(data)
+
+    def abort(self, key: str, upload: str) -> None:
+        with suppress(ObjectNotFoundError):
+            self.run(lambda: self.wrapped.abort(key, upload))
+
+    def abandon(self) -> None:
+        self.wrapped.abandon()
+
+    def stop(self) -> None:
+        """Have calls that wait for their next attempt end with ``ClosedError``."""
+        self._closed.set()
+
+    def close(self) -> None:
+        self.stop()
+        self.wrapped.close()
+
+
+# --- clients and forks ----------------------------------------------------------------------------------------------
 
 _LIVE: weakref.WeakSet[Client] = weakref.WeakSet()
 _INHERITED: list[Client] = []  # clients of the parent: what they hold must not be closed here, so it is kept
@@ -31,21 +152,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-class ProcessLock:
-    """A lock that is free after a fork, whoever held it before: that thread is not there any more."""
-
-    def __init__(self) -> None:
-        self._lock, self._pid = threading.Lock(), os.getpid()
-
-    def __enter__(self) -> None:
-        if self._pid != os.getpid():  # a fork has one thread
-            self._lock, self._pid = threading.Lock(), os.getpid()
-        self._lock.acquire()
-
-    def __exit__(self, *failure: object) -> None:
-        self._lock.release()
 
 
 class Session:
@@ -70,7 +176,7 @@ class Session:
         self._pool: ThreadPoolExecutor | None = None
         self._running: set[Future[object]] = set()
 
-    def client(self) -> Retrying:
+    def client(self) -> Client:
         """Return the client of this process.
 
         Raises:

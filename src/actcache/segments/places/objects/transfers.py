@@ -1,4 +1,4 @@
-"""Uploads of local files: in one request where they are small, in parts where they are large."""
+"""Uploads of local files, in parts where they are large, and downloads into local files, in pieces at a time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _SINGLE_BYTES = 16 << 20  # up to here in one request
 _PART_BYTES = 16 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _PARTS_AT_A_TIME = 4  # parts in memory
+_PIECE = 4 << 20
+_PIECES_AT_A_TIME = 8  # pieces in memory
 
 
 def upload_bytes(client: Client, key: str, data: bytes, *, create: bool) -> None:
@@ -30,7 +32,7 @@ def upload(client: Client, key: str, path: Path, *, create: bool = False) -> Non
     """Write an object from a local file; holds four parts of it in memory.
 
     Raises:
-        StandsError: it stands already, and ``create`` is true.
+        ObjectExistsError: it stands already, and ``create`` is true.
         StoreError, OSError: the object was not written, and no part of it is left on the store unless that failed, too.
     """
     size = os.path.getsize(path)
@@ -69,17 +71,11 @@ def _in_parts(client: Client, key: str, path: Path, size: int, create: bool) -> 
         os.close(descriptor)
 
 
-# Downloads of whole objects into local files, in pieces, several at a time.
-
-_PIECE = 4 << 20
-_PIECES_AT_A_TIME = 8  # pieces in memory
-
-
 def download(session: Session, key: str, file: BinaryIO) -> None:
     """Write an object's bytes to a file.
 
     Raises:
-        AbsentError: there is none.
+        ObjectNotFoundError: there is none.
         StoreError: it cannot be read, or was replaced meanwhile.
         OSError: the file cannot be written.
     """

@@ -1,0 +1,299 @@
+"""Entries computed again by the model that recorded them: to verify them, and to restore what was quarantined."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.admin.inspection import Progress, StepProgress, StoreRepair, each_space, step_of
+from actcache.admin.lost import Lost, lost_before, lost_now, of_documents, of_other_spaces, proven
+from actcache.errors import CanaryError, DataError, ModelError, UsageError
+from actcache.format.keys import Document, Windows
+from actcache.format.ragged import runs
+from actcache.format.recipe import COMPUTE_DTYPES, Recipe
+from actcache.models.agreement import Agreement
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
+from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.pretrained import load_pretrained
+from actcache.models.tokenizing import DocumentEncoder, Encoded, TooLong, tokenizer_digest
+from actcache.models.verification import Verification, check_sample, computable, verify_stored
+from actcache.models.weights import check_same_lower_half
+from actcache.store.space import Repair, Space
+from actcache.store.store import Store
+
+_HELD = 8 * TOKEN_BUDGET  # tokens whose rows are held before they are put
+
+
+@dataclass(frozen=True)
+class RecordedModel:
+    """The lower half of a recipe, and how its documents become token ids. Not thread-safe."""
+
+    name: str
+    lower: LowerHalf
+    encoder: DocumentEncoder
+
+    def check_canaries(self, space: Space, *, create: bool = False) -> None:
+        """Compare the space's canaries with what this model computes here.
+
+        Args:
+            create: for a space that is about to be added to: they are made where there are none.
+
+        Raises:
+            CanaryError: they come out differently.
+        """
+        agreement = Agreement(space, self.encoder, self.lower)
+        try:
+            if create:
+                agreement.before_adding()
+            else:
+                agreement.when_opened()
+        except CanaryError as error:
+            raise CanaryError(f"{self.name} with these libraries and this device: {error}") from error
+
+
+class RecordedModels:
+    """Finds the models of recipes; the last one stays loaded. Not thread-safe.
+
+    Args:
+        model: id or folder of the model of all recipes that it is asked for; None for the one that each names.
+        device: where to compute; None for a CUDA device where there is one, else the CPU.
+    """
+
+    def __init__(self, model: str | Path | None = None, *, device: str | None = None) -> None:
+        self._model, self._device = None if model is None else str(model), device
+        self._loaded: tuple[tuple[str, str | None, str], PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def of(self, recipe: Recipe, *, stride: int = 0, extras: Sequence[str] = ()) -> RecordedModel:
+        """Return the model of a recipe.
+
+        Args:
+            stride: of the windows into which documents are cut, which a recipe does not say.
+            extras: of ``spans``, ``word_ids``, what documents are to be encoded with.
+
+        Raises:
+            ModelError: the recipe names no weights (its entries were put without a recycler), the model cannot be
+                loaded, or its tokenizer is another one.
+            LowerHalfMismatchError: the model's lower half is not the one that was recorded.
+            LayerError: the model has too few layers.
+        """
+        if recipe.weights is None or recipe.tokenizer is None:
+            raise ModelError(
+                "the recipe holds no digests of weights and tokenizer, for its entries were put without a recycler: "
+                "nobody can tell which model computed them"
+            )
+        name = self._model or recipe.model
+        model, tokenizer = self._load(name, recipe)
+        family = check_same_lower_half(model, recipe)
+        if tokenizer_digest(tokenizer) != recipe.tokenizer:
+            raise ModelError(
+                f"the tokenizer of {name} is not the one that recorded the space, though the lower half is: give the "
+                "model's folder as it was then"
+            )
+        lower = LowerHalf(model, family, recipe.layer, recipe.compute_dtype)
+        too_long: TooLong = "truncate" if recipe.too_long == "truncate" else "refuse"
+        if recipe.too_long == "windows" and recipe.max_length is not None:
+            too_long = Windows(recipe.max_length, stride)
+        encoder = DocumentEncoder(
+            tokenizer,
+            recipe.max_length,
+            too_long,
+            recipe.special_tokens,
+            vocabulary=vocabulary_size(model),
+            extras=extras,
+        )
+        return RecordedModel(name, lower, encoder)
+
+    def _load(self, name: str, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        revision = recipe.provenance.get("revision") if self._model is None else None
+        weights = recipe.provenance.get("weights_dtype", "")  # as the caller had loaded them, in another dtype perhaps
+        what = name, revision, weights if weights in COMPUTE_DTYPES else ""
+        if self._loaded is None or self._loaded[0] != what:
+            self._loaded = None  # one model in memory at a time
+            try:
+                dtype: torch.dtype | None = getattr(torch, what[2]) if what[2] else None
+                loaded = load_pretrained(name, [recipe.layer], self._device, revision, dtype)
+            except ModelError as error:
+                hint = "" if self._model is not None else "; say where the model lies on this machine (--model)"
+                raise ModelError(f"{error}{hint}") from error
+            self._loaded = (what, *loaded)
+        return self._loaded[1], self._loaded[2]
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoreRecomputation:
+    """What ``verify_by_recomputing`` found, by fingerprint."""
+
+    spaces: dict[str, Verification]
+    unable: dict[str, str]  # spaces of which nothing could be computed again, and why
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was computed again is within its tolerance."""
+        return all(found.ok for found in self.spaces.values())
+
+
+def verify_by_recomputing(
+    store: Store,
+    models: RecordedModels,
+    prefixes: Sequence[str] = (),
+    *,
+    sample: int,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> StoreRecomputation:
+    """Compute entries of each space again from their stored token ids, and compare; changes nothing.
+
+    Type ids are the stored ones; else zeros or, where an entry has two separators and zeros are wrong, those of a pair
+    of texts. (Pairs that were recorded without special tokens and without type ids come out wrong.)
+
+    An entry may be off by what other kernels do in the compute dtype (``models.canary.TOLERANCE``) and by the stored
+    dtype's rounding, as a relative error (L2): 6e-4 for float16 entries computed in float32.
+
+    Args:
+        prefixes: of the fingerprints of the spaces; all where there are none.
+        sample: entries of each space, drawn at random.
+        seed: of the choice; None for another each time.
+        progress: told the fingerprint, and entries.
+
+    Raises:
+        UsageError: a prefix fits no space, or the sample is none.
+        StoreError: the store cannot be read.
+    """
+    check_sample(sample)
+
+    def verify_space(space: Space) -> Verification:
+        model = models.of(space.recipe)
+        model.check_canaries(space)
+        tell = step_of(progress, space.recipe.fingerprint)
+        return verify_stored(space, model.lower, model.encoder, sample=sample, seed=seed, progress=tell)
+
+    return StoreRecomputation(*each_space(store, prefixes, verify_space, (DataError, ModelError, UsageError)))
+
+
+# --- restoring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Restoration(Repair):
+    """What became of one space; what segments held that were set aside, a fill computes again."""
+
+    recomputed: list[bytes] = field(default_factory=list)  # keys of entries that are back
+    missing: list[bytes] = field(default_factory=list)  # keys of quarantined entries that are not
+    unable: str | None = None  # why nothing could be computed
+
+
+def repair_by_recomputing(
+    store: Store,
+    models: RecordedModels,
+    prefixes: Sequence[str] = (),
+    *,
+    texts: Callable[[], Iterable[Document]] | None = None,
+    stride: int = 0,
+    progress: Progress | None = None,
+) -> StoreRepair[Restoration]:
+    """Verify spaces, quarantine what is corrupt, and compute it again; also what earlier repairs quarantined.
+
+    An entry is computed again only from what is certain to be its document: a text of that key, the token ids that
+    another space of the store has for it, or its own token ids where they prove themselves (``actcache.admin.lost``).
+    Run it again where it was interrupted: what lies in quarantine and is absent is looked at each time (lmdb keeps no
+    quarantine: there a fill goes on).
+
+    Args:
+        prefixes: of the fingerprints of the spaces; all where there are none.
+        texts: returns the corpus from its beginning; it is streamed once for each space that has lost something.
+        stride: of the windows into which documents are cut, which a recipe does not say.
+        progress: told the fingerprint, and entries.
+
+    Raises:
+        DocumentError: a document of the corpus has no key.
+        StoreError: read-only, disk full, ...; what was computed before stays.
+    """
+
+    def repair_space(space: Space) -> Restoration:
+        return _Repair(store, space, progress).run(models, texts, stride)
+
+    return StoreRepair(*each_space(store, prefixes, repair_space))
+
+
+class _Repair:
+    def __init__(self, store: Store, space: Space, progress: Progress | None) -> None:
+        self._store, self._space, self._progress = store, space, progress
+
+    def run(self, models: RecordedModels, texts: Callable[[], Iterable[Document]] | None, stride: int) -> Restoration:
+        found = self._space.verify(self._tell("verify"))
+        lost = lost_now(self._space, found.corrupt)  # before they are out of the way
+        done = self._space.repair(found) if not found.intact else Repair([], [])
+        lost = lost_before(self._store, self._space) | lost
+        keys = list(lost)
+        lost = {keys[i]: lost[keys[i]] for i in np.flatnonzero(~self._space.contains(keys)).tolist()}
+        if not lost:
+            return Restoration(done.quarantined, done.set_aside)
+        extras = frozenset().union(*(one.extras for one in lost.values()))
+        try:
+            model = models.of(self._space.recipe, stride=stride, extras=sorted(extras))
+            model.check_canaries(self._space, create=True)
+        except (ModelError, UsageError, DataError) as error:
+            return Restoration(done.quarantined, done.set_aside, [], sorted(lost), str(error))
+        inputs = self._inputs(model, lost, texts)
+        recomputed = self._compute(model, inputs, lost)
+        return Restoration(done.quarantined, done.set_aside, recomputed, sorted(lost.keys() - set(recomputed)))
+
+    def _inputs(
+        self, model: RecordedModel, lost: Mapping[bytes, Lost], texts: Callable[[], Iterable[Document]] | None
+    ) -> dict[bytes, Encoded]:
+        inputs = of_documents(self._space, model.encoder, proven(model.encoder, lost), lost)
+        left = {key: one for key, one in lost.items() if key not in inputs}
+        if left and texts is not None:
+            inputs |= of_documents(self._space, model.encoder, texts(), left)
+            left = {key: one for key, one in lost.items() if key not in inputs}
+        inputs |= of_other_spaces(self._store, self._space.recipe, model.encoder, left)
+        return {key: one for key, one in inputs.items() if computable(model.lower, one)}
+
+    def _compute(
+        self, model: RecordedModel, inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]
+    ) -> list[bytes]:
+        tell, recomputed = self._tell("compute"), []
+        try:
+            for extras, keys in _parts(inputs, lost):
+                self._put(model, keys, [inputs[key] for key in keys], extras)
+                recomputed += keys
+                if tell is not None:
+                    tell(len(recomputed), len(inputs))
+        finally:
+            self._space.flush()
+        return recomputed
+
+    def _put(self, model: RecordedModel, keys: list[bytes], given: list[Encoded], extras: list[str]) -> None:
+        rows: list[Any] = [None] * len(keys)
+        for batch in plan_batches([len(one.token_ids) for one in given], TOKEN_BUDGET):
+            some = [given[i] for i in batch]
+            computed = model.lower.run([one.token_ids for one in some], [one.type_ids for one in some])
+            for i, array in zip(batch, computed, strict=True):
+                rows[i] = array
+        more: dict[str, Any] = {name: [getattr(one, name) for one in given] for name in extras}
+        self._space.put(keys, rows, [one.token_ids for one in given], **more)
+
+    def _tell(self, what: str) -> StepProgress | None:
+        return step_of(self._progress, f"{self._space.recipe.fingerprint[:8]} {what}")
+
+
+def _parts(inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Yield what is computed and put at once: the optional arrays that these entries had, and their keys."""
+
+    def extras_of(key: bytes) -> list[str]:
+        return sorted(lost[key].extras)
+
+    keys = sorted(inputs, key=lambda key: (extras_of(key), len(inputs[key].token_ids)))
+    for extras, group in itertools.groupby(keys, key=extras_of):
+        some = list(group)
+        yield from ((extras, some[run]) for run in runs(np.array([len(inputs[key].token_ids) for key in some]), _HELD))

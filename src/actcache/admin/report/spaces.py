@@ -1,0 +1,424 @@
+"""Stores, spaces and segments in full: what they hold, since when, in which files, and what a sample of them says."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.admin.display import as_json, fields_as_json
+from actcache.admin.inspection import (
+    Coverage,
+    Progress,
+    SpaceReport,
+    StepProgress,
+    coverage,
+    each_space,
+    open_space,
+    report_on,
+    select_spaces,
+    step_of,
+)
+from actcache.admin.report.statistics import Lengths, Numbers, Statistics
+from actcache.backend import VALUES, StoredFile
+from actcache.entries.read import read_intact
+from actcache.errors import DataError, UsageError
+from actcache.format import codec
+from actcache.format.ragged import runs
+from actcache.format.recipe import Recipe
+from actcache.store.footprint import Footprint, age_of_last_write, footprint_of, segments_in
+from actcache.store.space import Space
+from actcache.store.store import Store
+
+#: Entries that are read where nobody says how many.
+SAMPLE = 200
+
+_PART_BYTES = 4 << 20  # of rows that are read at once
+_NAMED = 5  # of several segments that a prefix fits
+_COMPUTED_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+# --- a sample of entries ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Entries that were read: how many, of how many, which fail their checksums, and the statistics of the others."""
+
+    entries: int
+    of: int
+    corrupt: list[bytes]
+    statistics: Statistics
+
+
+def read_sample(
+    space: Space,
+    keys: NDArray[np.uint8],
+    count: int | None = SAMPLE,
+    *,
+    seed: int = 0,
+    progress: StepProgress | None = None,
+) -> Sample:
+    """Read entries that are drawn at random, in the order in which they lie.
+
+    Args:
+        keys: of those among which is drawn, ``[n, 32]``; all are there.
+        count: how many are read at most; None for all.
+        seed: the same one draws the same entries of the same keys.
+        progress: told how many are read, and how many there are to read.
+
+    Raises:
+        UsageError: ``count`` or ``seed`` is negative.
+        StorageIOError: the operating system refuses.
+    """
+    if (count is not None and count < 0) or seed < 0:
+        raise UsageError(f"a sample has 0 or more entries and a seed of 0 or more, not {count} and {seed}")
+    chosen = keys
+    if count is not None and count < len(keys):
+        chosen = keys[np.random.default_rng(seed).choice(len(keys), count, replace=False)]
+    chosen = space.in_order(chosen)
+    stored, numbers, corrupt = codec.get(space.recipe.dtype), Numbers(), []
+    for run in runs(space.lengths(chosen) * space.recipe.row_bytes, _PART_BYTES):
+        packed, _, bad = read_intact(space.read_packed, chosen[run])
+        corrupt += bad
+        numbers.add(stored.decode(packed.columns[VALUES]))
+        if progress is not None:
+            progress(run.stop, len(chosen))
+    return Sample(len(chosen), len(keys), corrupt, numbers.statistics())
+
+
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """One segment, or the folder in which an engine keeps a space."""
+
+    name: str  # of its file or folder
+    entries: int  # that are served from it
+    tokens: int  # of those
+    nbytes: int | None  # of its files; None where they are not there (any more)
+    age: float | None  # seconds since it was written
+    owner: str | None  # whose file it is, where the place knows
+    damaged: str | None  # what is wrong with it
+
+    @property
+    def state(self) -> str:
+        """``served``, ``damaged``, or ``unused``: replaced by a compaction, overwritten, or deleted."""
+        return "damaged" if self.damaged is not None else "served" if self.entries else "unused"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return fields_as_json(self, "state")
+
+
+@dataclass(frozen=True)
+class SegmentDetail:
+    """One segment in full. Its writer is its file's owner and whoever is named by the space's provenance: segments
+    record none of their own."""
+
+    recipe: Recipe
+    report: SegmentReport
+    lengths: Lengths
+    sample: Sample
+
+    @property
+    def intact(self) -> bool:
+        """Whether it can be read, and nothing that was read of it is corrupt."""
+        return self.report.damaged is None and not self.sample.corrupt
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "space": self.recipe.fingerprint,
+            "provenance": self.recipe.to_json()["provenance"],
+            "segment": as_json(self.report),
+            "lengths": as_json(self.lengths),
+            "sample": as_json(self.sample),
+            "intact": self.intact,
+        }
+
+
+def segments_of(
+    space: Space, files: dict[str, StoredFile], damaged: dict[str, str], keys: NDArray[np.uint8]
+) -> list[SegmentReport]:
+    """Describe the segments of a space, in the order of their names.
+
+    Args:
+        files: the listing of its store.
+        damaged: segments that cannot be read, name -> what is wrong.
+        keys: of all its entries, ``[n, 32]``.
+    """
+    names, which = space.whereabouts(keys)
+    there = which >= 0
+    entries = np.bincount(which[there], minlength=len(names)).tolist()
+    tokens = np.bincount(which[there], space.lengths(keys)[there], minlength=len(names)).tolist()
+    served = {name: (count, int(length)) for name, count, length in zip(names, entries, tokens, strict=True) if count}
+    listed = segments_in(files, space.recipe.fingerprint)
+    by_stem = {stem_of(name): name for name in listed}
+    reports = []
+    for stem in sorted(by_stem.keys() | served.keys() | damaged.keys()):
+        name = by_stem.get(stem, stem)
+        file = listed.get(name)
+        age = None if file is None or file.age == math.inf else file.age
+        nbytes, owner = (None, None) if file is None else (file.nbytes, file.owner)
+        reports.append(SegmentReport(name, *served.get(stem, (0, 0)), nbytes, age, owner, damaged.get(stem)))
+    return reports
+
+
+def stem_of(name: str) -> str:
+    """Return the name of a segment from its file's."""
+    return name.partition(".")[0]
+
+
+def segment_detail(
+    store: Store,
+    prefix: str,
+    spaces: Sequence[str] = (),
+    *,
+    sample: int | None = SAMPLE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SegmentDetail:
+    """Look at one segment.
+
+    Args:
+        prefix: how its name begins; a full name wins over longer ones.
+        spaces: prefixes of the fingerprints of spaces, where segments of several have that name.
+        sample: entries of it that are read, drawn at random by ``seed``; None for all.
+        progress: told its name, and entries.
+
+    Raises:
+        UsageError: no segment is named so, or several are.
+        DataError: its space cannot be read.
+    """
+    files = store.driver.listing()
+    fitting = []
+    for fingerprint in select_spaces(store, spaces):
+        names = [name for name in segments_in(files, fingerprint) if prefix and name.startswith(prefix)]
+        exact = [name for name in names if prefix in (name, stem_of(name))]
+        fitting += [(fingerprint, name) for name in exact or names]
+    if len(fitting) != 1:
+        if fitting:
+            what = ", ".join(f"{name} of space {fingerprint}" for fingerprint, name in fitting[:_NAMED])
+            raise UsageError(f"{len(fitting)} segments begin with {prefix}: {what}; say more of it, or give --space")
+        raise UsageError(f"no segment of {store.url} begins with {prefix!r}; cachectl ls --tree lists them")
+    fingerprint, name = fitting[0]
+    with open_space(store, fingerprint) as space:
+        damaged = damaged_segments(space, thorough=sample is None)
+        keys = space.key_array()
+        reports = {report.name: report for report in segments_of(space, files, damaged, keys)}
+        if name not in reports:  # compacted and removed meanwhile
+            raise DataError(f"{name} of space {fingerprint} is gone; run it again")
+        names, which = space.whereabouts(keys)
+        keys = keys[np.isin(which, [i for i, known in enumerate(names) if known == stem_of(name)])]
+        read = read_sample(space, keys, sample, seed=seed, progress=step_of(progress, name))
+        return SegmentDetail(space.recipe, reports[name], Lengths.of(space.lengths(keys)), read)
+
+
+def damaged_segments(space: Space, *, thorough: bool) -> dict[str, str]:
+    """Return which segments are damaged, name -> what is wrong.
+
+    Args:
+        thorough: whether to look at each of them anew, trusting no index. lmdb's whole file is walked for that.
+    """
+    return space.verify(sample=0).damaged if thorough else space.damaged()
+
+
+# --- spaces -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpaceDetail:
+    """One space in full. Ages are seconds, by the clock of the place."""
+
+    report: SpaceReport
+    made: float | None  # age of its recipe's file
+    owner: str | None  # whose file that is, where the place knows
+    written: float | None  # age of the last change to its entries
+    parts: dict[str, int]  # bytes on the medium, by part (see ``Footprint``)
+    lengths: Lengths
+    segments: list[SegmentReport]
+    sample: Sample
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.report.recipe
+
+    @property
+    def intact(self) -> bool:
+        """Whether every segment can be read, and nothing that was read is corrupt."""
+        return not self.report.damaged and not self.sample.corrupt
+
+    @property
+    def computed_bytes(self) -> int:
+        """The bytes of all entries' rows in the dtype in which they were computed."""
+        recipe = self.recipe
+        return self.report.usage.tokens * recipe.hidden_size * _COMPUTED_BYTES[recipe.compute_dtype]
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """The bytes of the segments, of each token that they serve; None where there is none."""
+        usage = self.report.usage
+        return usage.nbytes / usage.tokens if usage.tokens else None
+
+    @property
+    def ratio(self) -> float | None:
+        """The bytes of the segments, of ``computed_bytes``: below 1 where storing made them smaller."""
+        return self.report.usage.nbytes / self.computed_bytes if self.computed_bytes else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            **self.report.to_json(),
+            "made": self.made,
+            "owner": self.owner,
+            "written": self.written,
+            "parts": self.parts,
+            "computed_bytes": self.computed_bytes,
+            "bytes_per_token": self.bytes_per_token,
+            "ratio": self.ratio,
+            "lengths": as_json(self.lengths),
+            "segment_list": as_json(self.segments),
+            "sample": as_json(self.sample),
+            "intact": self.intact,
+        }
+
+
+@dataclass(frozen=True)
+class StoreDetail:
+    """Spaces of a store in full, those that cannot be read (fingerprint -> what is wrong), and the rest of it."""
+
+    store: str
+    time: float  # when this was made, in seconds since 1970
+    spaces: list[SpaceDetail]
+    unreadable: dict[str, str]
+    collections: list[str]
+    footprint: Footprint
+
+    @property
+    def intact(self) -> bool:
+        return not self.unreadable and all(space.intact for space in self.spaces)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "store": self.store,
+            "time": self.time,
+            "spaces": as_json(self.spaces),
+            "unreadable": self.unreadable,
+            "collections": self.collections,
+            "bytes": self.footprint.total,
+            "intact": self.intact,
+        }
+
+
+def store_detail(
+    store: Store,
+    prefixes: Sequence[str] = (),
+    *,
+    sample: int | None = SAMPLE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> StoreDetail:
+    """Look at spaces in full.
+
+    Args:
+        prefixes: of their fingerprints; all spaces where there are none.
+        sample: entries of each space that are read, drawn at random by ``seed`` and compared with their checksums; None
+            for all of them, and for a look at every segment without the help of an index.
+        progress: told the fingerprint, and entries.
+
+    Raises:
+        UsageError: a prefix fits no space, or several; ``sample`` or ``seed`` is negative.
+    """
+    files = store.driver.listing()
+    sizes = footprint_of(files)
+
+    def detail(space: Space) -> SpaceDetail:
+        return _space_detail(space, files, sizes, sample, seed, progress)
+
+    spaces, unreadable = each_space(store, prefixes, detail)
+    return StoreDetail(store.url, time.time(), list(spaces.values()), unreadable, store.collections(), sizes)
+
+
+def _space_detail(
+    space: Space,
+    files: dict[str, StoredFile],
+    sizes: Footprint,
+    sample: int | None,
+    seed: int,
+    progress: Progress | None,
+) -> SpaceDetail:
+    fingerprint = space.recipe.fingerprint
+    damaged = damaged_segments(space, thorough=sample is None)
+    keys = space.key_array()
+    recipe_file = files.get(f"spaces/{fingerprint}/recipe.json")
+    return SpaceDetail(
+        report=SpaceReport(space.recipe, space.usage(), damaged),
+        made=None if recipe_file is None else recipe_file.age,
+        owner=None if recipe_file is None else recipe_file.owner,
+        written=age_of_last_write(files, fingerprint),
+        parts=sizes.spaces.get(fingerprint, {}),
+        lengths=Lengths.of(space.lengths(keys)),
+        segments=segments_of(space, files, damaged, keys),
+        sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
+    )
+
+
+# --- the store as a tree ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One space: its segments, and how much it has of each collection (or what is wrong with that)."""
+
+    report: SpaceReport
+    segments: list[SegmentReport]
+    collections: dict[str, Coverage | str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        segments, collections = as_json(self.segments), as_json(self.collections)
+        return {**self.report.to_json(), "segment_list": segments, "collections": collections}
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A store: its spaces, those that cannot be read (fingerprint -> what is wrong), and its collections, each with the
+    number of its documents, or with what is wrong with it."""
+
+    store: str
+    spaces: list[Branch]
+    unreadable: dict[str, str]
+    collections: dict[str, int | str]
+
+
+def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:
+    """Look at a store from above. Reads keys, no activations.
+
+    Raises:
+        UsageError: a prefix fits no space, or several.
+    """
+    files = store.driver.listing()
+
+    def branch(space: Space) -> Branch:
+        report = report_on(space)
+        segments = segments_of(space, files, report.damaged, space.key_array())
+        return Branch(report, segments, coverage(store, space))
+
+    spaces, unreadable = each_space(store, prefixes, branch)
+    collections = {name: _documents(store, name) for name in store.collections()}
+    return Overview(store.url, list(spaces.values()), unreadable, collections)
+
+
+def _documents(store: Store, name: str) -> int | str:
+    try:
+        return len(store.collection(name))
+    except DataError as error:
+        return str(error)

@@ -1,0 +1,259 @@
+"""Recording: run the lower half of a model and take the rows that go into layer k+1."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from actcache.errors import ModelError, UsageError
+from actcache.format.arguments import is_whole
+from actcache.models.families import Family
+from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.tensors import dtype_name, first_parameter, padded
+
+TOKEN_BUDGET = 8192  # padded tokens of a batch, where the caller says nothing else
+
+
+class _Reached(Exception):
+    """Ends the forward pass at layer k+1, whose input it carries."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class LowerHalf:
+    """Layers 1..``layer`` of a base model, as a function from token ids to rows.
+
+    It uses the model as it is, with its own forward: weights that change later change the numbers. Not thread-safe.
+
+    Args:
+        base_model: in eval mode, on any device.
+        compute_dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; None for the dtype of the parameters.
+            Where it differs from that, the lower half runs under autocast.
+
+    Raises:
+        LayerError: ``layer`` is not in 1..N-1.
+        ModelError: autocast cannot compute in ``compute_dtype``.
+        UnsupportedModelError: a document's rows would depend on the others of its batch.
+    """
+
+    def __init__(
+        self, base_model: PreTrainedModel, family: Family, layer: int, compute_dtype: str | None = None
+    ) -> None:
+        layer = family.check_layer(base_model, layer)
+        family.check_alone(base_model.config)
+        self.base_model, self.family, self.layer = base_model, family, layer
+        self._stack = family.stack_of(base_model)
+        self._takes = set(inspect.signature(self._stack.forward).parameters)
+        self.parameter_dtype = dtype_name(first_parameter(family.layers_of(base_model)[0]).dtype)
+        self.compute_dtype = compute_dtype or self.parameter_dtype
+        known = self.parameter_dtype, "bfloat16", "float16"
+        if not isinstance(self.compute_dtype, str) or self.compute_dtype not in known:  # NumPy's dtypes equal names
+            raise ModelError(
+                f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load "
+                f"the model with dtype=torch.{self.compute_dtype}"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.base_model.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return first_parameter(self.family.layers_of(self.base_model)[0]).device
+
+    def marks(self) -> tuple[tuple[int, ...], ...]:
+        """Return what changes when weights or hooks of the lower half do, cheap to compare.
+
+        What is written past autograd's eyes (``parameter.data``, memory shared with NumPy) does not show.
+        """
+        modules = [self.base_model, *itertools.chain.from_iterable(part.modules() for part in self._parts())]
+        return tuple(
+            (
+                id(module),
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                *(
+                    number
+                    for tensor in itertools.chain(module._parameters.values(), module._buffers.values())
+                    if tensor is not None
+                    for number in (id(tensor), 0 if tensor.is_inference() else tensor._version)
+                ),
+            )
+            for module in modules
+        )
+
+    def _parts(self) -> Iterable[nn.Module]:
+        return self.family.lower_of(self.base_model, self.layer).values()
+
+    def run(
+        self, token_ids: Sequence[NDArray[np.integer]], type_ids: Sequence[NDArray[np.integer]] | None = None
+    ) -> list[NDArray[np.generic]]:
+        """Return the rows of some documents, computed as one padded batch but as if each were alone.
+
+        Args:
+            token_ids: one ``[tokens]`` array per document, special tokens included, none empty.
+            type_ids: token type ids of the same lengths; None where they are all 0.
+
+        Returns:
+            One ``[tokens, hidden]`` array per document, float32, or float16 or float64 where it computes in that. They
+            are views of one array, in the caller's order.
+
+        Raises:
+            ModelError: the lower half is in train mode, so its dropout would be stored.
+        """
+        return self.run_at((), token_ids, type_ids)[self.layer]
+
+    def run_at(
+        self,
+        layers: Iterable[int],
+        token_ids: Sequence[NDArray[np.integer]],
+        type_ids: Sequence[NDArray[np.integer]] | None = None,
+    ) -> dict[int, list[NDArray[np.generic]]]:
+        """Return the rows of ``layer`` and of layers below it, by layer, from one forward; else as ``run``."""
+        self._check_eval()
+        if not token_ids:
+            return {layer: [] for layer in (*layers, self.layer)}
+        lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
+        # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
+        # in a lone document too) are what they are without it.
+        inputs = {
+            "input_ids": padded(token_ids, self._padding()),
+            "attention_mask": (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long(),
+        }
+        if "token_type_ids" in self._takes and type_ids is not None and any(ids.any() for ids in type_ids):
+            inputs["token_type_ids"] = padded(type_ids, 0)
+        device = self.device
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        tokens = inputs["attention_mask"].bool()
+        found: dict[int, torch.Tensor] = {}
+        with self._taking({layer for layer in layers if layer != self.layer}, tokens, found):
+            found[self.layer] = self._forward(inputs)[tokens]
+        ends = np.cumsum(lengths.numpy())[:-1]
+        return {layer: list(np.split(_to_numpy(rows), ends)) for layer, rows in found.items()}
+
+    @contextlib.contextmanager
+    def _taking(self, layers: set[int], tokens: torch.Tensor, found: dict[int, torch.Tensor]) -> Iterator[None]:
+        """Put copies of the rows of some layers into ``found`` when a forward comes to them."""
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layer: int) -> None:
+            found[layer] = _input_of(args, kwargs)[tokens]
+
+        with contextlib.ExitStack() as hooks:
+            for layer in layers:
+                self.family.check_layer(self.base_model, layer)
+                following = self.family.layers_of(self.base_model)[layer]
+                hook = functools.partial(take, layer=layer)
+                hooks.callback(following.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+            yield
+
+    def _padding(self) -> int:
+        padding = getattr(self.base_model.config, "pad_token_id", None) or 0
+        return padding if 0 <= padding < vocabulary_size(self.base_model) else 0
+
+    def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(_input_of(args, kwargs))
+
+        next_layer = self.family.layers_of(self.base_model)[self.layer]
+        # Before the model's own hooks there, which replay will run.
+        handle = next_layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+        try:
+            # Autocast is always entered: an ambient one would otherwise decide the numbers.
+            with torch.inference_mode(), self._autocast():
+                self._stack(**inputs, **({"use_cache": False} if "use_cache" in self._takes else {}))
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise ModelError(f"the forward pass of {type(self.base_model).__name__} never reached layer {self.layer + 1}")
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        kind = self.device.type
+        if self.compute_dtype == self.parameter_dtype:
+            return torch.autocast(kind, enabled=False)
+        return torch.autocast(kind, dtype=getattr(torch, self.compute_dtype))
+
+    def _check_eval(self) -> None:
+        lower = self.family.lower_of(self.base_model, self.layer)
+        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
+        if self.base_model.training or training:
+            where = training[0] if training else "the base model"
+            raise ModelError(
+                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
+                "model.eval() first"
+            )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules of a model into eval mode, and back into train mode at the end those that were."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int) -> list[NDArray[np.int64]]:
+    """Cut documents into batches that compute little padding.
+
+    Documents are taken in descending order of length (ties in the caller's order), so that what needs the most memory
+    comes first. A batch holds ``count * longest <= token_budget`` padded tokens; a document above the budget is alone.
+
+    Args:
+        lengths: ``[n]`` tokens of each document.
+
+    Returns:
+        Arrays of positions in ``lengths``, each position in exactly one.
+
+    Raises:
+        UsageError: the budget is no whole number of 1 or more.
+    """
+    check_token_budget(token_budget)
+    tokens = np.asarray(lengths, np.int64)
+    order = np.argsort(-tokens, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        count = max(1, token_budget // max(1, int(tokens[order[start]])))
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
+def check_token_budget(token_budget: Any) -> int:
+    """Return the padded tokens of a batch as Python's own number.
+
+    Raises:
+        UsageError: they are no whole number of 1 or more.
+    """
+    if not is_whole(token_budget) or token_budget < 1:
+        raise UsageError(f"a token budget of {token_budget!r} computes nothing; it is a whole number, by default 8192")
+    return int(token_budget)
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _to_numpy(rows: torch.Tensor) -> NDArray[np.generic]:
+    rows = rows.cpu()
+    if rows.dtype == torch.bfloat16:  # NumPy has none; float32 holds it exactly
+        rows = rows.float()
+    array: NDArray[np.generic] = rows.numpy()
+    return array

@@ -1,0 +1,244 @@
+"""What the forward of a lower half can read, wherever it hangs: what its digest has to cover.
+
+Its own parts are looked through: parameters, buffers of both kinds, tensors that are plain attributes, packed
+parameters, extra state. What it reads elsewhere (rotary frequencies beside the layers, a steering vector at the base
+model) is found by running it once. Python numbers and hooks are in no digest; canaries are there for them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from actcache.errors import ModelError
+from actcache.format.recipe import canonical_json
+from actcache.models.families import Family
+from actcache.models.lower_half import LowerHalf, evaluating
+from actcache.models.partial_vocabulary import kept_of, vocabulary_size, whole_state
+from actcache.models.tensors import without_bytes
+
+_PROBE_TOKENS = 8
+_ROUNDING = 2.0**-21  # four units in the last place of float32: what another processor's pow() differs by
+
+
+def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iterator[tuple[str, Any]]:
+    """Yield what the embeddings, layers 1..``layer`` and what they read elsewhere hold, by unique names.
+
+    A tensor that is in no checkpoint and has the value that its module gives it for the model's configuration is left
+    out, for the configuration is part of the identity; so processors whose rounding differs find each other's cache.
+
+    Yields:
+        Names, and what ``weights.leaves`` takes.
+
+    Raises:
+        ModelError: the lower half cannot be run to see what it reads, or holds what changes when it is saved.
+    """
+    layers = family.layers_of(base_model)
+    parts = {f"embeddings/{path}": part for path, part in family.beside_of(base_model).items()}
+    parts |= {f"layers/{i + 1}": layers[i] for i in range(layer)}
+    own = {id(module) for part in parts.values() for module in part.modules()}
+    _check_in_place(parts)
+    # The run comes first: some modules bring their weights into their final form when they are first used.
+    read = _Reads(base_model, family, layer)
+    own_tensors = {id(tensor) for part in parts.values() for module in part.modules() for tensor in _tensors(module)}
+    for prefix, part in parts.items():
+        for name, value in whole_state(part):
+            yield f"{prefix}/{_plain(name)}", value
+        for path, module in part.named_modules():
+            for name, value in _unsaved(module, base_model, family, read):
+                yield f"{prefix}/{_plain(f'{path}.{name}' if path else name)}", value
+    for path, module in base_model.named_modules():
+        if id(module) in own:
+            continue
+        if id(module) in read.modules or any(read.has(tensor) for tensor in _tensors(module)):
+            saved: dict[str, Any] = {}
+            module._save_to_state_dict(saved, "", keep_vars=False)
+            others = {name: value for name, value in saved.items() if not _is_one_of(module, name, own_tensors)}
+            for name, value in [*others.items(), *_unsaved(module, base_model, family, read)]:
+                yield f"beside/{_plain(path)}/{name}", value
+
+
+def _plain(path: str) -> str:
+    """Return a path as it is without ``torch.compile`` around a module."""
+    return path.replace("_orig_mod.", "")
+
+
+def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
+    """Refuse weights that are not in memory, and those that change when they are looked at."""
+    for path, part in parts.items():
+        for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
+            if tensor.is_meta:
+                raise without_bytes(f"{path}/{name}")
+            if type(tensor).__name__ == "Params4bit" and tensor.device.type == "cpu":
+                # Measured with bitsandbytes 0.50: a state dict after a forward, and the next forward is another one.
+                raise ModelError(
+                    f"{path}/{name} of the lower half is a 4-bit weight of bitsandbytes on the CPU, where its "
+                    "state_dict() changes the numbers that the layer computes: put the model on a GPU, or "
+                    "model.dequantize() it"
+                )
+
+
+class _Reads(TorchFunctionMode):
+    """Which modules run, and which tensors are read that were there before, when a lower half computes a few tokens.
+
+    Attributes:
+        modules: their ids.
+    """
+
+    def __init__(self, base_model: PreTrainedModel, family: Family, layer: int) -> None:
+        super().__init__()
+        self.modules: set[int] = set()
+        self._ids: set[int] = set()
+        self._memory: dict[tuple[int, int], bool] = {}  # whether what lies there was there before
+        self._alive: list[torch.Tensor] = []  # so that neither id nor memory is used twice
+        lower = LowerHalf(base_model, family, layer)
+        ids = _some_ids(base_model)[: family.max_tokens(base_model.config)]
+        hooks = [module.register_forward_pre_hook(self._ran) for module in base_model.modules()]
+        try:
+            with evaluating(base_model), torch.compiler.set_stance("force_eager"), self:
+                lower.run([ids])
+        except NotImplementedError as error:  # torch's word for what is done with a tensor without memory
+            for path, module in base_model.named_modules():
+                for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+                    if id(module) in self.modules and tensor is not None and tensor.is_meta:
+                        raise without_bytes(f"{path}.{name}") from error
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor, or a part of its memory, was read and had been there before the run."""
+        if (here := _memory(tensor)) is None:
+            return id(tensor) in self._ids
+        return any(before and first < here[1] and here[0] < last for (first, last), before in self._memory.items())
+
+    def _ran(self, module: nn.Module, args: Any) -> None:
+        self.modules.add(id(module))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note([args, kwargs or {}], there_before=True)
+        result = func(*args, **(kwargs or {}))
+        self._note(result, there_before=False)
+        return result
+
+    def _note(self, values: Any, *, there_before: bool) -> None:
+        for tensor in _in_containers(values):
+            if id(tensor) in self._ids:
+                continue
+            self._ids.add(id(tensor))
+            self._alive.append(tensor)
+            if (memory := _memory(tensor)) is not None:
+                self._memory.setdefault(memory, there_before)
+
+
+def _some_ids(base_model: PreTrainedModel) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return a few token ids that the model takes."""
+    for module in base_model.modules():
+        if (kept := kept_of(module)) is not None:
+            return kept.ids[:_PROBE_TOKENS].numpy()
+    return np.arange(min(_PROBE_TOKENS, vocabulary_size(base_model)), dtype=np.int64)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Return the addresses from the first element of a tensor to behind its last; None where it has no memory."""
+    with torch._C.DisableTorchFunction():
+        try:
+            if tensor.layout != torch.strided or not tensor.numel() or not (first := tensor.data_ptr()):
+                return None
+            elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            return first, first + elements * tensor.element_size()
+        except (NotImplementedError, RuntimeError):  # a wrapper has none
+            return None
+
+
+def _in_containers(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _in_containers(item, depth - 1)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors that hang at a module itself."""
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+    for _, value in _attributes(module):
+        yield from _in_containers(value)
+
+
+def _is_one_of(module: nn.Module, name: str, ids: set[int]) -> bool:
+    tensor = module._parameters.get(name)
+    return id(module._buffers.get(name) if tensor is None else tensor) in ids
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield a module's plain attributes that are tensors, or lists, tuples or dicts that hold some, or packed."""
+    # A class that says how it is saved has put what is packed into the state dict.
+    says_how = any(
+        getattr(type(module), name) is not getattr(nn.Module, name)
+        for name in ("_save_to_state_dict", "get_extra_state")
+    )
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        if isinstance(value, torch.ScriptObject):
+            if not says_how:
+                yield name, value
+        elif next(_in_containers(value), None) is not None:
+            yield name, value
+
+
+def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, read: _Reads) -> Iterable[tuple[str, Any]]:
+    """Return what hangs at a module itself and is in no checkpoint, but for what its class makes of configurations.
+
+    Attributes count where they are read: a hook may keep there what it saw, a task model what its loss needs.
+    """
+    state = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+    found: dict[str, Any] = {name: value for name, value in state.items() if value is not None}
+    found |= {
+        name: value
+        for name, value in _attributes(module)
+        if isinstance(value, torch.ScriptObject) or any(read.has(tensor) for tensor in _in_containers(value))
+    }
+    if not any(isinstance(value, torch.Tensor) for value in found.values()):
+        return found.items()
+    fresh = _fresh(module, base_model.config)
+    if fresh is None:
+        return found.items()
+    as_made = {name for name, value in found.items() if _equal(value, fresh._buffers.get(name, vars(fresh).get(name)))}
+    if "rope_parameters" not in family.numeric_config and any(found[name].is_floating_point() for name in as_made):
+        found["rope_parameters"] = canonical_json(getattr(base_model.config, "rope_parameters", None))
+    return [(name, value) for name, value in found.items() if name not in as_made]
+
+
+def _fresh(module: nn.Module, config: Any) -> nn.Module | None:
+    """Return a module as its class makes it from a configuration; None where it wants more than that."""
+    if type(module).__module__.partition(".")[0] == "torch":
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
+            fresh = type(module)(config)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError):
+        return None
+    return fresh if isinstance(fresh, nn.Module) else None
+
+
+def _equal(value: Any, made: Any) -> bool:
+    if not (isinstance(value, torch.Tensor) and isinstance(made, torch.Tensor)):
+        return False
+    if type(value) is not torch.Tensor or value.dtype != made.dtype or value.shape != made.shape or value.is_meta:
+        return False
+    here = value.detach().cpu()
+    if value.dtype == torch.float32:
+        return bool(torch.isclose(here, made, rtol=_ROUNDING, atol=0.0).all())
+    return torch.equal(here, made)

@@ -1,0 +1,128 @@
+"""Models whose embedding matrix holds some tokens' rows only, as far as their identity asks.
+
+``actcache.models.vocabulary`` makes them. A recipe's digest is that of the whole matrix, so that a pruned model finds
+the cache of the unpruned one; here is how the whole is read where a module has a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from actcache.errors import ModelError
+from actcache.models.tensors import without_bytes
+
+#: The attribute of a module (and of a pruned model) that says which rows it holds.
+KEPT = "actcache_kept"
+#: The buffer by which a checkpoint says the same; no part of a model's numbers.
+ROW_IDS = "row_ids"
+
+
+class Kept(Protocol):
+    """What such a module knows of the vocabulary."""
+
+    @property
+    def size(self) -> int:
+        """Tokens of the whole vocabulary."""
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """``[rows]`` int64 on the CPU: the token of each row."""
+
+    def whole(self, module: nn.Module, name: str) -> Whole | None:
+        """Return a module's parameter as a whole; None where the parameter has no row per token."""
+
+
+class Whole:
+    """A matrix of which a model holds some rows, those that it holds taken from there. Never materialized. Read-only.
+
+    Args:
+        name: what errors call it.
+        part: ``[rows, ...]`` what the model holds, on any device.
+        ids: ``[rows]`` int64, which row of the whole each of them is.
+        rest: ``[tokens, ...]`` on the CPU (or mapped from a file): all rows as they were before pruning; None where
+            they are not at hand. It is cast to the dtype of ``part``.
+        size: tokens of the whole.
+    """
+
+    def __init__(self, name: str, part: torch.Tensor, ids: torch.Tensor, rest: torch.Tensor | None, size: int) -> None:
+        self.name, self._part, self._rest = name, part.detach(), rest
+        self.dtype, self.shape = part.dtype, (size, *part.shape[1:])
+        self._ids, self._order = torch.sort(ids)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.shape[0]) * self._row_bytes
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """Return the rows ``first:last`` on the CPU, a copy.
+
+        Raises:
+            ModelError: rows that were dropped are not at hand, or the model's are on the meta device.
+        """
+        if self._part.is_meta:
+            raise without_bytes(self.name)
+        if self._rest is None and len(self._ids) < self.shape[0]:
+            raise ModelError(
+                f"{self.name} holds {len(self._ids)} of {self.shape[0]} rows and the others are not at hand: load it "
+                "with load_pruned(..., full_matrix=the pretrained model's folder)"
+            )
+        begin, end = torch.searchsorted(self._ids, torch.tensor([first, last])).tolist()
+        if self._rest is None:
+            out = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
+        else:
+            out = self._rest[first:last].to(self.dtype, copy=True)
+        held = self._part[self._order[begin:end].to(self._part.device)]
+        out[self._ids[begin:end] - first] = held.cpu()
+        return out
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Return the bytes ``start:stop`` of the whole in row order."""
+        width = self._row_bytes
+        stop = min(stop, self.nbytes)
+        first, last = start // width, -(-stop // width)
+        flat = self.rows(first, last).reshape(-1).view(torch.uint8)
+        return memoryview(flat.numpy())[start - first * width : stop - first * width]  # type: ignore[arg-type]
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._part[:1].numel() * self._part.element_size() if len(self._part) else 0
+
+
+def kept_of(module: nn.Module) -> Kept | None:
+    """Return what a module or model knows of a vocabulary of which it holds a part; None where it holds the whole."""
+    kept: Kept | None = module.__dict__.get(KEPT)
+    return kept
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return how many token ids a model is given to understand: before any vocabulary pruning."""
+    kept = next((kept for module in model.modules() if (kept := kept_of(module)) is not None), None)
+    return int(model.config.vocab_size) if kept is None else kept.size
+
+
+def whole_state(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the items of a module's ``state_dict`` as they would be without vocabulary pruning.
+
+    They are tensors, ``Whole`` for a matrix that was pruned, or whatever else a module puts there (packed parameters).
+    """
+    # A hook of the state dict may have left something out.
+    state: dict[str, Any] = {
+        name: parameter.detach() for name, parameter in part.named_parameters(remove_duplicate=False)
+    }
+    state |= part.state_dict()
+    for path, module in part.named_modules():
+        kept = kept_of(module)
+        if kept is None:
+            continue
+        prefix = f"{path}." if path else ""
+        state.pop(prefix + ROW_IDS, None)
+        for name in module._parameters:
+            whole = kept.whole(module, name)
+            if whole is not None and prefix + name in state:
+                state[prefix + name] = whole
+    yield from state.items()

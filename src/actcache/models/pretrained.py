@@ -1,0 +1,49 @@
+"""Loading a pretrained base model and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.errors import ModelError
+from actcache.models.families import base_model_of, family_of
+from actcache.models.weights import pretrained_digest, weight_files
+
+
+def load_pretrained(
+    name_or_path: str | Path,
+    layers: Iterable[int],
+    device: str | torch.device | None,
+    revision: str | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers.
+
+    Args:
+        dtype: of the weights; None for the one that they are saved in.
+    """
+    name = str(name_or_path)
+    try:
+        options = {} if dtype is None else {"dtype": dtype}
+        model = AutoModel.from_pretrained(name, revision=revision, **options).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
+        raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    base = base_model_of(model)
+    family = family_of(base)
+    for layer in layers:
+        layer = family.check_layer(base, layer)
+        # The digest stays known within the process, so that a recycler does not compute it again.
+        pretrained_digest(base, family, layer, weight_files(name, revision))
+    try:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise ModelError(f"{name} cannot be moved to the device {device}: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,281 @@
+"""Rows of segments in an object store: all ranges of a batch are fetched at a time, into the caller's buffer.
+
+A thread of the session fetches a range; the caller's thread that waits for it copies it, so that nobody writes to the
+caller's buffer once the caller has been told of a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import ClosedError, FormatError, SegmentGoneError
+from actcache.format.ragged import offsets_of
+from actcache.io.workers import ProcessLock
+from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, Blocks
+from actcache.segments.places.objects.client import Data, ObjectNotFoundError
+from actcache.segments.places.objects.session import Session
+from actcache.segments.rows import Read, RowPlan, RowSource
+from actcache.segments.segment import Segment
+
+_GAP = 64 << 10  # bytes that are read along rather than asked around
+_MOST = 8 << 20  # bytes of one request, unless a single entry is larger
+_WINDOW = 64 << 20  # bytes that are fetched before the caller has taken what came before
+_MOST_AHEAD = 3  # batches that are fetched because somebody said that they will be needed
+_SMALL = 64  # bytes a row: such a column is read in blocks, which are kept
+
+Locate = Callable[[Segment, str], str]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What has to be fetched for a batch, in the order in which it is needed."""
+
+    segments: NDArray[np.int64]  # [m]
+    begins: NDArray[np.int64]  # [m] bytes from the start of the file
+    ends: NDArray[np.int64]  # [m]
+    of_entry: NDArray[np.int64]  # [n] the range that has the entry; -1 where it has no rows
+    users: NDArray[np.int64]  # [m] how many entries want the range
+
+    def digest(self) -> bytes:
+        """Return what is equal for equal ranges."""
+        return b"".join(array.tobytes() for array in (self.segments, self.begins, self.ends))
+
+
+def coalesce(
+    segments: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64], gap: int = _GAP, most: int = _MOST
+) -> Ranges:
+    """Join what lies close together in one segment. Purely.
+
+    Args:
+        segments, begins, ends: ``[n]``, the bytes of each entry, which do not overlap unless they are the same.
+        gap: bytes between two entries up to which they are joined.
+        most: bytes beyond which a range takes in no further entry.
+    """
+    of_entry = np.full(len(begins), -1, np.int64)
+    wanted = np.flatnonzero(ends > begins)
+    if not len(wanted):
+        none = np.empty(0, np.int64)
+        return Ranges(none, none, none, of_entry, none)
+    order = wanted[np.lexsort((begins[wanted], segments[wanted]))]
+    segment, begin, end = segments[order], begins[order], ends[order]
+    apart = np.ones(len(order), bool)
+    apart[1:] = (segment[1:] != segment[:-1]) | (begin[1:] - end[:-1] > gap)
+    run = np.cumsum(apart) - 1
+    piece = (begin - begin[np.flatnonzero(apart)][run]) // most
+    apart[1:] |= (piece[1:] != piece[:-1]) & (begin[1:] != begin[:-1])
+    firsts = np.flatnonzero(apart)
+    number = np.cumsum(apart) - 1
+    # Those that are needed first are fetched first.
+    needed = np.argsort(np.minimum.reduceat(order, firsts), kind="stable")
+    rank = np.empty_like(needed)
+    rank[needed] = np.arange(len(needed))
+    of_entry[order] = rank[number]
+    lasts = np.r_[firsts[1:], len(order)] - 1
+    users = np.bincount(rank[number], minlength=len(firsts))
+    return Ranges(segment[firsts][needed], begin[firsts][needed], end[lasts][needed], of_entry, users)
+
+
+class FetchedRows(RowSource):
+    """See ``RowSource``. Thread-safe; usable after a fork.
+
+    Args:
+        segments: grows; the number of a segment is its position.
+        locate: from a segment and the name of a file in it to its key.
+    """
+
+    def __init__(self, session: Session, blocks: Blocks, segments: list[Segment], locate: Locate) -> None:
+        self._session = session
+        self._blocks = blocks
+        self._segments = segments
+        self._locate = locate
+        self._ahead: OrderedDict[tuple[int, str, bytes], _Fetches] = OrderedDict()
+        self._lock = ProcessLock()
+
+    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
+        ranges, begins, row_bytes, small = self._ranges(plan)
+        with self._lock:
+            fetches = self._ahead.pop((os.getpid(), plan.column, ranges.digest()), None)
+        if fetches is None:
+            fetches = _Fetches(self, plan.column, ranges, small)
+        places = offsets_of(plan.lengths, width) * row_bytes
+        return _Batch(fetches, ranges, begins, plan.lengths * row_bytes, out, places).read
+
+    def _ranges(self, plan: RowPlan) -> tuple[Ranges, NDArray[np.int64], int, bool]:
+        """Return what to fetch, where each entry begins in its file, the bytes of a row, and whether rows are small."""
+        column = plan.column
+        numbers, where = np.unique(plan.segments, return_inverse=True)
+        extents = [self._segments[number].extents[column] for number in numbers.tolist()]
+        row_bytes = extents[0].row_bytes if extents else 0
+        offsets = np.array([extent.offset for extent in extents], np.int64)[where]
+        begins = offsets + plan.starts * row_bytes
+        # Token ids lie some hundred bytes an entry, far apart in a shuffled batch: whole blocks of them are kept.
+        total = sum(s.extents[column].nbytes for s in self._segments[:] if column in s.extents)
+        small = row_bytes <= _SMALL and total <= CACHE_BYTES // 2
+        ranges = coalesce(plan.segments, begins, begins + plan.lengths * row_bytes, gap=BLOCK if small else _GAP)
+        return ranges, begins, row_bytes, small
+
+    def will_need(self, plan: RowPlan) -> None:
+        """Fetch the rows of a batch that will be read soon; the one that was announced first is given up for it."""
+        ranges, _, _, small = self._ranges(plan)
+        name = os.getpid(), plan.column, ranges.digest()
+        with self._lock:
+            if name in self._ahead:
+                return
+            self._ahead[name] = _Fetches(self, plan.column, ranges, small)
+            while len(self._ahead) > _MOST_AHEAD:
+                self._ahead.popitem(last=False)
+
+    def close(self) -> None:
+        """Drop what was fetched and not asked for. The session belongs to the place."""
+        with self._lock:
+            self._ahead.clear()
+
+    def fetch(self, segment: int, column: str, begin: int, end: int, *, small: bool) -> Future[Data]:
+        """Have a range fetched; of a small column, what is in memory is there at once."""
+        key = self._key(segment, column)
+        if small:
+            kept = self._blocks.peek(key, begin, end - begin)
+            if kept is None:
+                return self._session.submit(lambda: self._blocks.read(key, begin, end - begin))
+            future: Future[Data] = Future()
+            future.set_result(kept)
+            return future
+        client = self._session.client()
+        return self._session.submit(lambda: client.get(key, begin, end - begin).data)
+
+    def _key(self, segment: int, column: str) -> str:
+        described = self._segments[segment]
+        return self._locate(described, described.extents[column].path)
+
+    def where(self, segment: int) -> str:
+        return self._segments[segment].files.where
+
+
+class _Fetches:
+    """The fetches of one batch, in the order in which they are needed. Thread-safe."""
+
+    def __init__(self, rows: FetchedRows, column: str, ranges: Ranges, small: bool) -> None:
+        self._rows = rows
+        self._column = column
+        self._small = small
+        self._ranges = ranges
+        self._left = ranges.users.tolist()
+        self._lock = threading.Lock()
+        self._started: dict[int, Future[Data]] = {}
+        self._failure: BaseException | None = None
+        self._next = 0  # all ranges before it were started
+        self._ahead = 0  # bytes that were started and not yet taken
+        weakref.finalize(self, _forget, self._started, os.getpid()).atexit = False
+        with self._lock:
+            self._start_more()
+
+    def _start_more(self) -> None:
+        while self._next < len(self._left) and self._ahead < _WINDOW:
+            self._start(self._next)
+            self._next += 1
+
+    def _start(self, number: int) -> Future[Data]:
+        """Return the fetch of a range; begin it where nobody has yet."""
+        future = self._started.get(number)
+        if future is None:
+            ranges = self._ranges
+            what = int(ranges.segments[number]), self._column, int(ranges.begins[number]), int(ranges.ends[number])
+            future = self._started[number] = self._rows.fetch(*what, small=self._small)
+            self._ahead += what[3] - what[2]
+        return future
+
+    def get(self, number: int) -> Data:
+        """Return the bytes of a range, when they are there."""
+        with self._lock:
+            future = self._start(number)  # also where the window is full: whoever waits is first
+        try:
+            return future.result()
+        except ObjectNotFoundError:
+            raise SegmentGoneError(f"{self.where(number)} is gone; refresh the space") from None
+        except CancelledError:
+            if isinstance(self._failure, Exception):  # another thread has told of it; that one counts
+                raise self._failure from None
+            raise ClosedError(f"{self.where(number)} was closed") from None
+
+    def taken(self, number: int) -> None:
+        """Note that one more entry has taken its rows from a range; after the last one it is dropped."""
+        with self._lock:
+            self._left[number] -= 1
+            if not self._left[number]:
+                self._ahead -= int(self._ranges.ends[number] - self._ranges.begins[number])
+                self._started[number] = _TAKEN
+                self._start_more()
+
+    def fail(self, error: BaseException) -> None:
+        """Begin nothing more: a thread has failed."""
+        with self._lock:
+            self._failure = self._failure or error
+        _cancel(self._started)
+
+    def where(self, number: int) -> str:
+        return self._rows.where(int(self._ranges.segments[number]))
+
+
+class _Batch:
+    """From the fetches of a batch to the caller's buffer. Threads may read different entries at a time."""
+
+    def __init__(
+        self,
+        fetches: _Fetches,
+        ranges: Ranges,
+        begins: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        out: NDArray[np.generic],
+        places: NDArray[np.int64],
+    ) -> None:
+        self._fetches = fetches
+        self._of_entry, self._range_begins = ranges.of_entry.tolist(), ranges.begins.tolist()
+        self._begins, self._sizes, self._places = begins.tolist(), sizes.tolist(), places.tolist()
+        self._out = out.reshape(-1).view(np.uint8)
+
+    def read(self, first: int, last: int) -> None:
+        """See ``Read``."""
+        try:
+            for i in range(first, last):
+                begin, end = self._places[i], self._places[i] + self._sizes[i]
+                if self._sizes[i]:
+                    self._take(i, self._out[begin:end])
+                self._out[end : self._places[i + 1]] = 0
+        except BaseException as error:
+            self._fetches.fail(error)
+            raise
+
+    def _take(self, i: int, out: NDArray[np.uint8]) -> None:
+        number = self._of_entry[i]
+        data = self._fetches.get(number)
+        begin = self._begins[i] - self._range_begins[number]
+        piece = memoryview(data)[begin : begin + len(out)]
+        if len(piece) != len(out):
+            raise FormatError(f"{self._fetches.where(number)} is truncated")
+        out[:] = np.frombuffer(piece, np.uint8)
+        self._fetches.taken(number)
+
+
+_TAKEN: Future[Data] = Future()  # stands for a range whose bytes nobody needs any more
+_TAKEN.cancel()
+
+
+def _forget(started: dict[int, Future[Data]], pid: int) -> None:
+    """Cancel, but not in a fork's child: a thread that it does not have may hold a future's lock."""
+    if pid == os.getpid():
+        _cancel(started)
+
+
+def _cancel(started: dict[int, Future[Data]]) -> None:
+    """Drop what has not begun; what has begun ends by itself."""
+    for future in list(started.values()):
+        future.cancel()

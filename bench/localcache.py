@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from actcache.admin.benchmark import rounds
-from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents, Shape
+from actcache.admin.benchmark.corpus import SHAPES, Documents, Shape, StoredCorpus
 from actcache.admin.benchmark.rounds import Spread
 from actcache.reader.reader import Reader
 from bench.bare import Requests
@@ -52,8 +52,8 @@ def main() -> None:
 def compare(shape: Shape, nbytes: int, folder: Path, server: Bucket, count: int, report: Report) -> None:
     documents, requests = Documents(shape, nbytes), Requests()
     try:
-        local = Corpus(documents, {LOCAL: f"safetensors:{folder / 'store'}"}, {})
-        remote = Corpus(documents, {"s3": f"s3://{server.name}/{shape.name}"}, server.options)
+        local = StoredCorpus(documents, {LOCAL: f"safetensors:{folder / 'store'}"}, {})
+        remote = StoredCorpus(documents, {"s3": f"s3://{server.name}/{shape.name}"}, server.options)
         made: dict[str, list[int]] = {}
 
         def epoch(name: str, reader: Reader, number: int) -> float:
@@ -86,7 +86,7 @@ def compare(shape: Shape, nbytes: int, folder: Path, server: Bucket, count: int,
                 "a full local cache": lambda number: epoch("a full local cache", full, number),
                 LOCAL: lambda number: epoch(LOCAL, held, number),
             }
-            seconds = rounds.run(contestants, count)
+            seconds = rounds.take_turns(contestants, count)
             full.close()
         payload = documents.nbytes
         rows: list[list[Cell]] = []

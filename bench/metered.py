@@ -1,16 +1,19 @@
-"""Processor time beside wall time: what a client costs, whatever limits the server."""
+"""Times: of an epoch, and of the processor beside the wall's: what a client costs, whatever limits the server."""
 
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable
+
+from actcache.reader.reader import Reader
 
 
 class Metered:
     """A contestant whose processor time (user and system, all threads) is noted; the round that warms up is left out.
 
     Args:
-        run: does the round's work; see ``rounds.run``.
+        run: does the round's work; see ``rounds.take_turns``.
     """
 
     def __init__(self, run: Callable[[int], float | None]) -> None:
@@ -31,3 +34,12 @@ class Metered:
 def _cpu() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def epoch_seconds(reader: Reader, epoch: int) -> float:
+    """Return how long a reader takes for an epoch."""
+    reader.set_epoch(epoch)
+    start = time.perf_counter()
+    for _ in reader:
+        pass
+    return time.perf_counter() - start

@@ -89,7 +89,7 @@ def compare(documents: Documents, folder: Path, backends: list[str], count: int)
         **{f"write {name}": lambda turn, name=name: write(name) for name in backends},
         **{f"{one} -> {other}": lambda turn, one=one, other=other: move(one, other) for one, other in pairs},
     }
-    seconds = rounds.run(contestants, count, before=before)
+    seconds = rounds.take_turns(contestants, count, before=before)
     table = Table(title=f"{documents.shape.name}: {documents.nbytes / 2**30:.2f} GiB, warm")
     for name in ("", "GB/s", "of the slower side's limit"):
         table.add_column(name, justify="left" if not name else "right")

@@ -149,7 +149,7 @@ def compare(shape: Shape, nbytes: int, count: int, size: int, bucket: str) -> No
                 stores.append(actcache.open(url, "r", client=name))
                 space = stores[-1].space(recipe)
                 meters[f"server: store, {name}"] = stored(space, keys, lengths, picks, counter)
-            seconds = rounds.run(meters, count)
+            seconds = rounds.take_turns(meters, count)
             for closing in (*stores, *clients.values()):
                 closing.close()
     report(shape, size, meters, seconds, count)

@@ -34,7 +34,7 @@ import numpy as np
 
 import actcache
 from actcache.admin.benchmark.caches import refuse_mappings
-from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
+from actcache.admin.benchmark.corpus import SHAPES, Documents, StoredCorpus
 from actcache.admin.benchmark.rounds import Spread
 from actcache.reader.reader import Reader
 from bench.caches import drop_caches
@@ -96,7 +96,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))
     try:
         documents = Documents(SHAPES[options.shape], int(options.gib * 2**30))
-        corpus = Corpus(documents, {options.backend: f"{options.backend}:{folder}/store"}, {})
+        corpus = StoredCorpus(documents, {options.backend: f"{options.backend}:{folder}/store"}, {})
         del documents
         for mode in options.mode.split(","):
             runs = {
@@ -112,7 +112,7 @@ def main() -> None:
 class Run:
     """The four loops over one corpus, at one temperature."""
 
-    def __init__(self, corpus: Corpus, folder: Path, options: argparse.Namespace, mode: str) -> None:
+    def __init__(self, corpus: StoredCorpus, folder: Path, options: argparse.Namespace, mode: str) -> None:
         self._corpus, self._folder, self._options, self._mode = corpus, folder, options, mode
         self._spaces: dict[str, actcache.Space] = {}
         self._readers: dict[str, Reader] = {}

@@ -35,13 +35,14 @@ import numpy as np
 import actcache
 from actcache.admin.benchmark import rounds
 from actcache.admin.benchmark.caches import refuse_mappings
-from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
+from actcache.admin.benchmark.corpus import SHAPES, Documents, StoredCorpus
 from actcache.admin.benchmark.limits import FlatFile
 from actcache.admin.benchmark.rounds import Spread, fastest
 from actcache.io.workers import available_cpus
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
 from bench.caches import drop_caches
+from bench.metered import epoch_seconds
 from bench.report import Cell, Report
 
 SEED = 3
@@ -67,7 +68,9 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))
         try:
             urls = {name: f"{name}:{folder / name}" for name in options.backends.split(",")}
-            corpus = Corpus(Documents(SHAPES[shape], int(options.gib * 2**30)), urls, {}, flat=folder / "rows.bin")
+            corpus = StoredCorpus(
+                Documents(SHAPES[shape], int(options.gib * 2**30)), urls, {}, flat=folder / "rows.bin"
+            )
             for mode in options.mode.split(","):
                 {"warm": warm, "cold": cold}[mode](Turns(corpus, folder, options), report)
         finally:
@@ -83,7 +86,7 @@ class Turns:
         contestants: name -> what takes the turn of a round; filled by those who compare.
     """
 
-    def __init__(self, corpus: Corpus, folder: Path, options: argparse.Namespace) -> None:
+    def __init__(self, corpus: StoredCorpus, folder: Path, options: argparse.Namespace) -> None:
         self.corpus, self.folder, self.options = corpus, folder, options
         outs = [corpus.buffer() for _ in range(options.ring)]
         self.flat = FlatFile(folder / "rows.bin", corpus.lengths, corpus.shape.hidden, outs, available_cpus())
@@ -174,9 +177,9 @@ def warm(turns: Turns, report: Report) -> None:
         for layout in turns.layouts:
             reader = turns.reader(space, layout)
             turns.check(reader, 0)  # touches every page through the space's mapping, too
-            contestants[f"{name} {layout}"] = lambda epoch, reader=reader: _epoch(reader, epoch)
+            contestants[f"{name} {layout}"] = lambda epoch, reader=reader: epoch_seconds(reader, epoch)
     turns.raw(flat.warm()["memcpy x1"])(0)
-    seconds = rounds.run(contestants, turns.options.rounds)
+    seconds = rounds.take_turns(contestants, turns.options.rounds)
     digest = fastest(("xxh3 one", "xxh3 shared"), seconds)
     rows = [turns.ratios(seconds, name) for name in contestants if name.rpartition(" ")[0] not in spaces]
     for layout, raw in ways.items():
@@ -205,7 +208,7 @@ def cold(turns: Turns, report: Report) -> None:
         refuse_mappings([turns.folder / name for name in turns.corpus.urls])
         drop_caches(turns.folder)
 
-    seconds = rounds.run(contestants, turns.options.rounds, before=before)
+    seconds = rounds.take_turns(contestants, turns.options.rounds, before=before)
     best = fastest(raw, seconds)
     rows = [turns.ratios(seconds, name) for name in raw]
     rows.append(turns.ratios({f"the limit: {best}": seconds[best]}, f"the limit: {best}"))
@@ -226,19 +229,11 @@ def _cold_turn(turns: Turns, name: str, layout: str) -> Callable[[int], float]:
             # Buffers that were used before, as the limit's were: those of the turn before.
             reader._delivery = kept.get("delivery")
             try:
-                return _epoch(reader, epoch)
+                return epoch_seconds(reader, epoch)
             finally:
                 kept["delivery"] = reader._delivery
 
     return turn
-
-
-def _epoch(reader: Reader, epoch: int) -> float:
-    reader.set_epoch(epoch)
-    start = time.perf_counter()
-    for _ in reader:
-        pass
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 import actcache
 from actcache import Recycler
-from actcache.admin.benchmark.rounds import Spread, run
+from actcache.admin.benchmark.rounds import Spread, take_turns
 from actcache.models import base_model_of, family_of
 from bench.recycling_cases import CASES, Case, tokenizer
 from bench.report import Report
+from bench.sidebyside import quietly
 
 EPOCHS = 6  # over which the paper amortizes the one that saves
 RATE = 1e-5
@@ -60,10 +58,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the stores are made")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("actcache").setLevel(logging.ERROR)
+    quietly()
     if options.device != "cpu":
         torch.set_float32_matmul_precision(options.precision)
     sizes = {name: getattr(options, name) for name in ("batch", "training_batch", "batches", "training_batches")}
@@ -106,7 +101,7 @@ class Bench:
             model, batches = recycler.regime("R", self._task, texts, **options)
             contestants[dtype] = self._infer(model, _epochs(batches))
             contestants[f"{dtype} in memory"] = self._infer(model, _kept(batches))
-        seconds = run(contestants, rounds)
+        seconds = take_turns(contestants, rounds)
         return {name: times / case.batches for name, times in seconds.items()}
 
     def training(self, rounds: int) -> Seconds:
@@ -131,7 +126,7 @@ class Bench:
         def forget() -> None:
             saved.space.delete(list(saved.space.keys()))
 
-        seconds = run(contestants, rounds, before=forget)
+        seconds = take_turns(contestants, rounds, before=forget)
         return {name: times / case.training_batches for name, times in seconds.items()}
 
     def recording(self, rounds: int) -> Seconds:
@@ -158,7 +153,7 @@ class Bench:
         def forget() -> None:
             recycler.space.delete(list(recycler.space.keys()))
 
-        return run({"fill": fill, "forward": forward}, rounds, before=forget)
+        return take_turns({"fill": fill, "forward": forward}, rounds, before=forget)
 
     def _recycler(self, dtype: str, name: str) -> Recycler:
         return Recycler(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actcache.admin.benchmark import rounds
-from actcache.admin.benchmark.corpus import Corpus, Documents, Shape
+from actcache.admin.benchmark.corpus import Documents, Shape, StoredCorpus
 from bench.bare import Bare, Range, Requests
 from bench.metered import Metered
 from bench.server import Bucket
@@ -26,7 +26,7 @@ def compare(console: Console, bucket: Bucket, shape: Shape, nbytes: int, count: 
     requests = Requests()
     bare = Bare(bucket, f"{prefix}/")
     try:
-        corpus = Corpus(Documents(shape, nbytes), {"s3": f"s3://{bucket.name}/{prefix}"}, bucket.options)
+        corpus = StoredCorpus(Documents(shape, nbytes), {"s3": f"s3://{bucket.name}/{prefix}"}, bucket.options)
         _compare(console, bucket, corpus, requests, bare, count, batches)
     finally:
         requests.stop()
@@ -34,7 +34,7 @@ def compare(console: Console, bucket: Bucket, shape: Shape, nbytes: int, count: 
 
 
 def _compare(
-    console: Console, bucket: Bucket, corpus: Corpus, requests: Requests, bare: Bare, count: int, batches: int
+    console: Console, bucket: Bucket, corpus: StoredCorpus, requests: Requests, bare: Bare, count: int, batches: int
 ) -> None:
     out, turns = corpus.buffer(), corpus.turns(count, batches)
     requests.count = 0
@@ -64,7 +64,7 @@ def _compare(
     contestants = {name: Metered(lambda turn, read=read: straight(turn, read)) for name, read in bare.reads().items()}
     contestants["s3"] = Metered(store)
     counted = requests.count
-    seconds = rounds.run(contestants, count)
+    seconds = rounds.take_turns(contestants, count)
     made = (requests.count - counted) / ((count + 1) * batches)
     space.close()
     payload = corpus.payload(turns)

@@ -131,7 +131,7 @@ class Replay:
 
         contestants = {"in memory": loop(lambda epoch: kept)}
         contestants |= {name: loop(epoch_of(reader)) for name, reader in readers.items()}
-        seconds = rounds.run(contestants, options.rounds)
+        seconds = rounds.take_turns(contestants, options.rounds)
         rows: list[list[Cell]] = []
         for name, spent in seconds.items():
             stats = readers[name].stats() if name in readers else None

@@ -30,6 +30,7 @@ from actcache.admin.benchmark import rounds
 from actcache.admin.benchmark.corpus import SHAPES, Documents, Shape
 from actcache.admin.benchmark.rounds import Spread
 from actcache.reader.reader import Reader
+from bench.metered import epoch_seconds
 from bench.report import Cell, Report
 from bench.stages import Stages
 
@@ -75,8 +76,8 @@ def compare(
         opened[count] = time.perf_counter() - start
         if (found := spaces[count].usage().segments) != count:
             raise RuntimeError(f"{found} segments were made, not {count}")
-    turns: dict[str, Callable[[int], float]] = {str(count): partial(_epoch, readers[count]) for count in counts}
-    seconds = rounds.run(turns, options.rounds)
+    turns: dict[str, Callable[[int], float]] = {str(count): partial(epoch_seconds, readers[count]) for count in counts}
+    seconds = rounds.take_turns(turns, options.rounds)
     first = seconds[str(counts[0])]
     rows: list[list[Cell]] = []
     for count in counts:
@@ -117,7 +118,7 @@ def profile(readers: dict[int, Reader], shape: Shape, epochs: int, report: Repor
     for epoch in range(epochs):
         for count, reader in readers.items():
             with stages[count].watching():
-                walls[count] += _epoch(reader, epoch)
+                walls[count] += epoch_seconds(reader, epoch)
     batches = epochs * len(next(iter(readers.values())))
     names = sorted({name for each in stages.values() for name in each.seconds})
     names.sort(key=lambda name: -max(each.processor[name] for each in stages.values()))
@@ -135,14 +136,6 @@ def profile(readers: dict[int, Reader], shape: Shape, epochs: int, report: Repor
         report.table(title, ("", "calls a batch", *(str(count) for count in readers)), rows, decimals=3)
     if missing := sorted({name for each in stages.values() for name in each.missing}):
         report.say(f"not found, and so part of others: {', '.join(missing)}")
-
-
-def _epoch(reader: Reader, epoch: int) -> float:
-    reader.set_epoch(epoch)
-    start = time.perf_counter()
-    for _ in reader:
-        pass
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

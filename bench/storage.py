@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents, Shape
+from actcache.admin.benchmark.corpus import SHAPES, Documents, Shape, StoredCorpus
 from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
 from bench import remote
 from bench.caches import drop_caches
@@ -59,9 +59,9 @@ def main() -> None:
                 remote.compare(console, made, shape, int(options.s3_mib * 2**20), options.rounds, options.s3_batches)
 
 
-def _local_corpus(folder: Path, shape: Shape, nbytes: int, backends: list[str]) -> Corpus:
+def _local_corpus(folder: Path, shape: Shape, nbytes: int, backends: list[str]) -> StoredCorpus:
     urls = {name: f"{name}:{folder / name}" for name in backends}
-    return Corpus(Documents(shape, nbytes), urls, {}, flat=flat_path(folder))
+    return StoredCorpus(Documents(shape, nbytes), urls, {}, flat=flat_path(folder))
 
 
 def _print(found: Comparison) -> None:

@@ -60,7 +60,7 @@ def compare(documents: Documents, url: str, backend: str, count: int, report: Re
         one: lambda number: _verify(url, documents, {sorted(everything)[number % len(everything)]}),
         several: lambda _: _verify(url, documents, everything),
     }
-    seconds = rounds.run(turns, count)
+    seconds = rounds.take_turns(turns, count)
     rows: list[list[Cell]] = [
         [name, Spread.of(documents.nbytes / spent / 1e9), Spread.of(seconds[one] / spent)]
         for name, spent in seconds.items()

@@ -146,7 +146,7 @@ def on_disk(documents: Documents, folder: Path, backends: list[str], count: int)
         os.sync()
 
     nothing = NothingStored(documents, folder / "nothing", segment_bytes)
-    seconds = rounds.run({"plain": plain, "nothing stored": nothing, **stored}, count, before=before)
+    seconds = rounds.take_turns({"plain": plain, "nothing stored": nothing, **stored}, count, before=before)
     table = _table(documents, f"{len(data)} segments", "in the backend")
     table.add_row("the limit: write + fsync", _speed(documents, seconds["plain"]))
     table.add_row("nothing stored", _speed(documents, seconds["nothing stored"]))
@@ -169,7 +169,7 @@ def on_objects(documents: Documents, made: Bucket, count: int) -> None:
     contestants = {name: Metered(lambda turn, write=write: straight(write)) for name, write in bare.writes().items()}
     contestants["s3"] = Metered(stored)
     try:
-        seconds = rounds.run(contestants, count, before=made.empty)
+        seconds = rounds.take_turns(contestants, count, before=made.empty)
     finally:
         requests.stop()
         bare.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -12,6 +14,11 @@ from hypothesis import settings
 # Several workers share the processors; threads that wait for each other within each of them would take three times as
 # long. Inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A store on objects sweeps the machine's temporary folder: each worker has one of its own.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="act-")
+os.chmod(tempfile.tempdir, 0o1777)  # as temporary folders are
 
 # A background job of a shell ignores interrupts, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,6 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         everyday = getattr(getattr(item, "cls", None), "everyday", None)
         if everyday is not None and item.originalname not in everyday:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.long)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

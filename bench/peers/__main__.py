@@ -128,7 +128,7 @@ class Compared:
     def warm(self, wanted: Wanted, count: int) -> None:
         loaders = {contestant.name: contestant.open(wanted) for contestant in self._contestants}
         turns = {name: partial(timed, loader) for name, loader in loaders.items()}
-        seconds = rounds.run(turns, count, before=gc.collect)
+        seconds = rounds.take_turns(turns, count, before=gc.collect)
         for loader in loaders.values():
             loader.close()
         self._table("warm", wanted, seconds)
@@ -144,7 +144,7 @@ class Compared:
                 self._report.say(f"absent, cold: {error}")
             else:
                 turns[contestant.name] = partial(contestant.anew, wanted)
-        self._table("cold", wanted, rounds.run(turns, count, before=partial(drop_caches, self._folder)))
+        self._table("cold", wanted, rounds.take_turns(turns, count, before=partial(drop_caches, self._folder)))
 
     def _table(self, mode: str, wanted: Wanted, seconds: dict[str, np.ndarray]) -> None:
         peers = [

@@ -12,7 +12,6 @@ from actcache.testing.memory import backend as memory
 #: What reads rows.
 READING = (
     "test_results_are_aligned_and_misses_explicit",
-    "test_random_operations_against_a_dictionary",
     "test_an_entry_larger_than_a_segment",
     "test_optional_arrays",
     "test_codecs",

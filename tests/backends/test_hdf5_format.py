@@ -329,7 +329,10 @@ LIES = {
 ARRAYS = ["values", "offsets", "keys", "checksums", "token_ids"]
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("values", "offsets") else pytest.param(name, marks=pytest.mark.long) for name in ARRAYS],
+)
 @pytest.mark.parametrize("lie", LIES)
 def test_lying_segments_are_refused(segment, lie, name):
     if (lie, name) == ("absent", "token_ids"):

@@ -106,7 +106,7 @@ def used(store: Store, recyclers: Recyclers) -> int:
     return taken(store, [recycler.recipe.fingerprint for recycler in recyclers.values()])
 
 
-@each()
+@each(everyday=("hdf5", "lmdb"))
 def test_a_fill_stays_within_its_bytes_and_goes_on_with_more(kind, loaded, tmp_path):
     """What is stored is what stands before the first document that has no room, and nearly all that fits."""
     keys = [actcache.document_key(text) for text in TEXTS]

@@ -30,7 +30,7 @@ from actcache.cli.shell import HEEDED, Interrupted, Requests
 from tests.support import ROOT
 from tests.support.tiny import save_tiny
 
-TEXTS = [f"document {i} says " + "ab " * (i % 37) for i in range(400)]
+TEXTS = [f"document {i} says " + "ab " * (i % 37) for i in range(240)]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
 

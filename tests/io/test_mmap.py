@@ -26,6 +26,8 @@ from actcache.segments.segment import Segment
 from tests.support import HIDDEN, key, make_store, recipe, rows, run, segment_files
 from tests.support.waiting import DEADLINE, ended, ours
 
+pytestmark = pytest.mark.processes
+
 
 def write(path, offset, array):
     path.write_bytes(b"\xaa" * offset + array.tobytes())

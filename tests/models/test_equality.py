@@ -109,10 +109,11 @@ def test_recorded_rows_are_the_models_own_hidden_states(
             np.testing.assert_array_equal(entry.token_ids, inputs["input_ids"][0].numpy())
 
 
+@pytest.mark.parametrize("count", [48, pytest.param(192, marks=pytest.mark.long)])
 def test_training_gives_the_frozen_full_models_losses(
-    minilm: PreTrainedModel, minilm_path: str, tokenizer: Any, docstrings: list[str], tmp_path: Path
+    count: int, minilm: PreTrainedModel, minilm_path: str, tokenizer: Any, docstrings: list[str], tmp_path: Path
 ) -> None:
-    texts = docstrings[:96]
+    texts = docstrings[:count]
     labels = [len(text) % 3 for text in texts]
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def test_training_gives_the_frozen_full_models_losses(
         ]
         losses = []
         for _ in range(2):
-            for batch in r.reader(texts, labels=labels, batch_size=16, shuffle=True):
+            for batch in r.reader(texts, labels=labels, batch_size=8, shuffle=True):
                 rows = [texts[i] for i in batch.documents.tolist()]
                 inputs = tokenizer(rows, truncation=True, max_length=24, padding=True, return_tensors="pt")
                 pair = [full(**inputs, labels=batch.labels).loss, reduced(**batch.model_inputs()).loss]

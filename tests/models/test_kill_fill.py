@@ -144,7 +144,7 @@ def check(kind: Kind, path: Path, expected: dict[bytes, np.ndarray]) -> set[byte
         return set(keys)
 
 
-@each(everyday=("hdf5", "lmdb"))
+@each(everyday=("hdf5",))
 def test_killed_fills_lose_nothing_and_compute_nothing_twice(kind, driver, expected, tmp_path):
     rounds(kind, driver, tmp_path / "store", expected, 4)
 

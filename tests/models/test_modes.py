@@ -18,11 +18,22 @@ from transformers import AutoModel, PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError
 from actcache.models import LowerHalf, base_model_of, family_of, reduce
-from tests.models.zoo import ANSWER, CAUSAL, CLASSIFY, KINDS, MASKED, TOKENS, documents, labels_for, mask_of, padded
+from tests.models.zoo import (
+    ANSWER,
+    CAUSAL,
+    CLASSIFY,
+    DIFFERENT,
+    KINDS,
+    MASKED,
+    TOKENS,
+    documents,
+    labels_for,
+    mask_of,
+    padded,
+)
 
 LAYER = 2
-#: One of each way in which families differ.
-SOME = ("bert", "mpnet", "deberta-v2", "modernbert", "t5", "gpt2", "gemma3")
+SOME = DIFFERENT
 CHECKPOINTED = tuple(name for name in SOME if name != "mpnet")  # which transformers does not checkpoint
 
 

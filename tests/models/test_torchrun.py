@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from actcache import Recycler
-from tests.support import ROOT
+from tests.support import PYTHONPATH
 
 COUNT = 37  # an odd number: the last round is split smaller
 TEXTS = [f"document {i} says " + "la " * (i % 13) + "." for i in range(COUNT)]
@@ -75,7 +75,7 @@ def test_two_ranks_train_and_one_goes_on(make_model: Any, tokenizer: Any, tmp_pa
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += [script, tmp_path / "store", full, tmp_path / "told"]
     command += [json.dumps({"texts": TEXTS, "labels": labels, "options": OPTIONS})]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path
     )

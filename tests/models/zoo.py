@@ -221,6 +221,9 @@ KINDS = {
     "gemma3": Kind(transformers.Gemma3TextConfig, _SLIDING, (AutoModel, CLASSIFY, CAUSAL), first_token=False),
 }
 
+#: One of each way in which families differ.
+DIFFERENT = ("bert", "mpnet", "deberta-v2", "modernbert", "t5", "gpt2", "gemma3")
+
 
 def documents(seed: int = 1, lengths: Sequence[int] = LENGTHS) -> list[NDArray[np.int64]]:
     """Token ids without special meaning, but for the last of each."""

@@ -24,7 +24,7 @@ import pytest
 
 import actcache
 from actcache.segments.segment import is_name
-from tests.support import MEMORY_FOLDER, ROOT, check, ids, key, put, recipe, rows, run
+from tests.support import MEMORY_FOLDER, PYTHONPATH, ROOT, check, ids, key, put, recipe, rows, run
 from tests.support.backends import Kind, each
 
 pytestmark = pytest.mark.processes
@@ -95,7 +95,7 @@ class Crashes:
 
     @contextlib.contextmanager
     def driver(self) -> Iterator[subprocess.Popen[str]]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
         command = [sys.executable, "-c", DRIVER]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen(command, **pipes, text=True, env=environment, cwd=ROOT) as process:

@@ -22,6 +22,8 @@ from actcache.errors import ActcacheError
 from tests.support import damage, key, make_store, put, recipe, rows, segment_files
 from tests.support.backends import each
 
+pytestmark = pytest.mark.processes
+
 
 def read_all(root: Path) -> list[str]:
     """Return the damaged segments and the entries that are there, or the name of the error."""

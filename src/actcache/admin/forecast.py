@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from actcache.admin.planning import Corpus, nbytes_of
+from actcache.admin.planning import CorpusSize, nbytes_of
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.format.arguments import nbytes_of as size_of
 from actcache.format.keys import Windows
@@ -107,7 +107,7 @@ def forecast(
     length = sum(timing.lengths) / len(timing.lengths)
     stored_as = dtype or timing.dtype
     nbytes = sum(
-        nbytes_of(Corpus(count, round(count * length)), timing.hidden_size, stored_as)
+        nbytes_of(CorpusSize(count, round(count * length)), timing.hidden_size, stored_as)
         for count in found.lacking.values()
     )
     # Layers cost about the same each.

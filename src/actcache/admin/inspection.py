@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from actcache.admin.display import as_json
 from actcache.backend import Usage
@@ -19,6 +19,7 @@ from actcache.store.space import IntegrityReport, Repair, Space
 from actcache.store.store import Store
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Repair)
 
 #: Called with how much of a step is done, and how much there is.
 StepProgress = Callable[[int, int], None]
@@ -169,14 +170,14 @@ def verify(
 
 
 @dataclass(frozen=True)
-class StoreRepair:
-    """What ``repair`` did, by fingerprint; what is unreadable was left alone."""
+class StoreRepair(Generic[R]):
+    """What a repair did, by fingerprint; what is unreadable was left alone."""
 
-    spaces: dict[str, Repair]
+    spaces: dict[str, R]
     unreadable: dict[str, str]
 
 
-def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | None = None) -> StoreRepair:
+def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | None = None) -> StoreRepair[Repair]:
     """Verify the spaces of a store and quarantine what is corrupt: it becomes a miss, its bytes are kept aside."""
 
     def repair_space(space: Space) -> Repair:

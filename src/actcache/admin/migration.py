@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from actcache.admin.inspection import Progress, each_space, select_spaces, step_of
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block
+from actcache.entries.entry import PackedEntries, columns_of
+from actcache.entries.read import read_intact
 from actcache.entries.writer import SEGMENT_BYTES
-from actcache.errors import CorruptEntryError, DataError, UsageError
+from actcache.errors import DataError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.keys import key_array, key_list
 from actcache.format.ragged import offsets_of, runs
@@ -321,6 +323,7 @@ class _PartReader:
         self._source = source
         self._segment_bytes = segment_bytes
         self._from, self._to = codec.get(source.recipe.dtype), codec.get(recipe.dtype)
+        self._columns, self._row_bytes = columns_of(recipe), recipe.row_bytes
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
 
     def select(self, keys: NDArray[np.uint8]) -> list[Selection]:
@@ -330,77 +333,44 @@ class _PartReader:
         kind = np.array([there.astype(np.int64) << i for i, there in enumerate(has)]).sum(axis=0)
         parts = []
         for one in np.unique(kind).tolist():
-            names = tuple(name for i, name in enumerate(_COLUMNS) if one >> i & 1)
-            parts += [(some, names) for some in self._cut(keys[kind == one], self._to, self._segment_bytes)]
+            names, some = tuple(name for i, name in enumerate(_COLUMNS) if one >> i & 1), keys[kind == one]
+            sizes = self._source.lengths(some) * self._row_bytes
+            parts += [(some[run], names) for run in runs(sizes, self._segment_bytes)]
         return parts
-
-    def _cut(self, keys: NDArray[np.uint8], stored: codec.Codec, nbytes: int) -> list[NDArray[np.uint8]]:
-        """Return runs of entries, each of about so many bytes of rows, or of one entry."""
-        sizes = self._source.lengths(keys) * (stored.stored.itemsize * self._source.recipe.hidden_size)
-        return [keys[run] for run in runs(sizes, nbytes)]
 
     def read(self, keys: NDArray[np.uint8], names: tuple[str, ...]) -> _Part:
         """Read and verify entries; corrupt ones, and those that were deleted meanwhile, are left out."""
-        total, hidden = int(self._source.lengths(keys).sum()), self._source.recipe.hidden_size
-        columns = {name: np.empty((total, *EXTRAS[name][1]), EXTRAS[name][0]) for name in names if name in EXTRAS}
-        columns[VALUES] = np.empty((total, hidden), self._to.stored)
-        if TOKEN_IDS in names:
-            columns[TOKEN_IDS] = np.empty(total, np.int32)
-        read = self._rows if set(names) <= {TOKEN_IDS} else self._entries
-        kept, lengths, corrupt, end = [keys[:0]], [np.empty(0, np.int64)], [], 0
-        for some in self._cut(keys, self._from, _PIECE_BYTES):
-            while True:
-                some = some[self._source.contains(some)]
-                if end + int(self._source.lengths(some).sum()) > total:
-                    raise DataError("entries of the source were replaced while they were read: run it again")
-                try:
-                    found = read(some, {name: column[end:] for name, column in columns.items()})
-                    break
-                except CorruptEntryError as error:
-                    corrupt += error.keys
-                    bad = set(error.keys)
-                    some = some[[key not in bad for key in key_list(some)]]
-            kept.append(some[found > 0])
-            lengths.append(found[found > 0])
-            end += int(found.sum())
+        sizes, corrupt = self._source.lengths(keys), list[bytes]()
+        total = int(sizes.sum())
+        forms = {name: self._columns[name] for name in (VALUES, *names)}
+        columns = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in forms.items()}
+        kept, lengths, end = [keys[:0]], [np.empty(0, np.int64)], 0
+        for run in runs(sizes * self._source.recipe.row_bytes, _PIECE_BYTES):
+            packed, some, bad = read_intact(self._source.read_packed, keys[run])
+            corrupt += bad
+            begin, end = end, end + int(packed.lengths.sum())
+            if end > total:
+                raise DataError("entries of the source were replaced while they were read: run it again")
+            if begin == end:
+                continue
+            for name in names:
+                if name not in packed.has or not packed.has[name][packed.found].all():
+                    raise DataError(f"an entry lost its {name} while it was read: run it again")
+                columns[name][begin:end] = packed.columns[name]
+            self._convert(some, packed, columns[VALUES][begin:end])
+            kept.append(some[packed.found])
+            lengths.append(packed.lengths[packed.found])
         columns = {name: column[:end] for name, column in columns.items()}
         return self._part(np.concatenate(kept), np.concatenate(lengths), columns, corrupt)
 
-    def _rows(self, keys: NDArray[np.uint8], out: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Read entries in one go into the beginning of buffers; return their lengths."""
-        ids = out.get(TOKEN_IDS)
-        if self._from.name == self._to.name:
-            return self._source.read_into(keys, out[VALUES], token_ids=ids).lengths
-        total = int(self._source.lengths(keys).sum())
-        values = np.empty((total, self._source.recipe.hidden_size), self._from.stored)
-        lengths = self._source.read_into(keys, values, token_ids=None if ids is None else ids[:total]).lengths
-        self._encode(keys, lengths, self._from.decode(values), out[VALUES])
-        return lengths
-
-    def _entries(self, keys: NDArray[np.uint8], out: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """The same for entries that have spans, word or type ids."""
-        entries = self._source.get(keys)
-        lengths = np.array([0 if entry is None else len(entry.activations) for entry in entries], np.int64)
-        for entry, begin in zip(entries, offsets_of(lengths).tolist(), strict=False):
-            if entry is None:
-                continue
-            for name, column in out.items():
-                if name != VALUES:
-                    rows = entry.token_ids if name == TOKEN_IDS else entry.extras.get(name)
-                    if rows is None:
-                        raise DataError(f"an entry lost its {name} while it was read: run it again")
-                    column[begin : begin + len(rows)] = rows
-        there = [entry.activations for entry in entries if entry is not None]
-        if there:
-            self._encode(keys, lengths, np.concatenate(there), out[VALUES])
-        return lengths
-
-    def _encode(
-        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], rows: NDArray[Any], out: NDArray[Any]
-    ) -> None:
+    def _convert(self, keys: NDArray[np.uint8], packed: PackedEntries, out: NDArray[Any]) -> None:
         """Convert rows to the target's dtype, entry by entry, so that an error names the document."""
-        cuts = itertools.pairwise(offsets_of(lengths).tolist())
-        for key, (begin, end) in zip(key_list(keys), cuts, strict=True):
+        rows = packed.columns[VALUES]
+        if self._from.name == self._to.name:
+            out[:] = rows
+            return
+        rows = self._from.decode(rows)
+        for key, (begin, end) in zip(key_list(keys), itertools.pairwise(packed.offsets.tolist()), strict=True):
             self._to.encode(rows[begin:end], out[begin:end], what=f"document {key.hex()}")
 
     def _part(
@@ -422,5 +392,5 @@ class _PartReader:
             sums, more = checksum.entry_checksums(self._seed, keys, offsets[:-1], lengths, columns)
             rest = np.zeros_like(sums) if more is None else more
             demanded = np.stack([lengths.astype(np.uint64), sums, rest], axis=1)
-        nbytes = int(offsets[-1]) * self._from.stored.itemsize * self._source.recipe.hidden_size
+        nbytes = int(offsets[-1]) * self._source.recipe.row_bytes
         return _Part(keys, lengths, columns, demanded, corrupt, nbytes)

@@ -34,7 +34,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelCosts:
     """What a model costs, seconds a token of computing, on one device."""
 
     full: float  # all layers
@@ -47,7 +47,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CorpusSize:
     documents: int
     tokens: int
 
@@ -96,7 +96,7 @@ def _months(months: float) -> str:
     return f"{months:.1f} months" if months >= 1 else f"{months * 30.4:.1f} days"
 
 
-def nbytes_of(corpus: Corpus, hidden_size: int, dtype: str) -> int:
+def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str) -> int:
     """Return about what a corpus's entries take, token ids and what is beside them included.
 
     Raises:
@@ -107,7 +107,7 @@ def nbytes_of(corpus: Corpus, hidden_size: int, dtype: str) -> int:
 
 
 def estimate(
-    corpus: Corpus, model: Model, dtype: str, disk: Disk, *, devices: int = 1, prices: Prices | None = None
+    corpus: CorpusSize, model: ModelCosts, dtype: str, disk: Disk, *, devices: int = 1, prices: Prices | None = None
 ) -> Estimate:
     """Say what a cache takes and gives.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.admin.inspection import Progress, StepProgress, each_space, step_of
+from actcache.admin.inspection import Progress, StepProgress, StoreRepair, each_space, step_of
 from actcache.admin.lost import Lost, lost_before, lost_now, of_documents, of_other_spaces, proven
 from actcache.errors import CanaryError, DataError, ModelError, UsageError
 from actcache.format.keys import Document, Windows
@@ -184,22 +184,12 @@ def verify_by_recomputing(
 
 
 @dataclass(frozen=True)
-class Restoration:
-    """What became of one space."""
+class Restoration(Repair):
+    """What became of one space; what segments held that were set aside, a fill computes again."""
 
-    quarantined: list[bytes]  # keys of corrupt entries, by this repair
-    set_aside: list[str]  # segments that could not be read, by this repair; what they held a fill computes again
     recomputed: list[bytes] = field(default_factory=list)  # keys of entries that are back
     missing: list[bytes] = field(default_factory=list)  # keys of quarantined entries that are not
     unable: str | None = None  # why nothing could be computed
-
-
-@dataclass(frozen=True)
-class StoreRestoration:
-    """What ``repair_by_recomputing`` did, by fingerprint; what is unreadable was left alone."""
-
-    spaces: dict[str, Restoration]
-    unreadable: dict[str, str]
 
 
 def repair_by_recomputing(
@@ -210,7 +200,7 @@ def repair_by_recomputing(
     texts: Callable[[], Iterable[Document]] | None = None,
     stride: int = 0,
     progress: Progress | None = None,
-) -> StoreRestoration:
+) -> StoreRepair[Restoration]:
     """Verify spaces, quarantine what is corrupt, and compute it again; also what earlier repairs quarantined.
 
     An entry is computed again only from what is certain to be its document: a text of that key, the token ids that
@@ -232,7 +222,7 @@ def repair_by_recomputing(
     def repair_space(space: Space) -> Restoration:
         return _Repair(store, space, progress).run(models, texts, stride)
 
-    return StoreRestoration(*each_space(store, prefixes, repair_space))
+    return StoreRepair(*each_space(store, prefixes, repair_space))
 
 
 class _Repair:

@@ -9,7 +9,7 @@ import typer
 
 from actcache.admin import planning
 from actcache.admin.display import binary, fields_as_json, span
-from actcache.admin.planning import Corpus, Disk, Estimate, Model, Prices
+from actcache.admin.planning import CorpusSize, Disk, Estimate, ModelCosts, Prices
 from actcache.cli import corpus, options
 from actcache.cli.common import console, print_json, say, table
 from actcache.errors import UsageError, requires_extra
@@ -86,7 +86,7 @@ def _measured(
     layer: int,
     device: str | None,
     max_length: int | None,
-) -> tuple[Corpus, Model]:
+) -> tuple[CorpusSize, ModelCosts]:
     with requires_extra("models", "measuring needs torch and transformers"):
         from actcache.models.timing import measure
     texts = [document.text for document in corpus.read(source, field, format=format)]
@@ -95,20 +95,22 @@ def _measured(
     sample = texts[:: -(-len(texts) // _SAMPLE)]
     timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
     tokens = round(sum(timing.lengths) / len(sample) * len(texts))
-    return Corpus(len(texts), tokens), Model(timing.full, timing.upper, timing.hidden_size)
+    return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size)
 
 
 def _given(
     documents: int | None, tokens: int | None, hidden: int | None, full_ms: float | None, upper_ms: float | None
-) -> tuple[Corpus, Model]:
+) -> tuple[CorpusSize, ModelCosts]:
     if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
         raise UsageError(
             "give a corpus with --model and --layer, or --documents, --tokens, --hidden, --full-ms and --upper-ms"
         )
-    return Corpus(documents, documents * tokens), Model(full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden)
+    return CorpusSize(documents, documents * tokens), ModelCosts(
+        full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden
+    )
 
 
-def _show(load: Corpus, costs: Model, disk: Disk, found: Estimate) -> None:
+def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:
     per_token = f"{costs.full * 1e6:,.1f} us a token, {costs.upper * 1e6:,.1f} of them above the cached layer"
     say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
     say(f"model: {per_token}")

@@ -46,6 +46,14 @@ class ReadReport:
         return offsets_of(self.lengths)
 
 
+@dataclass(frozen=True)
+class PackedEntries(ReadReport):
+    """All arrays of some entries in stored form, one entry's rows after another's; absent entries have none."""
+
+    columns: dict[str, NDArray[Any]]  # ``values``, and the optional arrays that any of the entries has
+    has: dict[str, NDArray[np.bool_]]  # [n] which entries have each of those
+
+
 def columns_of(recipe: Recipe) -> Columns:
     """Return dtype and trailing shape of each ragged array of a recipe's space."""
     return {VALUES: (codec.get(recipe.dtype).stored.str, (recipe.hidden_size,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, EntryLocations, Snapshot
 from actcache.entries.writer import Writer
-from actcache.errors import FormatError, SegmentGoneError
+from actcache.errors import CorruptEntryError, FormatError, SegmentGoneError
 from actcache.format import checksum
-from actcache.format.keys import key_list
+from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, row_indices
 
 _LOOKUPS = 8  # that are remembered: a few batches ahead of each of several readers
@@ -67,6 +67,19 @@ def retry_on_stale_snapshot(read: Callable[Concatenate[Any, P], T]) -> Callable[
         return read(space, *args, **options)
 
     return attempt
+
+
+def read_intact(read: Callable[[NDArray[np.uint8]], T], keys: Keys) -> tuple[T, NDArray[np.uint8], list[bytes]]:
+    """Read entries by a space's ``get`` or ``read_packed``, without those that fail their checksums; return what that
+    returns, the keys of which, ``[n, 32]``, and the keys of what is corrupt."""
+    names, corrupt = key_array(keys), list[bytes]()
+    while True:
+        try:
+            return read(names), names, corrupt
+        except CorruptEntryError as error:
+            corrupt += error.keys
+            bad = set(error.keys)
+            names = names[[key not in bad for key in key_list(names)]]
 
 
 class Request:

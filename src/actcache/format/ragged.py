@@ -172,8 +172,10 @@ def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:
 def chunks(lengths: NDArray[np.int64], width: int | None, out: Mapping[str, NDArray[np.generic]]) -> Iterator[slice]:
     """Cut a batch into runs of entries whose rows are still in the processor's cache when they are checked (see
     ``row_indices``)."""
-    row_bytes = max(buffer.strides[0] for buffer in out.values())
-    return runs((lengths if width is None else np.full(len(lengths), width)) * row_bytes, CHUNK_BYTES)
+    row_bytes, count = max(buffer.strides[0] for buffer in out.values()), len(lengths)
+    if (int(lengths.sum()) if width is None else count * width) * row_bytes <= CHUNK_BYTES:
+        return iter([slice(0, count)])  # a small batch is not planned longer than it is read
+    return runs((lengths if width is None else np.full(count, width)) * row_bytes, CHUNK_BYTES)
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, tokens: int, where: str) -> None:

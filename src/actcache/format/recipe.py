@@ -154,6 +154,11 @@ class Recipe:
         """How rows are stored, for people: ``float32``, or ``float32 via float16`` where they were that before."""
         return " via ".join([self.dtype, *reversed(self.via)])
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one token's row, as stored."""
+        return codec.get(self.dtype).stored.itemsize * self.hidden_size
+
     def stored_again(self, dtype: str) -> Recipe:
         """Return the recipe of this one's rows stored again, as another dtype; ``RecipeError`` where there is none.
 

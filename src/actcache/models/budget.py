@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import MutableSequence, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -21,93 +21,54 @@ from actcache.store.store import Store
 _ENTRY_BYTES = 4096 + 256
 RESERVE = 256 << 10  # a segment's own description, a page here and there
 _BLOCK_BYTES = 1 << 20  # zarr pads a segment by less than a row for each of these
-
-
 _UNKNOWN = -1
 
-
-class Account:
-    """What the writers of one bound have on the medium, and have promised to write. Thread-safe by its ``lock``.
-
-    Args:
-        numbers: bytes measured last, then those promised by each writer; shared memory where writers are processes.
-        lock: over them.
-    """
-
-    def __init__(self, numbers: MutableSequence[int], lock: AbstractContextManager[object]) -> None:
-        self._numbers, self.lock = numbers, lock
-        numbers[0] = _UNKNOWN
-
-    @property
-    def known(self) -> bool:
-        """Whether anything was measured."""
-        return self._numbers[0] != _UNKNOWN
-
-    @property
-    def total(self) -> int:
-        """Bytes at most, when all is written that is promised."""
-        return sum(self._numbers)
-
-    def promise(self, writer: int, nbytes: int) -> None:
-        self._numbers[1 + writer] += nbytes
-
-    def measured(self, nbytes: int, writer: int | None = None) -> None:
-        """Take note of what lies on the medium, after all that ``writer`` had promised."""
-        self._numbers[0] = nbytes
-        if writer is not None:
-            self._numbers[1 + writer] = 0
+#: What the writers of one bound share: bytes measured last, then those promised by each of them; and a lock.
+Shared = tuple[MutableSequence[int], AbstractContextManager[object]]
 
 
 class ByteBudget:
-    """Says how many entries may still be written. Not thread-safe.
+    """Says how many entries one of the writers of a bound may still write. Not thread-safe.
 
-    What lies on the medium is measured, what is promised since is counted from above, for all writers of the account:
-    so the bound holds, and measuring again after a flush tells how much of it is really left.
+    What lies on the medium is measured, as ``du`` counts it: what was replaced counts, too. What is promised since is
+    counted from above, for all writers: so the bound holds, and measuring again after a flush tells how much of it is
+    really left. It holds where nobody compacts meanwhile, nor merges small segments (``Space.merge_tiers``).
 
     Args:
-        limit: bytes.
-        measure: returns how many bytes lie on the medium.
-        number: of this writer in the account.
+        limit: bytes that the spaces take at most, or a size like ``"8GiB"``.
+        shared: with the other writers; shared memory where they are processes, None where there are none.
+        number: of this writer.
+
+    Raises:
+        UsageError: ``limit`` is neither.
     """
 
-    def __init__(self, limit: int, measure: Callable[[], int], account: Account | None = None, number: int = 0) -> None:
-        self._limit, self._measure = limit, measure
-        self._account, self._number = account or Account([0, 0], threading.Lock()), number
-
-    @classmethod
-    def of(
-        cls, limit: int | str, store: Store, spaces: Sequence[Space], account: Account | None = None, number: int = 0
-    ) -> ByteBudget:
-        """Return the budget of some spaces of a store, as ``du`` counts their bytes: what was replaced counts, too.
-
-        It holds where nobody compacts them meanwhile, nor merges small segments (``Space.merge_tiers``).
-
-        Args:
-            limit: bytes, or a size like ``"8GiB"``.
-
-        Raises:
-            UsageError: ``limit`` is neither.
-        """
-        names = [space.recipe.fingerprint for space in spaces]
+    def __init__(
+        self, limit: int | str, store: Store, spaces: Sequence[Space], shared: Shared | None = None, number: int = 0
+    ) -> None:
+        self._store, self._names = store, [space.recipe.fingerprint for space in spaces]
         # Closing writes an index of all entries where there is none yet.
         reserve = RESERVE + 64 * sum(space.usage().entries for space in spaces)
-        return cls(nbytes_of("max_bytes", limit) - reserve, lambda: taken(store, names), account, number)
+        self._limit = nbytes_of("max_bytes", limit) - reserve
+        self._numbers, self._lock = shared or ([0, 0], threading.Lock())
+        self._own = 1 + number
+        with self._lock:
+            self._numbers[0] = _UNKNOWN
 
     def admit(self, sizes: Sequence[int]) -> int:
         """Promise to write as many things of these sizes, from the first on, as surely fit; return how many."""
-        account = self._account
-        with account.lock:
-            if not account.known:
-                account.measured(self._measure())
-            left = self._limit - account.total
+        with self._lock:
+            if self._numbers[0] == _UNKNOWN:
+                self._numbers[0] = taken(self._store, self._names)
+            left = self._limit - sum(self._numbers)
             count = int(np.searchsorted(np.cumsum(sizes, dtype=np.int64), left, "right"))
-            account.promise(self._number, sum(sizes[:count]))
+            self._numbers[self._own] += sum(sizes[:count])
             return count
 
     def remeasure(self) -> None:
         """Measure anew, after a flush of all that this writer has promised."""
-        with self._account.lock:
-            self._account.measured(self._measure(), self._number)
+        with self._lock:
+            self._numbers[0], self._numbers[self._own] = taken(self._store, self._names), 0
 
 
 def taken(store: Store, fingerprints: Sequence[str]) -> int:
@@ -118,11 +79,6 @@ def taken(store: Store, fingerprints: Sequence[str]) -> int:
 
 def most_bytes(recipe: Recipe, extras: Sequence[str], tokens: int) -> int:
     """Return how many bytes an entry takes at most, on any backend."""
-    columns = columns_of(recipe)
-    row = sum(_itemsize(columns[name]) for name in (VALUES, TOKEN_IDS, *extras))
+    columns = [columns_of(recipe)[name] for name in (VALUES, TOKEN_IDS, *extras)]
+    row = sum(np.dtype(dtype).itemsize * math.prod(trailing) for dtype, trailing in columns)
     return math.ceil(tokens * row * (1 + row / _BLOCK_BYTES)) + _ENTRY_BYTES
-
-
-def _itemsize(column: tuple[str, tuple[int, ...]]) -> int:
-    dtype, trailing = column
-    return np.dtype(dtype).itemsize * math.prod(trailing)

@@ -140,7 +140,7 @@ def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
 
 def documents(encoder: DocumentEncoder) -> list[Encoded]:
     """Return the texts, cut to what the model takes, and one long document of their tokens in a fixed disorder."""
-    texts = [windows[0] for windows in encoder.truncating().encode(TEXTS)]
+    texts = [windows[0] for windows in encoder.truncating.encode(TEXTS)]
     tokens = np.concatenate([one.token_ids for one in texts])
     if len(np.unique(tokens)) < _FEW:
         tokens = _spread_ids(encoder)

@@ -12,7 +12,7 @@ from typing import Any
 from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
-from actcache.models.budget import Account, ByteBudget, most_bytes
+from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import check_texts, chunked, document_keys, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_batches
 from actcache.models.progress import FillProgress
@@ -114,7 +114,7 @@ class Filler:
         advance: Advance,
         token_budget: int = TOKEN_BUDGET,
         max_bytes: int | str | None = None,
-        account: Account | None = None,
+        shared: Shared | None = None,
         number: int = 0,
     ) -> FillReport:
         """Do this process's part of a fill by several; see ``actcache.models.parallel``.
@@ -122,18 +122,18 @@ class Filler:
         Args:
             parts: documents that somebody else has numbered; each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
-            account, number: what all of them write under ``max_bytes``, and which of them this is.
+            shared, number: what all of them share for ``max_bytes``, and which of them this is.
         """
-        return self._fill(parts, token_budget, advance, self._prepared(max_bytes, account, number))
+        return self._fill(parts, token_budget, advance, self._prepared(max_bytes, shared, number))
 
     def _prepared(
-        self, max_bytes: int | str | None, account: Account | None = None, number: int = 0
+        self, max_bytes: int | str | None, shared: Shared | None = None, number: int = 0
     ) -> ByteBudget | None:
         """Make sure that the store can be written to, and that the lower half computes the numbers of the spaces."""
         self._store.check_writable()
         self._check()
         spaces = list(self._spaces.values())
-        return None if max_bytes is None else ByteBudget.of(max_bytes, self._store, spaces, account, number)
+        return None if max_bytes is None else ByteBudget(max_bytes, self._store, spaces, shared, number)
 
     def _check(self) -> None:
         for agreement in self._agreements:

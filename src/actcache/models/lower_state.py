@@ -136,11 +136,8 @@ class _Reads(TorchFunctionMode):
                 continue
             self._ids.add(id(tensor))
             self._alive.append(tensor)
-            if (memory := _memory(tensor)) is not None and not self._made(memory):
+            if (memory := _memory(tensor)) is not None:
                 self._memory.setdefault(memory, there_before)
-
-    def _made(self, memory: tuple[int, int]) -> bool:
-        return self._memory.get(memory) is False
 
 
 def _some_ids(base_model: PreTrainedModel) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -186,19 +183,19 @@ def _is_one_of(module: nn.Module, name: str, ids: set[int]) -> bool:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield a module's plain attributes that are tensors, or lists, tuples or dicts that hold some, or packed."""
+    # A class that says how it is saved has put what is packed into the state dict.
+    says_how = any(
+        getattr(type(module), name) is not getattr(nn.Module, name)
+        for name in ("_save_to_state_dict", "get_extra_state")
+    )
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers", "_modules"):
             continue
         if isinstance(value, torch.ScriptObject):
-            # A class that says how it is saved has put it into the state dict.
-            if type(module)._save_to_state_dict is nn.Module._save_to_state_dict and not _has_extra_state(module):
+            if not says_how:
                 yield name, value
         elif next(_in_containers(value), None) is not None:
             yield name, value
-
-
-def _has_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, read: _Reads) -> Iterable[tuple[str, Any]]:

@@ -140,12 +140,9 @@ class DocumentEncoder:
         """The spec by which documents are cut, None under another policy."""
         return self.too_long if isinstance(self.too_long, Windows) else None
 
-    def truncating(self) -> DocumentEncoder:
-        """Return an encoder that differs in that it truncates whatever is too long; each time the same one."""
-        return self._truncating
-
     @functools.cached_property
-    def _truncating(self) -> DocumentEncoder:
+    def truncating(self) -> DocumentEncoder:
+        """An encoder that differs in that it truncates whatever is too long, and makes no extras."""
         other = copy.copy(self)  # with the same tokenizer: to copy that takes as long as hundreds of documents
         other.too_long, other.extras = "truncate", ()
         return other
@@ -178,12 +175,17 @@ class DocumentEncoder:
 
     def _encode_texts(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
         if kind == "words" and self._joined_words is not None:
-            raise self._joins_words(*self._joined_words, positions[0])
+            first, second = self._joined_words
+            raise DocumentError(
+                f"document {positions[0]} is words, and this {type(self.tokenizer).__name__} would run them together: "
+                f"the words {first!r}, {second!r} get other tokens than the text '{first} {second}'. Load it with "
+                "add_prefix_space=True, or, where that changes nothing, give the document as one text"
+            )
         cut: dict[str, Any] = {}
         if isinstance(self.too_long, Windows):
             cut = {"truncation": True, "return_overflowing_tokens": True, "stride": self.too_long.stride}
             if kind == "pair":
-                self._check_first_texts(documents, positions)
+                self._check_first_texts(documents, positions, self.too_long)
                 cut["truncation"] = "only_second"
         elif self.too_long == "truncate" and self.max_length is not None:
             cut = {"truncation": True}
@@ -210,13 +212,6 @@ class DocumentEncoder:
     def _joined_words(self) -> tuple[str, str] | None:
         return joined_words(self.tokenizer)
 
-    def _joins_words(self, first: str, second: str, position: int) -> DocumentError:
-        return DocumentError(
-            f"document {position} is words, and this {type(self.tokenizer).__name__} would run them together: the "
-            f"words {first!r}, {second!r} get other tokens than the text '{first} {second}'. Load it with "
-            "add_prefix_space=True, or, where that changes nothing, give the document as one text"
-        )
-
     def _encoded(self, batch: Any, i: int) -> Encoded:
         ids = np.array(batch["input_ids"][i], np.int32)
         types = batch.get("token_type_ids")
@@ -231,28 +226,25 @@ class DocumentEncoder:
 
     def _encode_ids(self, documents: list[Any], kind: str, positions: Sequence[int]) -> list[list[Encoded]]:
         result = []
-        for document, position in zip(documents, positions, strict=True):
-            windows = [document]
+        for ids, position in zip(documents, positions, strict=True):
+            windows = [ids]
             if isinstance(self.too_long, Windows):
-                length, step = self.too_long.max_length, self.too_long.max_length - self.too_long.stride
-                windows = [
-                    document[i : i + length] for i in range(0, max(1, len(document) - self.too_long.stride), step)
-                ]
+                length, stride = self.too_long.max_length, self.too_long.stride
+                windows = [ids[i : i + length] for i in range(0, max(1, len(ids) - stride), length - stride)]
             elif self.too_long == "truncate" and self.max_length is not None:
                 left = self.tokenizer.truncation_side == "left"
-                windows = [document[-self.max_length :] if left else document[: self.max_length]]
+                windows = [ids[-self.max_length :] if left else ids[: self.max_length]]
             result.append([self._plain(window, position) for window in windows])
         return result
 
     def _plain(self, ids: NDArray[np.integer], position: int) -> Encoded:
-        if len(ids) and ids.max() >= self.vocabulary:
+        if len(ids) and ids.max() >= self.vocabulary:  # before they are cut down to 32 bits
             raise self._outside(ids, position)
-        unknown = np.full(len(ids), -1, np.int32)
         return Encoded(
             ids.astype(np.int32),
             np.zeros(len(ids), np.int8),
             np.zeros((len(ids), 2), np.int32) if "spans" in self.extras else None,
-            unknown if "word_ids" in self.extras else None,
+            np.full(len(ids), -1, np.int32) if "word_ids" in self.extras else None,
         )
 
     def _check(self, windows: list[Encoded], document: Document, position: int) -> None:
@@ -274,11 +266,9 @@ class DocumentEncoder:
             "is it the tokenizer of another model?"
         )
 
-    def _check_first_texts(self, documents: list[tuple[str, str]], positions: Sequence[int]) -> None:
+    def _check_first_texts(self, documents: list[tuple[str, str]], positions: Sequence[int], windows: Windows) -> None:
         # Only the second text is cut; the tokenizers' own check of this is a panic.
-        if not isinstance(self.too_long, Windows):
-            return
-        room = self.too_long.max_length - self._added[1] - self.too_long.stride
+        room = windows.max_length - self._added[1] - windows.stride
         ids = self.tokenizer([first for first, _ in documents], add_special_tokens=False)["input_ids"]
         for document, position, tokens in zip(documents, positions, ids, strict=True):
             if len(tokens) >= room:

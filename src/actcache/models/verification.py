@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from actcache.entries.entry import Entry
-from actcache.errors import CorruptEntryError, MissingEntryError, ModelError, UsageError, VerificationError
+from actcache.entries.read import read_intact
+from actcache.errors import MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
@@ -148,14 +149,10 @@ def check_sample(sample: object) -> None:
 
 def intact_entries(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dict[bytes, Entry]:
     """Return the entries that are there, intact and with token ids; note the keys of corrupt ones."""
-    while True:
-        try:
-            found = dict(zip(keys, space.get(keys), strict=True))
-        except CorruptEntryError as error:
-            corrupt += error.keys
-            keys = [key for key in keys if key not in set(error.keys)]
-        else:
-            return {key: entry for key, entry in found.items() if entry is not None and entry.token_ids is not None}
+    found, intact, bad = read_intact(space.get, keys)
+    corrupt += bad
+    entries = zip(key_list(intact), found, strict=True)
+    return {key: entry for key, entry in entries if entry is not None and entry.token_ids is not None}
 
 
 def disagreeing(space: Space, lower: LowerHalf, encoder: DocumentEncoder, keys: list[bytes]) -> list[bytes]:
@@ -179,7 +176,9 @@ class _Comparison:
 
     def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, outputs: _Outputs | None) -> None:
         self._lower, self._outputs = lower, outputs
-        self._separator = separator_of(encoder)
+        # The token that ends each of two texts, where these have type ids.
+        typed = "token_type_ids" in encoder.tokenizer.model_input_names
+        self._separator = encoder.tokenizer.sep_token_id if typed else None
         self._tolerance = TOLERANCE[lower.compute_dtype] + _rounding(space.recipe)
         self._errors: list[float] = []
         self._failed: list[bytes] = []
@@ -346,9 +345,3 @@ def _as_pairs(
         again = _errors(lower, [entries[i]], [paired])[0]
         if again[0] <= tolerance:
             found[i], inputs[i] = again, paired
-
-
-def separator_of(encoder: DocumentEncoder) -> int | None:
-    """Return the token that ends each of two texts, where these have type ids."""
-    typed = "token_type_ids" in encoder.tokenizer.model_input_names
-    return encoder.tokenizer.sep_token_id if typed else None

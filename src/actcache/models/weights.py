@@ -64,7 +64,7 @@ def lower_digest(base_model: PreTrainedModel, family: Family, layer: int) -> str
         ModelError: the weights are not in memory (``meta`` device), the rows that pruning dropped are not at hand, or
             something in the lower half cannot be hashed; it is named.
     """
-    quick = _checksum(base_model, family, layer, _quick)
+    quick = _checksum(base_model, family, layer, xxhash.xxh3_128_digest)
     if quick not in _digests:
         _digests[quick] = _checksum(base_model, family, layer, _strong)
     return _digests[quick]
@@ -105,7 +105,7 @@ def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, f
     Files that changed in size or time are hashed again, and files that were written less than two seconds ago are not
     remembered, for another write could leave their time as it is. A memo that cannot be read or written is ignored.
     """
-    quick = _checksum(base_model, family, layer, _quick)
+    quick = _checksum(base_model, family, layer, xxhash.xxh3_128_digest)
     name = _memo_name(quick, layer, files)
     if name is None:
         return lower_digest(base_model, family, layer)
@@ -132,10 +132,6 @@ def weight_files(name_or_path: str, revision: str | None = None) -> list[Path]:
     return sorted(path.resolve() for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
 
 
-def _quick(data: memoryview) -> bytes:
-    return xxhash.xxh3_128_digest(data)
-
-
 def _strong(data: memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=32).digest()
 
@@ -143,23 +139,19 @@ def _strong(data: memoryview) -> bytes:
 def _checksum(
     base_model: PreTrainedModel, family: Family, layer: int, hash_chunk: Callable[[memoryview], bytes]
 ) -> str:
+    found = (leaf for name, value in lower_state(base_model, family, layer) for leaf in leaves(name, value))
     # Both functions free the GIL while they run.
     whole = hashlib.blake2b(digest_size=32, person=b"actcache/weights")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             (canonical_json(_header(name, leaf)).encode(), _digests_of(name, leaf, hash_chunk, pool))
-            for name, leaf in sorted(_leaves(base_model, family, layer), key=lambda item: item[0])
+            for name, leaf in sorted(found, key=lambda item: item[0])
         ]
         for header, digests in jobs:
             whole.update(len(header).to_bytes(8, "little") + header)
             for digest in digests:
                 whole.update(digest)
     return whole.hexdigest()
-
-
-def _leaves(base_model: PreTrainedModel, family: Family, layer: int) -> Iterator[tuple[str, Leaf]]:
-    for name, value in lower_state(base_model, family, layer):
-        yield from leaves(name, value)
 
 
 def _header(name: str, leaf: Leaf) -> list[Any]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from actcache import backend
 from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, StoreDriver
-from actcache.entries.entry import Entry, ReadReport, check_digits, check_lists, columns_of, encode_entry, listed
+from actcache.entries import entry
+from actcache.entries.entry import Entry, PackedEntries, ReadReport
 from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import Writer
 from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError, UsageError
@@ -85,7 +86,7 @@ class Space:
         self._store = driver
         self._reopen, self._on_close = reopen, on_close
         self._codec = codec.get(recipe.dtype, recipe.via)
-        self._columns = columns_of(recipe)
+        self._columns = entry.columns_of(recipe)
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._writable = writable
         self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": segment_seconds}
@@ -148,9 +149,9 @@ class Space:
             StoreError: read-only, disk full, ...
         """
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
-        lists = {VALUES: listed(VALUES, arrays)}
-        lists |= {name: listed(name, rows) for name, rows in given.items() if rows is not None}
-        check_digits(lists[VALUES], self.recipe)
+        lists = {VALUES: entry.listed(VALUES, arrays)}
+        lists |= {name: entry.listed(name, rows) for name, rows in given.items() if rows is not None}
+        entry.check_digits(lists[VALUES], self.recipe)
         return self._put(keys, lists, self._codec, overwrite=overwrite)
 
     def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
@@ -179,11 +180,11 @@ class Space:
         writer = self._writing()
         all_keys = key_array(keys)
         names = key_list(all_keys)
-        check_lists(names, lists)
+        entry.check_lists(names, lists)
         with self._write_lock:
             wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
             fresh = np.flatnonzero(wanted).tolist()
-            encoded = [encode_entry(names[i], lists, i, self._columns, stored_as) for i in fresh]
+            encoded = [entry.encode_entry(names[i], lists, i, self._columns, stored_as) for i in fresh]
             for i, stored in zip(fresh, encoded, strict=True):
                 writer.add(names[i], stored)
         return len(encoded)
@@ -230,14 +231,23 @@ class Space:
         """
         wanted = key_array(keys)
         request = self._request(wanted)
-        out, has, corrupt = self._read_all(request, verify=verify)
+        packed, corrupt = self._read_all(request, verify=verify)
         self._refuse_corrupt(wanted, corrupt)
+        has = {name: there.tolist() for name, there in packed.has.items()}
         entries: list[Entry | None] = []
-        for i, (begin, end) in enumerate(itertools.pairwise(offsets_of(request.lengths).tolist())):
-            others = {name: out[name][begin:end] for name, there in has.items() if there[i]}
-            rows, ids = self._codec.decode(out[VALUES][begin:end]), others.pop(TOKEN_IDS, None)
+        for i, (begin, end) in enumerate(itertools.pairwise(packed.offsets.tolist())):
+            others = {name: packed.columns[name][begin:end] for name, there in has.items() if there[i]}
+            rows, ids = self._codec.decode(packed.columns[VALUES][begin:end]), others.pop(TOKEN_IDS, None)
             entries.append(Entry(rows, ids, others) if end > begin else None)
         return entries
+
+    @retry_on_stale_snapshot
+    def read_packed(self, keys: Keys) -> PackedEntries:
+        """Return the entries of the keys in stored form, as few large arrays; ``CorruptEntryError`` as of ``get``."""
+        wanted = key_array(keys)
+        packed, corrupt = self._read_all(self._request(wanted), verify=True)
+        self._refuse_corrupt(wanted, corrupt)
+        return packed
 
     @retry_on_stale_snapshot
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
@@ -291,18 +301,15 @@ class Space:
         self._used.note()
         return Request(self._view, self._writer, self._seed, keys, self._lookups)
 
-    def _read_all(
-        self, request: Request, *, verify: bool
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, list[bool]], list[int]]:
-        """Read all arrays of some entries, packed; return them by name, which entries have each of them but their rows,
-        and the positions of entries that are corrupt."""
+    def _read_all(self, request: Request, *, verify: bool) -> tuple[PackedEntries, list[int]]:
+        """Read all arrays of some entries; return them, and the positions of entries that are corrupt."""
         has = {name: request.has(name) for name in self._columns if name != VALUES}
         has = {name: there for name, there in has.items() if there.any()}
         columns = {name: column for name, column in self._columns.items() if name == VALUES or name in has}
         total = int(request.lengths.sum())
         out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns.items()}
         corrupt = request.read(out, None, verify=verify)
-        return out, {name: there.tolist() for name, there in has.items()}, corrupt
+        return PackedEntries(request.lengths, out, has), corrupt
 
     def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: list[int]) -> None:
         if corrupt:
@@ -412,7 +419,7 @@ class Space:
     def corrupt_among(self, keys: Keys, progress: Progress | None = None) -> tuple[list[bytes], int]:
         """Read published entries on all processors; return which fail their checksums, and the bytes of rows read."""
         keys = self.in_order(keys)
-        nbytes = self._view().locate(keys).tokens * (self._codec.stored.itemsize * self.recipe.hidden_size)
+        nbytes = self._view().locate(keys).tokens * self.recipe.row_bytes
         parts = [keys[part] for part in runs(nbytes, _PART_BYTES)]
         corrupt: list[bytes] = []
         checked = 0
@@ -433,7 +440,7 @@ class Space:
     def _corrupt(self, keys: NDArray[np.uint8]) -> list[int]:
         """Return the positions of published entries that fail their checksums; absent ones do not."""
         view = self._view()  # one for all: another might know of other arrays
-        return self._read_all(Request(lambda: view, None, self._seed, keys), verify=True)[2]
+        return self._read_all(Request(lambda: view, None, self._seed, keys), verify=True)[1]
 
     @retry_on_stale_snapshot
     def salvaged_ids(self, keys: Keys) -> list[NDArray[np.int32] | None]:

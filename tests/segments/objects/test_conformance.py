@@ -53,6 +53,11 @@ class TestZarrInMemory(BackendConformance):
     steps = 40
 
 
+@pytest.mark.long
+class TestZarrInMemoryForLong(TestZarrInMemory):
+    steps = 500
+
+
 class TestSafetensorsInAFolder(BackendConformance):
     @pytest.fixture
     def url(self, tmp_path):

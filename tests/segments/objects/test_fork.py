@@ -92,7 +92,11 @@ print("done")
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize(("client", "more"), [("obstore", WORKERS), ("s3fs", "")], ids=["obstore", "s3fs"])
+@pytest.mark.parametrize(
+    ("client", "more"),
+    [("obstore", WORKERS), pytest.param("s3fs", "", marks=pytest.mark.long)],
+    ids=["obstore", "s3fs"],
+)
 def test_children_are_silent_and_the_parent_goes_on(bucket, client, more):
     options = {**bucket.options, "client": client}
     process = support.start(CHILDREN + more + END, bucket.url, json.dumps(options))

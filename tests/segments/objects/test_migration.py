@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.cli.test_migrate import contents, killed, make_source, run
+from tests.admin.test_migrate import contents, killed, make_source, run
 from tests.support import ROOT
 from tests.support.backends import KINDS
 

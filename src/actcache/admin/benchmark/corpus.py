@@ -77,7 +77,7 @@ class Documents:
             space.put([key.tobytes() for key in self.keys[part]], self._documents[part], self._ids[part])
 
 
-class Corpus:
+class StoredCorpus:
     """Stores of the same documents.
 
     Args:

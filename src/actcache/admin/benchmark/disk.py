@@ -13,7 +13,7 @@ from pathlib import Path
 
 from actcache.admin import machine
 from actcache.admin.benchmark.caches import evict_surely
-from actcache.admin.benchmark.corpus import SHAPES, Corpus, Documents
+from actcache.admin.benchmark.corpus import SHAPES, Documents, StoredCorpus
 from actcache.admin.benchmark.reading import Comparison, cold, flat_path, warm
 from actcache.admin.inspection import Progress
 from actcache.backend import SegmentFormat, SpaceEngine
@@ -108,7 +108,7 @@ def run(
             urls = {backend: f"{backend}:{scratch / backend}" for backend in chosen}
             tell = partial(progress, f"{name} stores")
             tell(0, 1 + len(urls))
-            corpus = Corpus(Documents(SHAPES[name], nbytes), urls, {}, flat_path(scratch), tell)
+            corpus = StoredCorpus(Documents(SHAPES[name], nbytes), urls, {}, flat_path(scratch), tell)
             for mode in modes:
                 tell = partial(progress, f"{name} {mode}")
                 if mode == "warm":

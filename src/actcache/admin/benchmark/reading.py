@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from actcache.admin.benchmark import rounds
 from actcache.admin.benchmark.caches import refuse_mappings
-from actcache.admin.benchmark.corpus import Corpus
+from actcache.admin.benchmark.corpus import StoredCorpus
 from actcache.admin.benchmark.limits import FlatFile, Positions
 from actcache.admin.benchmark.rounds import Seconds, Spread, fastest
 from actcache.admin.display import as_json
@@ -88,7 +88,7 @@ def flat_path(folder: Path) -> Path:
 
 
 def warm(
-    corpus: Corpus, folder: Path, count: int, batches: int, progress: StepProgress = lambda done, total: None
+    corpus: StoredCorpus, folder: Path, count: int, batches: int, progress: StepProgress = lambda done, total: None
 ) -> Comparison:
     """Compare reads of what is in the page cache and mapped already, ``count`` rounds of so many batches."""
     out, turns = corpus.buffer(), corpus.turns(count, batches)
@@ -108,7 +108,7 @@ def warm(
             for space in spaces.values():
                 space.read_into(corpus.keys[which], out)
         contestants = {name: partial(_read_batches, read, turns) for name, read in reads.items()}
-        seconds = rounds.run(contestants, count, progress=progress)
+        seconds = rounds.take_turns(contestants, count, progress=progress)
         raw, together, digest = (
             fastest(some, seconds) for some in (flat.warm(), flat.coalesced_warm(), flat.digests())
         )
@@ -124,7 +124,7 @@ def warm(
 
 
 def cold(
-    corpus: Corpus,
+    corpus: StoredCorpus,
     folder: Path,
     count: int,
     batches: int,
@@ -151,7 +151,7 @@ def cold(
             refuse_mappings([folder / name for name in corpus.urls])
             drop()
 
-        seconds = rounds.run(contestants, count, before=before, progress=progress)
+        seconds = rounds.take_turns(contestants, count, before=before, progress=progress)
         raw, together = fastest(flat.cold(), seconds), fastest(flat.coalesced_cold(), seconds)
         limits = seconds[raw], seconds[together]
         rows = [Contestant(name, seconds[name]) for name in (*flat.cold(), *flat.coalesced_cold())]
@@ -170,11 +170,11 @@ def _read_batches(read: Callable[[Positions], object], turns: list[list[Position
     return 0.0
 
 
-def _read_entries(space: Space, corpus: Corpus, out: NDArray[Any], verify: bool, which: Positions) -> None:
+def _read_entries(space: Space, corpus: StoredCorpus, out: NDArray[Any], verify: bool, which: Positions) -> None:
     space.read_into(corpus.keys[which], out, verify=verify)
 
 
-def _read_cold(corpus: Corpus, backend: str, out: NDArray[Any], turns: list[list[Positions]], turn: int) -> float:
+def _read_cold(corpus: StoredCorpus, backend: str, out: NDArray[Any], turns: list[list[Positions]], turn: int) -> float:
     """Read a turn's batches, hinting one batch ahead as the reader does; the opening is part of the time."""
     batches = [corpus.keys[which] for which in turns[turn]]
     with corpus.open(backend) as space:
@@ -187,7 +187,7 @@ def _read_cold(corpus: Corpus, backend: str, out: NDArray[Any], turns: list[list
 
 
 def _comparison(
-    mode: str, corpus: Corpus, turns: list[list[Positions]], rows: list[Contestant], limit: str, coalesced: str
+    mode: str, corpus: StoredCorpus, turns: list[list[Positions]], rows: list[Contestant], limit: str, coalesced: str
 ) -> Comparison:
     shape, payload = corpus.shape, corpus.payload(turns)
     size = len(corpus.lengths), corpus.nbytes, shape.batch, len(turns[0])

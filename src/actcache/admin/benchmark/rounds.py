@@ -42,7 +42,7 @@ class Spread:
         return f"{self.median:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
 
-def run(
+def take_turns(
     contestants: Mapping[str, Callable[[int], float]],
     rounds: int,
     before: Callable[[], None] = lambda: None,

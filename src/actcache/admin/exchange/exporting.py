@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
 from actcache.errors import DataError, ShapeError, UsageError, requires_extra
-from actcache.format import checksum, codec
+from actcache.format import checksum
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of, runs
 from actcache.format.safetensors import Described
@@ -101,7 +101,7 @@ def _write_arrays(
     with SINKS[suffix](path, described, metadata) as sink:
         sink.write("offsets", starts)
         sink.write("keys", keys)
-        for run in _parts(space, lengths):
+        for run in runs(lengths * space.recipe.row_bytes, PART_BYTES):
             part, begins = keys[run], starts[run] - starts[run.start]
             rows = _rows(space, part, columns, int(lengths[run].sum()))
             sums, extra_sums = checksum.entry_checksums(seed, part, begins, lengths[run], rows)
@@ -116,32 +116,14 @@ def _write_arrays(
     return Exported(len(keys), path.stat().st_size, TOKEN_IDS in columns, extras, left_out)
 
 
-def _parts(space: Space, lengths: NDArray[np.int64]) -> Iterator[slice]:
-    """Return runs of entries of about ``PART_BYTES`` of rows."""
-    return runs(lengths * (codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size), PART_BYTES)
-
-
 def _rows(space: Space, keys: NDArray[np.uint8], columns: list[str], total: int) -> dict[str, NDArray[Any]]:
     """Return the entries' ragged arrays, packed, in stored form."""
-    stored = codec.get(space.recipe.dtype)
-    if set(columns) <= {VALUES, TOKEN_IDS}:
-        rows: dict[str, NDArray[Any]] = {VALUES: np.empty((total, space.recipe.hidden_size), stored.stored)}
-        if TOKEN_IDS in columns:
-            rows[TOKEN_IDS] = np.empty(total, np.int32)
-        found = space.read_into(keys, rows[VALUES], token_ids=rows.get(TOKEN_IDS))
-        check_present(keys, found.found)
-        if int(found.lengths.sum()) != total:
-            raise DataError("entries changed while they were read: run it again")
-        return rows
-    entries = [entry for entry in space.get(keys) if entry is not None]
-    check_present(keys, space.contains(keys))
-    arrays: dict[str, list[Any]] = {VALUES: [stored.stored_rows(entry.activations) for entry in entries]}
-    if TOKEN_IDS in columns:
-        arrays[TOKEN_IDS] = [entry.token_ids for entry in entries]
-    for name in columns:
-        if name in EXTRAS:
-            arrays[name] = [entry.extras[name] for entry in entries]
-    return {name: np.concatenate(parts) for name, parts in arrays.items()}
+    packed = space.read_packed(keys)
+    check_present(keys, packed.found)
+    there = all(name == VALUES or (name in packed.has and packed.has[name].all()) for name in columns)
+    if int(packed.lengths.sum()) != total or not there:
+        raise DataError("entries changed while they were read: run it again")
+    return {name: packed.columns[name] for name in columns}
 
 
 def _once(keys: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -186,21 +168,17 @@ def _schema(arrow: Any, space: Space, with_ids: bool) -> Any:
 
 
 def _batch(arrow: Any, schema: Any, space: Space, keys: NDArray[np.uint8], ids: Sequence[str] | None) -> Any:
-    found = space.get(keys)
-    check_present(keys, np.array([entry is not None for entry in found], bool))
-    entries = [entry for entry in found if entry is not None]
-    none = np.empty(0, np.int32)
-    lists = [none if entry.token_ids is None else entry.token_ids for entry in entries]
-    offsets = offsets_of(np.array([len(one) for one in lists], np.int64)).astype(np.int32)
-    missing = arrow.array([entry.token_ids is None for entry in entries], arrow.bool_())
+    packed = space.read_packed(keys)
+    check_present(keys, packed.found)
+    has = packed.has.get(TOKEN_IDS, np.zeros(len(keys), bool))
+    tokens = packed.columns[TOKEN_IDS][np.repeat(has, packed.lengths)] if has.any() else np.empty(0, np.int32)
+    offsets = arrow.array(offsets_of(np.where(has, packed.lengths, 0)).astype(np.int32))
     return arrow.record_batch(
         [
             arrow.array([key.hex() for key in key_list(keys)], arrow.string()),
             *([arrow.array(ids, arrow.string())] if ids is not None else []),
-            arrow.array([len(entry.activations) for entry in entries], arrow.int32()),
-            arrow.ListArray.from_arrays(
-                arrow.array(offsets), arrow.array(np.concatenate([none, *lists])), mask=missing
-            ),
+            arrow.array(packed.lengths, arrow.int32()),
+            arrow.ListArray.from_arrays(offsets, arrow.array(tokens), mask=arrow.array(~has)),
         ],
         schema=schema,
     )

@@ -62,14 +62,13 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
     file = _checked(path, *_arrays_of(path))
     lengths, begins = np.diff(file.offsets), file.offsets[:-1]
     stored = codec.get(file.recipe.dtype)
-    row_bytes = stored.stored.itemsize * file.recipe.hidden_size
     seed = checksum.space_seed(file.recipe.fingerprint, file.recipe.dtype, file.recipe.hidden_size)
     corrupt: list[bytes] = []
     count = 0
     with ExitStack() as stack:
         # Where nothing of the file is right, its recipe may not be either, and no space is made of it.
         space = None if len(file.keys) else stack.enter_context(store.space(file.recipe))
-        for run in runs(lengths * row_bytes, PART_BYTES):
+        for run in runs(lengths * file.recipe.row_bytes, PART_BYTES):
             sums, extra_sums = checksum.entry_checksums(seed, file.keys[run], begins[run], lengths[run], file.columns)
             right = sums == file.checksums[run]
             if extra_sums is not None and file.extra_checksums is not None:

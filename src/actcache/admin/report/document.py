@@ -12,12 +12,12 @@ import numpy as np
 
 from actcache.admin.display import as_json, fields_as_json
 from actcache.admin.inspection import each_space, select_spaces
-from actcache.admin.report.spaces import read_intact, stem_of
+from actcache.admin.report.spaces import stem_of
 from actcache.admin.report.statistics import Numbers, Statistics
 from actcache.backend import EXTRAS, TOKEN_IDS, StoredFile
 from actcache.entries.entry import columns_of
+from actcache.entries.read import read_intact
 from actcache.errors import MissingEntryError, UsageError
-from actcache.format import codec
 from actcache.format.keys import KEY_BYTES, Windows, document_key, key_list
 from actcache.format.recipe import Recipe
 from actcache.store.document_entries import stored_windows
@@ -185,17 +185,17 @@ def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Windo
     stem = names[int(which[0])] if which[0] >= 0 else None
     tokens, checksum, _ = space.stored_checksums([key])[0].tolist()
     columns = columns_of(space.recipe)
-    row_bytes = codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size
+    row_bytes = space.recipe.row_bytes
     for name in (TOKEN_IDS, *EXTRAS):
         if space.has(name, [key])[0]:
             dtype, trailing = columns[name]
             row_bytes += np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=int))
     where = None if stem is None else listed.get(stem, stem)
     report = EntryReport(space.recipe, key, window, tokens, tokens * row_bytes, where, checksum, intact=False)
-    found, _ = read_intact(space, [key])
-    if not found:
+    found, _, _ = read_intact(space.get, [key])
+    entry, numbers = next(iter(found), None), Numbers()
+    if entry is None:
         return report
-    (entry,), numbers = found, Numbers()
     numbers.add(entry.activations)
     return replace(
         report,

@@ -25,11 +25,10 @@ from actcache.admin.inspection import (
     step_of,
 )
 from actcache.admin.report.statistics import Lengths, Numbers, Statistics
-from actcache.backend import StoredFile
-from actcache.entries.entry import Entry
-from actcache.errors import CorruptEntryError, DataError, UsageError
+from actcache.backend import VALUES, StoredFile
+from actcache.entries.read import read_intact
+from actcache.errors import DataError, UsageError
 from actcache.format import codec
-from actcache.format.keys import key_list
 from actcache.format.ragged import runs
 from actcache.format.recipe import Recipe
 from actcache.store.footprint import Footprint, age_of_last_write, footprint_of, segments_in
@@ -83,27 +82,14 @@ def read_sample(
     if count is not None and count < len(keys):
         chosen = keys[np.random.default_rng(seed).choice(len(keys), count, replace=False)]
     chosen = space.in_order(chosen)
-    row_bytes = codec.get(space.recipe.dtype).stored.itemsize * space.recipe.hidden_size
-    numbers, corrupt = Numbers(), []
-    for run in runs(space.lengths(chosen) * row_bytes, _PART_BYTES):
-        found, bad = read_intact(space, key_list(chosen[run]))
+    stored, numbers, corrupt = codec.get(space.recipe.dtype), Numbers(), []
+    for run in runs(space.lengths(chosen) * space.recipe.row_bytes, _PART_BYTES):
+        packed, _, bad = read_intact(space.read_packed, chosen[run])
         corrupt += bad
-        if found:
-            numbers.add(np.concatenate([entry.activations for entry in found]))  # at once: most entries are short
+        numbers.add(stored.decode(packed.columns[VALUES]))
         if progress is not None:
             progress(run.stop, len(chosen))
     return Sample(len(chosen), len(keys), corrupt, numbers.statistics())
-
-
-def read_intact(space: Space, keys: list[bytes]) -> tuple[list[Entry], list[bytes]]:
-    """Return the entries that are intact, and the keys of those that are not; absent ones are neither."""
-    corrupt: list[bytes] = []
-    try:
-        found = space.get(keys)
-    except CorruptEntryError as error:
-        corrupt = error.keys
-        found = space.get([key for key in keys if key not in set(corrupt)])
-    return [entry for entry in found if entry is not None], corrupt
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------

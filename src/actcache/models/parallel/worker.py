@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, WorkerError
-from actcache.models.budget import Account
+from actcache.models.budget import Shared
 from actcache.models.filling import FillReport, Part
 from actcache.models.recyclers import Recyclers
 
@@ -125,13 +125,13 @@ class _Stop:
             raise _Stopped
 
 
-def main(channel: Connection, job: Job, device: str, number: int, threads: int, shared: tuple[Any, Any] | None) -> None:
+def main(channel: Connection, job: Job, device: str, number: int, threads: int, shared: Shared | None) -> None:
     """Fill the parts that the first process sends. The process's own main function.
 
     Args:
         number: of this process, from 0.
         threads: that it may compute with.
-        shared: numbers and lock of an ``Account``.
+        shared: what a ``ByteBudget`` shares with the other processes'.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process decides what it means
     stop = _Stop()
@@ -152,7 +152,7 @@ def _result(
     device: str,
     number: int,
     threads: int,
-    shared: tuple[Any, Any] | None,
+    shared: Shared | None,
     stop: _Stop,
 ) -> Done | Failed:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
@@ -165,7 +165,6 @@ def _result(
         channel.send(Advanced(*counts))
 
     try:
-        account = None if shared is None else Account(*shared)
         with Recyclers.from_pretrained(
             job.model, layers=job.layers, store=job.store, device=device, **job.options
         ) as recyclers:
@@ -175,7 +174,7 @@ def _result(
                 advance=advance,
                 token_budget=job.token_budget,
                 max_bytes=job.max_bytes,
-                account=account,
+                shared=shared,
                 number=number,
             )
         return Done(report)

@@ -71,7 +71,10 @@ def _stay_evaluating(module: nn.Module, args: Any) -> None:
 
 
 class TokenItem(Mapping[str, Any]):
-    """One document of a ``TokenDataset``: its token ids (``input_ids``) and their mask, unpadded, as plain lists."""
+    """One document of a ``TokenDataset``: its token ids (``input_ids``) and their mask, unpadded, as plain lists.
+
+    No ``dict``, for the ``Trainer`` copies those, and the position would be lost.
+    """
 
     def __init__(self, position: int, token_ids: NDArray[np.integer]) -> None:
         self.position, self.token_ids = position, token_ids

@@ -18,7 +18,7 @@ import pytest
 from actcache.admin import benchmark
 from actcache.admin.benchmark import SHAPES, Shape, Spread, disk, limits, plot
 from actcache.admin.benchmark.caches import evict, evict_surely, resident
-from actcache.admin.benchmark.corpus import Corpus, Documents
+from actcache.admin.benchmark.corpus import Documents, StoredCorpus
 from actcache.admin.benchmark.limits import FlatFile
 from actcache.errors import MissingExtraError, StorageIOError
 from actcache.io.files import mount_of
@@ -133,13 +133,13 @@ def test_pages_that_stay_are_an_error(on_disk):
 
 def test_a_cold_turn_reads_no_document_twice(on_disk, monkeypatch):
     turns = []
-    given = Corpus.turns
+    given = StoredCorpus.turns
 
     def watched(*arguments):
         turns.extend(given(*arguments))
         return turns
 
-    monkeypatch.setattr(Corpus, "turns", watched)
+    monkeypatch.setattr(StoredCorpus, "turns", watched)
     benchmark.run(on_disk, backends=["hdf5"], shapes=["tiny"], nbytes=2 << 20, rounds=1, batches=100)
     for turn in turns:
         read = np.concatenate(turn)
@@ -161,7 +161,7 @@ def test_raw_ways_bring_the_right_rows(tmp_path, monkeypatch, torch):
     if not torch:
         monkeypatch.setattr(limits, "find_spec", lambda name: None)
     documents = Documents(SHAPES["tiny"], 1 << 20)
-    corpus = Corpus(documents, {}, {}, tmp_path / "rows")
+    corpus = StoredCorpus(documents, {}, {}, tmp_path / "rows")
     flat = FlatFile(tmp_path / "rows", corpus.lengths, 384, [corpus.buffer()], 2)
     which = np.random.default_rng(0).permutation(len(corpus.lengths))[:32]
     expected = np.concatenate([documents.split()[i] for i in which])

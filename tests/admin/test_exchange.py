@@ -65,7 +65,7 @@ def test_the_file_by_another_library(tmp_path, suffix, dtype):
         np.testing.assert_array_equal(found["token_ids"][part], ids(numbers[name.tobytes()]))
 
 
-@each()
+@each(everyday=("hdf5", "lmdb"))
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_there_and_back(kind, suffix, tmp_path):
     make_store(kind.url(tmp_path / "store"), range(30), segments=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actcache.admin import planning
-from actcache.admin.planning import Corpus, Disk, Model, Prices
+from actcache.admin.planning import CorpusSize, Disk, ModelCosts, Prices
 from actcache.errors import UsageError
 from tests.cli.running import cachectl
 
@@ -56,7 +56,7 @@ def test_a_slow_disk_loses():
 
 def test_the_break_even_is_where_the_sums_cross():
     for read in (1e8, 2e8, 5e8, 1e9):
-        found = planning.estimate(Corpus(100, 51_200), Model(1e-5, 3e-6, 768), "float16", Disk(read, 3e8))
+        found = planning.estimate(CorpusSize(100, 51_200), ModelCosts(1e-5, 3e-6, 768), "float16", Disk(read, 3e8))
         if found.break_even is None:
             assert found.replay >= found.recompute
             continue
@@ -78,7 +78,7 @@ def test_nonsense_is_refused():
     ):
         assert said in cachectl("plan", *options).refused(2)
     with pytest.raises(UsageError):
-        planning.estimate(Corpus(1, 0), Model(1, 1, 8), "float16", Disk(1, 1), prices=Prices(1, 1))
+        planning.estimate(CorpusSize(1, 0), ModelCosts(1, 1, 8), "float16", Disk(1, 1), prices=Prices(1, 1))
 
 
 def test_the_disk_is_measured(tmp_path):

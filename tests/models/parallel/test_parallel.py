@@ -178,7 +178,7 @@ def test_processes_follow_a_first_one_that_is_killed(tiny, tmp_path):  # noqa: F
 @pytest.mark.parametrize("how", ["moved", pytest.param("full", marks=pytest.mark.long)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_what_cannot_be_stored_at_the_end_is_said(number, how, tiny, tmp_path):  # noqa: F811
-    command, workers = started(tiny, tmp_path)
+    command, workers = started(tiny, tmp_path, forked=(number, how) == (signal.SIGTERM, "moved"))
     with command:
         wait_for(lambda: stored(tmp_path / "s") > 0)
         for worker_ in workers:
@@ -198,8 +198,12 @@ def test_what_cannot_be_stored_at_the_end_is_said(number, how, tiny, tmp_path): 
     gone(workers)
 
 
-def started(model: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """Start a fill by two processes in a group of its own; return when both are there."""
+def started(model: Path, folder: Path, *, forked: bool = False) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a fill by two processes in a group of its own; return when both are there.
+
+    Args:
+        forked: they are forks of the first one, so that only that imports torch and transformers.
+    """
     (folder / "many.txt").write_text("\n".join(MANY))
     code = (
         "import functools\nfrom actcache.cli import main\nfrom actcache.errors import OutOfSpaceError\n"
@@ -212,8 +216,15 @@ def started(model: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psut
         "        raise OutOfSpaceError('the disk or quota is full')\n"
         "    return publish(self, *given, **named)\n"
         "Files.publish = full\n"
-        "if __name__ == '__main__':\n    main()\n"
     )
+    if forked:
+        code += (
+            "import multiprocessing\nimport actcache.models.recyclers\n"
+            "from transformers import BertModel, PreTrainedTokenizerFast\n"
+            "get_context = multiprocessing.get_context\n"
+            "multiprocessing.get_context = lambda method: get_context('fork')\n"
+        )
+    code += "if __name__ == '__main__':\n    main()\n"
     (folder / "fill.py").write_text(code)  # spawned processes run it, too: segments are published often
     given = ["fill", folder / "s", folder / "many.txt", "--model", model, "--layer", 1, "--devices", "cpu,cpu"]
     command = subprocess.Popen(
@@ -228,7 +239,8 @@ def started(model: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psut
 
     def there() -> bool:
         children = psutil.Process(command.pid).children()
-        workers[:] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        wanted = "fill.py" if forked else "spawn_main"
+        workers[:] = [child for child in children if wanted in " ".join(child.cmdline())]
         return len(workers) == 2
 
     wait_for(there)

@@ -119,18 +119,18 @@ def encode_entry(
     """Return all arrays of the ``i``-th of some entries in stored form, the caller's own where they are so. Raises as
     ``Space.put``."""
     what, values = f"document {key.hex()}", lists[VALUES][i]
-    tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
-    return {name: _encode(name, rows[i], tokens, columns[name], stored_as, what) for name, rows in lists.items()}
+    return {name: _encode(name, rows[i], values, columns[name], stored_as, what) for name, rows in lists.items()}
 
 
 def _encode(
-    name: str, rows: Any, tokens: int, column: tuple[str, tuple[int, ...]], stored_as: codec.Codec, what: str
+    name: str, rows: Any, values: Any, column: tuple[str, tuple[int, ...]], stored_as: codec.Codec, what: str
 ) -> NDArray[Any]:
     try:
         array = to_numpy(rows)
     except ShapeError as error:
         raise ShapeError(f"{what}: {name}: {error}") from None
     dtype, trailing = column
+    tokens = len(values) if getattr(values, "ndim", 1) and hasattr(values, "__len__") else 0
     if array.shape != (tokens, *trailing) or not tokens:
         expected = ", ".join(["tokens >= 1" if name == VALUES else str(tokens), *map(str, trailing)])
         raise ShapeError(f"{what}: {name} must be [{expected}], not {list(array.shape)}")

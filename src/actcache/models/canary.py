@@ -216,8 +216,8 @@ def relative_error(
 
     Args:
         columns: ``[hidden]`` the root mean square of each column over many documents; where it is given, a quarter of
-            the median row's error with columns brought to one size counts, too: a column that is large everywhere
-            would hide the others.
+            the median row's error with columns brought to one size counts, too: a column that is large everywhere would
+            hide the others.
     """
     there = expected.astype(np.float64)
     difference = found.astype(np.float64) - there

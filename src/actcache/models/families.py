@@ -1,8 +1,8 @@
 """How a transformer is split: what recording and replaying ask of a family of models.
 
-A family says where a base model keeps its embeddings and its layers, what its two halves share, and which
-configuration values change the lower half's numbers. The latter is an allow-list: a release of transformers that adds a
-field must not change anybody's identity. The table of families is at the end of this file.
+A family says where a base model keeps its embeddings and its layers, what its two halves share, and which configuration
+values change the lower half's numbers. The latter is an allow-list: a release of transformers that adds a field must
+not change anybody's identity. The table of families is at the end of this file.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class Family:
         What is not known here shows when canaries are made, alone and in a batch (``actcache.models.canary``).
 
         Raises:
-            UnsupportedModelError: rotary embeddings that change with the longest document of a batch, attention
-                kernels for batches of another form, feed-forward layers in chunks, which take some lengths only.
+            UnsupportedModelError: rotary embeddings that change with the longest document of a batch, attention kernels
+                for batches of another form, feed-forward layers in chunks, which take some lengths only.
         """
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]

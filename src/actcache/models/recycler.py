@@ -296,8 +296,8 @@ class Recycler:
         """Compute a sample of documents again and compare with what is stored.
 
         ``space.verify()`` shows that entries are what was put; this shows that they are what the model computes. An
-        entry's relative error may be that of other kernels in the compute dtype (``models.canary.TOLERANCE``) and
-        the stored dtype's rounding: 6e-4 for float16 entries computed in float32.
+        entry's relative error may be that of other kernels in the compute dtype (``models.canary.TOLERANCE``) and the
+        stored dtype's rounding: 6e-4 for float16 entries computed in float32.
 
         Args:
             sample: documents to compare, chosen at random; all where there are fewer.
@@ -350,9 +350,8 @@ class Recycler:
     ) -> Prepared:
         """Return a copy of a task model, and the batches to train it on, for one of the paper's four regimes.
 
-        ``for batch in batches: model(**batch).loss`` serves all four, and so does the ``Trainer`` with
-        ``dataset = batches.dataset()`` and ``data_collator=dataset.collate``. The order of documents depends on the
-        options alone.
+        ``for batch in batches: model(**batch).loss`` serves all four, and so does the ``Trainer`` with ``dataset =
+        batches.dataset()`` and ``data_collator=dataset.collate``. The order of documents depends on the options alone.
 
         Args:
             regime: ``"NR"``, ``"F"``, ``"SR"`` or ``"R"``; see ``actcache.models.training.regimes``.

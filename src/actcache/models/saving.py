@@ -119,11 +119,7 @@ def merge(reduced: Any, full_model: Model) -> Model:
 
 
 def task_class_of(reduced: Any) -> type[PreTrainedModel]:
-    """Return the class of the task model that was reduced.
-
-    Raises:
-        ModelError: the model is no reduced one.
-    """
+    """Return the class of the task model that was reduced; raises ``ModelError`` where the model is no reduced one."""
     task_class: type[PreTrainedModel] | None = getattr(type(reduced), "actcache_task_class", None)
     if task_class is None:
         raise ModelError(f"a {type(reduced).__name__} is no reduced model: recycler.reduce(task_model) makes one")

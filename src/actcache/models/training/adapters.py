@@ -58,11 +58,7 @@ class AdapterSpec:
 
     @classmethod
     def from_json(cls, value: Any) -> AdapterSpec:
-        """Rebuild a spec from ``dataclasses.asdict``.
-
-        Raises:
-            ModelError: the value is no such thing.
-        """
+        """Rebuild a spec from ``dataclasses.asdict``; raises ``ModelError`` where the value is no such thing."""
         try:
             return cls(
                 int(value["bottleneck"]),

@@ -2,8 +2,7 @@
 
 Rows of several layers are mixed with one learned weight a layer, ``gamma * sum_j softmax(w)_j h_j`` (the scalar mix of
 Peters et al., 2018, ELMo, equation 1), and a linear head classifies: each token by its mixed row, or each document by
-the mean over its tokens' mixed rows. No transformer layer is computed: nothing above the
-deepest cached layer is used.
+the mean over its tokens' mixed rows. No transformer layer is computed: nothing above the deepest cached layer is used.
 """
 
 from __future__ import annotations

@@ -45,11 +45,7 @@ class Regime(enum.StrEnum):
 
     @classmethod
     def named(cls, name: str) -> Regime:
-        """Return a regime by its letters.
-
-        Raises:
-            UsageError: there is none of that name.
-        """
+        """Return a regime by its letters; raises ``UsageError`` where there is none of that name."""
         try:
             return cls(name)
         except ValueError:

@@ -81,11 +81,7 @@ class Vocabulary:
 
 
 def count_ids(ids: NDArray[Any]) -> NDArray[np.int64]:
-    """Return how often each id stands in an array.
-
-    Raises:
-        UsageError: they are no token ids.
-    """
+    """Return how often each id stands in an array; raises ``UsageError`` where they are no token ids."""
     if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0):
         raise UsageError("token ids are integers from 0 on")
     return np.bincount(ids.ravel().astype(np.int64)).astype(np.int64)

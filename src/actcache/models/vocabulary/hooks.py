@@ -1,10 +1,10 @@
 """What goes into a pruned model and comes out of it: token ids become rows where they are looked up, not before.
 
-Heads that look for the padding or the last token see the ids that the user gave. The hooks read the state of the
-module that they are called with, so that copies of a model have their own.
+Heads that look for the padding or the last token see the ids that the user gave. The hooks read the state of the module
+that they are called with, so that copies of a model have their own.
 
-``save_pretrained`` of a pruned model writes the rows that it holds and, in their buffer, which tokens they are, under
-a configuration that says the whole vocabulary's size: ``from_pretrained`` alone refuses sizes that do not agree.
+``save_pretrained`` of a pruned model writes the rows that it holds and, in their buffer, which tokens they are, under a
+configuration that says the whole vocabulary's size: ``from_pretrained`` alone refuses sizes that do not agree.
 """
 
 from __future__ import annotations

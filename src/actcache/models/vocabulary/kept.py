@@ -36,8 +36,8 @@ class KeptVocabulary:
     Attributes:
         size: tokens of the whole vocabulary.
         ids: ``[rows]`` int64 on the CPU: the token of each row.
-        rest: parameter's name -> all its rows as they were before pruning, on the CPU or mapped from a file; None
-            where they are not at hand. Never written to, and shared by copies.
+        rest: parameter's name -> all its rows as they were before pruning, on the CPU or mapped from a file; None where
+            they are not at hand. Never written to, and shared by copies.
         has_output: whether the model has logits over the vocabulary.
         whole_logits: whether logits are given over the whole vocabulary just now.
     """

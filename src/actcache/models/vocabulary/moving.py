@@ -39,8 +39,8 @@ class Move:
 class Optimizers:
     """The optimizers whose state follows when rows move. They are not kept alive.
 
-    What an optimizer remembers of rows that are dropped (where it is not zero: they were trained before) is kept on
-    the CPU, and is theirs again when they come back.
+    What an optimizer remembers of rows that are dropped (where it is not zero: they were trained before) is kept on the
+    CPU, and is theirs again when they come back.
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,7 @@ class Optimizers:
         self._dropped: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def track(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add an optimizer.
-
-        Raises:
-            UsageError: it is none.
-        """
+        """Add an optimizer; raises ``UsageError`` where it is none."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"a {type(optimizer).__name__} is no torch optimizer")
         self._tracked.add(optimizer)

@@ -131,19 +131,19 @@ def prune_vocabulary(
     """Drop the embeddings of tokens that a corpus does not use (Williams and Aletras, arXiv:2309.08708). In place.
 
     Input embeddings, output embeddings and their bias lose the same rows, and what is tied stays tied. Outputs for the
-    tokens that are kept are the same, but for logits over the vocabulary, which are over the rows that are kept.
-    Frozen flags, gradients and the optimizer's state stay. Do it before the model is wrapped (``DataParallel``, ...).
+    tokens that are kept are the same, but for logits over the vocabulary, which are over the rows that are kept. Frozen
+    flags, gradients and the optimizer's state stay. Do it before the model is wrapped (``DataParallel``, ...).
 
     Args:
         model: a base or task model of transformers.
-        vocabulary: the ids to keep, usually from ``count_vocabulary``. Those that the configuration names (padding,
-            end of text, ...) and 0 are kept in any case.
+        vocabulary: the ids to keep, usually from ``count_vocabulary``. Those that the configuration names (padding, end
+            of text, ...) and 0 are kept in any case.
         optimizer: one that trains the model already; give later ones to ``track``.
         on_unseen: what becomes of a token that is not kept: ``"raise"`` an error that names it, or ``"grow"`` the
             matrices by its row before the call goes on.
-        full_matrix: where the dropped rows stay, for growing, restoring and the digest of a recipe: in ``"memory"``
-            (of the CPU), in the ``"checkpoint"`` that the model was loaded from, whose safetensors files are mapped
-            and compared with the model first, or in a safetensors file of this path, which is written.
+        full_matrix: where the dropped rows stay, for growing, restoring and the digest of a recipe: in ``"memory"`` (of
+            the CPU), in the ``"checkpoint"`` that the model was loaded from, whose safetensors files are mapped and
+            compared with the model first, or in a safetensors file of this path, which is written.
         tokenizer: names tokens in errors; that of the vocabulary by default.
 
     Raises:

@@ -18,11 +18,7 @@ def takes_answers(task_class: Any) -> bool:
 
 
 def with_the_heads_names(inputs: dict[str, Any], task_class: Any) -> dict[str, Any]:
-    """Return a model's keyword arguments with its labels under the names that its head has for them.
-
-    Raises:
-        ShapeError, ModelError: see ``as_positions``.
-    """
+    """Return keyword arguments with the labels under the names that the head has for them; see ``as_positions``."""
     return as_positions(inputs, task_class) if takes_answers(task_class) else inputs
 
 

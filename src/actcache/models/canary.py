@@ -47,15 +47,11 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2
 
 _LONGEST = 1024  # tokens of the long canary, where the model takes as many
 _LAST = 128  # rows of a canary are kept at most, the last ones: they depend on all before them
-
 _FEW = 32  # different tokens in all texts: fewer say little
-
 _SHORT = 8  # tokens of a document that is computed beside the canaries to see whether company matters
-
 _MAX_BLOB = 64 << 20
-
-#: Columns that are small beside others carry more of the rounding; *measured*, in bfloat16, up to 1.2 times as much in
-#: models without large columns.
+# Columns that are small beside others carry more of the rounding; measured in bfloat16, up to 1.2 times as much in
+# models without large columns.
 _SMALL_COLUMNS = 4.0
 
 

@@ -19,10 +19,7 @@ from actcache.format.arguments import is_whole
 
 
 def numbers(*names: str, **absent: Any) -> dict[str, Any]:
-    """Return a ``numeric_config``: fields that every configuration has, and others with the value that stands for them.
-
-    The value is what models do whose configuration does not have the field.
-    """
+    """Return a ``numeric_config``: fields of every configuration, and others with what models without the field do."""
     return {**dict.fromkeys(names), **absent}
 
 
@@ -85,11 +82,7 @@ class Family:
     dtype: str = "float16"
 
     def layers_of(self, base_model: nn.Module) -> nn.ModuleList:
-        """Return the layers of a base model, the first at index 0.
-
-        Raises:
-            UnsupportedModelError: the path of ``layers`` leads to no ``ModuleList``.
-        """
+        """Return a base model's layers; raises ``UnsupportedModelError`` where they are no ``ModuleList``."""
         layers = self._find(base_model, self.layers + "?")
         if not isinstance(layers, nn.ModuleList):
             raise UnsupportedModelError(
@@ -103,11 +96,7 @@ class Family:
         return base_model.get_submodule(self.stack)
 
     def embeddings_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
-        """Return the modules before the layers by their paths.
-
-        Raises:
-            UnsupportedModelError: one is missing.
-        """
+        """Return the modules before the layers by path; raises ``UnsupportedModelError`` where one is missing."""
         return self._existing(base_model, self.embeddings)
 
     def shared_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
@@ -143,11 +132,7 @@ class Family:
         return beside | {f"{self.layers}.{i}": layers[i] for i in range(layer)}
 
     def check_layer(self, base_model: nn.Module, layer: int) -> int:
-        """Return a layer as Python's own number; refuse one that leaves nothing to record or nothing to replay.
-
-        Raises:
-            LayerError: ``layer`` is not in 1..N-1.
-        """
+        """Return a layer as Python's own number; raises ``LayerError`` where it is not in 1..N-1."""
         count = len(self.layers_of(base_model))
         if not is_whole(layer) or not 1 <= layer <= count - 1:
             raise LayerError(
@@ -157,13 +142,9 @@ class Family:
         return int(layer)
 
     def check_alone(self, config: PreTrainedConfig) -> None:
-        """Refuse models of which it is known that a document's rows depend on the others of its batch.
+        """Raise ``UnsupportedModelError`` where it is known that a document's rows depend on the others of its batch.
 
         What is not known here shows when canaries are made, alone and in a batch (``actcache.models.canary``).
-
-        Raises:
-            UnsupportedModelError: rotary embeddings that change with the longest document of a batch, attention kernels
-                for batches of another form, feed-forward layers in chunks, which take some lengths only.
         """
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
@@ -199,8 +180,8 @@ class Family:
         return int(positions) - first
 
     def _existing(self, base_model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
-        found = {path.removesuffix("?"): self._find(base_model, path) for path in paths}
-        return {path: module for path, module in found.items() if module is not None}
+        found = ((path.removesuffix("?"), self._find(base_model, path)) for path in paths)
+        return {path: module for path, module in found if module is not None}
 
     def _find(self, base_model: nn.Module, path: str) -> nn.Module | None:
         try:
@@ -228,11 +209,7 @@ def register_family(family: Family) -> None:
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
-    """Return the base model within a task model; a base model is its own.
-
-    Raises:
-        UnsupportedModelError: the model is not one of transformers.
-    """
+    """Return a task model's base model, or a base model; raises ``UnsupportedModelError`` for others."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
@@ -242,11 +219,7 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def family_of(base_model: PreTrainedModel) -> Family:
-    """Return the family of a base model.
-
-    Raises:
-        UnsupportedModelError: it is not in the table; the message says how to describe it.
-    """
+    """Return a base model's family; raises ``UnsupportedModelError``, which says how to add it, where there is none."""
     model_type = base_model.config.model_type
     try:
         return _FAMILIES[model_type]
@@ -259,10 +232,8 @@ def family_of(base_model: PreTrainedModel) -> Family:
         ) from None
 
 
-# --- the table of families --------------------------------------------------------------------------------------------
-#
-# What differs between the transformers that can be split: read off the modeling code of transformers 5.23, which
-# ``tests/models/test_families.py`` watches for new configuration fields. Importing this module fills the table.
+# The table of families: what differs between the transformers that can be split, read off the modeling code of
+# transformers 5.23. ``tests/models/test_families.py`` watches for new configuration fields.
 
 _DEBERTA_CONFIG = {
     **BERT_CONFIG,

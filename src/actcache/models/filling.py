@@ -33,9 +33,9 @@ Advance = Callable[[int, int, int], object]
 class FillReport:
     """What a fill did."""
 
-    documents: int  # given
-    present: int  # of those, stored before or given twice
-    computed: int  # of those, computed and stored by this fill
+    documents: int  # given: those present (stored before, or given twice), computed and left out
+    present: int
+    computed: int  # and stored by this fill
     tokens: int  # computed
     seconds: float
     left_out: int = 0  # of the documents, those that a bound on the bytes had no room for
@@ -81,10 +81,8 @@ class _Stored:
 class Filler:
     """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
-    Args:
-        store: where the spaces are.
-        agreements: each layer's space and lower half, and one encoder; they are checked before anything is computed,
-            and again where weights or hooks have changed meanwhile.
+    The agreements hold each layer's space and lower half, and one encoder; they are checked before anything is
+    computed, and again where weights or hooks have changed meanwhile.
     """
 
     _now = staticmethod(time.monotonic)  # a test has another clock
@@ -122,7 +120,7 @@ class Filler:
         Args:
             parts: documents that somebody else has numbered; each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
-            shared, number: what all of them share for ``max_bytes``, and which of them this is.
+            shared, number: see ``ByteBudget``.
         """
         return self._fill(parts, token_budget, advance, self._prepared(max_bytes, shared, number))
 
@@ -211,7 +209,7 @@ class Filler:
             self._record(group, token_budget, lambda some: None)
 
     def _absent(self, keys: list[bytes]) -> dict[bytes, list[int]]:
-        """Return the keys of documents that are to be computed, each once, with the layers where they are missing."""
+        """Return the keys of documents that are to be computed, with the layers where they are missing."""
         absent: dict[bytes, list[int]] = {}
         for layer, space in self._spaces.items():
             for key, found in zip(keys, find_entries(space, keys, self._encoder.windows), strict=True):
@@ -237,11 +235,8 @@ class Filler:
     def _record(self, group: list[_Work], token_budget: int, stored: Callable[[list[_Work]], object]) -> None:
         """Compute and put some documents, each with all its entries at once.
 
-        They are put when all are computed, and where that takes long, those that are complete meanwhile; also before an
-        error or an interrupt ends it.
-
-        Args:
-            stored: told what was put.
+        They are put, and ``stored`` is told, when all are computed, and where that takes long, those that are complete
+        meanwhile; also before an error or an interrupt ends it.
         """
         entries = [(work, i) for work in group for i in range(len(work.entries))]
         layers = {layer for work in group for layer in work.layers}

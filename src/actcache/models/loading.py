@@ -46,8 +46,8 @@ def load_reduced(
         task_class: the task model's class, where it is not one of transformers.
         allow: of ``dtype``, ``compute_dtype``, ``max_length`` and ``too_long``, fields in which the recipes may differ:
             trained on float32 entries, run on float16.
-        dtype: of the weights; ``"auto"`` for the one that each of them was saved in. What is computed anew instead of
-            being saved (rotary frequencies) then has the precision that it had, too.
+        dtype: of the weights; ``"auto"`` for the one that each of them, and what is computed anew instead of being
+            saved (rotary frequencies), had when it was saved.
         options: of transformers' ``from_config``: ``attn_implementation``.
 
     Raises:

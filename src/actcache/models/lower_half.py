@@ -78,7 +78,8 @@ class LowerHalf:
 
         What is written past autograd's eyes (``parameter.data``, memory shared with NumPy) does not show.
         """
-        modules = [self.base_model, *itertools.chain.from_iterable(part.modules() for part in self._parts())]
+        parts = self.family.lower_of(self.base_model, self.layer).values()
+        modules = [self.base_model, *(module for part in parts for module in part.modules())]
         return tuple(
             (
                 id(module),
@@ -93,9 +94,6 @@ class LowerHalf:
             )
             for module in modules
         )
-
-    def _parts(self) -> Iterable[nn.Module]:
-        return self.family.lower_of(self.base_model, self.layer).values()
 
     def run(
         self, token_ids: Sequence[NDArray[np.integer]], type_ids: Sequence[NDArray[np.integer]] | None = None
@@ -236,11 +234,7 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
 
 
 def check_token_budget(token_budget: Any) -> int:
-    """Return the padded tokens of a batch as Python's own number.
-
-    Raises:
-        UsageError: they are no whole number of 1 or more.
-    """
+    """Return the padded tokens of a batch as Python's own number; raises ``UsageError``."""
     if not is_whole(token_budget) or token_budget < 1:
         raise UsageError(f"a token budget of {token_budget!r} computes nothing; it is a whole number, by default 8192")
     return int(token_budget)

@@ -41,7 +41,7 @@ class Whole:
     """A matrix of which a model holds some rows, those that it holds taken from there. Never materialized. Read-only.
 
     Args:
-        name: what errors call it.
+        name: for errors.
         part: ``[rows, ...]`` what the model holds, on any device.
         ids: ``[rows]`` int64, which row of the whole each of them is.
         rest: ``[tokens, ...]`` on the CPU (or mapped from a file): all rows as they were before pruning; None where
@@ -95,8 +95,7 @@ class Whole:
 
 def kept_of(module: nn.Module) -> Kept | None:
     """Return what a module or model knows of a vocabulary of which it holds a part; None where it holds the whole."""
-    kept: Kept | None = module.__dict__.get(KEPT)
-    return kept
+    return module.__dict__.get(KEPT)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -111,13 +110,10 @@ def whole_state(part: nn.Module) -> Iterator[tuple[str, Any]]:
     They are tensors, ``Whole`` for a matrix that was pruned, or whatever else a module puts there (packed parameters).
     """
     # A hook of the state dict may have left something out.
-    state: dict[str, Any] = {
-        name: parameter.detach() for name, parameter in part.named_parameters(remove_duplicate=False)
-    }
+    state: dict[str, Any] = {name: weight.detach() for name, weight in part.named_parameters(remove_duplicate=False)}
     state |= part.state_dict()
     for path, module in part.named_modules():
-        kept = kept_of(module)
-        if kept is None:
+        if (kept := kept_of(module)) is None:
             continue
         prefix = f"{path}." if path else ""
         state.pop(prefix + ROW_IDS, None)

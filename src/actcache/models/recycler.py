@@ -29,14 +29,8 @@ from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
-from actcache.models.training.regimes import (
-    Prepared,
-    Regime,
-    StoredBatches,
-    TextBatches,
-    TokenDataset,
-    with_frozen_lower_half,
-)
+from actcache.models.training import regimes
+from actcache.models.training.regimes import Prepared, Regime
 from actcache.models.verification import Verification
 from actcache.models.weights import check_same_lower_half, lower_digest
 from actcache.reader.labels import of_entries
@@ -147,20 +141,15 @@ class Recycler:
         revision: str | None = None,
         **options: Any,
     ) -> Recycler:
-        """Load base model and tokenizer, and return their recycler.
+        """Load base model and tokenizer (or raise ``ModelError``), and return their recycler.
 
         Args:
             device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
             revision: of the model on the hub.
             options: the other arguments of ``Recycler``.
-
-        Raises:
-            ModelError: they cannot be loaded.
         """
         model, tokenizer = load_pretrained(name_or_path, [layer], device, revision)
         return cls(model, tokenizer, layer=layer, store=store, dtype=dtype, **options)
-
-    # --- recording ---------------------------------------------------------------------------------------------------
 
     def fill(
         self,
@@ -193,8 +182,6 @@ class Recycler:
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
         return self._filler.fill(texts, token_budget, progress, max_bytes)
-
-    # --- replay ------------------------------------------------------------------------------------------------------
 
     def reader(
         self,
@@ -248,10 +235,8 @@ class Recycler:
     def keys(self, texts: Iterable[Document]) -> list[bytes]:
         """Return the keys of these documents' entries, in order.
 
-        Where documents are cut into windows, those are their windows' keys, and documents must be in the space.
-
-        Raises:
-            MissingEntryError: a document's windows are not, or not all, in the space.
+        Where documents are cut into windows, those are their windows' keys; raises ``MissingEntryError`` where not all
+        are in the space.
         """
         keys = document_keys(listed(texts))
         if self.agreement.encoder.windows is None:
@@ -259,8 +244,6 @@ class Recycler:
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
         check_found(keys, found)
         return list(itertools.chain.from_iterable(found))
-
-    # --- task models -------------------------------------------------------------------------------------------------
 
     def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
@@ -278,11 +261,7 @@ class Recycler:
         return reduced
 
     def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``.
-
-        Raises:
-            LowerHalfMismatchError, ModelError: it belongs to another recipe, or the folder holds none.
-        """
+        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``."""
         return loading.load_reduced(folder, self.recipe, **options)
 
     def verify(
@@ -315,14 +294,9 @@ class Recycler:
         """
         if task_model is not None:
             check_same_lower_half(task_model, self.recipe)
+        lower, encoder = self.agreement.lower, self.agreement.encoder
         report = verification.verify(
-            self.space,
-            self.agreement.lower,
-            self.agreement.encoder,
-            sample=sample,
-            texts=texts,
-            task_model=task_model,
-            seed=seed,
+            self.space, lower, encoder, sample=sample, texts=texts, task_model=task_model, seed=seed
         )
         if not report.ok:
             raise VerificationError(
@@ -375,18 +349,17 @@ class Recycler:
                 on_missing="compute" if kind is Regime.SAVE_AND_RECYCLE else "raise",
                 **{**vars(order), **reading},
             )
-            return Prepared(self.reduce(task_model), StoredBatches(reader, type(task_model)))
+            return Prepared(self.reduce(task_model), regimes.StoredBatches(reader, type(task_model)))
         encoded = self.agreement.encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
         given = None if labels is None else of_entries(labels, owners, len(documents))
         padding = int(self.agreement.lower.base_model.config.pad_token_id or 0)
         entries = [window for windows in encoded for window in windows]
-        dataset = TokenDataset(entries, given, padding, type(task_model))
-        frozen = kind is Regime.FROZEN
-        model = with_frozen_lower_half(task_model, family, self.recipe.layer) if frozen else copy.deepcopy(task_model)
-        return Prepared(model, TextBatches(dataset, order, torch.device(device)))
-
-    # --- the rest ----------------------------------------------------------------------------------------------------
+        dataset = regimes.TokenDataset(entries, given, padding, type(task_model))
+        model = copy.deepcopy(task_model)
+        if kind is Regime.FROZEN:
+            regimes.freeze_lower_half(model, family, self.recipe.layer)
+        return Prepared(model, regimes.TextBatches(dataset, order, torch.device(device)))
 
     def close(self) -> None:
         """Close the space, and the store where the recycler opened it. Does nothing the second time."""
@@ -413,12 +386,8 @@ class Recycler:
         if nearest:
             other, fields = nearest[0]
             differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())
-            logger.info(
-                "created an empty space; the nearest is %s (%s), which differs in %s",
-                other.fingerprint,
-                other.model,
-                differ,
-            )
+            nearest_is = "created an empty space; the nearest is %s (%s), which differs in %s"
+            logger.info(nearest_is, other.fingerprint, other.model, differ)
 
 
 def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:

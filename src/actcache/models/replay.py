@@ -47,7 +47,6 @@ _DROPPED = (
 )
 #: Options of ``save_pretrained`` that change nothing here.
 _IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
-_CAPTURED = ("hidden_states", "attentions", "cross_attentions")
 
 
 def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None) -> PreTrainedModel:
@@ -113,9 +112,7 @@ def _stubs_of(
     """Return what stands for each part of the lower half, by the part's id."""
     layers = family.layers_of(base)
     like = first_parameter(layers[layer])
-    matrix = None
-    if any(hasattr(task_model, name) for name in family.matrix_readers):
-        matrix = _matrix(base)
+    matrix = _matrix(base) if any(hasattr(task_model, name) for name in family.matrix_readers) else None
     hidden_size = base.config.hidden_size
     stubs: dict[int, Any] = {
         id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()
@@ -286,7 +283,7 @@ def _check_options(model: Any, kwargs: dict[str, Any]) -> None:
     if unusable:
         raise ModelError(f"a reduced model starts from activations and takes no {', '.join(unusable)}")
     selected = kwargs.get("output_hidden_states", model.config.output_hidden_states)
-    if not (selected is None or isinstance(selected, bool)):
+    if not isinstance(selected, bool | None):
         raise ModelError("a reduced model cannot select hidden states by number; pass output_hidden_states=True")
     if model.training and any(_reentrant(module) for module in model.modules()):
         raise ModelError(
@@ -322,7 +319,7 @@ def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_l
 
     if isinstance(output, tuple):
         return tuple(marked(item) if isinstance(item, tuple) else item for item in output)
-    for name in _CAPTURED:
+    for name in ("hidden_states", "attentions", "cross_attentions"):
         if output.get(name):
             output[name] = marked(output[name])
     return output
@@ -331,8 +328,7 @@ def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_l
 def _of_no_tokens(like: torch.Tensor) -> torch.Tensor:
     """Return an empty tensor in the place of one: [batch, 0, hidden], or of attentions [batch, heads, 0, 0].
 
-    It is a tensor with the batch's size, since what gathers the outputs of batches, processes and devices (the
-    ``Trainer``, Accelerate) takes nothing else.
+    It has the batch's size, for what gathers outputs (the ``Trainer``, Accelerate) takes nothing else.
     """
     batch, *rest = like.shape
     return like.new_empty((batch, rest[0], 0, 0) if like.ndim == 4 else (batch, 0, rest[-1]))
@@ -353,9 +349,8 @@ def _untie(task_model: PreTrainedModel, reduced: PreTrainedModel, lower: dict[st
     # Nothing may tie a weight to the stub, now or where the copy is saved and loaded.
     reduced.config.tie_word_embeddings = False
     reduced.all_tied_weights_keys = {}
-    if not shared:
-        return []
-    return [f"{', '.join(shared)}, of which the reduced model has its own copy: training that changes no embeddings"]
+    note = f"{', '.join(shared)}, of which the reduced model has its own copy: training that changes no embeddings"
+    return [note] if shared else []
 
 
 def _freeze_shared(reduced: PreTrainedModel, family: Family) -> list[str]:
@@ -370,6 +365,5 @@ def _freeze_shared(reduced: PreTrainedModel, family: Family) -> list[str]:
     frozen = [f"{path}.{name}" for path, part in parts.items() for name, _ in part.named_parameters()]
     for part in parts.values():
         part.requires_grad_(False)
-    if not frozen:
-        return []
-    return [f"{', '.join(frozen)}, which are frozen, for the stored activations depend on them"]
+    note = f"{', '.join(frozen)}, which are frozen, for the stored activations depend on them"
+    return [note] if frozen else []

@@ -37,11 +37,7 @@ VERSION = 1
 
 
 def save(
-    reduced: Any,
-    folder: str | os.PathLike[str],
-    *,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    write: bool = True,
+    reduced: Any, folder: str | os.PathLike[str], *, state_dict: Mapping[str, torch.Tensor] | None, write: bool
 ) -> None:
     """Write a reduced model to a folder; see ``ReducedModel.save_pretrained``."""
     recipe = reduced.__dict__.get("actcache_recipe")
@@ -168,8 +164,7 @@ def _tied(model: nn.Module) -> list[list[str]]:
 def _computed_buffers(reduced: nn.Module) -> dict[str, str]:
     """Return the dtypes of the floating point buffers that no state dict has: ``model.to(dtype)`` rounds them, too."""
     saved = reduced.state_dict()
-    found = {name: buffer for name, buffer in reduced.named_buffers() if name not in saved}
-    return {n: dtype_name(b.dtype) for n, b in found.items() if b.is_floating_point()}
+    return {n: dtype_name(b.dtype) for n, b in reduced.named_buffers() if n not in saved and b.is_floating_point()}
 
 
 def _refuse_packed(reduced: nn.Module) -> None:

@@ -13,9 +13,6 @@ from actcache.errors import ShapeError
 
 RowsAndMask = tuple[torch.Tensor | None, torch.Tensor | None]
 
-#: Where base models look for the word embeddings within their embeddings.
-_WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings")
-
 
 class InjectedRows:
     """The rows of one forward of a reduced model, and their mask: from its beginning to where they are taken.
@@ -89,7 +86,7 @@ class EmbeddingStub(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in _WORD_EMBEDDINGS:  # where get_input_embeddings() looks
+            if name in ("word_embeddings", "tok_embeddings"):  # where get_input_embeddings() looks
                 return self
             raise
 

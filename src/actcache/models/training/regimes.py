@@ -7,7 +7,6 @@ all four go through the same documents in the same order, and F, SR and R see th
 
 from __future__ import annotations
 
-import copy
 import enum
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,13 +51,11 @@ class Regime(enum.StrEnum):
             raise UsageError(f"there is no regime {name!r}; there are {', '.join(cls)}") from None
 
 
-def with_frozen_lower_half(task_model: PreTrainedModel, family: Family, layer: int) -> PreTrainedModel:
-    """Return a copy of a task model whose lower half has no gradients and, as when it is recorded, no dropout."""
-    model = copy.deepcopy(task_model)
+def freeze_lower_half(model: PreTrainedModel, family: Family, layer: int) -> None:
+    """Have a task model's lower half compute without gradients and, as when it is recorded, without dropout."""
     for part in family.lower_of(base_model_of(model), layer).values():
         part.requires_grad_(False)
         part.register_forward_pre_hook(_stay_evaluating)
-    return model
 
 
 def _stay_evaluating(module: nn.Module, args: Any) -> None:
@@ -91,13 +88,9 @@ class TokenDataset(Dataset[TokenItem]):
     """Token ids of documents, for a full model. ``collate`` looks up what belongs to its items. Immutable.
 
     Args:
-        encoded: the documents' entries.
-        labels: as a reader takes them, one an entry, or None.
+        labels: as a reader takes them, one an entry, or None; a ``ShapeError`` where they do not fit.
         padding: the token id that fills up a batch, on the right.
         task_class: of the model, which names the labels.
-
-    Raises:
-        ShapeError: the labels do not fit.
     """
 
     def __init__(
@@ -172,11 +165,7 @@ class TextBatches:
 
 
 class StoredBatches:
-    """Batches for a reduced model, from a reader.
-
-    Args:
-        task_class: of the model that was reduced, which names the labels.
-    """
+    """Batches for a reduced model, from a reader; the class of the model that was reduced names the labels."""
 
     def __init__(self, reader: Reader, task_class: type[PreTrainedModel]) -> None:
         self.reader, self._task_class = reader, task_class

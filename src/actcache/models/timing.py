@@ -17,8 +17,6 @@ from actcache.models.pretrained import load_pretrained
 from actcache.models.tensors import padded
 from actcache.models.tokenizing import DocumentEncoder, check_max_length
 
-_ROUNDS = 3
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -68,8 +66,8 @@ def measure(
     batches = [[chosen[i] for i in batch] for batch in plan_batches([len(one) for one in chosen], token_budget)]
     tokens = sum(map(len, chosen))
     times: dict[str, list[float]] = {"lower": [], "full": []}
-    for _ in range(1 + _ROUNDS):  # in turns; the first is for warming up
-        times["lower"].append(_timed(lambda batch: lower.run(batch), batches))
+    for _ in range(4):  # in turns; the first is for warming up
+        times["lower"].append(_timed(lower.run, batches))
         times["full"].append(_timed(lambda batch: _whole(lower, batch), batches))
     lower_half, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
     return Timing(full, min(lower_half, full), lower.hidden_size, lengths, family.dtype)

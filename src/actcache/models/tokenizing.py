@@ -21,7 +21,7 @@ from actcache.format.recipe import canonical_json
 
 TooLong = Literal["refuse", "truncate"] | Windows
 
-#: Words that tell whether a tokenizer keeps given words apart; see ``joined_words``.
+#: Words that tell whether a tokenizer keeps given words apart.
 _PROBES = (("a", "b"), ("A", "B"), ("1", "2"), ("é", "ü"), ("return", "it"))
 _NO_LIMIT = 1_000_000  # transformers gives tokenizers without a limit one of 10**30
 
@@ -71,7 +71,6 @@ class DocumentEncoder:
     """Turns documents into token ids under one length policy. Holds its own copy of the tokenizer; not thread-safe.
 
     Args:
-        tokenizer: not changed.
         max_length: tokens that a document may have, special tokens included; None for no limit.
         too_long: ``"refuse"`` raises; ``"truncate"`` cuts, every kind of document on the tokenizer's
             ``truncation_side``; and ``Windows`` makes several entries of every document (one of a short one), from its
@@ -210,7 +209,19 @@ class DocumentEncoder:
 
     @functools.cached_property
     def _joined_words(self) -> tuple[str, str] | None:
-        return joined_words(self.tokenizer)
+        """Two words that get other tokens as words than in a text with a space between; None where none do.
+
+        A byte-level tokenizer without ``add_prefix_space``, and a SentencePiece one that puts no mark before a word,
+        know a word by the space before it. Given words have none: all but the first would get the tokens of the inside
+        of a word. This is found out by running the tokenizer, for no table of tokenizers is complete.
+        """
+
+        def tokens(document: str | list[str]) -> list[int]:
+            split = isinstance(document, list)
+            ids: list[int] = self.tokenizer(document, add_special_tokens=False, is_split_into_words=split)["input_ids"]
+            return ids
+
+        return next((pair for pair in _PROBES if tokens([*pair]) != tokens(" ".join(pair))), None)
 
     def _encoded(self, batch: Any, i: int) -> Encoded:
         ids = np.array(batch["input_ids"][i], np.int32)
@@ -294,11 +305,8 @@ def _normal_forms(documents: Sequence[Document], positions: Sequence[int]) -> li
 def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int | None:
     """Return a document's largest length; by default what tokenizer and model allow, None where neither has a limit.
 
-    Args:
-        positions: tokens that the model has positions for; None for any number.
-
     Raises:
-        RecipeError: ``max_length`` is more than that, or no whole number of 1 or more.
+        RecipeError: ``max_length`` is more than the model has ``positions`` for, or no whole number of 1 or more.
     """
     if max_length is None:
         limit = tokenizer.model_max_length
@@ -309,22 +317,3 @@ def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase,
     if positions is not None and max_length > positions:
         raise RecipeError(f"max_length {max_length} is more than the {positions} tokens that the model takes")
     return int(max_length)
-
-
-def joined_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Return two words that get other tokens as words than in a text with a space between; None where none do.
-
-    A byte-level tokenizer without ``add_prefix_space``, and a SentencePiece one that puts no mark before a word, know a
-    word by the space before it. Given words have none: all but the first would get the tokens of the inside of a word.
-    This is found out by running the tokenizer, for no table of tokenizers is complete.
-    """
-
-    def tokens(document: str | list[str]) -> list[int]:
-        split = isinstance(document, list)
-        ids: list[int] = tokenizer(document, add_special_tokens=False, is_split_into_words=split)["input_ids"]
-        return ids
-
-    for first, second in _PROBES:
-        if tokens([first, second]) != tokens(f"{first} {second}"):
-            return first, second
-    return None

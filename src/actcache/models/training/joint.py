@@ -37,11 +37,8 @@ class JointReader:
 
     Each layer is read ahead by its reader's own thread, into its own buffers. Not thread-safe.
 
-    Args:
-        readers: of each layer, over the same documents with the same options, in the same epoch.
-
     Raises:
-        UsageError: there are none, or they do not go through the same documents in the same order.
+        UsageError: there are no readers, or they do not go through the same documents in the same order and epoch.
     """
 
     def __init__(self, readers: Mapping[int, Reader]) -> None:
@@ -58,12 +55,11 @@ class JointReader:
             )
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch; see ``Reader``."""
+        """Return the number of batches of an epoch."""
         return len(self._first)
 
     def __iter__(self) -> Iterator[dict[int, Batch]]:
-        epochs = [iter(reader) for reader in self.readers.values()]
-        return self._steps(epochs)
+        return self._steps([iter(reader) for reader in self.readers.values()])
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is."""
@@ -75,11 +71,7 @@ class JointReader:
         return self._first.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next iteration go on at a state.
-
-        Raises:
-            UsageError: it is of readers with other keys or another order.
-        """
+        """Have the next iteration go on at a state; raises ``UsageError`` for that of readers with another order."""
         for reader in self.readers.values():
             reader.load_state_dict(state)
 

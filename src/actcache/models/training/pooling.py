@@ -25,7 +25,6 @@ class WeightedPooling(nn.Module):
 
     Args:
         layers: how many are mixed, at the start in equal parts.
-        hidden_size: of their rows.
         classes: of the linear head.
         of: whether it classifies ``"documents"`` or ``"tokens"``.
 

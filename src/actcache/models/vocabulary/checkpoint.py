@@ -23,9 +23,6 @@ from actcache.models.vocabulary.pruned import Pruned, hold
 def save_full(pruned: Pruned, folder: str | Path, **options: Any) -> None:
     """Save a model as ``save_pretrained`` would after ``restore``, while it stays pruned. On the CPU, matrix by matrix.
 
-    Args:
-        options: of ``save_pretrained``.
-
     Raises:
         ModelError: the rows that were dropped are not at hand.
     """
@@ -104,10 +101,7 @@ def _class_of(model_class: Any, config: PreTrainedConfig) -> Any:
 
 
 def _small(task_class: Any, rows: int) -> Any:
-    """Return a class whose models are made with so many rows, whatever the configuration says.
-
-    The configuration alone could not: the padding's id may be larger than the number of rows.
-    """
+    """Return a class of models with so many rows: the padding's id may be larger, so a configuration cannot say it."""
 
     def make(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         size = config.vocab_size

@@ -167,22 +167,15 @@ def _show_ids(model: nn.Module, kept: KeptVocabulary) -> None:
 
 def special_ids(model: nn.Module) -> Iterable[int]:
     """Return the ids that configurations name (padding, end of text, ...) and 0, with which others are padded."""
-    found = {0}
-    for config in [*configs_of(model), getattr(model, "generation_config", None)]:
-        for name, value in vars(config).items() if config is not None else ():
-            if name.endswith("_token_id"):
-                found.update(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
-    return found
+    configs = [vars(config) for config in (*configs_of(model), getattr(model, "generation_config", None)) if config]
+    values = [value for config in configs for name, value in config.items() if name.endswith("_token_id")]
+    return {0, *(i for value in values for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))}
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Return the configurations that a model's parts hold, each once (an encoder's is a copy of its model's)."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
 def own_configs(model: nn.Module) -> None:
@@ -197,8 +190,7 @@ def own_configs(model: nn.Module) -> None:
 def marked(model: nn.Module) -> Iterator[tuple[nn.Module, Mark]]:
     """Yield the modules that have parameters with a row per token."""
     for module in model.modules():
-        mark = module.__dict__.get(MARK)
-        if isinstance(mark, Mark):
+        if isinstance(mark := module.__dict__.get(MARK), Mark):
             yield module, mark
 
 

@@ -25,9 +25,7 @@ def with_the_heads_names(inputs: dict[str, Any], task_class: Any) -> dict[str, A
 def as_positions(inputs: dict[str, Any], task_class: Any) -> dict[str, Any]:
     """Return keyword arguments in which ``labels`` [batch, 2] have become the two positions; others stay.
 
-    Raises:
-        ShapeError: the labels are not ``[batch, 2]`` whole numbers.
-        ModelError: answers are there under both names.
+    Raises ``ShapeError`` for labels of another form, and ``ModelError`` where answers are there under both names.
     """
     labels = inputs.get("labels")
     named = {name: value for name, value in inputs.items() if name != "labels"}

@@ -95,18 +95,13 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
     """Compute the canaries with this model and compare them with stored ones; return the largest relative error.
 
     Raises:
-        CanaryError: the error is above the tolerance of the compute dtype, or the texts make other tokens. It names the
-            provenance fields that differ.
+        CanaryError: the error is above ``TOLERANCE``, or the texts make other tokens; it names what else differs.
         FormatError: the blob is no such thing.
         ModelError: the lower half is in train mode.
     """
     stored_ids, stored_lengths, stored_rows, theirs = _read(blob, lower.hidden_size)
-    changed = {
-        name: (theirs.get(name), provenance.get(name))
-        for name in sorted(theirs.keys() | provenance.keys())
-        if theirs.get(name) != provenance.get(name)
-    }
-    where = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changed.items()) or (
+    changed = [name for name in sorted(theirs.keys() | provenance.keys()) if theirs.get(name) != provenance.get(name)]
+    where = "; ".join(f"{name}: {theirs.get(name)!r} then, {provenance.get(name)!r} now" for name in changed) or (
         "nothing that is recorded: is it a hook, an adapter, an attribute of a module that was changed after loading?"
     )
     these = documents(encoder)

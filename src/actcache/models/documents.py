@@ -51,10 +51,8 @@ def check_texts(texts: object) -> None:
 def _columns(texts: object) -> list[object] | None:
     """Return the names of a table's columns (of pandas, Polars, Arrow, datasets, ...); None where it is no table."""
     structured = getattr(getattr(texts, "dtype", None), "names", None)
-    for names in (structured, getattr(texts, "column_names", None), getattr(texts, "columns", None)):
-        if names is not None and not callable(names):
-            return [*names]
-    return None
+    found = (structured, getattr(texts, "column_names", None), getattr(texts, "columns", None))
+    return next(([*names] for names in found if names is not None and not callable(names)), None)
 
 
 def _one_of(names: list[object]) -> str:

@@ -41,7 +41,6 @@ class Family:
     Paths are dotted and start at the base model. A path that ends in ``?`` is one that not every member has.
 
     Args:
-        name: what errors call it.
         model_types: the ``config.model_type`` of its members.
         layers: path of the ``ModuleList`` of layers.
         embeddings: paths of the modules that come before the layers and that a reduced model needs no more. Each is

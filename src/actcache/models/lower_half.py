@@ -33,12 +33,11 @@ class _Reached(Exception):
 
 
 class LowerHalf:
-    """Layers 1..``layer`` of a base model, as a function from token ids to rows.
+    """Layers 1..``layer`` of a base model in eval mode, as a function from token ids to rows.
 
     It uses the model as it is, with its own forward: weights that change later change the numbers. Not thread-safe.
 
     Args:
-        base_model: in eval mode, on any device.
         compute_dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; None for the dtype of the parameters.
             Where it differs from that, the lower half runs under autocast.
 
@@ -124,10 +123,13 @@ class LowerHalf:
         if not token_ids:
             return {layer: [] for layer in (*layers, self.layer)}
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
+        padding = getattr(self.base_model.config, "pad_token_id", None) or 0
+        if not 0 <= padding < vocabulary_size(self.base_model):
+            padding = 0
         # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
         # in a lone document too) are what they are without it.
         inputs = {
-            "input_ids": padded(token_ids, self._padding()),
+            "input_ids": padded(token_ids, padding),
             "attention_mask": (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long(),
         }
         if "token_type_ids" in self._takes and type_ids is not None and any(ids.any() for ids in type_ids):
@@ -155,10 +157,6 @@ class LowerHalf:
                 hook = functools.partial(take, layer=layer)
                 hooks.callback(following.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
-
-    def _padding(self) -> int:
-        padding = getattr(self.base_model.config, "pad_token_id", None) or 0
-        return padding if 0 <= padding < vocabulary_size(self.base_model) else 0
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

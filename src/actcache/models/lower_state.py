@@ -183,12 +183,9 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         for name in ("_save_to_state_dict", "get_extra_state")
     )
     for name, value in vars(module).items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            continue
-        if isinstance(value, torch.ScriptObject):
-            if not says_how:
-                yield name, value
-        elif next(_in_containers(value), None) is not None:
+        packed = isinstance(value, torch.ScriptObject) and not says_how
+        own = name not in ("_parameters", "_buffers", "_modules")  # which are seen for themselves
+        if own and (packed or next(_in_containers(value), None) is not None):
             yield name, value
 
 
@@ -206,8 +203,7 @@ def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, rea
     }
     if not any(isinstance(value, torch.Tensor) for value in found.values()):
         return found.items()
-    fresh = _fresh(module, base_model.config)
-    if fresh is None:
+    if (fresh := _fresh(module, base_model.config)) is None:
         return found.items()
     as_made = {name for name, value in found.items() if _equal(value, fresh._buffers.get(name, vars(fresh).get(name)))}
     if "rope_parameters" not in family.numeric_config and any(found[name].is_floating_point() for name in as_made):

@@ -34,14 +34,13 @@ class Kept(Protocol):
         """``[rows]`` int64 on the CPU: the token of each row."""
 
     def whole(self, module: nn.Module, name: str) -> Whole | None:
-        """Return a module's parameter as a whole; None where the parameter has no row per token."""
+        """Return a module's parameter as a whole; None where it has no row per token."""
 
 
 class Whole:
     """A matrix of which a model holds some rows, those that it holds taken from there. Never materialized. Read-only.
 
     Args:
-        name: for errors.
         part: ``[rows, ...]`` what the model holds, on any device.
         ids: ``[rows]`` int64, which row of the whole each of them is.
         rest: ``[tokens, ...]`` on the CPU (or mapped from a file): all rows as they were before pruning; None where
@@ -59,11 +58,7 @@ class Whole:
         return int(self.shape[0]) * self._row_bytes
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """Return the rows ``first:last`` on the CPU, a copy.
-
-        Raises:
-            ModelError: rows that were dropped are not at hand, or the model's are on the meta device.
-        """
+        """Return a copy of the rows ``first:last`` on the CPU; raises ``ModelError`` where they are not at hand."""
         if self._part.is_meta:
             raise without_bytes(self.name)
         if self._rest is None and len(self._ids) < self.shape[0]:

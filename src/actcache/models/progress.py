@@ -12,10 +12,7 @@ from actcache.io.progress import Meter
 class FillProgress:
     """Counts documents and tokens, and shows them; a context manager. Not thread-safe.
 
-    Args:
-        total: documents in all; None where that is not known, and then there is no ETA.
-        show: False for silence.
-        console: where to; stderr by default.
+    There is no ETA without a ``total`` of documents. The ``console`` is stderr's by default.
     """
 
     def __init__(self, total: int | None, *, show: bool = True, console: Console | None = None) -> None:
@@ -28,8 +25,7 @@ class FillProgress:
         self._documents += documents
         self._computed += computed
         self._tokens += tokens
-        note, beside = f"{self._computed} computed", {"tokens": self._tokens}
-        self._meter("", self._documents, self._total, note, beside)
+        self._meter("", self._documents, self._total, f"{self._computed} computed", {"tokens": self._tokens})
 
     def __enter__(self) -> FillProgress:
         self.advance(0)

@@ -201,16 +201,12 @@ class Recycler:
         Args:
             on_missing: ``"compute"`` computes and stores the missing documents of each batch when its turn comes (and
                 those that are corrupt), and delivers them as they are stored: the first epoch fills, later ones replay,
-                and both see the same numbers. The lower half is computed where the recycler's model is. They are
-                durable at the end of the epoch, and when a minute old. Windows of missing documents are counted by
-                tokenizing them at once.
+                and both see the same numbers. They are durable at the end of the epoch, and when a minute old.
 
         Raises:
             MissingEntryError: documents are not (or, of windows, not wholly) in the space.
-            LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
-            CanaryError: the model computes other numbers than those of the space (a hook, an adapter, ...).
+            LowerHalfMismatchError, CanaryError, UsageError: see ``fill``.
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
-            UsageError: ``texts`` are none; see ``fill``.
         """
         documents_given = listed(texts)
         keys = document_keys(documents_given)

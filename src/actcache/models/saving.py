@@ -59,7 +59,12 @@ def save(
     if write:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        _refuse_packed(reduced)
+        packed = [name for name, value in reduced.state_dict().items() if not isinstance(value, torch.Tensor)]
+        if packed:
+            raise ModelError(
+                f"{packed[0]} of this reduced model is no plain tensor (a quantized weight?), and safetensors files "
+                "hold nothing else: save the model before it is quantized"
+            )
         tensors = unshared(reduced.state_dict() if state_dict is None else state_dict)
         tensors[guard_of(reduced)] = torch.empty(0)
         save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -165,15 +170,6 @@ def _computed_buffers(reduced: nn.Module) -> dict[str, str]:
     """Return the dtypes of the floating point buffers that no state dict has: ``model.to(dtype)`` rounds them, too."""
     saved = reduced.state_dict()
     return {n: dtype_name(b.dtype) for n, b in reduced.named_buffers() if n not in saved and b.is_floating_point()}
-
-
-def _refuse_packed(reduced: nn.Module) -> None:
-    packed = [name for name, value in reduced.state_dict().items() if not isinstance(value, torch.Tensor)]
-    if packed:
-        raise ModelError(
-            f"{packed[0]} of this reduced model is no plain tensor (a quantized weight?), and safetensors files hold "
-            "nothing else: save the model before it is quantized"
-        )
 
 
 def _refuse_peft(reduced: nn.Module) -> None:

@@ -49,9 +49,7 @@ def measure(
         texts: whose lengths are told; longer ones than the model takes are truncated.
         documents: of these, drawn at even distances in the order of lengths, that are computed.
 
-    Raises:
-        ModelError: the model cannot be loaded.
-        LayerError, UnsupportedModelError: see ``LowerHalf``.
+    Raises as ``load_pretrained`` and ``LowerHalf`` do.
     """
     model, tokenizer = load_pretrained(name, [], device, None)
     base = base_model_of(model)

@@ -54,7 +54,6 @@ def fill(
     process is ended by a signal that it does not handle, or killed.
 
     Args:
-        texts: streamed, and partitioned by their keys.
         devices: such as ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``.
         store: its URL or path. Other processes must see it: not one in memory.
         max_bytes: see ``Recycler.fill``. Here, each process leaves out what is missing from the first of its documents
@@ -312,10 +311,8 @@ def check_devices(devices: Sequence[str]) -> None:
 
 def _check_seen(job: Job, fingerprints: Sequence[str]) -> None:
     """Refuse a store that lies in one process's memory."""
-    try:
-        with open_store(job.store, mode="r") as opened:
-            seen = set(opened.fingerprints())
-    except StoreNotFoundError:
-        seen = set()
+    seen: set[str] = set()
+    with contextlib.suppress(StoreNotFoundError), open_store(job.store, mode="r") as opened:
+        seen.update(opened.fingerprints())
     if not seen.issuperset(fingerprints):
         raise UsageError(f"what one process stores in {job.store} no other one sees: fill it from one process")

@@ -99,13 +99,12 @@ def add_adapters(
     layer_norms: bool = False,
     also_train: Sequence[str] = (),
 ) -> Model:
-    """Put adapters into a model, in place, and freeze all but them and the head; return the model.
+    """Put adapters into a task model, full or reduced, in place; freeze all but them and the head; return the model.
 
     The head is what the task model has outside of its base model. The papers differ in what trains with it: nothing
     (the embedding recycling paper, the default here) or the layers' normalizations (Houlsby et al.).
 
     Args:
-        model: a task model, full or reduced.
         bottleneck: its width; the paper tries 24, 64 and 256.
         layers: which get adapters, 1-based, numbered as in the full model; by default all of a full model ("full
             adapter setting"), and of a reduced model all that it has.
@@ -137,11 +136,7 @@ def add_adapters(
 
 
 def insert_adapters(model: nn.Module, spec: AdapterSpec) -> None:
-    """Put the adapters of a spec into a model, newly initialized, and freeze all but what trains.
-
-    Raises:
-        ModelError: it has adapters already, or lacks a place for them.
-    """
+    """Put a spec's new adapters into a model, and freeze all but what trains; raises ``ModelError``."""
     if spec_of(model) is not None:
         raise ModelError(f"this {type(model).__name__} has adapters already; take a fresh copy of it for others")
     projections = _projections(model, spec)
@@ -163,8 +158,7 @@ def spec_of(model: nn.Module) -> AdapterSpec | None:
 
 
 def _known_spec(model: nn.Module) -> AdapterSpec:
-    spec = spec_of(model)
-    if spec is None:
+    if (spec := spec_of(model)) is None:
         raise ModelError(f"this {type(model).__name__} has no adapters: actcache.models.add_adapters puts them in")
     return spec
 
@@ -184,11 +178,7 @@ def trained_names(model: nn.Module) -> list[str]:
 
 
 def save_adapters(model: nn.Module, path: str | Path) -> None:
-    """Write what trains in a model with adapters (theirs, the head's) to one safetensors file.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """Write what trains in a model with adapters to one safetensors file; raises ``ModelError`` where it has none."""
     names = trained_names(model)
     what = {"version": 1, "spec": asdict(_known_spec(model)), "model": _kind(model)}
     state = model.state_dict()

@@ -133,7 +133,6 @@ class TextBatches:
 
     def __init__(self, documents: TokenDataset, order: Order, device: Any) -> None:
         self._documents, self._order, self._device = documents, order, device
-        self._lengths = documents.lengths
         self._rank, self._world = ranks_of(None, repr(order))
         self._epoch = 0
 
@@ -145,9 +144,9 @@ class TextBatches:
         return len(self._positions())
 
     def __iter__(self) -> Iterator[Inputs]:
-        batches = self._positions()
+        batches = (self._documents.inputs(which.tolist()) for which in self._positions())
         self._epoch += 1
-        return self._inputs(batches)
+        return ({name: tensor.to(self._device) for name, tensor in inputs.items()} for inputs in batches)
 
     def dataset(self) -> TokenDataset:
         """Return the same documents as a map-style data set."""
@@ -155,13 +154,8 @@ class TextBatches:
 
     def _positions(self) -> list[NDArray[np.int64]]:
         """Return the positions of the documents of each of this rank's batches."""
-        plan = self._order.of_epoch(self._lengths, self._epoch)
+        plan = self._order.of_epoch(self._documents.lengths, self._epoch)
         return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
-
-    def _inputs(self, batches: list[NDArray[np.int64]]) -> Iterator[Inputs]:
-        for which in batches:
-            inputs = self._documents.inputs(which.tolist())
-            yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
 
 class StoredBatches:

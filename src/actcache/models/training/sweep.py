@@ -64,9 +64,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
 def train(model: nn.Module, batches: Any, *, rate: float, epochs: int, loss: Loss = own_loss) -> None:
     """Train what has gradients in a model, in place, and leave it in train mode.
 
-    Args:
-        batches: with a length, and one epoch each time that it is iterated over.
-        rate: the highest learning rate.
+    The batches have a length, and are one epoch each time they are iterated over; ``rate`` is the highest.
     """
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], rate)
     steps = epochs * len(batches)

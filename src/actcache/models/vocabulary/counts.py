@@ -102,7 +102,6 @@ def count_vocabulary(
     Args:
         documents: any iterable; a few hundred times ``threads`` of them are in memory at once.
         special_tokens: whether the tokenizer adds its special tokens to texts.
-        keep: further ids that are always kept.
         threads: that tokenize at once; by default up to 4 with a fast tokenizer, which frees the interpreter's lock.
 
     Raises:

@@ -29,7 +29,7 @@ class Tokens:
 
 
 def tokens_of(model: PreTrainedModel) -> Tokens:
-    """Find a model's input embeddings, its output embeddings with their bias, and all that is tied to them.
+    """Find a model's input embeddings, output embeddings with their bias, and all that is tied to them.
 
     Raises:
         UnsupportedModelError: there are none, or others that this does not know.
@@ -153,16 +153,13 @@ def _moved(old: nn.Parameter, move: Move, kept: KeptVocabulary, name: str) -> nn
 
 def _show_ids(model: nn.Module, kept: KeptVocabulary) -> None:
     """Put the ids into the model's ``state_dict``, and the padding's row where its id was."""
-    shown = False
-    for module, mark in marked(model):
-        if not isinstance(module, nn.Embedding):
-            continue
+    embeddings = [(module, mark) for module, mark in marked(model) if isinstance(module, nn.Embedding)]
+    for i, (module, mark) in enumerate(embeddings):
         if mark.padding_idx is not None:
             module.padding_idx = int(torch.nonzero(kept.ids == mark.padding_idx)[0])
         ids = kept.ids.to(module.weight.device, torch.int32)
-        # One of those that are tied shows it: what is shared would be saved twice.
-        module.register_buffer(ROW_IDS, ids, persistent=not shown)
-        shown = True
+        # The first of those that are tied shows it: what is shared would be saved twice.
+        module.register_buffer(ROW_IDS, ids, persistent=i == 0)
 
 
 def special_ids(model: nn.Module) -> Iterable[int]:
@@ -182,8 +179,7 @@ def own_configs(model: nn.Module) -> None:
     """Give a model configurations of its own: one may have been made from another's, which must keep its size."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
+        if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
             module.__dict__["config"] = copy.deepcopy(config, memo)
 
 

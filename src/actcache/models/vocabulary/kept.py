@@ -75,11 +75,7 @@ class KeptVocabulary:
         return Whole(called, module.get_parameter(name), self.ids, self.rest[called], self.size)
 
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of token ids, int64 of the same shape, on their device.
-
-        Raises:
-            UnseenTokenError: ids are not kept, or are none.
-        """
+        """Return the rows of token ids, int64 of the same shape, on their device; raises ``UnseenTokenError``."""
         rows = self._look_up(ids)
         if bool((rows < 0).any()):
             raise self._unseen(ids[rows < 0])

@@ -54,11 +54,7 @@ class Optimizers:
         self._tracked.add(optimizer)
 
     def check(self, parameter: torch.nn.Parameter, name: str) -> None:
-        """Refuse a parameter whose state cannot be moved.
-
-        Raises:
-            ModelError: a state is packed (8-bit optimizers), so that its rows cannot be told apart.
-        """
+        """Raise ``ModelError`` for a parameter with a packed state (8-bit optimizers), whose rows cannot be moved."""
         for optimizer in self._tracked:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim and not value.is_floating_point():

@@ -56,11 +56,7 @@ class Pruned:
         return sum(p.numel() // rows * p.element_size() * (self.size - rows) for p in parameters.values())
 
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of token ids, int64 of the same shape, on their device.
-
-        Raises:
-            UnseenTokenError: ids that are not kept.
-        """
+        """Return the rows of token ids, int64 of the same shape, on their device; raises ``UnseenTokenError``."""
         return self._kept.rows_of(ids)
 
     def ids_of(self, rows: torch.Tensor) -> torch.Tensor:
@@ -68,11 +64,7 @@ class Pruned:
         return self._kept.ids.to(rows.device)[rows.long()]
 
     def track(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Have the state of optimizers follow when rows are added or restored. They are not kept alive.
-
-        Raises:
-            UsageError: it is no torch optimizer.
-        """
+        """Have the state of optimizers, which are not kept alive, follow when rows are added or restored."""
         for optimizer in optimizers:
             self._kept.optimizers.track(optimizer)
 

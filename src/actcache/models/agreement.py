@@ -45,9 +45,7 @@ class Agreement:
     def before_serving(self, documents: Sequence[bytes]) -> None:
         """Compare the weights, the canaries and some of the documents (by their keys) that are about to be served.
 
-        Raises:
-            LowerHalfMismatchError: the lower half was trained meanwhile.
-            CanaryError: it computes other numbers.
+        Raises ``LowerHalfMismatchError`` where the lower half was trained meanwhile, ``CanaryError`` for other numbers.
         """
         check_same_lower_half(self.lower.base_model, self.space.recipe)
         if self.enabled:

@@ -205,10 +205,8 @@ def relative_error(
     It is the largest of that of all numbers together (L2) and of the median row, each row by its own norm: one row with
     a large norm, as decoders have at the first token, would hide what happens to all others.
 
-    Args:
-        columns: ``[hidden]`` the root mean square of each column over many documents; where it is given, a quarter of
-            the median row's error with columns brought to one size counts, too: a column that is large everywhere would
-            hide the others.
+    With ``columns``, the root mean square of each over many documents, a quarter of the median row's error with columns
+    brought to one size counts, too: a column that is large everywhere would hide the others.
     """
     there = expected.astype(np.float64)
     difference = found.astype(np.float64) - there

@@ -39,45 +39,30 @@ class Family:
     """Models that are split in the same way. Immutable.
 
     Paths are dotted and start at the base model. A path that ends in ``?`` is one that not every member has.
-
-    Args:
-        model_types: the ``config.model_type`` of its members.
-        layers: path of the ``ModuleList`` of layers.
-        embeddings: paths of the modules that come before the layers and that a reduced model needs no more. Each is
-            called with token ids or positions, or with what the one before it returned.
-        numeric_config: configuration values that change the lower half's numbers, with the value that stands for a
-            field that the configuration does not have.
-        padding_shifts_positions: positions are numbered from ``pad_token_id + 1`` (the RoBERTa convention).
-        tuple_arity: None where a layer returns the bare tensor, else the length of the tuple that it returns.
-        first_position: the number of the first token's position, where the model's code fixes it.
-        positions_in_layers: layers take positions (rotary embeddings), which replay then counts along the mask.
-        shared: paths of modules that layers of both halves use. They belong to the identity; a reduced model has them,
-            frozen.
-        relative_bias: path, within the first layer, of the attention that computes the position bias of all layers
-            (T5). Its layer returns that bias as the second of its tuple, and takes it as its third argument.
-        convolution: path of a module that adds to the first layer's output; its arguments are ``(its own input, that
-            output, mask)``.
-        matrix_readers: names of task models' heads that read the word embeddings' matrix itself, not a parameter of
-            their own that is tied to it. Where there is one, a reduced model keeps the matrix, frozen.
-        stack: path of the transformers model whose forward runs the layers; empty for the base model itself.
-        dtype: in which a recycler stores rows by default. ``bfloat16`` where some members have activations beyond
-            float16's 65,504.
     """
 
     name: str
-    model_types: tuple[str, ...]
-    layers: str = "encoder.layer"
+    model_types: tuple[str, ...]  # the ``config.model_type`` of its members
+    layers: str = "encoder.layer"  # path of the ``ModuleList`` of layers
+    # What comes before the layers, which a reduced model needs no more. Each is called with token ids or positions, or
+    # with what the one before it returned.
     embeddings: tuple[str, ...] = ("embeddings",)
+    # What changes the lower half's numbers, with the value that stands for a field that a configuration lacks.
     numeric_config: Mapping[str, Any] = field(default_factory=lambda: dict(BERT_CONFIG))
-    padding_shifts_positions: bool = False
-    tuple_arity: int | None = None
-    first_position: int = 0
-    positions_in_layers: bool = False
-    shared: tuple[str, ...] = ()
+    padding_shifts_positions: bool = False  # positions begin at ``pad_token_id + 1`` (the RoBERTa convention)
+    tuple_arity: int | None = None  # None where a layer returns the bare tensor, else the length of its tuple
+    first_position: int = 0  # of the first token, where the model's code fixes it
+    positions_in_layers: bool = False  # layers take positions (rotary), which replay then counts along the mask
+    shared: tuple[str, ...] = ()  # what layers of both halves use: of the identity, and frozen in a reduced model
+    # Path, within the first layer, of the attention that computes the position bias of all layers (T5). Its layer
+    # returns that bias as the second of its tuple, and takes it as its third argument.
     relative_bias: str | None = None
-    convolution: str | None = None
+    convolution: str | None = None  # adds to the first layer's output; takes (its own input, that output, mask)
+    # Names of task models' heads that read the word embeddings' matrix itself, not a parameter of their own that is
+    # tied to it. Where there is one, a reduced model keeps the matrix, frozen.
     matrix_readers: tuple[str, ...] = ()
-    stack: str = ""
+    stack: str = ""  # path of the transformers model whose forward runs the layers; empty for the base model itself
+    # Of stored rows, by default. ``bfloat16`` where some members have activations beyond float16's 65,504.
     dtype: str = "float16"
 
     def layers_of(self, base_model: nn.Module) -> nn.ModuleList:

@@ -184,7 +184,7 @@ class Filler:
         What was yielded is put when this goes on. It took less than was promised: flushed and measured, there is more.
         """
         rest = sorted(work, key=lambda one: one.position)
-        sizes = [sum(self._most_bytes(one, layer) for layer in one.layers) for one in rest]
+        sizes = [self._most_bytes(one) for one in rest]
         while rest:
             count = budget.admit(sizes)
             if not count:
@@ -197,9 +197,9 @@ class Filler:
             yield rest[:count]
             rest, sizes = rest[count:], sizes[count:]
 
-    def _most_bytes(self, work: _Work, layer: int) -> int:
-        recipe = self._spaces[layer].recipe
-        return sum(most_bytes(recipe, self._encoder.extras, len(entry.token_ids)) for entry in work.entries)
+    def _most_bytes(self, work: _Work) -> int:
+        recipes, extras = [self._spaces[layer].recipe for layer in work.layers], self._encoder.extras
+        return sum(most_bytes(recipe, extras, len(one.token_ids)) for recipe in recipes for one in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
@@ -221,9 +221,7 @@ class Filler:
         self, chunk: list[Document], positions: Sequence[int], keys: list[bytes], absent: dict[bytes, list[int]]
     ) -> list[_Work]:
         """Return what is to be computed, tokenized."""
-        first: dict[bytes, int] = {}
-        for i, key in enumerate(keys):
-            first.setdefault(key, i)
+        first = {key: i for i, key in reversed([*enumerate(keys)])}
         places = [first[key] for key in absent]
         spec = self._encoder.windows
         encoded = self._encoder.encode([chunk[i] for i in places], [positions[i] for i in places])

@@ -211,9 +211,6 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
     Documents are taken in descending order of length (ties in the caller's order), so that what needs the most memory
     comes first. A batch holds ``count * longest <= token_budget`` padded tokens; a document above the budget is alone.
 
-    Args:
-        lengths: ``[n]`` tokens of each document.
-
     Returns:
         Arrays of positions in ``lengths``, each position in exactly one.
 

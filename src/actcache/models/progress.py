@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 
@@ -31,5 +31,5 @@ class FillProgress:
         self.advance(0)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._meter.__exit__(kind, error, at)
+    def __exit__(self, *error: Any) -> None:
+        self._meter.__exit__(*error)

@@ -46,8 +46,7 @@ class Recycler:
     """Records the activations of a model after one layer, and serves them to reduced models. Not thread-safe.
 
     Args:
-        model: a base or task model of transformers, in eval mode. It is used as it is, never changed.
-        tokenizer: its tokenizer; not changed.
+        model, tokenizer: a base or task model of transformers, in eval mode; both are used as they are, never changed.
         layer: record the output of this layer, 1-based, 1..N-1.
         store: a ``Store``, or a URL or path of one, which the recycler then opens and closes.
         dtype: how rows are stored: ``float16``, ``float32`` or ``bfloat16``; None for the family's own, which is
@@ -247,8 +246,7 @@ class Recycler:
         It knows the recipe that it belongs to, and is saved with it.
 
         Raises:
-            LowerHalfMismatchError: the task model's lower half is not the one that was recorded, or, with the same
-                weights and configuration, computes other numbers.
+            LowerHalfMismatchError: the task model's lower half is not the recorded one, or computes other numbers.
         """
         family = check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
@@ -280,7 +278,6 @@ class Recycler:
                 are stored.
             task_model: a full task model in eval mode, on any device, whose outputs are compared with those of its
                 reduced model: each document alone.
-            seed: of the choice.
 
         Raises:
             VerificationError: something is further off; it holds the report.

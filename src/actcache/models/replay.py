@@ -67,7 +67,6 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
 
     Args:
         layer: the rows are the output of this layer, 1-based.
-        family: how to split the model; None to look it up.
 
     Raises:
         LayerError: ``layer`` is not in 1..N-1.
@@ -176,7 +175,6 @@ class ReducedModel:
         The ``Trainer`` saves its checkpoints by this, and goes on from them.
 
         Args:
-            save_directory: is made where it is absent.
             is_main_process: whether this process writes.
             state_dict: the weights, where they are not to be taken from the model.
             options: transformers' others. There is one file of weights, whatever its size.
@@ -232,10 +230,8 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
     either, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("self", either)]
     parameters += [inspect.Parameter(name, either, default=None) for name in first]
-    for name, parameter in own.items():
-        if name != "self" and name not in _DROPPED:
-            keep = parameter.kind is inspect.Parameter.VAR_KEYWORD
-            parameters.append(parameter if keep else parameter.replace(kind=named))
+    kept = (parameter for name, parameter in own.items() if name not in ("self", *_DROPPED))
+    parameters += [one if one.kind is inspect.Parameter.VAR_KEYWORD else one.replace(kind=named) for one in kept]
     # The Trainer drops the columns of a data set that the signature does not name.
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     forward.__doc__ = f"{task_class.__name__}'s forward, from stored activations."

@@ -112,7 +112,6 @@ def verify_stored(
     Unlike ``verify`` it goes on where entries are corrupt, which it names, and where they were deleted meanwhile.
 
     Args:
-        sample: entries to compare, of those that have token ids.
         seed: of the choice; None for another each time.
         progress: called with the entries that were compared, and how many are to be.
 
@@ -186,7 +185,7 @@ class _Comparison:
         inputs = [_input(entry) for entry in entries] if encoded is None else encoded
         found = _errors(self._lower, entries, inputs)
         if encoded is None and self._separator is not None:
-            _as_pairs(self._lower, entries, inputs, found, self._tolerance, self._separator)
+            self._as_pairs(entries, inputs, found)
         for key, entry, given, (error, difference) in zip(keys, entries, inputs, found, strict=True):
             self._errors.append(error)
             self._largest = max(self._largest, difference)
@@ -195,6 +194,17 @@ class _Comparison:
                 self._failed.append(key)
             elif self._outputs is not None:
                 self._outputs.compare(entry, given)
+
+    def _as_pairs(self, entries: list[Entry], inputs: list[Encoded], found: list[tuple[float, float]]) -> None:
+        """Take wrong entries for documents of two texts, whose type ids were not stored; keep what is right."""
+        for i, given in enumerate(inputs):
+            ends = np.flatnonzero(given.token_ids == self._separator)
+            if found[i][0] <= self._tolerance or len(ends) < 2 or "type_ids" in entries[i].extras:
+                continue
+            paired = replace(given, type_ids=(np.arange(len(given.token_ids)) > ends[0]).astype(np.int8))
+            again = _errors(self._lower, [entries[i]], [paired])[0]
+            if again[0] <= self._tolerance:
+                found[i], inputs[i] = again, paired
 
     def report(self) -> Verification:
         """Return what was found."""
@@ -317,24 +327,3 @@ def computable(lower: LowerHalf, given: Encoded) -> bool:
         and given.type_ids.min() >= 0
         and (not kinds or not given.type_ids.any() or given.type_ids.max() < kinds)
     )
-
-
-def _as_pairs(
-    lower: LowerHalf,
-    entries: Sequence[Entry],
-    inputs: list[Encoded],
-    found: list[tuple[float, float]],
-    tolerance: float,
-    separator: int,
-) -> None:
-    """Take entries that are wrong for documents of two texts, whose type ids were not stored; keep what is right."""
-    for i, given in enumerate(inputs):
-        ends = np.flatnonzero(given.token_ids == separator)
-        if found[i][0] <= tolerance or len(ends) < 2 or "type_ids" in entries[i].extras:
-            continue
-        types = np.zeros(len(given.token_ids), np.int8)
-        types[ends[0] + 1 :] = 1
-        paired = replace(given, type_ids=types)
-        again = _errors(lower, [entries[i]], [paired])[0]
-        if again[0] <= tolerance:
-            found[i], inputs[i] = again, paired

@@ -111,7 +111,6 @@ def sweep(
         labels: one a document, as a reader takes them. Where documents are cut into windows, each window counts.
         held_out: positions of the documents that are not trained on.
         metric: of a model in eval mode, and of the inputs of batches of the held-out documents.
-        loss: of a model and a batch's inputs.
         prepare: what becomes of a reduced model before it is trained, as ``add_adapters``.
         pooling: makes the model that takes the rows of all layers (as a list) from their number, as ``lambda layers:
             WeightedPooling(layers, hidden_size, classes)``; None for no pooling.

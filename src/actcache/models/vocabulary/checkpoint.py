@@ -23,8 +23,7 @@ from actcache.models.vocabulary.pruned import Pruned, hold
 def save_full(pruned: Pruned, folder: str | Path, **options: Any) -> None:
     """Save a model as ``save_pretrained`` would after ``restore``, while it stays pruned. On the CPU, matrix by matrix.
 
-    Raises:
-        ModelError: the rows that were dropped are not at hand.
+    Raises ``ModelError`` where the rows that were dropped are not at hand.
     """
     model = pruned.model
     wholes: dict[str, torch.Tensor] = {}  # of tied parameters the same tensor, as save_pretrained expects

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError
-from actcache.models.partial_vocabulary import KEPT, ROW_IDS
+from actcache.models.partial_vocabulary import ROW_IDS
 from actcache.models.vocabulary.kept import MARK, KeptVocabulary, Mark
 from actcache.models.vocabulary.moving import Move
 
@@ -55,12 +55,9 @@ def tokens_of(model: PreTrainedModel) -> Tokens:
     if missed:  # BART's final_logits_bias
         raise UnsupportedModelError(f"{type(model).__name__} adds {missed[0]} to its logits, which pruning would miss")
     wanted = {id(parameter) for parameter in (weight, *output)}
-    names: dict[int, str] = {id(weight): all_names(model, weight)[0]}
-    parameters = {names[id(weight)]: weight}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in wanted and id(parameter) not in names:
-            names[id(parameter)] = name
-            parameters[name] = parameter
+    found = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+    names = {id(parameter): name for name, parameter in found.items()}
+    parameters = {names[id(weight)]: weight, **found}
     marks = []
     for module in model.modules():
         own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in wanted}
@@ -83,15 +80,6 @@ def _output_parameters(model: PreTrainedModel, size: int) -> Iterator[nn.Paramet
 def all_names(model: nn.Module, wanted: nn.Parameter) -> list[str]:
     """Return all names of a parameter, those of what is tied to it included."""
     return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is wanted]
-
-
-def attach(model: PreTrainedModel, tokens: Tokens, kept: KeptVocabulary) -> None:
-    """Have a model and its modules know what they hold. The rows are still where they were."""
-    own_configs(model)
-    for module, mark in tokens.marks:
-        module.__dict__.update({KEPT: kept, MARK: mark})
-    for root in roots_of(model, kept):
-        root.__dict__[KEPT] = kept
 
 
 def roots_of(model: PreTrainedModel, kept: KeptVocabulary) -> list[PreTrainedModel]:

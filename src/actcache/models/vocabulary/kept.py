@@ -34,8 +34,7 @@ class KeptVocabulary:
     """The rows that a pruned model holds. One object is shared by the modules of a model; a copied model has its own.
 
     Attributes:
-        size: tokens of the whole vocabulary.
-        ids: ``[rows]`` int64 on the CPU: the token of each row.
+        size, ids: as of ``Kept``.
         rest: parameter's name -> all its rows as they were before pruning, on the CPU or mapped from a file; None where
             they are not at hand. Never written to, and shared by copies.
         has_output: whether the model has logits over the vocabulary.

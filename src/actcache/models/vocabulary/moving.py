@@ -16,9 +16,7 @@ _REPLACED = "actcache_replaced"
 class Move:
     """From a tensor whose row i belongs to token ``before[i]`` to one whose row i belongs to ``after[i]``.
 
-    Args:
-        before, after: ``[rows]`` int64 on the CPU, each id once.
-        size: ids are below this.
+    Both are ``[rows]`` int64 on the CPU, each id once and below ``size``.
     """
 
     def __init__(self, before: torch.Tensor, after: torch.Tensor, size: int) -> None:
@@ -99,14 +97,12 @@ def _rows_by_id(ids: torch.Tensor, size: int) -> torch.Tensor:
 
 def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # Such an optimizer would go on with a matrix that no model uses any more, and nobody would notice.
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, _REPLACED):
-                raise ModelError(
-                    f"this optimizer holds {getattr(parameter, _REPLACED)} as it was before its rows were pruned, "
-                    "restored or grown: give the optimizer to prune_vocabulary(..., optimizer=) or to "
-                    "pruned.track(optimizer)"
-                )
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if hasattr(parameter, _REPLACED):
+            raise ModelError(
+                f"this optimizer holds {getattr(parameter, _REPLACED)} as it was before its rows were pruned, restored "
+                "or grown: give the optimizer to prune_vocabulary(..., optimizer=) or to pruned.track(optimizer)"
+            )
 
 
 register_optimizer_step_pre_hook(_refuse_replaced)

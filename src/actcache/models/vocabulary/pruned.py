@@ -17,9 +17,8 @@ from actcache.errors import ModelError, UsageError
 from actcache.format.arguments import whole_numbers
 from actcache.models.partial_vocabulary import KEPT, ROW_IDS, kept_of
 from actcache.models.tensors import dtype_name
-from actcache.models.vocabulary import hooks
+from actcache.models.vocabulary import embedding_rows, hooks
 from actcache.models.vocabulary.counts import Vocabulary
-from actcache.models.vocabulary.embedding_rows import Tokens, attach, grow, marked, move_rows, special_ids, tokens_of
 from actcache.models.vocabulary.full_matrix import checksum, full_matrices
 from actcache.models.vocabulary.kept import MARK, KeptVocabulary, OnUnseen
 
@@ -51,7 +50,11 @@ class Pruned:
     @property
     def saved_bytes(self) -> int:
         """Bytes that the model's parameters are smaller by; gradients and each state of an optimizer save as much."""
-        parameters = {id(p): p for module, mark in marked(self.model) for p in map(module.get_parameter, mark.names)}
+        parameters = {
+            id(p): p
+            for module, mark in embedding_rows.marked(self.model)
+            for p in map(module.get_parameter, mark.names)
+        }
         rows = len(self._kept.ids)
         return sum(p.numel() // rows * p.element_size() * (self.size - rows) for p in parameters.values())
 
@@ -78,7 +81,7 @@ class Pruned:
         wanted = ids.ids if isinstance(ids, Vocabulary) else whole_numbers("token ids", ids)
         unseen = self._kept.unseen(torch.from_numpy(wanted))
         if len(unseen):
-            grow(self.model, self._kept, unseen)
+            embedding_rows.grow(self.model, self._kept, unseen)
 
     def whole_logits(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which a language model's logits are over the whole vocabulary, minus infinity for tokens
@@ -95,8 +98,8 @@ class Pruned:
             ModelError: the other rows are not at hand.
         """
         model, kept = self.model, self._kept
-        move_rows(model, kept, torch.arange(kept.size))
-        for module, mark in marked(model):
+        embedding_rows.move_rows(model, kept, torch.arange(kept.size))
+        for module, mark in embedding_rows.marked(model):
             if isinstance(module, nn.Embedding) and mark.padding_idx is not None:
                 module.padding_idx = mark.padding_idx
         for module in model.modules():
@@ -149,11 +152,11 @@ def prune_vocabulary(
         raise ModelError(
             f"the vocabulary of this {type(model).__name__} is pruned already: use Pruned(model).grow(ids)"
         )
-    tokens = tokens_of(model)
+    tokens = embedding_rows.tokens_of(model)
     if not isinstance(vocabulary, Vocabulary):
         vocabulary = Vocabulary.of(vocabulary)
     padding = {mark.padding_idx for _, mark in tokens.marks if mark.padding_idx is not None}
-    special = [i for i in {*special_ids(model), *padding} if 0 <= i < tokens.size]
+    special = [i for i in {*embedding_rows.special_ids(model), *padding} if 0 <= i < tokens.size]
     ids = np.union1d(vocabulary.ids, np.array(special, np.int64))
     if ids[-1] >= tokens.size:
         raise UsageError(
@@ -178,10 +181,18 @@ def prune_vocabulary(
 
 
 def hold(
-    model: PreTrainedModel, tokens: Tokens, kept: KeptVocabulary, ids: torch.Tensor, record: dict[str, Any]
+    model: PreTrainedModel,
+    tokens: embedding_rows.Tokens,
+    kept: KeptVocabulary,
+    ids: torch.Tensor,
+    record: dict[str, Any],
 ) -> Pruned:
     """Have a model hold the rows of some tokens, look them up by token ids, and be saved with ``record``."""
-    attach(model, tokens, kept)
-    move_rows(model, kept, ids)
+    embedding_rows.own_configs(model)
+    for module, mark in tokens.marks:
+        module.__dict__.update({KEPT: kept, MARK: mark})
+    for root in embedding_rows.roots_of(model, kept):
+        root.__dict__[KEPT] = kept
+    embedding_rows.move_rows(model, kept, ids)
     hooks.install(model, tokens.embeddings, record)
     return Pruned(model)

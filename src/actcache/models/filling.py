@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,10 +56,6 @@ class _Work:
     @property
     def tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
-
-    def complete(self, layers: Collection[int]) -> bool:
-        """Return whether all entries' rows at these layers, with which each was computed, are there."""
-        return len(self.rows) == len(layers) * len(self.entries)
 
 
 class _Stored:
@@ -266,7 +262,8 @@ class Filler:
                 for layer, arrays in computed.items():
                     for (work, i), array in zip(some, arrays, strict=True):
                         work.rows[layer, i] = array
-                waiting += [work for work in dict.fromkeys(work for work, _ in some) if work.complete(computed)]
+                works = dict.fromkeys(work for work, _ in some)
+                waiting += [work for work in works if len(work.rows) == len(computed) * len(work.entries)]
                 before, now = now, self._now()
                 if waiting and 2 * now - before - put > _PUT_SECONDS:  # after another batch like this one
                     put_complete()

@@ -119,7 +119,14 @@ class LowerHalf:
         type_ids: Sequence[NDArray[np.integer]] | None = None,
     ) -> dict[int, list[NDArray[np.generic]]]:
         """Return the rows of ``layer`` and of layers below it, by layer, from one forward; else as ``run``."""
-        self._check_eval()
+        lower = self.family.lower_of(self.base_model, self.layer)
+        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
+        if self.base_model.training or training:
+            where = training[0] if training else "the base model"
+            raise ModelError(
+                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
+                "model.eval() first"
+            )
         if not token_ids:
             return {layer: [] for layer in (*layers, self.layer)}
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
@@ -180,16 +187,6 @@ class LowerHalf:
         if self.compute_dtype == self.parameter_dtype:
             return torch.autocast(kind, enabled=False)
         return torch.autocast(kind, dtype=getattr(torch, self.compute_dtype))
-
-    def _check_eval(self) -> None:
-        lower = self.family.lower_of(self.base_model, self.layer)
-        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
-        if self.base_model.training or training:
-            where = training[0] if training else "the base model"
-            raise ModelError(
-                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
-                "model.eval() first"
-            )
 
 
 @contextlib.contextmanager

@@ -52,10 +52,8 @@ class Whole:
         self.name, self._part, self._rest = name, part.detach(), rest
         self.dtype, self.shape = part.dtype, (size, *part.shape[1:])
         self._ids, self._order = torch.sort(ids)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.shape[0]) * self._row_bytes
+        self._row_bytes = part[:1].numel() * part.element_size()
+        self.nbytes = size * self._row_bytes
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Return a copy of the rows ``first:last`` on the CPU; raises ``ModelError`` where they are not at hand."""
@@ -82,10 +80,6 @@ class Whole:
         first, last = start // width, -(-stop // width)
         flat = self.rows(first, last).reshape(-1).view(torch.uint8)
         return memoryview(flat.numpy())[start - first * width : stop - first * width]  # type: ignore[arg-type]
-
-    @property
-    def _row_bytes(self) -> int:
-        return self._part[:1].numel() * self._part.element_size() if len(self._part) else 0
 
 
 def kept_of(module: nn.Module) -> Kept | None:

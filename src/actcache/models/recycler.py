@@ -317,8 +317,8 @@ class Recycler:
     ) -> Prepared:
         """Return a copy of a task model, and the batches to train it on, for one of the paper's four regimes.
 
-        ``for batch in batches: model(**batch).loss`` serves all four, and so does the ``Trainer`` with ``dataset =
-        batches.dataset()`` and ``data_collator=dataset.collate``. The order of documents depends on the options alone.
+        ``for batch in batches: model(**batch).loss`` serves all four, and so does the ``Trainer`` with the data set
+        ``batches.dataset()`` and its ``collate`` as ``data_collator``. The options alone decide the documents' order.
 
         Args:
             regime: ``"NR"``, ``"F"``, ``"SR"`` or ``"R"``; see ``actcache.models.training.regimes``.

@@ -111,7 +111,11 @@ def _stubs_of(
     """Return what stands for each part of the lower half, by the part's id."""
     layers = family.layers_of(base)
     like = first_parameter(layers[layer])
-    matrix = _matrix(base) if any(hasattr(task_model, name) for name in family.matrix_readers) else None
+    matrix = None
+    if any(hasattr(task_model, name) for name in family.matrix_readers):
+        words = base.get_input_embeddings()
+        path = next(path for path, module in base.named_modules() if module is words)
+        matrix = path.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
     hidden_size = base.config.hidden_size
     stubs: dict[int, Any] = {
         id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()
@@ -126,12 +130,6 @@ def _stubs_of(
             else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
     return stubs
-
-
-def _matrix(base: PreTrainedModel) -> tuple[str, nn.Module]:
-    words = base.get_input_embeddings()
-    name = next(name for name, module in base.named_modules() if module is words)
-    return name.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
 
 
 class ReducedModel:

@@ -45,11 +45,8 @@ def measure(
 ) -> Timing:
     """Compute some documents, in batches of like lengths as a fill does, by the lower half and by the whole base model.
 
-    Args:
-        texts: whose lengths are told; longer ones than the model takes are truncated.
-        documents: of these, drawn at even distances in the order of lengths, that are computed.
-
-    Raises as ``load_pretrained`` and ``LowerHalf`` do.
+    The lengths of all texts are told, longer ones than the model takes truncated; so many ``documents`` of them, drawn
+    at even distances in the order of lengths, are computed. Raises as ``load_pretrained`` and ``LowerHalf`` do.
     """
     model, tokenizer = load_pretrained(name, [], device, None)
     base = base_model_of(model)

@@ -45,6 +45,7 @@ class JointReader:
         if not readers:
             raise UsageError("there are no layers to read: give one reader for each")
         self.readers = dict(readers)
+        self._first = next(iter(self.readers.values()))
         states = {layer: reader.state_dict() for layer, reader in self.readers.items()}
         first, *others = states
         differ = [layer for layer in others if states[layer] != states[first]]
@@ -84,18 +85,20 @@ class JointReader:
         for reader in self.readers.values():
             reader.close()
 
-    @property
-    def _first(self) -> Reader:
-        return next(iter(self.readers.values()))
-
     def _steps(self, epochs: list[Any]) -> Iterator[dict[int, Batch]]:
         with contextlib.ExitStack() as stack:
             for epoch in epochs:
                 stack.callback(epoch.close)
             for batches in zip(*epochs, strict=True):
-                step = dict(zip(self.readers, batches, strict=True))
-                _check_same(step)
-                yield step
+                (first, one), *others = zip(self.readers, batches, strict=True)
+                for layer, other in others:
+                    same = np.array_equal(one.key_array, other.key_array)
+                    if not same or tuple(one.activations.shape[:2]) != tuple(other.activations.shape[:2]):
+                        raise DataError(
+                            f"layers {first} and {layer} of a batch hold different documents or numbers of tokens: an "
+                            "entry was overwritten in one of the spaces; delete it in both and fill again"
+                        )
+                yield dict(zip(self.readers, batches, strict=True))
 
 
 def read_jointly(recyclers: Mapping[int, CachedLayer], texts: Iterable[Document], **options: Any) -> JointReader:
@@ -114,14 +117,3 @@ def read_jointly(recyclers: Mapping[int, CachedLayer], texts: Iterable[Document]
         raise UsageError("layers are read jointly as padded batches; packed ones come from each layer's own reader")
     documents = listed(texts)
     return JointReader({layer: recycler.reader(documents, **options) for layer, recycler in recyclers.items()})
-
-
-def _check_same(step: dict[int, Batch]) -> None:
-    (first, one), *others = step.items()
-    for layer, other in others:
-        same = np.array_equal(one.key_array, other.key_array)
-        if not same or tuple(one.activations.shape[:2]) != tuple(other.activations.shape[:2]):
-            raise DataError(
-                f"layers {first} and {layer} of a batch hold different documents or numbers of tokens: an entry was "
-                "overwritten in one of the spaces; delete it in both and fill again"
-            )

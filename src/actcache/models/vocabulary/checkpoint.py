@@ -54,7 +54,6 @@ def load_pruned(
         full_matrix: name or folder of the model as it was when it was pruned (the pretrained one), whose safetensors
             files are mapped for what needs the other rows: ``grow``, ``restore``, ``save_full``, a recycler.
         on_unseen, tokenizer: as for ``prune_vocabulary``.
-        options: of ``from_pretrained``.
 
     Raises:
         ModelError: it is no such checkpoint, or ``full_matrix`` is another model's.

@@ -130,7 +130,6 @@ def prune_vocabulary(
     flags, gradients and the optimizer's state stay. Do it before the model is wrapped (``DataParallel``, ...).
 
     Args:
-        model: a base or task model of transformers.
         vocabulary: the ids to keep, usually from ``count_vocabulary``. Those that the configuration names (padding, end
             of text, ...) and 0 are kept in any case.
         optimizer: one that trains the model already; give later ones to ``track``.

@@ -44,8 +44,8 @@ class Family:
     name: str
     model_types: tuple[str, ...]  # the ``config.model_type`` of its members
     layers: str = "encoder.layer"  # path of the ``ModuleList`` of layers
-    # What comes before the layers, which a reduced model needs no more. Each is called with token ids or positions, or
-    # with what the one before it returned.
+    # Paths of what comes before the layers, which a reduced model needs no more. Each is called with token ids or
+    # positions, or with what the one before it returned.
     embeddings: tuple[str, ...] = ("embeddings",)
     # What changes the lower half's numbers, with the value that stands for a field that a configuration lacks.
     numeric_config: Mapping[str, Any] = field(default_factory=lambda: dict(BERT_CONFIG))
@@ -53,11 +53,13 @@ class Family:
     tuple_arity: int | None = None  # None where a layer returns the bare tensor, else the length of its tuple
     first_position: int = 0  # of the first token, where the model's code fixes it
     positions_in_layers: bool = False  # layers take positions (rotary), which replay then counts along the mask
-    shared: tuple[str, ...] = ()  # what layers of both halves use: of the identity, and frozen in a reduced model
+    shared: tuple[str, ...] = ()  # paths of what both halves use: part of the identity, and frozen when reduced
     # Path, within the first layer, of the attention that computes the position bias of all layers (T5). Its layer
     # returns that bias as the second of its tuple, and takes it as its third argument.
     relative_bias: str | None = None
-    convolution: str | None = None  # adds to the first layer's output; takes (its own input, that output, mask)
+    convolution: str | None = (
+        None  # path of what adds to the first layer's output; takes (its own input, that output, mask)
+    )
     # Names of task models' heads that read the word embeddings' matrix itself, not a parameter of their own that is
     # tied to it. Where there is one, a reduced model keeps the matrix, frozen.
     matrix_readers: tuple[str, ...] = ()
@@ -193,7 +195,7 @@ def register_family(family: Family) -> None:
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
-    """Return a task model's base model, or a base model; raises ``UnsupportedModelError`` for others."""
+    """Return a task model's base model, or a base model itself; raises ``UnsupportedModelError`` for others."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"

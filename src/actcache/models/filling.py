@@ -217,7 +217,7 @@ class Filler:
         self, chunk: list[Document], positions: Sequence[int], keys: list[bytes], absent: dict[bytes, list[int]]
     ) -> list[_Work]:
         """Return what is to be computed, tokenized."""
-        first = {key: i for i, key in reversed([*enumerate(keys)])}
+        first = {key: i for i, key in reversed([*enumerate(keys)])}  # of one given twice, the first
         places = [first[key] for key in absent]
         spec = self._encoder.windows
         encoded = self._encoder.encode([chunk[i] for i in places], [positions[i] for i in places])

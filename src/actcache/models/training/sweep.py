@@ -112,8 +112,8 @@ def sweep(
         held_out: positions of the documents that are not trained on.
         metric: of a model in eval mode, and of the inputs of batches of the held-out documents.
         prepare: what becomes of a reduced model before it is trained, as ``add_adapters``.
-        pooling: makes the model that takes the rows of all layers (as a list) from their number, as ``lambda layers:
-            WeightedPooling(layers, hidden_size, classes)``; None for no pooling.
+        pooling: makes the model that takes the rows of all layers (as a list) from their number, as
+            ``lambda layers: WeightedPooling(layers, hidden_size, classes)``; None for no pooling.
         rate, pooling_rate: the highest learning rate of reduced models and of the pooling, which has few weights.
         batch_size: documents of like length share a batch.
         seed: of the order of documents, of dropout and of the pooling's head.

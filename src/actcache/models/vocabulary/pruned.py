@@ -19,6 +19,7 @@ from actcache.models.partial_vocabulary import KEPT, ROW_IDS, kept_of
 from actcache.models.tensors import dtype_name
 from actcache.models.vocabulary import embedding_rows, hooks
 from actcache.models.vocabulary.counts import Vocabulary
+from actcache.models.vocabulary.embedding_rows import Tokens, marked
 from actcache.models.vocabulary.full_matrix import checksum, full_matrices
 from actcache.models.vocabulary.kept import MARK, KeptVocabulary, OnUnseen
 
@@ -50,11 +51,7 @@ class Pruned:
     @property
     def saved_bytes(self) -> int:
         """Bytes that the model's parameters are smaller by; gradients and each state of an optimizer save as much."""
-        parameters = {
-            id(p): p
-            for module, mark in embedding_rows.marked(self.model)
-            for p in map(module.get_parameter, mark.names)
-        }
+        parameters = {id(p): p for module, mark in marked(self.model) for p in map(module.get_parameter, mark.names)}
         rows = len(self._kept.ids)
         return sum(p.numel() // rows * p.element_size() * (self.size - rows) for p in parameters.values())
 
@@ -99,7 +96,7 @@ class Pruned:
         """
         model, kept = self.model, self._kept
         embedding_rows.move_rows(model, kept, torch.arange(kept.size))
-        for module, mark in embedding_rows.marked(model):
+        for module, mark in marked(model):
             if isinstance(module, nn.Embedding) and mark.padding_idx is not None:
                 module.padding_idx = mark.padding_idx
         for module in model.modules():
@@ -180,11 +177,7 @@ def prune_vocabulary(
 
 
 def hold(
-    model: PreTrainedModel,
-    tokens: embedding_rows.Tokens,
-    kept: KeptVocabulary,
-    ids: torch.Tensor,
-    record: dict[str, Any],
+    model: PreTrainedModel, tokens: Tokens, kept: KeptVocabulary, ids: torch.Tensor, record: dict[str, Any]
 ) -> Pruned:
     """Have a model hold the rows of some tokens, look them up by token ids, and be saved with ``record``."""
     embedding_rows.own_configs(model)

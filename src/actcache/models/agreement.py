@@ -28,8 +28,7 @@ _WITHOUT_CANARIES = 8  # entries that are computed again where a space has no ca
 class Agreement:
     """Sees to it that what a space serves, and what is added to it, is what a lower half computes. Not thread-safe.
 
-    Args:
-        enabled: whether canaries and documents are computed again; the weights are looked at in any case.
+    Where it is not ``enabled``, it looks at the weights only, and computes no canaries and documents again.
     """
 
     def __init__(self, space: Space, encoder: DocumentEncoder, lower: LowerHalf, *, enabled: bool = True) -> None:
@@ -46,9 +45,7 @@ class Agreement:
     def before_serving(self, documents: Sequence[bytes]) -> None:
         """Compare the weights, the canaries and some of the documents (by their keys) that are about to be served.
 
-        Raises:
-            LowerHalfMismatchError: the lower half was trained meanwhile.
-            CanaryError: it computes other numbers.
+        Raises ``LowerHalfMismatchError`` where the lower half was trained meanwhile, ``CanaryError`` for other numbers.
         """
         check_same_lower_half(self.lower.base_model, self.space.recipe)
         if self.enabled:
@@ -57,24 +54,15 @@ class Agreement:
                 self.of_present(documents)
 
     def before_adding(self) -> None:
-        """Compare the weights and the canaries, which are made where there are none.
-
-        Raises:
-            LowerHalfMismatchError, CanaryError: as ``before_serving``.
-            ModelError: the lower half is in train mode.
-            UnsupportedModelError, NonFiniteError: its rows cannot be stored.
-        """
+        """Compare the weights and the canaries, which ``canary.make`` makes where there are none; raises as both do."""
         check_same_lower_half(self.lower.base_model, self.space.recipe)
         if self.enabled or self.space.blob(canary.BLOB_NAME) is None:
             self._compare_canaries(create=True)
 
     def of_present(self, documents: Sequence[bytes]) -> None:
-        """Compute a few of these documents (by their keys) again, chosen at random among those that are present.
+        """Compute a few of these documents (by their keys) again, chosen at random; raises ``CanaryError``.
 
         Canaries are the same for all: that a hook looks for a token which they do not hold, only documents show.
-
-        Raises:
-            CanaryError: one comes out differently.
         """
         if not self.enabled or not documents:
             return
@@ -89,11 +77,7 @@ class Agreement:
             )
 
     def check_task_model(self, model: PreTrainedModel) -> None:
-        """Run canaries through a task model whose lower half has the space's weights, and compare what comes out.
-
-        Raises:
-            LowerHalfMismatchError: other numbers come out.
-        """
+        """Run canaries through a task model with the space's weights; raises ``LowerHalfMismatchError``."""
         if not self.enabled:
             return
         canaries = self._canaries

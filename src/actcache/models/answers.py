@@ -18,20 +18,14 @@ def takes_answers(task_class: Any) -> bool:
 
 
 def with_the_heads_names(inputs: dict[str, Any], task_class: Any) -> dict[str, Any]:
-    """Return a model's keyword arguments with its labels under the names that its head has for them.
-
-    Raises:
-        ShapeError, ModelError: see ``as_positions``.
-    """
+    """Return keyword arguments with the labels under the names that the head has for them; see ``as_positions``."""
     return as_positions(inputs, task_class) if takes_answers(task_class) else inputs
 
 
 def as_positions(inputs: dict[str, Any], task_class: Any) -> dict[str, Any]:
     """Return keyword arguments in which ``labels`` [batch, 2] have become the two positions; others stay.
 
-    Raises:
-        ShapeError: the labels are not ``[batch, 2]`` whole numbers.
-        ModelError: answers are there under both names.
+    Raises ``ShapeError`` for labels of another form, and ``ModelError`` where answers are there under both names.
     """
     labels = inputs.get("labels")
     named = {name: value for name, value in inputs.items() if name != "labels"}

@@ -35,12 +35,8 @@ class ByteBudget:
     really left. It holds where nobody compacts meanwhile, nor merges small segments (``Space.merge_tiers``).
 
     Args:
-        limit: bytes that the spaces take at most, or a size like ``"8GiB"``.
-        shared: with the other writers; shared memory where they are processes, None where there are none.
-        number: of this writer.
-
-    Raises:
-        UsageError: ``limit`` is neither.
+        limit: bytes that the spaces take at most, or a size like ``"8GiB"``; a ``UsageError`` where it is neither.
+        shared: with the other writers, each of which has a ``number``; in shared memory where they are processes.
     """
 
     def __init__(

@@ -47,15 +47,11 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2
 
 _LONGEST = 1024  # tokens of the long canary, where the model takes as many
 _LAST = 128  # rows of a canary are kept at most, the last ones: they depend on all before them
-
 _FEW = 32  # different tokens in all texts: fewer say little
-
 _SHORT = 8  # tokens of a document that is computed beside the canaries to see whether company matters
-
 _MAX_BLOB = 64 << 20
-
-#: Columns that are small beside others carry more of the rounding; *measured*, in bfloat16, up to 1.2 times as much in
-#: models without large columns.
+# Columns that are small beside others carry more of the rounding; measured in bfloat16, up to 1.2 times as much in
+# models without large columns.
 _SMALL_COLUMNS = 4.0
 
 
@@ -99,18 +95,13 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
     """Compute the canaries with this model and compare them with stored ones; return the largest relative error.
 
     Raises:
-        CanaryError: the error is above the tolerance of the compute dtype, or the texts make other tokens. It names the
-            provenance fields that differ.
+        CanaryError: the error is above ``TOLERANCE``, or the texts make other tokens; it names what else differs.
         FormatError: the blob is no such thing.
         ModelError: the lower half is in train mode.
     """
     stored_ids, stored_lengths, stored_rows, theirs = _read(blob, lower.hidden_size)
-    changed = {
-        name: (theirs.get(name), provenance.get(name))
-        for name in sorted(theirs.keys() | provenance.keys())
-        if theirs.get(name) != provenance.get(name)
-    }
-    where = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, (old, new) in changed.items()) or (
+    changed = [name for name in sorted(theirs.keys() | provenance.keys()) if theirs.get(name) != provenance.get(name)]
+    where = "; ".join(f"{name}: {theirs.get(name)!r} then, {provenance.get(name)!r} now" for name in changed) or (
         "nothing that is recorded: is it a hook, an adapter, an attribute of a module that was changed after loading?"
     )
     these = documents(encoder)
@@ -214,10 +205,8 @@ def relative_error(
     It is the largest of that of all numbers together (L2) and of the median row, each row by its own norm: one row with
     a large norm, as decoders have at the first token, would hide what happens to all others.
 
-    Args:
-        columns: ``[hidden]`` the root mean square of each column over many documents; where it is given, a quarter of
-            the median row's error with columns brought to one size counts, too: a column that is large everywhere
-            would hide the others.
+    With ``columns``, the root mean square of each over many documents, a quarter of the median row's error with columns
+    brought to one size counts, too: a column that is large everywhere would hide the others.
     """
     there = expected.astype(np.float64)
     difference = found.astype(np.float64) - there

@@ -21,14 +21,10 @@ from actcache.store.space import Space
 
 
 class ComputeOnMiss:
-    """What ``actcache.reader.epoch.MissComputer`` asks of a recycler.
-
-    Args:
-        texts, keys: the documents, and the key of each.
+    """What ``actcache.reader.epoch.MissComputer`` asks of a recycler, for some documents and the key of each.
 
     Attributes:
-        keys: of all entries, in the order of the texts. How many windows a document that is missing has is found out by
-            tokenizing it.
+        keys: of all entries, in the order of the texts. Missing documents are tokenized to count their windows.
         documents: ``[entries]``, position of the text that each entry comes from.
 
     Raises:
@@ -36,12 +32,7 @@ class ComputeOnMiss:
     """
 
     def __init__(
-        self,
-        space: Space,
-        filler: Filler,
-        encoder: DocumentEncoder,
-        texts: Sequence[Document],
-        keys: list[bytes],
+        self, space: Space, filler: Filler, encoder: DocumentEncoder, texts: Sequence[Document], keys: list[bytes]
     ) -> None:
         self._space, self._filler, self._encoder, self._texts = space, filler, encoder, texts
         self._lengths: dict[int, list[int]] = {}  # of the windows of missing documents, tokenized to count them

@@ -17,12 +17,10 @@ T = TypeVar("T")
 
 
 def check_texts(texts: object) -> None:
-    """Refuse what can be iterated over but is not documents, and what cannot be.
+    """Raise ``UsageError`` for what is not documents, though it can be iterated over.
 
-    Raises:
-        UsageError: it is one text, whose characters would be taken for documents; a mapping or a table, whose names
-            would be; a set, which has no order; a file, whose lines end in line feeds; a path; a loader's batches, each
-            of which would be taken for words.
+    That is one text, whose characters would be taken for documents; a mapping or a table, whose names would be; a set,
+    which has no order; a file, whose lines end in line feeds; a loader's batches, which would be taken for words.
     """
     name = type(texts).__name__
     if isinstance(texts, str | bytes):
@@ -53,10 +51,8 @@ def check_texts(texts: object) -> None:
 def _columns(texts: object) -> list[object] | None:
     """Return the names of a table's columns (of pandas, Polars, Arrow, datasets, ...); None where it is no table."""
     structured = getattr(getattr(texts, "dtype", None), "names", None)
-    for names in (structured, getattr(texts, "column_names", None), getattr(texts, "columns", None)):
-        if names is not None and not callable(names):
-            return [*names]
-    return None
+    found = (structured, getattr(texts, "column_names", None), getattr(texts, "columns", None))
+    return next(([*names] for names in found if names is not None and not callable(names)), None)
 
 
 def _one_of(names: list[object]) -> str:
@@ -83,11 +79,7 @@ def streamed(texts: Iterable[T]) -> Iterator[T]:
 
 
 def listed(texts: Iterable[T]) -> list[T]:
-    """Return documents as a list.
-
-    Raises:
-        UsageError: see ``streamed``.
-    """
+    """Return documents as a list; raises as ``streamed`` does."""
     return list(streamed(texts))
 
 
@@ -100,11 +92,7 @@ def chunked(texts: Iterable[T], size: int) -> Iterator[tuple[int, list[T]]]:
 
 
 def document_keys(documents: Sequence[Document], first: int = 0) -> list[bytes]:
-    """Return the documents' keys.
-
-    Raises:
-        DocumentError: a document has none; it names its position, counted from ``first``.
-    """
+    """Return the documents' keys; raises ``DocumentError`` with the position, from ``first``, of one without."""
     keys = []
     for position, document in enumerate(documents, first):
         try:

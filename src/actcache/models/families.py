@@ -1,8 +1,8 @@
 """How a transformer is split: what recording and replaying ask of a family of models.
 
-A family says where a base model keeps its embeddings and its layers, what its two halves share, and which
-configuration values change the lower half's numbers. The latter is an allow-list: a release of transformers that adds a
-field must not change anybody's identity. The table of families is at the end of this file.
+A family says where a base model keeps its embeddings and its layers, what its two halves share, and which configuration
+values change the lower half's numbers. The latter is an allow-list: a release of transformers that adds a field must
+not change anybody's identity. The table of families is at the end of this file.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from actcache.format.arguments import is_whole
 
 
 def numbers(*names: str, **absent: Any) -> dict[str, Any]:
-    """Return a ``numeric_config``: fields that every configuration has, and others with the value that stands for them.
-
-    The value is what models do whose configuration does not have the field.
-    """
+    """Return a ``numeric_config``: fields of every configuration, and others with what models without the field do."""
     return {**dict.fromkeys(names), **absent}
 
 
@@ -42,54 +39,36 @@ class Family:
     """Models that are split in the same way. Immutable.
 
     Paths are dotted and start at the base model. A path that ends in ``?`` is one that not every member has.
-
-    Args:
-        name: what errors call it.
-        model_types: the ``config.model_type`` of its members.
-        layers: path of the ``ModuleList`` of layers.
-        embeddings: paths of the modules that come before the layers and that a reduced model needs no more. Each is
-            called with token ids or positions, or with what the one before it returned.
-        numeric_config: configuration values that change the lower half's numbers, with the value that stands for a
-            field that the configuration does not have.
-        padding_shifts_positions: positions are numbered from ``pad_token_id + 1`` (the RoBERTa convention).
-        tuple_arity: None where a layer returns the bare tensor, else the length of the tuple that it returns.
-        first_position: the number of the first token's position, where the model's code fixes it.
-        positions_in_layers: layers take positions (rotary embeddings), which replay then counts along the mask.
-        shared: paths of modules that layers of both halves use. They belong to the identity; a reduced model has them,
-            frozen.
-        relative_bias: path, within the first layer, of the attention that computes the position bias of all layers
-            (T5). Its layer returns that bias as the second of its tuple, and takes it as its third argument.
-        convolution: path of a module that adds to the first layer's output; its arguments are ``(its own input, that
-            output, mask)``.
-        matrix_readers: names of task models' heads that read the word embeddings' matrix itself, not a parameter of
-            their own that is tied to it. Where there is one, a reduced model keeps the matrix, frozen.
-        stack: path of the transformers model whose forward runs the layers; empty for the base model itself.
-        dtype: in which a recycler stores rows by default. ``bfloat16`` where some members have activations beyond
-            float16's 65,504.
     """
 
     name: str
-    model_types: tuple[str, ...]
-    layers: str = "encoder.layer"
+    model_types: tuple[str, ...]  # the ``config.model_type`` of its members
+    layers: str = "encoder.layer"  # path of the ``ModuleList`` of layers
+    # Paths of what comes before the layers, which a reduced model needs no more. Each is called with token ids or
+    # positions, or with what the one before it returned.
     embeddings: tuple[str, ...] = ("embeddings",)
+    # What changes the lower half's numbers, with the value that stands for a field that a configuration lacks.
     numeric_config: Mapping[str, Any] = field(default_factory=lambda: dict(BERT_CONFIG))
-    padding_shifts_positions: bool = False
-    tuple_arity: int | None = None
-    first_position: int = 0
-    positions_in_layers: bool = False
-    shared: tuple[str, ...] = ()
+    padding_shifts_positions: bool = False  # positions begin at ``pad_token_id + 1`` (the RoBERTa convention)
+    tuple_arity: int | None = None  # None where a layer returns the bare tensor, else the length of its tuple
+    first_position: int = 0  # of the first token, where the model's code fixes it
+    positions_in_layers: bool = False  # layers take positions (rotary), which replay then counts along the mask
+    shared: tuple[str, ...] = ()  # paths of what both halves use: part of the identity, and frozen when reduced
+    # Path, within the first layer, of the attention that computes the position bias of all layers (T5). Its layer
+    # returns that bias as the second of its tuple, and takes it as its third argument.
     relative_bias: str | None = None
-    convolution: str | None = None
+    convolution: str | None = (
+        None  # path of what adds to the first layer's output; takes (its own input, that output, mask)
+    )
+    # Names of task models' heads that read the word embeddings' matrix itself, not a parameter of their own that is
+    # tied to it. Where there is one, a reduced model keeps the matrix, frozen.
     matrix_readers: tuple[str, ...] = ()
-    stack: str = ""
+    stack: str = ""  # path of the transformers model whose forward runs the layers; empty for the base model itself
+    # Of stored rows, by default. ``bfloat16`` where some members have activations beyond float16's 65,504.
     dtype: str = "float16"
 
     def layers_of(self, base_model: nn.Module) -> nn.ModuleList:
-        """Return the layers of a base model, the first at index 0.
-
-        Raises:
-            UnsupportedModelError: the path of ``layers`` leads to no ``ModuleList``.
-        """
+        """Return a base model's layers; raises ``UnsupportedModelError`` where they are no ``ModuleList``."""
         layers = self._find(base_model, self.layers + "?")
         if not isinstance(layers, nn.ModuleList):
             raise UnsupportedModelError(
@@ -103,11 +82,7 @@ class Family:
         return base_model.get_submodule(self.stack)
 
     def embeddings_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
-        """Return the modules before the layers by their paths.
-
-        Raises:
-            UnsupportedModelError: one is missing.
-        """
+        """Return the modules before the layers by path; raises ``UnsupportedModelError`` where one is missing."""
         return self._existing(base_model, self.embeddings)
 
     def shared_of(self, base_model: nn.Module) -> dict[str, nn.Module]:
@@ -143,11 +118,7 @@ class Family:
         return beside | {f"{self.layers}.{i}": layers[i] for i in range(layer)}
 
     def check_layer(self, base_model: nn.Module, layer: int) -> int:
-        """Return a layer as Python's own number; refuse one that leaves nothing to record or nothing to replay.
-
-        Raises:
-            LayerError: ``layer`` is not in 1..N-1.
-        """
+        """Return a layer as Python's own number; raises ``LayerError`` where it is not in 1..N-1."""
         count = len(self.layers_of(base_model))
         if not is_whole(layer) or not 1 <= layer <= count - 1:
             raise LayerError(
@@ -157,13 +128,9 @@ class Family:
         return int(layer)
 
     def check_alone(self, config: PreTrainedConfig) -> None:
-        """Refuse models of which it is known that a document's rows depend on the others of its batch.
+        """Raise ``UnsupportedModelError`` where it is known that a document's rows depend on the others of its batch.
 
         What is not known here shows when canaries are made, alone and in a batch (``actcache.models.canary``).
-
-        Raises:
-            UnsupportedModelError: rotary embeddings that change with the longest document of a batch, attention
-                kernels for batches of another form, feed-forward layers in chunks, which take some lengths only.
         """
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
@@ -199,8 +166,8 @@ class Family:
         return int(positions) - first
 
     def _existing(self, base_model: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
-        found = {path.removesuffix("?"): self._find(base_model, path) for path in paths}
-        return {path: module for path, module in found.items() if module is not None}
+        found = ((path.removesuffix("?"), self._find(base_model, path)) for path in paths)
+        return {path: module for path, module in found if module is not None}
 
     def _find(self, base_model: nn.Module, path: str) -> nn.Module | None:
         try:
@@ -228,11 +195,7 @@ def register_family(family: Family) -> None:
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
-    """Return the base model within a task model; a base model is its own.
-
-    Raises:
-        UnsupportedModelError: the model is not one of transformers.
-    """
+    """Return a task model's base model, or a base model itself; raises ``UnsupportedModelError`` for others."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
@@ -242,11 +205,7 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def family_of(base_model: PreTrainedModel) -> Family:
-    """Return the family of a base model.
-
-    Raises:
-        UnsupportedModelError: it is not in the table; the message says how to describe it.
-    """
+    """Return a base model's family; raises ``UnsupportedModelError``, which says how to add it, where there is none."""
     model_type = base_model.config.model_type
     try:
         return _FAMILIES[model_type]
@@ -259,10 +218,8 @@ def family_of(base_model: PreTrainedModel) -> Family:
         ) from None
 
 
-# --- the table of families --------------------------------------------------------------------------------------------
-#
-# What differs between the transformers that can be split: read off the modeling code of transformers 5.23, which
-# ``tests/models/test_families.py`` watches for new configuration fields. Importing this module fills the table.
+# The table of families: what differs between the transformers that can be split, read off the modeling code of
+# transformers 5.23. ``tests/models/test_families.py`` watches for new configuration fields.
 
 _DEBERTA_CONFIG = {
     **BERT_CONFIG,

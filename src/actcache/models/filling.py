@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +33,9 @@ Advance = Callable[[int, int, int], object]
 class FillReport:
     """What a fill did."""
 
-    documents: int  # given
-    present: int  # of those, stored before or given twice
-    computed: int  # of those, computed and stored by this fill
+    documents: int  # given: those present (stored before, or given twice), computed and left out
+    present: int
+    computed: int  # and stored by this fill
     tokens: int  # computed
     seconds: float
     left_out: int = 0  # of the documents, those that a bound on the bytes had no room for
@@ -57,10 +57,6 @@ class _Work:
     def tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
 
-    def complete(self, layers: Collection[int]) -> bool:
-        """Return whether all entries' rows at these layers, with which each was computed, are there."""
-        return len(self.rows) == len(layers) * len(self.entries)
-
 
 class _Stored:
     """Counts what a fill has stored. Called with documents of ``absent``, which loses them."""
@@ -81,10 +77,8 @@ class _Stored:
 class Filler:
     """Fills the spaces of one model's layers in one pass. Not thread-safe.
 
-    Args:
-        store: where the spaces are.
-        agreements: each layer's space and lower half, and one encoder; they are checked before anything is computed,
-            and again where weights or hooks have changed meanwhile.
+    The agreements hold each layer's space and lower half, and one encoder; they are checked before anything is
+    computed, and again where weights or hooks have changed meanwhile.
     """
 
     _now = staticmethod(time.monotonic)  # a test has another clock
@@ -122,7 +116,7 @@ class Filler:
         Args:
             parts: documents that somebody else has numbered; each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
-            shared, number: what all of them share for ``max_bytes``, and which of them this is.
+            shared, number: see ``ByteBudget``.
         """
         return self._fill(parts, token_budget, advance, self._prepared(max_bytes, shared, number))
 
@@ -186,7 +180,7 @@ class Filler:
         What was yielded is put when this goes on. It took less than was promised: flushed and measured, there is more.
         """
         rest = sorted(work, key=lambda one: one.position)
-        sizes = [sum(self._most_bytes(one, layer) for layer in one.layers) for one in rest]
+        sizes = [self._most_bytes(one) for one in rest]
         while rest:
             count = budget.admit(sizes)
             if not count:
@@ -199,9 +193,9 @@ class Filler:
             yield rest[:count]
             rest, sizes = rest[count:], sizes[count:]
 
-    def _most_bytes(self, work: _Work, layer: int) -> int:
-        recipe = self._spaces[layer].recipe
-        return sum(most_bytes(recipe, self._encoder.extras, len(entry.token_ids)) for entry in work.entries)
+    def _most_bytes(self, work: _Work) -> int:
+        recipes, extras = [self._spaces[layer].recipe for layer in work.layers], self._encoder.extras
+        return sum(most_bytes(recipe, extras, len(one.token_ids)) for recipe in recipes for one in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
@@ -211,7 +205,7 @@ class Filler:
             self._record(group, token_budget, lambda some: None)
 
     def _absent(self, keys: list[bytes]) -> dict[bytes, list[int]]:
-        """Return the keys of documents that are to be computed, each once, with the layers where they are missing."""
+        """Return the keys of documents that are to be computed, with the layers where they are missing."""
         absent: dict[bytes, list[int]] = {}
         for layer, space in self._spaces.items():
             for key, found in zip(keys, find_entries(space, keys, self._encoder.windows), strict=True):
@@ -223,9 +217,7 @@ class Filler:
         self, chunk: list[Document], positions: Sequence[int], keys: list[bytes], absent: dict[bytes, list[int]]
     ) -> list[_Work]:
         """Return what is to be computed, tokenized."""
-        first: dict[bytes, int] = {}
-        for i, key in enumerate(keys):
-            first.setdefault(key, i)
+        first = {key: i for i, key in reversed([*enumerate(keys)])}  # of one given twice, the first
         places = [first[key] for key in absent]
         spec = self._encoder.windows
         encoded = self._encoder.encode([chunk[i] for i in places], [positions[i] for i in places])
@@ -237,11 +229,8 @@ class Filler:
     def _record(self, group: list[_Work], token_budget: int, stored: Callable[[list[_Work]], object]) -> None:
         """Compute and put some documents, each with all its entries at once.
 
-        They are put when all are computed, and where that takes long, those that are complete meanwhile; also before an
-        error or an interrupt ends it.
-
-        Args:
-            stored: told what was put.
+        They are put, and ``stored`` is told, when all are computed, and where that takes long, those that are complete
+        meanwhile; also before an error or an interrupt ends it.
         """
         entries = [(work, i) for work in group for i in range(len(work.entries))]
         layers = {layer for work in group for layer in work.layers}
@@ -273,7 +262,8 @@ class Filler:
                 for layer, arrays in computed.items():
                     for (work, i), array in zip(some, arrays, strict=True):
                         work.rows[layer, i] = array
-                waiting += [work for work in dict.fromkeys(work for work, _ in some) if work.complete(computed)]
+                works = dict.fromkeys(work for work, _ in some)
+                waiting += [work for work in works if len(work.rows) == len(computed) * len(work.entries)]
                 before, now = now, self._now()
                 if waiting and 2 * now - before - put > _PUT_SECONDS:  # after another batch like this one
                     put_complete()

@@ -38,16 +38,15 @@ def load_reduced(
     dtype: torch.dtype | str = "auto",
     **options: Any,
 ) -> PreTrainedModel:
-    """Return a saved reduced model, in eval mode, on the CPU.
+    """Return a reduced model that ``save_pretrained`` (or the ``Trainer``) wrote, in eval mode, on the CPU.
 
     Args:
-        folder: where ``save_pretrained`` (or the ``Trainer``) wrote it.
         recipe: of the space that it is to run on; None to compare nothing.
         task_class: the task model's class, where it is not one of transformers.
         allow: of ``dtype``, ``compute_dtype``, ``max_length`` and ``too_long``, fields in which the recipes may differ:
             trained on float32 entries, run on float16.
-        dtype: of the weights; ``"auto"`` for the one that each of them was saved in. What is computed anew instead of
-            being saved (rotary frequencies) then has the precision that it had, too.
+        dtype: of the weights; ``"auto"`` for the one that each of them, and what is computed anew instead of being
+            saved (rotary frequencies), had when it was saved.
         options: of transformers' ``from_config``: ``attn_implementation``.
 
     Raises:

@@ -33,12 +33,11 @@ class _Reached(Exception):
 
 
 class LowerHalf:
-    """Layers 1..``layer`` of a base model, as a function from token ids to rows.
+    """Layers 1..``layer`` of a base model in eval mode, as a function from token ids to rows.
 
     It uses the model as it is, with its own forward: weights that change later change the numbers. Not thread-safe.
 
     Args:
-        base_model: in eval mode, on any device.
         compute_dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; None for the dtype of the parameters.
             Where it differs from that, the lower half runs under autocast.
 
@@ -78,7 +77,8 @@ class LowerHalf:
 
         What is written past autograd's eyes (``parameter.data``, memory shared with NumPy) does not show.
         """
-        modules = [self.base_model, *itertools.chain.from_iterable(part.modules() for part in self._parts())]
+        parts = self.family.lower_of(self.base_model, self.layer).values()
+        modules = [self.base_model, *(module for part in parts for module in part.modules())]
         return tuple(
             (
                 id(module),
@@ -93,9 +93,6 @@ class LowerHalf:
             )
             for module in modules
         )
-
-    def _parts(self) -> Iterable[nn.Module]:
-        return self.family.lower_of(self.base_model, self.layer).values()
 
     def run(
         self, token_ids: Sequence[NDArray[np.integer]], type_ids: Sequence[NDArray[np.integer]] | None = None
@@ -122,14 +119,24 @@ class LowerHalf:
         type_ids: Sequence[NDArray[np.integer]] | None = None,
     ) -> dict[int, list[NDArray[np.generic]]]:
         """Return the rows of ``layer`` and of layers below it, by layer, from one forward; else as ``run``."""
-        self._check_eval()
+        lower = self.family.lower_of(self.base_model, self.layer)
+        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
+        if self.base_model.training or training:
+            where = training[0] if training else "the base model"
+            raise ModelError(
+                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
+                "model.eval() first"
+            )
         if not token_ids:
             return {layer: [] for layer in (*layers, self.layer)}
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
+        padding = getattr(self.base_model.config, "pad_token_id", None) or 0
+        if not 0 <= padding < vocabulary_size(self.base_model):
+            padding = 0
         # Padding comes after the tokens, so that positions (RoBERTa counts them over ids that are not the padding id,
         # in a lone document too) are what they are without it.
         inputs = {
-            "input_ids": padded(token_ids, self._padding()),
+            "input_ids": padded(token_ids, padding),
             "attention_mask": (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long(),
         }
         if "token_type_ids" in self._takes and type_ids is not None and any(ids.any() for ids in type_ids):
@@ -158,10 +165,6 @@ class LowerHalf:
                 hooks.callback(following.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
-    def _padding(self) -> int:
-        padding = getattr(self.base_model.config, "pad_token_id", None) or 0
-        return padding if 0 <= padding < vocabulary_size(self.base_model) else 0
-
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(_input_of(args, kwargs))
@@ -185,16 +188,6 @@ class LowerHalf:
             return torch.autocast(kind, enabled=False)
         return torch.autocast(kind, dtype=getattr(torch, self.compute_dtype))
 
-    def _check_eval(self) -> None:
-        lower = self.family.lower_of(self.base_model, self.layer)
-        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
-        if self.base_model.training or training:
-            where = training[0] if training else "the base model"
-            raise ModelError(
-                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
-                "model.eval() first"
-            )
-
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -215,9 +208,6 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
     Documents are taken in descending order of length (ties in the caller's order), so that what needs the most memory
     comes first. A batch holds ``count * longest <= token_budget`` padded tokens; a document above the budget is alone.
 
-    Args:
-        lengths: ``[n]`` tokens of each document.
-
     Returns:
         Arrays of positions in ``lengths``, each position in exactly one.
 
@@ -236,11 +226,7 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
 
 
 def check_token_budget(token_budget: Any) -> int:
-    """Return the padded tokens of a batch as Python's own number.
-
-    Raises:
-        UsageError: they are no whole number of 1 or more.
-    """
+    """Return the padded tokens of a batch as Python's own number; raises ``UsageError``."""
     if not is_whole(token_budget) or token_budget < 1:
         raise UsageError(f"a token budget of {token_budget!r} computes nothing; it is a whole number, by default 8192")
     return int(token_budget)

@@ -32,11 +32,9 @@ _ROUNDING = 2.0**-21  # four units in the last place of float32: what another pr
 def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iterator[tuple[str, Any]]:
     """Yield what the embeddings, layers 1..``layer`` and what they read elsewhere hold, by unique names.
 
-    A tensor that is in no checkpoint and has the value that its module gives it for the model's configuration is left
-    out, for the configuration is part of the identity; so processors whose rounding differs find each other's cache.
-
-    Yields:
-        Names, and what ``weights.leaves`` takes.
+    The values are what ``weights.leaves`` takes. A tensor that is in no checkpoint and has the value that its module
+    gives it for the model's configuration is left out, for the configuration is part of the identity; so processors
+    whose rounding differs find each other's cache.
 
     Raises:
         ModelError: the lower half cannot be run to see what it reads, or holds what changes when it is saved.
@@ -87,11 +85,7 @@ def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
 
 
 class _Reads(TorchFunctionMode):
-    """Which modules run, and which tensors are read that were there before, when a lower half computes a few tokens.
-
-    Attributes:
-        modules: their ids.
-    """
+    """Which modules (by id) run, and which tensors that were there before are read, when some tokens are computed."""
 
     def __init__(self, base_model: PreTrainedModel, family: Family, layer: int) -> None:
         super().__init__()
@@ -189,12 +183,9 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         for name in ("_save_to_state_dict", "get_extra_state")
     )
     for name, value in vars(module).items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            continue
-        if isinstance(value, torch.ScriptObject):
-            if not says_how:
-                yield name, value
-        elif next(_in_containers(value), None) is not None:
+        packed = isinstance(value, torch.ScriptObject) and not says_how
+        own = name not in ("_parameters", "_buffers", "_modules")  # which are seen for themselves
+        if own and (packed or next(_in_containers(value), None) is not None):
             yield name, value
 
 
@@ -212,8 +203,7 @@ def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, rea
     }
     if not any(isinstance(value, torch.Tensor) for value in found.values()):
         return found.items()
-    fresh = _fresh(module, base_model.config)
-    if fresh is None:
+    if (fresh := _fresh(module, base_model.config)) is None:
         return found.items()
     as_made = {name for name, value in found.items() if _equal(value, fresh._buffers.get(name, vars(fresh).get(name)))}
     if "rope_parameters" not in family.numeric_config and any(found[name].is_floating_point() for name in as_made):

@@ -34,14 +34,13 @@ class Kept(Protocol):
         """``[rows]`` int64 on the CPU: the token of each row."""
 
     def whole(self, module: nn.Module, name: str) -> Whole | None:
-        """Return a module's parameter as a whole; None where the parameter has no row per token."""
+        """Return a module's parameter as a whole; None where it has no row per token."""
 
 
 class Whole:
     """A matrix of which a model holds some rows, those that it holds taken from there. Never materialized. Read-only.
 
     Args:
-        name: what errors call it.
         part: ``[rows, ...]`` what the model holds, on any device.
         ids: ``[rows]`` int64, which row of the whole each of them is.
         rest: ``[tokens, ...]`` on the CPU (or mapped from a file): all rows as they were before pruning; None where
@@ -53,17 +52,11 @@ class Whole:
         self.name, self._part, self._rest = name, part.detach(), rest
         self.dtype, self.shape = part.dtype, (size, *part.shape[1:])
         self._ids, self._order = torch.sort(ids)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.shape[0]) * self._row_bytes
+        self._row_bytes = part[:1].numel() * part.element_size()
+        self.nbytes = size * self._row_bytes
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """Return the rows ``first:last`` on the CPU, a copy.
-
-        Raises:
-            ModelError: rows that were dropped are not at hand, or the model's are on the meta device.
-        """
+        """Return a copy of the rows ``first:last`` on the CPU; raises ``ModelError`` where they are not at hand."""
         if self._part.is_meta:
             raise without_bytes(self.name)
         if self._rest is None and len(self._ids) < self.shape[0]:
@@ -88,15 +81,10 @@ class Whole:
         flat = self.rows(first, last).reshape(-1).view(torch.uint8)
         return memoryview(flat.numpy())[start - first * width : stop - first * width]  # type: ignore[arg-type]
 
-    @property
-    def _row_bytes(self) -> int:
-        return self._part[:1].numel() * self._part.element_size() if len(self._part) else 0
-
 
 def kept_of(module: nn.Module) -> Kept | None:
     """Return what a module or model knows of a vocabulary of which it holds a part; None where it holds the whole."""
-    kept: Kept | None = module.__dict__.get(KEPT)
-    return kept
+    return module.__dict__.get(KEPT)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -111,13 +99,10 @@ def whole_state(part: nn.Module) -> Iterator[tuple[str, Any]]:
     They are tensors, ``Whole`` for a matrix that was pruned, or whatever else a module puts there (packed parameters).
     """
     # A hook of the state dict may have left something out.
-    state: dict[str, Any] = {
-        name: parameter.detach() for name, parameter in part.named_parameters(remove_duplicate=False)
-    }
+    state: dict[str, Any] = {name: weight.detach() for name, weight in part.named_parameters(remove_duplicate=False)}
     state |= part.state_dict()
     for path, module in part.named_modules():
-        kept = kept_of(module)
-        if kept is None:
+        if (kept := kept_of(module)) is None:
             continue
         prefix = f"{path}." if path else ""
         state.pop(prefix + ROW_IDS, None)

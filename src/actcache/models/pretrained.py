@@ -20,11 +20,7 @@ def load_pretrained(
     revision: str | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers.
-
-    Args:
-        dtype: of the weights; None for the one that they are saved in.
-    """
+    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers."""
     name = str(name_or_path)
     try:
         options = {} if dtype is None else {"dtype": dtype}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 
@@ -12,10 +12,7 @@ from actcache.io.progress import Meter
 class FillProgress:
     """Counts documents and tokens, and shows them; a context manager. Not thread-safe.
 
-    Args:
-        total: documents in all; None where that is not known, and then there is no ETA.
-        show: False for silence.
-        console: where to; stderr by default.
+    There is no ETA without a ``total`` of documents. The ``console`` is stderr's by default.
     """
 
     def __init__(self, total: int | None, *, show: bool = True, console: Console | None = None) -> None:
@@ -28,12 +25,11 @@ class FillProgress:
         self._documents += documents
         self._computed += computed
         self._tokens += tokens
-        note, beside = f"{self._computed} computed", {"tokens": self._tokens}
-        self._meter("", self._documents, self._total, note, beside)
+        self._meter("", self._documents, self._total, f"{self._computed} computed", {"tokens": self._tokens})
 
     def __enter__(self) -> FillProgress:
         self.advance(0)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._meter.__exit__(kind, error, at)
+    def __exit__(self, *error: Any) -> None:
+        self._meter.__exit__(*error)

@@ -29,14 +29,8 @@ from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
-from actcache.models.training.regimes import (
-    Prepared,
-    Regime,
-    StoredBatches,
-    TextBatches,
-    TokenDataset,
-    with_frozen_lower_half,
-)
+from actcache.models.training import regimes
+from actcache.models.training.regimes import Prepared, Regime
 from actcache.models.verification import Verification
 from actcache.models.weights import check_same_lower_half, lower_digest
 from actcache.reader.labels import of_entries
@@ -52,8 +46,7 @@ class Recycler:
     """Records the activations of a model after one layer, and serves them to reduced models. Not thread-safe.
 
     Args:
-        model: a base or task model of transformers, in eval mode. It is used as it is, never changed.
-        tokenizer: its tokenizer; not changed.
+        model, tokenizer: a base or task model of transformers, in eval mode; both are used as they are, never changed.
         layer: record the output of this layer, 1-based, 1..N-1.
         store: a ``Store``, or a URL or path of one, which the recycler then opens and closes.
         dtype: how rows are stored: ``float16``, ``float32`` or ``bfloat16``; None for the family's own, which is
@@ -147,20 +140,15 @@ class Recycler:
         revision: str | None = None,
         **options: Any,
     ) -> Recycler:
-        """Load base model and tokenizer, and return their recycler.
+        """Load base model and tokenizer (or raise ``ModelError``), and return their recycler.
 
         Args:
             device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
             revision: of the model on the hub.
             options: the other arguments of ``Recycler``.
-
-        Raises:
-            ModelError: they cannot be loaded.
         """
         model, tokenizer = load_pretrained(name_or_path, [layer], device, revision)
         return cls(model, tokenizer, layer=layer, store=store, dtype=dtype, **options)
-
-    # --- recording ---------------------------------------------------------------------------------------------------
 
     def fill(
         self,
@@ -194,8 +182,6 @@ class Recycler:
         """
         return self._filler.fill(texts, token_budget, progress, max_bytes)
 
-    # --- replay ------------------------------------------------------------------------------------------------------
-
     def reader(
         self,
         texts: Iterable[Document],
@@ -214,16 +200,12 @@ class Recycler:
         Args:
             on_missing: ``"compute"`` computes and stores the missing documents of each batch when its turn comes (and
                 those that are corrupt), and delivers them as they are stored: the first epoch fills, later ones replay,
-                and both see the same numbers. The lower half is computed where the recycler's model is. They are
-                durable at the end of the epoch, and when a minute old. Windows of missing documents are counted by
-                tokenizing them at once.
+                and both see the same numbers. They are durable at the end of the epoch, and when a minute old.
 
         Raises:
             MissingEntryError: documents are not (or, of windows, not wholly) in the space.
-            LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
-            CanaryError: the model computes other numbers than those of the space (a hook, an adapter, ...).
+            LowerHalfMismatchError, CanaryError, UsageError: see ``fill``.
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
-            UsageError: ``texts`` are none; see ``fill``.
         """
         documents_given = listed(texts)
         keys = document_keys(documents_given)
@@ -248,10 +230,8 @@ class Recycler:
     def keys(self, texts: Iterable[Document]) -> list[bytes]:
         """Return the keys of these documents' entries, in order.
 
-        Where documents are cut into windows, those are their windows' keys, and documents must be in the space.
-
-        Raises:
-            MissingEntryError: a document's windows are not, or not all, in the space.
+        Where documents are cut into windows, those are their windows' keys; raises ``MissingEntryError`` where not all
+        are in the space.
         """
         keys = document_keys(listed(texts))
         if self.agreement.encoder.windows is None:
@@ -260,16 +240,13 @@ class Recycler:
         check_found(keys, found)
         return list(itertools.chain.from_iterable(found))
 
-    # --- task models -------------------------------------------------------------------------------------------------
-
     def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
 
         It knows the recipe that it belongs to, and is saved with it.
 
         Raises:
-            LowerHalfMismatchError: the task model's lower half is not the one that was recorded, or, with the same
-                weights and configuration, computes other numbers.
+            LowerHalfMismatchError: the task model's lower half is not the recorded one, or computes other numbers.
         """
         family = check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
@@ -278,11 +255,7 @@ class Recycler:
         return reduced
 
     def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``.
-
-        Raises:
-            LowerHalfMismatchError, ModelError: it belongs to another recipe, or the folder holds none.
-        """
+        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``."""
         return loading.load_reduced(folder, self.recipe, **options)
 
     def verify(
@@ -296,8 +269,8 @@ class Recycler:
         """Compute a sample of documents again and compare with what is stored.
 
         ``space.verify()`` shows that entries are what was put; this shows that they are what the model computes. An
-        entry's relative error may be that of other kernels in the compute dtype (``models.canary.TOLERANCE``) and
-        the stored dtype's rounding: 6e-4 for float16 entries computed in float32.
+        entry's relative error may be that of other kernels in the compute dtype (``models.canary.TOLERANCE``) and the
+        stored dtype's rounding: 6e-4 for float16 entries computed in float32.
 
         Args:
             sample: documents to compare, chosen at random; all where there are fewer.
@@ -305,7 +278,6 @@ class Recycler:
                 are stored.
             task_model: a full task model in eval mode, on any device, whose outputs are compared with those of its
                 reduced model: each document alone.
-            seed: of the choice.
 
         Raises:
             VerificationError: something is further off; it holds the report.
@@ -315,14 +287,9 @@ class Recycler:
         """
         if task_model is not None:
             check_same_lower_half(task_model, self.recipe)
+        lower, encoder = self.agreement.lower, self.agreement.encoder
         report = verification.verify(
-            self.space,
-            self.agreement.lower,
-            self.agreement.encoder,
-            sample=sample,
-            texts=texts,
-            task_model=task_model,
-            seed=seed,
+            self.space, lower, encoder, sample=sample, texts=texts, task_model=task_model, seed=seed
         )
         if not report.ok:
             raise VerificationError(
@@ -350,9 +317,8 @@ class Recycler:
     ) -> Prepared:
         """Return a copy of a task model, and the batches to train it on, for one of the paper's four regimes.
 
-        ``for batch in batches: model(**batch).loss`` serves all four, and so does the ``Trainer`` with
-        ``dataset = batches.dataset()`` and ``data_collator=dataset.collate``. The order of documents depends on the
-        options alone.
+        ``for batch in batches: model(**batch).loss`` serves all four, and so does the ``Trainer`` with the data set
+        ``batches.dataset()`` and its ``collate`` as ``data_collator``. The options alone decide the documents' order.
 
         Args:
             regime: ``"NR"``, ``"F"``, ``"SR"`` or ``"R"``; see ``actcache.models.training.regimes``.
@@ -376,18 +342,17 @@ class Recycler:
                 on_missing="compute" if kind is Regime.SAVE_AND_RECYCLE else "raise",
                 **{**vars(order), **reading},
             )
-            return Prepared(self.reduce(task_model), StoredBatches(reader, type(task_model)))
+            return Prepared(self.reduce(task_model), regimes.StoredBatches(reader, type(task_model)))
         encoded = self.agreement.encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
         given = None if labels is None else of_entries(labels, owners, len(documents))
         padding = int(self.agreement.lower.base_model.config.pad_token_id or 0)
         entries = [window for windows in encoded for window in windows]
-        dataset = TokenDataset(entries, given, padding, type(task_model))
-        frozen = kind is Regime.FROZEN
-        model = with_frozen_lower_half(task_model, family, self.recipe.layer) if frozen else copy.deepcopy(task_model)
-        return Prepared(model, TextBatches(dataset, order, torch.device(device)))
-
-    # --- the rest ----------------------------------------------------------------------------------------------------
+        dataset = regimes.TokenDataset(entries, given, padding, type(task_model))
+        model = copy.deepcopy(task_model)
+        if kind is Regime.FROZEN:
+            regimes.freeze_lower_half(model, family, self.recipe.layer)
+        return Prepared(model, regimes.TextBatches(dataset, order, torch.device(device)))
 
     def close(self) -> None:
         """Close the space, and the store where the recycler opened it. Does nothing the second time."""
@@ -414,12 +379,8 @@ class Recycler:
         if nearest:
             other, fields = nearest[0]
             differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())
-            logger.info(
-                "created an empty space; the nearest is %s (%s), which differs in %s",
-                other.fingerprint,
-                other.model,
-                differ,
-            )
+            nearest_is = "created an empty space; the nearest is %s (%s), which differs in %s"
+            logger.info(nearest_is, other.fingerprint, other.model, differ)
 
 
 def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:

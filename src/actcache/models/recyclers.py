@@ -26,16 +26,12 @@ class Recyclers(Mapping[int, Recycler]):
     A space that was filled this way is the one that a ``Recycler`` of that layer finds, and the other way round.
 
     Args:
-        model, tokenizer: as of ``Recycler``.
-        layers: 1-based, in any order; a list, range or array.
+        layers: 1-based, in any order; a list, range or array. A ``UsageError`` where there are none, or one twice.
         store: a ``Store``, or a URL or path of one, which this then opens and closes.
         options: the other arguments of ``Recycler``.
 
     Attributes:
         filler: fills all of them; for ``actcache.models.parallel``.
-
-    Raises:
-        UsageError: there are no layers, or one twice; else as ``Recycler``.
     """
 
     def __init__(
@@ -118,11 +114,7 @@ class Recyclers(Mapping[int, Recycler]):
 
 
 def checked_layers(layers: Sequence[int]) -> list[int]:
-    """Return layers as Python's own numbers; refuse what cannot be recorded in one pass, whatever the model.
-
-    Raises:
-        UsageError: there are none, or one twice, or one is no whole number.
-    """
+    """Return layers as Python's own numbers; raises ``UsageError`` where there are none, or one twice or no number."""
     numbers: list[int] = whole_numbers("layers", layers).tolist()
     if not numbers or len(set(numbers)) != len(numbers):
         raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")

@@ -47,7 +47,6 @@ _DROPPED = (
 )
 #: Options of ``save_pretrained`` that change nothing here.
 _IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
-_CAPTURED = ("hidden_states", "attentions", "cross_attentions")
 
 
 def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None) -> PreTrainedModel:
@@ -68,7 +67,6 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
 
     Args:
         layer: the rows are the output of this layer, 1-based.
-        family: how to split the model; None to look it up.
 
     Raises:
         LayerError: ``layer`` is not in 1..N-1.
@@ -115,7 +113,9 @@ def _stubs_of(
     like = first_parameter(layers[layer])
     matrix = None
     if any(hasattr(task_model, name) for name in family.matrix_readers):
-        matrix = _matrix(base)
+        words = base.get_input_embeddings()
+        path = next(path for path, module in base.named_modules() if module is words)
+        matrix = path.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
     hidden_size = base.config.hidden_size
     stubs: dict[int, Any] = {
         id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()
@@ -130,12 +130,6 @@ def _stubs_of(
             else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
     return stubs
-
-
-def _matrix(base: PreTrainedModel) -> tuple[str, nn.Module]:
-    words = base.get_input_embeddings()
-    name = next(name for name, module in base.named_modules() if module is words)
-    return name.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
 
 
 class ReducedModel:
@@ -179,7 +173,6 @@ class ReducedModel:
         The ``Trainer`` saves its checkpoints by this, and goes on from them.
 
         Args:
-            save_directory: is made where it is absent.
             is_main_process: whether this process writes.
             state_dict: the weights, where they are not to be taken from the model.
             options: transformers' others. There is one file of weights, whatever its size.
@@ -235,10 +228,8 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
     either, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("self", either)]
     parameters += [inspect.Parameter(name, either, default=None) for name in first]
-    for name, parameter in own.items():
-        if name != "self" and name not in _DROPPED:
-            keep = parameter.kind is inspect.Parameter.VAR_KEYWORD
-            parameters.append(parameter if keep else parameter.replace(kind=named))
+    kept = (parameter for name, parameter in own.items() if name not in ("self", *_DROPPED))
+    parameters += [one if one.kind is inspect.Parameter.VAR_KEYWORD else one.replace(kind=named) for one in kept]
     # The Trainer drops the columns of a data set that the signature does not name.
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     forward.__doc__ = f"{task_class.__name__}'s forward, from stored activations."
@@ -286,7 +277,7 @@ def _check_options(model: Any, kwargs: dict[str, Any]) -> None:
     if unusable:
         raise ModelError(f"a reduced model starts from activations and takes no {', '.join(unusable)}")
     selected = kwargs.get("output_hidden_states", model.config.output_hidden_states)
-    if not (selected is None or isinstance(selected, bool)):
+    if not isinstance(selected, bool | None):
         raise ModelError("a reduced model cannot select hidden states by number; pass output_hidden_states=True")
     if model.training and any(_reentrant(module) for module in model.modules()):
         raise ModelError(
@@ -322,7 +313,7 @@ def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_l
 
     if isinstance(output, tuple):
         return tuple(marked(item) if isinstance(item, tuple) else item for item in output)
-    for name in _CAPTURED:
+    for name in ("hidden_states", "attentions", "cross_attentions"):
         if output.get(name):
             output[name] = marked(output[name])
     return output
@@ -331,8 +322,7 @@ def _mark_absent(module: nn.Module, args: Any, output: Any, *, layer: int, all_l
 def _of_no_tokens(like: torch.Tensor) -> torch.Tensor:
     """Return an empty tensor in the place of one: [batch, 0, hidden], or of attentions [batch, heads, 0, 0].
 
-    It is a tensor with the batch's size, since what gathers the outputs of batches, processes and devices (the
-    ``Trainer``, Accelerate) takes nothing else.
+    It has the batch's size, for what gathers outputs (the ``Trainer``, Accelerate) takes nothing else.
     """
     batch, *rest = like.shape
     return like.new_empty((batch, rest[0], 0, 0) if like.ndim == 4 else (batch, 0, rest[-1]))
@@ -353,9 +343,8 @@ def _untie(task_model: PreTrainedModel, reduced: PreTrainedModel, lower: dict[st
     # Nothing may tie a weight to the stub, now or where the copy is saved and loaded.
     reduced.config.tie_word_embeddings = False
     reduced.all_tied_weights_keys = {}
-    if not shared:
-        return []
-    return [f"{', '.join(shared)}, of which the reduced model has its own copy: training that changes no embeddings"]
+    note = f"{', '.join(shared)}, of which the reduced model has its own copy: training that changes no embeddings"
+    return [note] if shared else []
 
 
 def _freeze_shared(reduced: PreTrainedModel, family: Family) -> list[str]:
@@ -370,6 +359,5 @@ def _freeze_shared(reduced: PreTrainedModel, family: Family) -> list[str]:
     frozen = [f"{path}.{name}" for path, part in parts.items() for name, _ in part.named_parameters()]
     for part in parts.values():
         part.requires_grad_(False)
-    if not frozen:
-        return []
-    return [f"{', '.join(frozen)}, which are frozen, for the stored activations depend on them"]
+    note = f"{', '.join(frozen)}, which are frozen, for the stored activations depend on them"
+    return [note] if frozen else []

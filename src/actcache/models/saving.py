@@ -37,11 +37,7 @@ VERSION = 1
 
 
 def save(
-    reduced: Any,
-    folder: str | os.PathLike[str],
-    *,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    write: bool = True,
+    reduced: Any, folder: str | os.PathLike[str], *, state_dict: Mapping[str, torch.Tensor] | None, write: bool
 ) -> None:
     """Write a reduced model to a folder; see ``ReducedModel.save_pretrained``."""
     recipe = reduced.__dict__.get("actcache_recipe")
@@ -63,7 +59,12 @@ def save(
     if write:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        _refuse_packed(reduced)
+        packed = [name for name, value in reduced.state_dict().items() if not isinstance(value, torch.Tensor)]
+        if packed:
+            raise ModelError(
+                f"{packed[0]} of this reduced model is no plain tensor (a quantized weight?), and safetensors files "
+                "hold nothing else: save the model before it is quantized"
+            )
         tensors = unshared(reduced.state_dict() if state_dict is None else state_dict)
         tensors[guard_of(reduced)] = torch.empty(0)
         save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -119,11 +120,7 @@ def merge(reduced: Any, full_model: Model) -> Model:
 
 
 def task_class_of(reduced: Any) -> type[PreTrainedModel]:
-    """Return the class of the task model that was reduced.
-
-    Raises:
-        ModelError: the model is no reduced one.
-    """
+    """Return the class of the task model that was reduced; raises ``ModelError`` where the model is no reduced one."""
     task_class: type[PreTrainedModel] | None = getattr(type(reduced), "actcache_task_class", None)
     if task_class is None:
         raise ModelError(f"a {type(reduced).__name__} is no reduced model: recycler.reduce(task_model) makes one")
@@ -172,17 +169,7 @@ def _tied(model: nn.Module) -> list[list[str]]:
 def _computed_buffers(reduced: nn.Module) -> dict[str, str]:
     """Return the dtypes of the floating point buffers that no state dict has: ``model.to(dtype)`` rounds them, too."""
     saved = reduced.state_dict()
-    found = {name: buffer for name, buffer in reduced.named_buffers() if name not in saved}
-    return {n: dtype_name(b.dtype) for n, b in found.items() if b.is_floating_point()}
-
-
-def _refuse_packed(reduced: nn.Module) -> None:
-    packed = [name for name, value in reduced.state_dict().items() if not isinstance(value, torch.Tensor)]
-    if packed:
-        raise ModelError(
-            f"{packed[0]} of this reduced model is no plain tensor (a quantized weight?), and safetensors files hold "
-            "nothing else: save the model before it is quantized"
-        )
+    return {n: dtype_name(b.dtype) for n, b in reduced.named_buffers() if n not in saved and b.is_floating_point()}
 
 
 def _refuse_peft(reduced: nn.Module) -> None:

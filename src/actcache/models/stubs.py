@@ -13,9 +13,6 @@ from actcache.errors import ShapeError
 
 RowsAndMask = tuple[torch.Tensor | None, torch.Tensor | None]
 
-#: Where base models look for the word embeddings within their embeddings.
-_WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings")
-
 
 class InjectedRows:
     """The rows of one forward of a reduced model, and their mask: from its beginning to where they are taken.
@@ -59,9 +56,7 @@ _threads = _Threads()
 class EmbeddingStub(nn.Module):
     """Returns zeros ``[batch, tokens, hidden]`` for ids ``[batch, tokens]``; what is embedded already it returns as is.
 
-    Args:
-        like: the zeros have its dtype and lie on its device.
-        matrix: the word embeddings, where a head reads them; they are then all the weights that this has.
+    The zeros have the dtype and device of ``like``; ``matrix`` is the word embeddings by name, where heads read it.
     """
 
     zero: torch.Tensor
@@ -89,7 +84,7 @@ class EmbeddingStub(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in _WORD_EMBEDDINGS:  # where get_input_embeddings() looks
+            if name in ("word_embeddings", "tok_embeddings"):  # where get_input_embeddings() looks
                 return self
             raise
 
@@ -97,10 +92,8 @@ class EmbeddingStub(nn.Module):
 class PassThrough(nn.Module):
     """Stands where a layer of the lower half stood: returns its input, or the rows that were injected.
 
-    Args:
-        layer: what stood there; base models look at plain attributes of layers (``attention_type``).
-        tuple_arity: the length of the tuple that it returned; None where it returned the bare tensor.
-        injected: where the rows are, of the last pass-through.
+    It returns a tuple of the length of the layer's (None for the bare tensor), and has the layer's plain attributes,
+    which base models look at (``attention_type``). ``injected`` is given to the last pass-through.
     """
 
     def __init__(self, layer: nn.Module, tuple_arity: int | None, injected: InjectedRows | None = None) -> None:
@@ -126,9 +119,8 @@ class PassThrough(nn.Module):
 class BiasPassThrough(PassThrough):
     """A pass-through of T5: hands on the position bias of the layer before; the first one computes it for all.
 
-    Args:
-        bias: path within ``layer`` of the attention that computes the bias; None where ``layer`` is not the first. Of
-            that attention the bias's weights are kept, frozen, under their own names.
+    ``bias`` is the path, within the first layer, of the attention that computes it; None for others. Of that attention
+    the bias's weights are kept, frozen, under their own names.
     """
 
     def __init__(self, layer: nn.Module, tuple_arity: int, injected: InjectedRows | None, bias: str | None) -> None:

@@ -26,11 +26,7 @@ def padded(arrays: Sequence[NDArray[np.integer]], value: int) -> torch.Tensor:
 
 
 def first_parameter(module: nn.Module) -> nn.Parameter:
-    """Return the first floating point parameter of a module.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """Return the first floating point parameter of a module; raises ``ModelError`` where it has none."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             return parameter

@@ -17,8 +17,6 @@ from actcache.models.pretrained import load_pretrained
 from actcache.models.tensors import padded
 from actcache.models.tokenizing import DocumentEncoder, check_max_length
 
-_ROUNDS = 3
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -47,13 +45,8 @@ def measure(
 ) -> Timing:
     """Compute some documents, in batches of like lengths as a fill does, by the lower half and by the whole base model.
 
-    Args:
-        texts: whose lengths are told; longer ones than the model takes are truncated.
-        documents: of these, drawn at even distances in the order of lengths, that are computed.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-        LayerError, UnsupportedModelError: see ``LowerHalf``.
+    The lengths of all texts are told, longer ones than the model takes truncated; so many ``documents`` of them, drawn
+    at even distances in the order of lengths, are computed. Raises as ``load_pretrained`` and ``LowerHalf`` do.
     """
     model, tokenizer = load_pretrained(name, [], device, None)
     base = base_model_of(model)
@@ -68,8 +61,8 @@ def measure(
     batches = [[chosen[i] for i in batch] for batch in plan_batches([len(one) for one in chosen], token_budget)]
     tokens = sum(map(len, chosen))
     times: dict[str, list[float]] = {"lower": [], "full": []}
-    for _ in range(1 + _ROUNDS):  # in turns; the first is for warming up
-        times["lower"].append(_timed(lambda batch: lower.run(batch), batches))
+    for _ in range(4):  # in turns; the first is for warming up
+        times["lower"].append(_timed(lower.run, batches))
         times["full"].append(_timed(lambda batch: _whole(lower, batch), batches))
     lower_half, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
     return Timing(full, min(lower_half, full), lower.hidden_size, lengths, family.dtype)

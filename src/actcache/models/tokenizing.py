@@ -21,7 +21,7 @@ from actcache.format.recipe import canonical_json
 
 TooLong = Literal["refuse", "truncate"] | Windows
 
-#: Words that tell whether a tokenizer keeps given words apart; see ``joined_words``.
+#: Words that tell whether a tokenizer keeps given words apart.
 _PROBES = (("a", "b"), ("A", "B"), ("1", "2"), ("é", "ü"), ("return", "it"))
 _NO_LIMIT = 1_000_000  # transformers gives tokenizers without a limit one of 10**30
 
@@ -71,7 +71,6 @@ class DocumentEncoder:
     """Turns documents into token ids under one length policy. Holds its own copy of the tokenizer; not thread-safe.
 
     Args:
-        tokenizer: not changed.
         max_length: tokens that a document may have, special tokens included; None for no limit.
         too_long: ``"refuse"`` raises; ``"truncate"`` cuts, every kind of document on the tokenizer's
             ``truncation_side``; and ``Windows`` makes several entries of every document (one of a short one), from its
@@ -100,10 +99,11 @@ class DocumentEncoder:
         special_tokens = truth("special_tokens", special_tokens)
         if max_length is not None:
             max_length = whole("max_length", max_length, 1)
-        if isinstance(too_long, Windows):
-            if max_length is not None and too_long.max_length > max_length:
-                raise RecipeError(f"windows of {too_long.max_length} tokens are longer than the {max_length} possible")
-            max_length = too_long.max_length
+        self.windows = windows = too_long if isinstance(too_long, Windows) else None  # by which documents are cut
+        if windows:
+            if max_length is not None and windows.max_length > max_length:
+                raise RecipeError(f"windows of {windows.max_length} tokens are longer than the {max_length} possible")
+            max_length = windows.max_length
         elif too_long not in ("refuse", "truncate"):
             raise RecipeError(
                 f"too_long {too_long!r} is not 'refuse', 'truncate' or actcache.windows(max_length, stride)"
@@ -116,7 +116,7 @@ class DocumentEncoder:
             )
         self.tokenizer = copy.deepcopy(tokenizer)  # calls change a fast tokenizer's truncation and padding
         self.tokenizer.model_max_length = int(1e30)  # or it warns of documents that this class is about to handle
-        if isinstance(too_long, Windows):
+        if windows:
             self.tokenizer.truncation_side = "right"  # windows lose nothing; with "left" they came in reverse order
         self.max_length, self.too_long, self.special_tokens = max_length, too_long, special_tokens
         self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
@@ -124,27 +124,22 @@ class DocumentEncoder:
         self._added = [
             self.tokenizer.num_special_tokens_to_add(pair) if special_tokens else 0 for pair in (False, True)
         ]
-        stride = too_long.stride if isinstance(too_long, Windows) else 0
+        stride = windows.stride if windows else 0
         if max_length is not None and max_length - self._added[0] <= stride:
             raise RecipeError(
                 f"max_length {max_length} leaves no room: {self._added[0]} are special tokens"
                 + (f" and {stride} are stride" if stride else "")
             )
-        if not self.tokenizer.is_fast and ({"spans", "word_ids"} & {*extras} or isinstance(too_long, Windows)):
+        if not self.tokenizer.is_fast and ({"spans", "word_ids"} & {*extras} or windows):
             raise RecipeError(
                 f"{type(tokenizer).__name__} is slow and knows no windows, spans or word ids: load the fast tokenizer"
             )
-
-    @property
-    def windows(self) -> Windows | None:
-        """The spec by which documents are cut, None under another policy."""
-        return self.too_long if isinstance(self.too_long, Windows) else None
 
     @functools.cached_property
     def truncating(self) -> DocumentEncoder:
         """An encoder that differs in that it truncates whatever is too long, and makes no extras."""
         other = copy.copy(self)  # with the same tokenizer: to copy that takes as long as hundreds of documents
-        other.too_long, other.extras = "truncate", ()
+        other.too_long, other.windows, other.extras = "truncate", None, ()
         return other
 
     def encode(self, documents: Sequence[Document], positions: Sequence[int] | None = None) -> list[list[Encoded]]:
@@ -182,10 +177,10 @@ class DocumentEncoder:
                 "add_prefix_space=True, or, where that changes nothing, give the document as one text"
             )
         cut: dict[str, Any] = {}
-        if isinstance(self.too_long, Windows):
-            cut = {"truncation": True, "return_overflowing_tokens": True, "stride": self.too_long.stride}
+        if self.windows:
+            cut = {"truncation": True, "return_overflowing_tokens": True, "stride": self.windows.stride}
             if kind == "pair":
-                self._check_first_texts(documents, positions, self.too_long)
+                self._check_first_texts(documents, positions, self.windows)
                 cut["truncation"] = "only_second"
         elif self.too_long == "truncate" and self.max_length is not None:
             cut = {"truncation": True}
@@ -210,7 +205,19 @@ class DocumentEncoder:
 
     @functools.cached_property
     def _joined_words(self) -> tuple[str, str] | None:
-        return joined_words(self.tokenizer)
+        """Two words that get other tokens as words than in a text with a space between; None where none do.
+
+        A byte-level tokenizer without ``add_prefix_space``, and a SentencePiece one that puts no mark before a word,
+        know a word by the space before it. Given words have none: all but the first would get the tokens of the inside
+        of a word. This is found out by running the tokenizer, for no table of tokenizers is complete.
+        """
+
+        def tokens(document: str | list[str]) -> list[int]:
+            split = isinstance(document, list)
+            ids: list[int] = self.tokenizer(document, add_special_tokens=False, is_split_into_words=split)["input_ids"]
+            return ids
+
+        return next((pair for pair in _PROBES if tokens([*pair]) != tokens(" ".join(pair))), None)
 
     def _encoded(self, batch: Any, i: int) -> Encoded:
         ids = np.array(batch["input_ids"][i], np.int32)
@@ -228,8 +235,8 @@ class DocumentEncoder:
         result = []
         for ids, position in zip(documents, positions, strict=True):
             windows = [ids]
-            if isinstance(self.too_long, Windows):
-                length, stride = self.too_long.max_length, self.too_long.stride
+            if self.windows:
+                length, stride = self.windows.max_length, self.windows.stride
                 windows = [ids[i : i + length] for i in range(0, max(1, len(ids) - stride), length - stride)]
             elif self.too_long == "truncate" and self.max_length is not None:
                 left = self.tokenizer.truncation_side == "left"
@@ -294,11 +301,8 @@ def _normal_forms(documents: Sequence[Document], positions: Sequence[int]) -> li
 def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int | None:
     """Return a document's largest length; by default what tokenizer and model allow, None where neither has a limit.
 
-    Args:
-        positions: tokens that the model has positions for; None for any number.
-
     Raises:
-        RecipeError: ``max_length`` is more than that, or no whole number of 1 or more.
+        RecipeError: ``max_length`` is more than the model has ``positions`` for, or no whole number of 1 or more.
     """
     if max_length is None:
         limit = tokenizer.model_max_length
@@ -309,22 +313,3 @@ def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase,
     if positions is not None and max_length > positions:
         raise RecipeError(f"max_length {max_length} is more than the {positions} tokens that the model takes")
     return int(max_length)
-
-
-def joined_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Return two words that get other tokens as words than in a text with a space between; None where none do.
-
-    A byte-level tokenizer without ``add_prefix_space``, and a SentencePiece one that puts no mark before a word, know a
-    word by the space before it. Given words have none: all but the first would get the tokens of the inside of a word.
-    This is found out by running the tokenizer, for no table of tokenizers is complete.
-    """
-
-    def tokens(document: str | list[str]) -> list[int]:
-        split = isinstance(document, list)
-        ids: list[int] = tokenizer(document, add_special_tokens=False, is_split_into_words=split)["input_ids"]
-        return ids
-
-    for first, second in _PROBES:
-        if tokens([first, second]) != tokens(f"{first} {second}"):
-            return first, second
-    return None

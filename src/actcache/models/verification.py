@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from actcache.entries.entry import Entry
@@ -20,7 +21,6 @@ from actcache.errors import MissingEntryError, ModelError, UsageError, Verificat
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
-from actcache.format.recipe import Recipe
 from actcache.models.canary import TOLERANCE, relative_error
 from actcache.models.documents import document_keys, listed
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
@@ -112,7 +112,6 @@ def verify_stored(
     Unlike ``verify`` it goes on where entries are corrupt, which it names, and where they were deleted meanwhile.
 
     Args:
-        sample: entries to compare, of those that have token ids.
         seed: of the choice; None for another each time.
         progress: called with the entries that were compared, and how many are to be.
 
@@ -125,7 +124,7 @@ def verify_stored(
     if len(keys) and not len(there):
         raise UsageError("entries were stored without token ids, so they cannot be computed again: put them anew")
     rng = np.random.default_rng(None if seed is None else whole("seed", seed, 0))
-    chosen = key_list(there[np.sort(rng.choice(len(there), min(sample, len(there)), replace=False))])
+    chosen = key_list(there[_some(len(there), sample, rng)])
     comparison = _Comparison(space, lower, encoder, None)
     corrupt: list[bytes] = []
     for start in range(0, len(chosen), _CHUNK):
@@ -138,11 +137,7 @@ def verify_stored(
 
 
 def check_sample(sample: object) -> None:
-    """Refuse a number of documents that verifies nothing.
-
-    Raises:
-        UsageError: it is no whole number of 1 or more.
-    """
+    """Raise ``UsageError`` where a number of documents to verify is no whole number of 1 or more."""
     if not is_whole(sample) or sample < 1:
         raise UsageError(f"a sample of {sample!r} documents verifies nothing: give a whole number of 1 or more")
 
@@ -158,8 +153,7 @@ def intact_entries(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dic
 def disagreeing(space: Space, lower: LowerHalf, encoder: DocumentEncoder, keys: list[bytes]) -> list[bytes]:
     """Return those of some entries that are not what the lower half makes of the token ids beside them.
 
-    Those that are absent or corrupt, or have no token ids, are passed over; so are those of two texts where nothing
-    tells the texts apart.
+    Absent and corrupt ones and those without token ids are passed over; so are two texts that nothing tells apart.
     """
     found = intact_entries(space, keys, [])
     typed = "token_type_ids" in encoder.tokenizer.model_input_names
@@ -179,7 +173,9 @@ class _Comparison:
         # The token that ends each of two texts, where these have type ids.
         typed = "token_type_ids" in encoder.tokenizer.model_input_names
         self._separator = encoder.tokenizer.sep_token_id if typed else None
-        self._tolerance = TOLERANCE[lower.compute_dtype] + _rounding(space.recipe)
+        # Storing adds the rounding of each dtype that rows were rounded to.
+        rounding = sum(ROUNDING.get(dtype, _COARSEST) for dtype in {*space.recipe.via, space.recipe.dtype})
+        self._tolerance = TOLERANCE[lower.compute_dtype] + rounding
         self._errors: list[float] = []
         self._failed: list[bytes] = []
         self._largest = 0.0
@@ -189,7 +185,7 @@ class _Comparison:
         inputs = [_input(entry) for entry in entries] if encoded is None else encoded
         found = _errors(self._lower, entries, inputs)
         if encoded is None and self._separator is not None:
-            _as_pairs(self._lower, entries, inputs, found, self._tolerance, self._separator)
+            self._as_pairs(entries, inputs, found)
         for key, entry, given, (error, difference) in zip(keys, entries, inputs, found, strict=True):
             self._errors.append(error)
             self._largest = max(self._largest, difference)
@@ -199,23 +195,25 @@ class _Comparison:
             elif self._outputs is not None:
                 self._outputs.compare(entry, given)
 
+    def _as_pairs(self, entries: list[Entry], inputs: list[Encoded], found: list[tuple[float, float]]) -> None:
+        """Take wrong entries for documents of two texts, whose type ids were not stored; keep what is right."""
+        for i, given in enumerate(inputs):
+            ends = np.flatnonzero(given.token_ids == self._separator)
+            if found[i][0] <= self._tolerance or len(ends) < 2 or "type_ids" in entries[i].extras:
+                continue
+            paired = replace(given, type_ids=(np.arange(len(given.token_ids)) > ends[0]).astype(np.int8))
+            again = _errors(self._lower, [entries[i]], [paired])[0]
+            if again[0] <= self._tolerance:
+                found[i], inputs[i] = again, paired
+
     def report(self) -> Verification:
         """Return what was found."""
         worst = float(np.max(self._errors)) if self._errors else 0.0  # max() would pass over a NaN
         report = Verification(len(self._errors), worst, self._largest, self._tolerance, self._failed)
-        if self._outputs is None:
+        if (outputs := self._outputs) is None:
             return report
-        return replace(
-            report,
-            output_error=self._outputs.error,
-            output_largest=self._outputs.largest,
-            output_tolerance=AMPLIFICATION * self._tolerance,
-        )
-
-
-def _rounding(recipe: Recipe) -> float:
-    """Return the relative error that storing adds: of each dtype that rows were rounded to."""
-    return sum(ROUNDING.get(dtype, _COARSEST) for dtype in {*recipe.via, recipe.dtype})
+        allowed = AMPLIFICATION * self._tolerance
+        return replace(report, output_error=outputs.error, output_largest=outputs.largest, output_tolerance=allowed)
 
 
 class _Outputs:
@@ -256,7 +254,12 @@ def _stored(space: Space, sample: int, rng: np.random.Generator) -> tuple[list[b
     keys = space.key_array()
     if not len(keys):
         raise UsageError("the space is empty, so there is nothing to verify: fill it first")
-    return key_list(keys[np.sort(rng.choice(len(keys), min(sample, len(keys)), replace=False))]), None
+    return key_list(keys[_some(len(keys), sample, rng)]), None
+
+
+def _some(count: int, sample: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return some of ``count`` positions, chosen at random, ascending."""
+    return np.sort(rng.choice(count, min(sample, count), replace=False))
 
 
 def _of_texts(
@@ -266,7 +269,7 @@ def _of_texts(
     documents = listed(texts)
     if not documents:
         raise UsageError("no texts were given, so there is nothing to verify")
-    positions = np.sort(rng.choice(len(documents), min(sample, len(documents)), replace=False)).tolist()
+    positions = _some(len(documents), sample, rng).tolist()
     chosen = [documents[i] for i in positions]
     keys = document_keys(chosen)
     found = find_entries(space, keys, encoder.windows)
@@ -324,24 +327,3 @@ def computable(lower: LowerHalf, given: Encoded) -> bool:
         and given.type_ids.min() >= 0
         and (not kinds or not given.type_ids.any() or given.type_ids.max() < kinds)
     )
-
-
-def _as_pairs(
-    lower: LowerHalf,
-    entries: Sequence[Entry],
-    inputs: list[Encoded],
-    found: list[tuple[float, float]],
-    tolerance: float,
-    separator: int,
-) -> None:
-    """Take entries that are wrong for documents of two texts, whose type ids were not stored; keep what is right."""
-    for i, given in enumerate(inputs):
-        ends = np.flatnonzero(given.token_ids == separator)
-        if found[i][0] <= tolerance or len(ends) < 2 or "type_ids" in entries[i].extras:
-            continue
-        types = np.zeros(len(given.token_ids), np.int8)
-        types[ends[0] + 1 :] = 1
-        paired = replace(given, type_ids=types)
-        again = _errors(lower, [entries[i]], [paired])[0]
-        if again[0] <= tolerance:
-            found[i], inputs[i] = again, paired

@@ -45,8 +45,6 @@ _RACY_SECONDS = 2.0
 #: What a value in a state dict comes down to: ``None``, truth values, numbers and texts stand for themselves.
 Leaf = torch.Tensor | Whole | None | bool | int | float | str
 
-_NAMED_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format, torch.qscheme, type)
-
 _digests: dict[str, str] = {}  # quick checksum -> digest, of lower halves seen in this process
 
 
@@ -110,8 +108,7 @@ def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, f
     if name is None:
         return lower_digest(base_model, family, layer)
     memo = _read_memo()
-    known = memo.get(name)
-    if isinstance(known, str) and len(known) == 64:
+    if isinstance(known := memo.get(name), str) and len(known) == 64:
         return _digests.setdefault(quick, known)
     digest = lower_digest(base_model, family, layer)
     _write_memo(memo | {name: digest})
@@ -124,10 +121,8 @@ def weight_files(name_or_path: str, revision: str | None = None) -> list[Path]:
         config = cached_file(name_or_path, "config.json", revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return []
-    if config is None:
-        return []
-    folder = Path(config).parent
-    if (folder / "adapter_config.json").exists():  # the base model's weights lie elsewhere
+    folder = Path(config or "").parent
+    if config is None or (folder / "adapter_config.json").exists():  # the base model's weights lie elsewhere
         return []
     return sorted(path.resolve() for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
 
@@ -178,16 +173,13 @@ def _memo_path() -> Path:
 
 
 def _memo_name(quick: str, layer: int, files: list[Path]) -> str | None:
-    if not files:
-        return None
     try:
         stats = [(file, file.stat()) for file in files]
     except OSError:
         return None
-    if any(time.time() - stat.st_mtime < _RACY_SECONDS for _, stat in stats):
+    if not stats or any(time.time() - stat.st_mtime < _RACY_SECONDS for _, stat in stats):
         return None
-    named = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-    what = [_MEMO_VERSION, named, layer, quick]
+    what = [_MEMO_VERSION, [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats], layer, quick]
     return hashlib.blake2b(canonical_json(what).encode(), digest_size=16).hexdigest()
 
 
@@ -216,18 +208,12 @@ def _write_memo(memo: dict[str, Any]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-# --- values as bytes, whatever form a module keeps them in -----------------------------------------------------------
-
-
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:
     """Yield the parts of a value by name: plain strided tensors (detached, on their device), and JSON values.
 
     Quantized weights are no plain tensors: packed parameters come out of a state dict as tuples, torchao's are wrappers
-    around several tensors, and a module's extra state can be anything. What cannot be taken apart is refused: bytes
-    that nobody hashes would let two models share a cache.
-
-    Raises:
-        ModelError: the value, which it names, has bytes that cannot be told.
+    around several tensors, and a module's extra state can be anything. What cannot be taken apart is refused with a
+    ``ModelError``: bytes that nobody hashes would let two models share a cache.
     """
     if isinstance(value, torch.Tensor):
         yield from _of_tensor(name, value)
@@ -235,7 +221,7 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:
         yield name, value
     elif isinstance(value, float):
         yield name, value.hex()  # JSON has no NaN
-    elif isinstance(value, _NAMED_CONSTANTS):
+    elif isinstance(value, torch.dtype | torch.layout | torch.memory_format | torch.qscheme | type):
         yield name, str(value)
     elif isinstance(value, torch.device):
         return  # where numbers lie is no part of them
@@ -244,14 +230,10 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:
         yield name, torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
     elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
         yield name, torch.from_numpy(np.array(value))
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping | list | tuple):
         yield name, len(value)
-        for key, item in value.items():
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from leaves(f"{name}.{key}", item)
-    elif isinstance(value, list | tuple):
-        yield name, len(value)
-        for i, item in enumerate(value):
-            yield from leaves(f"{name}.{i}", item)
     elif isinstance(value, enum.Enum):
         yield name, f"{type(value).__name__}.{value.name}"
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -259,7 +241,11 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:
         for field in dataclasses.fields(value):
             yield from leaves(f"{name}.{field.name}", getattr(value, field.name))
     elif isinstance(value, torch.ScriptObject):
-        yield from leaves(name, _state_of(name, value))
+        try:
+            state = value.__getstate__()
+        except (AttributeError, RuntimeError):  # its class cannot be saved
+            raise _unknown(name, value) from None
+        yield from leaves(name, state)
     else:
         raise _unknown(name, value)
 
@@ -304,13 +290,6 @@ def _of_quantized(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Leaf]]
         yield f"{name}.scales", tensor.q_per_channel_scales()
         yield f"{name}.zero_points", tensor.q_per_channel_zero_points()
         yield f"{name}.axis", tensor.q_per_channel_axis()
-
-
-def _state_of(name: str, packed: torch.ScriptObject) -> Any:
-    try:
-        return packed.__getstate__()
-    except (AttributeError, RuntimeError):  # its class cannot be saved
-        raise _unknown(name, packed) from None
 
 
 def _unknown(name: str, value: Any) -> ModelError:

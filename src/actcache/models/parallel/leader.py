@@ -54,7 +54,6 @@ def fill(
     process is ended by a signal that it does not handle, or killed.
 
     Args:
-        texts: streamed, and partitioned by their keys.
         devices: such as ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``.
         store: its URL or path. Other processes must see it: not one in memory.
         max_bytes: see ``Recycler.fill``. Here, each process leaves out what is missing from the first of its documents
@@ -62,8 +61,7 @@ def fill(
         options: the other arguments of ``Recyclers.from_pretrained``.
 
     Raises:
-        UsageError: the texts are none (see ``Recycler.fill``); there are no devices, or one is none; the store is seen
-            by one process only.
+        UsageError: the texts are none; there are no devices, or one is none; the store is seen by one process only.
         WorkerError: a process died, or failed with an error that is none of this package's.
         ActcacheError: one failed with this; see ``Recycler.fill``.
         StoreError: also where this was interrupted, or one failed, and what the others had could not be stored; its
@@ -120,14 +118,7 @@ def _lead(crew: _Crew, partitioner: Partitioner, bar: FillProgress, job: Job) ->
 class Partitioner:
     """Partitions documents by their keys: one that is given twice comes to the same process twice.
 
-    Not thread-safe. What is held is bounded, however unlike the processes' speeds are.
-
-    Args:
-        texts: streamed.
-        processes: how many processes there are.
-
-    Raises:
-        UsageError: see ``actcache.models.documents.streamed``.
+    What is held is bounded, however unlike the processes' speeds are. Raises as ``streamed`` does; not thread-safe.
     """
 
     def __init__(self, texts: Iterable[Document], processes: int) -> None:
@@ -137,11 +128,7 @@ class Partitioner:
         self._ended = False
 
     def part(self, process: int) -> Part | None:
-        """Return documents for a process, with their positions: none where it has to wait, None where no more come.
-
-        Raises:
-            DocumentError: a document has no key; it names its position.
-        """
+        """Return documents for a process, with their positions: none where it has to wait, None where no more come."""
         mine = self._waiting[process]
         while len(mine) < CHUNK and not self._ended and max(map(len, self._waiting)) < _AHEAD:
             self._read()
@@ -186,8 +173,7 @@ class _Member:
         """Wait until it has ended; return why it could not store what it had, None where it did."""
         with contextlib.suppress(EOFError, OSError):  # its end of the channel is closed
             while wait([self.channel, self.process.sentinel], _left(deadline)) and self.channel.poll():
-                message = self.channel.recv()
-                if isinstance(message, Failed):
+                if isinstance(message := self.channel.recv(), Failed):
                     self.failed = message.error()
         self.process.join(_left(deadline))
         if self.process.exitcode is None:
@@ -199,14 +185,12 @@ class _Member:
         """Return the error that says how the process died."""
         self.process.join(STOP_SECONDS)
         code = self.process.exitcode
-        ended = _signal_of(code)
-        if ended is not None:
+        how = f"ended with exit code {code}"
+        if (ended := _signal_of(code)) is not None:
             time.sleep(_SAME_SECONDS)  # where all were to end, this process ends by its own signal
             how = f"was ended by {ended.name}"
-            why = "; it often means that memory ran out" if ended == signal.SIGKILL else ""
-        else:
-            how, why = f"ended with exit code {code}", ""
-        return WorkerError(f"the process for {self.device} {how}{why}. What was stored stays: fill again to go on")
+            how += "; it often means that memory ran out" if ended == signal.SIGKILL else ""
+        return WorkerError(f"the process for {self.device} {how}. What was stored stays: fill again to go on")
 
 
 def _together(failures: Sequence[StoreError]) -> StoreError:
@@ -315,11 +299,7 @@ def _interrupts_later(context: SpawnContext) -> Iterator[None]:
 
 
 def check_devices(devices: Sequence[str]) -> None:
-    """Refuse what cannot be the devices of several processes.
-
-    Raises:
-        UsageError: there are none, or one is no device.
-    """
+    """Raise ``UsageError`` where there are no devices, or one is none."""
     if not devices or isinstance(devices, str):
         raise UsageError(f"devices are a list such as ['cuda:0', 'cuda:1'] or ['cpu', 'cpu'], not {devices!r}")
     for device in devices:
@@ -331,10 +311,8 @@ def check_devices(devices: Sequence[str]) -> None:
 
 def _check_seen(job: Job, fingerprints: Sequence[str]) -> None:
     """Refuse a store that lies in one process's memory."""
-    try:
-        with open_store(job.store, mode="r") as opened:
-            seen = set(opened.fingerprints())
-    except StoreNotFoundError:
-        seen = set()
+    seen: set[str] = set()
+    with contextlib.suppress(StoreNotFoundError), open_store(job.store, mode="r") as opened:
+        seen.update(opened.fingerprints())
     if not seen.issuperset(fingerprints):
         raise UsageError(f"what one process stores in {job.store} no other one sees: fill it from one process")

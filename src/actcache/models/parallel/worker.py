@@ -37,7 +37,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)  # of ``Recyclers``
 
 
-# --- what a process says; only ``More`` is answered, by a ``Part`` or None --------------------------------------------
+# What a process says. Only ``More`` is answered, by a ``Part`` or None.
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,9 @@ class _Stopped(BaseException):
 
 
 class _Stop:
-    """Ends what the process does when it gets a signal, once: what follows is storing what was computed.
+    """Ends what the process does when it gets a signal, once: what follows is storing what was computed."""
 
-    Attributes:
-        number: of the signal; 0 where none has come.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
+    number = 0  # of the signal that has come
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.ignore()
@@ -126,12 +121,9 @@ class _Stop:
 
 
 def main(channel: Connection, job: Job, device: str, number: int, threads: int, shared: Shared | None) -> None:
-    """Fill the parts that the first process sends. The process's own main function.
+    """Fill the parts that the first process sends: the main function of the process of a ``number``, from 0.
 
-    Args:
-        number: of this process, from 0.
-        threads: that it may compute with.
-        shared: what a ``ByteBudget`` shares with the other processes'.
+    It computes with so many ``threads``; ``shared`` is what its ``ByteBudget`` has in common with the others'.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process decides what it means
     stop = _Stop()
@@ -147,13 +139,7 @@ def main(channel: Connection, job: Job, device: str, number: int, threads: int, 
 
 
 def _result(
-    channel: Connection,
-    job: Job,
-    device: str,
-    number: int,
-    threads: int,
-    shared: Shared | None,
-    stop: _Stop,
+    channel: Connection, job: Job, device: str, number: int, threads: int, shared: Shared | None, stop: _Stop
 ) -> Done | Failed:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
     torch.set_num_threads(threads)
@@ -191,8 +177,7 @@ def _result(
 def _parts(channel: Connection) -> Iterator[Part]:
     while True:
         channel.send(More())
-        part = channel.recv()
-        if part is None:
+        if (part := channel.recv()) is None:
             return
         yield part
 

@@ -58,11 +58,7 @@ class AdapterSpec:
 
     @classmethod
     def from_json(cls, value: Any) -> AdapterSpec:
-        """Rebuild a spec from ``dataclasses.asdict``.
-
-        Raises:
-            ModelError: the value is no such thing.
-        """
+        """Rebuild a spec from ``dataclasses.asdict``; raises ``ModelError`` where the value is no such thing."""
         try:
             return cls(
                 int(value["bottleneck"]),
@@ -103,14 +99,13 @@ def add_adapters(
     layer_norms: bool = False,
     also_train: Sequence[str] = (),
 ) -> Model:
-    """Put adapters into a model, in place, and freeze all but them and the head; return the model.
+    """Put adapters into a task model, full or reduced, in place; freeze all but them and the head; return the model.
 
     The head is what the task model has outside of its base model. The papers differ in what trains with it: nothing
     (the embedding recycling paper, the default here) or the layers' normalizations (Houlsby et al.).
 
     Args:
-        model: a task model, full or reduced.
-        bottleneck: width of the bottleneck; the paper tries 24, 64 and 256.
+        bottleneck: its width; the paper tries 24, 64 and 256.
         layers: which get adapters, 1-based, numbered as in the full model; by default all of a full model ("full
             adapter setting"), and of a reduced model all that it has.
         activation: a name of transformers' activations.
@@ -141,14 +136,10 @@ def add_adapters(
 
 
 def insert_adapters(model: nn.Module, spec: AdapterSpec) -> None:
-    """Put the adapters of a spec into a model, newly initialized, and freeze all but what trains.
-
-    Raises:
-        ModelError: it has adapters already, or lacks a place for them.
-    """
+    """Put a spec's new adapters into a model, and freeze all but what trains; raises ``ModelError``."""
     if spec_of(model) is not None:
         raise ModelError(f"this {type(model).__name__} has adapters already; take a fresh copy of it for others")
-    projections = [projection for _, projection in _projections(model, spec)]
+    projections = _projections(model, spec)
     for path in spec.also_train:
         _submodule(model, path)
     for projection in projections:
@@ -167,37 +158,27 @@ def spec_of(model: nn.Module) -> AdapterSpec | None:
 
 
 def _known_spec(model: nn.Module) -> AdapterSpec:
-    spec = spec_of(model)
-    if spec is None:
+    if (spec := spec_of(model)) is None:
         raise ModelError(f"this {type(model).__name__} has no adapters: actcache.models.add_adapters puts them in")
     return spec
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that train in a model with adapters: theirs, the head's, and what was asked.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """Return the names of what trains in a model with adapters: theirs, the head's, and what was asked for."""
     base, spec = base_model_of(model), _known_spec(model)
-    parts = [projection.adapter for _, projection in _projections(model, spec)]
+    parts = [projection.adapter for projection in _projections(model, spec)]
     parts += [_submodule(model, path) for path in spec.also_train]
     if spec.layer_norms:
         layers = family_of(base).layers_of(base)
-        parts += [
-            module for n in spec.layers for module in layers[n - 1].modules() if type(module).__name__.endswith("Norm")
-        ]
+        modules = (module for number in spec.layers for module in layers[number - 1].modules())
+        parts += [module for module in modules if type(module).__name__.endswith("Norm")]
     wanted = {id(parameter) for part in parts for parameter in part.parameters()}
     of_base = {id(parameter) for parameter in base.parameters()}  # a head that is tied to it does not train
     return [name for name, p in model.named_parameters() if id(p) in wanted or id(p) not in of_base]
 
 
 def save_adapters(model: nn.Module, path: str | Path) -> None:
-    """Write what trains in a model with adapters (theirs, the head's) to one safetensors file.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """Write what trains in a model with adapters to one safetensors file; raises ``ModelError`` where it has none."""
     names = trained_names(model)
     what = {"version": 1, "spec": asdict(_known_spec(model)), "model": _kind(model)}
     state = model.state_dict()
@@ -261,12 +242,12 @@ def _places_of(base: PreTrainedModel) -> tuple[str, str]:
         ) from None
 
 
-def _projections(model: nn.Module, spec: AdapterSpec) -> list[tuple[str, Any]]:
+def _projections(model: nn.Module, spec: AdapterSpec) -> list[Any]:
     base = base_model_of(model)
     layers = family_of(base).layers_of(base)
     if max(spec.layers) > len(layers):
         raise ModelError(f"adapters of layers {spec.layers} do not fit a model of {len(layers)} layers")
-    return [(place, _submodule(layers[number - 1], place)) for number in spec.layers for place in spec.places]
+    return [_submodule(layers[number - 1], place) for number in spec.layers for place in spec.places]
 
 
 def _submodule(module: nn.Module, path: str) -> Any:

@@ -37,17 +37,15 @@ class JointReader:
 
     Each layer is read ahead by its reader's own thread, into its own buffers. Not thread-safe.
 
-    Args:
-        readers: of each layer, over the same documents with the same options, in the same epoch.
-
     Raises:
-        UsageError: there are none, or they do not go through the same documents in the same order.
+        UsageError: there are no readers, or they do not go through the same documents in the same order and epoch.
     """
 
     def __init__(self, readers: Mapping[int, Reader]) -> None:
         if not readers:
             raise UsageError("there are no layers to read: give one reader for each")
         self.readers = dict(readers)
+        self._first = next(iter(self.readers.values()))
         states = {layer: reader.state_dict() for layer, reader in self.readers.items()}
         first, *others = states
         differ = [layer for layer in others if states[layer] != states[first]]
@@ -58,12 +56,11 @@ class JointReader:
             )
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch; see ``Reader``."""
+        """Return the number of batches of an epoch."""
         return len(self._first)
 
     def __iter__(self) -> Iterator[dict[int, Batch]]:
-        epochs = [iter(reader) for reader in self.readers.values()]
-        return self._steps(epochs)
+        return self._steps([iter(reader) for reader in self.readers.values()])
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is."""
@@ -75,11 +72,7 @@ class JointReader:
         return self._first.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next iteration go on at a state.
-
-        Raises:
-            UsageError: it is of readers with other keys or another order.
-        """
+        """Have the next iteration go on at a state; raises ``UsageError`` for that of readers with another order."""
         for reader in self.readers.values():
             reader.load_state_dict(state)
 
@@ -92,18 +85,20 @@ class JointReader:
         for reader in self.readers.values():
             reader.close()
 
-    @property
-    def _first(self) -> Reader:
-        return next(iter(self.readers.values()))
-
     def _steps(self, epochs: list[Any]) -> Iterator[dict[int, Batch]]:
         with contextlib.ExitStack() as stack:
             for epoch in epochs:
                 stack.callback(epoch.close)
             for batches in zip(*epochs, strict=True):
-                step = dict(zip(self.readers, batches, strict=True))
-                _check_same(step)
-                yield step
+                (first, one), *others = zip(self.readers, batches, strict=True)
+                for layer, other in others:
+                    same = np.array_equal(one.key_array, other.key_array)
+                    if not same or tuple(one.activations.shape[:2]) != tuple(other.activations.shape[:2]):
+                        raise DataError(
+                            f"layers {first} and {layer} of a batch hold different documents or numbers of tokens: an "
+                            "entry was overwritten in one of the spaces; delete it in both and fill again"
+                        )
+                yield dict(zip(self.readers, batches, strict=True))
 
 
 def read_jointly(recyclers: Mapping[int, CachedLayer], texts: Iterable[Document], **options: Any) -> JointReader:
@@ -122,14 +117,3 @@ def read_jointly(recyclers: Mapping[int, CachedLayer], texts: Iterable[Document]
         raise UsageError("layers are read jointly as padded batches; packed ones come from each layer's own reader")
     documents = listed(texts)
     return JointReader({layer: recycler.reader(documents, **options) for layer, recycler in recyclers.items()})
-
-
-def _check_same(step: dict[int, Batch]) -> None:
-    (first, one), *others = step.items()
-    for layer, other in others:
-        same = np.array_equal(one.key_array, other.key_array)
-        if not same or tuple(one.activations.shape[:2]) != tuple(other.activations.shape[:2]):
-            raise DataError(
-                f"layers {first} and {layer} of a batch hold different documents or numbers of tokens: an entry was "
-                "overwritten in one of the spaces; delete it in both and fill again"
-            )

@@ -2,8 +2,7 @@
 
 Rows of several layers are mixed with one learned weight a layer, ``gamma * sum_j softmax(w)_j h_j`` (the scalar mix of
 Peters et al., 2018, ELMo, equation 1), and a linear head classifies: each token by its mixed row, or each document by
-the mean over its tokens' mixed rows. No transformer layer is computed: nothing above the
-deepest cached layer is used.
+the mean over its tokens' mixed rows. No transformer layer is computed: nothing above the deepest cached layer is used.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ class WeightedPooling(nn.Module):
 
     Args:
         layers: how many are mixed, at the start in equal parts.
-        hidden_size: of their rows.
         classes: of the linear head.
         of: whether it classifies ``"documents"`` or ``"tokens"``.
 

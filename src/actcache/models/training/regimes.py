@@ -7,7 +7,6 @@ all four go through the same documents in the same order, and F, SR and R see th
 
 from __future__ import annotations
 
-import copy
 import enum
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,24 +44,18 @@ class Regime(enum.StrEnum):
 
     @classmethod
     def named(cls, name: str) -> Regime:
-        """Return a regime by its letters.
-
-        Raises:
-            UsageError: there is none of that name.
-        """
+        """Return a regime by its letters; raises ``UsageError`` where there is none of that name."""
         try:
             return cls(name)
         except ValueError:
             raise UsageError(f"there is no regime {name!r}; there are {', '.join(cls)}") from None
 
 
-def with_frozen_lower_half(task_model: PreTrainedModel, family: Family, layer: int) -> PreTrainedModel:
-    """Return a copy of a task model whose lower half has no gradients and, as when it is recorded, no dropout."""
-    model = copy.deepcopy(task_model)
+def freeze_lower_half(model: PreTrainedModel, family: Family, layer: int) -> None:
+    """Have a task model's lower half compute without gradients and, as when it is recorded, without dropout."""
     for part in family.lower_of(base_model_of(model), layer).values():
         part.requires_grad_(False)
         part.register_forward_pre_hook(_stay_evaluating)
-    return model
 
 
 def _stay_evaluating(module: nn.Module, args: Any) -> None:
@@ -95,13 +88,9 @@ class TokenDataset(Dataset[TokenItem]):
     """Token ids of documents, for a full model. ``collate`` looks up what belongs to its items. Immutable.
 
     Args:
-        encoded: the documents' entries.
-        labels: as a reader takes them, one an entry, or None.
+        labels: as a reader takes them, one an entry, or None; a ``ShapeError`` where they do not fit.
         padding: the token id that fills up a batch, on the right.
         task_class: of the model, which names the labels.
-
-    Raises:
-        ShapeError: the labels do not fit.
     """
 
     def __init__(
@@ -144,7 +133,6 @@ class TextBatches:
 
     def __init__(self, documents: TokenDataset, order: Order, device: Any) -> None:
         self._documents, self._order, self._device = documents, order, device
-        self._lengths = documents.lengths
         self._rank, self._world = ranks_of(None, repr(order))
         self._epoch = 0
 
@@ -156,9 +144,9 @@ class TextBatches:
         return len(self._positions())
 
     def __iter__(self) -> Iterator[Inputs]:
-        batches = self._positions()
+        batches = (self._documents.inputs(which.tolist()) for which in self._positions())
         self._epoch += 1
-        return self._inputs(batches)
+        return ({name: tensor.to(self._device) for name, tensor in inputs.items()} for inputs in batches)
 
     def dataset(self) -> TokenDataset:
         """Return the same documents as a map-style data set."""
@@ -166,21 +154,12 @@ class TextBatches:
 
     def _positions(self) -> list[NDArray[np.int64]]:
         """Return the positions of the documents of each of this rank's batches."""
-        plan = self._order.of_epoch(self._lengths, self._epoch)
+        plan = self._order.of_epoch(self._documents.lengths, self._epoch)
         return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
-
-    def _inputs(self, batches: list[NDArray[np.int64]]) -> Iterator[Inputs]:
-        for which in batches:
-            inputs = self._documents.inputs(which.tolist())
-            yield {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
 
 class StoredBatches:
-    """Batches for a reduced model, from a reader.
-
-    Args:
-        task_class: of the model that was reduced, which names the labels.
-    """
+    """Batches for a reduced model, from a reader; the class of the model that was reduced names the labels."""
 
     def __init__(self, reader: Reader, task_class: type[PreTrainedModel]) -> None:
         self.reader, self._task_class = reader, task_class

@@ -34,23 +34,14 @@ Metric = Callable[[nn.Module, Iterable[Any]], float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """What training from one layer, or from several pooled ones, came to.
-
-    Attributes:
-        layers: one, or those that are pooled.
-        shares: of each layer in the mixture of a ``WeightedPooling``; (1.0,) of one layer, empty of another pooling.
-        metric: on the held-out documents.
-        seconds: of training, reading included.
-        bytes_per_token: that these layers' rows take up.
-        nbytes: that they take up for all documents of the sweep, token ids and index not counted.
-    """
+    """What training from one layer, or from several pooled ones, came to."""
 
     layers: tuple[int, ...]
-    shares: tuple[float, ...]
-    metric: float
-    seconds: float
-    bytes_per_token: int
-    nbytes: int
+    shares: tuple[float, ...]  # of each layer in a ``WeightedPooling``; (1.0,) of one layer, empty of another pooling
+    metric: float  # on the held-out documents
+    seconds: float  # of training, reading included
+    bytes_per_token: int  # that these layers' rows take up
+    nbytes: int  # that they take up for all documents of the sweep, token ids and index not counted
 
 
 def own_loss(model: nn.Module, inputs: Inputs) -> torch.Tensor:
@@ -70,19 +61,10 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     return right / labelled if labelled else float("nan")
 
 
-def train(
-    model: nn.Module,
-    batches: Any,
-    *,
-    rate: float,
-    epochs: int,
-    loss: Loss = own_loss,
-) -> None:
+def train(model: nn.Module, batches: Any, *, rate: float, epochs: int, loss: Loss = own_loss) -> None:
     """Train what has gradients in a model, in place, and leave it in train mode.
 
-    Args:
-        batches: with a length, and one epoch each time that it is iterated over.
-        rate: the highest learning rate.
+    The batches have a length, and are one epoch each time they are iterated over; ``rate`` is the highest.
     """
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], rate)
     steps = epochs * len(batches)
@@ -129,7 +111,6 @@ def sweep(
         labels: one a document, as a reader takes them. Where documents are cut into windows, each window counts.
         held_out: positions of the documents that are not trained on.
         metric: of a model in eval mode, and of the inputs of batches of the held-out documents.
-        loss: of a model and a batch's inputs.
         prepare: what becomes of a reduced model before it is trained, as ``add_adapters``.
         pooling: makes the model that takes the rows of all layers (as a list) from their number, as
             ``lambda layers: WeightedPooling(layers, hidden_size, classes)``; None for no pooling.

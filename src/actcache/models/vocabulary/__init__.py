@@ -10,12 +10,4 @@ from actcache.models.vocabulary.checkpoint import load_pruned, save_full
 from actcache.models.vocabulary.counts import Vocabulary, count_stored, count_vocabulary
 from actcache.models.vocabulary.pruned import Pruned, prune_vocabulary
 
-__all__ = [
-    "Pruned",
-    "Vocabulary",
-    "count_stored",
-    "count_vocabulary",
-    "load_pruned",
-    "prune_vocabulary",
-    "save_full",
-]
+__all__ = ["Pruned", "Vocabulary", "count_stored", "count_vocabulary", "load_pruned", "prune_vocabulary", "save_full"]

@@ -23,11 +23,7 @@ from actcache.models.vocabulary.pruned import Pruned, hold
 def save_full(pruned: Pruned, folder: str | Path, **options: Any) -> None:
     """Save a model as ``save_pretrained`` would after ``restore``, while it stays pruned. On the CPU, matrix by matrix.
 
-    Args:
-        options: of ``save_pretrained``.
-
-    Raises:
-        ModelError: the rows that were dropped are not at hand.
+    Raises ``ModelError`` where the rows that were dropped are not at hand.
     """
     model = pruned.model
     wholes: dict[str, torch.Tensor] = {}  # of tied parameters the same tensor, as save_pretrained expects
@@ -58,7 +54,6 @@ def load_pruned(
         full_matrix: name or folder of the model as it was when it was pruned (the pretrained one), whose safetensors
             files are mapped for what needs the other rows: ``grow``, ``restore``, ``save_full``, a recycler.
         on_unseen, tokenizer: as for ``prune_vocabulary``.
-        options: of ``from_pretrained``.
 
     Raises:
         ModelError: it is no such checkpoint, or ``full_matrix`` is another model's.
@@ -104,10 +99,7 @@ def _class_of(model_class: Any, config: PreTrainedConfig) -> Any:
 
 
 def _small(task_class: Any, rows: int) -> Any:
-    """Return a class whose models are made with so many rows, whatever the configuration says.
-
-    The configuration alone could not: the padding's id may be larger than the number of rows.
-    """
+    """Return a class of models with so many rows: the padding's id may be larger, so a configuration cannot say it."""
 
     def make(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         size = config.vocab_size

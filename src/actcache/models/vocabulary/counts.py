@@ -24,7 +24,9 @@ from actcache.models.tokenizing import DocumentEncoder
 from actcache.store.collection import Collection
 from actcache.store.space import Space
 
-# The vocabulary that a corpus uses: how often each token occurs, and which are kept though they do not.
+_BLOCK = 256  # documents that a thread tokenizes at once
+_ROWS = 1 << 13  # of activations that are in memory at once while a store is counted
+_THREADS = 4  # more only wait for the interpreter's lock
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, ids: Iterable[int] | NDArray[np.integer]) -> Vocabulary:
-        """Return the vocabulary of given token ids, each counted as often as it stands there.
-
-        Raises:
-            UsageError: they are no token ids.
-        """
+        """Return the vocabulary of token ids, each counted as often as it stands there; raises ``UsageError``."""
         return cls(count_ids(np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))), np.empty(0, np.int64))
 
     @property
@@ -81,19 +79,10 @@ class Vocabulary:
 
 
 def count_ids(ids: NDArray[Any]) -> NDArray[np.int64]:
-    """Return how often each id stands in an array.
-
-    Raises:
-        UsageError: they are no token ids.
-    """
+    """Return how often each id stands in an array; raises ``UsageError`` where they are no token ids."""
     if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0):
         raise UsageError("token ids are integers from 0 on")
     return np.bincount(ids.ravel().astype(np.int64)).astype(np.int64)
-
-
-_BLOCK = 256  # documents that a thread tokenizes at once
-_ROWS = 1 << 13  # of activations that are in memory at once while a store is counted
-_THREADS = 4  # more only wait for the interpreter's lock
 
 
 def count_vocabulary(
@@ -113,7 +102,6 @@ def count_vocabulary(
     Args:
         documents: any iterable; a few hundred times ``threads`` of them are in memory at once.
         special_tokens: whether the tokenizer adds its special tokens to texts.
-        keep: further ids that are always kept.
         threads: that tokenize at once; by default up to 4 with a fast tokenizer, which frees the interpreter's lock.
 
     Raises:
@@ -121,11 +109,9 @@ def count_vocabulary(
         UsageError: ``documents`` is one text, a table, an iterator that is used up, ...
     """
     source = streamed(documents)
-    workers = (
-        whole("threads", threads, 1)
-        if threads is not None
-        else (min(_THREADS, os.cpu_count() or 1) if tokenizer.is_fast else 1)
-    )
+    if threads is None:
+        threads = min(_THREADS, os.cpu_count() or 1) if tokenizer.is_fast else 1
+    workers = whole("threads", threads, 1)
     own = threading.local()  # an encoder is not thread-safe
 
     def count(start: int, block: list[Document]) -> tuple[int, NDArray[np.int64]]:
@@ -215,5 +201,5 @@ def _always(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     try:
         canaries = canary.documents(DocumentEncoder(tokenizer))
     except DocumentError:  # a tokenizer that makes nothing of them has no recycler either
-        return np.unique(special)
-    return np.union1d(special, np.concatenate([one.token_ids for one in canaries]))
+        canaries = []
+    return np.unique(np.concatenate([special, *(one.token_ids for one in canaries)]))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError
-from actcache.models.partial_vocabulary import KEPT, ROW_IDS
+from actcache.models.partial_vocabulary import ROW_IDS
 from actcache.models.vocabulary.kept import MARK, KeptVocabulary, Mark
 from actcache.models.vocabulary.moving import Move
 
@@ -29,7 +29,7 @@ class Tokens:
 
 
 def tokens_of(model: PreTrainedModel) -> Tokens:
-    """Find a model's input embeddings, its output embeddings with their bias, and all that is tied to them.
+    """Find a model's input embeddings, output embeddings with their bias, and all that is tied to them.
 
     Raises:
         UnsupportedModelError: there are none, or others that this does not know.
@@ -55,12 +55,9 @@ def tokens_of(model: PreTrainedModel) -> Tokens:
     if missed:  # BART's final_logits_bias
         raise UnsupportedModelError(f"{type(model).__name__} adds {missed[0]} to its logits, which pruning would miss")
     wanted = {id(parameter) for parameter in (weight, *output)}
-    names: dict[int, str] = {id(weight): all_names(model, weight)[0]}
-    parameters = {names[id(weight)]: weight}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in wanted and id(parameter) not in names:
-            names[id(parameter)] = name
-            parameters[name] = parameter
+    found = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+    names = {id(parameter): name for name, parameter in found.items()}
+    parameters = {names[id(weight)]: weight, **found}
     marks = []
     for module in model.modules():
         own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in wanted}
@@ -83,15 +80,6 @@ def _output_parameters(model: PreTrainedModel, size: int) -> Iterator[nn.Paramet
 def all_names(model: nn.Module, wanted: nn.Parameter) -> list[str]:
     """Return all names of a parameter, those of what is tied to it included."""
     return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is wanted]
-
-
-def attach(model: PreTrainedModel, tokens: Tokens, kept: KeptVocabulary) -> None:
-    """Have a model and its modules know what they hold. The rows are still where they were."""
-    own_configs(model)
-    for module, mark in tokens.marks:
-        module.__dict__.update({KEPT: kept, MARK: mark})
-    for root in roots_of(model, kept):
-        root.__dict__[KEPT] = kept
 
 
 def roots_of(model: PreTrainedModel, kept: KeptVocabulary) -> list[PreTrainedModel]:
@@ -153,52 +141,40 @@ def _moved(old: nn.Parameter, move: Move, kept: KeptVocabulary, name: str) -> nn
 
 def _show_ids(model: nn.Module, kept: KeptVocabulary) -> None:
     """Put the ids into the model's ``state_dict``, and the padding's row where its id was."""
-    shown = False
-    for module, mark in marked(model):
-        if not isinstance(module, nn.Embedding):
-            continue
+    embeddings = [(module, mark) for module, mark in marked(model) if isinstance(module, nn.Embedding)]
+    for i, (module, mark) in enumerate(embeddings):
         if mark.padding_idx is not None:
             module.padding_idx = int(torch.nonzero(kept.ids == mark.padding_idx)[0])
         ids = kept.ids.to(module.weight.device, torch.int32)
-        # One of those that are tied shows it: what is shared would be saved twice.
-        module.register_buffer(ROW_IDS, ids, persistent=not shown)
-        shown = True
+        # The first of those that are tied shows it: what is shared would be saved twice.
+        module.register_buffer(ROW_IDS, ids, persistent=i == 0)
 
 
 def special_ids(model: nn.Module) -> Iterable[int]:
     """Return the ids that configurations name (padding, end of text, ...) and 0, with which others are padded."""
-    found = {0}
-    for config in [*configs_of(model), getattr(model, "generation_config", None)]:
-        for name, value in vars(config).items() if config is not None else ():
-            if name.endswith("_token_id"):
-                found.update(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
-    return found
+    configs = [vars(config) for config in (*configs_of(model), getattr(model, "generation_config", None)) if config]
+    values = [value for config in configs for name, value in config.items() if name.endswith("_token_id")]
+    return {0, *(i for value in values for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))}
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Return the configurations that a model's parts hold, each once (an encoder's is a copy of its model's)."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
 def own_configs(model: nn.Module) -> None:
     """Give a model configurations of its own: one may have been made from another's, which must keep its size."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
+        if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
             module.__dict__["config"] = copy.deepcopy(config, memo)
 
 
 def marked(model: nn.Module) -> Iterator[tuple[nn.Module, Mark]]:
     """Yield the modules that have parameters with a row per token."""
     for module in model.modules():
-        mark = module.__dict__.get(MARK)
-        if isinstance(mark, Mark):
+        if isinstance(mark := module.__dict__.get(MARK), Mark):
             yield module, mark
 
 

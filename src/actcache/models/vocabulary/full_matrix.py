@@ -77,10 +77,9 @@ def _find(files: Sequence[Path], names: Sequence[str]) -> torch.Tensor | None:
         try:
             with safe_open(str(file), "pt", device="cpu") as archive:
                 there = set(archive.keys())
-                for name in names:
-                    if name in there:
-                        matrix: torch.Tensor = archive.get_tensor(name)
-                        return matrix
+                if name := next((name for name in names if name in there), None):
+                    matrix: torch.Tensor = archive.get_tensor(name)
+                    return matrix
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
     return None

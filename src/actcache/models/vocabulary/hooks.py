@@ -1,10 +1,10 @@
 """What goes into a pruned model and comes out of it: token ids become rows where they are looked up, not before.
 
-Heads that look for the padding or the last token see the ids that the user gave. The hooks read the state of the
-module that they are called with, so that copies of a model have their own.
+Heads that look for the padding or the last token see the ids that the user gave. The hooks read the state of the module
+that they are called with, so that copies of a model have their own.
 
-``save_pretrained`` of a pruned model writes the rows that it holds and, in their buffer, which tokens they are, under
-a configuration that says the whole vocabulary's size: ``from_pretrained`` alone refuses sizes that do not agree.
+``save_pretrained`` of a pruned model writes the rows that it holds and, in their buffer, which tokens they are, under a
+configuration that says the whole vocabulary's size: ``from_pretrained`` alone refuses sizes that do not agree.
 """
 
 from __future__ import annotations
@@ -26,15 +26,10 @@ from actcache.models.vocabulary.kept import KeptVocabulary
 
 #: The configuration's field by which a small checkpoint says what it is a part of.
 RECORD = "actcache_vocabulary"
-_IDS = ("input_ids", "decoder_input_ids")
 
 
 def install(model: PreTrainedModel, embeddings: list[nn.Module], record: dict[str, Any]) -> None:
-    """Have embeddings look up rows, a model translate labels and, while it generates, logits, and save what it is.
-
-    Args:
-        record: of the matrix that it holds a part of; see ``load_pruned``.
-    """
+    """Have embeddings look up rows, a model translate labels and, while it generates, logits, and save ``record``."""
     kept = _kept(model)
     for embedding in embeddings:
         embedding.register_forward_pre_hook(look_up, with_kwargs=True)
@@ -78,15 +73,14 @@ def translate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if args:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    labels = kwargs.get("labels") if kept.has_output else None
     if kept.on_unseen == "grow":
         # All at once, before anything is looked up: a matrix must not change within a call.
-        given = [ids for name in _IDS if (ids := kwargs.get(name)) is not None]
-        labels = _labels(kept, kwargs)
+        given = [ids for name in ("input_ids", "decoder_input_ids") if (ids := kwargs.get(name)) is not None]
         given += [] if labels is None else [labels[labels >= 0]]
         unseen = [kept.unseen(ids) for ids in given]
         if any(map(len, unseen)):
             grow(model, kept, torch.cat(unseen).unique())
-    labels = _labels(kept, kwargs)
     if labels is not None:
         kwargs = dict(kwargs)
         shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -127,10 +121,6 @@ def whole_logits(model: nn.Module) -> Iterator[None]:
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     with whole_logits(model):
         return type(model).generate(model, *args, **kwargs)
-
-
-def _labels(kept: KeptVocabulary, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    return kwargs.get("labels") if kept.has_output else None
 
 
 def _kept(module: nn.Module) -> KeptVocabulary:

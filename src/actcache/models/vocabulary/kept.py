@@ -34,10 +34,9 @@ class KeptVocabulary:
     """The rows that a pruned model holds. One object is shared by the modules of a model; a copied model has its own.
 
     Attributes:
-        size: tokens of the whole vocabulary.
-        ids: ``[rows]`` int64 on the CPU: the token of each row.
-        rest: parameter's name -> all its rows as they were before pruning, on the CPU or mapped from a file; None
-            where they are not at hand. Never written to, and shared by copies.
+        size, ids: as of ``Kept``.
+        rest: parameter's name -> all its rows as they were before pruning, on the CPU or mapped from a file; None where
+            they are not at hand. Never written to, and shared by copies.
         has_output: whether the model has logits over the vocabulary.
         whole_logits: whether logits are given over the whole vocabulary just now.
     """
@@ -75,11 +74,7 @@ class KeptVocabulary:
         return Whole(called, module.get_parameter(name), self.ids, self.rest[called], self.size)
 
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of token ids, int64 of the same shape, on their device.
-
-        Raises:
-            UnseenTokenError: ids are not kept, or are none.
-        """
+        """Return the rows of token ids, int64 of the same shape, on their device; raises ``UnseenTokenError``."""
         rows = self._look_up(ids)
         if bool((rows < 0).any()):
             raise self._unseen(ids[rows < 0])

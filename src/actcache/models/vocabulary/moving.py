@@ -16,9 +16,7 @@ _REPLACED = "actcache_replaced"
 class Move:
     """From a tensor whose row i belongs to token ``before[i]`` to one whose row i belongs to ``after[i]``.
 
-    Args:
-        before, after: ``[rows]`` int64 on the CPU, each id once.
-        size: ids are below this.
+    Both are ``[rows]`` int64 on the CPU, each id once and below ``size``.
     """
 
     def __init__(self, before: torch.Tensor, after: torch.Tensor, size: int) -> None:
@@ -39,8 +37,8 @@ class Move:
 class Optimizers:
     """The optimizers whose state follows when rows move. They are not kept alive.
 
-    What an optimizer remembers of rows that are dropped (where it is not zero: they were trained before) is kept on
-    the CPU, and is theirs again when they come back.
+    What an optimizer remembers of rows that are dropped (where it is not zero: they were trained before) is kept on the
+    CPU, and is theirs again when they come back.
     """
 
     def __init__(self) -> None:
@@ -48,21 +46,13 @@ class Optimizers:
         self._dropped: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def track(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add an optimizer.
-
-        Raises:
-            UsageError: it is none.
-        """
+        """Add an optimizer; raises ``UsageError`` where it is none."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"a {type(optimizer).__name__} is no torch optimizer")
         self._tracked.add(optimizer)
 
     def check(self, parameter: torch.nn.Parameter, name: str) -> None:
-        """Refuse a parameter whose state cannot be moved.
-
-        Raises:
-            ModelError: a state is packed (8-bit optimizers), so that its rows cannot be told apart.
-        """
+        """Raise ``ModelError`` for a parameter with a packed state (8-bit optimizers), whose rows cannot be moved."""
         for optimizer in self._tracked:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim and not value.is_floating_point():
@@ -107,14 +97,12 @@ def _rows_by_id(ids: torch.Tensor, size: int) -> torch.Tensor:
 
 def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # Such an optimizer would go on with a matrix that no model uses any more, and nobody would notice.
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, _REPLACED):
-                raise ModelError(
-                    f"this optimizer holds {getattr(parameter, _REPLACED)} as it was before its rows were pruned, "
-                    "restored or grown: give the optimizer to prune_vocabulary(..., optimizer=) or to "
-                    "pruned.track(optimizer)"
-                )
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if hasattr(parameter, _REPLACED):
+            raise ModelError(
+                f"this optimizer holds {getattr(parameter, _REPLACED)} as it was before its rows were pruned, restored "
+                "or grown: give the optimizer to prune_vocabulary(..., optimizer=) or to pruned.track(optimizer)"
+            )
 
 
 register_optimizer_step_pre_hook(_refuse_replaced)

@@ -17,9 +17,9 @@ from actcache.errors import ModelError, UsageError
 from actcache.format.arguments import whole_numbers
 from actcache.models.partial_vocabulary import KEPT, ROW_IDS, kept_of
 from actcache.models.tensors import dtype_name
-from actcache.models.vocabulary import hooks
+from actcache.models.vocabulary import embedding_rows, hooks
 from actcache.models.vocabulary.counts import Vocabulary
-from actcache.models.vocabulary.embedding_rows import Tokens, attach, grow, marked, move_rows, special_ids, tokens_of
+from actcache.models.vocabulary.embedding_rows import Tokens, marked
 from actcache.models.vocabulary.full_matrix import checksum, full_matrices
 from actcache.models.vocabulary.kept import MARK, KeptVocabulary, OnUnseen
 
@@ -56,11 +56,7 @@ class Pruned:
         return sum(p.numel() // rows * p.element_size() * (self.size - rows) for p in parameters.values())
 
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of token ids, int64 of the same shape, on their device.
-
-        Raises:
-            UnseenTokenError: ids that are not kept.
-        """
+        """Return the rows of token ids, int64 of the same shape, on their device; raises ``UnseenTokenError``."""
         return self._kept.rows_of(ids)
 
     def ids_of(self, rows: torch.Tensor) -> torch.Tensor:
@@ -68,11 +64,7 @@ class Pruned:
         return self._kept.ids.to(rows.device)[rows.long()]
 
     def track(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Have the state of optimizers follow when rows are added or restored. They are not kept alive.
-
-        Raises:
-            UsageError: it is no torch optimizer.
-        """
+        """Have the state of optimizers, which are not kept alive, follow when rows are added or restored."""
         for optimizer in optimizers:
             self._kept.optimizers.track(optimizer)
 
@@ -86,7 +78,7 @@ class Pruned:
         wanted = ids.ids if isinstance(ids, Vocabulary) else whole_numbers("token ids", ids)
         unseen = self._kept.unseen(torch.from_numpy(wanted))
         if len(unseen):
-            grow(self.model, self._kept, unseen)
+            embedding_rows.grow(self.model, self._kept, unseen)
 
     def whole_logits(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which a language model's logits are over the whole vocabulary, minus infinity for tokens
@@ -103,7 +95,7 @@ class Pruned:
             ModelError: the other rows are not at hand.
         """
         model, kept = self.model, self._kept
-        move_rows(model, kept, torch.arange(kept.size))
+        embedding_rows.move_rows(model, kept, torch.arange(kept.size))
         for module, mark in marked(model):
             if isinstance(module, nn.Embedding) and mark.padding_idx is not None:
                 module.padding_idx = mark.padding_idx
@@ -131,19 +123,18 @@ def prune_vocabulary(
     """Drop the embeddings of tokens that a corpus does not use (Williams and Aletras, arXiv:2309.08708). In place.
 
     Input embeddings, output embeddings and their bias lose the same rows, and what is tied stays tied. Outputs for the
-    tokens that are kept are the same, but for logits over the vocabulary, which are over the rows that are kept.
-    Frozen flags, gradients and the optimizer's state stay. Do it before the model is wrapped (``DataParallel``, ...).
+    tokens that are kept are the same, but for logits over the vocabulary, which are over the rows that are kept. Frozen
+    flags, gradients and the optimizer's state stay. Do it before the model is wrapped (``DataParallel``, ...).
 
     Args:
-        model: a base or task model of transformers.
-        vocabulary: the ids to keep, usually from ``count_vocabulary``. Those that the configuration names (padding,
-            end of text, ...) and 0 are kept in any case.
+        vocabulary: the ids to keep, usually from ``count_vocabulary``. Those that the configuration names (padding, end
+            of text, ...) and 0 are kept in any case.
         optimizer: one that trains the model already; give later ones to ``track``.
         on_unseen: what becomes of a token that is not kept: ``"raise"`` an error that names it, or ``"grow"`` the
             matrices by its row before the call goes on.
-        full_matrix: where the dropped rows stay, for growing, restoring and the digest of a recipe: in ``"memory"``
-            (of the CPU), in the ``"checkpoint"`` that the model was loaded from, whose safetensors files are mapped
-            and compared with the model first, or in a safetensors file of this path, which is written.
+        full_matrix: where the dropped rows stay, for growing, restoring and the digest of a recipe: in ``"memory"`` (of
+            the CPU), in the ``"checkpoint"`` that the model was loaded from, whose safetensors files are mapped and
+            compared with the model first, or in a safetensors file of this path, which is written.
         tokenizer: names tokens in errors; that of the vocabulary by default.
 
     Raises:
@@ -157,11 +148,11 @@ def prune_vocabulary(
         raise ModelError(
             f"the vocabulary of this {type(model).__name__} is pruned already: use Pruned(model).grow(ids)"
         )
-    tokens = tokens_of(model)
+    tokens = embedding_rows.tokens_of(model)
     if not isinstance(vocabulary, Vocabulary):
         vocabulary = Vocabulary.of(vocabulary)
     padding = {mark.padding_idx for _, mark in tokens.marks if mark.padding_idx is not None}
-    special = [i for i in {*special_ids(model), *padding} if 0 <= i < tokens.size]
+    special = [i for i in {*embedding_rows.special_ids(model), *padding} if 0 <= i < tokens.size]
     ids = np.union1d(vocabulary.ids, np.array(special, np.int64))
     if ids[-1] >= tokens.size:
         raise UsageError(
@@ -189,7 +180,11 @@ def hold(
     model: PreTrainedModel, tokens: Tokens, kept: KeptVocabulary, ids: torch.Tensor, record: dict[str, Any]
 ) -> Pruned:
     """Have a model hold the rows of some tokens, look them up by token ids, and be saved with ``record``."""
-    attach(model, tokens, kept)
-    move_rows(model, kept, ids)
+    embedding_rows.own_configs(model)
+    for module, mark in tokens.marks:
+        module.__dict__.update({KEPT: kept, MARK: mark})
+    for root in embedding_rows.roots_of(model, kept):
+        root.__dict__[KEPT] = kept
+    embedding_rows.move_rows(model, kept, ids)
     hooks.install(model, tokens.embeddings, record)
     return Pruned(model)

@@ -47,10 +47,8 @@ def lost_now(space: Space, corrupt: Sequence[bytes]) -> dict[bytes, Lost]:
     if not corrupt:
         return {}
     had = {name: space.has(name, corrupt) for name in EXTRAS}
-    ids = space.salvaged_ids(corrupt)
-    return {
-        key: Lost(frozenset(name for name, there in had.items() if there[i]), ids[i]) for i, key in enumerate(corrupt)
-    }
+    extras = [frozenset(name for name, there in had.items() if there[i]) for i in range(len(corrupt))]
+    return dict(zip(corrupt, map(Lost, extras, space.salvaged_ids(corrupt)), strict=True))
 
 
 def lost_before(store: Store, space: Space) -> dict[bytes, Lost]:
@@ -97,7 +95,6 @@ def of_documents(
 
     Raises:
         DocumentError: a document has no key; it names its position.
-        UsageError: see ``check_texts``.
     """
     check_texts(documents)
     found: dict[bytes, Encoded] = {}
@@ -141,9 +138,8 @@ def of_other_spaces(
 def proven(encoder: DocumentEncoder, lost: Mapping[bytes, Lost]) -> Iterator[Document]:
     """Yield the documents of which lost entries' own token ids prove that they are the document."""
     for key, one in lost.items():
-        if one.token_ids is None:
-            continue
-        for document in _readings(encoder, one.token_ids):
+        readings = () if one.token_ids is None else _readings(encoder, one.token_ids)
+        for document in readings:
             if entry_keys(document_key(document), 1, encoder.windows) == [key]:
                 yield document
                 break
@@ -163,9 +159,8 @@ class _Typed:
     """Tells the type ids of entries that were stored without them: zeros, where they cannot be of two texts."""
 
     def __init__(self, encoder: DocumentEncoder) -> None:
-        unlimited = DocumentEncoder(
-            encoder.tokenizer, special_tokens=encoder.special_tokens, vocabulary=encoder.vocabulary
-        )
+        special, vocabulary = encoder.special_tokens, encoder.vocabulary
+        unlimited = DocumentEncoder(encoder.tokenizer, special_tokens=special, vocabulary=vocabulary)
         (one,), (two,) = unlimited.encode(["a", ("a", "b")])
         self._separator = encoder.tokenizer.sep_token_id
         self._untyped = not (one.type_ids.any() or two.type_ids.any())

@@ -74,10 +74,8 @@ def run(
     Args:
         backends: names; None for all that are installed and keep a store in a folder.
         shapes: ``paper`` (60-512 tokens x 768) and ``short`` (8-48 x 384), float16.
-        modes: ``cold`` and ``warm``.
         nbytes: of the rows of a shape; never less than one batch.
-        rounds: of which each ratio is one.
-        batches: that are read in a turn.
+        batches: that are read in a turn, of which each round has one.
         keep: leave the scratch folder where it is; ``facts`` names it.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,18 +78,14 @@ def forecast(
     with ExitStack() as stack:
         spaces: dict[int, Space] = {}
         used = 0
-        try:
+        opened = None
+        with suppress(StoreNotFoundError):
             opened = stack.enter_context(open_store(store, mode="r"))
-        except StoreNotFoundError:
-            pass
-        else:
+        if opened is not None:
             loaded = load_pretrained(model, layers, devices[0], None)
             for layer in layers:
-                try:
-                    recycler = stack.enter_context(Recycler(*loaded, layer=layer, store=opened, **options))
-                except SpaceNotFoundError:
-                    continue
-                spaces[layer] = recycler.space
+                with suppress(SpaceNotFoundError):
+                    spaces[layer] = stack.enter_context(Recycler(*loaded, layer=layer, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
         found = _look_up(documents, layers, spaces, spec)
     if not found.missing:

@@ -28,11 +28,6 @@ StepProgress = Callable[[int, int], None]
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
-NO_RECIPE = (
-    "has no recipe.json: a deletion was cut short, or the file was lost; opening the space with its recipe writes it "
-    "again, deleting the space removes the rest"
-)
-
 
 @dataclass(frozen=True)
 class SpaceReport:
@@ -80,7 +75,10 @@ def open_space(store: Store, fingerprint: str) -> Iterator[Space]:
     """
     recipe = store.recipe(fingerprint)
     if recipe is None:
-        raise DataError(f"space {fingerprint} {NO_RECIPE}")
+        raise DataError(
+            f"space {fingerprint} has no recipe.json: a deletion was cut short, or the file was lost; opening the "
+            "space with its recipe writes it again, deleting the space removes the rest"
+        )
     with store.space(recipe) as space:
         space.leave_no_trace()
         yield space
@@ -169,9 +167,6 @@ def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | N
         return Repair([], []) if found.intact else space.repair(found)
 
     return StoreRepair(*each_space(store, prefixes, repair_space))
-
-
-# --- collections ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

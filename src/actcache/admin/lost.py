@@ -85,17 +85,10 @@ def _kept(data: bytes, where: str) -> dict[bytes, Lost]:
     return {key: Lost(extras, one) for key, one in zip(key_list(keys.astype(np.uint8)), own, strict=True)}
 
 
-# --- what they are computed from --------------------------------------------------------------------------------------
-
-
 def of_documents(
     space: Space, encoder: DocumentEncoder, documents: Iterable[Document], lost: Mapping[bytes, Lost]
 ) -> dict[bytes, Encoded]:
-    """Return, by key, what the documents make of those entries that are theirs. The documents are streamed.
-
-    Raises:
-        DocumentError: a document has no key; it names its position.
-    """
+    """Return, by key, what the documents make of those entries that are theirs. The documents are streamed."""
     check_texts(documents)
     found: dict[bytes, Encoded] = {}
     wanted = _Whole(space, lost)
@@ -120,7 +113,9 @@ def of_other_spaces(
         left = [key for key in lost if key not in found]
         try:
             other = store.recipe(fingerprint)
-            if not left or other is None or other == recipe or not _tokenized_alike(other, recipe):
+            if not left or other is None or other == recipe or other.tokenizer is None:
+                continue
+            if any(getattr(other, name) != getattr(recipe, name) for name in _TOKENIZING):
                 continue
             with open_space(store, fingerprint) as space:
                 keys = key_array(left)
@@ -191,7 +186,3 @@ class _Whole:
         lost = np.array([key in self._lost for key in key_list(names)], bool)
         there: NDArray[np.bool_] = self._space.contains(names) | lost
         return there
-
-
-def _tokenized_alike(one: Recipe, other: Recipe) -> bool:
-    return one.tokenizer is not None and all(getattr(one, name) == getattr(other, name) for name in _TOKENIZING)

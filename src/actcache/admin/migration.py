@@ -225,7 +225,7 @@ class _SpaceCopy:
         )
 
     def _read_back(self, keys: NDArray[np.uint8]) -> list[bytes]:
-        """Return the keys of entries of the target that fail their checksums when they are read."""
+        """Return which entries of the target fail their checksums when they are read."""
         return self._target.corrupt_among(keys[self._target.contains(keys)], self._tell_checked)[0]
 
     def _copy(
@@ -294,12 +294,10 @@ class _Part:
             return self
         rows = np.repeat(which, self.lengths)
         columns = {name: column[rows] for name, column in self.columns.items()}
-        return replace(
-            self, keys=self.keys[which], lengths=self.lengths[which], columns=columns, demanded=self.demanded[which]
-        )
+        keys, lengths, demanded = self.keys[which], self.lengths[which], self.demanded[which]
+        return replace(self, keys=keys, lengths=lengths, columns=columns, demanded=demanded)
 
     def block(self) -> Block:
-        """Return what is published."""
         more = np.ascontiguousarray(self.demanded[:, 2]) if self.columns.keys() & EXTRAS.keys() else None
         sums = np.ascontiguousarray(self.demanded[:, 1])
         return Block(self.keys, offsets_of(self.lengths), sums, self.columns, more)
@@ -364,11 +362,7 @@ class _PartReader:
             self._to.encode(rows[begin:end], out[begin:end], what=f"document {key.hex()}")
 
     def _part(
-        self,
-        keys: NDArray[np.uint8],
-        lengths: NDArray[np.int64],
-        columns: dict[str, NDArray[Any]],
-        corrupt: list[bytes],
+        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], columns: dict[str, NDArray[Any]], bad: list[bytes]
     ) -> _Part:
         """Return a part with the checksums that the target should have.
 
@@ -383,4 +377,4 @@ class _PartReader:
             rest = np.zeros_like(sums) if more is None else more
             demanded = np.stack([lengths.astype(np.uint64), sums, rest], axis=1)
         nbytes = int(offsets[-1]) * self._source.recipe.row_bytes
-        return _Part(keys, lengths, columns, demanded, corrupt, nbytes)
+        return _Part(keys, lengths, columns, demanded, bad, nbytes)

@@ -107,15 +107,9 @@ def estimate(
     Raises:
         UsageError: a number is not positive.
     """
-    numbers = {
-        "tokens": corpus.tokens,
-        "documents": corpus.documents,
-        "devices": devices,
-        "the model's time": model.full,
-        "read bandwidth": disk.read,
-        "write bandwidth": disk.write,
-    }
-    for name, value in numbers.items():
+    counts = {"tokens": corpus.tokens, "documents": corpus.documents, "devices": devices}
+    speeds = {"the model's time": model.full, "read bandwidth": disk.read, "write bandwidth": disk.write}
+    for name, value in (counts | speeds).items():
         if not value > 0:
             raise UsageError(f"{name} must be positive, not {value}")
     nbytes = nbytes_of(corpus, model.hidden_size, dtype)
@@ -157,9 +151,6 @@ def measure_disk(folder: Path, nbytes: int = 256 << 20) -> Disk:
         read = time.perf_counter() - began
     size = count * _PIECE_BYTES
     return Disk(size / read, size / written)
-
-
-# --- the paper --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class RecordedModel:
     encoder: DocumentEncoder
 
     def check_canaries(self, space: Space, *, create: bool = False) -> None:
-        """Compare the space's canaries with what this model computes here; ``create`` them where there are none.
+        """Compare the space's canaries with what this model computes here; ``create`` makes them where there are none.
 
         Raises:
             CanaryError: they come out differently.
@@ -113,9 +113,6 @@ class RecordedModels:
         return self._loaded[1], self._loaded[2]
 
 
-# --- verifying --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StoreRecomputation:
     """What ``verify_by_recomputing`` found, by fingerprint."""
@@ -159,9 +156,6 @@ def verify_by_recomputing(
         return verify_stored(space, model.lower, model.encoder, sample=sample, seed=seed, progress=tell)
 
     return StoreRecomputation(*each_space(store, prefixes, verify_space, (DataError, ModelError, UsageError)))
-
-
-# --- restoring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,15 +51,13 @@ def space_states(store: Store) -> list[SpaceState]:
 
 def _state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> SpaceState:
     folder = f"spaces/{fingerprint}"
-    try:
+    recipe = None
+    with suppress(DataError):
         recipe = store.recipe(fingerprint)
-    except DataError:
-        recipe = None
     last = age_of_last_write(files, fingerprint)
     ages = [file.age for name, file in files.items() if name.startswith(f"{folder}/") and file.age != math.inf]
     age = last if last is not None else max(ages, default=0.0)
-    made = files.get(f"{folder}/recipe.json")
-    used = files.get(f"{folder}/{USED}")
+    made, used = files.get(f"{folder}/recipe.json"), files.get(f"{folder}/{USED}")
     return SpaceState(
         fingerprint,
         recipe,

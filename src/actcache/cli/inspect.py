@@ -121,9 +121,6 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
     return summary
 
 
-# --- a space, a segment, a document, in full --------------------------------------------------------------------------
-
-
 def _show(report: reporting.StoreDetail | reporting.SegmentDetail | reporting.DocumentReport) -> None:
     if isinstance(report, reporting.SegmentDetail):
         _show_segment(report)

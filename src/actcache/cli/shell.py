@@ -52,8 +52,7 @@ class Requests:
             _end_now(number)
 
     def heed(self) -> None:
-        """Have signals end this process's command, but those that whoever started it has it ignore (``nohup``, a
-        shell's job in the background)."""
+        """Have signals end this process's command, but those that it was started to ignore (``nohup``, a job of sh)."""
         if threading.current_thread() is not threading.main_thread():  # others have no say in it
             return
         sys.unraisablehook = self.unraised

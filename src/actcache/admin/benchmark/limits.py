@@ -4,9 +4,6 @@ Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``
 and more threads, into the same reused buffer, packed or padded with zeros. Cold: direct reads of the same extents, 8
 and 16 at a time.
 
-One coalesced read is what the same number of bytes costs that lie side by side: warm, one copy of the stretch; cold,
-direct reads of it in large pieces.
-
 Without torch, ``index_select`` is left out; ``take`` is the same in NumPy.
 """
 

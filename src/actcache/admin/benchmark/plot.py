@@ -32,12 +32,7 @@ def check(path: Path) -> None:
 
 
 def save(bench: Bench, path: Path) -> None:
-    """Draw each backend's share of the limit, a panel for each comparison, into a PNG, SVG or PDF file.
-
-    Raises:
-        MissingExtraError, UsageError: see ``check``.
-        StoreError: the file cannot be written.
-    """
+    """Draw each backend's share of the limit, a panel for each comparison, into a file that passes ``check``."""
     check(path)
     figures, backend = _matplotlib("matplotlib.figure"), _matplotlib("matplotlib.backends.backend_agg")
     height = 1.35 + 0.62 * max(len(_backends(one)) for one in bench.comparisons)

@@ -64,7 +64,6 @@ def export_space(
         MissingExtraError: Parquet without pyarrow.
         MissingEntryError: a key is absent.
         CorruptEntryError: an entry fails its checksum; nothing was written.
-        OutOfSpaceError, ReadOnlyError, StorageIOError: the file cannot be written.
     """
     if path.suffix not in _FORMATS:
         raise UsageError(f"{path} ends in none of {', '.join(_FORMATS)}: the name decides what is written")

@@ -76,8 +76,7 @@ class Sink(ABC):
 
 
 class TensorsSink(Sink):
-    """A safetensors file, each row written to its place. The widest items come first, so that all arrays are aligned:
-    torch refuses others."""
+    """A safetensors file, each row written to its place; the widest items first, for torch refuses unaligned arrays."""
 
     def __init__(self, path: Path, described: Sequence[Described], metadata: Mapping[str, str]) -> None:
         ordered = sorted(described, key=lambda one: -one[1].itemsize)

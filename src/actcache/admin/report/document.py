@@ -86,11 +86,7 @@ class DocumentReport:
 
 
 def document_by_text(store: Store, text: str, spaces: Sequence[str] = ()) -> DocumentReport:
-    """Look at the document with this text; raises as ``document_by_key`` does.
-
-    Raises:
-        DocumentError: the text is empty, or has no UTF-8 form.
-    """
+    """Look at the document with this text; raises as ``document_by_key``, or ``DocumentError`` where it has no key."""
     return _document(store, document_key(text), spaces, f"the text {text!r:.60}")
 
 

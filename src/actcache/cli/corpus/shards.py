@@ -15,7 +15,6 @@ from actcache.cli.corpus.files import COLUMNAR, STATE, File, Folder, Form, Kind,
 from actcache.errors import ActcacheError, DocumentError
 
 _COUNTED_BYTES = 1 << 30
-_UNSAVED = f", and no {STATE} that says which of them are a saved dataset"
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,9 @@ def _one_kind(place: File | Folder, said: Kind | None, field: str | None) -> tup
     if len(kinds) > 1:
         has = ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
         lost = not place.chosen and Kind.arrow in kinds
+        unsaved = f", and no {STATE} that says which of them are a saved dataset" if lost else ""
         raise DocumentError(
-            f"{place.name} holds files of several kinds ({has}){_UNSAVED if lost else ''}: choose one kind by a "
+            f"{place.name} holds files of several kinds ({has}){unsaved}: choose one kind by a "
             f"pattern in quotes, such as '{_pattern(place, files[0])}', or say the --format of all"
         )
     return files, next(iter(kinds))

@@ -77,9 +77,9 @@ def repair(
 
 def _described(one: Any, computed: bool) -> dict[str, Any]:
     found = attributes_as_json(one, "quarantined", "set_aside")
-    return (
-        found | attributes_as_json(one, "recomputed", "missing") | {"not_recomputed": one.unable} if computed else found
-    )
+    if computed:
+        found |= {**attributes_as_json(one, "recomputed", "missing"), "not_recomputed": one.unable}
+    return found
 
 
 def _show(name: str, one: Any, computed: bool) -> None:

@@ -31,7 +31,7 @@ def evict(folder: Path) -> None:
 
 
 def resident(folder: Path) -> float:
-    """Return which share of the pages of a folder's files are in memory, 0 to 1; ``mincore`` tells their owner."""
+    """Return the share of a folder's files that is in memory, 0 to 1; ``mincore`` tells whoever may write them."""
     pages = there = 0
     for path in _files(folder):
         with path.open("rb") as file:

@@ -74,7 +74,7 @@ def run(
         backends: names; None for all that are installed and keep a store in a folder.
         shapes: ``paper`` (60-512 tokens x 768) and ``short`` (8-48 x 384), float16.
         nbytes: of the rows of a shape; never less than one batch.
-        batches: that are read in a turn, of which each round has one.
+        batches: that are read in a turn; each ratio is of two turns of one round.
         keep: leave the scratch folder where it is; ``facts`` names it.
 
     Raises:

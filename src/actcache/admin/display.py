@@ -102,5 +102,9 @@ def as_json(value: Any) -> Any:
 
 def fields_as_json(value: Any, *more: str) -> dict[str, Any]:
     """Return the fields of a dataclass, and ``more`` of its attributes, as JSON values."""
-    names = [field.name for field in dataclasses.fields(value)]
-    return {name: as_json(getattr(value, name)) for name in (*names, *more)}
+    return attributes_as_json(value, *(field.name for field in dataclasses.fields(value)), *more)
+
+
+def attributes_as_json(value: Any, *names: str) -> dict[str, Any]:
+    """Return attributes as JSON values."""
+    return {name: as_json(getattr(value, name)) for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,17 +65,10 @@ def forecast(
     too_long: Any = "refuse",
     max_bytes: int | str | None = None,
 ) -> Forecast:
-    """Say what a fill of these texts would do; stores nothing, and makes no store. The arguments are a fill's.
+    """Say what a fill of these texts would do; stores nothing, and makes no store. Arguments and errors are a fill's.
 
-    Args:
-        texts: streamed; a key of each is held.
-        devices: the time is divided by the number of different ones: processes on the CPU share its cores.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-        UsageError: see ``Recycler``; the texts are none (``actcache.models.documents.streamed``).
-        DocumentError: a text has no key; it names its position.
-        StoreError: what lies at the store's place cannot be opened.
+    The texts are streamed; a key of each is held. The time is divided by the number of different ``devices``: processes
+    on the CPU share its cores.
     """
     layers = checked_layers(layers)
     documents = streamed(texts)
@@ -85,37 +78,29 @@ def forecast(
     with ExitStack() as stack:
         spaces: dict[int, Space] = {}
         used = 0
-        try:
+        opened = None
+        with suppress(StoreNotFoundError):
             opened = stack.enter_context(open_store(store, mode="r"))
-        except StoreNotFoundError:
-            pass
-        else:
+        if opened is not None:
             loaded = load_pretrained(model, layers, devices[0], None)
             for layer in layers:
-                try:
-                    recycler = stack.enter_context(Recycler(*loaded, layer=layer, store=opened, **options))
-                except SpaceNotFoundError:
-                    continue
-                spaces[layer] = recycler.space
+                with suppress(SpaceNotFoundError):
+                    spaces[layer] = stack.enter_context(Recycler(*loaded, layer=layer, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
         found = _look_up(documents, layers, spaces, spec)
     if not found.missing:
         return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
     last = max(found.deepest)
-    longest = None if spec is not None else max_length
+    longest = max_length if spec is None else None
     timing = measure(model, found.sample, layer=last, device=devices[0], max_length=longest)
     length = sum(timing.lengths) / len(timing.lengths)
-    stored_as = dtype or timing.dtype
-    nbytes = sum(
-        nbytes_of(CorpusSize(count, round(count * length)), timing.hidden_size, stored_as)
-        for count in found.lacking.values()
-    )
+    sizes = [CorpusSize(count, round(count * length)) for count in found.lacking.values()]
+    nbytes = sum(nbytes_of(size, timing.hidden_size, dtype or timing.dtype) for size in sizes)
     # Layers cost about the same each.
     layers_of_tokens = sum(count * length * layer for layer, count in found.deepest.items())
     seconds = layers_of_tokens * timing.lower / last / len(set(devices))
-    fits = None
-    if limit is not None:
-        fits = min(found.missing, max(0, limit - RESERVE - used) * found.missing // nbytes)
+    room = None if limit is None else max(0, limit - RESERVE - used)
+    fits = None if room is None else min(found.missing, room * found.missing // nbytes)
     present = found.documents - found.missing
     return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
 

@@ -1,6 +1,8 @@
 """What a store holds, as plain data: the library side of ``cachectl inspect``, ``ls``, ``du`` and ``verify``.
 
-One damaged space never hides the others: it is named with what is wrong, and the rest is told.
+One damaged space never hides the others: it is named with what is wrong, and the rest is told. Here and in the modules
+that use this one, ``prefixes`` are of the fingerprints of spaces, all where there are none; one that fits no space, or
+several, is a ``UsageError``. ``progress`` is told the fingerprint, and entries.
 """
 
 from __future__ import annotations
@@ -26,11 +28,6 @@ StepProgress = Callable[[int, int], None]
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
-NO_RECIPE = (
-    "has no recipe.json: a deletion was cut short, or the file was lost; opening the space with its recipe writes it "
-    "again, deleting the space removes the rest"
-)
-
 
 @dataclass(frozen=True)
 class SpaceReport:
@@ -41,13 +38,8 @@ class SpaceReport:
     damaged: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {
-            "fingerprint": self.recipe.fingerprint,
-            **self.recipe.to_json(),
-            **as_json(self.usage),
-            "damaged": self.damaged,
-        }
+        recipe = self.recipe
+        return {"fingerprint": recipe.fingerprint, **recipe.to_json(), **as_json(self.usage), "damaged": self.damaged}
 
 
 @dataclass(frozen=True)
@@ -60,11 +52,7 @@ class StoreReport:
 
 
 def select_spaces(store: Store, prefixes: Sequence[str] = ()) -> list[str]:
-    """Return the fingerprints that begin with one of some prefixes, in their order; all where none is given.
-
-    Raises:
-        UsageError: a prefix fits no space, or several.
-    """
+    """Return the fingerprints that begin with one of some prefixes, in their order."""
     fingerprints = store.fingerprints()
     if not prefixes:
         return fingerprints
@@ -87,7 +75,10 @@ def open_space(store: Store, fingerprint: str) -> Iterator[Space]:
     """
     recipe = store.recipe(fingerprint)
     if recipe is None:
-        raise DataError(f"space {fingerprint} {NO_RECIPE}")
+        raise DataError(
+            f"space {fingerprint} has no recipe.json: a deletion was cut short, or the file was lost; opening the "
+            "space with its recipe writes it again, deleting the space removes the rest"
+        )
     with store.space(recipe) as space:
         space.leave_no_trace()
         yield space
@@ -99,17 +90,10 @@ def each_space(
     work: Callable[[Space], T],
     failures: type[Exception] | tuple[type[Exception], ...] = DataError,
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Open spaces one after another; one that fails keeps no other from its turn.
-
-    Args:
-        prefixes: of the fingerprints; all where there are none.
-        failures: what may be raised over a space.
+    """Open spaces one after another; one that fails, by one of ``failures``, keeps no other from its turn.
 
     Returns:
         What ``work`` returned, and what was wrong with the others, both by fingerprint.
-
-    Raises:
-        UsageError: a prefix fits no space, or several.
     """
     done, failed = {}, {}
     for fingerprint in select_spaces(store, prefixes):
@@ -158,9 +142,7 @@ def verify(
     """Read the entries of a store and compare them with their checksums, on all processors; changes nothing.
 
     Args:
-        prefixes: of the fingerprints of the spaces; all where there are none.
         sample: entries of each space that are read, drawn at random; None for all.
-        progress: told the fingerprint, and entries.
     """
 
     def verify_space(space: Space) -> IntegrityReport:
@@ -185,9 +167,6 @@ def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | N
         return Repair([], []) if found.intact else space.repair(found)
 
     return StoreRepair(*each_space(store, prefixes, repair_space))
-
-
-# --- collections ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

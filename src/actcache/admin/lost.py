@@ -47,10 +47,8 @@ def lost_now(space: Space, corrupt: Sequence[bytes]) -> dict[bytes, Lost]:
     if not corrupt:
         return {}
     had = {name: space.has(name, corrupt) for name in EXTRAS}
-    ids = space.salvaged_ids(corrupt)
-    return {
-        key: Lost(frozenset(name for name, there in had.items() if there[i]), ids[i]) for i, key in enumerate(corrupt)
-    }
+    extras = [frozenset(name for name, there in had.items() if there[i]) for i in range(len(corrupt))]
+    return dict(zip(corrupt, map(Lost, extras, space.salvaged_ids(corrupt)), strict=True))
 
 
 def lost_before(store: Store, space: Space) -> dict[bytes, Lost]:
@@ -87,18 +85,10 @@ def _kept(data: bytes, where: str) -> dict[bytes, Lost]:
     return {key: Lost(extras, one) for key, one in zip(key_list(keys.astype(np.uint8)), own, strict=True)}
 
 
-# --- what they are computed from --------------------------------------------------------------------------------------
-
-
 def of_documents(
     space: Space, encoder: DocumentEncoder, documents: Iterable[Document], lost: Mapping[bytes, Lost]
 ) -> dict[bytes, Encoded]:
-    """Return, by key, what the documents make of those entries that are theirs. The documents are streamed.
-
-    Raises:
-        DocumentError: a document has no key; it names its position.
-        UsageError: see ``check_texts``.
-    """
+    """Return, by key, what the documents make of those entries that are theirs. The documents are streamed."""
     check_texts(documents)
     found: dict[bytes, Encoded] = {}
     wanted = _Whole(space, lost)
@@ -123,7 +113,9 @@ def of_other_spaces(
         left = [key for key in lost if key not in found]
         try:
             other = store.recipe(fingerprint)
-            if not left or other is None or other == recipe or not _tokenized_alike(other, recipe):
+            if not left or other is None or other == recipe or other.tokenizer is None:
+                continue
+            if any(getattr(other, name) != getattr(recipe, name) for name in _TOKENIZING):
                 continue
             with open_space(store, fingerprint) as space:
                 keys = key_array(left)
@@ -141,9 +133,8 @@ def of_other_spaces(
 def proven(encoder: DocumentEncoder, lost: Mapping[bytes, Lost]) -> Iterator[Document]:
     """Yield the documents of which lost entries' own token ids prove that they are the document."""
     for key, one in lost.items():
-        if one.token_ids is None:
-            continue
-        for document in _readings(encoder, one.token_ids):
+        readings = () if one.token_ids is None else _readings(encoder, one.token_ids)
+        for document in readings:
             if entry_keys(document_key(document), 1, encoder.windows) == [key]:
                 yield document
                 break
@@ -163,9 +154,8 @@ class _Typed:
     """Tells the type ids of entries that were stored without them: zeros, where they cannot be of two texts."""
 
     def __init__(self, encoder: DocumentEncoder) -> None:
-        unlimited = DocumentEncoder(
-            encoder.tokenizer, special_tokens=encoder.special_tokens, vocabulary=encoder.vocabulary
-        )
+        special, vocabulary = encoder.special_tokens, encoder.vocabulary
+        unlimited = DocumentEncoder(encoder.tokenizer, special_tokens=special, vocabulary=vocabulary)
         (one,), (two,) = unlimited.encode(["a", ("a", "b")])
         self._separator = encoder.tokenizer.sep_token_id
         self._untyped = not (one.type_ids.any() or two.type_ids.any())
@@ -196,7 +186,3 @@ class _Whole:
         lost = np.array([key in self._lost for key in key_list(names)], bool)
         there: NDArray[np.bool_] = self._space.contains(names) | lost
         return there
-
-
-def _tokenized_alike(one: Recipe, other: Recipe) -> bool:
-    return one.tokenizer is not None and all(getattr(one, name) == getattr(other, name) for name in _TOKENIZING)

@@ -95,11 +95,9 @@ def migrate(
 
     Args:
         source: opened with ``mode="r"``, better, though nothing is written to it either way.
-        prefixes: of the fingerprints of the spaces; all where there are none.
         dtype: how the target stores rows; None keeps each space's own. Another dtype is another recipe, and not always
             that of rows which were computed for it: see ``Recipe.stored_again``.
         segment_bytes: of the target, see ``Store.space``.
-        progress: told what is being done, and entries.
 
     Raises:
         UsageError: a prefix fits no space, or two spaces would become one (see ``collisions``): nothing was copied; a
@@ -126,13 +124,8 @@ def collisions(
 
     Their entries may be of other numbers, by the digits that one of them has lost, or by the batches that they were
     computed in. Which of the two stands in the target would depend on the order, and nothing would be equal to both.
-    A space that stays where it is, because the store is its own target, meets nobody: it is what others become.
-
-    Args:
-        target: path or URL of a store, made or not; it is not opened.
-
-    Raises:
-        UsageError: a prefix fits no space, or there is no such dtype.
+    A space that stays where it is, because the store is its own target, meets nobody: it is what others become. The
+    target is not opened, and may not be there.
     """
     in_place = _location(source.url) == _location(target)
     become: dict[Recipe, list[Recipe]] = {}
@@ -141,15 +134,15 @@ def collisions(
             recipe = source.recipe(fingerprint)
             if recipe is not None and not (in_place and recipe == _recipe_for(recipe, dtype)):
                 become.setdefault(_recipe_for(recipe, dtype), []).append(recipe)
+
+    def label(recipe: Recipe) -> str:
+        return f"{recipe.fingerprint[:12]} ({recipe.stored_as})"
+
     return [
-        f"{' and '.join(map(_label, recipes))} of {source.url} would become one space, {_label(one)}"
+        f"{' and '.join(map(label, recipes))} of {source.url} would become one space, {label(one)}"
         for one, recipes in become.items()
         if len(recipes) > 1
     ]
-
-
-def _label(recipe: Recipe) -> str:
-    return f"{recipe.fingerprint[:12]} ({recipe.stored_as})"
 
 
 def _location(url: str | Path) -> str:
@@ -232,7 +225,7 @@ class _SpaceCopy:
         )
 
     def _read_back(self, keys: NDArray[np.uint8]) -> list[bytes]:
-        """Return the keys of entries of the target that fail their checksums when they are read."""
+        """Return which entries of the target fail their checksums when they are read."""
         return self._target.corrupt_among(keys[self._target.contains(keys)], self._tell_checked)[0]
 
     def _copy(
@@ -240,7 +233,7 @@ class _SpaceCopy:
     ) -> list[bytes]:
         """Read entries, publish those that the target has not, read these back; return the keys of what fails that."""
         waiting, done = iter(self._parts.select(keys)), 0
-        checks: list[Future[list[bytes]]] = []
+        checks: list[Future[tuple[list[bytes], int]]] = []
         with (
             ThreadPoolExecutor(1, thread_name_prefix="actcache-migrate") as reading,
             ThreadPoolExecutor(1, thread_name_prefix="actcache-proof") as checking,
@@ -259,12 +252,12 @@ class _SpaceCopy:
                         part = part.only(~self._target.contains(part.keys))
                     if len(part.keys):
                         self._target.put_block(part.block())
-                        checks.append(checking.submit(self._check, part.keys))
+                        checks.append(checking.submit(self._target.corrupt_among, part.keys))
                     self._copied += len(part.keys)
                     if self._tell_copied is not None:
                         self._tell_copied(done, len(keys))
                     del part  # two are in memory, not three
-                return [key for check in checks for key in check.result()]
+                return [key for check in checks for key in check.result()[0]]
             finally:
                 for future in (coming, *checks):
                     if future is not None:
@@ -273,9 +266,6 @@ class _SpaceCopy:
     def _next(self, pool: ThreadPoolExecutor, waiting: Iterator[Selection]) -> Future[_Part] | None:
         following = next(waiting, None)
         return None if following is None else pool.submit(self._parts.read, *following)
-
-    def _check(self, keys: NDArray[np.uint8]) -> list[bytes]:
-        return self._target.corrupt_among(keys)[0]
 
 
 def _digest(keys: NDArray[np.uint8], checksums: NDArray[np.uint64]) -> str:
@@ -304,12 +294,10 @@ class _Part:
             return self
         rows = np.repeat(which, self.lengths)
         columns = {name: column[rows] for name, column in self.columns.items()}
-        return replace(
-            self, keys=self.keys[which], lengths=self.lengths[which], columns=columns, demanded=self.demanded[which]
-        )
+        keys, lengths, demanded = self.keys[which], self.lengths[which], self.demanded[which]
+        return replace(self, keys=keys, lengths=lengths, columns=columns, demanded=demanded)
 
     def block(self) -> Block:
-        """Return what is published."""
         more = np.ascontiguousarray(self.demanded[:, 2]) if self.columns.keys() & EXTRAS.keys() else None
         sums = np.ascontiguousarray(self.demanded[:, 1])
         return Block(self.keys, offsets_of(self.lengths), sums, self.columns, more)
@@ -374,11 +362,7 @@ class _PartReader:
             self._to.encode(rows[begin:end], out[begin:end], what=f"document {key.hex()}")
 
     def _part(
-        self,
-        keys: NDArray[np.uint8],
-        lengths: NDArray[np.int64],
-        columns: dict[str, NDArray[Any]],
-        corrupt: list[bytes],
+        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], columns: dict[str, NDArray[Any]], bad: list[bytes]
     ) -> _Part:
         """Return a part with the checksums that the target should have.
 
@@ -393,4 +377,4 @@ class _PartReader:
             rest = np.zeros_like(sums) if more is None else more
             demanded = np.stack([lengths.astype(np.uint64), sums, rest], axis=1)
         nbytes = int(offsets[-1]) * self._source.recipe.row_bytes
-        return _Part(keys, lengths, columns, demanded, corrupt, nbytes)
+        return _Part(keys, lengths, columns, demanded, bad, nbytes)

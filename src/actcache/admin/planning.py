@@ -89,19 +89,12 @@ class Estimate:
         passes = f"caching pays from pass {self.break_even} on, each then takes {share} of the time"
         if self.months is None:
             return passes
-        return f"{passes}; its storage pays where a pass is made at least every {_months(self.months)}"
-
-
-def _months(months: float) -> str:
-    return f"{months:.1f} months" if months >= 1 else f"{months * 30.4:.1f} days"
+        often = f"{self.months:.1f} months" if self.months >= 1 else f"{self.months * 30.4:.1f} days"
+        return f"{passes}; its storage pays where a pass is made at least every {often}"
 
 
 def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str) -> int:
-    """Return about what a corpus's entries take, token ids and what is beside them included.
-
-    Raises:
-        RecipeError: there is no such dtype.
-    """
+    """Return about what a corpus's entries take, token ids and what is beside them included."""
     row = codec.get(dtype).stored.itemsize * hidden_size
     return corpus.tokens * (row + _TOKEN_ID_BYTES) + corpus.documents * _SMALL_BYTES
 
@@ -109,24 +102,14 @@ def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str) -> int:
 def estimate(
     corpus: CorpusSize, model: ModelCosts, dtype: str, disk: Disk, *, devices: int = 1, prices: Prices | None = None
 ) -> Estimate:
-    """Say what a cache takes and gives.
-
-    Args:
-        disk: shared by all devices.
-        devices: that compute at the same time.
+    """Say what a cache takes and gives, with ``devices`` that compute at the same time and share the disk.
 
     Raises:
         UsageError: a number is not positive.
     """
-    numbers = {
-        "tokens": corpus.tokens,
-        "documents": corpus.documents,
-        "devices": devices,
-        "the model's time": model.full,
-        "read bandwidth": disk.read,
-        "write bandwidth": disk.write,
-    }
-    for name, value in numbers.items():
+    counts = {"tokens": corpus.tokens, "documents": corpus.documents, "devices": devices}
+    speeds = {"the model's time": model.full, "read bandwidth": disk.read, "write bandwidth": disk.write}
+    for name, value in (counts | speeds).items():
         if not value > 0:
             raise UsageError(f"{name} must be positive, not {value}")
     nbytes = nbytes_of(corpus, model.hidden_size, dtype)
@@ -143,22 +126,14 @@ def estimate(
 def months_between(saved: float, device_hour: float, nbytes: float, gib_month: float) -> float:
     """Return the months for which storage costs as much as one pass saves: passes have to be at least so frequent.
 
-    Args:
-        saved: seconds of one device.
-        device_hour: price of that device.
-        nbytes: that are stored.
-        gib_month: price of storage.
+    ``saved`` are seconds of one device.
     """
     storage = nbytes / GIB * gib_month
     return saved / HOUR * device_hour / storage if storage else math.inf
 
 
 def measure_disk(folder: Path, nbytes: int = 256 << 20) -> Disk:
-    """Write a temporary file there, synced, and read it, dropped from the page cache; from one thread.
-
-    Raises:
-        OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written.
-    """
+    """Write a temporary file there, synced, and read it, dropped from the page cache; from one thread."""
     piece = os.urandom(_PIECE_BYTES)
     count = max(1, nbytes // _PIECE_BYTES)
     with translated(f"cannot measure {folder}"), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -176,9 +151,6 @@ def measure_disk(folder: Path, nbytes: int = 256 << 20) -> Disk:
         read = time.perf_counter() - began
     size = count * _PIECE_BYTES
     return Disk(size / read, size / written)
-
-
-# --- the paper --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

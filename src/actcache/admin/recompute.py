@@ -40,20 +40,14 @@ class RecordedModel:
     encoder: DocumentEncoder
 
     def check_canaries(self, space: Space, *, create: bool = False) -> None:
-        """Compare the space's canaries with what this model computes here.
-
-        Args:
-            create: for a space that is about to be added to: they are made where there are none.
+        """Compare the space's canaries with what this model computes here; ``create`` makes them where there are none.
 
         Raises:
             CanaryError: they come out differently.
         """
         agreement = Agreement(space, self.encoder, self.lower)
         try:
-            if create:
-                agreement.before_adding()
-            else:
-                agreement.when_opened()
+            (agreement.before_adding if create else agreement.when_opened)()
         except CanaryError as error:
             raise CanaryError(f"{self.name} with these libraries and this device: {error}") from error
 
@@ -71,11 +65,10 @@ class RecordedModels:
         self._loaded: tuple[tuple[str, str | None, str], PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def of(self, recipe: Recipe, *, stride: int = 0, extras: Sequence[str] = ()) -> RecordedModel:
-        """Return the model of a recipe.
+        """Return the model of a recipe, which encodes documents with ``extras``, of ``spans`` and ``word_ids``.
 
         Args:
             stride: of the windows into which documents are cut, which a recipe does not say.
-            extras: of ``spans``, ``word_ids``, what documents are to be encoded with.
 
         Raises:
             ModelError: the recipe names no weights (its entries were put without a recycler), the model cannot be
@@ -100,14 +93,8 @@ class RecordedModels:
         too_long: TooLong = "truncate" if recipe.too_long == "truncate" else "refuse"
         if recipe.too_long == "windows" and recipe.max_length is not None:
             too_long = Windows(recipe.max_length, stride)
-        encoder = DocumentEncoder(
-            tokenizer,
-            recipe.max_length,
-            too_long,
-            recipe.special_tokens,
-            vocabulary=vocabulary_size(model),
-            extras=extras,
-        )
+        cut = recipe.max_length, too_long, recipe.special_tokens
+        encoder = DocumentEncoder(tokenizer, *cut, vocabulary=vocabulary_size(model), extras=extras)
         return RecordedModel(name, lower, encoder)
 
     def _load(self, name: str, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -124,9 +111,6 @@ class RecordedModels:
                 raise ModelError(f"{error}{hint}") from error
             self._loaded = (what, *loaded)
         return self._loaded[1], self._loaded[2]
-
-
-# --- verifying --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,14 +144,8 @@ def verify_by_recomputing(
     dtype's rounding, as a relative error (L2): 6e-4 for float16 entries computed in float32.
 
     Args:
-        prefixes: of the fingerprints of the spaces; all where there are none.
         sample: entries of each space, drawn at random.
         seed: of the choice; None for another each time.
-        progress: told the fingerprint, and entries.
-
-    Raises:
-        UsageError: a prefix fits no space, or the sample is none.
-        StoreError: the store cannot be read.
     """
     check_sample(sample)
 
@@ -178,9 +156,6 @@ def verify_by_recomputing(
         return verify_stored(space, model.lower, model.encoder, sample=sample, seed=seed, progress=tell)
 
     return StoreRecomputation(*each_space(store, prefixes, verify_space, (DataError, ModelError, UsageError)))
-
-
-# --- restoring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -209,14 +184,11 @@ def repair_by_recomputing(
     quarantine: there a fill goes on).
 
     Args:
-        prefixes: of the fingerprints of the spaces; all where there are none.
         texts: returns the corpus from its beginning; it is streamed once for each space that has lost something.
         stride: of the windows into which documents are cut, which a recipe does not say.
-        progress: told the fingerprint, and entries.
 
     Raises:
-        DocumentError: a document of the corpus has no key.
-        StoreError: read-only, disk full, ...; what was computed before stays.
+        DocumentError: a document of the corpus has no key; what was computed before stays, as after any error.
     """
 
     def repair_space(space: Space) -> Restoration:
@@ -290,10 +262,9 @@ class _Repair:
 def _parts(inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]) -> Iterator[tuple[list[str], list[bytes]]]:
     """Yield what is computed and put at once: the optional arrays that these entries had, and their keys."""
 
-    def extras_of(key: bytes) -> list[str]:
-        return sorted(lost[key].extras)
-
-    keys = sorted(inputs, key=lambda key: (extras_of(key), len(inputs[key].token_ids)))
-    for extras, group in itertools.groupby(keys, key=extras_of):
+    extras_of = {key: sorted(lost[key].extras) for key in inputs}
+    lengths = {key: len(one.token_ids) for key, one in inputs.items()}
+    keys = sorted(inputs, key=lambda key: (extras_of[key], lengths[key]))
+    for extras, group in itertools.groupby(keys, key=extras_of.__getitem__):
         some = list(group)
-        yield from ((extras, some[run]) for run in runs(np.array([len(inputs[key].token_ids) for key in some]), _HELD))
+        yield from ((extras, some[run]) for run in runs(np.array([lengths[key] for key in some]), _HELD))

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +26,8 @@ from actcache.store.store import SWEEP_SECONDS, Store
 
 _PIN = "pinned.json"
 
-#: Why a space stays that somebody has pinned.
-PINNED = "pinned"
-
-#: A space that was written to so many seconds ago may have a writer at work.
-IDLE_SECONDS = 600.0
+PINNED = "pinned"  # why a space stays that somebody has pinned
+IDLE_SECONDS = 600.0  # a space that was written to so many seconds ago may have a writer at work
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,13 @@ def space_states(store: Store) -> list[SpaceState]:
 
 def _state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> SpaceState:
     folder = f"spaces/{fingerprint}"
-    try:
+    recipe = None
+    with suppress(DataError):
         recipe = store.recipe(fingerprint)
-    except DataError:
-        recipe = None
     last = age_of_last_write(files, fingerprint)
     ages = [file.age for name, file in files.items() if name.startswith(f"{folder}/") and file.age != math.inf]
     age = last if last is not None else max(ages, default=0.0)
-    made = files.get(f"{folder}/recipe.json")
-    used = files.get(f"{folder}/{USED}")
+    made, used = files.get(f"{folder}/recipe.json"), files.get(f"{folder}/{USED}")
     return SpaceState(
         fingerprint,
         recipe,
@@ -74,12 +70,7 @@ def _state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> S
 
 
 def pin(store: Store, prefixes: Sequence[str]) -> list[str]:
-    """Protect spaces from every pruning; return their fingerprints.
-
-    Raises:
-        UsageError: a prefix fits no space, or several.
-        ReadOnlyError: the store was opened with ``mode="r"``.
-    """
+    """Protect spaces from every pruning; return their fingerprints."""
     found = select_spaces(store, prefixes)
     note = json.dumps({"pinned": round(time.time())}).encode() + b"\n"
     for fingerprint in found:
@@ -88,7 +79,7 @@ def pin(store: Store, prefixes: Sequence[str]) -> list[str]:
 
 
 def unpin(store: Store, prefixes: Sequence[str]) -> list[str]:
-    """Take that protection away; return the fingerprints of the spaces. Raises as ``pin`` does."""
+    """Take that protection away; return the fingerprints of the spaces."""
     found = select_spaces(store, prefixes)
     for fingerprint in found:
         store.driver.delete_blob(f"spaces/{fingerprint}/{_PIN}")
@@ -153,12 +144,10 @@ def plan_pruning(
     nothing chosen and neither of the two, only what killed writers left behind goes.
 
     Args:
-        prefixes: of fingerprints.
         where: fields of a recipe, of its identity or provenance (``model``, ``layer``, ``dtype``,
             ``config.hidden_act``, ...), as texts. ``dtype`` is what rows are stored as, lineage included (``float32 via
             float16``), and ``via`` is empty where there is none.
-        older_than: seconds since the space was made.
-        unused_for: seconds since it was last used.
+        older_than, unused_for: seconds since the space was made, and last used.
         max_bytes: what the whole store may take on its medium.
         keep_only: keys of documents; entries of others go.
         stride: of the windows by which documents were cut, in spaces that have windows; None leaves such spaces alone.
@@ -166,18 +155,18 @@ def plan_pruning(
             none is.
 
     Raises:
-        UsageError: a prefix fits no space, no recipe has a field, or ``max_bytes`` and ``keep_only`` are both given.
+        UsageError: no recipe has a field, or ``max_bytes`` and ``keep_only`` are both given.
     """
     if max_bytes is not None and keep_only is not None:
         raise UsageError("a budget and a corpus at once: prune by one after the other")
     wanted = None if keep_only is None else key_array(keep_only)
     files = store.driver.listing()
     found = footprint_of(files)
-    everything = space_states(store)
     conditions = (older_than, unused_for, max_bytes, keep_only)
     where = where or {}
-    named = _named(store, everything, prefixes, where)
-    fitting = _fitting(named, where)
+    named = _named(store, prefixes, where)
+    fields = [(state, _fields(state.recipe)) for state in named]
+    fitting = [state for state, known in fields if all(known.get(name) == value for name, value in where.items())]
     unfitting = {} if fitting else _unfitting(named, where)
     candidates = [
         state
@@ -197,7 +186,9 @@ def plan_pruning(
         if reason is None and wanted is not None:
             removal, reason = _removal_of_others(store, state, wanted, stride)
         else:
-            removal = Removal(state.fingerprint, state.nbytes, _why(state, max_bytes))
+            alone = max_bytes is not None and state.nbytes > max_bytes
+            budget = f"least recently used{'; it alone takes more than the budget' if alone else ''}"
+            removal = Removal(state.fingerprint, state.nbytes, "chosen" if max_bytes is None else budget)
         if reason is not None:
             kept[state.fingerprint] = reason
         elif removal is not None:
@@ -206,28 +197,15 @@ def plan_pruning(
     return PruningPlan(removals, kept, left_behind, found.total, max_bytes, idle, unfitting)
 
 
-def _why(state: SpaceState, max_bytes: int | None) -> str:
-    if max_bytes is None:
-        return "chosen"
-    return f"least recently used{'; it alone takes more than the budget' if state.nbytes > max_bytes else ''}"
-
-
-def _named(
-    store: Store, everything: list[SpaceState], prefixes: Sequence[str], where: Mapping[str, str]
-) -> list[SpaceState]:
+def _named(store: Store, prefixes: Sequence[str], where: Mapping[str, str]) -> list[SpaceState]:
     """Return the spaces with a prefix; refuse fields that no recipe of the store has."""
-    names = set(select_spaces(store, prefixes))
+    everything, names = space_states(store), set(select_spaces(store, prefixes))
     fields = {field for state in everything for field in _fields(state.recipe)}
     for name in where:
         if name not in fields:
             there = ", ".join(sorted(fields)) or "none"
             raise UsageError(f"no recipe of {store.url} has a field {name!r}; there are {there}")
     return [state for state in everything if state.fingerprint in names]
-
-
-def _fitting(spaces: list[SpaceState], where: Mapping[str, str]) -> list[SpaceState]:
-    fields = [(state, _fields(state.recipe)) for state in spaces]
-    return [state for state, known in fields if all(known.get(name) == value for name, value in where.items())]
 
 
 def _unfitting(spaces: list[SpaceState], where: Mapping[str, str]) -> dict[str, list[str]]:
@@ -274,9 +252,8 @@ def _removal_of_others(
 def _among(keys: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Return which keys are among others, ``[n]``."""
     plain = np.dtype((np.void, keys.shape[1]))
-    found: NDArray[np.bool_] = np.isin(
-        np.ascontiguousarray(keys).view(plain).ravel(), np.ascontiguousarray(others).view(plain).ravel()
-    )
+    one, other = (np.ascontiguousarray(some).view(plain).ravel() for some in (keys, others))
+    found: NDArray[np.bool_] = np.isin(one, other)
     return found
 
 
@@ -296,9 +273,6 @@ def prune(store: Store, plan: PruningPlan, *, progress: Progress | None = None) 
 
     Entries are deleted at once; their bytes are given back by compaction, of which replaced segments stay for readers
     until their grace period is over.
-
-    Raises:
-        StoreError: read-only, disk, network, ...
     """
     swept = store.sweep()
     spaces: list[str] = []

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from actcache.admin import benchmark
-from actcache.admin.benchmark import Bench, Comparison, plot
+from actcache.admin.benchmark import Comparison, plot
 from actcache.admin.display import fields_as_json
 from actcache.cli import options
 from actcache.cli.common import console, print_json, say, table
@@ -19,6 +19,7 @@ from actcache.format.arguments import nbytes_of
 from actcache.io.progress import Meter
 
 _FEW = 4  # batches of a turn
+_SHOWN = ("actcache", "python", "numpy", "xxhash", "h5py", "zarr", "lmdb", "torch")  # whose versions matter here
 
 _LIMITS = {
     "warm": "the fastest raw way to bring the same documents' rows into the same buffer, and the fastest xxh3 pass "
@@ -86,7 +87,8 @@ def bench(
     say(command)
     for name, value in found.facts.items():
         say(f"  {name}: {value}")
-    say(f"  versions: {', '.join(f'{name} {number}' for name, number in _shown(found).items())}")
+    versions = [f"{name} {found.versions[name].partition(' ')[0]}" for name in _SHOWN if name in found.versions]
+    say(f"  versions: {', '.join(versions)}")
     for name, why in found.left_out.items():
         say(f"  left out: {name}: {why}")
     for one in found.comparisons:
@@ -94,12 +96,6 @@ def bench(
         _show(one, rounds)
     if plot_file is not None:
         say(f"plot: {plot_file}")
-
-
-def _shown(found: Bench) -> dict[str, str]:
-    """Return the versions that matter here."""
-    names = ("actcache", "python", "numpy", "xxhash", "h5py", "zarr", "lmdb", "torch")
-    return {name: found.versions[name].partition(" ")[0] for name in names if name in found.versions}
 
 
 def _show(one: Comparison, rounds: int) -> None:

@@ -18,17 +18,12 @@ from actcache.errors import requires_extra
 
 
 class ExitCode(IntEnum):
-    """What is told beside success and wrong usage."""
-
     STORE = 3
     DAMAGED = 4
     MODEL = 5
 
 
-_PLAIN_WIDTH = 120  # where stdout is no terminal
-
-#: How much of a fingerprint tables show.
-SHORT = 12
+SHORT = 12  # characters of a fingerprint in tables
 
 
 class _Console(Console):
@@ -46,7 +41,7 @@ class _Console(Console):
 def console() -> Console:
     """Return where results are printed: stdout, with a fixed width where that is no terminal."""
     terminal = _Console()
-    return terminal if terminal.is_terminal else _Console(width=_PLAIN_WIDTH)
+    return terminal if terminal.is_terminal else _Console(width=120)
 
 
 def say(text: str) -> None:
@@ -70,6 +65,14 @@ def say_failures(failures: Mapping[str, str], what: str) -> None:
         say(f"{fingerprint[:SHORT]}: {what}: {why}")
 
 
+def say_rest(unreadable: Mapping[str, str], collections: Iterable[str]) -> None:
+    """Print what a store has beside its spaces that can be read."""
+    for fingerprint, what in unreadable.items():
+        say(f"unreadable {fingerprint}: {what}")
+    if collections:
+        say(f"collections: {', '.join(collections)}")
+
+
 def table(title: str, left: Iterable[str], right: Iterable[str] = ()) -> Table:
     """Return a table whose last columns, ``right``, hold numbers."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -89,11 +92,7 @@ def quieten_transformers() -> None:
 
 
 def recorded_models(model: str | None, device: str | None) -> tuple[Any, Any]:
-    """Return the library's part, which needs torch, and the models that it is to find.
-
-    Raises:
-        MissingExtraError: torch or transformers are not installed.
-    """
+    """Return the library's part, which needs torch, and the models that it is to find."""
     with requires_extra("models", "computing entries again needs torch and transformers"):
         quieten_transformers()
         from actcache.admin import recompute

@@ -7,8 +7,6 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -38,38 +36,24 @@ def doctor(
 
     Example: cachectl doctor ./activations
     """
-    found = diagnose(store)
+    facts = {"versions": machine.versions(), "extras": _extras(), "backends": _backends(), "machine": machine.facts()}
+    warnings: list[str] = []
+    usable = store is None or _look_at(store, facts, warnings)
     if as_json:
-        print_json(found)
+        print_json({"facts": facts, "warnings": warnings, "usable": usable})
     else:
-        for section, facts in found.facts.items():
+        for section, found in facts.items():
             say(f"{section}:")
-            for name, value in facts.items():
+            for name, value in found.items():
                 say(f"  {name}: {value}")
-        for warning in found.warnings:
+        for warning in warnings:
             say(f"warning: {warning}")
-    if not found.usable:
+    if not usable:
         raise typer.Exit(ExitCode.STORE)
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """Facts by section, in the order in which they are shown, and what is wrong with the place that was asked for."""
-
-    facts: dict[str, dict[str, str]]
-    warnings: list[str] = field(default_factory=list)
-    usable: bool = True  # whether the place can be used
-
-
-def diagnose(url: str | None = None) -> Diagnosis:
-    """Look at this installation and, where one is given, at a place. Loads no torch.
-
-    In a folder that can be written, a temporary file is made and removed. No credentials are told.
-    """
-    facts = {"versions": machine.versions(), "extras": _extras(), "backends": _backends(), "machine": machine.facts()}
-    if url is None:
-        return Diagnosis(facts)
-    warnings: list[str] = []
+def _look_at(url: str, facts: dict[str, dict[str, str]], warnings: list[str]) -> bool:
+    """Add what is to be said of a place; return whether it can be used."""
     try:
         scheme, location = registry.parse(url)
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", location) or (scheme and location.startswith("//")):
@@ -79,7 +63,7 @@ def diagnose(url: str | None = None) -> Diagnosis:
     except (BackendError, OSError) as error:
         warnings.append(str(error))
     facts["store"], usable = _store(url, warnings)
-    return Diagnosis(facts, warnings, usable)
+    return usable
 
 
 def _extras() -> dict[str, str]:
@@ -158,8 +142,11 @@ def _probe(folder: Path, warnings: list[str]) -> dict[str, str]:
                     os.fsync(file.fileno())
                 seconds.append(time.perf_counter() - began)
             found = {"write and fsync of 4 KiB": f"{sorted(seconds)[_PROBES // 2] * 1e3:.2f} ms"}
-            found["hard links"] = _tried(lambda: FileOperations().link(one, other))
-            if found["hard links"] != "yes":
+            try:
+                FileOperations().link(one, other)
+                found["hard links"] = "yes"
+            except OSError as error:
+                found["hard links"] = f"no: {error.strerror}"
                 warnings.append("no hard links: two writers that create one store at the same moment write equal bytes")
             skew = time.time() - one.stat().st_mtime
             found["clock of the medium"] = f"{-skew:+.1f} s"
@@ -169,14 +156,6 @@ def _probe(folder: Path, warnings: list[str]) -> dict[str, str]:
     except OSError as error:
         warnings.append(f"cannot write in {folder}: {error}")
         return {}
-
-
-def _tried(step: Callable[[], object]) -> str:
-    try:
-        step()
-    except OSError as error:
-        return f"no: {error.strerror}"
-    return "yes"
 
 
 def _store(url: str, warnings: list[str]) -> tuple[dict[str, str], bool]:

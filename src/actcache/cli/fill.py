@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -22,25 +23,24 @@ from actcache.store.space import Space
 from actcache.store.store import Store, open_store
 
 
+@dataclass(frozen=True)
 class _Streamed:
     """Texts that are streamed. There may be none: an iterator that gives nothing would be an error."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = texts
+    texts: Iterable[str]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
+        return iter(self.texts)
 
 
+@dataclass(frozen=True)
 class _Counted(_Streamed):
     """The same, and about how many there are: a fill shows how far it is by ``len``."""
 
-    def __init__(self, texts: Iterable[str], count: int) -> None:
-        super().__init__(texts)
-        self._count = count
+    count: int
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
 
 class _Notes:
@@ -51,7 +51,6 @@ class _Notes:
         self._ids: list[str | None] = []
 
     def passing(self, documents: Iterable[corpus.Document]) -> Iterator[corpus.Document]:
-        """Yield the documents."""
         for document in documents:
             self._keys.append(document_key(document.text))
             self._ids.append(document.id)
@@ -61,9 +60,6 @@ class _Notes:
         """Store a collection of the documents' entries, each document's windows one after another.
 
         Where documents have ids, each entry has its document's; a document without one has an empty id.
-
-        Raises:
-            MissingEntryError: a document is not in the space.
         """
         found = find_entries(space, self._keys, windows)
         check_found(self._keys, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from actcache.admin import report as reporting
 from actcache.admin.display import ago, binary, counted, entries, fields_as_json, model_name, number, spelled
 from actcache.admin.inspection import SpaceReport, StoreReport
 from actcache.cli import options
-from actcache.cli.common import SHORT, ExitCode, console, print_json, say, table
+from actcache.cli.common import SHORT, ExitCode, console, print_json, say, say_rest, table
 from actcache.cli.shell import text_of_argument
 from actcache.errors import UsageError
 from actcache.format.recipe import Recipe
@@ -64,10 +64,8 @@ def inspect(
     if every and sample is not None:
         raise UsageError("--sample and --all are two numbers of entries: give one of them")
     in_detail = bool(space) or every or sample is not None or html is not None
-    reading: dict[str, Any] = {
-        "sample": None if every else reporting.SAMPLE if sample is None else sample,
-        "seed": seed,
-    }
+    reading: dict[str, Any] = {"seed": seed}
+    reading["sample"] = None if every else reporting.SAMPLE if sample is None else sample
     if html is not None:
         check_new(html)  # before anything is read for it
     report: reporting.SegmentDetail | reporting.DocumentReport | reporting.StoreDetail
@@ -106,10 +104,7 @@ def _show_store(store: str, found: StoreReport, as_json: bool) -> None:
     terminal.print(_summary(store, found.spaces))
     for report in found.spaces:
         terminal.print(_recipe_table(report.recipe, f"space {report.recipe.fingerprint}", report.damaged))
-    for name, what in found.unreadable.items():
-        say(f"unreadable {name}: {what}")
-    if found.collections:
-        say(f"collections: {', '.join(found.collections)}")
+    say_rest(found.unreadable, found.collections)
 
 
 def _summary(store: str, reports: list[SpaceReport]) -> Table:
@@ -120,21 +115,10 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
         summary.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         recipe, usage = report.recipe, report.usage
-        summary.add_row(
-            recipe.fingerprint[:SHORT],
-            model_name(recipe),
-            str(recipe.layer),
-            recipe.stored_as,
-            f"{usage.entries:,}",
-            f"{usage.tokens:,}",
-            binary(usage.nbytes),
-            f"{usage.segments:,}",
-            f"{len(report.damaged):,}",
-        )
+        words = (recipe.fingerprint[:SHORT], model_name(recipe), str(recipe.layer), recipe.stored_as)
+        sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes))
+        summary.add_row(*words, *sizes, f"{usage.segments:,}", f"{len(report.damaged):,}")
     return summary
-
-
-# --- a space, a segment, a document, in full --------------------------------------------------------------------------
 
 
 def _show(report: reporting.StoreDetail | reporting.SegmentDetail | reporting.DocumentReport) -> None:
@@ -145,8 +129,7 @@ def _show(report: reporting.StoreDetail | reporting.SegmentDetail | reporting.Do
     else:
         for space in report.spaces:
             _show_space(space)
-        for name, what in report.unreadable.items():
-            say(f"unreadable {name}: {what}")
+        say_rest(report.unreadable, ())
 
 
 def _recipe_table(recipe: Recipe, title: str, damaged: Mapping[str, str]) -> Table:
@@ -210,7 +193,7 @@ def _show_entry(entry: reporting.EntryReport) -> None:
     say(f"  {size}{'' if entry.segment is None else f', in {entry.segment}'}")
     say(f"  checksum {entry.checksum:016x}: {'intact' if entry.intact else 'CORRUPT, cachectl repair takes it away'}")
     if entry.statistics is not None:
-        _show_statistics(entry.statistics, "  ")
+        _show_statistics(entry.statistics)
     if entry.token_ids is not None:
         say(f"  token ids {_some(entry.token_ids)}")
     for name, rows in (entry.extras or {}).items():
@@ -236,15 +219,11 @@ def _show_lengths(lengths: reporting.Lengths) -> None:
         f"tokens of an entry: {lengths.shortest:,} to {lengths.longest:,}, median {number(lengths.median)}, mean "
         f"{number(lengths.mean)}, 95 % up to {lengths.p95:,}"
     )
-    _show_histogram(lengths.histogram, lambda edge: f"{edge:,.0f}")
-
-
-def _show_histogram(histogram: reporting.Histogram, edge: Callable[[float], str]) -> None:
     block = "█" if "utf" in console().encoding.lower() else "#"
-    most = max(histogram.counts, default=0)
-    names = [edge(begin) for begin in histogram.edges[:-1]]
+    most = max(lengths.histogram.counts, default=0)
+    names = [f"{begin:,.0f}" for begin in lengths.histogram.edges[:-1]]
     width = max(map(len, names), default=0)
-    for name, count in zip(names, histogram.counts, strict=True):
+    for name, count in zip(names, lengths.histogram.counts, strict=True):
         bar = block * max(1, round(_BAR * count / most)) if count else ""
         say(f"  {name:>{width}} {bar:<{_BAR}} {count:,}".rstrip())
 
@@ -266,16 +245,15 @@ def _show_sample(sample: reporting.Sample) -> None:
     if not sample.entries:
         return
     many = counted(len(sample.corrupt), "fails its checksum", "fail their checksums")
-    state = many if sample.corrupt else "intact"
-    say(f"read {sample.entries:,} of {entries(sample.of)}: {state}")
+    say(f"read {sample.entries:,} of {entries(sample.of)}: {many if sample.corrupt else 'intact'}")
     for key in sample.corrupt[:_CORRUPT]:
         say(f"  corrupt {key.hex()}")
-    _show_statistics(sample.statistics, "  ")
+    _show_statistics(sample.statistics)
 
 
-def _show_statistics(found: reporting.Statistics, indent: str) -> None:
-    say(f"{indent}norms {number(found.norm_min)} to {number(found.norm_max)}, mean {number(found.norm_mean)}")
+def _show_statistics(found: reporting.Statistics) -> None:
+    say(f"  norms {number(found.norm_min)} to {number(found.norm_max)}, mean {number(found.norm_mean)}")
     say(
-        f"{indent}numbers: mean {number(found.mean)}, standard deviation {number(found.std)}; {found.nan:,} NaN, "
+        f"  numbers: mean {number(found.mean)}, standard deviation {number(found.std)}; {found.nan:,} NaN, "
         f"{found.infinite:,} infinite, {counted(found.zero_rows, 'row')} all zero"
     )

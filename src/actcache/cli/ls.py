@@ -9,12 +9,12 @@ import typer
 from rich.tree import Tree
 
 from actcache.admin import inspection
-from actcache.admin.display import ago, binary, counted, entries, fields_as_json, model_name
+from actcache.admin.display import ago, attributes_as_json, binary, counted, entries, fields_as_json, model_name
 from actcache.admin.inspection import Coverage, SpaceReport
 from actcache.admin.report import Overview, SegmentReport, overview
 from actcache.backend import StoredFile
 from actcache.cli import options
-from actcache.cli.common import SHORT, console, print_json, say, table
+from actcache.cli.common import SHORT, console, print_json, say, say_rest, table
 from actcache.store.footprint import age_of_last_write, segments_in
 from actcache.store.store import open_store
 
@@ -54,8 +54,7 @@ def ls(
             row["collections"] = {name: one for name, one in held.items() if isinstance(one, Coverage)}
         print_json({"store": store, **fields_as_json(report), "spaces": rows})
         return
-    text = ("space", "model", "layer", "dtype")
-    listed = table(store, text, ("entries", "tokens", "bytes", "written"))
+    listed = table(store, ("space", "model", "layer", "dtype"), ("entries", "tokens", "bytes", "written"))
     for row in rows:
         numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]))
         words = (row["fingerprint"][:SHORT], PurePath(row["model"]).name, str(row["layer"]), row["stored_as"])
@@ -68,10 +67,7 @@ def ls(
             say(f"  {segment}  {binary(nbytes)}")
         for name, held in row.get("collections", {}).items():
             say(f"  collection {name}: {_coverage(held)}")
-    for name, what in report.unreadable.items():
-        say(f"unreadable {name[:SHORT]}: {what}")
-    if report.collections:
-        say(f"collections: {', '.join(report.collections)}")
+    say_rest({name[:SHORT]: what for name, what in report.unreadable.items()}, report.collections)
 
 
 def _tree(store: str, found: Overview) -> Tree:
@@ -99,8 +95,7 @@ def _segment(segment: SegmentReport) -> str:
     if segment.damaged is not None:
         return f"{segment.name}  damaged: {segment.damaged}"
     held = entries(segment.entries) if segment.entries else segment.state
-    facts = [f"{segment.name}  {held}", binary(segment.nbytes), ago(segment.age)]
-    return ", ".join(filter(None, facts))
+    return ", ".join(filter(None, (f"{segment.name}  {held}", binary(segment.nbytes), ago(segment.age))))
 
 
 def _coverage(held: Coverage | str) -> str:
@@ -108,14 +103,9 @@ def _coverage(held: Coverage | str) -> str:
 
 
 def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
-    recipe = report.recipe
     return {
-        "fingerprint": recipe.fingerprint,
-        "model": recipe.model,
-        "layer": recipe.layer,
-        "dtype": recipe.dtype,
-        "stored_as": recipe.stored_as,
+        **attributes_as_json(report.recipe, "fingerprint", "model", "layer", "dtype", "stored_as"),
         **fields_as_json(report.usage),
         "damaged": report.damaged,
-        "written": age_of_last_write(files, recipe.fingerprint),
+        "written": age_of_last_write(files, report.recipe.fingerprint),
     }

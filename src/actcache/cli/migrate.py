@@ -8,7 +8,7 @@ import typer
 
 from actcache.admin import migration
 from actcache.admin.display import binary, entries, fields_as_json
-from actcache.admin.migration import Migration, SpaceMigration
+from actcache.admin.migration import Migration
 from actcache.cli import options
 from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
 from actcache.entries.writer import SEGMENT_BYTES
@@ -69,20 +69,14 @@ def _show(done: Migration) -> None:
         say(f"  does hold   {one.target_digest}  {'equal' if one.equal else 'NOT EQUAL'}")
         if one.via:
             say(f"  stored as {one.stored_as}: a space of its own, for a fill would compute other digits")
-        for line in _complaints(one):
-            say(f"  {line}")
+        for name, what in one.damaged.items():
+            say(f"  damaged in the source: {name}: {what}")
+        if one.corrupt:
+            say(f"  {entries(len(one.corrupt))} corrupt in the source, the first {one.corrupt[0].hex()}")
+        if one.differing:
+            many, first = entries(len(one.differing)), one.differing[0].hex()
+            state = "stand in the target with other numbers, or were deleted meanwhile"
+            say(f"  {many} {state}, the first {first}: run it again, or delete them there")
     say_failures(done.unreadable, "left out")
     for name, state in done.collections.items():
         say(f"collection {name}: {state}")
-
-
-def _complaints(one: SpaceMigration) -> list[str]:
-    lines = [f"damaged in the source: {name}: {what}" for name, what in one.damaged.items()]
-    if one.corrupt:
-        lines.append(f"{entries(len(one.corrupt))} corrupt in the source, the first {one.corrupt[0].hex()}")
-    if one.differing:
-        lines.append(
-            f"{entries(len(one.differing))} stand in the target with other numbers, or were deleted meanwhile, the "
-            f"first {one.differing[0].hex()}: run it again, or delete them there"
-        )
-    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from actcache.admin import retention
 from actcache.cli import options
 from actcache.cli.common import print_json, say
-from actcache.store.store import open_standing
+from actcache.store.store import Store, open_standing
 
 _Prefixes = Annotated[list[str], typer.Argument(help="Fingerprints of spaces, or how they begin.", show_default=False)]
 
@@ -19,9 +20,7 @@ def pin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) 
 
     Example: cachectl pin ./activations 3f2a
     """
-    with open_standing(store) as opened:
-        found = retention.pin(opened, spaces)
-    _show(store, "pinned", found, as_json)
+    _change(store, "pinned", retention.pin, spaces, as_json)
 
 
 def unpin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) -> None:
@@ -29,12 +28,14 @@ def unpin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False
 
     Example: cachectl unpin ./activations 3f2a
     """
+    _change(store, "unpinned", retention.unpin, spaces, as_json)
+
+
+def _change(
+    store: str, what: str, change: Callable[[Store, list[str]], list[str]], spaces: list[str], as_json: bool
+) -> None:
     with open_standing(store) as opened:
-        found = retention.unpin(opened, spaces)
-    _show(store, "unpinned", found, as_json)
-
-
-def _show(store: str, what: str, fingerprints: list[str], as_json: bool) -> None:
+        fingerprints = change(opened, spaces)
     if as_json:
         print_json({"store": store, what: fingerprints})
         return

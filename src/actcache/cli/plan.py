@@ -16,6 +16,7 @@ from actcache.errors import UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
 
 _SAMPLE = 5000  # documents whose lengths are looked at
+_MONTHS = {"cloud": ".2f", "paper_cloud": ".2f", "local": ".1f", "paper_local": ".1f"}
 
 
 def plan(
@@ -63,7 +64,12 @@ def plan(
             raise UsageError("with a corpus, say which --model and --layer; without, give --documents, --tokens, ...")
         load, costs = _measured(source, field, format, model, layer, device, max_length)
     else:
-        load, costs = _given(documents, tokens, hidden, full_ms, upper_ms)
+        if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
+            raise UsageError(
+                "give a corpus with --model and --layer, or --documents, --tokens, --hidden, --full-ms and --upper-ms"
+            )
+        load = CorpusSize(documents, documents * tokens)
+        costs = ModelCosts(full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden)
     if read is not None and write is not None:
         disk = Disk(float(nbytes_of("--read", read)), float(nbytes_of("--write", write)))
     elif read is None and write is None:
@@ -98,22 +104,9 @@ def _measured(
     return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size)
 
 
-def _given(
-    documents: int | None, tokens: int | None, hidden: int | None, full_ms: float | None, upper_ms: float | None
-) -> tuple[CorpusSize, ModelCosts]:
-    if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
-        raise UsageError(
-            "give a corpus with --model and --layer, or --documents, --tokens, --hidden, --full-ms and --upper-ms"
-        )
-    return CorpusSize(documents, documents * tokens), ModelCosts(
-        full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden
-    )
-
-
 def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:
-    per_token = f"{costs.full * 1e6:,.1f} us a token, {costs.upper * 1e6:,.1f} of them above the cached layer"
     say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
-    say(f"model: {per_token}")
+    say(f"model: {costs.full * 1e6:,.1f} us a token, {costs.upper * 1e6:,.1f} of them above the cached layer")
     say(f"disk: reads {binary(disk.read)}/s, writes {binary(disk.write)}/s")
     say(f"needs {binary(found.nbytes)}; filled in {span(found.fill)}")
     say(f"one pass: {span(found.recompute)} computed, {span(found.replay)} from the cache")
@@ -131,6 +124,6 @@ def _show_paper(as_json: bool) -> None:
         return
     shown = table("months between passes, at most", ("model",), ("cloud", "in the paper", "local", "in the paper "))
     for row in rows:
-        in_cloud = (f"{row['cloud']:.2f}", f"{row['paper_cloud']:.2f}")
-        shown.add_row(row["model"], *in_cloud, f"{row['local']:.1f}", f"{row['paper_local']:.1f}")
+        months = (f"{row[name]:{form}}" for name, form in _MONTHS.items())
+        shown.add_row(row["model"], *months)
     console().print(shown)

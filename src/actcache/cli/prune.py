@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from actcache.admin import retention
-from actcache.admin.display import binary, counted, entries
+from actcache.admin.display import attributes_as_json, binary, counted, entries
 from actcache.admin.retention import IDLE_SECONDS, PINNED, Pruning, PruningPlan
 from actcache.backend import GRACE_SECONDS
 from actcache.cli import corpus, options
@@ -98,7 +98,7 @@ def prune(
         _show(plan)
     done: Pruning | None = None
     if not dry_run and (plan.removals or plan.temporary):
-        if not _agreed(yes):
+        if not (yes or _agreed()):
             say("nothing was deleted")
             return
         with open_standing(store) as opened, Meter("prune", "spaces", show=not quiet) as meter:
@@ -124,9 +124,7 @@ def _why_not(plan: PruningPlan, done: Pruning | None) -> str:
     return ", ".join(reasons) or "the rest is in spaces that these options do not choose, or in none"
 
 
-def _agreed(yes: bool) -> bool:
-    if yes:
-        return True
+def _agreed() -> bool:
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("nobody to ask: add --yes to delete this, or --dry-run to look only")
     return typer.confirm("Delete this?", err=True)
@@ -139,9 +137,8 @@ def _fields(given: list[str]) -> dict[str, str]:
         if not name or not equals:
             raise UsageError(f"--where takes FIELD=VALUE, such as layer=6, not {text!r}")
         if fields.setdefault(name, value) != value:
-            raise UsageError(
-                f"--where {name}={fields[name]} and {text}: no space is both; prune by one after the other"
-            )
+            both = f"{name}={fields[name]} and {text}"
+            raise UsageError(f"--where {both}: no space is both; prune by one after the other")
     return fields
 
 
@@ -184,14 +181,8 @@ def _tell(done: Pruning) -> None:
 
 
 def _json(plan: PruningPlan) -> dict[str, Any]:
-    removals = [
-        {
-            "fingerprint": removal.fingerprint,
-            "nbytes": removal.nbytes,
-            "why": removal.why,
-            "entries": None if removal.keys is None else len(removal.keys),
-        }
-        for removal in plan.removals
-    ]
-    rest = {"kept": plan.kept, "temporary": plan.temporary, "nbytes": plan.nbytes, "freed": plan.freed}
-    return {"removals": removals, **rest, "max_bytes": plan.max_bytes}
+    removals = []
+    for one in plan.removals:
+        deleted = None if one.keys is None else len(one.keys)
+        removals.append({**attributes_as_json(one, "fingerprint", "nbytes", "why"), "entries": deleted})
+    return {"removals": removals, **attributes_as_json(plan, "kept", "temporary", "nbytes", "freed", "max_bytes")}

@@ -40,13 +40,10 @@ _EXAMPLE = "Example: "
 
 def reference_text() -> str:
     """Return docs/cli.md."""
-    return _HEAD + _codes() + "".join(_section(command) for command in COMMANDS)
-
-
-def _codes() -> str:
     codes = EXIT_CODES.removeprefix("Exit codes: ").rstrip(".").split(", ")
     rows = "".join(f"| {code} | {what} |\n" for code, _, what in (one.partition(" ") for one in codes))
-    return f"| exit code | |\n| --- | --- |\n{rows}"
+    sections = (_section(command) for command in COMMANDS)
+    return f"{_HEAD}| exit code | |\n| --- | --- |\n{rows}{''.join(sections)}"
 
 
 def _section(command: Callable[..., None]) -> str:

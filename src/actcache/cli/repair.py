@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from actcache.admin import inspection
-from actcache.admin.display import counted, entries
+from actcache.admin.display import attributes_as_json, counted, entries
 from actcache.cli import corpus, options
 from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
@@ -51,20 +51,17 @@ def repair(
         if corpus.is_stream(texts):
             raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
         corpus.check(texts, field, format=format)
-    if not (recompute or model is not None or device is not None or texts is not None or stride is not None):
+    computed = recompute or any(one is not None for one in (model, device, texts, stride))
+    if not computed:
         with open_standing(store) as opened, Meter("verify", "entries", show=not quiet) as meter:
             done: Any = inspection.repair(opened, space or (), progress=meter)
-        computed = False
     else:
         recomputing, models = recorded_models(model, device)
-        documents = (
-            None if texts is None else lambda: (document.text for document in corpus.read(texts, field, format=format))
-        )
+        documents = None if texts is None else lambda: (one.text for one in corpus.read(texts, field, format=format))
         with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
             done = recomputing.repair_by_recomputing(
                 opened, models, space or (), texts=documents, stride=stride or 0, progress=meter
             )
-        computed = True
     if as_json:
         spaces = {name: _described(one, computed) for name, one in done.spaces.items()}
         print_json({"store": store, "spaces": spaces, "unreadable": done.unreadable})
@@ -79,15 +76,16 @@ def repair(
 
 
 def _described(one: Any, computed: bool) -> dict[str, Any]:
-    found = {"quarantined": one.quarantined, "set_aside": one.set_aside}
-    again = {"recomputed": one.recomputed, "missing": one.missing, "not_recomputed": one.unable} if computed else {}
-    return {**found, **again}
+    found = attributes_as_json(one, "quarantined", "set_aside")
+    if computed:
+        found |= {**attributes_as_json(one, "recomputed", "missing"), "not_recomputed": one.unable}
+    return found
 
 
 def _show(name: str, one: Any, computed: bool) -> None:
-    changed = f"{entries(len(one.quarantined))} quarantined"
     if one.quarantined or one.set_aside:
-        say(f"{name}: {changed}, {counted(len(one.set_aside), 'segment')} set aside")
+        aside = counted(len(one.set_aside), "segment")
+        say(f"{name}: {entries(len(one.quarantined))} quarantined, {aside} set aside")
         if one.set_aside:
             say("  nobody can read what these segments held: a fill of the corpus computes what is missing")
     elif not (computed and (one.recomputed or one.missing)):

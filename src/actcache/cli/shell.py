@@ -35,14 +35,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Requests:
-    """What was asked of this process by signals. The handler of them all.
-
-    Attributes:
-        number: of the signal that came first; None where none has come.
-    """
+    """What was asked of this process by signals. The handler of them all."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.number: int | None = None  # of the signal that came first
         self._finishing: float | None = None  # since when
         self._others = sys.unraisablehook
 
@@ -56,8 +52,7 @@ class Requests:
             _end_now(number)
 
     def heed(self) -> None:
-        """Have signals end this process's command, but those that whoever started it has it ignore (``nohup``, a
-        shell's job in the background)."""
+        """Have signals end this process's command, but those that it was started to ignore (``nohup``, a job of sh)."""
         if threading.current_thread() is not threading.main_thread():  # others have no say in it
             return
         sys.unraisablehook = self.unraised
@@ -155,7 +150,6 @@ def text_of_argument(argument: str) -> str:
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
-
 
 #: What the library says, and what to do instead in the shell. A test finds advice that is missing here.
 SHELL_WORDS = {

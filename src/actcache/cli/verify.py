@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from actcache.admin import inspection
-from actcache.admin.display import binary, counted, entries, fields_as_json
+from actcache.admin.display import attributes_as_json, binary, counted, entries, fields_as_json
 from actcache.cli import options
 from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
-from actcache.store.store import Store, open_store
+from actcache.store.store import open_store
 
 
 def verify(
@@ -47,7 +47,11 @@ def verify(
         raise UsageError("--model and --device are for --recompute N")
     with open_store(store, mode="r") as opened:
         # First, for a model that is not there is told sooner than a large store is read.
-        again = None if recompute is None else _recompute(opened, space or (), recompute, model, device, quiet)
+        again: Any = None
+        if recompute is not None:
+            with Meter("recompute", "entries", show=not quiet) as meter:
+                recomputing, models = recorded_models(model, device)
+                again = recomputing.verify_by_recomputing(opened, models, space or (), sample=recompute, progress=meter)
         with Meter("verify", "entries", show=not quiet) as meter:
             found = inspection.verify(opened, space or (), sample=sample, progress=meter)
     intact = found.intact and (again is None or again.ok)
@@ -68,22 +72,14 @@ def verify(
         raise typer.Exit(ExitCode.MODEL)
 
 
-def _recompute(
-    store: Store, prefixes: list[str] | tuple[()], sample: int, model: str | None, device: str | None, quiet: bool
-) -> Any:
-    with Meter("recompute", "entries", show=not quiet) as meter:
-        recompute, models = recorded_models(model, device)
-        return recompute.verify_by_recomputing(store, models, prefixes, sample=sample, progress=meter)
-
-
 def _recomputed(one: Any) -> dict[str, Any]:
-    found = {name: getattr(one, name) for name in ("ok", "error", "largest", "tolerance", "corrupt")}
+    found = attributes_as_json(one, "ok", "error", "largest", "tolerance", "corrupt")
     return {**found, "entries": one.documents, "wrong": one.failed}
 
 
 def _show(found: inspection.StoreIntegrityReport, store: str) -> None:
     for name, one in found.spaces.items():
-        state = "intact" if one.intact else f"{counted(len(one.corrupt), 'corrupt entry', 'corrupt entries')}"
+        state = "intact" if one.intact else counted(len(one.corrupt), "corrupt entry", "corrupt entries")
         say(f"{name[:SHORT]}: {entries(one.entries)}, {binary(one.nbytes)} read: {state}")
         for segment, what in one.damaged.items():
             say(f"  damaged {segment}: {what}")

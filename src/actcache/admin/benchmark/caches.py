@@ -7,15 +7,14 @@ import gc
 import mmap
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from actcache.errors import StorageIOError
 
-_PATIENCE = 5.0  # seconds for the thread of an iteration that was broken off
-_TRIES = 20  # the kernel writes back and lets go of pages on its own time
+_MAPS = Path("/proc/self/maps")
 
 
 def evict(folder: Path) -> None:
@@ -32,10 +31,7 @@ def evict(folder: Path) -> None:
 
 
 def resident(folder: Path) -> float:
-    """Return which share of the pages of a folder's files are in memory, by ``mincore``; 0 to 1.
-
-    The kernel tells who owns a file, or may write it.
-    """
+    """Return the share of a folder's files that is in memory, 0 to 1; ``mincore`` tells whoever may write them."""
     pages = there = 0
     for path in _files(folder):
         with path.open("rb") as file:
@@ -54,7 +50,7 @@ def evict_surely(folder: Path, tolerated: float) -> float:
     Raises:
         StorageIOError: more stays, as it does where the file system is memory or has a cache of its own.
     """
-    for _ in range(_TRIES):
+    for _ in range(20):  # the kernel writes back and lets go of pages on its own time
         evict(folder)
         left = resident(folder)
         if left <= tolerated:
@@ -68,17 +64,12 @@ def evict_surely(folder: Path, tolerated: float) -> float:
 
 def refuse_mappings(folders: list[Path]) -> None:
     """Make sure that nothing of a store is still mapped, which would keep its pages in memory."""
-    end = time.monotonic() + _PATIENCE
-    while kept := _mapped(folders):
+    end = time.monotonic() + 5.0  # seconds for the thread of an iteration that was broken off
+    while kept := [str(folder) for folder in folders if os.fsencode(folder) + b"/" in _MAPS.read_bytes()]:
         if time.monotonic() > end:
             raise StorageIOError(f"{kept[0]} is still mapped; its pages cannot be dropped")
         gc.collect()  # a mapping goes with the last array over it
         time.sleep(0.01)
-
-
-def _mapped(folders: Iterable[Path]) -> list[str]:
-    mapped = Path("/proc/self/maps").read_bytes()
-    return [str(folder) for folder in folders if os.fsencode(folder) + b"/" in mapped]
 
 
 def _files(folder: Path) -> Iterator[Path]:

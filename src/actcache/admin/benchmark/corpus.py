@@ -71,20 +71,15 @@ class Documents:
         return self._documents
 
     def put(self, space: Space) -> None:
-        """Put all of them, a batch at a time."""
         for start in range(0, len(self.keys), self.shape.batch):
             part = slice(start, start + self.shape.batch)
             space.put([key.tobytes() for key in self.keys[part]], self._documents[part], self._ids[part])
 
 
 class StoredCorpus:
-    """Stores of the same documents.
+    """Stores of the same documents, made here, by name; ``flat`` gets the rows, and one of zeros behind them.
 
-    Args:
-        urls: of the stores to make, by name.
-        options: of all of them.
-        flat: also written there are the rows, and one of zeros behind them.
-        progress: told how many of the files and stores are written.
+    ``progress`` is told how many of the files and stores are written.
     """
 
     def __init__(
@@ -116,9 +111,7 @@ class StoredCorpus:
 
     def buffer(self) -> NDArray[Any]:
         """Return memory for the rows of a batch, mapped already."""
-        out = np.empty((self.shape.batch * self.shape.longest, self.shape.hidden), np.float16)
-        out[:] = 0
-        return out
+        return np.full((self.shape.batch * self.shape.longest, self.shape.hidden), 0, np.float16)
 
     def turns(self, count: int, batches: int) -> list[list[NDArray[Any]]]:
         """Return the documents of each round's batches, by position: a turn has each once where there are enough."""
@@ -134,5 +127,4 @@ class StoredCorpus:
 
     def payload(self, turns: list[list[NDArray[Any]]]) -> NDArray[Any]:
         """Return the bytes of rows in each turn."""
-        tokens = np.array([sum(int(self.lengths[which].sum()) for which in turn) for turn in turns])
-        return tokens * self.shape.row_bytes
+        return np.array([sum(self.lengths[which].sum() for which in turn) for turn in turns]) * self.shape.row_bytes

@@ -22,7 +22,6 @@ from actcache.io.files import mount_of, translated
 from actcache.io.workers import available_cpus
 from actcache.segments import registry
 
-MODES = ("cold", "warm")
 PREFIX = "actcache-bench-"  # of the scratch folder
 
 _MEMORY = {"tmpfs", "ramfs"}
@@ -74,10 +73,8 @@ def run(
     Args:
         backends: names; None for all that are installed and keep a store in a folder.
         shapes: ``paper`` (60-512 tokens x 768) and ``short`` (8-48 x 384), float16.
-        modes: ``cold`` and ``warm``.
         nbytes: of the rows of a shape; never less than one batch.
-        rounds: of which each ratio is one.
-        batches: that are read in a turn.
+        batches: that are read in a turn; each ratio is of two turns of one round.
         keep: leave the scratch folder where it is; ``facts`` names it.
 
     Raises:
@@ -87,7 +84,14 @@ def run(
     """
     usable, missing = local_backends()
     chosen = list(dict.fromkeys(usable if backends is None else backends))
-    _check(chosen, usable, missing, shapes, modes, nbytes, rounds, batches)
+    _check_backends(chosen, usable, missing)
+    for what, names, known in (("shape", shapes, SHAPES), ("mode", modes, ("cold", "warm"))):
+        for name in names:
+            if name not in known:
+                raise UsageError(f"there is no {what} {name!r}; there are {', '.join(known)}")
+    for what, number in (("size", nbytes), ("rounds", rounds), ("batches", batches)):
+        if number < 1:
+            raise UsageError(f"{what} is a number of 1 or more, not {number}")
     folder = folder.absolute()
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; name one on the disk that is to be measured")
@@ -133,28 +137,12 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def _check(
-    chosen: Sequence[str],
-    usable: Sequence[str],
-    missing: Mapping[str, str],
-    shapes: Sequence[str],
-    modes: Sequence[str],
-    nbytes: int,
-    rounds: int,
-    batches: int,
-) -> None:
+def _check_backends(chosen: Sequence[str], usable: Sequence[str], missing: Mapping[str, str]) -> None:
     for name in chosen:
         if name in missing:
             raise MissingExtraError(missing[name])
         if name not in usable:
             raise UsageError(f"{name!r} is no backend that keeps a store in a folder; there are {', '.join(usable)}")
-    for what, names, known in (("shape", shapes, SHAPES), ("mode", modes, MODES)):
-        for name in names:
-            if name not in known:
-                raise UsageError(f"there is no {what} {name!r}; there are {', '.join(known)}")
-    for what, number in (("size", nbytes), ("rounds", rounds), ("batches", batches)):
-        if number < 1:
-            raise UsageError(f"{what} is a number of 1 or more, not {number}")
 
 
 def _check_room(folder: Path, nbytes: int, shape: str, stores: int) -> None:

@@ -4,9 +4,6 @@ Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``
 and more threads, into the same reused buffer, packed or padded with zeros. Cold: direct reads of the same extents, 8
 and 16 at a time.
 
-One coalesced read is what the same number of bytes costs that lie side by side: warm, one copy of the stretch; cold,
-direct reads of it in large pieces.
-
 Without torch, ``index_select`` is left out; ``take`` is the same in NumPy.
 """
 
@@ -43,8 +40,6 @@ class FlatFile:
 
     Args:
         path: raw rows, and a last one of zeros, which belongs to no document.
-        lengths: of the documents, in the order of the file.
-        hidden: columns, float16.
         outs: ``[rows, hidden]`` each, the reused buffers, which take turns batch by batch.
     """
 
@@ -96,23 +91,20 @@ class FlatFile:
     def warm(self, *, padded: bool = False) -> dict[str, Read]:
         """Return the contestants; each reads the documents of a batch, given by position.
 
-        Args:
-            padded: whether each document takes up the rows of the longest of its batch, zeros behind its own.
+        Padded, each document takes up the rows of the longest of its batch, zeros behind its own.
         """
         ways: dict[str, Read] = {}
         if self._torch is not None:
             ways["index_select"] = self._spread(self._index_select, 1, padded)
         for threads in sorted({1, self._threads}):
-            ways[f"memcpy x{threads}"] = self._spread(self._memcpy, threads, padded)
-            ways[f"preadv x{threads}"] = self._spread(self._preadv, threads, padded)
-            ways[f"take x{threads}"] = self._spread(self._take, threads, padded)
+            for name, part in (("memcpy", self._memcpy), ("preadv", self._preadv), ("take", self._take)):
+                ways[f"{name} x{threads}"] = self._spread(part, threads, padded)
         return ways
 
     def cold(self) -> dict[str, Read]:
         """Return the contestants; each reads any number of documents without a pause in between.
 
-        Raises:
-            StorageIOError: the file system takes no direct reads.
+        A ``StorageIOError`` says that the file system takes no direct reads.
         """
         self._open_direct()
         return {f"direct x{depth}": self._stream(depth) for depth in (8, 16)}
@@ -165,13 +157,11 @@ class FlatFile:
             self._turn()
             lengths = self._lengths[which]
             bounds = offsets_of(np.full(len(which), lengths.max()) if padded else lengths)
-            cuts = [len(which) * i // threads for i in range(threads + 1)]
+            cuts = [(len(which) * i // threads, len(which) * (i + 1) // threads) for i in range(threads)]
             if threads == 1:
                 part(which, bounds)
             else:
-                jobs = range(threads)
-                parts = [slice(cuts[i], cuts[i + 1]) for i in jobs]
-                list(self._pool.map(lambda i: part(which[parts[i]], bounds[cuts[i] : cuts[i + 1] + 1]), jobs))
+                list(self._pool.map(lambda cut: part(which[slice(*cut)], bounds[cut[0] : cut[1] + 1]), cuts))
 
         return read
 
@@ -188,7 +178,8 @@ class FlatFile:
                         some = parts.popleft()
                     except IndexError:
                         return
-                    self._direct_reads(some)
+                    for start, length in zip(self._starts[some].tolist(), self._lengths[some].tolist(), strict=True):
+                        self._direct_read(start * self._row_bytes, (start + length) * self._row_bytes)
 
             for future in [self._pool.submit(work) for _ in range(depth)]:
                 future.result()
@@ -205,8 +196,7 @@ class FlatFile:
             if threads == 1:
                 part(first, first + count, 0)
             else:
-                jobs = range(threads)
-                list(self._pool.map(lambda i: part(first + cuts[i], first + cuts[i + 1], cuts[i]), jobs))
+                list(self._pool.map(lambda at, end: part(first + at, first + end, at), cuts[:-1], cuts[1:]))
 
         return read
 
@@ -221,10 +211,6 @@ class FlatFile:
         begin, end = first * self._row_bytes // _PAGE * _PAGE, last * self._row_bytes
         for offset in range(begin, end, _PIECE):
             self._direct_read(offset, min(offset + _PIECE, end))
-
-    def _direct_reads(self, which: Positions) -> None:
-        for start, length in zip(self._starts[which].tolist(), self._lengths[which].tolist(), strict=True):
-            self._direct_read(start * self._row_bytes, (start + length) * self._row_bytes)
 
     def _direct_read(self, begin: int, end: int) -> None:
         """Read the pages of some bytes into memory of this thread."""

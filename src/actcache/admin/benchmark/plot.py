@@ -8,7 +8,7 @@ from typing import Any
 
 from actcache.admin.benchmark.corpus import SHAPES
 from actcache.admin.benchmark.disk import Bench
-from actcache.admin.benchmark.reading import Comparison
+from actcache.admin.benchmark.reading import Comparison, Contestant
 from actcache.errors import MissingExtraError, UsageError
 from actcache.io.newfile import replaced_file
 
@@ -32,26 +32,20 @@ def check(path: Path) -> None:
 
 
 def save(bench: Bench, path: Path) -> None:
-    """Draw each backend's share of the limit, a panel for each comparison, into a PNG, SVG or PDF file.
-
-    Raises:
-        MissingExtraError, UsageError: see ``check``.
-        StoreError: the file cannot be written.
-    """
+    """Draw each backend's share of the limit, a panel for each comparison, into a file that passes ``check``."""
     check(path)
     figures, backend = _matplotlib("matplotlib.figure"), _matplotlib("matplotlib.backends.backend_agg")
-    most = max(len(_backends(one)) for one in bench.comparisons)
-    height = 1.35 + 0.62 * most
+    height = 1.35 + 0.62 * max(len(_backends(one)) for one in bench.comparisons)
     figure = figures.Figure(figsize=(9, 1.0 + height * len(bench.comparisons)), layout="constrained")
     backend.FigureCanvasAgg(figure)
     panels = figure.subplots(len(bench.comparisons), 1, squeeze=False)[:, 0]
     for panel, one in zip(panels, bench.comparisons, strict=True):
         _draw(panel, one)
-    facts, versions = bench.facts, bench.versions
+    facts = bench.facts
     figure.suptitle("Shuffled reads of stored activations, as a share of what the disk itself does", color=_TEXT)
     note = (
         f"{facts['processor']}; {facts['folder'].partition(', ')[2]}; {facts['system']}\n"
-        f"actcache {versions['actcache']}, {facts['when']}; medians of paired rounds, lines: 95 % intervals"
+        f"actcache {bench.versions['actcache']}, {facts['when']}; medians of paired rounds, lines: 95 % intervals"
     )
     figure.supxlabel(note, fontsize=7.5, color="#7f8c8d")
     with replaced_file(path) as temporary:
@@ -67,11 +61,11 @@ def _draw(panel: Any, one: Comparison) -> None:
         panel.barh(place, ratio.median, height=0.56, color=_BAR, zorder=2)
         reach = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
         panel.errorbar(ratio.median, place, xerr=reach, color=_TEXT, capsize=4, linewidth=1.3, zorder=3)
-        words = f"{ratio}\n{speed.median:.2f} GB/s"
-        panel.text(1.02, place, words, transform=beside, va="center", color=_TEXT, fontsize=9)
+        panel.text(
+            1.02, place, f"{ratio}\n{speed.median:.2f} GB/s", transform=beside, va="center", color=_TEXT, fontsize=9
+        )
     panel.axvline(1, color=_LIMIT, linewidth=1.4, linestyle="--", zorder=4)
-    at_most = one.speed(limit).median
-    words = f"the limit: {at_most:.2f} GB/s ({one.limit})"
+    words = f"the limit: {one.speed(limit).median:.2f} GB/s ({one.limit})"
     panel.text(1, len(rows) - 0.42, words, color=_LIMIT, fontsize=8.5, ha="center")
     shape = SHAPES[one.shape]
     what = f"{shape.shortest}-{shape.longest} tokens x {shape.hidden}, float16, batches of {one.batch}"
@@ -87,8 +81,7 @@ def _draw(panel: Any, one: Comparison) -> None:
         panel.spines[side].set_visible(False)
 
 
-def _backends(one: Comparison) -> list[Any]:
-    """Return the backends as they are used."""
+def _backends(one: Comparison) -> list[Contestant]:
     return [row for row in one.contestants if row.checked]
 
 

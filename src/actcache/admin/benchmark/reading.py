@@ -67,11 +67,11 @@ class Comparison:
         return f"{self.shape}, {self.mode}: {self.documents} documents, {self.nbytes / 2**30:.1f} GiB"
 
     def speed(self, contestant: Contestant) -> Spread:
-        """Return GB/s of rows."""
+        """In GB/s of rows."""
         return Spread.of(self.payload / contestant.seconds / 1e9)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values: GB/s, ratios with their intervals, and the seconds of every round."""
+        """GB/s, ratios with their intervals, and the seconds of every round."""
 
         def row(one: Contestant) -> dict[str, Any]:
             ratios = dict(zip(("of_the_limit", "of_one_coalesced_read"), one.ratios, strict=False))
@@ -99,8 +99,8 @@ def warm(
         spaces = {name: stack.enter_context(corpus.open(name)) for name in corpus.urls}
         reads: dict[str, Callable[[Positions], object]] = dict(ways)
         for name, space in spaces.items():
-            reads[name] = partial(_read_entries, space, corpus, out, True)
-            reads[_unchecked(name)] = partial(_read_entries, space, corpus, out, False)
+            for label, verify in ((name, True), (_unchecked(name), False)):
+                reads[label] = partial(_read_entries, space, corpus, out, verify)
         # Warm means mapped as well: a page's first touch through a mapping is a fault, for the limit as for a backend.
         toucher = next(iter(flat.warm().values()))
         for which in np.array_split(np.arange(len(corpus.lengths)), 1 + len(corpus.lengths) // corpus.shape.batch):
@@ -131,12 +131,9 @@ def cold(
     drop: Callable[[], object],
     progress: StepProgress = lambda done, total: None,
 ) -> Comparison:
-    """Compare reads of what is not in the page cache.
+    """Compare reads of what is not in the page cache, out of which ``drop`` takes the folder's files before every turn.
 
     A turn reads each document once, in fewer batches where the corpus has not enough: the second time it would be warm.
-
-    Args:
-        drop: called before every turn; takes the folder's files out of the page cache.
     """
     batches = min(batches, len(corpus.lengths) // corpus.shape.batch)
     out, turns = corpus.buffer(), corpus.turns(count, batches)

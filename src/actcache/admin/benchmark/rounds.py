@@ -20,8 +20,7 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some figures, and the interval that holds the true median with 95 % confidence (order
-    statistics)."""
+    """The median of some figures, and the interval that holds the true one with 95 % confidence (order statistics)."""
 
     median: float
     low: float
@@ -48,16 +47,10 @@ def take_turns(
     before: Callable[[], None] = lambda: None,
     progress: StepProgress = lambda done, total: None,
 ) -> dict[str, Seconds]:
-    """Time ``contestant(round)`` for every contestant in every round, each round in another order.
+    """Time ``contestant(round)`` for every contestant in every round, each in another order; return seconds by name.
 
-    Args:
-        contestants: name -> function that does the round's work. What it returns, if positive, is its own count of
-            seconds; else the call is timed.
-        before: called, untimed, before every turn.
-        progress: told, untimed, how many turns are done and how many there are.
-
-    Returns:
-        name -> seconds, ``[rounds]``.
+    What a contestant returns, if positive, is its own count of seconds; else the call is timed. ``before`` is called,
+    untimed, before every turn, and ``progress`` is told how many turns are done and how many there are.
     """
     names = list(contestants)
     seconds = {name: np.zeros(rounds) for name in names}

@@ -32,7 +32,7 @@ class Exported:
     """What an export wrote."""
 
     entries: int
-    nbytes: int  # of the file
+    nbytes: int
     token_ids: bool  # whether they are there
     extras: list[str] = field(default_factory=list)  # of spans, word_ids, type_ids, what is there
     left_out: dict[str, int] = field(default_factory=dict)  # array -> entries that have it, where others do not
@@ -55,7 +55,6 @@ def export_space(
     as JSON, under ``actcache_recipe``.
 
     Args:
-        path: ends in ``.safetensors``, ``.npz`` or ``.parquet``.
         keys: of the entries, in this order, each written once (to Parquet as often as it is given); None for all, as
             they lie.
         ids: with ``keys`` and Parquet, the caller's own id of each.
@@ -65,7 +64,6 @@ def export_space(
         MissingExtraError: Parquet without pyarrow.
         MissingEntryError: a key is absent.
         CorruptEntryError: an entry fails its checksum; nothing was written.
-        OutOfSpaceError, ReadOnlyError, StorageIOError: the file cannot be written.
     """
     if path.suffix not in _FORMATS:
         raise UsageError(f"{path} ends in none of {', '.join(_FORMATS)}: the name decides what is written")
@@ -88,7 +86,7 @@ def _write_arrays(
     columns = [VALUES, *(name for name, count in having.items() if count == len(keys) > 0)]
     extras = [name for name in columns if name in EXTRAS]
     starts = offsets_of(lengths)
-    of = columns_of(space.recipe)
+    recipe, of = space.recipe, columns_of(space.recipe)
     described: list[Described] = [
         ("offsets", np.dtype(np.int64), (len(keys) + 1,)),
         ("checksums", np.dtype(np.uint64), (len(keys),)),
@@ -96,12 +94,12 @@ def _write_arrays(
         ("keys", np.dtype(np.uint8), (len(keys), 32)),
         *((name, np.dtype(of[name][0]), (int(starts[-1]), *of[name][1])) for name in columns),
     ]
-    metadata = {VERSION_NAME: VERSION, RECIPE_NAME: json.dumps(space.recipe.to_json())}
-    seed = checksum.space_seed(space.recipe.fingerprint, space.recipe.dtype, space.recipe.hidden_size)
+    metadata = {VERSION_NAME: VERSION, RECIPE_NAME: json.dumps(recipe.to_json())}
+    seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
     with SINKS[suffix](path, described, metadata) as sink:
         sink.write("offsets", starts)
         sink.write("keys", keys)
-        for run in runs(lengths * space.recipe.row_bytes, PART_BYTES):
+        for run in runs(lengths * recipe.row_bytes, PART_BYTES):
             part, begins = keys[run], starts[run] - starts[run.start]
             rows = _rows(space, part, columns, int(lengths[run].sum()))
             sums, extra_sums = checksum.entry_checksums(seed, part, begins, lengths[run], rows)
@@ -136,7 +134,9 @@ def _write_parquet(
     space: Space, path: Path, keys: NDArray[np.uint8], ids: Sequence[str] | None, progress: Progress | None
 ) -> Exported:
     """Write a row group at a time. Rows are read as well, for a checksum is over token ids and rows together."""
-    arrow, parquet = _pyarrow()
+    with requires_extra("corpora", "Parquet needs pyarrow"):
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
     schema = _schema(arrow, space, ids is not None)
     lengths = space.lengths(keys)
     complete = bool(len(keys))  # whether all have token ids
@@ -158,12 +158,12 @@ def _write_parquet(
 
 
 def _schema(arrow: Any, space: Space, with_ids: bool) -> Any:
-    fields = [
+    key = [
         arrow.field("key", arrow.string(), nullable=False),
         *([arrow.field("id", arrow.string())] if with_ids else []),
-        arrow.field("length", arrow.int32(), nullable=False),
-        arrow.field("token_ids", arrow.list_(arrow.int32())),
     ]
+    length, ids = arrow.field("length", arrow.int32(), nullable=False), arrow.list_(arrow.int32())
+    fields = [*key, length, arrow.field("token_ids", ids)]
     return arrow.schema(fields, {"actcache_recipe": json.dumps(space.recipe.to_json())})
 
 
@@ -182,10 +182,3 @@ def _batch(arrow: Any, schema: Any, space: Space, keys: NDArray[np.uint8], ids: 
         ],
         schema=schema,
     )
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    with requires_extra("corpora", "Parquet needs pyarrow"):
-        import pyarrow
-        import pyarrow.parquet
-    return pyarrow, pyarrow.parquet

@@ -24,7 +24,6 @@ from actcache.format import safetensors
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
 from actcache.format.safetensors import Described
 
-#: Of the files' metadata.
 VERSION = "1"
 VERSION_NAME, RECIPE_NAME = "actcache_export", "recipe"
 
@@ -39,13 +38,7 @@ OPTIONAL = (TOKEN_IDS, *sorted(EXTRAS))
 
 
 class Sink(ABC):
-    """A file of arrays whose shapes are known before their rows. A context manager; whole when that has ended well.
-
-    Args:
-        path: of a new file.
-        described: the arrays.
-        metadata: texts that go with them.
-    """
+    """A new file of arrays of known shapes; a context manager, and whole when that has ended well."""
 
     @abstractmethod
     def __init__(self, path: Path, described: Sequence[Described], metadata: Mapping[str, str]) -> None: ...
@@ -67,8 +60,7 @@ class Sink(ABC):
         """Write what is to be written when all rows are there."""
 
     @abstractmethod
-    def _close(self) -> None:
-        """Release everything."""
+    def _close(self) -> None: ...
 
     def __enter__(self) -> Sink:
         return self
@@ -84,8 +76,7 @@ class Sink(ABC):
 
 
 class TensorsSink(Sink):
-    """A safetensors file, each row written to its place. The widest items come first, so that all arrays are aligned:
-    torch refuses others."""
+    """A safetensors file, each row written to its place; the widest items first, for torch refuses unaligned arrays."""
 
     def __init__(self, path: Path, described: Sequence[Described], metadata: Mapping[str, str]) -> None:
         ordered = sorted(described, key=lambda one: -one[1].itemsize)
@@ -164,19 +155,14 @@ _HEADER = re.compile(
 _MAGIC = {b"\x93NUMPY\x01\x00": "<H", b"\x93NUMPY\x02\x00": "<I"}
 _MAX_HEADER = 4096
 _LOCAL = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
-_ENCRYPTED = 1
 _UNREADABLE = (ValueError, TypeError, struct.error, zipfile.BadZipFile, NotImplementedError, OverflowError, EOFError)
 
 
 def mapped(file: BinaryIO, where: str) -> dict[str, NDArray[np.generic]]:
     """Return the arrays of an uncompressed npz by name, read-only, mapped in place; they may be unaligned.
 
-    Args:
-        file: a regular file.
-        where: how an error names it.
-
     Raises:
-        FormatError: it is none, or is compressed.
+        FormatError: it is none, or is compressed; ``where`` names it.
     """
     try:
         size = file.seek(0, os.SEEK_END)
@@ -192,7 +178,7 @@ def mapped(file: BinaryIO, where: str) -> dict[str, NDArray[np.generic]]:
 
 def _array(whole: NDArray[np.uint8], member: zipfile.ZipInfo, size: int) -> NDArray[np.generic]:
     name = member.filename[:60]
-    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & _ENCRYPTED:
+    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:  # bit 0: encrypted
         raise ValueError(f"{name!r} is compressed or encrypted; write it with numpy.savez, not savez_compressed")
     begin = member.header_offset
     if not 0 <= begin <= size - _LOCAL.size:

@@ -60,15 +60,14 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
         StoreError: read-only, disk full, ...
     """
     file = _checked(path, *_arrays_of(path))
-    lengths, begins = np.diff(file.offsets), file.offsets[:-1]
-    stored = codec.get(file.recipe.dtype)
-    seed = checksum.space_seed(file.recipe.fingerprint, file.recipe.dtype, file.recipe.hidden_size)
-    corrupt: list[bytes] = []
-    count = 0
+    recipe, lengths, begins = file.recipe, np.diff(file.offsets), file.offsets[:-1]
+    stored = codec.get(recipe.dtype)
+    seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
+    corrupt, count = list[bytes](), 0
     with ExitStack() as stack:
         # Where nothing of the file is right, its recipe may not be either, and no space is made of it.
-        space = None if len(file.keys) else stack.enter_context(store.space(file.recipe))
-        for run in runs(lengths * file.recipe.row_bytes, PART_BYTES):
+        space = None if len(file.keys) else stack.enter_context(store.space(recipe))
+        for run in runs(lengths * recipe.row_bytes, PART_BYTES):
             sums, extra_sums = checksum.entry_checksums(seed, file.keys[run], begins[run], lengths[run], file.columns)
             right = sums == file.checksums[run]
             if extra_sums is not None and file.extra_checksums is not None:
@@ -76,7 +75,7 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
             corrupt += key_list(file.keys[run][~right])
             which = (run.start + np.flatnonzero(right)).tolist()
             if space is None and which:
-                space = stack.enter_context(store.space(file.recipe))
+                space = stack.enter_context(store.space(recipe))
             arrays: dict[str, Any] = {
                 name: [np.array(column[file.offsets[i] : file.offsets[i + 1]]) for i in which]
                 for name, column in file.columns.items()
@@ -88,7 +87,7 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
                 progress("import", run.stop, len(file.keys))
         if space is not None:
             space.flush()
-    return Imported(file.recipe.fingerprint, len(file.keys), count, corrupt)
+    return Imported(recipe.fingerprint, len(file.keys), count, corrupt)
 
 
 def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]]]:
@@ -138,11 +137,6 @@ def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArr
         raise FormatError(f"{path} was not written by cachectl export: {error}") from None
     offsets = np.array(arrays["offsets"])
     check_offsets(offsets, len(keys), rows, str(path))
-    return _File(
-        recipe,
-        keys,
-        offsets,
-        np.array(arrays["checksums"]),
-        np.array(arrays["extra_checksums"]) if extras else None,
-        {name: arrays[name] for name in columns},
-    )
+    extra_sums = np.array(arrays["extra_checksums"]) if extras else None
+    ragged = {name: arrays[name] for name in columns}
+    return _File(recipe, keys, offsets, np.array(arrays["checksums"]), extra_sums, ragged)

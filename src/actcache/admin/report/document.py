@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from actcache.admin.display import as_json, fields_as_json
+from actcache.admin.display import attributes_as_json, fields_as_json
 from actcache.admin.inspection import each_space, select_spaces
 from actcache.admin.report.spaces import stem_of
 from actcache.admin.report.statistics import Numbers, Statistics
@@ -57,25 +58,14 @@ class EntryReport:
     extras: dict[str, list[Any]] | None = None  # spans, word_ids, type_ids: those that were stored
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        recipe = self.recipe
         return {
-            "space": recipe.fingerprint,
-            "model": recipe.model,
-            "layer": recipe.layer,
-            "key": self.key.hex(),
-            "window": as_json(self.window),
-            "tokens": self.tokens,
-            "hidden_size": recipe.hidden_size,
-            "dtype": recipe.dtype,
-            "stored_as": recipe.stored_as,
-            "nbytes": self.nbytes,
-            "segment": self.segment,
+            "space": self.recipe.fingerprint,
+            **attributes_as_json(self.recipe, "model", "layer"),
+            **attributes_as_json(self, "key", "window", "tokens"),
+            **attributes_as_json(self.recipe, "hidden_size", "dtype", "stored_as"),
+            **attributes_as_json(self, "nbytes", "segment"),
             "checksum": f"{self.checksum:016x}",
-            "intact": self.intact,
-            "statistics": as_json(self.statistics),
-            "token_ids": self.token_ids,
-            "extras": self.extras,
+            **attributes_as_json(self, "intact", "statistics", "token_ids", "extras"),
         }
 
 
@@ -92,16 +82,11 @@ class DocumentReport:
         return all(entry.intact for entry in self.entries)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
         return fields_as_json(self, "intact")
 
 
 def document_by_text(store: Store, text: str, spaces: Sequence[str] = ()) -> DocumentReport:
-    """Look at the document with this text; raises as ``document_by_key`` does.
-
-    Raises:
-        DocumentError: the text is empty, or has no UTF-8 form.
-    """
+    """Look at the document with this text; raises as ``document_by_key``, or ``DocumentError`` where it has no key."""
     return _document(store, document_key(text), spaces, f"the text {text!r:.60}")
 
 
@@ -111,7 +96,7 @@ def document_by_key(store: Store, digits: str, spaces: Sequence[str] = ()) -> Do
     Args:
         digits: its key in hexadecimal; or how that begins, where it fits one key of the spaces. A document that was cut
             into windows is found by all digits of its own key, or by a window's.
-        spaces: prefixes of the fingerprints of spaces; all where there are none.
+        spaces: prefixes of the fingerprints.
 
     Raises:
         UsageError: these are no digits of a key, or several keys begin so.
@@ -185,11 +170,8 @@ def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Windo
     stem = names[int(which[0])] if which[0] >= 0 else None
     tokens, checksum, _ = space.stored_checksums([key])[0].tolist()
     columns = columns_of(space.recipe)
-    row_bytes = space.recipe.row_bytes
-    for name in (TOKEN_IDS, *EXTRAS):
-        if space.has(name, [key])[0]:
-            dtype, trailing = columns[name]
-            row_bytes += np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=int))
+    more = [columns[name] for name in (TOKEN_IDS, *EXTRAS) if space.has(name, [key])[0]]
+    row_bytes = space.recipe.row_bytes + sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in more)
     where = None if stem is None else listed.get(stem, stem)
     report = EntryReport(space.recipe, key, window, tokens, tokens * row_bytes, where, checksum, intact=False)
     found, _, _ = read_intact(space.get, [key])

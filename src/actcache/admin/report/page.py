@@ -82,7 +82,6 @@ def write_page(found: StoreDetail, path: Path) -> int:
 
     Raises:
         UsageError: something stands there already.
-        OutOfSpaceError, ReadOnlyError, StorageIOError: it cannot be written.
     """
     check_new(path)
     data = render_page(found).encode()
@@ -92,17 +91,15 @@ def write_page(found: StoreDetail, path: Path) -> int:
 
 
 def render_page(found: StoreDetail) -> str:
-    """Return the page."""
     title = f"Activation cache {found.store}"
-    head = joined(
-        element("meta", {"charset": "utf-8"}),
-        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", {"name": "color-scheme", "content": "light dark"}),
-        element("link", {"rel": "icon", "href": "data:,"}),
-        element("title", None, title),
-        element("style", None, Markup(STYLE)),
+    metas = (
+        {"charset": "utf-8"},
+        {"http-equiv": "Content-Security-Policy", "content": _POLICY},
+        {"name": "viewport", "content": "width=device-width, initial-scale=1"},
+        {"name": "color-scheme", "content": "light dark"},
     )
+    icon, style = element("link", {"rel": "icon", "href": "data:,"}), element("style", None, Markup(STYLE))
+    head = joined(*(element("meta", one) for one in metas), icon, element("title", None, title), style)
     body = joined(_header(found), _wrong(found), _spaces(found), *(_space(one, found.time) for one in found.spaces))
     content = joined(element("head", None, head), element("body", None, element("main", None, body)))
     return f"<!DOCTYPE html>\n{element('html', {'lang': 'en'}, content)}\n"
@@ -113,12 +110,8 @@ def render_page(found: StoreDetail) -> str:
 
 def _header(found: StoreDetail) -> Markup:
     tokens = sum(one.report.usage.tokens for one in found.spaces)
-    facts = [
-        counted(len(found.spaces), "space"),
-        entries(sum(one.report.usage.entries for one in found.spaces)),
-        counted(tokens, "token"),
-        binary(found.footprint.total),
-    ]
+    held = entries(sum(one.report.usage.entries for one in found.spaces))
+    facts = [counted(len(found.spaces), "space"), held, counted(tokens, "token"), binary(found.footprint.total)]
     if found.collections:
         facts.append(f"{counted(len(found.collections), 'collection')}: {', '.join(found.collections)}")
     return element(
@@ -155,7 +148,8 @@ def _spaces(found: StoreDetail) -> Markup:
         model = (model_name(recipe), str(recipe.layer), recipe.stored_as)
         sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), each, f"{usage.segments:,}")
         rows.append((link, *model, *sizes, ago(one.written)))
-    figures = element("div", {"class": "plots"}, _bytes_plot(found), _checksum_plot(found), _all_ages(found))
+    ages = _ages([segment for one in found.spaces for segment in one.segments], found.time)
+    figures = element("div", {"class": "plots"}, _bytes_plot(found), _checksum_plot(found), ages)
     return element("section", None, element("h2", None, "Spaces"), _table("Spaces", names, rows, left=4), figures)
 
 
@@ -164,9 +158,8 @@ def _bytes_plot(found: StoreDetail) -> Markup:
     for one in sorted(found.spaces, key=lambda one: -sum(one.parts.values())):
         total, held = sum(one.parts.values()), one.report.usage.nbytes
         rows.append(Row(_label(one), [("one", min(held, total)), ("two", max(0, total - held))], binary(total)))
-    described = "; ".join(f"{row.label}: {row.text}" for row in rows) or "There are no spaces."
     meanings = legend(("one", "entries"), ("two", "index, canaries, replaced and quarantined segments"))
-    return figure("Bytes by space", described, bars(rows), meanings)
+    return _bars("Bytes by space", rows, meanings)
 
 
 def _checksum_plot(found: StoreDetail) -> Markup:
@@ -179,13 +172,12 @@ def _checksum_plot(found: StoreDetail) -> Markup:
             text += f", {counted(len(one.report.damaged), 'segment')} damaged"
         parts = [("good", intact), ("bad", corrupt), ("unknown", unread)]
         rows.append(Row(_label(one), [(kind, amount / max(1, sample.of)) for kind, amount in parts], text))
+    return _bars("Checksums", rows, legend(("good", "intact"), ("bad", "corrupt"), ("unknown", "not read")))
+
+
+def _bars(title: str, rows: Sequence[Row], meanings: Markup) -> Markup:
     described = "; ".join(f"{row.label}: {row.text}" for row in rows) or "There are no spaces."
-    meanings = legend(("good", "intact"), ("bad", "corrupt"), ("unknown", "not read"))
-    return figure("Checksums", described, bars(rows), meanings)
-
-
-def _all_ages(found: StoreDetail) -> Markup:
-    return _ages([segment for one in found.spaces for segment in one.segments], found.time)
+    return figure(title, described, bars(rows), meanings)
 
 
 def _label(one: SpaceDetail) -> str:
@@ -206,28 +198,25 @@ def _space(one: SpaceDetail, now: float) -> Markup:
         f"have up to {number(lengths.median)}, 95 % up to {lengths.p95:,}; the mean is {number(lengths.mean)}."
     )
     plot = histogram(lengths.histogram, lambda edge: f"{edge:,.0f}", _count, "tokens of an entry")
-    figures = [
-        figure("Lengths", described, plot, described),
-        _ages(one.segments, now),
-        _norms(sample.statistics, sample.entries),
-    ]
+    norms = _norms(sample.statistics, sample.entries)
+    figures = [figure("Lengths", described, plot, described), _ages(one.segments, now), norms]
     made = "" if one.made is None else f", made {moment(now - one.made)}"
     made += "" if one.owner is None else f" by {one.owner}"
-    parts = [
+    return element(
+        "section",
+        {"id": recipe.fingerprint},
         element("h2", None, title),
         element("p", {"class": "soft"}, element("code", None, recipe.fingerprint), made),
         element("div", {"class": "plots"}, *figures),
         _folded("Recipe", _fields("Recipe", recipe.identity())),
         _folded("Provenance", _fields("Provenance", recipe.to_json()["provenance"])),
         _folded(counted(len(one.segments), "segment"), _segments(one.segments)),
-    ]
-    return element("section", {"id": recipe.fingerprint}, *parts)
+    )
 
 
 def _norms(found: Statistics, count: int) -> Markup:
-    if not found.tokens:
-        described = "No rows were read."
-    else:
+    described = "No rows were read."
+    if found.tokens:
         described = (
             f"Of {entries(count)} ({counted(found.tokens, 'row')}): norms from "
             f"{number(found.norm_min)} to {number(found.norm_max)}, mean {number(found.norm_mean)}. All numbers: mean "
@@ -239,12 +228,15 @@ def _norms(found: Statistics, count: int) -> Markup:
 
 def _ages(segments: Sequence[SegmentReport], now: float) -> Markup:
     dated = [(now - segment.age, segment.nbytes or 0) for segment in segments if segment.age is not None]
+    described = "There are no segments."
     if dated:
         first, last = (moment(end(time for time, _ in dated)) for end in (min, max))
         described = f"{counted(len(dated), 'segment')}, the oldest written {first}, the newest {last}."
-    else:
-        described = "There are no segments."
-    plot = histogram(_over_time(dated), _day, binary, "when segments were written (UTC)", ticks=2)
+
+    def minute(seconds: float) -> str:
+        return moment(seconds).removesuffix(" UTC")
+
+    plot = histogram(_over_time(dated), minute, binary, "when segments were written (UTC)", ticks=2)
     return figure("Age of segments", described, plot, described)
 
 
@@ -261,10 +253,6 @@ def _over_time(dated: Sequence[tuple[float, int]]) -> Histogram:
     return Histogram(tuple(first + i * width for i in range(_TIMES + 1)), tuple(counts))
 
 
-def _day(seconds: float) -> str:
-    return moment(seconds).removesuffix(" UTC")
-
-
 def _count(amount: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
         if amount >= size:
@@ -277,18 +265,11 @@ def _count(amount: float) -> str:
 
 def _segments(segments: Sequence[SegmentReport]) -> Markup:
     names = ("segment", "state", "owner", "entries", "tokens", "bytes", "written")
-    rows = [
-        (
-            one.name,
-            one.state if one.damaged is None else f"damaged: {one.damaged}",
-            one.owner or "",
-            f"{one.entries:,}",
-            f"{one.tokens:,}",
-            binary(one.nbytes),
-            ago(one.age),
-        )
-        for one in segments[:_MOST_SEGMENTS]
-    ]
+    rows = []
+    for one in segments[:_MOST_SEGMENTS]:
+        state = one.state if one.damaged is None else f"damaged: {one.damaged}"
+        sizes = (f"{one.entries:,}", f"{one.tokens:,}", binary(one.nbytes))
+        rows.append((one.name, state, one.owner or "", *sizes, ago(one.age)))
     more = len(segments) - len(rows)
     note = element("p", None, f"and {more:,} more: cachectl inspect --json lists them all") if more else joined()
     return joined(_table("Segments", names, rows, left=3), note)
@@ -303,9 +284,9 @@ def _table(label: str, names: Sequence[str], rows: Iterable[Sequence[str]], left
     """Return a table whose first columns, ``left`` of them, hold texts and the others numbers; it scrolls by itself."""
 
     def cells(kind: str, values: Sequence[str], **given: str) -> Markup:
-        classes = ({} if i < left else {"class": "number"} for i in range(len(values)))
+        numbers = {**given, "class": "number"}
         return element(
-            "tr", None, *(element(kind, {**given, **one}, value) for one, value in zip(classes, values, strict=True))
+            "tr", None, *(element(kind, given if i < left else numbers, one) for i, one in enumerate(values))
         )
 
     head = element("thead", None, cells("th", names, scope="col"))

@@ -22,12 +22,7 @@ class Markup(str):
 
 
 def element(name: str, attributes: Mapping[str, object] | None = None, *children: str) -> Markup:
-    """Return an element.
-
-    Args:
-        attributes: name -> value, which is escaped.
-        children: ``Markup`` as it is, other texts escaped.
-    """
+    """Return an element with escaped attributes; children are ``Markup`` as it is, other texts escaped."""
     given = "".join(f' {key}="{escaped(str(value))}"' for key, value in (attributes or {}).items())
     return Markup(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{joined(*children)}</{name}>")
 
@@ -61,12 +56,7 @@ class Row:
 
 
 def figure(title: str, described: str, plot: Callable[[str, str], Markup], *notes: str) -> Markup:
-    """Return a figure: its caption, a plot, and notes.
-
-    Args:
-        described: what the plot shows, for those who do not see it.
-        plot: makes the SVG, given title and description.
-    """
+    """Return a figure: its caption, what ``plot`` makes of title and description, and notes."""
     caption = element("figcaption", None, title)
     return element("figure", None, caption, plot(title, described), *(element("p", None, note) for note in notes))
 
@@ -95,13 +85,7 @@ def _rect(x: float, y: float, width: float, height: float, kind: str, *told: str
 def histogram(
     counts: Histogram, edge: Callable[[float], str], count: Callable[[float], str], axis: str, *, ticks: int = 5
 ) -> Callable[[str, str], Markup]:
-    """Return what makes a histogram.
-
-    Args:
-        edge, count: write an edge of a range, and a count.
-        axis: what the edges are.
-        ticks: edges that are written, about; at least 2.
-    """
+    """Return what makes a histogram, of which about ``ticks`` edges, at least 2, are written."""
     number, most = len(counts.counts), max(counts.counts, default=0)
     inner, floor = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
     slot = inner / max(1, number)
@@ -115,8 +99,7 @@ def histogram(
         parts.append(_rect(_LEFT + (i + 0.5) * slot - width / 2, floor - height, width, height, "one", told))
     if number:
         step = max(1, -(-number // (ticks - 1)))
-        shown = [*range(0, number - step // 2, step), number] if number > 1 else [0, 1]
-        for i in shown:
+        for i in [*range(0, number - step // 2, step), number] if number > 1 else [0, 1]:
             anchor = "start" if i == 0 else "end" if i == number else "middle"
             parts.append(_text(_LEFT + i * slot, floor + 15, edge(counts.edges[i]), anchor))
     else:
@@ -140,11 +123,8 @@ def bars(rows: Sequence[Row]) -> Callable[[str, str], Markup]:
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
         y, x = i * step, 0.0
         text = _text(0, y + 45, row.text, "start", "soft") if below else _text(_WIDTH, y + 14, row.text, "end", "soft")
-        parts += [
-            element("g", None, element("title", None, row.label), _text(0, y + 14, label)),
-            text,
-            _rect(0, y + 20, _WIDTH, 11, "track"),
-        ]
+        named = element("g", None, element("title", None, row.label), _text(0, y + 14, label))
+        parts += [named, text, _rect(0, y + 20, _WIDTH, 11, "track")]
         for kind, amount in row.parts:
             width = _WIDTH * amount / most if most else 0.0
             if amount:

@@ -11,19 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.display import as_json, fields_as_json
-from actcache.admin.inspection import (
-    Coverage,
-    Progress,
-    SpaceReport,
-    StepProgress,
-    coverage,
-    each_space,
-    open_space,
-    report_on,
-    select_spaces,
-    step_of,
-)
+from actcache.admin import inspection
+from actcache.admin.display import as_json, attributes_as_json, fields_as_json
+from actcache.admin.inspection import Coverage, Progress, SpaceReport, StepProgress, each_space, step_of
 from actcache.admin.report.statistics import Lengths, Numbers, Statistics
 from actcache.backend import VALUES, StoredFile
 from actcache.entries.read import read_intact
@@ -64,17 +54,14 @@ def read_sample(
     seed: int = 0,
     progress: StepProgress | None = None,
 ) -> Sample:
-    """Read entries that are drawn at random, in the order in which they lie.
+    """Read at most ``count`` entries, None for all, that are drawn at random, in the order in which they lie.
 
     Args:
         keys: of those among which is drawn, ``[n, 32]``; all are there.
-        count: how many are read at most; None for all.
         seed: the same one draws the same entries of the same keys.
-        progress: told how many are read, and how many there are to read.
 
     Raises:
         UsageError: ``count`` or ``seed`` is negative.
-        StorageIOError: the operating system refuses.
     """
     if (count is not None and count < 0) or seed < 0:
         raise UsageError(f"a sample has 0 or more entries and a seed of 0 or more, not {count} and {seed}")
@@ -113,7 +100,6 @@ class SegmentReport:
         return "damaged" if self.damaged is not None else "served" if self.entries else "unused"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
         return fields_as_json(self, "state")
 
 
@@ -133,14 +119,11 @@ class SegmentDetail:
         return self.report.damaged is None and not self.sample.corrupt
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
         return {
             "space": self.recipe.fingerprint,
             "provenance": self.recipe.to_json()["provenance"],
             "segment": as_json(self.report),
-            "lengths": as_json(self.lengths),
-            "sample": as_json(self.sample),
-            "intact": self.intact,
+            **attributes_as_json(self, "lengths", "sample", "intact"),
         }
 
 
@@ -189,9 +172,8 @@ def segment_detail(
 
     Args:
         prefix: how its name begins; a full name wins over longer ones.
-        spaces: prefixes of the fingerprints of spaces, where segments of several have that name.
+        spaces: prefixes of the fingerprints, where segments of several have that name.
         sample: entries of it that are read, drawn at random by ``seed``; None for all.
-        progress: told its name, and entries.
 
     Raises:
         UsageError: no segment is named so, or several are.
@@ -199,7 +181,7 @@ def segment_detail(
     """
     files = store.driver.listing()
     fitting = []
-    for fingerprint in select_spaces(store, spaces):
+    for fingerprint in inspection.select_spaces(store, spaces):
         names = [name for name in segments_in(files, fingerprint) if prefix and name.startswith(prefix)]
         exact = [name for name in names if prefix in (name, stem_of(name))]
         fitting += [(fingerprint, name) for name in exact or names]
@@ -209,7 +191,7 @@ def segment_detail(
             raise UsageError(f"{len(fitting)} segments begin with {prefix}: {what}; say more of it, or give --space")
         raise UsageError(f"no segment of {store.url} begins with {prefix!r}; cachectl ls --tree lists them")
     fingerprint, name = fitting[0]
-    with open_space(store, fingerprint) as space:
+    with inspection.open_space(store, fingerprint) as space:
         damaged = damaged_segments(space, thorough=sample is None)
         keys = space.key_array()
         reports = {report.name: report for report in segments_of(space, files, damaged, keys)}
@@ -224,8 +206,7 @@ def segment_detail(
 def damaged_segments(space: Space, *, thorough: bool) -> dict[str, str]:
     """Return which segments are damaged, name -> what is wrong.
 
-    Args:
-        thorough: whether to look at each of them anew, trusting no index. lmdb's whole file is walked for that.
+    A thorough look is at each of them anew, trusting no index; lmdb's whole file is walked for that.
     """
     return space.verify(sample=0).damaged if thorough else space.damaged()
 
@@ -273,20 +254,12 @@ class SpaceDetail:
         return self.report.usage.nbytes / self.computed_bytes if self.computed_bytes else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        sizes = ("parts", "computed_bytes", "bytes_per_token", "ratio", "lengths")
         return {
             **self.report.to_json(),
-            "made": self.made,
-            "owner": self.owner,
-            "written": self.written,
-            "parts": self.parts,
-            "computed_bytes": self.computed_bytes,
-            "bytes_per_token": self.bytes_per_token,
-            "ratio": self.ratio,
-            "lengths": as_json(self.lengths),
+            **attributes_as_json(self, "made", "owner", "written", *sizes),
             "segment_list": as_json(self.segments),
-            "sample": as_json(self.sample),
-            "intact": self.intact,
+            **attributes_as_json(self, "sample", "intact"),
         }
 
 
@@ -306,16 +279,8 @@ class StoreDetail:
         return not self.unreadable and all(space.intact for space in self.spaces)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {
-            "store": self.store,
-            "time": self.time,
-            "spaces": as_json(self.spaces),
-            "unreadable": self.unreadable,
-            "collections": self.collections,
-            "bytes": self.footprint.total,
-            "intact": self.intact,
-        }
+        found = attributes_as_json(self, "store", "time", "spaces", "unreadable", "collections")
+        return {**found, "bytes": self.footprint.total, "intact": self.intact}
 
 
 def store_detail(
@@ -329,46 +294,30 @@ def store_detail(
     """Look at spaces in full.
 
     Args:
-        prefixes: of their fingerprints; all spaces where there are none.
         sample: entries of each space that are read, drawn at random by ``seed`` and compared with their checksums; None
             for all of them, and for a look at every segment without the help of an index.
-        progress: told the fingerprint, and entries.
-
-    Raises:
-        UsageError: a prefix fits no space, or several; ``sample`` or ``seed`` is negative.
     """
     files = store.driver.listing()
     sizes = footprint_of(files)
 
     def detail(space: Space) -> SpaceDetail:
-        return _space_detail(space, files, sizes, sample, seed, progress)
+        fingerprint = space.recipe.fingerprint
+        damaged = damaged_segments(space, thorough=sample is None)
+        keys = space.key_array()
+        recipe_file = files.get(f"spaces/{fingerprint}/recipe.json")
+        return SpaceDetail(
+            report=SpaceReport(space.recipe, space.usage(), damaged),
+            made=None if recipe_file is None else recipe_file.age,
+            owner=None if recipe_file is None else recipe_file.owner,
+            written=age_of_last_write(files, fingerprint),
+            parts=sizes.spaces.get(fingerprint, {}),
+            lengths=Lengths.of(space.lengths(keys)),
+            segments=segments_of(space, files, damaged, keys),
+            sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
+        )
 
     spaces, unreadable = each_space(store, prefixes, detail)
     return StoreDetail(store.url, time.time(), list(spaces.values()), unreadable, store.collections(), sizes)
-
-
-def _space_detail(
-    space: Space,
-    files: dict[str, StoredFile],
-    sizes: Footprint,
-    sample: int | None,
-    seed: int,
-    progress: Progress | None,
-) -> SpaceDetail:
-    fingerprint = space.recipe.fingerprint
-    damaged = damaged_segments(space, thorough=sample is None)
-    keys = space.key_array()
-    recipe_file = files.get(f"spaces/{fingerprint}/recipe.json")
-    return SpaceDetail(
-        report=SpaceReport(space.recipe, space.usage(), damaged),
-        made=None if recipe_file is None else recipe_file.age,
-        owner=None if recipe_file is None else recipe_file.owner,
-        written=age_of_last_write(files, fingerprint),
-        parts=sizes.spaces.get(fingerprint, {}),
-        lengths=Lengths.of(space.lengths(keys)),
-        segments=segments_of(space, files, damaged, keys),
-        sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
-    )
 
 
 # --- the store as a tree ----------------------------------------------------------------------------------------------
@@ -383,7 +332,6 @@ class Branch:
     collections: dict[str, Coverage | str]
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
         segments, collections = as_json(self.segments), as_json(self.collections)
         return {**self.report.to_json(), "segment_list": segments, "collections": collections}
 
@@ -400,17 +348,13 @@ class Overview:
 
 
 def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:
-    """Look at a store from above. Reads keys, no activations.
-
-    Raises:
-        UsageError: a prefix fits no space, or several.
-    """
+    """Look at a store from above. Reads keys, no activations."""
     files = store.driver.listing()
 
     def branch(space: Space) -> Branch:
-        report = report_on(space)
+        report = inspection.report_on(space)
         segments = segments_of(space, files, report.damaged, space.key_array())
-        return Branch(report, segments, coverage(store, space))
+        return Branch(report, segments, inspection.coverage(store, space))
 
     spaces, unreadable = each_space(store, prefixes, branch)
     collections = {name: _documents(store, name) for name in store.collections()}

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_STEPS = (1, 2, 5)
 _PER_OCTAVE = 16  # ranges of a norm's histogram, each 4 % wide
 _PART = 1 << 20  # numbers that are looked at in one go, as float64
 
@@ -40,7 +39,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: NDArray[np.int64], ranges: int = 24) -> Lengths:
-        """Sum up the lengths of entries, ``[n]``, by at most so many ranges."""
+        """Sum up lengths, ``[n]``, by at most so many ranges."""
         if not len(lengths):
             return cls(0, 0, 0.0, 0.0, 0, 0, Histogram())
         return cls(
@@ -57,7 +56,7 @@ class Lengths:
 def equal_ranges(numbers: NDArray[np.int64], most: int) -> Histogram:
     """Count integers by at most so many ranges of one round width: 1, 2 or 5 times a power of ten."""
     low, high = int(numbers.min()), int(numbers.max())
-    widths = (step * 10**power for power in range(19) for step in _STEPS)
+    widths = (step * 10**power for power in range(19) for step in (1, 2, 5))
     width = next(width for width in widths if high // width - low // width < most)
     first = low // width
     counts = np.bincount(numbers // width - first)
@@ -155,7 +154,6 @@ class Numbers:
                 self._norms.add(norms[norms > 0])
 
     def statistics(self) -> Statistics:
-        """Return the statistics of what was taken in."""
         return Statistics(
             tokens=self._tokens,
             norm_min=self._low if self._rows else None,

@@ -24,12 +24,7 @@ def documents(file: File, kind: Kind, field: str | None, id_field: str | None) -
     """Yield the documents of a Parquet or Arrow file; rows whose text is null or empty are none.
 
     A batch of rows is held at a time: 1024 of a Parquet file, those that an Arrow file was written with (1000 by
-    Hugging Face's library).
-
-    Raises:
-        DocumentError: it is damaged, or has no such columns of texts and ids.
-        MissingExtraError: pyarrow is not installed.
-        OSError: it cannot be read.
+    Hugging Face's library). Raises also ``OSError`` and ``MissingExtraError``.
     """
     if file.is_stream:
         raise DocumentError(f"a {kind} file is read from its end: give the file, no pipe")
@@ -51,11 +46,7 @@ def documents(file: File, kind: Kind, field: str | None, id_field: str | None) -
 
 
 def count(file: File, kind: Kind) -> int | None:
-    """Return how many rows a Parquet file has; None for others, of which only reading all of it would tell.
-
-    Raises:
-        DocumentError, MissingExtraError, OSError: see ``documents``.
-    """
+    """Return how many rows a Parquet file has; None for others, of which only reading all of it would tell."""
     if kind is not Kind.parquet:
         return None
     _, parquet = _library()
@@ -121,20 +112,12 @@ def _opened(file: File, kind: Kind) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_text(kind: Any) -> bool:
-    return str(getattr(kind, "value_type", kind) if _is_dictionary(kind) else kind) in (
-        "string",
-        "large_string",
-        "string_view",
-        "null",
-    )
+    held = kind.value_type if str(kind).startswith("dictionary<") else kind
+    return str(held) in ("string", "large_string", "string_view", "null")
 
 
 def _is_id(kind: Any) -> bool:
     return _is_text(kind) or str(kind).removeprefix("u") in ("int8", "int16", "int32", "int64")
-
-
-def _is_dictionary(kind: Any) -> bool:
-    return str(kind).startswith("dictionary<")
 
 
 def _column(batch: Any, name: str) -> list[Any]:

@@ -22,22 +22,19 @@ _PIECE = 1 << 16
 
 
 def decompressed(file: io.BufferedReader, compression: str) -> io.BufferedReader:
-    """Return a file's content.
+    """Return a file's content; what is cut off, damaged, or no such file raises ``OSError`` or DAMAGED when it is read.
 
     Args:
         compression: a value of ``files.COMPRESSIONS``.
-
-    Raises:
-        DocumentError: there is nothing.
-        MissingExtraError: zstd without pyarrow.
-        OSError, DAMAGED: when it is read, where it is cut off, damaged, or no such file.
     """
     if not file.peek(1):
         raise DocumentError(f"the file is empty, which no {compression} file is: it was not written to its end")
     if compression == "gzip":
         return io.BufferedReader(gzip.GzipFile(fileobj=file))
     if compression == "zstd":
-        return _zstd(file)
+        with requires_extra("corpora", ".zst files need pyarrow"):
+            import pyarrow
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"))
     make: Callable[[], Any] = bz2.BZ2Decompressor if compression == "bzip2" else lzma.LZMADecompressor
     return io.BufferedReader(_Streams(file, make))
 
@@ -74,10 +71,3 @@ class _Streams(io.RawIOBase):
             if data:
                 view[: len(data)] = data
                 return len(data)
-
-
-def _zstd(file: BinaryIO) -> io.BufferedReader:
-    with requires_extra("corpora", ".zst files need pyarrow"):
-        import pyarrow
-    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
-    return io.BufferedReader(stream)

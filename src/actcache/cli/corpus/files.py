@@ -44,19 +44,8 @@ COLUMNAR = (Kind.parquet, Kind.arrow)
 #: Compressions of whole files by their suffixes.
 COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
 
-_SUFFIXES = {
-    ".txt": Kind.text,
-    ".text": Kind.text,
-    ".jsonl": Kind.jsonl,
-    ".ndjson": Kind.jsonl,
-    ".json": Kind.json,
-    ".csv": Kind.csv,
-    ".tsv": Kind.tsv,
-    ".parquet": Kind.parquet,
-    ".pq": Kind.parquet,
-    ".arrow": Kind.arrow,
-    ".feather": Kind.arrow,
-}
+_OTHER_SUFFIXES = {".txt": Kind.text, ".ndjson": Kind.jsonl, ".pq": Kind.parquet, ".feather": Kind.arrow}
+_SUFFIXES = {f".{kind}": kind for kind in Kind} | _OTHER_SUFFIXES
 #: Packings that nothing here reads. Their bytes are no lines, whatever stands before them in the name.
 _FOREIGN = {".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzma", ".br", ".snappy", ".z"}
 
@@ -103,11 +92,7 @@ class File(ABC):
 
     @abstractmethod
     def open(self) -> io.BufferedReader:
-        """Open it to read.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Open it to read; an ``OSError`` says why it cannot be."""
 
     @property
     def path(self) -> Path | None:
@@ -186,13 +171,7 @@ class Folder:
 
 @contextmanager
 def find_source(source: str) -> Iterator[File | Folder]:
-    """Find what a source names; its files can be opened as long as this lasts.
-
-    Raises:
-        DocumentError: it names nothing.
-        MissingExtraError: object stores without the extra ``s3``.
-        UsageError, StoreError: see docs/object-stores.md.
-    """
+    """Find what a source names; its files can be opened as long as this lasts."""
     protocol, remote, rest = source.partition("://")
     if remote and protocol.lower() not in ("file", "local"):
         try:

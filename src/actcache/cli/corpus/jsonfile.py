@@ -45,10 +45,8 @@ def by_lines(lines: Iterator[str]) -> Iterator[Item]:
             try:
                 yield f"line {number}", _DECODER.decode(line)
             except (ValueError, RecursionError) as error:
-                raise DocumentError(
-                    f"line {number} is no JSON ({error}); of a table, or of one JSON value over many lines, say the "
-                    "--format"
-                ) from None
+                hint = "of a table, or of one JSON value over many lines, say the --format"
+                raise DocumentError(f"line {number} is no JSON ({error}); {hint}") from None
 
 
 def by_values(pieces: Iterator[str]) -> Iterator[Item]:
@@ -133,10 +131,7 @@ class _Text:
 
 
 def documents(items: Iterator[Item], field: str | None, id_field: str | None) -> Iterator[Document]:
-    """Yield the texts under a field of objects, or, without a field, of texts that stand there alone.
-
-    What is null or empty is none.
-    """
+    """Yield the texts under a field of objects, or that stand alone without one; what is null or empty is none."""
     for where, value in items:
         if field is None:
             text, name = _alone(where, value), None

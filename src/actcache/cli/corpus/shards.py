@@ -15,7 +15,6 @@ from actcache.cli.corpus.files import COLUMNAR, STATE, File, Folder, Form, Kind,
 from actcache.errors import ActcacheError, DocumentError
 
 _COUNTED_BYTES = 1 << 30
-_UNSAVED = f", and no {STATE} that says which of them are a saved dataset"
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,7 @@ class Shards:
         return all(isinstance(file, LocalFile) for file in self.files)
 
     def documents(self, file: File) -> Generator[Document, None, None]:
-        """Yield the documents of one of the files.
-
-        Raises:
-            DocumentError: it cannot be read; the message names the file, and the line.
-            MissingExtraError, StoreError: see ``actcache.cli.corpus.read``.
-        """
+        """Yield the documents of one of the files; raises as ``actcache.cli.corpus.read``."""
         with _named(file):
             yield from self._read(file)
 
@@ -64,9 +58,8 @@ class Shards:
                     yield from jsonfile.documents(jsonfile.by_values(text.pieces(content)), self.field, self.id_field)
                 case _:
                     # Line ends inside of a text are escaped, so that CR is a space.
-                    yield from jsonfile.documents(
-                        jsonfile.by_lines(text.decoded(content, "\n")), self.field, self.id_field
-                    )
+                    items = jsonfile.by_lines(text.decoded(content, "\n"))
+                    yield from jsonfile.documents(items, self.field, self.id_field)
 
     def count(self) -> int | None:
         """Return about how many documents there are, at most; None where that takes long to learn."""
@@ -76,8 +69,8 @@ class Shards:
             return None
         if sum(path.stat().st_size for path in paths) > _COUNTED_BYTES and self.kind is not Kind.parquet:
             return None
-        counts = [self._count(file) for file in self.files]
-        return None if None in counts else sum(number for number in counts if number is not None)
+        counts = [number for file in self.files if (number := self._count(file)) is not None]
+        return sum(counts) if len(counts) == len(self.files) else None
 
     def _count(self, file: File) -> int | None:
         with _named(file):
@@ -89,12 +82,7 @@ class Shards:
 
 @contextmanager
 def find_shards(source: str | Path, field: str | None, id_field: str | None, format: str | None) -> Iterator[Shards]:
-    """Find the files of a corpus.
-
-    Raises:
-        DocumentError: there are none, or of several kinds; the fields do not go with the kind.
-        MissingExtraError, StoreError: see ``actcache.cli.corpus.read``.
-    """
+    """Find the files of a corpus; raises as ``actcache.cli.corpus.read``."""
     if format is not None and format not in list(Kind):
         raise DocumentError(f"there is no format {format!r}; there are {', '.join(Kind)}")
     if "" in (field, id_field):
@@ -121,8 +109,9 @@ def _one_kind(place: File | Folder, said: Kind | None, field: str | None) -> tup
     if len(kinds) > 1:
         has = ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
         lost = not place.chosen and Kind.arrow in kinds
+        unsaved = f", and no {STATE} that says which of them are a saved dataset" if lost else ""
         raise DocumentError(
-            f"{place.name} holds files of several kinds ({has}){_UNSAVED if lost else ''}: choose one kind by a "
+            f"{place.name} holds files of several kinds ({has}){unsaved}: choose one kind by a "
             f"pattern in quotes, such as '{_pattern(place, files[0])}', or say the --format of all"
         )
     return files, next(iter(kinds))

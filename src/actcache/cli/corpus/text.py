@@ -66,11 +66,7 @@ def _stream(file: io.BufferedReader, newline: str | None) -> io.TextIOWrapper:
 
 
 def _check(text: str, number: int) -> None:
-    """Refuse what could not be decoded.
-
-    Args:
-        number: of the line in which the text begins.
-    """
+    """Refuse what could not be decoded of a text that begins in line ``number``."""
     if text.isascii():
         return
     try:
@@ -99,8 +95,7 @@ def _check_head(head: bytes) -> None:
 def line_documents(lines: Iterator[str], *, certain: bool) -> Iterator[Document]:
     """Yield the lines that are not blank, without their ends, spaces as they are.
 
-    Args:
-        certain: whether somebody said that the lines are texts; else those that begin like a JSON file are refused.
+    Unless it is certain that the lines are texts, those that begin like a JSON file are refused.
     """
     texts = (text for line in lines if (text := line.removesuffix("\n")).strip())
     head = list(itertools.islice(texts, _LOOKED_AT))
@@ -140,9 +135,6 @@ def table_documents(
     """Yield the texts of a column of what was decoded with ``newline=""``; empty cells and blank lines are none.
 
     Line ends inside of quotes belong to the cell, as they are.
-
-    Args:
-        lines: with their ends, untranslated.
     """
     rows = _rows(lines, separator)
     _, names = next(rows, (1, []))

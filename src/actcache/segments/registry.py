@@ -44,7 +44,7 @@ def load(name: str) -> Plugin:
     """Import a backend.
 
     Raises:
-        BackendError: none of that name is installed.
+        BackendError: none of that name is installed, or it is broken.
         MissingExtraError: its storage library is not installed.
     """
     points = [point for point in entry_points(group=GROUP) if point.name == name]
@@ -103,11 +103,7 @@ def open_driver(url: str | Path, mode: str, options: Mapping[str, Any], *, creat
     opening = _Opening(mode, create and mode == "a", options)
     scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
     if scheme is not None and location.startswith("//"):  # of an object store: "s3://bucket/prefix"
-        location = f"{scheme}:{location}"
-        plugin = load(scheme)
-        if isinstance(plugin, SegmentFormat):
-            return _open_standing(plugin, location, opening)
-        return _open(plugin, location, opening)
+        return _open_remote(load(scheme), f"{scheme}:{location}", opening)
     if scheme is None:
         place = LocalPlace(Path(location))
         check_folder(place.root)
@@ -143,8 +139,10 @@ def _open(plugin: Plugin, location: str, how: _Opening) -> StoreDriver:
     return open_segmented(plugin, _place(plugin, location, how.options), mode=how.mode, create=how.create)
 
 
-def _open_standing(default: SegmentFormat, location: str, how: _Opening) -> StoreDriver:
+def _open_remote(default: Plugin, location: str, how: _Opening) -> StoreDriver:
     """Open whatever store of segments stands at a URL; where none does, one of the default format is made."""
+    if not isinstance(default, SegmentFormat):
+        return _open(default, location, how)
     place = _place(default, location, how.options)
     standing = marker.read(place)
     if standing is None or standing.backend == default.name:

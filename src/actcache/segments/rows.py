@@ -1,7 +1,6 @@
 """Row sources: how the rows of entries come from the files of segments into a buffer.
 
-``MappedRows`` gathers from arenas; ``ReadRows`` reads with ``pread`` where a mapping would not be safe (network file
-systems). Both fill the caller's buffer in as few native calls as they can.
+``MappedRows`` gathers from arenas; ``ReadRows`` reads where a mapping would not be safe (network file systems).
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ def reading(where: str) -> Iterator[None]:
 _NONE = np.empty(0, np.int64)
 _LONG_BYTES = 64 << 10  # of an entry, on average, from which on copying it beats gathering its rows
 
-
 #: Reads entries first..last-1 of a batch; several threads may call it.
 Read: TypeAlias = Callable[[int, int], None]
 
@@ -59,11 +57,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
-        """Return what reads the batch.
-
-        Args:
-            out: the whole batch's buffer; an entry's rows go where they belong in it, packed or padded with zeros (see
-                ``row_indices``).
+        """Return what reads the batch into its buffer ``out``, packed or padded with zeros (see ``row_indices``).
 
         Raises (also the function):
             SegmentGoneError: a segment is gone.
@@ -199,12 +193,11 @@ class ReadRows(RowSource):
     def _open(self, path: Path) -> int:
         """Return a descriptor of the file that is the caller's to close, so that eviction never pulls it away."""
         with self._lock:
-            descriptor = self._files.pop(path, None)
-            if descriptor is None:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._files[path] = descriptor
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files.move_to_end(path)
             try:
-                return os.dup(descriptor)
+                return os.dup(self._files[path])
             finally:
                 while len(self._files) > self._most:
                     os.close(self._files.popitem(last=False)[1])

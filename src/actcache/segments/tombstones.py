@@ -36,11 +36,7 @@ class Tombstones:
         return f"{self._folder}/{name}{_SUFFIX}"
 
     def refresh(self) -> None:
-        """Read those that are new; they never change.
-
-        Raises:
-            FormatError: one is damaged.
-        """
+        """Read those that are new; they never change. Raises ``FormatError`` where one is damaged."""
         before = set(self.known)
 
         def look() -> tuple[dict[str, dict[str, list[int]] | None], bool]:
@@ -88,8 +84,7 @@ def dumps(deleted: Mapping[str, Sequence[int]]) -> bytes:
 def loads(data: bytes) -> dict[str, list[int]]:
     """Return what ``dumps`` was given.
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError, RecursionError: the data are damaged or no tombstone.
+    Damaged data raise ValueError, KeyError, TypeError, AttributeError or RecursionError.
     """
     value = json.loads(data)
     deleted: dict[str, list[int]] = value["deleted"]

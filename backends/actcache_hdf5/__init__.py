@@ -32,7 +32,7 @@ _SHOWN = 200  # characters of an h5py message in ours
 
 
 class HDF5Format(SegmentFormat):
-    """See ``SegmentFormat``; docs/format.md describes the file."""
+    """docs/format.md describes the file."""
 
     name = "hdf5"
     suffix = ".h5"

@@ -23,9 +23,7 @@ _MAGIC = 0xBEEFC0DE
 _P_META = 0x08
 _NO_PAGE = 2**64 - 1
 _TRIES = 50
-#: By which somebody ends a process, not what it finds.
-_FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}
-
+_FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}  # somebody ends a process by them
 _ATTEMPTS = 4  # a writer may change pages under the examination; damage stays
 _PAUSE = 0.5
 
@@ -96,8 +94,7 @@ def _parse(path: Path, data: bytes, number: int) -> Meta:
 def examine(folder: Path) -> str | None:
     """Have lmdb's own verifier walk a file in a process of its own; return what is wrong, None where nothing is.
 
-    Raises:
-        StorageIOError: somebody ended the verifier.
+    Raises ``StorageIOError`` where somebody ended the verifier.
     """
     said = ""
     for attempt in range(_ATTEMPTS):

@@ -19,9 +19,7 @@ logger = logging.getLogger(__name__)
 NEWEST = 2**64 - 1  # a sequence number behind all others
 _SCAN = 50_000  # records of one step of a scan
 _FIELDS = ("id", "page", "checksum", "tokens", "columns")
-_KEPT = np.dtype(
-    [("id", "<u8"), ("page", "<u8"), ("checksum", "<u8"), ("tokens", "<u4"), ("columns", "u1"), ("rest", "V24")]
-)
+_KEPT = np.dtype([*zip(_FIELDS, ("<u8", "<u8", "<u8", "<u4", "u1"), strict=True), ("rest", "V24")])
 
 
 def records_of(txn: lmdb.Transaction[memoryview], heads: Any, keys: list[bytes]) -> NDArray[np.void]:
@@ -99,12 +97,9 @@ def scan(txn: lmdb.Transaction[memoryview], heads: Any) -> Iterator[NDArray[np.v
 
 
 class HeadIndex:
-    """Live heads by key, 61 bytes each, for whoever looks up more keys than it would take to read them all.
+    """Live heads by key, 61 bytes each, for whoever looks up more keys than it would take to read them all. Immutable.
 
-    Immutable, thread-safe.
-
-    Args:
-        steps: records of live heads, each key once, in the order of their bytes.
+    ``steps`` are records of live heads, each key once, in the order of their bytes.
     """
 
     def __init__(self, steps: Iterable[NDArray[np.void]]) -> None:

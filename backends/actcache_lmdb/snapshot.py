@@ -31,7 +31,7 @@ _MOST_NUMBERS = 1 << 22
 
 
 class LMDBSnapshot(Snapshot):
-    """See ``Snapshot``. Thread-safe. A location's ``segment`` is an entry's first page, ``row`` its number and columns.
+    """Thread-safe. A location's ``segment`` is an entry's first page, ``row`` its number and columns.
 
     Every call is one short read transaction of its own: between them, nothing is pinned. What this snapshot shows stays
     where it is until a later transaction has removed what was superseded after it; from then on calls raise
@@ -40,9 +40,7 @@ class LMDBSnapshot(Snapshot):
 
     def __init__(self, environment: Environment, state: State, shapes: Shapes, workers: Workers) -> None:
         self._environment = retain(environment)
-        self._state = state
-        self._shapes = shapes
-        self._workers = workers
+        self._state, self._shapes, self._workers = state, shapes, workers
         self._keys: NDArray[np.uint8] | None = None
         self._index: HeadIndex | None = None
         self._index_pays = state.entries <= _MOST_INDEXED
@@ -120,8 +118,7 @@ class LMDBSnapshot(Snapshot):
                 # A copy by LMDB's own tools has other page numbers: the B-tree knows them.
                 pages = pages.copy()
                 for i in np.flatnonzero(~good).tolist():
-                    page = environment.find_page(txn, int(located.row[i]) >> _BITS)
-                    pages[i] = page
+                    pages[i] = environment.find_page(txn, int(located.row[i]) >> _BITS)
                 if not self._fit(memory, located, pages).all():
                     raise FormatError(f"{environment.data}: pages are damaged that should hold entries")
             yield memory, pages
@@ -219,10 +216,8 @@ class LMDBSnapshot(Snapshot):
         try:
             with self._reading():
                 return {}
-        except SegmentGoneError:
-            return {}  # old, not damaged
-        except (FormatError, StoreError) as error:
-            return {self._environment.folder.name: str(error)}
+        except (FormatError, StoreError) as error:  # old is not damaged
+            return {} if isinstance(error, SegmentGoneError) else {self._environment.folder.name: str(error)}
 
 
 class EmptySnapshot(Snapshot):
@@ -269,8 +264,7 @@ def copier(
     """Return a function that copies the rows of entries first..last-1; several threads may call it.
 
     Args:
-        begins: ``[n]`` where each entry's rows begin in ``memory``.
-        lengths: ``[n]`` rows of each.
+        begins, lengths: ``[n]`` where each entry's rows begin in ``memory``, and how many there are.
         out: rows of the whole batch; packed, or padded with zeros to ``width`` rows an entry.
     """
     row_bytes = out.strides[0]
@@ -320,11 +314,9 @@ def _taker(
     unit: int,
     shift: int,
 ) -> Callable[[int, int], None]:
-    """Copy by one ``take`` a chunk: for short entries, a loop is what would cost.
+    """Copy ``counts`` units an entry by one ``take`` a chunk: for short entries, a loop is what would cost.
 
-    Args:
-        counts: ``[n]`` units of each entry.
-        shift: how far all ``begins`` are off a multiple of ``unit``.
+    All ``begins`` are ``shift`` off a multiple of ``unit``.
     """
     kind = np.dtype((np.void, unit)) if unit > 8 else np.dtype(f"u{unit}")
     units = memory[shift : shift + (len(memory) - shift) // unit * unit].view(kind)

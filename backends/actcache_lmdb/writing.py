@@ -46,8 +46,7 @@ Databases = Mapping[str, Any]
 class Blocks:
     """A block as records, made once; a transaction that has to be tried again starts from them.
 
-    Raises:
-        ShapeError: an entry is larger than LMDB's largest value (4 GiB).
+    Raises ``ShapeError`` where an entry is larger than LMDB's largest value (4 GiB).
     """
 
     def __init__(self, block: Block, shapes: Shapes, page_size: int) -> None:
@@ -59,10 +58,9 @@ class Blocks:
             name: memoryview(data[name]) if name in data else next(pieces(block.columns[name])) for name in self._order
         }
         self._offsets = {name: (block.offsets * shapes.row_bytes[name]).tolist() for name in self._order}
-        self.places = shapes.places(self.tokens, self.columns)
         self._page_size = page_size
         self.nbytes = sum(len(part) for part in self._data.values())
-        ends = self.places["end"]
+        ends = shapes.places(self.tokens, self.columns)["end"]
         if len(ends) and int(ends.max()) > _LARGEST:
             raise ShapeError(f"an entry of {int(ends.max())} bytes is too large for lmdb, which takes 4 GiB: cut it up")
         self.records = np.zeros(len(block), RECORD)
@@ -101,12 +99,7 @@ class Blocks:
 
 
 class Writing:
-    """What changes inside of one write transaction. Not thread-safe.
-
-    Args:
-        databases: of the environment.
-        where: how an error names it.
-    """
+    """What changes inside of one write transaction; errors name it ``where``. Not thread-safe."""
 
     def __init__(self, txn: Txn, databases: Databases, shapes: Shapes, where: object) -> None:
         self._txn, self._databases, self._shapes, self._where = txn, databases, shapes, where

@@ -43,10 +43,7 @@ class Lease:
     """Names of segments that are in use until ``release``, or until the process ends. Thread-safe.
 
     It is a file that its owner keeps locked. When the owner is gone, however that came about, the kernel has dropped
-    the lock, and the lease counts no more.
-
-    Raises:
-        OSError: the folder cannot be written, or its file system has no locks.
+    the lock, and the lease counts no more. Raises ``OSError`` where the folder cannot be written, or has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,11 +61,7 @@ class Lease:
             raise
 
     def add(self, names: Iterable[str]) -> list[str]:
-        """Take more segments into use; return those that were not yet.
-
-        Raises:
-            OSError: the disk is full, ...
-        """
+        """Take more segments into use; return those that were not yet. Raises ``OSError`` (the disk is full, ...)."""
         with self._lock:
             fresh = [name for name in names if name not in self._names]
             if fresh and self._descriptor >= 0:
@@ -95,11 +88,7 @@ class Lease:
 
 
 def in_use(folder: Path) -> set[str]:
-    """Return the names in all leases whose owners live, and remove the others.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
+    """Return the names in all leases whose owners live, and remove the others."""
     names: set[str] = set()
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
@@ -124,9 +113,7 @@ def _names_of(path: Path) -> set[str]:
 class CacheFolder:
     """One process's view of a local cache. Thread-safe; made where it is absent.
 
-    Args:
-        path: the folder.
-        nbytes: what it may take up on the disk, everything counted (as ``du`` does).
+    ``nbytes`` is what it may take up on the disk, everything counted (as ``du`` does).
 
     Raises:
         UsageError, NotAStoreError: it is a store, or holds other things.
@@ -175,10 +162,7 @@ class CacheFolder:
     def changing(self) -> Iterator[bool]:
         """Wait until nobody else changes the folder, and keep others out; yields False where that takes too long.
 
-        What killed writers left behind is gone then.
-
-        Raises:
-            StoreError: the folder was removed, is something else's now, ...
+        What killed writers left behind is gone then. Raises ``StoreError`` where the folder is gone or another's now.
         """
         if self._claimed and self.place.read(MARKER) is None:
             raise StoreGoneError(f"{self.root} is no local cache any more: it was moved, or its {MARKER} removed")
@@ -199,11 +183,7 @@ class CacheFolder:
     def make_room(self, nbytes: int, own: str) -> bool:
         """Evict segments until so many bytes more fit; return whether they do. To be called while ``changing``.
 
-        Args:
-            own: fingerprint of the space that asks; its index is its own business.
-
-        Raises:
-            StoreError: the folder cannot be read or changed.
+        ``own`` is the fingerprint of the space that asks: its index is its own business.
         """
         with translated(f"cannot look through {self.root}"):
             excess = _used(self.root) + nbytes - self.nbytes

@@ -35,16 +35,11 @@ class RamCache(Wrapper):
     """
 
     def __init__(self, source: Source, nbytes: int, stats: ReaderStats | None = None) -> None:
-        self._source = source
-        self._nbytes = nbytes
-        self._stats = stats or ReaderStats()
+        self._source, self._nbytes, self._stats = source, nbytes, stats or ReaderStats()
         self._lock = ProcessLock()
-        self._empty()
-
-    def _empty(self) -> None:
-        recipe = self._source.recipe
+        recipe = source.recipe
         stored = codec.get(recipe.dtype).stored
-        most = max(0, self._nbytes // (stored.itemsize * recipe.hidden_size))
+        most = max(0, nbytes // (stored.itemsize * recipe.hidden_size))
         # Memory that was never touched costs nothing. Row 0 stands for padding.
         self._rows: NDArray[Any] = np.zeros((most + 1, recipe.hidden_size), stored)
         self._ids = np.zeros(most + 1, np.int32)

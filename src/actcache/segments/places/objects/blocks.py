@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from actcache.backend import SegmentFiles
 from actcache.errors import FormatError
@@ -120,10 +121,7 @@ class ObjectSegment(SegmentFiles):
 
     def __init__(self, session: Session, blocks: Blocks, name: str, commit: str) -> None:
         self.where = f"{session.where}/{name}"
-        self._session = session
-        self._blocks = blocks
-        self._name = name
-        self._commit = commit
+        self._session, self._blocks, self._name, self._commit = session, blocks, name, commit
 
     def names(self) -> list[str]:
         if not self._commit:
@@ -139,37 +137,30 @@ class ObjectSegment(SegmentFiles):
         return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
     def size(self, name: str) -> int:
-        key = self._key(name)
-        try:
+        with self._key(name) as key:
             return self._blocks.size(key)
-        except ObjectNotFoundError:
-            raise self._lost(name) from None
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
-        key = self._key(name)
-        try:
+        with self._key(name) as key:
             return self._blocks.read(key, offset, nbytes, ahead=True)
-        except ObjectNotFoundError:
-            raise self._lost(name) from None
 
-    def _key(self, name: str) -> str:
+    @contextmanager
+    def _key(self, name: str) -> Iterator[str]:
+        """Yield the key of a file; that there is no such object means the segment is gone, or that it is damaged."""
         if bool(name) != bool(self._commit):
             kind = "several objects" if self._commit else "one object"
             raise FormatError(f"{self.where} is {kind}: no {name!r:.100} there")
         if ".." in name.split("/") or "" in name.split("/")[1:]:
             raise FormatError(f"{self.where} has no file {name!r:.100}")
-        return f"{self._name}/{name}" if name else self._name
+        try:
+            yield f"{self._name}/{name}" if name else self._name
+        except ObjectNotFoundError:
+            if name and name != self._commit:
+                with suppress(ObjectNotFoundError):
+                    self._session.client().head(f"{self._name}/{self._commit}")
+                    raise FormatError(f"{self.where} is damaged: {name} is missing") from None
+            raise self._gone() from None
 
     def _gone(self) -> FileNotFoundError:
         self._blocks.forget(f"{self._name}/" if self._commit else self._name)
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where)
-
-    def _lost(self, name: str) -> Exception:
-        """Return what it means that a file is not there: that the segment is gone, or that it is damaged."""
-        if not name or name == self._commit:
-            return self._gone()
-        try:
-            self._session.client().head(f"{self._name}/{self._commit}")
-        except ObjectNotFoundError:
-            return self._gone()
-        return FormatError(f"{self.where} is damaged: {name} is missing")

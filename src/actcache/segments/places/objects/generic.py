@@ -36,12 +36,7 @@ _REFUSED = (401, 403)
 
 
 class FsspecClient(Client):
-    """See ``Client``. As thread-safe as the file system of fsspec; belongs to the process that made it.
-
-    Args:
-        url: the root.
-        options: of the file system.
-    """
+    """As thread-safe as the file system of fsspec, whose options it takes; belongs to the process that made it."""
 
     multipart = False
 
@@ -147,11 +142,7 @@ class FsspecClient(Client):
 
 
 def leave_to_parent(fs: object, loop: object) -> None:
-    """In a fork's child: have a file system of the parent's, and its event loop, leave the connections alone.
-
-    Args:
-        loop: as the parent knew it; None where it has none.
-    """
+    """In a fork's child: have a file system of the parent's, and its event loop (or None), let the connections be."""
     for reference in weakref.getweakrefs(fs):
         finalizer = reference.__callback__
         if isinstance(finalizer, weakref.finalize):

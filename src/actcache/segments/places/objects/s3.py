@@ -48,8 +48,6 @@ _UNCONFIGURED = (
     *(boto.ParamValidationError, boto.InvalidConfigError, boto.ConfigParseError, boto.ConfigNotFound),
     *(boto.UnauthorizedSSOTokenError, boto.SSOTokenLoadError, boto.InvalidRegionError, boto.NoRegionError),
 )
-
-
 _AGAIN = {
     *("InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"),
     *("RequestLimitExceeded", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest"),
@@ -64,10 +62,10 @@ _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocat
 
 
 class S3Client(Client):
-    """See ``Client``. Thread-safe; belongs to the process that made it.
+    """Thread-safe; belongs to the process that made it.
 
     Args:
-        bucket, prefix: the root; the prefix is empty or ends with a slash.
+        prefix: empty, or ends with a slash.
         options: of ``s3fs.S3FileSystem``.
         timeout: seconds without a byte after which an attempt is given up.
     """
@@ -76,10 +74,7 @@ class S3Client(Client):
 
     def __init__(self, bucket: str, prefix: str, options: dict[str, Any], timeout: float) -> None:
         self.where = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._bucket = bucket
-        self._prefix = prefix
-        self._timeout = timeout
-        self._closed = False
+        self._bucket, self._prefix, self._timeout, self._closed = bucket, prefix, timeout, False
         config = {
             "connect_timeout": min(timeout, 10),
             "read_timeout": timeout,
@@ -289,7 +284,6 @@ def failure(status: int, code: str, message: str, what: str, bucket: str, *, wri
 
     Args:
         status: of HTTP; 0 where it is not known.
-        code: the error code of S3, such as ``NoSuchKey``.
         what: the request, such as ``"cannot read s3://bucket/key"``.
         bucket: the bucket and endpoint, for messages.
     """
@@ -298,7 +292,7 @@ def failure(status: int, code: str, message: str, what: str, bucket: str, *, wri
         return StoreNotFoundError(f"{what}: there is no bucket {bucket}; create it, or check its name and endpoint_url")
     if code in ("NoSuchKey", "NoSuchUpload", "NotFound") or status == 404:
         return ObjectNotFoundError(what)
-    if code == "ConditionalRequestConflict" or code in _AGAIN:
+    if code in _AGAIN:
         return TransientError(f"{what}: {said}")
     if code == "PreconditionFailed" or status == 412:
         return ObjectExistsError(what)

@@ -38,9 +38,7 @@ MAP_LOCK = ReadersWriterLock()
 class Environment:
     """One environment, shared by all of this process that use its file. Thread-safe. ``shared_environments`` makes it.
 
-    Raises (all that does something):
-        ClosedError: it is closed, or the process was forked since.
-        FormatError, StorageIOError, ...: see ``failures``.
+    Raises ``ClosedError`` where it is closed, or the process was forked since, and what ``failures`` makes.
     """
 
     def __init__(self, folder: Path, map_size: int | None, *, writable: bool) -> None:

@@ -25,10 +25,13 @@ _KEPT = np.dtype([*zip(_FIELDS, ("<u8", "<u8", "<u8", "<u4", "u1"), strict=True)
 def records_of(txn: lmdb.Transaction[memoryview], heads: Any, keys: list[bytes]) -> NDArray[np.void]:
     """Return all heads of these keys, in the order of the keys and newest first, damaged ones among them."""
     with txn.cursor(heads) as cursor:
-        found = cursor.getmulti(keys, dupdata=True, dupfixed_bytes=HEAD.itemsize, keyfixed=True)
-    if len(found) % RECORD.itemsize:
+        return _parsed(cursor.getmulti(keys, dupdata=True, dupfixed_bytes=HEAD.itemsize, keyfixed=True))
+
+
+def _parsed(data: Any) -> NDArray[np.void]:
+    if len(data) % RECORD.itemsize:
         raise lmdb.CorruptedError("heads of another size than this format has")
-    return np.frombuffer(found, RECORD)
+    return np.frombuffer(data, RECORD)
 
 
 def latest(records: NDArray[np.void], sequence: int) -> NDArray[np.void]:
@@ -82,9 +85,7 @@ def scan(txn: lmdb.Transaction[memoryview], heads: Any) -> Iterator[NDArray[np.v
         rest = b""
         while True:
             data = rest + b"".join(itertools.islice(pairs, 2 * _SCAN))
-            if len(data) % RECORD.itemsize:
-                raise lmdb.CorruptedError("heads of another size than this format has")
-            records = np.frombuffer(data, RECORD)
+            records = _parsed(data)
             if len(data) == len(rest):
                 if len(records):
                     yield records

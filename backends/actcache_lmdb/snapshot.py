@@ -105,8 +105,7 @@ class LMDBSnapshot(Snapshot):
     def _memory(self, located: EntryLocations) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         """The mapped file, and the first page of each of these entries, which are all there.
 
-        Raises:
-            FormatError: the pages are not those of the entries, or say impossible things.
+        Raises ``FormatError`` where the pages are not those of the entries, or say impossible things.
         """
         environment = self._environment
         with self._reading() as txn:
@@ -153,9 +152,7 @@ class LMDBSnapshot(Snapshot):
     def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
         count = len(located.tokens)
         if not located.found.any():
-            for buffer in out.values():
-                buffer[: count * (width or 0)] = 0
-            done(0, count)
+            EmptySnapshot().gather(located, out, width, done)
             return
         for name in out:
             if not self.has(name, located)[located.found].all():
@@ -163,15 +160,13 @@ class LMDBSnapshot(Snapshot):
         found = np.flatnonzero(located.found)
         with self._memory(located[found]) as (memory, pages):
             first = np.zeros(count, np.int64)
-            first[found] = pages
+            first[found] = pages * self._environment.page_size
             columns = located.row & ((1 << _BITS) - 1)
             copies = []
             for name, buffer in out.items():
-                places = np.zeros(count, np.int64)
+                begins = first.copy()
                 for kind in np.unique(columns[found]).tolist():
-                    here = self._shapes.places(located.tokens, kind)[name]
-                    places = np.where(columns == kind, here, places)
-                begins = first * self._environment.page_size + places
+                    begins += np.where(columns == kind, self._shapes.places(located.tokens, kind)[name], 0)
                 copies.append(copier(memory, begins, located.tokens, buffer, width))
             self._workers.run_chunks([*copies, done], chunks(located.tokens, width, out))
 

@@ -37,13 +37,6 @@ class Catalog:
     """Knows one folder of segments, ``spaces/<fingerprint>``. Thread-safe, and safe beside other processes.
 
     Only a writable one syncs names that others gave, and writes an index in the end.
-
-    Attributes:
-        segments: every segment ever seen; a snapshot's look-ups name them by their position here.
-        listed: names of the readable segments, as of the last snapshot.
-        replaced: those of them that compacted ones replace.
-        damaged: the segments that cannot be read, and why.
-        lock: held while something is looked at or changed that the next snapshot shows; reentrant.
     """
 
     def __init__(
@@ -54,7 +47,7 @@ class Catalog:
         self.folder = f"spaces/{fingerprint}"
         self.where = f"{place.where}/{self.folder}"
         self.columns = columns
-        self.segments: list[Segment] = []
+        self.segments: list[Segment] = []  # all ever seen; a snapshot's look-ups name them by their position here
         self._numbers: dict[str, int] = {}  # name -> position in ``segments``
         self._rows = place.rows(self.segments)
         self._workers = Workers()
@@ -63,12 +56,12 @@ class Catalog:
         self._indexed = True  # whether an index is looked at
         self._recent = Table.of_segments([])  # segments that the index does not cover
         self.tombstones = Tombstones(place, self.folder)
-        self.listed: frozenset[str] = frozenset()
-        self.replaced: frozenset[str] = frozenset()
-        self.damaged: dict[str, str] = {}
+        self.listed: frozenset[str] = frozenset()  # names of the readable segments, as of the last snapshot
+        self.replaced: frozenset[str] = frozenset()  # those of them that compacted ones replace
+        self.damaged: dict[str, str] = {}  # segments that cannot be read, and why
         self._synced: set[str] = set()  # segments whose names this object has synced
         self._closed = False
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # held while something is looked at or changed that the next snapshot shows
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -227,25 +227,18 @@ def compact(catalog: Catalog, target_bytes: int, waste: float, grace: float, pro
     with catalog.without_index() if needed else nullcontext():
         snapshot = catalog.snapshot()
         groups = merge_plan(live_segments(snapshot), target_bytes, waste)
-        # Written, and read back.
-        moved = _counting(2 * sum(live.nbytes for group in groups for live in group), progress)
+        done, total = 0, 2 * sum(live.nbytes for group in groups for live in group)  # written, and read back
+
+        def moved(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(min(done, total), total)
+
         merged = [group for group in groups if merge(catalog, snapshot, group, moved)]
         removed, freed = remove_replaced(catalog, grace)
         more, bytes_more = remove_dead(catalog, grace)
         join_tombstones(catalog, grace)
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
-
-
-def _counting(total: int, progress: BytesDone) -> Callable[[int], None]:
-    """Return what to tell how many bytes were moved since the last call; it tells ``progress``."""
-    done = 0
-
-    def moved(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(min(done, total), total)
-
-    return moved
 
 
 def merge(

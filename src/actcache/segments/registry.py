@@ -70,8 +70,7 @@ def _remedy(point: EntryPoint) -> str:
 def resolve(url: str | Path) -> str | Path:
     """Return a URL or path that means the same from every working directory, and in another process: it travels.
 
-    Raises:
-        BackendError: it names no place, or the scheme is not known.
+    Raises ``BackendError`` where it names no place, or the scheme is not known.
     """
     if not isinstance(url, str | Path):
         raise BackendError(f"a store is opened by a URL or path, not by {url!r:.80}")
@@ -90,12 +89,8 @@ def resolve(url: str | Path) -> str | Path:
 def open_driver(url: str | Path, mode: str, options: Mapping[str, Any], *, create: bool = True) -> StoreDriver:
     """Open the store at a URL or path. A store that stands at a bare path says itself which backend it is of.
 
-    Args:
-        create: whether mode ``"a"`` makes a store where none stands.
-
-    Raises:
-        BackendError: the scheme, or an option, is not known.
-        StoreNotFoundError, NotAStoreError, ReadOnlyError, FormatVersionError: see ``Backend.open``.
+    Mode ``"a"`` makes one where none stands if it may ``create``. Raises as ``Backend.open`` does, and ``BackendError``
+    where the scheme or an option is not known.
     """
     if mode not in ("r", "a"):
         raise BackendError(f"mode is 'r' (read) or 'a' (read, write, create), not {mode!r}")

@@ -20,15 +20,12 @@ _SUFFIX = ".json"
 
 
 class Tombstones:
-    """The tombstones of a space. Not thread-safe.
-
-    Attributes:
-        known: those of the last ``refresh``, name -> segment of origin -> numbers of entries.
-    """
+    """The tombstones of a space. Not thread-safe."""
 
     def __init__(self, place: Place, folder: str) -> None:
         self._place = place
         self._folder = f"{folder}/tombstones"
+        # Those of the last ``refresh``: name -> segment of origin -> numbers of entries.
         self.known: dict[str, dict[str, list[int]]] = {}
 
     def path(self, name: str) -> str:

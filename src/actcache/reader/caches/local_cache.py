@@ -38,13 +38,9 @@ class LocalCache(Wrapper):
     Any number of processes may share a folder. When it is full, segments that no living object has looked at are
     evicted, the least recently used first; where there are none, what is read is not kept.
 
-    Args:
-        source: a space.
-        path: the cache's folder, on a local disk; it is made where it is absent.
-        nbytes: that the folder may take up.
-        stats: where documents that come from here are counted.
-
-    Raises ``UsageError``, ``NotAStoreError`` or ``StoreError`` where ``path`` cannot be a cache.
+    The folder ``path``, on a local disk, is made where it is absent, and takes up ``nbytes`` at most. Documents that
+    come from here are counted in ``stats``. Raises ``UsageError``, ``NotAStoreError`` or ``StoreError`` where ``path``
+    cannot be a cache.
     """
 
     def __init__(

@@ -127,7 +127,10 @@ class CacheFolder:
         self.place = LocalPlace(self.root)
         self.leases = self.root / "leases"
         self._claimed = False
-        self.format = _format_of(self._claim())
+        plugin = registry.load(backend := self._claim())
+        if not isinstance(plugin, SegmentFormat):
+            raise UsageError(f"a local cache keeps segments, which the {backend} backend does not have")
+        self.format = plugin
         self._claimed = True
         self.place.files.make_folders(self.leases)
 
@@ -151,9 +154,8 @@ class CacheFolder:
             value = json.loads(self.place.read(MARKER) or b"")
             version, backend = int(value["format_version"]), str(value["backend"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise NotAStoreError(
-                f"{self.root / MARKER} is damaged ({error}); remove the folder, it holds copies"
-            ) from None
+            damaged = f"{self.root / MARKER} is damaged ({error}); remove the folder, it holds copies"
+            raise NotAStoreError(damaged) from None
         if version > VERSION:
             raise FormatVersionError(f"{self.root} is a local cache of a newer release (version {version}); upgrade")
         return backend
@@ -214,13 +216,6 @@ class CacheFolder:
                     with suppress(FileNotFoundError):
                         if is_name(name):
                             yield path.stat().st_mtime, _used(path), path, name
-
-
-def _format_of(backend: str) -> SegmentFormat:
-    plugin = registry.load(backend)
-    if not isinstance(plugin, SegmentFormat):
-        raise UsageError(f"a local cache keeps segments, which the {backend} backend does not have")
-    return plugin
 
 
 def _lock(descriptor: int) -> bool:

@@ -26,12 +26,8 @@ _NOT_HELD = (0, 0, False)
 class RamCache(Wrapper):
     """Wraps a source: reads of entries that are held do not reach it. Thread-safe.
 
-    What is held is what was read and verified once; an entry that is overwritten later is not read again.
-
-    Args:
-        source: a space.
-        nbytes: of activations, at most; memory is used as entries come in.
-        stats: where documents that come from here are counted.
+    What is held is what was read and verified once; an entry that is overwritten later is not read again. ``nbytes`` of
+    activations at most; memory is used as entries come in. Documents that come from here are counted in ``stats``.
     """
 
     def __init__(self, source: Source, nbytes: int, stats: ReaderStats | None = None) -> None:

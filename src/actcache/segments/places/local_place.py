@@ -58,11 +58,9 @@ def _user(number: int) -> str:
 
 
 class LocalPlace(Place):
-    """Implements ``Place`` in a folder.
+    """Implements ``Place`` in a folder, whose path is absolute, or it changes with the working directory.
 
-    Args:
-        root: absolute, or it changes with the working directory.
-        mapped: whether rows are gathered from mappings; None decides by the file system.
+    ``mapped`` says whether rows are gathered from mappings; None decides by the file system.
     """
 
     def __init__(self, root: Path, *, mapped: bool | None = None) -> None:

@@ -41,10 +41,14 @@ class Blocks:
 
     def forget(self, key: str) -> None:
         """Drop what is known of an object or of all below a folder, given with its slash."""
+
+        def within(known: str) -> bool:
+            return known.startswith(key) if key.endswith("/") else known == key
+
         with self._lock:
-            for known in [known for known in self._sizes if _within(known, key)]:
+            for known in filter(within, list(self._sizes)):
                 del self._sizes[known]
-            for block in [block for block in self._kept if _within(block[0], key)]:
+            for block in [block for block in self._kept if within(block[0])]:
                 self._held -= len(self._kept.pop(block))
 
     def size(self, key: str) -> int:
@@ -106,15 +110,10 @@ class Blocks:
         return found
 
 
-def _within(key: str, name: str) -> bool:
-    return key.startswith(name) if name.endswith("/") else key == name
-
-
 class ObjectSegment(SegmentFiles):
     """The object, or the objects below a prefix, of one segment. Thread-safe.
 
-    Args:
-        commit: the file without which a segment of several files is not there; empty where it is one object.
+    Without the file ``commit`` a segment of several files is not there; it is empty where it is one object.
     """
 
     path = None

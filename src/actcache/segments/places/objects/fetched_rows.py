@@ -84,9 +84,7 @@ def coalesce(
 class FetchedRows(RowSource):
     """Implements ``RowSource``. Thread-safe; usable after a fork.
 
-    Args:
-        segments: grows; the number of a segment is its position.
-        locate: from a segment and the name of a file in it to its key.
+    The list of segments grows. ``locate`` leads from a segment and the name of a file in it to its key.
     """
 
     def __init__(self, session: Session, blocks: Blocks, segments: list[Segment], locate: Locate) -> None:

@@ -147,14 +147,14 @@ class S3Client(Client):
         return self._do("list", prefix, ask, 1 << 30)
 
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
-        self._write(key, "put_object", len(data), Body=_bytes(data), Metadata={_TOKEN: token}, **_condition(create))
+        self._write(key, "put_object", len(data), Body=bytes(data), Metadata={_TOKEN: token}, **_condition(create))
 
     def begin(self, key: str, token: str) -> str:
         return str(self._write(key, "create_multipart_upload", Metadata={_TOKEN: token})["UploadId"])
 
     def part(self, key: str, upload: str, number: int, data: Data) -> str:
         which: dict[str, Any] = {"UploadId": upload, "PartNumber": number}
-        return str(self._write(key, "upload_part", len(data), Body=_bytes(data), **which)["ETag"])
+        return str(self._write(key, "upload_part", len(data), Body=bytes(data), **which)["ETag"])
 
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
         parts = {"Parts": [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(etags, 1)]}
@@ -237,8 +237,7 @@ class S3Client(Client):
         except StorageIOError:
             raise
         except (boto.BotoCoreError, boto.HTTPClientError, HTTPError, FSTimeoutError, TimeoutError, OSError) as error:
-            answer = error.__cause__  # s3fs's own methods make OSErrors of what botocore raises
-            if isinstance(answer, boto.ClientError):
+            if isinstance(answer := error.__cause__, boto.ClientError):  # s3fs's own methods make OSErrors of these
                 raise self._answer(answer, what, writing) from error
             if isinstance(error, FileNotFoundError):
                 raise ObjectNotFoundError(what) from error
@@ -253,10 +252,6 @@ class S3Client(Client):
         code, message = str(said.get("Code", "")), str(said.get("Message", ""))
         bucket = f"{self._bucket} at {self.fs.endpoint_url or 'the configured endpoint'}"
         return failure(_status(error), code, message, what, bucket, writing=writing)
-
-
-def _bytes(data: Data) -> bytes:
-    return data if isinstance(data, bytes) else bytes(data)
 
 
 def _condition(create: bool) -> dict[str, str]:
@@ -282,10 +277,8 @@ def _now(answer: dict[str, Any]) -> datetime:
 def failure(status: int, code: str, message: str, what: str, bucket: str, *, writing: bool) -> Exception:
     """Return the exception that an answer of a store stands for.
 
-    Args:
-        status: of HTTP; 0 where it is not known.
-        what: the request, such as ``"cannot read s3://bucket/key"``.
-        bucket: the bucket and endpoint, for messages.
+    ``status`` is HTTP's, or 0; ``what`` the request, such as ``"cannot read s3://bucket/key"``; ``bucket`` has the
+    endpoint, too.
     """
     said = f"{code or status}{f': {message[:200]}' if message else ''}"
     if code == "NoSuchBucket":

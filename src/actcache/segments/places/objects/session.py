@@ -39,8 +39,7 @@ def _repeated(method: str) -> Callable[..., Any]:
 class Retrying(Client):
     """Wraps a client. A write whose answer was lost is looked for on the store before it is repeated. Thread-safe.
 
-    Args:
-        seconds: no attempt begins later than so many seconds after the first one.
+    No attempt begins more than ``seconds`` after the first one.
     """
 
     def __init__(self, client: Client, seconds: float) -> None:

@@ -45,9 +45,7 @@ class Meta:
 def read_meta(path: Path) -> Meta:
     """Parse both meta pages, and compare the newer one with the size of the file.
 
-    Raises:
-        FormatError: they are damaged, or of an LMDB format other than 1; the file is truncated.
-        OSError: as the operating system reports it.
+    Raises ``OSError``, or ``FormatError`` where they are damaged or of another format than 1, or the file is truncated.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

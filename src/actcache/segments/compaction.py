@@ -120,12 +120,9 @@ def merge_plan(candidates: Sequence[LiveSegment], target_bytes: int, waste: floa
 class Merger:
     """Makes one block of the live entries of some segments, and proves that what was written is what was read.
 
-    Args:
-        standing: the names of all segments that are listed.
-        moved: told the bytes of rows that were written, or read back, since it was told last.
-
-    Raises:
-        FormatError, SegmentGoneError: a segment is damaged, or gone; also while the block is being written.
+    ``standing`` are the names of all listed segments; ``moved`` is told the bytes of rows that were written, or read
+    back, since it was told last. Raises ``FormatError`` or ``SegmentGoneError`` where a segment is damaged or gone, also
+    while the block is being written.
     """
 
     def __init__(

@@ -164,10 +164,8 @@ class Table:
     def open(cls, path: Path, access: Access, columns: Columns) -> Table:
         """Map an index file of a space with these ragged arrays.
 
-        Raises:
-            FormatError: the file is truncated or foreign; it can be removed, the segments have all that it says.
-            FormatVersionError: a newer release wrote it.
-            FileNotFoundError: another process has replaced it.
+        Raises ``FileNotFoundError`` where another process has replaced it, ``FormatVersionError`` for one of a newer
+        release, ``FormatError`` where it is truncated or foreign: it can be removed, the segments have all that it says.
         """
         metadata, arrays = safetensors.mapped(path)
         version = metadata.get("actcache_index", "")

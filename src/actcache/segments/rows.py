@@ -59,10 +59,8 @@ class RowSource(ABC):
     def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
         """Return what reads the batch into its buffer ``out``, packed or padded with zeros (see ``row_indices``).
 
-        Raises (also the function):
-            SegmentGoneError: a segment is gone.
-            FormatError: it is shorter than it was.
-            KeyError: a segment has no such column.
+        Both raise ``SegmentGoneError`` where a segment is gone, ``FormatError`` where it is shorter than it was, and
+        ``KeyError`` where it has no such column.
         """
 
     @abstractmethod

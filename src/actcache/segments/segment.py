@@ -158,10 +158,8 @@ class Segment:
     def measure(self) -> int:
         """Return the bytes that the segment takes up.
 
-        Raises:
-            FormatError: a file is missing, or shorter than what should lie in it.
-            FileNotFoundError: the segment is gone.
-            PermissionError: a file may not be read.
+        Raises ``FormatError`` where a file is missing or too short, ``FileNotFoundError`` where the segment is gone,
+        ``PermissionError`` where a file may not be read.
         """
         ends: dict[str, int] = {}
         for extent in self.extents.values():

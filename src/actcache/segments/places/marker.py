@@ -50,10 +50,8 @@ def read(place: Place) -> Marker | None:
 def claim(place: Place, backend: str, *, create: bool) -> Marker:
     """Make sure that a place is a store of this backend; make one of an empty place where ``create`` allows it.
 
-    Raises:
-        BackendError: it is another backend's store.
-        NotAStoreError: it holds other things.
-        StoreNotFoundError: it is empty or absent.
+    Raises ``BackendError`` for another backend's store, ``NotAStoreError`` where the place holds other things, and
+    ``StoreNotFoundError`` where it is empty or absent.
     """
     marker = read(place)
     if marker is None:

@@ -122,10 +122,7 @@ def objects(url: str) -> Iterator[Found]:
     In a pattern ``*`` and ``[...]`` stand for parts of a name, ``**`` for any folders; options may stand in the URL's
     query, as of a store's.
 
-    Raises:
-        BackendError: it names no bucket, or an option is not known.
-        MissingExtraError: the package that it needs is not installed.
-        StoreError: the store cannot be asked.
+    Raises ``BackendError`` where it names no bucket or an option is not known, ``MissingExtraError``, ``StoreError``.
     """
     target = opt.target(url, {})
     if any(character in target.bucket for character in _WILD):

@@ -43,13 +43,8 @@ _COPIES = 8  # local ones at a time; what is mapped stays so without its name
 class ObjectPlace(Place):
     """Implements ``Place`` below ``protocol://bucket/prefix``. Usable after a fork.
 
-    Args:
-        url: may have options in its query.
-        commit: the file that makes a segment of several files whole; empty where segments are single files.
-        options: see docs/object-stores.md.
-
-    Raises:
-        BackendError: the URL names no bucket, or an option is not known.
+    The file ``commit`` makes a segment of several files whole; it is empty where segments are single files. Options are
+    those of docs/object-stores.md. Raises ``BackendError`` where the URL names no bucket, or an option is not known.
     """
 
     def __init__(self, url: str, commit: str, options: Mapping[str, Any]) -> None:

@@ -121,8 +121,8 @@ class Merger:
     """Makes one block of the live entries of some segments, and proves that what was written is what was read.
 
     ``standing`` are the names of all listed segments; ``moved`` is told the bytes of rows that were written, or read
-    back, since it was told last. Raises ``FormatError`` or ``SegmentGoneError`` where a segment is damaged or gone, also
-    while the block is being written.
+    back, since it was told last. Raises ``FormatError`` or ``SegmentGoneError`` where a segment is damaged or gone,
+    also while the block is being written.
     """
 
     def __init__(
@@ -246,8 +246,8 @@ def merge(
 ) -> str:
     """Publish one segment in the place of some; return its name, an empty one where that could not be done.
 
-    Where another compactor has removed a source, or one is damaged, everything stays as it is. Raises ``StoreError``
-    (the disk is full, ...) when nothing has changed.
+    Where another compactor has removed a source, or one is damaged, everything stays as it is; so it does after a
+    ``StoreError`` (the disk is full, ...).
     """
     try:
         merger = Merger(snapshot, group, catalog.columns, catalog.listed, moved)

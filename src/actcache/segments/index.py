@@ -165,7 +165,7 @@ class Table:
         """Map an index file of a space with these ragged arrays.
 
         Raises ``FileNotFoundError`` where another process has replaced it, ``FormatVersionError`` for one of a newer
-        release, ``FormatError`` where it is truncated or foreign: it can be removed, the segments have all that it says.
+        release, ``FormatError`` where it is truncated or foreign: it can go, the segments have all that it says.
         """
         metadata, arrays = safetensors.mapped(path)
         version = metadata.get("actcache_index", "")

@@ -241,6 +241,7 @@ def _reading(
                     if len(piece) != lengths[i]:
                         raise FormatError(f"{fetches.where(number)} is truncated")
                     target[bounds[i] : end] = np.frombuffer(piece, np.uint8)
+                    del piece  # with the range's bytes, while the next ones are waited for
                     fetches.taken(number)
                 target[end : bounds[i + 1]] = 0
         except BaseException as error:

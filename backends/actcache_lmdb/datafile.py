@@ -23,7 +23,12 @@ _MAGIC = 0xBEEFC0DE
 _P_META = 0x08
 _NO_PAGE = 2**64 - 1
 _TRIES = 50
-_FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}  # somebody ends a process by them
+_FROM_OUTSIDE = {
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGKILL,
+}  # the signals by which somebody ends a process
 _ATTEMPTS = 4  # a writer may change pages under the examination; damage stays
 _PAUSE = 0.5
 

@@ -39,7 +39,7 @@ class _Retired(Exception):
 
 
 class LMDBSpace(SpaceDriver):
-    """One space. Thread-safe throughout; safe beside other processes.
+    """One space of LMDB. Thread-safe throughout; safe beside other processes.
 
     Args:
         grace: seconds that what was superseded stays for older snapshots, and an old generation for its readers.

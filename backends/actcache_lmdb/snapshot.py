@@ -31,11 +31,11 @@ _MOST_NUMBERS = 1 << 22
 
 
 class LMDBSnapshot(Snapshot):
-    """Thread-safe. A location's ``segment`` is an entry's first page, ``row`` its number and columns.
+    """What was newest at one sequence number; an entry's location has its first page, and its number and columns.
 
     Every call is one short read transaction of its own: between them, nothing is pinned. What this snapshot shows stays
     where it is until a later transaction has removed what was superseded after it; from then on calls raise
-    ``SegmentGoneError``.
+    ``SegmentGoneError``. Thread-safe.
     """
 
     def __init__(self, environment: Environment, state: State, shapes: Shapes, workers: Workers) -> None:

@@ -25,7 +25,7 @@ _ORDER = (
 
 
 class SafetensorsFormat(SegmentFormat):
-    """See ``SegmentFormat``; docs/format.md describes the file."""
+    """Segments as safetensors files, which docs/format.md describes."""
 
     name = "safetensors"
     suffix = ".safetensors"

@@ -42,7 +42,7 @@ _KNOWN = {  # members of an array's zarr.json; others may change what its bytes 
 
 
 class ZarrFormat(SegmentFormat):
-    """docs/format.md describes the folder."""
+    """Segments as folders of zarr v3, which docs/format.md describes."""
 
     name = "zarr"
     suffix = ".zarr"

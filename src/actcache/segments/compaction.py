@@ -337,7 +337,7 @@ def _ages(place: Place) -> Callable[[str], float]:
 # --- size-tiered merges of what one writer has published: sixteen segments of about one size into one, and so on ------
 
 _AT_ONCE = 16
-_BYTES = 16 << 20  # of rows; larger segments are not worth writing twice
+_BYTES = 16 << 20  # of rows; larger ones are not worth writing twice
 
 
 class TieredMerge:

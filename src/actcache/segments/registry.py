@@ -40,7 +40,7 @@ def parse(url: str) -> tuple[str | None, str]:
 
 
 def load(name: str) -> Plugin:
-    """Import a backend. ``BackendError``: none is of that name. ``MissingExtraError``: it lacks its storage library."""
+    """Import a backend. ``BackendError``: there is none of that name. ``MissingExtraError``: its library is missing."""
     points = [point for point in entry_points(group=GROUP) if point.name == name]
     if not points:
         raise BackendError(f"there is no backend {name!r}; installed are {', '.join(backends())}")

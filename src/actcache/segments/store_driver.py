@@ -37,7 +37,7 @@ OpenSpace = Callable[[str, Columns], SpaceDriver]
 
 
 def _passed(method: str, *, checked: bool = False) -> Callable[..., Any]:
-    """Return a method that calls the wrapped object's; ``checked``: where the store is still there."""
+    """Return a method that calls the wrapped object's, ``checked`` after a look whether the store is still there."""
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
         if checked:

@@ -26,8 +26,8 @@ _NOT_HELD = (0, 0, False)
 class RamCache(Wrapper):
     """Wraps a source: reads of entries that are held do not reach it. Thread-safe.
 
-    What is held is what was read and verified once; an entry that is overwritten later is not read again. ``nbytes`` of
-    activations at most; memory is used as entries come in. Documents that come from here are counted in ``stats``.
+    What is held is what was read and verified once; an entry that is overwritten later is not read again. It holds
+    ``nbytes`` of activations at most, in memory that is used as entries come in, and counts hits in ``stats``.
     """
 
     def __init__(self, source: Source, nbytes: int, stats: ReaderStats | None = None) -> None:

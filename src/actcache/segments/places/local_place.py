@@ -58,7 +58,7 @@ def _user(number: int) -> str:
 
 
 class LocalPlace(Place):
-    """Implements ``Place`` in a folder, whose path is absolute, or it changes with the working directory.
+    """A place in a folder, whose path is absolute, or it changes with the working directory.
 
     ``mapped`` says whether rows are gathered from mappings; None decides by the file system.
     """

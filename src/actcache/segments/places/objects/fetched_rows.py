@@ -98,9 +98,8 @@ class FetchedRows(RowSource):
             fetches = self._ahead.pop((os.getpid(), plan.column, ranges.digest()), None)
         if fetches is None:
             fetches = _Fetches(self, plan.column, ranges, small)
-        return _reading(
-            fetches, ranges, begins, plan.lengths * row_bytes, out, offsets_of(plan.lengths, width) * row_bytes
-        )
+        places = offsets_of(plan.lengths, width) * row_bytes
+        return _reading(fetches, ranges, begins, plan.lengths * row_bytes, out, places)
 
     def _ranges(self, plan: RowPlan) -> tuple[Ranges, NDArray[np.int64], int, bool]:
         """Return what to fetch, where each entry begins in its file, the bytes of a row, and whether rows are small."""

@@ -27,7 +27,7 @@ _REFUSED = (401, 403)
 
 
 class FsspecClient(client.Client):
-    """As thread-safe as the file system of fsspec, whose options it takes; belongs to the process that made it."""
+    """A client by a file system of fsspec, as thread-safe as that is; belongs to the process that made it."""
 
     multipart = False
 

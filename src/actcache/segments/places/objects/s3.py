@@ -52,7 +52,7 @@ _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocat
 
 
 class S3Client(client.Client):
-    """Takes the options of ``s3fs.S3FileSystem``. Thread-safe; belongs to the process that made it.
+    """A client by s3fs, whose options it takes. Thread-safe; belongs to the process that made it.
 
     The prefix is empty or ends with a slash. ``timeout`` seconds without a byte end an attempt.
     """

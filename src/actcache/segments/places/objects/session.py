@@ -152,7 +152,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Session:
-    """Makes clients by ``connect``, one a process. Thread-safe; usable after a fork."""
+    """Has one client a process, made by ``connect``, and its threads. Thread-safe; usable after a fork."""
 
     def __init__(self, where: str, connect: Callable[[], Client], retry_seconds: float) -> None:
         self.where, self._connect, self._seconds, self._closed = where, connect, retry_seconds, False

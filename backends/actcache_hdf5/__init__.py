@@ -32,7 +32,7 @@ _SHOWN = 200  # characters of an h5py message in ours
 
 
 class HDF5Format(SegmentFormat):
-    """See ``SegmentFormat``; docs/format.md describes the file."""
+    """Segments as HDF5 files, which docs/format.md describes."""
 
     name = "hdf5"
     suffix = ".h5"

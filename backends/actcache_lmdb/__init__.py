@@ -19,7 +19,7 @@ _LEAST_MAP = 1 << 16
 
 
 class LMDBEngine(SpaceEngine):
-    """See ``SpaceEngine``. Thread-safe.
+    """Keeps each space in an LMDB environment. Thread-safe.
 
     Options:
         grace: seconds that replaced and deleted entries stay readable for older snapshots (default 600).

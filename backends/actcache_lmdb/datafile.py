@@ -23,9 +23,12 @@ _MAGIC = 0xBEEFC0DE
 _P_META = 0x08
 _NO_PAGE = 2**64 - 1
 _TRIES = 50
-#: By which somebody ends a process, not what it finds.
-_FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}
-
+_FROM_OUTSIDE = {
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGKILL,
+}  # the signals by which somebody ends a process
 _ATTEMPTS = 4  # a writer may change pages under the examination; damage stays
 _PAUSE = 0.5
 
@@ -47,9 +50,7 @@ class Meta:
 def read_meta(path: Path) -> Meta:
     """Parse both meta pages, and compare the newer one with the size of the file.
 
-    Raises:
-        FormatError: they are damaged, or of an LMDB format other than 1; the file is truncated.
-        OSError: as the operating system reports it.
+    Raises ``OSError``, or ``FormatError`` where they are damaged or of another format than 1, or the file is truncated.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -96,8 +97,7 @@ def _parse(path: Path, data: bytes, number: int) -> Meta:
 def examine(folder: Path) -> str | None:
     """Have lmdb's own verifier walk a file in a process of its own; return what is wrong, None where nothing is.
 
-    Raises:
-        StorageIOError: somebody ended the verifier.
+    Raises ``StorageIOError`` where somebody ended the verifier.
     """
     said = ""
     for attempt in range(_ATTEMPTS):

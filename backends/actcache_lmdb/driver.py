@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 _TRIES = 20  # to open a generation that others replace meanwhile
 
-
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[memoryview]
     Work = Callable[[Writing], T]
@@ -40,16 +39,13 @@ class _Retired(Exception):
 
 
 class LMDBSpace(SpaceDriver):
-    """See ``SpaceDriver``. Thread-safe throughout; safe beside other processes.
+    """One space of LMDB. Thread-safe throughout; safe beside other processes.
 
     Args:
-        folder: of the space.
         grace: seconds that what was superseded stays for older snapshots, and an old generation for its readers.
         map_size: bytes of addresses to start with, None for plenty; it grows by itself.
-        examine: whether the structure of the data file is looked at, by another process, before it is mapped.
-
-    Raises:
-        FormatError: it was, and it is damaged.
+        examine: have another process look at the structure of the data file before it is mapped; ``FormatError`` where
+            it is damaged.
     """
 
     def __init__(
@@ -64,9 +60,7 @@ class LMDBSpace(SpaceDriver):
     ) -> None:
         self._generations = Generations(folder)
         self._shapes = Shapes(columns)
-        self._writable = writable
-        self._grace = grace
-        self._map_size = map_size
+        self._writable, self._grace, self._map_size = writable, grace, map_size
         self._workers = Workers()
         self._lock = threading.Lock()
         self._environment: Environment | None = None
@@ -134,8 +128,7 @@ class LMDBSpace(SpaceDriver):
 
     def append(self, block: Block) -> None:
         _, environment = self._current()
-        page_size = environment.page_size if environment is not None else 4096
-        records = Blocks(block, self._shapes, page_size)
+        records = Blocks(block, self._shapes, environment.page_size if environment is not None else 4096)
 
         def work(writing: Writing) -> None:
             writing.remove_retired(self._grace)
@@ -159,9 +152,7 @@ class LMDBSpace(SpaceDriver):
     def examine(self) -> dict[str, str]:
         """Look at the structure of the data file, in another process; after damage was found, nothing maps it here."""
         number, environment = self._current()
-        if environment is None:
-            return {}
-        return self._examine(self._generations.path(number))
+        return {} if environment is None else self._examine(self._generations.path(number))
 
     def _examine(self, path: Path) -> dict[str, str]:
         wrong = datafile.examine(path)

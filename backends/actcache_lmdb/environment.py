@@ -38,9 +38,7 @@ MAP_LOCK = ReadersWriterLock()
 class Environment:
     """One environment, shared by all of this process that use its file. Thread-safe. ``shared_environments`` makes it.
 
-    Raises (all that does something):
-        ClosedError: it is closed, or the process was forked since.
-        FormatError, StorageIOError, ...: see ``failures``.
+    Raises ``ClosedError`` where it is closed, or the process was forked since, and what ``failures`` makes.
     """
 
     def __init__(self, folder: Path, map_size: int | None, *, writable: bool) -> None:
@@ -51,7 +49,7 @@ class Environment:
         self._writing = threading.Lock()
         self._base = 0  # address of the map, 0 where it is not known yet
         self._lmdb: lmdb.Environment | None = None
-        self._descriptor = -1
+        self.file = -1  # a descriptor of ``data``, for hints about its bytes
         self._open()
 
     def _open(self) -> None:
@@ -86,22 +84,17 @@ class Environment:
             )
             self._clear_dead_readers()
             self.dbs = {name: self._lmdb.open_db(name.encode(), create=False, **_FLAGS[name]) for name in DATABASES}
-            self._descriptor = os.open(self.data, os.O_RDONLY | os.O_CLOEXEC)
+            self.file = os.open(self.data, os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
             self.close()
             raise
 
     @property
-    def file(self) -> int:
-        """A descriptor of ``data.mdb``, for hints about its bytes."""
-        return self._descriptor
-
-    @property
     def identity(self) -> tuple[int, int] | None:
         """Device and inode of the open ``data.mdb``, None where it is closed."""
-        if self._descriptor < 0:
+        if self.file < 0:
             return None
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self.file)
         return status.st_dev, status.st_ino
 
     def upgrade(self) -> None:
@@ -116,31 +109,27 @@ class Environment:
 
     def abandon(self) -> None:
         """Forget everything, in a fork's child; nothing is closed."""
-        self._lmdb, self._descriptor, self._base = None, -1, 0
+        self._lmdb, self.file, self._base = None, -1, 0
 
     def close(self) -> None:
         """Unmap; nobody may be using it."""
         env, self._lmdb, self._base = self._lmdb, None, 0
-        descriptor, self._descriptor = self._descriptor, -1
+        descriptor, self.file = self.file, -1
         if descriptor >= 0:
             os.close(descriptor)
         if env is not None:
             env.close()
 
     def check_size(self) -> int:
-        """Return the size of the data file.
-
-        Raises:
-            FormatError: it is shorter than its meta page says: touching the map would kill the process.
-        """
+        """Return the size of the data file. Raises ``FormatError`` where touching the map would kill the process."""
         env = self._lmdb
         if env is None:
             raise ClosedError(f"{self.folder} was closed, or opened before a fork; open the store again")
-        size = os.fstat(self._descriptor).st_size
+        size = os.fstat(self.file).st_size
         if size >= 2 * self.page_size:  # the meta pages at least
             needed = (env.info()["last_pgno"] + 1) * self.page_size
             if size < needed:  # another process may have written in between
-                size = os.fstat(self._descriptor).st_size
+                size = os.fstat(self.file).st_size
         else:
             needed = 2 * self.page_size
         if size < needed:
@@ -161,7 +150,11 @@ class Environment:
                         txn = self._begin(write=False)
                         break
                     except lmdb.MapResizedError:
-                        self._outside(self._adopt)
+                        MAP_LOCK.release_shared()
+                        try:
+                            self._adopt()  # which needs the lock alone
+                        finally:
+                            MAP_LOCK.acquire_shared()
                     except lmdb.ReadersFullError:
                         if self._lmdb is None or not self._lmdb.reader_check():
                             raise
@@ -175,9 +168,7 @@ class Environment:
     def write(self, work: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
         """Run ``work`` in a write transaction and commit it durably; again from its start where the map had to grow.
 
-        Raises:
-            OutOfSpaceError, StorageIOError, FormatError: nothing of it is visible, nothing else was lost.
-            What ``work`` raises: likewise.
+        After any exception, also of ``work``, nothing of it is visible, and nothing else was lost.
         """
         if not self.writable:
             raise ReadOnlyError(f"{self.data} cannot be written; check its permissions, or read only with mode='r'")
@@ -223,20 +214,10 @@ class Environment:
         MAP_LOCK.acquire_shared()
         try:
             yield
-        except lmdb.MapFullError:
-            raise _Again(self._grow) from None
-        except lmdb.MapResizedError:
-            raise _Again(self._adopt) from None
+        except (lmdb.MapFullError, lmdb.MapResizedError) as error:
+            raise _Again(self._grow if isinstance(error, lmdb.MapFullError) else self._adopt) from None
         finally:
             MAP_LOCK.release_shared()
-
-    def _outside(self, mend: Callable[[], None]) -> None:
-        """Release the lock for ``mend``, which needs it alone."""
-        MAP_LOCK.release_shared()
-        try:
-            mend()
-        finally:
-            MAP_LOCK.acquire_shared()
 
     def _grow(self) -> None:
         self._resize(lambda env: max(2 * env.info()["map_size"], _LEAST_MAP))
@@ -263,12 +244,7 @@ class Environment:
     def memory(self, txn: lmdb.Transaction[memoryview], entry: int, size: int) -> NDArray[np.uint8]:
         """Return the first ``size`` bytes of the file as LMDB maps them, read-only, valid inside of the transaction.
 
-        Args:
-            entry: number of an entry that is there.
-            size: at most what ``check_size`` returned in this transaction.
-
-        Raises:
-            FormatError: there is no such entry.
+        ``size`` is at most what ``check_size`` returned in it. Raises ``FormatError`` where there is no such entry.
         """
         if not self._base:
             self._base = self._find_base(txn, entry)
@@ -305,16 +281,11 @@ class _Again(Exception):
     """The map has to be mended before a transaction can be tried again."""
 
     def __init__(self, mend: Callable[[], None]) -> None:
-        super().__init__()
         self.mend = mend
 
 
-_FLAGS: Mapping[str, Mapping[str, Any]] = {
-    "state": {},
-    "heads": {"dupsort": True, "dupfixed": True},
-    "entries": {},
-    "retired": {},
-}
+_FLAGS: dict[str, dict[str, Any]] = {name: {} for name in DATABASES}
+_FLAGS["heads"] = {"dupsort": True, "dupfixed": True}
 
 
 def create_databases(env: lmdb.Environment) -> dict[str, Any]:

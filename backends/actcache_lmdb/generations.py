@@ -40,10 +40,6 @@ _FORGOTTEN = 3600.0  # seconds after which what a killed process was building is
 _STEP_BYTES = 64 << 20  # copied in one transaction
 
 
-def name_of(number: int) -> str:
-    return f"{number:08d}"
-
-
 class Generations:
     """The generations below ``<folder>/lmdb``. Thread-safe, and safe beside other processes."""
 
@@ -51,7 +47,7 @@ class Generations:
         self.folder = folder / "lmdb"
 
     def path(self, number: int) -> Path:
-        return self.folder / name_of(number)
+        return self.folder / f"{number:08d}"
 
     def numbers(self) -> list[int]:
         """Return the numbers of the generations that are there, ascending."""
@@ -80,11 +76,7 @@ class Generations:
 
     @contextmanager
     def building(self, map_size: int = _LEAST_MAP) -> Iterator[Build]:
-        """Make a generation under another name, which goes again unless it is published.
-
-        Args:
-            map_size: what it fits into, bytes.
-        """
+        """Make a generation of up to ``map_size`` bytes under another name, which goes again unless it is published."""
         with translated(f"cannot make a generation in {self.folder}"):
             Files(self.folder.parents[_BELOW_STORE]).make_folders(self.folder)
             folder = self.folder / f"tmp-{os.getpid()}-{secrets.token_hex(8)}"
@@ -99,8 +91,7 @@ class Generations:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def remove_old(self, grace: float) -> tuple[int, int]:
-        """Remove the generations before the newest, once it is ``grace`` seconds old; return how many, and
-        the bytes they took.
+        """Remove the generations before the newest, once it is ``grace`` seconds old; return how many, and their bytes.
 
         Whoever still maps an old one keeps what it maps.
         """
@@ -125,15 +116,10 @@ class Generations:
 
 
 class Build:
-    """A generation that has no name yet. Not thread-safe.
-
-    Attributes:
-        env, databases: to fill it; its transactions are not synced one by one.
-    """
+    """A generation that has no name yet; transactions that fill it are not synced one by one. Not thread-safe."""
 
     def __init__(self, generations: Generations, folder: Path, map_size: int) -> None:
-        self._generations = generations
-        self._folder = folder
+        self._generations, self._folder = generations, folder
         (folder / "made").touch()  # when: its age decides when older generations go
         # LMDB 0.9's format, which every release reads
         options: dict[str, Any] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
@@ -180,28 +166,22 @@ class Filling:
     """
 
     def __init__(self, environment: Environment, build: Build, shapes: Shapes) -> None:
-        self._environment = environment
-        self._build = build
-        self._shapes = shapes
+        self._environment, self._build, self._shapes = environment, build, shapes
 
     def copy(self, progress: BytesDone = lambda done, total: None) -> None:
         """Copy what is live, in short transactions; what goes meanwhile is passed over."""
         with self._environment.reading() as txn:
             records = self._live(txn)
-        done, total = 0, self._nbytes(records)
+        done, total = 0, self._shapes.count(records)[1]
         for step in self._steps(records):
             with self._environment.reading() as txn:
                 self._copy(txn, step, needed=False)
-            done += self._nbytes(step)
+            done += self._shapes.count(step)[1]
             progress(done, total)
         self._build.env.sync(True)
 
     def finish(self, txn: Txn) -> None:
-        """Make up for what changed since; ``txn`` holds the write lock.
-
-        Raises:
-            FormatError: the value of a live entry is not there.
-        """
+        """Make up for what changed since; ``txn`` holds the write lock. ``FormatError``: a live entry has no value."""
         databases, env = self._build.databases, self._build.env
         with env.begin(buffers=True) as copied:
             done = joined(scan(copied, databases["heads"]))
@@ -226,9 +206,6 @@ class Filling:
         records = joined(map(live, scan(txn, self._environment.dbs["heads"])))
         return records[np.argsort(records["head"]["id"], kind="stable")]
 
-    def _nbytes(self, records: NDArray[np.void]) -> int:
-        return self._shapes.count(records)[1]
-
     def _steps(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
         row_bytes = max(self._shapes.row_bytes.values())
         nbytes = records["head"]["tokens"].astype(np.int64) * row_bytes + self._environment.page_size
@@ -243,9 +220,8 @@ class Filling:
                 value = txn.get(name, db=source)
                 if value is None or len(value) < HEADER.itemsize:
                     if needed:
-                        raise FormatError(
-                            f"{self._environment.data}: entry {entry} is missing; delete it, then compact"
-                        )
+                        where = self._environment.data
+                        raise FormatError(f"{where}: entry {entry} is missing; delete it, then compact")
                     pages.append(0)
                     continue
                 target.put(name, value, db=databases["entries"])

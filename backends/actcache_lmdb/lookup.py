@@ -19,18 +19,19 @@ logger = logging.getLogger(__name__)
 NEWEST = 2**64 - 1  # a sequence number behind all others
 _SCAN = 50_000  # records of one step of a scan
 _FIELDS = ("id", "page", "checksum", "tokens", "columns")
-_KEPT = np.dtype(
-    [("id", "<u8"), ("page", "<u8"), ("checksum", "<u8"), ("tokens", "<u4"), ("columns", "u1"), ("rest", "V24")]
-)
+_KEPT = np.dtype([*zip(_FIELDS, ("<u8", "<u8", "<u8", "<u4", "u1"), strict=True), ("rest", "V24")])
 
 
 def records_of(txn: lmdb.Transaction[memoryview], heads: Any, keys: list[bytes]) -> NDArray[np.void]:
     """Return all heads of these keys, in the order of the keys and newest first, damaged ones among them."""
     with txn.cursor(heads) as cursor:
-        found = cursor.getmulti(keys, dupdata=True, dupfixed_bytes=HEAD.itemsize, keyfixed=True)
-    if len(found) % RECORD.itemsize:
+        return _parsed(cursor.getmulti(keys, dupdata=True, dupfixed_bytes=HEAD.itemsize, keyfixed=True))
+
+
+def _parsed(data: Any) -> NDArray[np.void]:
+    if len(data) % RECORD.itemsize:
         raise lmdb.CorruptedError("heads of another size than this format has")
-    return np.frombuffer(found, RECORD)
+    return np.frombuffer(data, RECORD)
 
 
 def latest(records: NDArray[np.void], sequence: int) -> NDArray[np.void]:
@@ -84,9 +85,7 @@ def scan(txn: lmdb.Transaction[memoryview], heads: Any) -> Iterator[NDArray[np.v
         rest = b""
         while True:
             data = rest + b"".join(itertools.islice(pairs, 2 * _SCAN))
-            if len(data) % RECORD.itemsize:
-                raise lmdb.CorruptedError("heads of another size than this format has")
-            records = np.frombuffer(data, RECORD)
+            records = _parsed(data)
             if len(data) == len(rest):
                 if len(records):
                     yield records
@@ -99,12 +98,9 @@ def scan(txn: lmdb.Transaction[memoryview], heads: Any) -> Iterator[NDArray[np.v
 
 
 class HeadIndex:
-    """Live heads by key, 61 bytes each, for whoever looks up more keys than it would take to read them all.
+    """Live heads by key, 61 bytes each, for whoever looks up more keys than it would take to read them all. Immutable.
 
-    Immutable, thread-safe.
-
-    Args:
-        steps: records of live heads, each key once, in the order of their bytes.
+    ``steps`` are records of live heads, each key once, in the order of their bytes.
     """
 
     def __init__(self, steps: Iterable[NDArray[np.void]]) -> None:

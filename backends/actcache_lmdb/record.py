@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import xxhash
@@ -94,29 +94,20 @@ def sequences(records: NDArray[np.void]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class State:
-    """The record of ``state``.
+    """The record of ``state``."""
 
-    Attributes:
-        sequence: number of the last transaction that changed entries.
-        next_id: number that the next entry gets.
-        horizon: a snapshot older than this sequence number may have lost entries to removal.
-        entries, tokens, nbytes: of the live entries.
-        created: when this generation was made, microseconds since 1970.
-    """
-
-    sequence: int = 0
-    next_id: int = 1
-    horizon: int = 0
-    entries: int = 0
+    sequence: int = 0  # number of the last transaction that changed entries
+    next_id: int = 1  # number that the next entry gets
+    horizon: int = 0  # a snapshot older than this sequence number may have lost entries to removal
+    entries: int = 0  # that are live; ``tokens`` and ``nbytes`` are theirs
     tokens: int = 0
     nbytes: int = 0
-    created: int = 0
+    created: int = 0  # when this generation was made, microseconds since 1970
 
     KEY = b"state"
 
     def pack(self) -> bytes:
-        fields = (self.sequence, self.next_id, self.horizon, self.entries, self.tokens, self.nbytes, self.created)
-        data = _STATE.pack(b"ACTL", FORMAT_VERSION, *fields, 0)[:-8]
+        data = _STATE.pack(b"ACTL", FORMAT_VERSION, *astuple(self), 0)[:-8]
         return data + struct.pack("<Q", xxhash.xxh3_64_intdigest(data))
 
     @classmethod
@@ -135,8 +126,7 @@ class State:
         return replace(self, **fields)
 
     def added(self, entries: int, tokens: int, nbytes: int) -> State:
-        more = {"entries": self.entries + entries, "tokens": self.tokens + tokens, "nbytes": self.nbytes + nbytes}
-        return replace(self, **more)
+        return replace(self, entries=self.entries + entries, tokens=self.tokens + tokens, nbytes=self.nbytes + nbytes)
 
 
 def bits(names: Sequence[str] | Mapping[str, object]) -> int:
@@ -145,11 +135,7 @@ def bits(names: Sequence[str] | Mapping[str, object]) -> int:
 
 
 class Shapes:
-    """Where each array of an entry lies in its value. Immutable.
-
-    Args:
-        columns: the dtype and trailing shape of each ragged array of the space.
-    """
+    """Where each array of an entry lies in its value. Immutable."""
 
     def __init__(self, columns: Columns) -> None:
         self.row_bytes = {

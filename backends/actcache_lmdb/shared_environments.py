@@ -26,12 +26,7 @@ _LOCK = threading.RLock()  # of both; reentrant, since the garbage collector may
 
 
 def acquire(folder: Path, map_size: int | None, *, writable: bool) -> Environment:
-    """Return the process's environment of a folder, for one more user.
-
-    Raises:
-        FileNotFoundError: the folder is gone.
-        FormatError, StorageIOError, ReadOnlyError: it cannot be opened.
-    """
+    """Return the process's environment of a folder, for one more user. ``FileNotFoundError``: the folder is gone."""
     status = os.stat(folder / "data.mdb")
     key = (status.st_dev, status.st_ino)
     with _LOCK:

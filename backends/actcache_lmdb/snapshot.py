@@ -31,18 +31,16 @@ _MOST_NUMBERS = 1 << 22
 
 
 class LMDBSnapshot(Snapshot):
-    """See ``Snapshot``. Thread-safe. A location's ``segment`` is an entry's first page, ``row`` its number and columns.
+    """What was newest at one sequence number; an entry's location has its first page, and its number and columns.
 
     Every call is one short read transaction of its own: between them, nothing is pinned. What this snapshot shows stays
     where it is until a later transaction has removed what was superseded after it; from then on calls raise
-    ``SegmentGoneError``.
+    ``SegmentGoneError``. Thread-safe.
     """
 
     def __init__(self, environment: Environment, state: State, shapes: Shapes, workers: Workers) -> None:
         self._environment = retain(environment)
-        self._state = state
-        self._shapes = shapes
-        self._workers = workers
+        self._state, self._shapes, self._workers = state, shapes, workers
         self._keys: NDArray[np.uint8] | None = None
         self._index: HeadIndex | None = None
         self._index_pays = state.entries <= _MOST_INDEXED
@@ -107,8 +105,7 @@ class LMDBSnapshot(Snapshot):
     def _memory(self, located: EntryLocations) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         """The mapped file, and the first page of each of these entries, which are all there.
 
-        Raises:
-            FormatError: the pages are not those of the entries, or say impossible things.
+        Raises ``FormatError`` where the pages are not those of the entries, or say impossible things.
         """
         environment = self._environment
         with self._reading() as txn:
@@ -120,8 +117,7 @@ class LMDBSnapshot(Snapshot):
                 # A copy by LMDB's own tools has other page numbers: the B-tree knows them.
                 pages = pages.copy()
                 for i in np.flatnonzero(~good).tolist():
-                    page = environment.find_page(txn, int(located.row[i]) >> _BITS)
-                    pages[i] = page
+                    pages[i] = environment.find_page(txn, int(located.row[i]) >> _BITS)
                 if not self._fit(memory, located, pages).all():
                     raise FormatError(f"{environment.data}: pages are damaged that should hold entries")
             yield memory, pages
@@ -156,9 +152,7 @@ class LMDBSnapshot(Snapshot):
     def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
         count = len(located.tokens)
         if not located.found.any():
-            for buffer in out.values():
-                buffer[: count * (width or 0)] = 0
-            done(0, count)
+            EmptySnapshot().gather(located, out, width, done)
             return
         for name in out:
             if not self.has(name, located)[located.found].all():
@@ -166,15 +160,13 @@ class LMDBSnapshot(Snapshot):
         found = np.flatnonzero(located.found)
         with self._memory(located[found]) as (memory, pages):
             first = np.zeros(count, np.int64)
-            first[found] = pages
+            first[found] = pages * self._environment.page_size
             columns = located.row & ((1 << _BITS) - 1)
             copies = []
             for name, buffer in out.items():
-                places = np.zeros(count, np.int64)
+                begins = first.copy()
                 for kind in np.unique(columns[found]).tolist():
-                    here = self._shapes.places(located.tokens, kind)[name]
-                    places = np.where(columns == kind, here, places)
-                begins = first * self._environment.page_size + places
+                    begins += np.where(columns == kind, self._shapes.places(located.tokens, kind)[name], 0)
                 copies.append(copier(memory, begins, located.tokens, buffer, width))
             self._workers.run_chunks([*copies, done], chunks(located.tokens, width, out))
 
@@ -219,10 +211,8 @@ class LMDBSnapshot(Snapshot):
         try:
             with self._reading():
                 return {}
-        except SegmentGoneError:
-            return {}  # old, not damaged
-        except (FormatError, StoreError) as error:
-            return {self._environment.folder.name: str(error)}
+        except (FormatError, StoreError) as error:  # old is not damaged
+            return {} if isinstance(error, SegmentGoneError) else {self._environment.folder.name: str(error)}
 
 
 class EmptySnapshot(Snapshot):
@@ -269,8 +259,7 @@ def copier(
     """Return a function that copies the rows of entries first..last-1; several threads may call it.
 
     Args:
-        begins: ``[n]`` where each entry's rows begin in ``memory``.
-        lengths: ``[n]`` rows of each.
+        begins, lengths: ``[n]`` where each entry's rows begin in ``memory``, and how many there are.
         out: rows of the whole batch; packed, or padded with zeros to ``width`` rows an entry.
     """
     row_bytes = out.strides[0]
@@ -320,11 +309,9 @@ def _taker(
     unit: int,
     shift: int,
 ) -> Callable[[int, int], None]:
-    """Copy by one ``take`` a chunk: for short entries, a loop is what would cost.
+    """Copy ``counts`` units an entry by one ``take`` a chunk: for short entries, a loop is what would cost.
 
-    Args:
-        counts: ``[n]`` units of each entry.
-        shift: how far all ``begins`` are off a multiple of ``unit``.
+    All ``begins`` are ``shift`` off a multiple of ``unit``.
     """
     kind = np.dtype((np.void, unit)) if unit > 8 else np.dtype(f"u{unit}")
     units = memory[shift : shift + (len(memory) - shift) // unit * unit].view(kind)

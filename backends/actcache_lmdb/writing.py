@@ -15,22 +15,9 @@ from actcache.backend import Block
 from actcache.errors import ShapeError
 from actcache.format.keys import KEY_BYTES, key_order
 from actcache.format.ragged import Pieces, pieces
+from actcache_lmdb import record
 from actcache_lmdb.environment import page_of
 from actcache_lmdb.lookup import NEWEST, live, records_of, scan
-from actcache_lmdb.record import (
-    COLUMNS,
-    ENTRY_MAGIC,
-    FORMAT_VERSION,
-    HEAD,
-    HEADER,
-    RECORD,
-    RETIRED,
-    Shapes,
-    State,
-    bits,
-    checks,
-    joined,
-)
 
 _MOST_REMOVED = 4096  # versions that one transaction removes
 _LARGEST = 0xFFFF0000  # bytes of a value
@@ -46,26 +33,24 @@ Databases = Mapping[str, Any]
 class Blocks:
     """A block as records, made once; a transaction that has to be tried again starts from them.
 
-    Raises:
-        ShapeError: an entry is larger than LMDB's largest value (4 GiB).
+    Raises ``ShapeError`` where an entry is larger than LMDB's largest value (4 GiB).
     """
 
-    def __init__(self, block: Block, shapes: Shapes, page_size: int) -> None:
-        self._order = [name for name in COLUMNS if name in block.columns]
-        self.columns = bits(block.columns)
+    def __init__(self, block: Block, shapes: record.Shapes, page_size: int) -> None:
+        self._order = [name for name in record.COLUMNS if name in block.columns]
+        self.columns = record.bits(block.columns)
         self.tokens = np.diff(block.offsets)
         data = {name: b"".join(pieces(column)) for name, column in block.columns.items() if isinstance(column, Pieces)}
         self._data = {
             name: memoryview(data[name]) if name in data else next(pieces(block.columns[name])) for name in self._order
         }
         self._offsets = {name: (block.offsets * shapes.row_bytes[name]).tolist() for name in self._order}
-        self.places = shapes.places(self.tokens, self.columns)
         self._page_size = page_size
         self.nbytes = sum(len(part) for part in self._data.values())
-        ends = self.places["end"]
+        ends = shapes.places(self.tokens, self.columns)["end"]
         if len(ends) and int(ends.max()) > _LARGEST:
             raise ShapeError(f"an entry of {int(ends.max())} bytes is too large for lmdb, which takes 4 GiB: cut it up")
-        self.records = np.zeros(len(block), RECORD)
+        self.records = np.zeros(len(block), record.RECORD)
         self.records["key"] = block.keys
         heads = self.records["head"]
         heads["tokens"], heads["columns"], heads["checksum"] = self.tokens, self.columns, block.checksums
@@ -75,8 +60,8 @@ class Blocks:
         """Give the entries their numbers."""
         self.records["head"]["age"] = NEWEST - sequence
         self.records["head"]["id"] = np.arange(first_id, first_id + len(self.records))
-        headers = np.zeros(len(self.records), HEADER)
-        headers["magic"], headers["version"], headers["sequence"] = ENTRY_MAGIC, FORMAT_VERSION, sequence
+        headers = np.zeros(len(self.records), record.HEADER)
+        headers["magic"], headers["version"], headers["sequence"] = record.ENTRY_MAGIC, record.FORMAT_VERSION, sequence
         headers["key"] = self.records["key"]
         for name in ("id", "tokens", "columns", "checksum", "extra"):
             headers[name] = self.records["head"][name]
@@ -86,8 +71,8 @@ class Blocks:
         """Yield the number and the value of every entry."""
         least = self._page_size // 2  # a shorter one would lie inside of a page of the B-tree, and move with it
         for i, number in enumerate(self.records["head"]["id"].tolist()):
-            parts: list[Any] = [self._headers[i * HEADER.itemsize : (i + 1) * HEADER.itemsize]]
-            size = HEADER.itemsize
+            parts: list[Any] = [self._headers[i * record.HEADER.itemsize : (i + 1) * record.HEADER.itemsize]]
+            size = record.HEADER.itemsize
             for name in self._order:
                 if size & 7:
                     parts.append(_ZEROS[: -size & 7])
@@ -101,25 +86,20 @@ class Blocks:
 
 
 class Writing:
-    """What changes inside of one write transaction. Not thread-safe.
+    """What changes inside of one write transaction; errors name it ``where``. Not thread-safe."""
 
-    Args:
-        databases: of the environment.
-        where: how an error names it.
-    """
-
-    def __init__(self, txn: Txn, databases: Databases, shapes: Shapes, where: object) -> None:
+    def __init__(self, txn: Txn, databases: Databases, shapes: record.Shapes, where: object) -> None:
         self._txn, self._databases, self._shapes, self._where = txn, databases, shapes, where
 
-    def state(self) -> State:
-        return State.unpack(self._txn.get(State.KEY, db=self._databases["state"]), self._where)
+    def state(self) -> record.State:
+        return record.State.unpack(self._txn.get(record.State.KEY, db=self._databases["state"]), self._where)
 
-    def put_state(self, state: State) -> None:
-        self._txn.put(State.KEY, state.pack(), db=self._databases["state"])
+    def put_state(self, state: record.State) -> None:
+        self._txn.put(record.State.KEY, state.pack(), db=self._databases["state"])
 
     def put_heads(self, records: NDArray[np.void]) -> None:
         data = records[key_order(records["key"])].tobytes()
-        size = RECORD.itemsize
+        size = record.RECORD.itemsize
         items = [(data[i : i + KEY_BYTES], data[i + KEY_BYTES : i + size]) for i in range(0, len(data), size)]
         with self._txn.cursor(self._databases["heads"]) as cursor:
             cursor.putmulti(items)
@@ -136,7 +116,7 @@ class Writing:
             pages.append(page_of(self._txn.get(number, db=entries) or GONE))
         records = block.records
         records["head"]["page"] = pages
-        records["head"]["check"] = checks(records)
+        records["head"]["check"] = record.checks(records)
         self.put_heads(records)
         added = state.added(len(records), int(block.tokens.sum()), block.nbytes)
         self.put_state(added.changed(sequence=state.sequence + 1, next_id=state.next_id + len(records)))
@@ -149,13 +129,15 @@ class Writing:
             self.put_state(changed.changed(sequence=state.sequence + 1))
         return there
 
-    def _supersede(self, state: State, keys: NDArray[np.uint8], *, tombstones: bool = False) -> tuple[State, int]:
+    def _supersede(
+        self, state: record.State, keys: NDArray[np.uint8], *, tombstones: bool = False
+    ) -> tuple[record.State, int]:
         """Retire the live entries of these keys by the next sequence number, damaged heads at once; count the live."""
         txn, heads = self._txn, self._databases["heads"]
         data = sorted({key.tobytes() for key in np.ascontiguousarray(keys)})
         records = records_of(txn, heads, data)
-        broken = records[checks(records) != records["head"]["check"]]
-        for key in {record["key"].tobytes() for record in broken}:
+        broken = records[record.checks(records) != records["head"]["check"]]
+        for key in {one["key"].tobytes() for one in broken}:
             # Its versions cannot be told apart any more: they all go, and with them what older snapshots saw.
             txn.delete(key, db=heads)
         if len(broken):
@@ -165,20 +147,20 @@ class Writing:
         sequence = state.sequence + 1
         retired = [gone]
         if tombstones:
-            dead = np.zeros(len(gone), RECORD)
+            dead = np.zeros(len(gone), record.RECORD)
             dead["key"], dead["head"]["age"] = gone["key"], NEWEST - sequence
-            dead["head"]["check"] = checks(dead)
+            dead["head"]["check"] = record.checks(dead)
             self.put_heads(dead)
             retired.append(dead)
         now = int(time.time() * 1e6)
-        for number, record in enumerate(joined(retired)):
+        for number, one in enumerate(record.joined(retired)):
             name = sequence.to_bytes(8, "big") + number.to_bytes(4, "big")
-            value = RETIRED.pack(now, record["key"].tobytes(), record["head"].tobytes())
+            value = record.RETIRED.pack(now, one["key"].tobytes(), one["head"].tobytes())
             txn.put(name, value, db=self._databases["retired"])
         tokens, nbytes = self._shapes.count(gone)
         return state.added(-len(gone), -tokens, -nbytes), len(gone)
 
-    def _recount(self, state: State) -> State:
+    def _recount(self, state: record.State) -> record.State:
         counted = state.changed(entries=0, tokens=0, nbytes=0)
         for records in map(live, scan(self._txn, self._databases["heads"])):
             counted = counted.added(len(records), *self._shapes.count(records))
@@ -191,7 +173,7 @@ class Writing:
         removed, horizon = [], 0
         with txn.cursor(databases["retired"]) as cursor:
             for raw, value in itertools.islice(cursor.iternext(), _MOST_REMOVED):
-                when, key, head = RETIRED.unpack(value)
+                when, key, head = record.RETIRED.unpack(value)
                 if when > until:
                     break
                 removed.append((bytes(raw), key, head))
@@ -199,7 +181,7 @@ class Writing:
         for name, key, head in removed:
             txn.delete(name, db=databases["retired"])
             txn.delete(key, head, db=databases["heads"])
-            entry = int(np.frombuffer(head, HEAD)["id"][0])
+            entry = int(np.frombuffer(head, record.HEAD)["id"][0])
             if entry:
                 txn.delete(entry.to_bytes(8, "big"), db=databases["entries"])
         if removed:

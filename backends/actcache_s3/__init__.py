@@ -13,7 +13,7 @@ from pathlib import Path
 from actcache.backend import VALUES, Block, Layout, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError
 from actcache.format import safetensors
-from actcache.format.ragged import Column, pieces
+from actcache.format.ragged import pieces
 
 _PAGE = 4096
 _MOST_HEADER = 1 << 20
@@ -25,18 +25,16 @@ _ORDER = (
 
 
 class SafetensorsFormat(SegmentFormat):
-    """See ``SegmentFormat``; docs/format.md describes the file."""
+    """Segments as safetensors files, which docs/format.md describes."""
 
     name = "safetensors"
     suffix = ".safetensors"
 
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
-        arrays = _ordered(block.arrays())
-        lead = 0
-        for name, column in arrays.items():
-            if name == VALUES:
-                break
-            lead += column.nbytes
+        arrays = block.arrays()
+        first = {name: arrays[name] for name in _ORDER if name in arrays}
+        lead = sum(column.nbytes for column in first.values())
+        arrays = first | {VALUES: arrays[VALUES]} | dict(arrays)
         described = [(name, column.dtype, tuple(column.shape)) for name, column in arrays.items()]
         with open(path, "xb") as file:
             file.write(safetensors.header(described, metadata, align=_PAGE, lead=lead))
@@ -56,11 +54,6 @@ class SafetensorsFormat(SegmentFormat):
         except ValueError as error:
             raise FormatError(f"{files.where} is truncated or no safetensors file: {error}") from None
         return Layout(extents, metadata)
-
-
-def _ordered(arrays: Mapping[str, Column]) -> dict[str, Column]:
-    first = {name: arrays[name] for name in _ORDER if name in arrays}
-    return first | {VALUES: arrays[VALUES]} | dict(arrays)
 
 
 backend = SafetensorsFormat()

@@ -42,7 +42,7 @@ _KNOWN = {  # members of an array's zarr.json; others may change what its bytes 
 
 
 class ZarrFormat(SegmentFormat):
-    """See ``SegmentFormat``; docs/format.md describes the folder."""
+    """Segments as folders of zarr v3, which docs/format.md describes."""
 
     name = "zarr"
     suffix = ".zarr"
@@ -161,8 +161,7 @@ def _extent(files: SegmentFiles, name: str) -> Extent:
 def _parsed(metadata: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     """Return an array's dtype, shape, rows of a block and rows of the shard.
 
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is no array of one shard of plain row blocks.
+    Other metadata raise KeyError, TypeError, ValueError or AttributeError.
     """
     dtype = _DTYPES[metadata["data_type"]]
     shape = _sizes(metadata["shape"])

@@ -1,7 +1,4 @@
-"""The catalog of one folder of segments: lists, describes and indexes them, publishes more, knows what is deleted.
-
-Everything else that happens to a space (tiered merges, compaction, quarantine) is done through its public methods.
-"""
+"""The catalog of one folder of segments: lists, describes and indexes them, publishes more, knows what is deleted."""
 
 from __future__ import annotations
 
@@ -39,28 +36,18 @@ _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDI
 class Catalog:
     """Knows one folder of segments, ``spaces/<fingerprint>``. Thread-safe, and safe beside other processes.
 
-    Attributes:
-        segments: every segment ever seen; a snapshot's look-ups name them by their position here.
-        listed: names of the readable segments, as of the last snapshot.
-        replaced: those of them that compacted ones replace.
-        damaged: the segments that cannot be read, and why.
-        lock: held while something is looked at or changed that the next snapshot shows; reentrant.
-
-    Args:
-        writable: whether names that others gave are synced, and an index is written in the end.
+    Only a writable one syncs names that others gave, and writes an index in the end.
     """
 
     def __init__(
         self, format: SegmentFormat, place: Place, fingerprint: str, columns: Columns, *, writable: bool
     ) -> None:
-        self._format = format
-        self._fingerprint = fingerprint
-        self._writable = writable
+        self._format, self._fingerprint, self._writable = format, fingerprint, writable
         self.place = place
         self.folder = f"spaces/{fingerprint}"
         self.where = f"{place.where}/{self.folder}"
         self.columns = columns
-        self.segments: list[Segment] = []
+        self.segments: list[Segment] = []  # all ever seen; a snapshot's look-ups name them by their position here
         self._numbers: dict[str, int] = {}  # name -> position in ``segments``
         self._rows = place.rows(self.segments)
         self._workers = Workers()
@@ -69,12 +56,12 @@ class Catalog:
         self._indexed = True  # whether an index is looked at
         self._recent = Table.of_segments([])  # segments that the index does not cover
         self.tombstones = Tombstones(place, self.folder)
-        self.listed: frozenset[str] = frozenset()
-        self.replaced: frozenset[str] = frozenset()
-        self.damaged: dict[str, str] = {}
+        self.listed: frozenset[str] = frozenset()  # names of the readable segments, as of the last snapshot
+        self.replaced: frozenset[str] = frozenset()  # those of them that compacted ones replace
+        self.damaged: dict[str, str] = {}  # segments that cannot be read, and why
         self._synced: set[str] = set()  # segments whose names this object has synced
         self._closed = False
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # held while something is looked at or changed that the next snapshot shows
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -86,7 +73,10 @@ class Catalog:
             names, damaged, gone = steady(self._look)
             if not self.listed.issubset(names):  # compacted away, or the whole store has gone
                 self.place.check()
-            self._sync_names(names)
+            if self._writable and not self._synced.issuperset(names):
+                # Names that other writers gave: ``put`` skips keys that stand, and ``flush`` vouches for them.
+                self.place.sync_names(f"{self.folder}/segments")
+                self._synced.update(names)
             self.damaged, self.listed = damaged, frozenset(names) - damaged.keys() - gone
             tables = self._tables()
             replaced = frozenset(source for segment in self.described() for source in segment.sources)
@@ -128,11 +118,10 @@ class Catalog:
         return {name: entries for name, entries in found.items() if entries}
 
     def _number(self, segment: Segment) -> int:
-        number = self._numbers.get(segment.name)
-        if number is None:
-            number = self._numbers[segment.name] = len(self.segments)
+        if segment.name not in self._numbers:
+            self._numbers[segment.name] = len(self.segments)
             self.segments.append(segment)
-        return number
+        return self._numbers[segment.name]
 
     def _load_index(self) -> None:
         if self._indexed:
@@ -219,19 +208,12 @@ class Catalog:
             self._recent = Table.merged([self._recent, *fresh], frozenset(names))
         return damaged, vanished
 
-    def _sync_names(self, names: list[str]) -> None:
-        """Sync names that other writers gave: ``put`` skips keys that stand, and ``flush`` vouches for them."""
-        if self._writable and not self._synced.issuperset(names):
-            self.place.sync_names(f"{self.folder}/segments")
-            self._synced.update(names)
-
     # --- changing ----------------------------------------------------------------------------------------------------
 
     def publish(self, block: Block, verify: Callable[[Segment], None] | None = None) -> str:
         """Publish a block as a segment and return its name.
 
-        Args:
-            verify: looks at the segment before anybody else can, and raises what it has against it.
+        ``verify`` looks at the segment before anybody else can, and raises what it has against it.
         """
         name = next_name(self._names())
 
@@ -249,8 +231,7 @@ class Catalog:
         keys = np.unique(np.ascontiguousarray(keys), axis=0)
         snapshot = self.snapshot()
         count = int(snapshot.locate(keys).found.sum())
-        deleted = snapshot.copies(keys)
-        if deleted:
+        if deleted := snapshot.copies(keys):
             self.tombstones.publish(deleted)
         return count
 
@@ -312,9 +293,8 @@ class Catalog:
         return f"{self.folder}/segments/{name}{self._format.suffix}"
 
     def open_segment(self, name: str, files: SegmentFiles | None = None) -> Segment:
-        """Describe a segment by what itself says; see ``Segment.open``."""
-        files = self._files_of(name) if files is None else files
-        return Segment.open(self._format, files, name, self._fingerprint, self.columns)
+        """Describe a segment by what itself says, as ``Segment.open``."""
+        return Segment.open(self._format, files or self._files_of(name), name, self._fingerprint, self.columns)
 
     def _files_of(self, name: str) -> SegmentFiles:
         return self.place.segment(self.segment_name(name))

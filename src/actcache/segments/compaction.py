@@ -64,13 +64,12 @@ class LiveSegment:
 
     def is_whole(self) -> bool:
         """Return whether these are all entries of the segment, as the segment itself says and not only an index."""
-        segment, located = self.segment, self.located
-        offsets = segment.offsets()
+        located, offsets = self.located, self.segment.offsets()
         said = (
             (located.row, offsets[:-1]),
             (located.tokens, np.diff(offsets)),
-            (located.checksums, segment.read("checksums")),
-            (self.keys, segment.read("keys")),
+            (located.checksums, self.segment.read("checksums")),
+            (self.keys, self.segment.read("keys")),
         )
         return all(np.array_equal(one, other) for one, other in said)
 
@@ -97,9 +96,8 @@ def live_segments(snapshot: SegmentedSnapshot, only: Collection[str] | None = No
 def merge_plan(candidates: Sequence[LiveSegment], target_bytes: int, waste: float) -> list[list[LiveSegment]]:
     """Return which segments to merge into one each: small ones with their neighbours, and wasteful ones.
 
-    Args:
-        target_bytes: of rows, about what a merged segment gets at most.
-        waste: the share of unserved rows from which on a segment is rewritten even alone.
+    A merged segment gets about ``target_bytes`` of rows at most; one whose share of unserved rows is ``waste`` or more
+    is rewritten even alone.
     """
     worthy = [live for live in candidates if live.nbytes < target_bytes // 2 or live.waste >= waste]
     groups: list[list[LiveSegment]] = []
@@ -122,13 +120,9 @@ def merge_plan(candidates: Sequence[LiveSegment], target_bytes: int, waste: floa
 class Merger:
     """Makes one block of the live entries of some segments, and proves that what was written is what was read.
 
-    Args:
-        snapshot: has the segments.
-        standing: the names of all segments that are listed.
-        moved: told the bytes of rows that were written, or read back, since it was told last.
-
-    Raises:
-        FormatError, SegmentGoneError: a segment is damaged, or gone; also while the block is being written.
+    ``standing`` are the names of all listed segments; ``moved`` is told the bytes of rows that were written, or read
+    back, since it was told last. Raises ``FormatError`` or ``SegmentGoneError`` where a segment is damaged or gone,
+    also while the block is being written.
     """
 
     def __init__(
@@ -164,11 +158,7 @@ class Merger:
         )
 
     def verify(self, segment: Segment) -> None:
-        """Refuse what was written unless it is exactly what was read, and in good time.
-
-        Raises:
-            FormatError: it is not.
-        """
+        """Raise ``FormatError`` unless what was written is exactly what was read, and in good time."""
         rows = ReadRows([segment])
         try:
             written = SegmentedSnapshot([segment], [Table.of_segments([segment])], [_FIRST], {}, rows, Workers(1), {})
@@ -234,26 +224,18 @@ def compact(catalog: Catalog, target_bytes: int, waste: float, grace: float, pro
     with catalog.without_index() if needed else nullcontext():
         snapshot = catalog.snapshot()
         groups = merge_plan(live_segments(snapshot), target_bytes, waste)
-        moved = _counting(
-            2 * sum(live.nbytes for group in groups for live in group), progress
-        )  # written, and read back
+        done, total = 0, 2 * sum(live.nbytes for group in groups for live in group)  # written, and read back
+
+        def moved(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(min(done, total), total)
+
         merged = [group for group in groups if merge(catalog, snapshot, group, moved)]
         removed, freed = remove_replaced(catalog, grace)
         more, bytes_more = remove_dead(catalog, grace)
         join_tombstones(catalog, grace)
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
-
-
-def _counting(total: int, progress: BytesDone) -> Callable[[int], None]:
-    """Return what is told how many bytes were moved since it was told last, and tells ``progress``."""
-    done = 0
-
-    def moved(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(min(done, total), total)
-
-    return moved
 
 
 def merge(
@@ -264,10 +246,8 @@ def merge(
 ) -> str:
     """Publish one segment in the place of some; return its name, an empty one where that could not be done.
 
-    Where another compactor has removed a source, or one is damaged, everything stays as it is.
-
-    Raises:
-        StoreError: the disk is full, ...; nothing has changed.
+    Where another compactor has removed a source, or one is damaged, everything stays as it is; so it does after a
+    ``StoreError`` (the disk is full, ...).
     """
     try:
         merger = Merger(snapshot, group, catalog.columns, catalog.listed, moved)

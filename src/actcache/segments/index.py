@@ -66,12 +66,7 @@ class Table:
     def find(
         self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8], alive: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int64]:
-        """Return the position of each key's served copy, ``[n]``, -1 where there is none.
-
-        Args:
-            prefix, rest: the keys that are looked up.
-            alive: which positions count; None for all.
-        """
+        """Return the position of each key's served copy, ``[n]``, -1 where no position that is ``alive`` has it."""
         found = np.full(len(prefix), -1, np.int64)
         if not len(self):
             return found
@@ -102,11 +97,7 @@ class Table:
 
     @classmethod
     def of_segments(cls, segments: Sequence[Segment]) -> Table:
-        """Read the keys of segments.
-
-        Raises:
-            FormatError: a segment is truncated or contradicts itself; the table has to be made without it.
-        """
+        """Read the keys of segments; raise ``FormatError`` where one is truncated or contradicts itself."""
         parts = []
         for number, segment in enumerate(segments):
             offsets, origins = segment.offsets(), segment.origins()
@@ -153,8 +144,7 @@ class Table:
             return np.concatenate([np.empty((0, *trailing), dtype), *(getattr(part, name) for part in parts)])
 
         arrays = {name: joined(name) for name in _ARRAYS if name != "origin"}
-        renumber = ([numbers.get(origin, 0) for origin in part.origins] for part in parts)
-        renumbered = [np.array(new, np.uint32)[part.origin] for new, part in zip(renumber, parts, strict=True)]
+        renumbered = [np.array([numbers.get(o, 0) for o in part.origins], np.uint32)[part.origin] for part in parts]
         arrays["origin"] = np.concatenate([np.empty(0, np.uint32), *renumbered])
         # Later origins first, and of equal ones the segment of the last name.
         ranks = np.empty(len(segments), np.int64)
@@ -168,21 +158,14 @@ class Table:
         arrays = self._arrays()
         described = {"segments": [segment.to_json() for segment in self.segments], "origins": self.origins}
         texts = {name: json.dumps(value, separators=(",", ":")) for name, value in described.items()}
-        checksum = _checksum(texts, arrays)
-        safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": checksum})
+        safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": _checksum(texts, arrays)})
 
     @classmethod
     def open(cls, path: Path, access: Access, columns: Columns) -> Table:
-        """Map an index file.
+        """Map an index file of a space with these ragged arrays.
 
-        Args:
-            access: gives the files of the segments that it describes.
-            columns: the ragged arrays of the space.
-
-        Raises:
-            FormatError: the file is truncated or foreign; it can be removed, the segments have all that it says.
-            FormatVersionError: a newer release wrote it.
-            FileNotFoundError: another process has replaced it.
+        Raises ``FileNotFoundError`` where another process has replaced it, ``FormatVersionError`` for one of a newer
+        release, ``FormatError`` where it is truncated or foreign: it can go, the segments have all that it says.
         """
         metadata, arrays = safetensors.mapped(path)
         version = metadata.get("actcache_index", "")

@@ -32,12 +32,9 @@ def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
         keys, located = keys[located.found], located[located.found]
         if not len(keys):
             return 0
-        arrays: dict[str, NDArray[np.generic]] = {
-            "keys": keys,
-            "offsets": offsets_of(located.tokens),
-            "checksums": located.checksums,
-        }
-        bounds = arrays["offsets"].tolist()
+        offsets = offsets_of(located.tokens)
+        arrays: dict[str, NDArray[np.generic]] = {"keys": keys, "offsets": offsets, "checksums": located.checksums}
+        bounds = offsets.tolist()
         for name, (dtype, trailing) in catalog.columns.items():
             rows = np.zeros((bounds[-1], *trailing), dtype)
             for i in np.flatnonzero(snapshot.has(name, located)).tolist():
@@ -80,8 +77,6 @@ def _newer(catalog: Catalog, name: str) -> bool:
     """Return whether a segment is of a newer release, which can read it."""
     try:
         catalog.open_segment(name)
-    except FormatVersionError:
-        return True
-    except (DataError, OSError):
-        pass
+    except (DataError, OSError) as error:
+        return isinstance(error, FormatVersionError)
     return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,7 @@ def parse(url: str) -> tuple[str | None, str]:
 
 
 def load(name: str) -> Plugin:
-    """Import a backend.
-
-    Raises:
-        BackendError: none of that name is installed.
-        MissingExtraError: its storage library is not installed.
-    """
+    """Import a backend. ``BackendError``: there is none of that name. ``MissingExtraError``: its library is missing."""
     points = [point for point in entry_points(group=GROUP) if point.name == name]
     if not points:
         raise BackendError(f"there is no backend {name!r}; installed are {', '.join(backends())}")
@@ -70,8 +64,7 @@ def _remedy(point: EntryPoint) -> str:
 def resolve(url: str | Path) -> str | Path:
     """Return a URL or path that means the same from every working directory, and in another process: it travels.
 
-    Raises:
-        BackendError: it names no place, or the scheme is not known.
+    Raises ``BackendError`` where it names no place, or the scheme is not known.
     """
     if not isinstance(url, str | Path):
         raise BackendError(f"a store is opened by a URL or path, not by {url!r:.80}")
@@ -90,39 +83,22 @@ def resolve(url: str | Path) -> str | Path:
 def open_driver(url: str | Path, mode: str, options: Mapping[str, Any], *, create: bool = True) -> StoreDriver:
     """Open the store at a URL or path. A store that stands at a bare path says itself which backend it is of.
 
-    Args:
-        create: whether mode ``"a"`` makes a store where none stands.
-
-    Raises:
-        BackendError: the scheme, or an option, is not known.
-        StoreNotFoundError, NotAStoreError, ReadOnlyError, FormatVersionError: see ``Backend.open``.
+    Mode ``"a"`` makes one where none stands if it may ``create``. Raises as ``Backend.open`` does, and ``BackendError``
+    where the scheme or an option is not known.
     """
     if mode not in ("r", "a"):
         raise BackendError(f"mode is 'r' (read) or 'a' (read, write, create), not {mode!r}")
     url = resolve(url)
-    opening = _Opening(mode, create and mode == "a", options)
+    create = create and mode == "a"
     scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
     if scheme is not None and location.startswith("//"):  # of an object store: "s3://bucket/prefix"
-        location = f"{scheme}:{location}"
-        plugin = load(scheme)
-        if isinstance(plugin, SegmentFormat):
-            return _open_standing(plugin, location, opening)
-        return _open(plugin, location, opening)
+        return _open_remote(load(scheme), f"{scheme}:{location}", mode, create, options)
     if scheme is None:
         place = LocalPlace(Path(location))
         check_folder(place.root)
         standing = marker.read(place)
         scheme = standing.backend if standing is not None else DEFAULT
-    return _open(load(scheme), location, opening)
-
-
-@dataclass(frozen=True)
-class _Opening:
-    """How a store is opened."""
-
-    mode: str
-    create: bool
-    options: Mapping[str, Any]
+    return _open(load(scheme), location, mode, create, options)
 
 
 def _is_protocol(scheme: str) -> bool:
@@ -131,26 +107,28 @@ def _is_protocol(scheme: str) -> bool:
     return isinstance(plugin, SegmentFormat) and plugin.name != scheme and scheme != DEFAULT
 
 
-def _open(plugin: Plugin, location: str, how: _Opening) -> StoreDriver:
+def _open(plugin: Plugin, location: str, mode: str, create: bool, options: Mapping[str, Any]) -> StoreDriver:
     if isinstance(plugin, Backend):
-        if how.mode == "a" and not how.create:
-            plugin.open(location, mode="r", options=how.options).close()
-        return plugin.open(location, mode=how.mode, options=how.options)
+        if mode == "a" and not create:
+            plugin.open(location, mode="r", options=options).close()
+        return plugin.open(location, mode=mode, options=options)
     if isinstance(plugin, SpaceEngine):
         if _REMOTE.match(location):
             raise BackendError(f"a {plugin.name} store lies in a folder of this machine, not at {location}")
-        return open_engine(plugin, local_path(location), mode=how.mode, create=how.create, options=how.options)
-    return open_segmented(plugin, _place(plugin, location, how.options), mode=how.mode, create=how.create)
+        return open_engine(plugin, local_path(location), mode=mode, create=create, options=options)
+    return open_segmented(plugin, _place(plugin, location, options), mode=mode, create=create)
 
 
-def _open_standing(default: SegmentFormat, location: str, how: _Opening) -> StoreDriver:
+def _open_remote(default: Plugin, location: str, mode: str, create: bool, options: Mapping[str, Any]) -> StoreDriver:
     """Open whatever store of segments stands at a URL; where none does, one of the default format is made."""
-    place = _place(default, location, how.options)
+    if not isinstance(default, SegmentFormat):
+        return _open(default, location, mode, create, options)
+    place = _place(default, location, options)
     standing = marker.read(place)
     if standing is None or standing.backend == default.name:
-        return open_segmented(default, place, mode=how.mode, create=how.create)
+        return open_segmented(default, place, mode=mode, create=create)
     place.close()
-    return _open(load(standing.backend), location, how)
+    return _open(load(standing.backend), location, mode, create, options)
 
 
 def _place(format: SegmentFormat, location: str, options: Mapping[str, Any]) -> Place:

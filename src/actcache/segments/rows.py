@@ -1,7 +1,6 @@
 """Row sources: how the rows of entries come from the files of segments into a buffer.
 
-``MappedRows`` gathers from arenas; ``ReadRows`` reads with ``pread`` where a mapping would not be safe (network file
-systems). Both fill the caller's buffer in as few native calls as they can.
+``MappedRows`` gathers from arenas; ``ReadRows`` reads where a mapping would not be safe (network file systems).
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ def reading(where: str) -> Iterator[None]:
 _NONE = np.empty(0, np.int64)
 _LONG_BYTES = 64 << 10  # of an entry, on average, from which on copying it beats gathering its rows
 
-
 #: Reads entries first..last-1 of a batch; several threads may call it.
 Read: TypeAlias = Callable[[int, int], None]
 
@@ -59,16 +57,10 @@ class RowSource(ABC):
 
     @abstractmethod
     def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
-        """Return what reads the batch.
+        """Return what reads the batch into its buffer ``out``, packed or padded with zeros (see ``row_indices``).
 
-        Args:
-            out: the whole batch's buffer; an entry's rows go where they belong in it, packed or padded with zeros (see
-                ``row_indices``).
-
-        Raises (also the function):
-            SegmentGoneError: a segment is gone.
-            FormatError: it is shorter than it was.
-            KeyError: a segment has no such column.
+        Both raise ``SegmentGoneError`` where a segment is gone, ``FormatError`` where it is shorter than it was, and
+        ``KeyError`` where it has no such column.
         """
 
     @abstractmethod
@@ -119,7 +111,16 @@ class MappedRows(RowSource):
         arena, begins = self._begins(plan)
         bounds, source = offsets_of(plan.lengths, width), arena.rows()
         if int(plan.lengths.sum()) * arena.row_bytes > _LONG_BYTES * len(plan.lengths):
-            return _copying(source, begins.tolist(), plan.lengths.tolist(), out, bounds.tolist())
+            starts, lengths, places = begins.tolist(), plan.lengths.tolist(), bounds.tolist()
+
+            def copy(first: int, last: int) -> None:  # one copy an entry: of long ones, faster than row by row
+                for i in range(first, last):
+                    begin, end = places[i], places[i] + lengths[i]
+                    out[begin:end] = source[starts[i] : starts[i] + lengths[i]]
+                    if end < places[i + 1]:
+                        out[end : places[i + 1]] = 0
+
+            return copy
         # All planning is done here, once a batch: what a thread does for a chunk is one native call.
         rows = row_indices(begins, plan.lengths, width)
 
@@ -142,21 +143,6 @@ class MappedRows(RowSource):
     def close(self) -> None:
         with self._lock:
             self._columns.clear()
-
-
-def _copying(
-    source: NDArray[np.generic], starts: list[int], lengths: list[int], out: NDArray[np.generic], bounds: list[int]
-) -> Read:
-    """Return what reads long entries, each of which is one copy: faster than row by row."""
-
-    def read(first: int, last: int) -> None:
-        for i in range(first, last):
-            begin, end = bounds[i], bounds[i] + lengths[i]
-            out[begin:end] = source[starts[i] : starts[i] + lengths[i]]
-            if end < bounds[i + 1]:
-                out[end : bounds[i + 1]] = 0
-
-    return read
 
 
 class ReadRows(RowSource):
@@ -199,12 +185,11 @@ class ReadRows(RowSource):
     def _open(self, path: Path) -> int:
         """Return a descriptor of the file that is the caller's to close, so that eviction never pulls it away."""
         with self._lock:
-            descriptor = self._files.pop(path, None)
-            if descriptor is None:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._files[path] = descriptor
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files.move_to_end(path)
             try:
-                return os.dup(descriptor)
+                return os.dup(self._files[path])
             finally:
                 while len(self._files) > self._most:
                     os.close(self._files.popitem(last=False)[1])

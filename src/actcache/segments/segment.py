@@ -85,11 +85,9 @@ class Segment:
         return path / relative if relative else path
 
     def read(self, array: str) -> NDArray[Any]:
-        """Return one whole array, in memory. Meant for the small ones.
+        """Return one whole array, in memory; meant for the small ones.
 
-        Raises:
-            FormatError: the file is shorter than it was.
-            FileNotFoundError: the segment is gone.
+        Raises ``FormatError`` where the file is shorter than it was, ``FileNotFoundError`` where the segment is gone.
         """
         extent = self.extents[array]
         data = self.files.read(extent.path, extent.offset, extent.nbytes)
@@ -104,11 +102,7 @@ class Segment:
         return offsets
 
     def origins(self) -> Origins:
-        """Return where the entries come from: from here, unless this is a compacted segment.
-
-        Raises:
-            FormatError: what it says of that is impossible.
-        """
+        """Return where the entries come from: from here, unless this is a compacted segment."""
         if "origins" not in self.extents:
             entries = np.arange(self.entries, dtype=np.uint32)
             return Origins((self.name,), np.zeros(self.entries, np.uint32), entries, ())
@@ -128,11 +122,7 @@ class Segment:
 
     @classmethod
     def from_json(cls, access: Access, value: Any, columns: Columns) -> Segment:
-        """Rebuild a segment from the index.
-
-        Raises:
-            FormatError: the value does not describe a segment of this space.
-        """
+        """Rebuild a segment from the index; raise ``FormatError`` where the value is none of this space."""
         try:
             extents = {
                 str(name): Extent(str(path), int(offset), str(dtype), tuple(int(size) for size in shape))
@@ -149,10 +139,7 @@ class Segment:
 
     @classmethod
     def open(cls, format: SegmentFormat, files: SegmentFiles, name: str, space: str, columns: Columns) -> Segment:
-        """Describe a segment.
-
-        Args:
-            name, space: its own name and its space's, which it has to confirm.
+        """Describe a segment, which has to confirm its own name and its space's.
 
         Raises:
             FormatError: it is truncated, foreign, in another's place, or does not fit the space.
@@ -171,10 +158,8 @@ class Segment:
     def measure(self) -> int:
         """Return the bytes that the segment takes up.
 
-        Raises:
-            FormatError: a file is missing, or shorter than what should lie in it.
-            FileNotFoundError: the segment is gone.
-            PermissionError: a file may not be read.
+        Raises ``FormatError`` where a file is missing or too short, ``FileNotFoundError`` where the segment is gone,
+        ``PermissionError`` where a file may not be read.
         """
         ends: dict[str, int] = {}
         for extent in self.extents.values():
@@ -223,10 +208,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
         length = entries if name in _FIXED else tokens
         if name == "offsets":
             length = (entries[0] + 1,) if entries else ()
-        elif name in ("origins", "sources"):
-            length = extent.shape[:1]
-        elif name == "origins_checksum":
-            length = (1,)
+        elif name in ("origins", "sources", "origins_checksum"):
+            length = (1,) if name == "origins_checksum" else extent.shape[:1]
         if extent.dtype != dtype or extent.shape != (*length, *trailing) or len(length) != 1:
             raise FormatError(
                 f"{where} does not fit its space: {name} is {extent.dtype} {list(extent.shape)}, "

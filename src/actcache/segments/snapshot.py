@@ -42,13 +42,9 @@ class SegmentedSnapshot(Snapshot):
         workers: Workers,
         damaged: Mapping[str, str],
     ) -> None:
-        self._segments = segments
-        self._tables = tables
-        self._numbers = numbers
-        self._rows = rows
-        self._workers = workers
-        self._damaged = dict(damaged)
-        self._dead = dead
+        self._segments, self._tables, self._numbers = segments, tables, numbers
+        self._rows, self._workers = rows, workers
+        self._dead, self._damaged = dead, dict(damaged)
         self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
         # By segments' numbers: 16 bytes an entry, of segments with optional arrays that were read.
         self._extras: dict[int, tuple[NDArray[np.int64], NDArray[np.uint64]]] = {}
@@ -64,12 +60,9 @@ class SegmentedSnapshot(Snapshot):
     def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
         prefix, rest = split_keys(keys)
         count = len(keys)
-        located = EntryLocations(
-            np.zeros(count, np.int64), np.zeros(count, np.uint64), *np.full((2, count), -1, np.int64)
-        )
-        rank = np.full(count, -1, np.int64)
-        parts = zip(self._tables, self._numbers, self._alive, self._ranks, strict=True)
-        for table, numbers, alive, ranks in parts:
+        segment, first_row, rank = np.full((3, count), -1, np.int64)
+        located = EntryLocations(np.zeros(count, np.int64), np.zeros(count, np.uint64), segment, first_row)
+        for table, numbers, alive, ranks in zip(self._tables, self._numbers, self._alive, self._ranks, strict=True):
             position = table.find(prefix, rest, alive)
             which = np.flatnonzero(position >= 0)
             if not len(which):
@@ -83,10 +76,8 @@ class SegmentedSnapshot(Snapshot):
             place = ranks[table.origin[position]] * len(self._segments) + self._names[number]
             better = inside & (place > rank[which])
             which, position, number = which[better], position[better], number[better]
-            located.tokens[which] = tokens[better]
-            located.checksums[which] = table.checksum[position]
-            located.segment[which] = number
-            located.row[which] = row[better]
+            located.tokens[which], located.checksums[which] = tokens[better], table.checksum[position]
+            located.segment[which], located.row[which] = number, row[better]
             rank[which] = place[better]
         return located
 
@@ -109,10 +100,9 @@ class SegmentedSnapshot(Snapshot):
         return {int(n): self._segments[n] for numbers in self._numbers for n in numbers[numbers >= 0]}
 
     def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
-        having = self._having.get(column)
-        if having is None:
-            having = np.array([column in segment.extents for segment in self._segments], bool)
-            self._having[column] = having
+        if column not in self._having:
+            self._having[column] = np.array([column in segment.extents for segment in self._segments], bool)
+        having = self._having[column]
         return having[located.segment] & located.found if len(having) else located.found
 
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,40 +36,28 @@ from actcache.segments.space_driver import SegmentedSpace
 OpenSpace = Callable[[str, Columns], SpaceDriver]
 
 
-def _passed(method: str) -> Callable[..., Any]:
-    """Return a method that calls the wrapped object's."""
+def _passed(method: str, *, checked: bool = False) -> Callable[..., Any]:
+    """Return a method that calls the wrapped object's, ``checked`` after a look whether the store is still there."""
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
+        if checked:
+            self.check()
         return getattr(self._wrapped, method)(*args, **options)
 
     return call
 
 
-def _checked(method: str) -> Callable[..., Any]:
-    """Return one that looks first whether the store is still there."""
-
-    def call(self: Any, *args: Any, **options: Any) -> Any:
-        self.check()
-        return getattr(self._wrapped, method)(*args, **options)
-
-    return call
+_checked = partial(_passed, checked=True)
 
 
 class StandingPlace(Place):
-    """Wraps a place; see ``Place``. All that changes something looks at the marker first, a small read.
+    """Wraps a place. All that changes something looks first, a small read, whether its marker is still ``standing``.
 
-    Args:
-        place: where the store lies.
-        standing: its marker, as of when it was opened.
-
-    Raises (what changes something):
-        StoreGoneError: the store is not there any more; nothing was changed.
+    Else it raises ``StoreGoneError``, and nothing was changed.
     """
 
     def __init__(self, place: Place, standing: marker.Marker) -> None:
-        self.where = place.where
-        self._wrapped = place
-        self._marker = standing.data
+        self.where, self._wrapped, self._marker = place.where, place, standing.data
 
     def check(self) -> None:
         found = self._wrapped.read(marker.NAME)
@@ -90,7 +79,7 @@ class StandingPlace(Place):
 
 
 class StandingSpace(SpaceDriver):
-    """Wraps an engine's space, whose files do not go through the place; see ``SpaceDriver``.
+    """Wraps an engine's space, whose files do not go through the place.
 
     A snapshot that was taken before the store went serves what it showed: the engine has its files open.
     """
@@ -113,16 +102,10 @@ class StandingSpace(SpaceDriver):
 
 
 class PlacedStore(StoreDriver):
-    """Implements ``StoreDriver`` at a place. Thread-safe.
+    """Implements ``StoreDriver`` at a place. Thread-safe. ``locks`` are names of files that readers write to, too.
 
     Raises (every method):
         StoreGoneError: the store that was opened is not there any more; nothing was changed.
-
-    Args:
-        standing: the marker that stands at the place.
-        open_space: opens the space of a fingerprint.
-        mode: ``"r"`` or ``"a"``.
-        locks: names of files that readers write to, too.
     """
 
     def __init__(
@@ -190,33 +173,20 @@ class PlacedStore(StoreDriver):
 
 
 def open_segmented(format: SegmentFormat, place: Place, *, mode: str, create: bool) -> PlacedStore:
-    """Open a store of segments.
-
-    Args:
-        create: whether one is made where none stands.
-
-    Raises:
-        BackendError, NotAStoreError, StoreNotFoundError, FormatVersionError: see ``marker.claim``.
-    """
+    """Open a store of segments. Raises as ``marker.claim`` does."""
     marked = marker.claim(place, format.name, create=create)
     standing, writable = StandingPlace(place, marked), mode == "a"
-    return PlacedStore(
-        standing,
-        marked,
-        lambda name, columns: SegmentedSpace(format, standing, name, columns, writable=writable),
-        mode=mode,
-    )
+
+    def open_space(fingerprint: str, columns: Columns) -> SpaceDriver:
+        return SegmentedSpace(format, standing, fingerprint, columns, writable=writable)
+
+    return PlacedStore(standing, marked, open_space, mode=mode)
 
 
 def open_engine(engine: SpaceEngine, root: Path, *, mode: str, create: bool, options: Mapping[str, Any]) -> PlacedStore:
     """Open a store whose spaces an engine keeps in folders.
 
-    Args:
-        create: whether one is made where none stands.
-
-    Raises:
-        BackendError, NotAStoreError, StoreNotFoundError, FormatVersionError: see ``marker.claim``.
-        StoreError: the engine cannot work there.
+    Raises as ``marker.claim`` does, ``BackendError`` for an option, and ``StoreError`` where the engine cannot work.
     """
     check_options(engine.name, options, engine.options)
     check_folder(root)
@@ -234,23 +204,14 @@ def open_engine(engine: SpaceEngine, root: Path, *, mode: str, create: bool, opt
 
 
 def check_folder(root: Path) -> None:
-    """Refuse what is there and is no folder.
-
-    Raises:
-        NotAStoreError: saying so.
-        StorageIOError: the operating system does not say.
-    """
+    """Raise ``NotAStoreError`` for what is there and is no folder."""
     with translated(f"cannot look at {root}"):
         if root.exists() and not root.is_dir():
             raise NotAStoreError(f"{root} is a file; a store is a folder")
 
 
 def check_options(backend: str, options: Mapping[str, Any], known: frozenset[str]) -> None:
-    """Refuse options that a backend does not have.
-
-    Raises:
-        BackendError: naming one, and those that there are.
-    """
+    """Raise ``BackendError`` for options that a backend does not have."""
     unknown = sorted(set(options) - known)
     if unknown:
         has = f"it has {', '.join(map(repr, sorted(known)))}" if known else "it has none"

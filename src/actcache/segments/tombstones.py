@@ -20,15 +20,12 @@ _SUFFIX = ".json"
 
 
 class Tombstones:
-    """The tombstones of a space. Not thread-safe.
-
-    Attributes:
-        known: those of the last ``refresh``, name -> segment of origin -> numbers of entries.
-    """
+    """The tombstones of a space. Not thread-safe."""
 
     def __init__(self, place: Place, folder: str) -> None:
         self._place = place
         self._folder = f"{folder}/tombstones"
+        # Those of the last ``refresh``: name -> segment of origin -> numbers of entries.
         self.known: dict[str, dict[str, list[int]]] = {}
 
     def path(self, name: str) -> str:
@@ -36,11 +33,7 @@ class Tombstones:
         return f"{self._folder}/{name}{_SUFFIX}"
 
     def refresh(self) -> None:
-        """Read those that are new; they never change.
-
-        Raises:
-            FormatError: one is damaged.
-        """
+        """Read those that are new; they never change. Raises ``FormatError`` where one is damaged."""
         before = set(self.known)
 
         def look() -> tuple[dict[str, dict[str, list[int]] | None], bool]:
@@ -88,8 +81,7 @@ def dumps(deleted: Mapping[str, Sequence[int]]) -> bytes:
 def loads(data: bytes) -> dict[str, list[int]]:
     """Return what ``dumps`` was given.
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError, RecursionError: the data are damaged or no tombstone.
+    Damaged data raise ValueError, KeyError, TypeError, AttributeError or RecursionError.
     """
     value = json.loads(data)
     deleted: dict[str, list[int]] = value["deleted"]

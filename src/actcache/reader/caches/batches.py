@@ -43,8 +43,7 @@ def flat(out: NDArray[Any], ids: Ids) -> tuple[NDArray[Any], Ids, int | None]:
 def join(parts: Iterable[Part], lengths: NDArray[np.int64], out: NDArray[Any], ids: Ids) -> None:
     """Put the rows of all entries into a batch's buffers, packed or padded with zeros (see ``Space.read_into``).
 
-    Args:
-        lengths: ``[n]``, of all entries; those of length 0 are in no part, or take no rows.
+    ``lengths``, ``[n]``, are of all entries; those of length 0 are in no part, or take no rows.
     """
     rows, flat_ids, width = flat(out, ids)
     firsts = offsets_of(lengths, width)

@@ -38,14 +38,9 @@ class LocalCache(Wrapper):
     Any number of processes may share a folder. When it is full, segments that no living object has looked at are
     evicted, the least recently used first; where there are none, what is read is not kept.
 
-    Args:
-        source: a space.
-        path: the cache's folder, on a local disk; it is made where it is absent.
-        nbytes: that the folder may take up.
-        stats: where documents that come from here are counted.
-
-    Raises:
-        UsageError, NotAStoreError, StoreError: ``path`` cannot be a cache.
+    The folder ``path``, on a local disk, is made where it is absent, and takes up ``nbytes`` at most. Documents that
+    come from here are counted in ``stats``. Raises ``UsageError``, ``NotAStoreError`` or ``StoreError`` where ``path``
+    cannot be a cache.
     """
 
     def __init__(
@@ -123,7 +118,9 @@ class LocalCache(Wrapper):
                 hits &= lengths == request.lengths  # or what says so is damaged
             if not hits.any():
                 report = self._source.read_into(wanted, out, token_ids=token_ids)
-                self._keep_batch(entries, wanted, report.lengths, out, token_ids)
+                rows, ids, width = flat(out, token_ids)
+                begins = offsets_of(report.lengths, width)[:-1]
+                self._keep(entries, wanted, report.lengths, begins, rows, ids)
                 return report
             _check_room(lengths, out)
             entries.use(request.located[hits])
@@ -177,16 +174,8 @@ class LocalCache(Wrapper):
             self._stats.local_documents += int(hits.sum())
 
     def _buffers(self, lengths: NDArray[np.int64], ids: Ids) -> tuple[NDArray[Any], Ids]:
-        rows = int(lengths.sum())
-        values = np.empty((rows, self.recipe.hidden_size), self._stored)
-        return values, None if ids is None else np.empty(rows, np.int32)
-
-    def _keep_batch(
-        self, entries: LocalEntries, keys: NDArray[np.uint8], lengths: NDArray[np.int64], out: Any, ids: Any
-    ) -> None:
-        """Keep the entries of a whole batch, padded or packed."""
-        rows, flat_ids, width = flat(out, ids)
-        self._keep(entries, keys, lengths, offsets_of(lengths, width)[:-1], rows, flat_ids)
+        values = np.empty((int(lengths.sum()), self.recipe.hidden_size), self._stored)
+        return values, None if ids is None else np.empty(len(values), np.int32)
 
     def _keep(
         self,

@@ -41,8 +41,7 @@ _EXIT_PRIORITY = 10
 class LocalEntries:
     """Thread-safe. What is added is readable at once and published in segments by a thread of its own.
 
-    Raises:
-        StoreError: the folder cannot be read, or has no lease to be had.
+    Raises ``StoreError`` where the folder cannot be read, or no lease is to be had.
     """
 
     def __init__(self, folder: CacheFolder, recipe: Recipe) -> None:
@@ -54,13 +53,8 @@ class LocalEntries:
             self._lease = Lease(folder.leases)
         # Without a driver, which merges on its way: replaced segments would take up room for their grace period.
         self._catalog = Catalog(folder.format, folder.place, recipe.fingerprint, columns, writable=True)
-        self._writer = Writer(
-            self._append,
-            columns,
-            self._seed,
-            segment_bytes=_segment_bytes(folder.nbytes),
-            segment_seconds=_SEGMENT_SECONDS,
-        )
+        size = min(_SEGMENT_BYTES, max(folder.nbytes // _SEGMENTS, min(_SMALL_BYTES, folder.nbytes // _FEW_SEGMENTS)))
+        self._writer = Writer(self._append, columns, self._seed, segment_bytes=size, segment_seconds=_SEGMENT_SECONDS)
         self._ahead = LookupCache()
         self._lock = threading.RLock()
         self._pending: dict[bytes, int] = {}  # checksums of what the writer holds
@@ -94,8 +88,7 @@ class LocalEntries:
     def read(self, request: Request, out: NDArray[Any], ids: Ids) -> list[int]:
         """Read all of a request's entries, packed or padded (see ``Space.read_into``); return which are corrupt.
 
-        Raises:
-            SegmentGoneError: others have evicted a segment, or nothing can be read here any more: refresh, look again.
+        Raises ``SegmentGoneError``: a segment was evicted, or nothing can be read here any more: refresh, look again.
         """
         rows, flat_ids, width = flat(out, ids)
         try:
@@ -206,7 +199,8 @@ class LocalEntries:
         block = block if fresh.all() else _part(block, fresh)
         if not len(block):
             return
-        needed = sum(array.nbytes for array in block.arrays().values()) + _overhead(block)
+        arrays = block.arrays().values()
+        needed = sum(array.nbytes for array in arrays) + 4096 * (len(arrays) + 8)  # at most, beside its arrays
         if not self._folder.make_room(needed + self._catalog.index_bytes(len(block)), self._fingerprint):
             self._pause()
             return
@@ -249,16 +243,6 @@ class LocalEntries:
         self._lock = threading.RLock()
         self._closed = True
         self._lease.forget()
-
-
-def _segment_bytes(nbytes: int) -> int:
-    """Return how large the segments of a cache of so many bytes are."""
-    return min(_SEGMENT_BYTES, max(nbytes // _SEGMENTS, min(_SMALL_BYTES, nbytes // _FEW_SEGMENTS)))
-
-
-def _overhead(block: Block) -> int:
-    """Return what a segment takes up beside its arrays, at most."""
-    return 4096 * (len(block.arrays()) + 8)
 
 
 def _part(block: Block, which: NDArray[np.bool_]) -> Block:

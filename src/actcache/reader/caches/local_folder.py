@@ -43,10 +43,7 @@ class Lease:
     """Names of segments that are in use until ``release``, or until the process ends. Thread-safe.
 
     It is a file that its owner keeps locked. When the owner is gone, however that came about, the kernel has dropped
-    the lock, and the lease counts no more.
-
-    Raises:
-        OSError: the folder cannot be written, or its file system has no locks.
+    the lock, and the lease counts no more. Raises ``OSError`` where the folder cannot be written, or has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,11 +61,7 @@ class Lease:
             raise
 
     def add(self, names: Iterable[str]) -> list[str]:
-        """Take more segments into use; return those that were not yet.
-
-        Raises:
-            OSError: the disk is full, ...
-        """
+        """Take more segments into use; return those that were not yet. Raises ``OSError`` (the disk is full, ...)."""
         with self._lock:
             fresh = [name for name in names if name not in self._names]
             if fresh and self._descriptor >= 0:
@@ -95,11 +88,7 @@ class Lease:
 
 
 def in_use(folder: Path) -> set[str]:
-    """Return the names in all leases whose owners live, and remove the others.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
+    """Return the names in all leases whose owners live, and remove the others."""
     names: set[str] = set()
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
@@ -124,9 +113,7 @@ def _names_of(path: Path) -> set[str]:
 class CacheFolder:
     """One process's view of a local cache. Thread-safe; made where it is absent.
 
-    Args:
-        path: the folder.
-        nbytes: what it may take up on the disk, everything counted (as ``du`` does).
+    ``nbytes`` is what it may take up on the disk, everything counted (as ``du`` does).
 
     Raises:
         UsageError, NotAStoreError: it is a store, or holds other things.
@@ -140,7 +127,10 @@ class CacheFolder:
         self.place = LocalPlace(self.root)
         self.leases = self.root / "leases"
         self._claimed = False
-        self.format = _format_of(self._claim())
+        plugin = registry.load(backend := self._claim())
+        if not isinstance(plugin, SegmentFormat):
+            raise UsageError(f"a local cache keeps segments, which the {backend} backend does not have")
+        self.format = plugin
         self._claimed = True
         self.place.files.make_folders(self.leases)
 
@@ -164,9 +154,8 @@ class CacheFolder:
             value = json.loads(self.place.read(MARKER) or b"")
             version, backend = int(value["format_version"]), str(value["backend"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise NotAStoreError(
-                f"{self.root / MARKER} is damaged ({error}); remove the folder, it holds copies"
-            ) from None
+            damaged = f"{self.root / MARKER} is damaged ({error}); remove the folder, it holds copies"
+            raise NotAStoreError(damaged) from None
         if version > VERSION:
             raise FormatVersionError(f"{self.root} is a local cache of a newer release (version {version}); upgrade")
         return backend
@@ -175,10 +164,7 @@ class CacheFolder:
     def changing(self) -> Iterator[bool]:
         """Wait until nobody else changes the folder, and keep others out; yields False where that takes too long.
 
-        What killed writers left behind is gone then.
-
-        Raises:
-            StoreError: the folder was removed, is something else's now, ...
+        What killed writers left behind is gone then. Raises ``StoreError`` where the folder is gone or another's now.
         """
         if self._claimed and self.place.read(MARKER) is None:
             raise StoreGoneError(f"{self.root} is no local cache any more: it was moved, or its {MARKER} removed")
@@ -199,11 +185,7 @@ class CacheFolder:
     def make_room(self, nbytes: int, own: str) -> bool:
         """Evict segments until so many bytes more fit; return whether they do. To be called while ``changing``.
 
-        Args:
-            own: fingerprint of the space that asks; its index is its own business.
-
-        Raises:
-            StoreError: the folder cannot be read or changed.
+        ``own`` is the fingerprint of the space that asks: its index is its own business.
         """
         with translated(f"cannot look through {self.root}"):
             excess = _used(self.root) + nbytes - self.nbytes
@@ -234,13 +216,6 @@ class CacheFolder:
                     with suppress(FileNotFoundError):
                         if is_name(name):
                             yield path.stat().st_mtime, _used(path), path, name
-
-
-def _format_of(backend: str) -> SegmentFormat:
-    plugin = registry.load(backend)
-    if not isinstance(plugin, SegmentFormat):
-        raise UsageError(f"a local cache keeps segments, which the {backend} backend does not have")
-    return plugin
 
 
 def _lock(descriptor: int) -> bool:

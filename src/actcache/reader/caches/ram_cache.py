@@ -26,25 +26,16 @@ _NOT_HELD = (0, 0, False)
 class RamCache(Wrapper):
     """Wraps a source: reads of entries that are held do not reach it. Thread-safe.
 
-    What is held is what was read and verified once; an entry that is overwritten later is not read again.
-
-    Args:
-        source: a space.
-        nbytes: of activations, at most; memory is used as entries come in.
-        stats: where documents that come from here are counted.
+    What is held is what was read and verified once; an entry that is overwritten later is not read again. It holds
+    ``nbytes`` of activations at most, in memory that is used as entries come in, and counts hits in ``stats``.
     """
 
     def __init__(self, source: Source, nbytes: int, stats: ReaderStats | None = None) -> None:
-        self._source = source
-        self._nbytes = nbytes
-        self._stats = stats or ReaderStats()
+        self._source, self._nbytes, self._stats = source, nbytes, stats or ReaderStats()
         self._lock = ProcessLock()
-        self._empty()
-
-    def _empty(self) -> None:
-        recipe = self._source.recipe
+        recipe = source.recipe
         stored = codec.get(recipe.dtype).stored
-        most = max(0, self._nbytes // (stored.itemsize * recipe.hidden_size))
+        most = max(0, nbytes // (stored.itemsize * recipe.hidden_size))
         # Memory that was never touched costs nothing. Row 0 stands for padding.
         self._rows: NDArray[Any] = np.zeros((most + 1, recipe.hidden_size), stored)
         self._ids = np.zeros(most + 1, np.int32)

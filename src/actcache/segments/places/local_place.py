@@ -24,12 +24,9 @@ _DEEPEST = 4  # folders in a segment
 
 
 def local_path(location: str) -> Path:
-    """Return the folder that a location names, absolute: it stays the same when the working directory changes.
+    """Return the folder that a location names, absolute; links and ``..`` are left as they are.
 
-    Links are left as they are; ``..`` is what the operating system makes of it.
-
-    Raises:
-        BackendError: it begins with the home of a user that is not known, or the working directory is gone.
+    Raises ``BackendError`` where it begins with the home of an unknown user, or the working directory is gone.
     """
     try:
         path = Path(location).expanduser().absolute()
@@ -41,12 +38,7 @@ def local_path(location: str) -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a regular file. Others are refused: a pipe would block, and a device has no end.
-
-    Raises:
-        OSError: as the operating system reports it.
-        StorageIOError: it is something else.
-    """
+    """Return the bytes of a regular file. Others raise ``StorageIOError``: a pipe would block, a device has no end."""
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         kind = os.fstat(file.fileno()).st_mode
         if stat.S_ISDIR(kind):
@@ -66,18 +58,13 @@ def _user(number: int) -> str:
 
 
 class LocalPlace(Place):
-    """See ``Place``.
+    """A place in a folder, whose path is absolute, or it changes with the working directory.
 
-    Args:
-        root: the folder; absolute, or it changes with the working directory.
-        mapped: whether rows are gathered from mappings; None decides by the file system.
+    ``mapped`` says whether rows are gathered from mappings; None decides by the file system.
     """
 
     def __init__(self, root: Path, *, mapped: bool | None = None) -> None:
-        self.where = str(root)
-        self.root = root
-        self.files = Files(root)
-        self._mapped = mapped
+        self.where, self.root, self.files, self._mapped = str(root), root, Files(root), mapped
 
     def make(self) -> None:
         self.files.make_root()
@@ -147,9 +134,8 @@ class LocalPlace(Place):
                         status = os.lstat(path)
                     except FileNotFoundError:  # a temporary file, or a segment that was replaced
                         continue
-                    age = max(0.0, now - status.st_mtime)
-                    owner = _user(status.st_uid)
-                    found[path.relative_to(self.root).as_posix()] = StoredFile(status.st_size, age, owner)
+                    stored = StoredFile(status.st_size, max(0.0, now - status.st_mtime), _user(status.st_uid))
+                    found[path.relative_to(self.root).as_posix()] = stored
         return found
 
     def sweep(self, older_than: float) -> int:
@@ -216,8 +202,7 @@ class LocalSegment(SegmentFiles):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where) from None
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):
-                what = name or "this"
-                raise FormatError(f"{self.where}: {what} is a link or no file; this is no segment") from None
+                raise FormatError(f"{self.where}: {name or 'this'} is a link or no file; this is no segment") from None
             raise
         try:
             status = os.fstat(descriptor)

@@ -25,9 +25,7 @@ class Marker:
 def read(place: Place) -> Marker | None:
     """Return what a place says about itself; None where it has no marker.
 
-    Raises:
-        NotAStoreError: the marker is not one of this package.
-        FormatVersionError: a newer release wrote the store.
+    Raises ``NotAStoreError`` for a damaged or foreign marker, ``FormatVersionError`` for one of a newer release.
     """
     text = place.read(NAME)
     if text is None:
@@ -52,13 +50,8 @@ def read(place: Place) -> Marker | None:
 def claim(place: Place, backend: str, *, create: bool) -> Marker:
     """Make sure that a place is a store of this backend; make one of an empty place where ``create`` allows it.
 
-    Returns:
-        The marker that stands there now.
-
-    Raises:
-        BackendError: it is another backend's store.
-        NotAStoreError: it holds other things.
-        StoreNotFoundError: it is empty or absent.
+    Raises ``BackendError`` for another backend's store, ``NotAStoreError`` where the place holds other things, and
+    ``StoreNotFoundError`` where it is empty or absent.
     """
     marker = read(place)
     if marker is None:

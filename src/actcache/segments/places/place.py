@@ -1,8 +1,4 @@
-"""The place where a store lies: named things below a root, each published whole or not at all.
-
-``LocalPlace`` is a folder of a local or shared file system, ``ObjectPlace`` a prefix of an object store. Everything
-that a segmented store does to its files goes through one of them.
-"""
+"""The place where a store lies: named things below a root, each published whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,23 +21,16 @@ class Place(ABC):
 
     Thread-safe, and safe beside other processes. Failures of disk or network are raised as ``StoreError`` or one of its
     subclasses; what is said about other exceptions below is all there is.
-
-    Attributes:
-        where: the root, for messages.
     """
 
-    where: str
+    where: str  # the root, for messages
 
     @abstractmethod
     def make(self) -> None:
         """Make the root where a place has one that can be absent. Publishing makes none."""
 
     def check(self) -> None:  # noqa: B027 (a place of its own has nothing to compare with)
-        """Look whether the store that was opened here is still here.
-
-        Raises:
-            StoreGoneError: it is not.
-        """
+        """Raise ``StoreGoneError`` where the store that was opened here is not here any more."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
@@ -56,11 +45,7 @@ class Place(ABC):
     def publish(self, name: str, write: Callable[[Path], object], *, replace: bool = False) -> bool:
         """Have ``write(path)`` write a local file or folder, then give it its name here, durably, all or nothing.
 
-        Returns:
-            False where the name stands already and ``replace`` is False; it is left as it is.
-
-        Raises:
-            OutOfSpaceError, ReadOnlyError, StorageIOError: nothing became visible.
+        Returns False where the name stands already and ``replace`` is False; it is left as it is.
         """
 
     @abstractmethod
@@ -93,8 +78,7 @@ class Place(ABC):
     def local_copy(self, name: str) -> Path:
         """Return the path of a file that can be mapped: the file itself, or a copy that is removed with this object.
 
-        Raises:
-            FileNotFoundError: it is gone.
+        Raises ``FileNotFoundError`` where it is gone.
         """
 
     @abstractmethod
@@ -114,8 +98,7 @@ class Place(ABC):
     def listing(self, *, exact: bool) -> dict[str, StoredFile]:
         """Return all files below the root by their names, temporary ones included.
 
-        Args:
-            exact: whether the ages go by the place's own clock, even where a temporary file has to be written for that.
+        ``exact`` ages go by the place's own clock, even where a temporary file has to be written for that.
         """
 
     @abstractmethod

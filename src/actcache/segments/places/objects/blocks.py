@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from actcache.backend import SegmentFiles
 from actcache.errors import FormatError
@@ -40,10 +41,14 @@ class Blocks:
 
     def forget(self, key: str) -> None:
         """Drop what is known of an object or of all below a folder, given with its slash."""
+
+        def within(known: str) -> bool:
+            return known.startswith(key) if key.endswith("/") else known == key
+
         with self._lock:
-            for known in [known for known in self._sizes if _within(known, key)]:
+            for known in filter(within, list(self._sizes)):
                 del self._sizes[known]
-            for block in [block for block in self._kept if _within(block[0], key)]:
+            for block in [block for block in self._kept if within(block[0])]:
                 self._held -= len(self._kept.pop(block))
 
     def size(self, key: str) -> int:
@@ -105,25 +110,17 @@ class Blocks:
         return found
 
 
-def _within(key: str, name: str) -> bool:
-    return key.startswith(name) if name.endswith("/") else key == name
-
-
 class ObjectSegment(SegmentFiles):
     """The object, or the objects below a prefix, of one segment. Thread-safe.
 
-    Args:
-        commit: the file without which a segment of several files is not there; empty where it is one object.
+    Without the file ``commit`` a segment of several files is not there; it is empty where it is one object.
     """
 
     path = None
 
     def __init__(self, session: Session, blocks: Blocks, name: str, commit: str) -> None:
         self.where = f"{session.where}/{name}"
-        self._session = session
-        self._blocks = blocks
-        self._name = name
-        self._commit = commit
+        self._session, self._blocks, self._name, self._commit = session, blocks, name, commit
 
     def names(self) -> list[str]:
         if not self._commit:
@@ -139,37 +136,30 @@ class ObjectSegment(SegmentFiles):
         return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
     def size(self, name: str) -> int:
-        key = self._key(name)
-        try:
+        with self._key(name) as key:
             return self._blocks.size(key)
-        except ObjectNotFoundError:
-            raise self._lost(name) from None
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
-        key = self._key(name)
-        try:
+        with self._key(name) as key:
             return self._blocks.read(key, offset, nbytes, ahead=True)
-        except ObjectNotFoundError:
-            raise self._lost(name) from None
 
-    def _key(self, name: str) -> str:
+    @contextmanager
+    def _key(self, name: str) -> Iterator[str]:
+        """Yield the key of a file; that there is no such object means the segment is gone, or that it is damaged."""
         if bool(name) != bool(self._commit):
             kind = "several objects" if self._commit else "one object"
             raise FormatError(f"{self.where} is {kind}: no {name!r:.100} there")
         if ".." in name.split("/") or "" in name.split("/")[1:]:
             raise FormatError(f"{self.where} has no file {name!r:.100}")
-        return f"{self._name}/{name}" if name else self._name
+        try:
+            yield f"{self._name}/{name}" if name else self._name
+        except ObjectNotFoundError:
+            if name and name != self._commit:
+                with suppress(ObjectNotFoundError):
+                    self._session.client().head(f"{self._name}/{self._commit}")
+                    raise FormatError(f"{self.where} is damaged: {name} is missing") from None
+            raise self._gone() from None
 
     def _gone(self) -> FileNotFoundError:
         self._blocks.forget(f"{self._name}/" if self._commit else self._name)
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where)
-
-    def _lost(self, name: str) -> Exception:
-        """Return what it means that a file is not there: that the segment is gone, or that it is damaged."""
-        if not name or name == self._commit:
-            return self._gone()
-        try:
-            self._session.client().head(f"{self._name}/{self._commit}")
-        except ObjectNotFoundError:
-            return self._gone()
-        return FormatError(f"{self.where} is damaged: {name} is missing")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,19 +33,15 @@ class Bucket:
     def open(self, key: str) -> io.BufferedReader:
         """Open an object to read; its bytes come by ranges, as they are read.
 
-        Raises:
-            FileNotFoundError: there is none.
-            StoreError: it cannot be read. So does reading it, also where it was replaced meanwhile.
+        Raises ``FileNotFoundError``; ``StoreError`` also while it is read, and where it was replaced meanwhile.
         """
         return io.BufferedReader(_Object(self._session, key), 1 << 17)
 
     def holds(self, key: str) -> bool:
-        """Return whether there is such an object."""
-        try:
+        with suppress(ObjectNotFoundError):
             self._session.client().head(key)
-        except ObjectNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
     def keys(self, prefix: str, *, recursive: bool) -> list[str]:
         """Return the keys that begin with a prefix, sorted; those that stand for a folder left out."""
@@ -53,7 +49,6 @@ class Bucket:
         return sorted(key for key in found if key and not key.endswith("/"))
 
     def close(self) -> None:
-        """Close the connections within a few seconds. Does nothing the second time."""
         self._session.close()
 
 
@@ -125,12 +120,9 @@ def objects(url: str) -> Iterator[Found]:
     """Find the objects that a URL names, in the order of their keys: one, a folder's, or a pattern's.
 
     In a pattern ``*`` and ``[...]`` stand for parts of a name, ``**`` for any folders; options may stand in the URL's
-    query, as of a store's. The connections are closed in the end.
+    query, as of a store's.
 
-    Raises:
-        BackendError: it names no bucket, or an option is not known.
-        MissingExtraError: the package that it needs is not installed.
-        StoreError: the store cannot be asked.
+    Raises ``BackendError`` where it names no bucket or an option is not known, ``MissingExtraError``, ``StoreError``.
     """
     target = opt.target(url, {})
     if any(character in target.bucket for character in _WILD):

@@ -70,14 +70,10 @@ class Client(ABC):
         ObjectNotFoundError: there is no such object; listing never raises it.
         StoreNotFoundError: there is no such bucket.
         ReadOnlyError, OutOfSpaceError, StorageIOError: repeating it does not help; the message says what does.
-
-    Attributes:
-        where: the root, for messages.
-        multipart: whether large files are uploaded by ``begin``, ``part`` and ``complete``; else by ``put_file``.
     """
 
-    where: str
-    multipart: bool
+    where: str  # the root, for messages
+    multipart: bool  # whether large files are uploaded by ``begin``, ``part`` and ``complete``; else by ``put_file``
 
     @abstractmethod
     def get(self, key: str, offset: int, nbytes: int) -> Body:
@@ -93,11 +89,9 @@ class Client(ABC):
 
     @abstractmethod
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
-        """Write an object, all or nothing.
+        """Write an object, all or nothing; where it stands, ``create`` raises ``ObjectExistsError``.
 
-        Args:
-            token: kept with the object, so that after a lost response ``head`` tells whose it is.
-            create: raise ``ObjectExistsError`` where it stands.
+        ``token`` is kept with the object, so that after a lost response ``head`` tells whose it is.
         """
 
     def put_file(self, key: str, path: Path) -> None:

@@ -53,12 +53,9 @@ class Ranges:
 def coalesce(
     segments: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64], gap: int = _GAP, most: int = _MOST
 ) -> Ranges:
-    """Join what lies close together in one segment. Purely.
+    """Join entries of one segment that lie up to ``gap`` bytes apart; a range takes in no entry beyond ``most`` bytes.
 
-    Args:
-        segments, begins, ends: ``[n]``, the bytes of each entry, which do not overlap unless they are the same.
-        gap: bytes between two entries up to which they are joined.
-        most: bytes beyond which a range takes in no further entry.
+    ``segments``, ``begins`` and ``ends``, ``[n]``, are the bytes of entries, which do not overlap unless they are one.
     """
     of_entry = np.full(len(begins), -1, np.int64)
     wanted = np.flatnonzero(ends > begins)
@@ -85,18 +82,13 @@ def coalesce(
 
 
 class FetchedRows(RowSource):
-    """See ``RowSource``. Thread-safe; usable after a fork.
+    """Implements ``RowSource``. Thread-safe; usable after a fork.
 
-    Args:
-        segments: grows; the number of a segment is its position.
-        locate: from a segment and the name of a file in it to its key.
+    The list of segments grows. ``locate`` leads from a segment and the name of a file in it to its key.
     """
 
     def __init__(self, session: Session, blocks: Blocks, segments: list[Segment], locate: Locate) -> None:
-        self._session = session
-        self._blocks = blocks
-        self._segments = segments
-        self._locate = locate
+        self._session, self._blocks, self._segments, self._locate = session, blocks, segments, locate
         self._ahead: OrderedDict[tuple[int, str, bytes], _Fetches] = OrderedDict()
         self._lock = ProcessLock()
 
@@ -107,7 +99,7 @@ class FetchedRows(RowSource):
         if fetches is None:
             fetches = _Fetches(self, plan.column, ranges, small)
         places = offsets_of(plan.lengths, width) * row_bytes
-        return _Batch(fetches, ranges, begins, plan.lengths * row_bytes, out, places).read
+        return _reading(fetches, ranges, begins, plan.lengths * row_bytes, out, places)
 
     def _ranges(self, plan: RowPlan) -> tuple[Ranges, NDArray[np.int64], int, bool]:
         """Return what to fetch, where each entry begins in its file, the bytes of a row, and whether rows are small."""
@@ -135,13 +127,14 @@ class FetchedRows(RowSource):
                 self._ahead.popitem(last=False)
 
     def close(self) -> None:
-        """Drop what was fetched and not asked for. The session belongs to the place."""
+        """Drop what was fetched and not asked for; the session is the place's."""
         with self._lock:
             self._ahead.clear()
 
     def fetch(self, segment: int, column: str, begin: int, end: int, *, small: bool) -> Future[Data]:
         """Have a range fetched; of a small column, what is in memory is there at once."""
-        key = self._key(segment, column)
+        described = self._segments[segment]
+        key = self._locate(described, described.extents[column].path)
         if small:
             kept = self._blocks.peek(key, begin, end - begin)
             if kept is None:
@@ -152,10 +145,6 @@ class FetchedRows(RowSource):
         client = self._session.client()
         return self._session.submit(lambda: client.get(key, begin, end - begin).data)
 
-    def _key(self, segment: int, column: str) -> str:
-        described = self._segments[segment]
-        return self._locate(described, described.extents[column].path)
-
     def where(self, segment: int) -> str:
         return self._segments[segment].files.where
 
@@ -164,10 +153,7 @@ class _Fetches:
     """The fetches of one batch, in the order in which they are needed. Thread-safe."""
 
     def __init__(self, rows: FetchedRows, column: str, ranges: Ranges, small: bool) -> None:
-        self._rows = rows
-        self._column = column
-        self._small = small
-        self._ranges = ranges
+        self._rows, self._column, self._ranges, self._small = rows, column, ranges, small
         self._left = ranges.users.tolist()
         self._lock = threading.Lock()
         self._started: dict[int, Future[Data]] = {}
@@ -225,44 +211,43 @@ class _Fetches:
         return self._rows.where(int(self._ranges.segments[number]))
 
 
-class _Batch:
-    """From the fetches of a batch to the caller's buffer. Threads may read different entries at a time."""
+def _reading(
+    fetches: _Fetches,
+    ranges: Ranges,
+    begins: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    out: NDArray[np.generic],
+    places: NDArray[np.int64],
+) -> Read:
+    """Return what brings a batch from its fetches to the caller's buffer; threads may read different entries at a time.
 
-    def __init__(
-        self,
-        fetches: _Fetches,
-        ranges: Ranges,
-        begins: NDArray[np.int64],
-        sizes: NDArray[np.int64],
-        out: NDArray[np.generic],
-        places: NDArray[np.int64],
-    ) -> None:
-        self._fetches = fetches
-        self._of_entry, self._range_begins = ranges.of_entry.tolist(), ranges.begins.tolist()
-        self._begins, self._sizes, self._places = begins.tolist(), sizes.tolist(), places.tolist()
-        self._out = out.reshape(-1).view(np.uint8)
+    Args:
+        begins, sizes: ``[n]`` bytes of each entry in its file.
+        places: ``[n + 1]`` where each entry begins in the buffer, bytes.
+    """
+    numbers, starts = ranges.of_entry.tolist(), ranges.begins.tolist()
+    offsets, lengths, bounds = begins.tolist(), sizes.tolist(), places.tolist()
+    target = out.reshape(-1).view(np.uint8)
 
-    def read(self, first: int, last: int) -> None:
-        """See ``Read``."""
+    def read(first: int, last: int) -> None:
         try:
             for i in range(first, last):
-                begin, end = self._places[i], self._places[i] + self._sizes[i]
-                if self._sizes[i]:
-                    self._take(i, self._out[begin:end])
-                self._out[end : self._places[i + 1]] = 0
+                end = bounds[i] + lengths[i]
+                if lengths[i]:
+                    number = numbers[i]
+                    begin = offsets[i] - starts[number]
+                    piece = memoryview(fetches.get(number))[begin : begin + lengths[i]]
+                    if len(piece) != lengths[i]:
+                        raise FormatError(f"{fetches.where(number)} is truncated")
+                    target[bounds[i] : end] = np.frombuffer(piece, np.uint8)
+                    del piece  # with the range's bytes, while the next ones are waited for
+                    fetches.taken(number)
+                target[end : bounds[i + 1]] = 0
         except BaseException as error:
-            self._fetches.fail(error)
+            fetches.fail(error)
             raise
 
-    def _take(self, i: int, out: NDArray[np.uint8]) -> None:
-        number = self._of_entry[i]
-        data = self._fetches.get(number)
-        begin = self._begins[i] - self._range_begins[number]
-        piece = memoryview(data)[begin : begin + len(out)]
-        if len(piece) != len(out):
-            raise FormatError(f"{self._fetches.where(number)} is truncated")
-        out[:] = np.frombuffer(piece, np.uint8)
-        self._fetches.taken(number)
+    return read
 
 
 _TAKEN: Future[Data] = Future()  # stands for a range whose bytes nobody needs any more

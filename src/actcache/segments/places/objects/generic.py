@@ -20,28 +20,14 @@ import fsspec
 from fsspec.exceptions import FSTimeoutError
 
 from actcache.errors import MissingExtraError, ReadOnlyError, StorageIOError, StoreError
-from actcache.segments.places.objects.client import (
-    Body,
-    Client,
-    Data,
-    Head,
-    Listing,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    TransientError,
-)
+from actcache.segments.places.objects import client
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 _REFUSED = (401, 403)
 
 
-class FsspecClient(Client):
-    """See ``Client``. As thread-safe as the file system of fsspec; belongs to the process that made it.
-
-    Args:
-        url: the root.
-        options: of the file system.
-    """
+class FsspecClient(client.Client):
+    """A client by a file system of fsspec, as thread-safe as that is; belongs to the process that made it."""
 
     multipart = False
 
@@ -57,24 +43,24 @@ class FsspecClient(Client):
         self._loop = getattr(self._fs, "loop", None)  # of those that are asynchronous inside
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
 
-    def get(self, key: str, offset: int, nbytes: int) -> Body:
+    def get(self, key: str, offset: int, nbytes: int) -> client.Body:
         with self._translated("read", key):
             size = int(self._fs.info(self._path(key))["size"])
             end = min(size, offset + nbytes)
             data = bytes(self._fs.cat_file(self._path(key), start=offset, end=end)) if end > offset else b""
         if len(data) != max(0, end - offset):
-            raise TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
-        return Body(data, size)
+            raise client.TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
+        return client.Body(data, size)
 
-    def head(self, key: str) -> Head:
+    def head(self, key: str) -> client.Head:
         with self._translated("look at", key):
             info = self._fs.info(self._path(key))
             if info["type"] != "file":
                 raise FileNotFoundError(key)
-            return Head(int(info["size"]), _age(info))
+            return client.Head(int(info["size"]), _age(info))
 
-    def listing(self, prefix: str, *, recursive: bool) -> Listing:
-        files: dict[str, Head] = {}
+    def listing(self, prefix: str, *, recursive: bool) -> client.Listing:
+        files: dict[str, client.Head] = {}
         folders: set[str] = set()
         pending = [prefix]
         while pending:
@@ -89,17 +75,17 @@ class FsspecClient(Client):
                 if info["type"] == "directory":
                     (pending.append if recursive else folders.add)(f"{key}/")
                 elif f"{key}/" != folder and key.startswith(prefix):
-                    files[key] = Head(int(info["size"]), _age(info))
-        return Listing(files, frozenset(folders))
+                    files[key] = client.Head(int(info["size"]), _age(info))
+        return client.Listing(files, frozenset(folders))
 
-    def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
+    def put(self, key: str, data: client.Data, token: str, *, create: bool) -> None:
         with self._translated("write", key, writing=True):
             if create and self._fs.exists(self._path(key)):
-                raise ObjectExistsError(key)
+                raise client.ObjectExistsError(key)
             try:
                 self._fs.pipe_file(self._path(key), bytes(data), mode="create" if create else "overwrite")
             except FileExistsError:
-                raise ObjectExistsError(key) from None
+                raise client.ObjectExistsError(key) from None
 
     def put_file(self, key: str, path: Path) -> None:
         with self._translated("write", key, writing=True):
@@ -127,14 +113,14 @@ class FsspecClient(Client):
         what = f"cannot {verb} {self.where}/{key}"
         try:
             yield
-        except (StoreError, ObjectNotFoundError, ObjectExistsError):
+        except (StoreError, client.ObjectNotFoundError, client.ObjectExistsError):
             raise
         except FileNotFoundError as error:
-            raise ObjectNotFoundError(what) from error
+            raise client.ObjectNotFoundError(what) from error
         except PermissionError as error:
             raise _refused(what, error, writing) from error
         except (OSError, FSTimeoutError) as error:
-            raise TransientError(f"{what}: {str(error) or type(error).__name__}") from error
+            raise client.TransientError(f"{what}: {str(error) or type(error).__name__}") from error
         except (ValueError, TypeError, KeyError, NotImplementedError) as error:
             raise StorageIOError(f"{what}: {error!r:.300}; check the URL and the options") from error
         except Exception as error:  # gcsfs and adlfs raise exceptions of libraries that need not be installed
@@ -143,15 +129,11 @@ class FsspecClient(Client):
                 raise _refused(what, error, writing) from error
             if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
                 raise StorageIOError(f"{what}: {error!r:.300}") from error
-            raise TransientError(f"{what}: {error!r:.300}") from error
+            raise client.TransientError(f"{what}: {error!r:.300}") from error
 
 
 def leave_to_parent(fs: object, loop: object) -> None:
-    """In a fork's child: have a file system of the parent's, and its event loop, leave the connections alone.
-
-    Args:
-        loop: as the parent knew it; None where it has none.
-    """
+    """In a fork's child: have a file system of the parent's, and its event loop (or None), let the connections be."""
     for reference in weakref.getweakrefs(fs):
         finalizer = reference.__callback__
         if isinstance(finalizer, weakref.finalize):

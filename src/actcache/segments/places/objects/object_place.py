@@ -41,15 +41,10 @@ _COPIES = 8  # local ones at a time; what is mapped stays so without its name
 
 
 class ObjectPlace(Place):
-    """See ``Place``. Usable after a fork.
+    """Implements ``Place`` below ``protocol://bucket/prefix``. Usable after a fork.
 
-    Args:
-        url: ``protocol://bucket/prefix``, with options in the query.
-        commit: the file that makes a segment of several files whole; empty where segments are single files.
-        options: see docs/object-stores.md.
-
-    Raises:
-        BackendError: the URL names no bucket, or an option is not known.
+    The file ``commit`` makes a segment of several files whole; it is empty where segments are single files. Options are
+    those of docs/object-stores.md. Raises ``BackendError`` where the URL names no bucket, or an option is not known.
     """
 
     def __init__(self, url: str, commit: str, options: Mapping[str, Any]) -> None:
@@ -96,16 +91,11 @@ class ObjectPlace(Place):
         try:
             if _is_unique(name):  # a tombstone, which every snapshot reads again
                 return self._blocks.read(name, 0, self._blocks.size(name))
-            return bytes(self._whole(name))
+            client = self._session.client()
+            body = client.get(name, 0, 1 << 20)
+            return bytes(body.data if body.size <= 1 << 20 else client.get(name, 0, body.size).data)
         except ObjectNotFoundError:
             return None
-
-    def _whole(self, name: str) -> memoryview:
-        client = self._session.client()
-        body = client.get(name, 0, 1 << 20)
-        if body.size > 1 << 20:
-            body = client.get(name, 0, body.size)
-        return memoryview(body.data)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -122,11 +112,10 @@ class ObjectPlace(Place):
 
     @staticmethod
     def _created(write: Callable[[], None]) -> bool:
-        try:
+        with suppress(ObjectExistsError):
             write()
-        except ObjectExistsError:
-            return False
-        return True
+            return True
+        return False
 
     def _publish_folder(self, name: str, path: Path, replace: bool) -> bool:
         client = self._session.client()
@@ -172,13 +161,9 @@ class ObjectPlace(Place):
 
     def _keys(self, name: str) -> list[str]:
         """Return the objects of a file or segment, the commit object first."""
-        if not self._is_segment(name):
-            return [name]
-        found = self._session.client().listing(f"{name}/", recursive=True).files
-        if not found:
-            return [name]
-        commit = f"{name}/{self._commit}"
-        return sorted(found, key=lambda key: key != commit)
+        if self._is_segment(name) and (found := self._session.client().listing(f"{name}/", recursive=True).files):
+            return sorted(found, key=lambda key: key != f"{name}/{self._commit}")
+        return [name]
 
     def move(self, name: str, target: str) -> bool:
         client = self._session.client()
@@ -218,11 +203,10 @@ class ObjectPlace(Place):
         try:
             with translated(f"cannot copy {self.where}/{name}"), open(descriptor, "wb") as file:
                 download(self._session, name, file)
-        except ObjectNotFoundError:
+        except BaseException as error:
             path.unlink()
-            raise FileNotFoundError(f"{self.where}/{name}") from None
-        except BaseException:
-            path.unlink()
+            if isinstance(error, ObjectNotFoundError):
+                raise FileNotFoundError(f"{self.where}/{name}") from None
             raise
         with self._lock:
             if self._pid != os.getpid():  # those of the parent are its own to remove
@@ -263,15 +247,13 @@ class ObjectPlace(Place):
     def sweep(self, older_than: float) -> int:
         client = self._session.client()
         swept = _sweep_local(older_than)
-        if client.multipart:
-            for found in client.uploads():
-                if found.age >= older_than:
-                    client.abort(found.key, found.id)
-                    swept += 1
-        for key in self._uncommitted(older_than) if self._commit else ():
+        stale = [found for found in client.uploads() if found.age >= older_than] if client.multipart else []
+        for found in stale:
+            client.abort(found.key, found.id)
+        uncommitted = self._uncommitted(older_than) if self._commit else []
+        for key in uncommitted:
             client.remove(key)
-            swept += 1
-        return swept
+        return swept + len(stale) + len(uncommitted)
 
     def _uncommitted(self, older_than: float) -> list[str]:
         """Return old objects of segments that have no commit object."""

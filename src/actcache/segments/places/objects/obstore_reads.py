@@ -67,9 +67,8 @@ class FastClient(S3Client):
         endpoint, region = self.endpoint()
         with self._lock:
             if self._store is None:
-                signing: dict[str, Any] = (
-                    {"skip_signature": True} if self.fs.anon else {"credential_provider": self._credentials()}
-                )
+                anonymous = {"skip_signature": True}
+                signing: dict[str, Any] = anonymous if self.fs.anon else {"credential_provider": self._credentials()}
                 self._store = S3Store(
                     self._bucket,
                     endpoint=endpoint,
@@ -102,12 +101,8 @@ class FastClient(S3Client):
 
         def ask() -> dict[str, Any]:
             frozen = found.get_frozen_credentials()
-            return {
-                "access_key_id": frozen.access_key,
-                "secret_access_key": frozen.secret_key,
-                "token": frozen.token,
-                "expires_at": datetime.now(UTC) + timedelta(seconds=_CREDENTIALS_SECONDS),
-            }
+            keys = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "token": frozen.token}
+            return {**keys, "expires_at": datetime.now(UTC) + timedelta(seconds=_CREDENTIALS_SECONDS)}
 
         return ask
 

@@ -44,9 +44,7 @@ class Target:
     def connect(self) -> Client:
         """Return a client; nothing is asked of the store yet.
 
-        Raises:
-            MissingExtraError: the package that it needs is not installed.
-            BackendError, StorageIOError: an option makes no sense.
+        Raises ``MissingExtraError``; ``BackendError`` or ``StorageIOError`` where an option makes no sense.
         """
         if self.protocol not in _S3:
             return FsspecClient(self.url, dict(self.options))
@@ -75,8 +73,7 @@ class Target:
 def target(url: str, options: Mapping[str, Any]) -> Target:
     """Return where a store lies. Options stand in the URL's query or are keywords, which come first.
 
-    Raises:
-        BackendError: the URL has no bucket, or an option is not known.
+    Raises ``BackendError`` where the URL has no bucket, or an option is not known.
     """
     protocol, _, rest = url.partition("://")
     protocol = protocol.lower()

@@ -21,17 +21,7 @@ from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
 from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, StoreNotFoundError
-from actcache.segments.places.objects.client import (
-    Body,
-    Client,
-    Data,
-    Head,
-    Listing,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    TransientError,
-    Upload,
-)
+from actcache.segments.places.objects import client
 from actcache.segments.places.objects.generic import leave_to_parent
 
 T = TypeVar("T")
@@ -48,8 +38,6 @@ _UNCONFIGURED = (
     *(boto.ParamValidationError, boto.InvalidConfigError, boto.ConfigParseError, boto.ConfigNotFound),
     *(boto.UnauthorizedSSOTokenError, boto.SSOTokenLoadError, boto.InvalidRegionError, boto.NoRegionError),
 )
-
-
 _AGAIN = {
     *("InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"),
     *("RequestLimitExceeded", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest"),
@@ -63,23 +51,17 @@ _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "Insuffici
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 
 
-class S3Client(Client):
-    """See ``Client``. Thread-safe; belongs to the process that made it.
+class S3Client(client.Client):
+    """A client by s3fs, whose options it takes. Thread-safe; belongs to the process that made it.
 
-    Args:
-        bucket, prefix: the root; the prefix is empty or ends with a slash.
-        options: of ``s3fs.S3FileSystem``.
-        timeout: seconds without a byte after which an attempt is given up.
+    The prefix is empty or ends with a slash. ``timeout`` seconds without a byte end an attempt.
     """
 
     multipart = True
 
     def __init__(self, bucket: str, prefix: str, options: dict[str, Any], timeout: float) -> None:
         self.where = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._bucket = bucket
-        self._prefix = prefix
-        self._timeout = timeout
-        self._closed = False
+        self._bucket, self._prefix, self._timeout, self._closed = bucket, prefix, timeout, False
         config = {
             "connect_timeout": min(timeout, 10),
             "read_timeout": timeout,
@@ -105,37 +87,37 @@ class S3Client(Client):
 
         return self._do("connect", "", ask)
 
-    def get(self, key: str, offset: int, nbytes: int) -> Body:
-        async def ask(s3: Any) -> Body:
+    def get(self, key: str, offset: int, nbytes: int) -> client.Body:
+        async def ask(s3: Any) -> client.Body:
             try:
                 answer = await s3.get_object(**self._object(key), Range=f"bytes={offset}-{offset + nbytes - 1}")
             except boto.ClientError as error:
                 if _status(error) != 416:
                     raise
                 answer = await s3.head_object(**self._object(key))  # nothing lies there
-                return Body(b"", int(answer["ContentLength"]))
+                return client.Body(b"", int(answer["ContentLength"]))
             async with answer["Body"] as stream:
                 data = await stream.read()
             size = int(answer.get("ContentRange", "/-1").rpartition("/")[2])
             if size < 0:  # a server that knows no ranges sends everything
                 data, size = data[offset : offset + nbytes], len(data)
             if len(data) != max(0, min(nbytes, size - offset)):
-                raise TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
-            return Body(data, size)
+                raise client.TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
+            return client.Body(data, size)
 
         return self._do("read", key, ask, nbytes)
 
-    def head(self, key: str) -> Head:
-        async def ask(s3: Any) -> Head:
+    def head(self, key: str) -> client.Head:
+        async def ask(s3: Any) -> client.Head:
             answer = await s3.head_object(**self._object(key))
             age = _seconds(answer["LastModified"], _now(answer))
-            return Head(int(answer["ContentLength"]), age, answer.get("Metadata", {}).get(_TOKEN))
+            return client.Head(int(answer["ContentLength"]), age, answer.get("Metadata", {}).get(_TOKEN))
 
         return self._do("look at", key, ask)
 
-    def listing(self, prefix: str, *, recursive: bool) -> Listing:
-        async def ask(s3: Any) -> Listing:
-            files: dict[str, Head] = {}
+    def listing(self, prefix: str, *, recursive: bool) -> client.Listing:
+        async def ask(s3: Any) -> client.Listing:
+            files: dict[str, client.Head] = {}
             folders: set[str] = set()
             options: dict[str, Any] = {"MaxKeys": _PAGE} | ({} if recursive else {"Delimiter": "/"})
             while True:
@@ -143,23 +125,23 @@ class S3Client(Client):
                 now = _now(page)
                 for found in page.get("Contents", ()):
                     age = _seconds(found["LastModified"], now)
-                    files[found["Key"].removeprefix(self._prefix)] = Head(int(found["Size"]), age)
+                    files[found["Key"].removeprefix(self._prefix)] = client.Head(int(found["Size"]), age)
                 folders.update(f["Prefix"].removeprefix(self._prefix) for f in page.get("CommonPrefixes", ()))
                 if not page.get("IsTruncated"):
-                    return Listing(files, frozenset(folders))
+                    return client.Listing(files, frozenset(folders))
                 options["ContinuationToken"] = page["NextContinuationToken"]
 
         return self._do("list", prefix, ask, 1 << 30)
 
-    def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
-        self._write(key, "put_object", len(data), Body=_bytes(data), Metadata={_TOKEN: token}, **_condition(create))
+    def put(self, key: str, data: client.Data, token: str, *, create: bool) -> None:
+        self._write(key, "put_object", len(data), Body=bytes(data), Metadata={_TOKEN: token}, **_condition(create))
 
     def begin(self, key: str, token: str) -> str:
         return str(self._write(key, "create_multipart_upload", Metadata={_TOKEN: token})["UploadId"])
 
-    def part(self, key: str, upload: str, number: int, data: Data) -> str:
+    def part(self, key: str, upload: str, number: int, data: client.Data) -> str:
         which: dict[str, Any] = {"UploadId": upload, "PartNumber": number}
-        return str(self._write(key, "upload_part", len(data), Body=_bytes(data), **which)["ETag"])
+        return str(self._write(key, "upload_part", len(data), Body=bytes(data), **which)["ETag"])
 
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
         parts = {"Parts": [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(etags, 1)]}
@@ -170,16 +152,16 @@ class S3Client(Client):
     def abort(self, key: str, upload: str) -> None:
         self._write(key, "abort_multipart_upload", verb="abort the upload of", UploadId=upload)
 
-    def uploads(self) -> list[Upload]:
-        async def ask(s3: Any) -> list[Upload]:
-            found: list[Upload] = []
+    def uploads(self) -> list[client.Upload]:
+        async def ask(s3: Any) -> list[client.Upload]:
+            found: list[client.Upload] = []
             after: dict[str, str] = {}
             while True:
                 page = await s3.list_multipart_uploads(Bucket=self._bucket, Prefix=self._prefix, **after)
                 now = _now(page)
                 for upload in page.get("Uploads", ()):
                     key, age = upload["Key"].removeprefix(self._prefix), _seconds(upload["Initiated"], now)
-                    found.append(Upload(key, upload["UploadId"], age))
+                    found.append(client.Upload(key, upload["UploadId"], age))
                 if not page.get("IsTruncated"):
                     return found
                 after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
@@ -242,14 +224,13 @@ class S3Client(Client):
         except StorageIOError:
             raise
         except (boto.BotoCoreError, boto.HTTPClientError, HTTPError, FSTimeoutError, TimeoutError, OSError) as error:
-            answer = error.__cause__  # s3fs's own methods make OSErrors of what botocore raises
-            if isinstance(answer, boto.ClientError):
+            if isinstance(answer := error.__cause__, boto.ClientError):  # s3fs's own methods make OSErrors of these
                 raise self._answer(answer, what, writing) from error
             if isinstance(error, FileNotFoundError):
-                raise ObjectNotFoundError(what) from error
-            raise TransientError(f"{what}: {str(error) or type(error).__name__}") from error
+                raise client.ObjectNotFoundError(what) from error
+            raise client.TransientError(f"{what}: {str(error) or type(error).__name__}") from error
         except RuntimeError as error:  # the session was closed under the request
-            raise TransientError(f"{what}: {error!r:.200}") from error
+            raise client.TransientError(f"{what}: {error!r:.200}") from error
         except (ValueError, KeyError, TypeError) as error:  # an endpoint that is no URL, an answer without sense
             raise StorageIOError(f"{what}: {error!r:.200}; check endpoint_url") from error
 
@@ -258,10 +239,6 @@ class S3Client(Client):
         code, message = str(said.get("Code", "")), str(said.get("Message", ""))
         bucket = f"{self._bucket} at {self.fs.endpoint_url or 'the configured endpoint'}"
         return failure(_status(error), code, message, what, bucket, writing=writing)
-
-
-def _bytes(data: Data) -> bytes:
-    return data if isinstance(data, bytes) else bytes(data)
 
 
 def _condition(create: bool) -> dict[str, str]:
@@ -287,21 +264,18 @@ def _now(answer: dict[str, Any]) -> datetime:
 def failure(status: int, code: str, message: str, what: str, bucket: str, *, writing: bool) -> Exception:
     """Return the exception that an answer of a store stands for.
 
-    Args:
-        status: of HTTP; 0 where it is not known.
-        code: the error code of S3, such as ``NoSuchKey``.
-        what: the request, such as ``"cannot read s3://bucket/key"``.
-        bucket: the bucket and endpoint, for messages.
+    ``status`` is HTTP's, or 0; ``what`` the request, such as ``"cannot read s3://bucket/key"``; ``bucket`` has the
+    endpoint, too.
     """
     said = f"{code or status}{f': {message[:200]}' if message else ''}"
     if code == "NoSuchBucket":
         return StoreNotFoundError(f"{what}: there is no bucket {bucket}; create it, or check its name and endpoint_url")
     if code in ("NoSuchKey", "NoSuchUpload", "NotFound") or status == 404:
-        return ObjectNotFoundError(what)
-    if code == "ConditionalRequestConflict" or code in _AGAIN:
-        return TransientError(f"{what}: {said}")
+        return client.ObjectNotFoundError(what)
+    if code in _AGAIN:
+        return client.TransientError(f"{what}: {said}")
     if code == "PreconditionFailed" or status == 412:
-        return ObjectExistsError(what)
+        return client.ObjectExistsError(what)
     if code in _FULL or status == 507:
         return OutOfSpaceError(f"{what}: the store or quota is full ({said}); free some space and flush again")
     if code == "RequestTimeTooSkewed":
@@ -321,5 +295,5 @@ def failure(status: int, code: str, message: str, what: str, bucket: str, *, wri
             "the bucket's name"
         )
     if status >= 500 or status in (408, 429):
-        return TransientError(f"{what}: {said}")
+        return client.TransientError(f"{what}: {said}")
     return StorageIOError(f"{what}: {bucket} answers {said}")

@@ -39,15 +39,12 @@ def _repeated(method: str) -> Callable[..., Any]:
 class Retrying(Client):
     """Wraps a client. A write whose answer was lost is looked for on the store before it is repeated. Thread-safe.
 
-    Args:
-        seconds: no attempt begins later than so many seconds after the first one.
+    No attempt begins more than ``seconds`` after the first one.
     """
 
     def __init__(self, client: Client, seconds: float) -> None:
-        self.where = client.where
-        self.multipart = client.multipart
-        self.wrapped = client
-        self._seconds = seconds
+        self.where, self.multipart = client.where, client.multipart
+        self.wrapped, self._seconds = client, seconds
         self._closed = threading.Event()
 
     def run(self, attempt: Callable[[], T], lost: Callable[[], T | None] = lambda: None) -> T:
@@ -155,18 +152,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Session:
-    """Thread-safe; usable after a fork.
-
-    Args:
-        connect: makes a client.
-        retry_seconds: see ``Retrying``.
-    """
+    """Has one client a process, made by ``connect``, and its threads. Thread-safe; usable after a fork."""
 
     def __init__(self, where: str, connect: Callable[[], Client], retry_seconds: float) -> None:
-        self.where = where
-        self._connect = connect
-        self._seconds = retry_seconds
-        self._closed = False
+        self.where, self._connect, self._seconds, self._closed = where, connect, retry_seconds, False
         self._forget()
 
     def _forget(self) -> None:
@@ -177,11 +166,7 @@ class Session:
         self._running: set[Future[object]] = set()
 
     def client(self) -> Client:
-        """Return the client of this process.
-
-        Raises:
-            ClosedError: the session was closed.
-        """
+        """Return the client of this process. Raises ``ClosedError``."""
         if self._pid != os.getpid():  # a fork has one thread, and a lock that another one held stays locked for ever
             self._forget()
         with self._lock:

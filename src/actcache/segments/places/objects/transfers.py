@@ -74,10 +74,7 @@ def _in_parts(client: Client, key: str, path: Path, size: int, create: bool) -> 
 def download(session: Session, key: str, file: BinaryIO) -> None:
     """Write an object's bytes to a file.
 
-    Raises:
-        ObjectNotFoundError: there is none.
-        StoreError: it cannot be read, or was replaced meanwhile.
-        OSError: the file cannot be written.
+    Raises ``ObjectNotFoundError``, ``OSError`` of the file, or ``StoreError``: unread, or replaced meanwhile.
     """
     client = session.client()
     first = client.get(key, 0, _PIECE)

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -172,14 +173,11 @@ class Files:
 
     def now(self) -> float:
         """Return the time in seconds by the clock that stamps the files here, which a network's server may keep."""
-        probe = self._new_temporary(".clock")
         try:
-            probe.touch(exist_ok=False)
-            return probe.stat().st_mtime
+            with tempfile.TemporaryFile(dir=self._tmp) as probe:  # without a name, which a signal could leave behind
+                return os.fstat(probe.fileno()).st_mtime
         except OSError:  # read-only, or there is no store yet
             return time.time()
-        finally:
-            _discard(probe)
 
     def sweep(self, older_than: float) -> int:
         """Remove temporary files that nobody has touched for so many seconds; return how many."""

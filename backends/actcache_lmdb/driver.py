@@ -23,7 +23,7 @@ from actcache_lmdb.generations import Filling, Generations
 from actcache_lmdb.record import Shapes
 from actcache_lmdb.shared_environments import acquire, release, retain
 from actcache_lmdb.snapshot import EmptySnapshot, LMDBSnapshot
-from actcache_lmdb.writing import Blocks, Writing
+from actcache_lmdb.writing import BlockRecords, Writing
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ class LMDBSpace(SpaceDriver):
 
     def append(self, block: Block) -> None:
         _, environment = self._current()
-        records = Blocks(block, self._shapes, environment.page_size if environment is not None else 4096)
+        records = BlockRecords(block, self._shapes, environment.page_size if environment is not None else 4096)
 
         def work(writing: Writing) -> None:
             writing.remove_retired(self._grace)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Databases = Mapping[str, Any]
 
 
-class Blocks:
+class BlockRecords:
     """A block as records, made once; a transaction that has to be tried again starts from them.
 
     Raises ``ShapeError`` where an entry is larger than LMDB's largest value (4 GiB).
@@ -104,7 +104,7 @@ class Writing:
         with self._txn.cursor(self._databases["heads"]) as cursor:
             cursor.putmulti(items)
 
-    def append(self, block: Blocks) -> None:
+    def append(self, block: BlockRecords) -> None:
         """Add a block's entries, each the newest of its key."""
         state = self.state()
         block.number(state.sequence + 1, state.next_id)

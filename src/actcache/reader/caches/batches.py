@@ -18,7 +18,7 @@ Ids: TypeAlias = NDArray[np.int32] | None
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthsRead:
     """What ``Space.read_into`` reports."""
 
     lengths: NDArray[np.int64]

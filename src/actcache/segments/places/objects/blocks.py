@@ -24,7 +24,7 @@ _LARGEST = 4 << 20  # what is larger is read by itself and not kept
 _MOST_FILES = 256  # of one segment
 
 
-class Blocks:
+class CachedBlocks:
     """Blocks of objects that never change. Thread-safe; usable after a fork."""
 
     def __init__(self, session: Session) -> None:
@@ -118,7 +118,7 @@ class ObjectSegment(SegmentFiles):
 
     path = None
 
-    def __init__(self, session: Session, blocks: Blocks, name: str, commit: str) -> None:
+    def __init__(self, session: Session, blocks: CachedBlocks, name: str, commit: str) -> None:
         self.where = f"{session.where}/{name}"
         self._session, self._blocks, self._name, self._commit = session, blocks, name, commit
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from actcache.errors import ClosedError, FormatError, SegmentGoneError
 from actcache.format.ragged import offsets_of
 from actcache.io.workers import ProcessLock
-from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, Blocks
+from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, CachedBlocks
 from actcache.segments.places.objects.client import Data, ObjectNotFoundError
 from actcache.segments.places.objects.session import Session
 from actcache.segments.rows import Read, RowPlan, RowSource
@@ -87,7 +87,7 @@ class FetchedRows(RowSource):
     The list of segments grows. ``locate`` leads from a segment and the name of a file in it to its key.
     """
 
-    def __init__(self, session: Session, blocks: Blocks, segments: list[Segment], locate: Locate) -> None:
+    def __init__(self, session: Session, blocks: CachedBlocks, segments: list[Segment], locate: Locate) -> None:
         self._session, self._blocks, self._segments, self._locate = session, blocks, segments, locate
         self._ahead: OrderedDict[tuple[int, str, bytes], _Fetches] = OrderedDict()
         self._lock = ProcessLock()

@@ -25,7 +25,7 @@ from actcache.errors import OutOfSpaceError, StoreError
 from actcache.io.files import translated
 from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects import options as opt
-from actcache.segments.places.objects.blocks import Blocks, ObjectSegment
+from actcache.segments.places.objects.blocks import CachedBlocks, ObjectSegment
 from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError
 from actcache.segments.places.objects.fetched_rows import FetchedRows
 from actcache.segments.places.objects.session import Session
@@ -52,7 +52,7 @@ class ObjectPlace(Place):
         self.where = target.url
         self._commit = commit
         self._session = Session(self.where, target.connect, target.retry_seconds)
-        self._blocks = Blocks(self._session)
+        self._blocks = CachedBlocks(self._session)
         self._copies = self._no_copies()
         self._lock = ProcessLock()
         self._pid = os.getpid()

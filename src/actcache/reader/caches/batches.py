@@ -18,13 +18,6 @@ Ids: TypeAlias = NDArray[np.int32] | None
 
 
 @dataclass(frozen=True)
-class LengthsRead:
-    """What ``Space.read_into`` reports."""
-
-    lengths: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
 class Part:
     """Some entries of a batch, their rows one after another or anywhere else in an array."""
 

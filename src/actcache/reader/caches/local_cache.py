@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import TOKEN_IDS, VALUES
+from actcache.entries.entry import ReadReport
 from actcache.errors import OutOfSpaceError, SegmentGoneError, ShapeError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of
-from actcache.reader.caches.batches import Ids, LengthsRead, Part, Wrapper, flat, join
+from actcache.reader.caches.batches import Ids, Part, Wrapper, flat, join
 from actcache.reader.caches.local_entries import LocalEntries
 from actcache.reader.caches.local_folder import CacheFolder
 from actcache.reader.fetch import Source
@@ -134,7 +135,7 @@ class LocalCache(Wrapper):
                     entries.drop(request, corrupt)
                 else:
                     self._count(hits)
-                    return LengthsRead(lengths)
+                    return ReadReport(lengths)
             except SegmentGoneError:
                 entries.refresh()
         return self._source.read_into(wanted, out, token_ids=token_ids)
@@ -147,7 +148,7 @@ class LocalCache(Wrapper):
         contents: tuple[NDArray[np.int64], NDArray[np.uint64]],
         out: Any,
         ids: Any,
-    ) -> LengthsRead | None:
+    ) -> ReadReport | None:
         """Read a batch some of which is here; None where that turned out to be corrupt or gone."""
         here, there = np.flatnonzero(hits), np.flatnonzero(~hits)
         lengths, checksums = contents
@@ -167,7 +168,7 @@ class LocalCache(Wrapper):
         self._keep(entries, wanted[there], report.lengths, begins, fresh, fresh_ids)
         local_begins = offsets_of(lengths[here])[:-1]
         join([Part(here, local, local_ids, local_begins), Part(there, fresh, fresh_ids, begins)], lengths, out, ids)
-        return LengthsRead(lengths)
+        return ReadReport(lengths)
 
     def _count(self, hits: NDArray[np.bool_]) -> None:
         with self._lock:

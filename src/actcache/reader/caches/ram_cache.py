@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import TOKEN_IDS
+from actcache.entries.entry import ReadReport
 from actcache.format import codec
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, row_indices
 from actcache.io.workers import ProcessLock
-from actcache.reader.caches.batches import LengthsRead, Part, Wrapper, flat, join
+from actcache.reader.caches.batches import Part, Wrapper, flat, join
 from actcache.reader.fetch import Source
 from actcache.reader.stats import ReaderStats
 
@@ -108,13 +109,13 @@ class RamCache(Wrapper):
             self._keep(key_list(wanted[missing]), report.lengths, fresh, fresh_ids)
             part = Part(missing, fresh, fresh_ids, offsets_of(report.lengths)[:-1])
             join([Part(held, self._rows, self._ids, starts[held]), part], lengths, out, ids)
-            return LengthsRead(lengths)
+            return ReadReport(lengths)
         rows, flat_ids, width = flat(out, ids)
         source = row_indices(starts, lengths, width)
         np.take(self._rows, source, axis=0, out=rows[: len(source)], mode="clip")
         if flat_ids is not None:
             np.take(self._ids, source, out=flat_ids[: len(source)], mode="clip")
-        return LengthsRead(lengths)
+        return ReadReport(lengths)
 
     def _keep_batch(self, names: list[bytes], lengths: NDArray[np.int64], out: Any, ids: Any) -> None:
         """Keep the entries of a whole batch, padded or packed."""

@@ -89,7 +89,7 @@ def compare(place: str, backend: str, options: argparse.Namespace, report: Repor
         processor[name].append(time.process_time() - start)
         return 0.0
 
-    seconds = rounds.run({name: partial(timed, name) for name in turns}, options.rounds)
+    seconds = rounds.take_turns({name: partial(timed, name) for name in turns}, options.rounds)
     table: list[list[Cell]] = []
     for what in ("get", "verify"):
         without, with_spans = seconds[f"{what}, without"], seconds[f"{what}, with spans"]

@@ -65,7 +65,7 @@ clean:
 	rm -rf $(VENV) build dist
 
 # torch first and alone: see .ci/constraints.txt
-$(READY): pyproject.toml .ci/constraints.txt
+$(READY): pyproject.toml .ci/constraints.txt hatch_build.py src/actcache/io/loops.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' .ci/constraints.txt)"
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[dev]'

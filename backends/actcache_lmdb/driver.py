@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from actcache.backend import GRACE_SECONDS, Block, BytesDone, Columns, Compaction, Snapshot, SpaceDriver
 from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError
-from actcache.io.workers import Workers
 from actcache_lmdb import datafile
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.failures import translated
@@ -61,7 +60,6 @@ class LMDBSpace(SpaceDriver):
         self._generations = Generations(folder)
         self._shapes = Shapes(columns)
         self._writable, self._grace, self._map_size = writable, grace, map_size
-        self._workers = Workers()
         self._lock = threading.Lock()
         self._environment: Environment | None = None
         self._closed = False
@@ -147,7 +145,7 @@ class LMDBSpace(SpaceDriver):
             raise FormatError(self._damage)
         with environment.reading() as txn:
             state = environment.state(txn)
-        return LMDBSnapshot(environment, state, self._shapes, self._workers)
+        return LMDBSnapshot(environment, state, self._shapes)
 
     def examine(self) -> dict[str, str]:
         """Look at the structure of the data file, in another process; after damage was found, nothing maps it here."""
@@ -219,6 +217,5 @@ class LMDBSpace(SpaceDriver):
                 return
             self._closed = True
             environment, self._environment = self._environment, None
-        self._workers.close()
         if environment is not None:
             release(environment)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
+from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError, StoreError
-from actcache.format.ragged import chunks, offsets_of
-from actcache.io.workers import Workers
+from actcache.format.ragged import offsets_of
+from actcache.io import loops
+from actcache.io.loops import Column
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.lookup import HeadIndex, find, live, scan
 from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
@@ -25,9 +25,6 @@ from actcache_lmdb.shared_environments import release, retain
 _MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each
 _EXTRA_WORD = (PAGE_HEADER + dict(HEADER.fields or {})["extra"][1]) // 8  # of an entry's pages
 _BITS = 8  # of ``EntryLocations.row``, below the entry's number: its columns
-_SLICE_BYTES = 64 << 10  # longer entries are copied one by one, shorter ones in one native call a chunk
-_LEAST_UNIT = 64  # bytes that such a call moves at a time
-_MOST_NUMBERS = 1 << 22
 
 
 class LMDBSnapshot(Snapshot):
@@ -38,9 +35,9 @@ class LMDBSnapshot(Snapshot):
     ``SegmentGoneError``. Thread-safe.
     """
 
-    def __init__(self, environment: Environment, state: State, shapes: Shapes, workers: Workers) -> None:
+    def __init__(self, environment: Environment, state: State, shapes: Shapes) -> None:
         self._environment = retain(environment)
-        self._state, self._shapes, self._workers = state, shapes, workers
+        self._state, self._shapes = state, shapes
         self._keys: NDArray[np.uint8] | None = None
         self._index: HeadIndex | None = None
         self._index_pays = state.entries <= _MOST_INDEXED
@@ -149,26 +146,28 @@ class LMDBSnapshot(Snapshot):
         )
         return good
 
-    def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
+    def gather(
+        self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
+    ) -> NDArray[np.int64]:
         count = len(located.tokens)
-        if not located.found.any():
-            EmptySnapshot().gather(located, out, width, done)
-            return
+        found = np.flatnonzero(located.tokens)
+        if not len(found):
+            return EmptySnapshot().gather(located, out, width, expected)
         for name in out:
-            if not self.has(name, located)[located.found].all():
+            if not self.has(name, located)[found].all():
                 raise KeyError(name)
-        found = np.flatnonzero(located.found)
         with self._memory(located[found]) as (memory, pages):
             first = np.zeros(count, np.int64)
             first[found] = pages * self._environment.page_size
-            columns = located.row & ((1 << _BITS) - 1)
-            copies = []
+            kinds = located.row & ((1 << _BITS) - 1)
+            columns = []
             for name, buffer in out.items():
                 begins = first.copy()
-                for kind in np.unique(columns[found]).tolist():
-                    begins += np.where(columns == kind, self._shapes.places(located.tokens, kind)[name], 0)
-                copies.append(copier(memory, begins, located.tokens, buffer, width))
-            self._workers.run_chunks([*copies, done], chunks(located.tokens, width, out))
+                for kind in np.unique(kinds[found]).tolist():
+                    begins += np.where(kinds == kind, self._shapes.places(located.tokens, kind)[name], 0)
+                columns.append(Column(buffer.strides[0], buffer, memory, begins))
+            digests = None if expected is None else expected.digests(list(out))
+            return loops.gather(columns, located.tokens, offsets_of(located.tokens, width), digests)
 
     def read_ahead(self, located: EntryLocations) -> None:
         if not hasattr(os, "posix_fadvise"):
@@ -228,10 +227,12 @@ class EmptySnapshot(Snapshot):
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         return np.zeros(len(located.tokens), np.uint64)
 
-    def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
+    def gather(
+        self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
+    ) -> NDArray[np.int64]:
         for buffer in out.values():
             buffer[: len(located.tokens) * (width or 0)] = 0
-        done(0, len(located.tokens))
+        return np.empty(0, np.int64)
 
     def read_ahead(self, located: EntryLocations) -> None:
         """Do nothing."""
@@ -244,86 +245,3 @@ class EmptySnapshot(Snapshot):
 
     def damaged(self) -> dict[str, str]:
         return {}
-
-
-# --- copies of many entries' rows from the mapped file into one buffer, in few native calls that free the GIL ---------
-
-
-def copier(
-    memory: NDArray[np.uint8],
-    begins: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    out: NDArray[np.generic],
-    width: int | None,
-) -> Callable[[int, int], None]:
-    """Return a function that copies the rows of entries first..last-1; several threads may call it.
-
-    Args:
-        begins, lengths: ``[n]`` where each entry's rows begin in ``memory``, and how many there are.
-        out: rows of the whole batch; packed, or padded with zeros to ``width`` rows an entry.
-    """
-    row_bytes = out.strides[0]
-    target = out.reshape(-1).view(np.uint8)
-    starts = offsets_of(lengths, width)
-    unit = math.gcd(4096, row_bytes)
-    mean = int(lengths.sum()) * row_bytes // max(1, len(lengths))
-    if unit < _LEAST_UNIT:
-        unit = row_bytes
-    if width is None and mean < _SLICE_BYTES and (unit >= _LEAST_UNIT or row_bytes in (1, 4, 8)):
-        present = begins[lengths > 0]
-        if not ((present - present[0]) % unit).any():
-            return _taker(memory, begins, lengths * (row_bytes // unit), target, unit, int(present[0] % unit))
-    bounds = (starts * row_bytes).tolist()
-    sources, sizes = begins.tolist(), (lengths * row_bytes).tolist()
-
-    def copy(first: int, last: int) -> None:
-        for i in range(first, last):
-            begin, size = bounds[i], sizes[i]
-            source, end = sources[i], begin + size
-            target[begin:end] = memory[source : source + size]
-            if end < bounds[i + 1]:
-                target[end : bounds[i + 1]] = 0
-
-    return copy
-
-
-_numbers = np.arange(1 << 16)
-
-
-def _ascending(count: int) -> NDArray[np.int64]:
-    """Return an array that begins with 0 .. count - 1; made once, as making it costs as much as a third of a copy."""
-    global _numbers
-    numbers = _numbers
-    if len(numbers) < count:
-        numbers = np.arange(2 * count)
-        if count <= _MOST_NUMBERS:
-            _numbers = numbers
-    return numbers
-
-
-def _taker(
-    memory: NDArray[np.uint8],
-    begins: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    target: NDArray[np.uint8],
-    unit: int,
-    shift: int,
-) -> Callable[[int, int], None]:
-    """Copy ``counts`` units an entry by one ``take`` a chunk: for short entries, a loop is what would cost.
-
-    All ``begins`` are ``shift`` off a multiple of ``unit``.
-    """
-    kind = np.dtype((np.void, unit)) if unit > 8 else np.dtype(f"u{unit}")
-    units = memory[shift : shift + (len(memory) - shift) // unit * unit].view(kind)
-    bounds = offsets_of(counts)
-    ascending = _ascending(int(bounds[-1]))
-    starts = (begins - shift) // unit - bounds[:-1]
-    whole = target[: int(bounds[-1]) * unit].view(kind)
-
-    def copy(first: int, last: int) -> None:
-        begin, end = int(bounds[first]), int(bounds[last])
-        index = np.repeat(starts[first:last], counts[first:last])
-        index += ascending[begin:end]
-        np.take(units, index, axis=0, out=whole[begin:end], mode="clip")
-
-    return copy

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Of what is stored, the contracts name these; so backends find them here.
+from actcache.format.checksum import Expected as Expected
 from actcache.format.ragged import EXTRAS as EXTRAS
 from actcache.format.ragged import TOKEN_IDS as TOKEN_IDS
 from actcache.format.ragged import VALUES as VALUES
@@ -131,10 +132,9 @@ class Usage:
     segments: int
 
 
-#: Name of a ragged array -> C-contiguous buffer in the stored dtype, for the rows of a whole batch.
+#: Name of a ragged array -> C-contiguous buffer in the stored dtype, for the rows of a whole batch; in the order of
+#: ``format.checksum.ORDER``.
 Buffers = Mapping[str, NDArray[np.generic]]
-#: Told ``(i, j)``, from any thread, once entries i..j-1 of a batch are in place.
-Done = Callable[[int, int], None]
 
 
 class Snapshot(ABC):
@@ -148,18 +148,25 @@ class Snapshot(ABC):
     def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
         """Return which entries have that ragged array, ``[n]``; False where the key is absent."""
 
+    def all_have(self, column: str) -> bool:
+        """Return whether every entry of the space has that ragged array, as far as that is known at once."""
+        return False
+
     @abstractmethod
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         """Return the checksums of the optional arrays, ``[n]``; 0 where there are none."""
 
     @abstractmethod
-    def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
-        """Read the rows of ``located``'s entries into the buffers of ``out``.
+    def gather(
+        self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
+    ) -> NDArray[np.int64]:
+        """Read the rows of ``located``'s entries into the buffers of ``out``; return the positions of bad ones.
 
         Args:
             out: what is read, and where it goes. With ``width`` None, entry i's rows follow those of entry i-1
                 (packed); else they begin at row ``i * width`` and are followed by zeros.
-            done: checks entries while they are in the processor's cache. Its exceptions pass through.
+            expected: what each entry's digests have to be; None where nothing is verified. A backend that reads by
+                ``actcache.io.loops.gather`` passes its ``digests`` on, any other ends with its ``wrong``.
 
         Raises:
             SegmentGoneError: what was located is no longer there; a new snapshot will know more.

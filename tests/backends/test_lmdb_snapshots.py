@@ -32,7 +32,7 @@ def read(snapshot, numbers):
     """Return the rows that a snapshot has of these documents, None where it has none."""
     located = snapshot.locate(np.stack([np.frombuffer(key(n), np.uint8) for n in numbers]))
     out = np.empty((int(located.tokens.sum()), HIDDEN), np.float32)
-    snapshot.gather(located, {VALUES: out}, None, lambda first, last: None)
+    snapshot.gather(located, {VALUES: out}, None, None)
     parts = np.split(out, np.cumsum(located.tokens)[:-1])
     return [part if len(part) else None for part in parts]
 
@@ -73,7 +73,7 @@ def test_a_snapshot_stands_still(url):
             space._driver.compact()  # older snapshots keep to the old generation
             space.refresh()
         out = np.empty((length(3), HIDDEN), np.float32)
-        old.gather(located, {VALUES: out}, None, lambda first, last: None)
+        old.gather(located, {VALUES: out}, None, None)
         np.testing.assert_array_equal(out, rows(3))
         assert old.usage() == usage
         assert old.usage().entries == 10
@@ -94,7 +94,7 @@ def test_what_was_superseded_goes_after_the_grace_period(url, tmp_path):
         with pytest.raises(SegmentGoneError):
             same(old, {}, [3])
         with pytest.raises(SegmentGoneError):
-            old.gather(located, {VALUES: np.empty((length(3), HIDDEN), np.float32)}, None, lambda first, last: None)
+            old.gather(located, {VALUES: np.empty((length(3), HIDDEN), np.float32)}, None, None)
         with pytest.raises(SegmentGoneError):
             old.keys()
         check(space, dict.fromkeys(range(50), 29), range(60))

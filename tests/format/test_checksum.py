@@ -73,9 +73,8 @@ def base():
 
 
 def sums(seed, keys, ids, values, lengths):
-    seeds = checksum.entry_seeds(seed, keys, lengths, has_token_ids=ids is not None)
-    begins = np.array([0, lengths[0]])
-    return checksum.chain(seeds.tolist(), [values] if ids is None else [ids, values], begins, lengths)
+    columns = {"values": values} if ids is None else {"token_ids": ids, "values": values}
+    return checksum.entry_checksums(seed, keys, np.array([0, lengths[0]]), lengths, columns)[0].tolist()
 
 
 CHANGES = {

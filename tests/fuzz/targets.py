@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 import actcache
 from actcache.admin.exchange import export_space, import_file
 from actcache.entries.entry import columns_of
 from actcache.errors import ActcacheError, DataError
+from actcache.format.keys import join_keys
 from actcache.format.recipe import Recipe
+from actcache.io.loops import Lookup
 from actcache.segments import registry, tombstones
 from actcache.segments.index import Table
 from actcache.segments.places import marker
@@ -154,7 +158,10 @@ def index() -> Target:
         path.write_bytes(data)
         segments = folder_of("hdf5") / "segments"
         table = Table.open(path, lambda name: LocalSegment(segments / f"{name}.h5"), COLUMNS)
-        table.find(table.prefix[:9], table.rest[:9])
+        numbers, ranks = np.arange(len(table.segments)), np.arange(len(table.origins))
+        limits = np.array([segment.tokens for segment in table.segments], np.int64)
+        lookup = Lookup([table.searchable(None, numbers, ranks)], limits, numbers)
+        lookup.locate(join_keys(table.prefix[:9], table.rest[:9]))
 
     return Target(parse, lambda: bytes_of("hdf5", "spaces/*/index/*.index"))
 

@@ -198,7 +198,8 @@ from tests.support import *
 space = actcache.open(sys.argv[1], "r", mapped=True).space(recipe())
 keys = [key(n) for n in range(50)] * 20
 space.get(keys)
-arena, firsts = space._driver.catalog._rows._columns["values"]
+mapped = space._driver.catalog._rows._columns["values"]
+arena, firsts = mapped.arena, mapped.firsts
 rows, first, spare = arena.rows(), firsts[0], np.empty((1000, HIDDEN), np.float32)
 def hammer():
     while True:
@@ -229,10 +230,15 @@ def test_row_sources_name_the_segment_that_is_gone(tmp_path, source):
     where = np.array([0, 3, 1]), np.zeros(3, np.int64), np.ones(3, np.int64)
     out = np.empty((3, HIDDEN), np.float32)
     with pytest.raises(SegmentGoneError, match=re.escape(segments[1].files.where)):
-        opened.prepare(RowPlan("values", *where), out, None)(0, 3)
-    with pytest.raises(FormatError, match=r"truncated"):
-        opened.prepare(RowPlan("values", np.array([2]), np.array([0]), np.array([1])), out, None)(0, 1)
-    opened.prepare(RowPlan("values", np.array([3, 0]), where[1][:2], where[2][:2]), out, None)(0, 2)
+        opened.gather(RowPlan(*where), {"values": out}, None, None)
+    cut = RowPlan(np.array([2]), np.array([0]), np.array([1]))
+    if source is MappedRows:
+        with pytest.raises(FormatError, match=r"truncated"):
+            opened.gather(cut, {"values": out}, None, None)
+    else:
+        assert opened.gather(cut, {"values": out}, None, None).tolist() == [0]
+    whole = RowPlan(np.array([3, 0]), where[1][:2], where[2][:2])
+    assert not len(opened.gather(whole, {"values": out}, None, None))
     np.testing.assert_array_equal(out[:2], [rows(15)[0], rows(0)[0]])
     opened.close()
 
@@ -333,13 +339,8 @@ def test_a_mapping_that_is_refused_is_an_error_of_ours():
         Arena("<f4", (8,), reserve=1 << 60)._grow(1 << 62)
 
 
-@pytest.mark.parametrize("least", [0, 1 << 60])
-def test_long_entries_are_copied_and_short_ones_gathered(tmp_path, monkeypatch, least):
-    """Both ways give the same, whatever the entries' lengths."""
-    from actcache.segments import rows as module
-
+def test_entries_of_all_lengths_are_gathered(tmp_path):
     make_store(tmp_path / "store", range(40), segments=5)
-    monkeypatch.setattr(module, "_LONG_BYTES", least)
     rng = np.random.default_rng(1)
     with actcache.open(tmp_path / "store", "r", mapped=True) as store, store.space(recipe()) as space:
         for _ in range(30):

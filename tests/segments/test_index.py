@@ -18,6 +18,7 @@ import actcache
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors as tensorfile
 from actcache.format.keys import join_keys, split_keys
+from actcache.io.loops import Lookup, LookupTable
 from actcache.segments.index import Table
 from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.segment import Access, Segment
@@ -78,6 +79,18 @@ def oracle(contents, wanted, dead=frozenset(), gone=frozenset()):
     return None
 
 
+def find(table, prefix, rest, alive=None):
+    """The position of each key's served copy in a table, -1 where it has none: entry i of the table is row i."""
+    count = len(table)
+    zeros, ones = np.zeros(count, np.uint32), np.ones(count, np.uint32)
+    arrays = (table.prefix, table.rest, zeros, zeros, ones, np.arange(count), table.checksum)
+    one = np.zeros(1, np.int64)
+    lookup = Lookup([LookupTable(*arrays, alive, one, one)], np.array([count]), one)
+    found = lookup.locate(join_keys(prefix, rest))
+    assert not found.outside
+    return np.where(found.tokens, found.row, -1)
+
+
 def served(table, position):
     return (table.segments[table.segment[position]].name, int(table.entry[position])) if position >= 0 else None
 
@@ -91,9 +104,9 @@ def test_find_against_a_dictionary(contents, wanted, data):
     alive = np.array([served(table, i) not in dead for i in range(len(table))], bool)
     prefix, rest = split_keys(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 32))
     for mask, without in ((None, frozenset()), (alive, dead)):
-        found = table.find(prefix, rest, mask)
+        found = find(table, prefix, rest, mask)
         assert [served(table, i) for i in found] == [oracle(contents, k, without) for k in wanted]
-    assert table.find(prefix[:0], rest[:0]).shape == (0,)
+    assert find(table, prefix[:0], rest[:0]).shape == (0,)
     one = wanted[:1]
     copies = {served(table, i) for i in table.copies(prefix[:1], rest[:1])}
     assert copies == {(name, keys.index(one[0])) for name, keys in contents.items() if one[0] in keys}
@@ -110,7 +123,7 @@ def test_merging_is_making_anew(first, second, keep):
     assert (np.diff(merged.prefix.astype(object)) >= 0).all()
     for wanted in {k for keys in [*first.values(), *second.values()] for k in keys}:
         prefix, rest = split_keys(np.frombuffer(wanted, np.uint8).reshape(1, 32))
-        position = merged.find(prefix, rest)[0]
+        position = find(merged, prefix, rest)[0]
         assert served(merged, position) == oracle(expected, wanted)
         if position >= 0:
             entry = int(merged.entry[position])
@@ -130,7 +143,7 @@ def test_the_copy_of_the_later_origin_is_served_wherever_it_lies():
     compacted = Table((a_segment("d", 100),), ("a",), prefix, rest, *arrays)
     for tables in ([compacted, a_table({"b": [wanted]})], [a_table({"b": [wanted]}), compacted]):
         table = Table.merged(tables, frozenset("bd"))
-        found = table.find(prefix, rest)
+        found = find(table, prefix, rest)
         assert [table.segments[table.segment[i]].name for i in found] == ["b", "d"]
         assert [(table.origins[table.origin[i]], table.entry[i]) for i in found] == [("b", 0), ("a", 9)]
         assert len(table.copies(prefix[:1], rest[:1])) == 2
@@ -503,9 +516,9 @@ def test_two_million_entries(big_index):
 import sys, tracemalloc
 from pathlib import Path
 import numpy as np, psutil
-from actcache.format.keys import split_keys
+from actcache.io.loops import Lookup
 from actcache.segments.index import Table
-from tests.segments.test_index import COLUMNS, nowhere
+from tests.segments.test_index import BIG, COLUMNS, nowhere
 from tests.support.waiting import calls
 path = Path(sys.argv[1])
 private = lambda: (lambda m: m.rss - m.shared)(psutil.Process().memory_info())
@@ -514,14 +527,15 @@ before, tables = private(), []
 opened = calls(lambda: tables.append(Table.open(path, nowhere, COLUMNS)))
 memory, table = private() - before, tables[0]
 assert len(table) == 2_000_000
-prefix, rest = split_keys(keys)
-table.find(prefix, rest)
-found = calls(lambda: table.find(prefix, rest))
+one = np.zeros(1, np.int64)
+lookup = Lookup([table.searchable(None, one, one)], np.array([BIG]), one)
+lookup.locate(keys)
+found = calls(lambda: lookup.locate(keys))
 tracemalloc.start()
-position = table.find(prefix[:1000], rest[:1000])
+located = lookup.locate(keys[:1000])
 peak = tracemalloc.get_traced_memory()[1]
 tracemalloc.stop()
-assert (table.entry[position] == np.arange(1000)).all()
+assert (located.row == np.arange(1000)).all()
 print(opened, found, peak, memory / len(table), (private() - before) / len(table))
 """
     opened, found, peak, opening_bytes, all_bytes = map(float, run(code, big_index).split())
@@ -538,5 +552,5 @@ def test_lookups_of_absent_keys_and_of_equal_prefixes(big_index):
     keys = np.load(big_index.with_suffix(".npy"))[:5000].copy()
     keys[:, 31] ^= 1  # the same prefixes, other keys
     found = []
-    assert calls(lambda: found.append(table.find(*split_keys(keys)))) < 1000
+    assert calls(lambda: found.append(find(table, *split_keys(keys)))) < 1000
     assert (found[0] == -1).all()

@@ -14,10 +14,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, EntryLocations, Snapshot
+from actcache.backend import EXTRAS, VALUES, EntryLocations, Expected, Snapshot
 from actcache.entries.writer import Writer
 from actcache.errors import CorruptEntryError, FormatError, SegmentGoneError
-from actcache.format import checksum
+from actcache.format.checksum import ORDER
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, row_indices
 
@@ -133,11 +133,13 @@ class Request:
             width: None for packed rows, else the rows that each entry takes up.
             verify: whether to compare checksums, which takes ``values`` and, where any entry has them, ``token_ids``.
         """
-        count = len(self._keys)
-        starts = offsets_of(self.lengths, width)
+        out = {name: out[name] for name in ORDER if name in out}
         optional = [name for name in out if name != VALUES]
         kinds = self._kinds(optional)
-        edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count] if count else []
+        if kinds is None:
+            return self._read_alike(out, width, verify)
+        count, starts = len(self._keys), offsets_of(self.lengths, width)
+        edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count]
         if len(edges) > _MOST_RUNS + 1:
             return self._read_by_kind(kinds, out, width, starts, verify)
         corrupt: list[int] = []
@@ -148,9 +150,11 @@ class Request:
             corrupt += [first + i for i in alike._read_alike(here, width, verify)]
         return corrupt
 
-    def _kinds(self, columns: list[str]) -> NDArray[np.int64]:
+    def _kinds(self, columns: list[str]) -> NDArray[np.int64] | None:
         """Return which of these arrays each entry has, ``[n]``: a bit each, all of them inverted where it is not
-        published yet. Absent entries are read beside those that have all."""
+        published yet. Absent entries are read beside those that have all. None where all are alike and published."""
+        if not self._pending and all(self._snapshot.all_have(name) for name in columns):
+            return None
         kinds = np.zeros(len(self._keys), np.int64)
         for bit, name in enumerate(columns):
             kinds |= (self.has(name) | (self.lengths == 0)).astype(np.int64) << bit
@@ -226,37 +230,12 @@ class Request:
         return []
 
     def _gather(self, out: Rows, width: int | None, verify: bool) -> list[int]:
-        # The small arrays in one go, then the rows, each chunk of which is checked by the thread that brought it.
-        located, lengths = self.located, self.located.tokens
-        small = {name: buffer for name, buffer in out.items() if name != VALUES}
-        rows = {name: buffer for name, buffer in out.items() if name == VALUES}
-        for columns in (small, {} if verify else rows):
-            if columns:
-                self._snapshot.gather(located, columns, width, lambda first, last: None)
-        if not verify:
-            return []
-        begins = offsets_of(lengths, width)[:-1]
-        corrupt: set[int] = set()
-        extras = [small[name] for name in sorted(small) if name in EXTRAS]
-        if extras:
-            sums = checksum.chain(located.checksums.tolist(), extras, begins, lengths)
-            wrong = (np.array(sums, np.uint64) != self._snapshot.extra_checksums(located)) & located.found
-            corrupt.update(np.flatnonzero(wrong).tolist())
-        ids = [small[TOKEN_IDS]] if TOKEN_IDS in small else []
-        seeds = checksum.entry_seeds(self._seed, self._keys, lengths, has_token_ids=bool(ids)).tolist()
-        digests = checksum.chain(seeds, ids, begins, lengths)
-        chained = checksum.chainer(list(rows.values()), begins, lengths)
-        expected = located.checksums.tolist()
-
-        def check(first: int, last: int) -> None:
-            found = chained(first, digests[first:last])
-            if found != expected[first:last]:
-                for i, digest in enumerate(found, first):
-                    if digest != expected[i] and lengths[i]:
-                        corrupt.add(i)
-
-        self._snapshot.gather(located, rows, width, check)
-        return sorted(corrupt)
+        located, expected = self.located, None
+        if verify:
+            extra = self._snapshot.extra_checksums(located) if not EXTRAS.keys().isdisjoint(out) else None
+            expected = Expected(self._seed, self._keys, located.checksums, extra)
+        corrupt: list[int] = self._snapshot.gather(located, out, width, expected).tolist()
+        return corrupt
 
 
 def _lacking(kind: int, columns: list[str]) -> list[str]:

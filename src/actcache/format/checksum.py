@@ -8,37 +8,65 @@ docs/format.md gives the chain in a form that needs no actcache, and a test impl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
+from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of
+from actcache.io import loops
+from actcache.io.loops import Column, Digests
 
-_digest = xxhash.xxh3_64_intdigest
-
-# Odd 64-bit constants (the primes of XXH64), one for each word that is mixed in.
-_PRIMES = np.array(
-    [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
-)
 _HAS_TOKEN_IDS = 0x5851F42D4C957F2D
+
+#: The ragged arrays in the order of their chains: those of ``EXTRAS`` have a checksum of their own.
+CHAINED = (TOKEN_IDS, VALUES)
+ORDER = (*CHAINED, *sorted(EXTRAS))
 
 
 def space_seed(fingerprint: str, dtype: str, hidden_size: int) -> int:
     """Return the seed that binds entries to their space."""
-    return int(_digest(f"{fingerprint} {dtype} {hidden_size}".encode()))
+    return int(xxhash.xxh3_64_intdigest(f"{fingerprint} {dtype} {hidden_size}".encode()))
 
 
-def entry_seeds(
-    space: int, keys: NDArray[np.uint8], lengths: NDArray[np.int64], *, has_token_ids: bool
-) -> NDArray[np.uint64]:
-    """Return the first seed of each entry's chain, ``[n]``, from ``[n, 32]`` keys and ``[n]`` lengths."""
-    words = np.ascontiguousarray(keys).view("<u8").astype(np.uint64, copy=False)
-    mixed: NDArray[np.uint64] = np.bitwise_xor.reduce(words * _PRIMES[:4], axis=1)
-    mixed ^= lengths.astype(np.uint64) * _PRIMES[4]
-    mixed ^= np.uint64(space ^ (_HAS_TOKEN_IDS if has_token_ids else 0))
-    return mixed
+@dataclass(frozen=True)
+class Expected:
+    """What the digests of a batch's entries have to be; every backend's ``gather`` is given one. Thread-safe."""
+
+    space: int  # ``space_seed``
+    keys: NDArray[np.uint8]  # [n, 32]
+    checksums: NDArray[np.uint64]  # [n]
+    extra_checksums: NDArray[np.uint64] | None = None  # [n], where optional arrays are read
+
+    def __getitem__(self, which: slice | NDArray[np.int64]) -> Expected:
+        """Return what is expected of some of the entries."""
+        more = None if self.extra_checksums is None else self.extra_checksums[which]
+        return Expected(self.space, np.ascontiguousarray(self.keys[which]), self.checksums[which], more)
+
+    def digests(self, names: Sequence[str]) -> Digests:
+        """Return the digests to make where these ragged arrays are read, named in their ``ORDER``."""
+        chained = sum(name in CHAINED for name in names)
+        seed = self.space ^ (_HAS_TOKEN_IDS if TOKEN_IDS in names else 0)
+        more = None if chained == len(names) else self.extra_checksums
+        return Digests(chained, seed, self.keys, expected=self.checksums, expected_more=more)
+
+    def wrong(
+        self, out: Mapping[str, NDArray[np.generic]], lengths: NDArray[np.int64], width: int | None
+    ) -> NDArray[np.int64]:
+        """Return the positions of entries that are not what they should be, once all rows of a batch are in place.
+
+        For backends that do not read by ``loops.gather``, which compares while rows are in the processor's cache.
+        """
+        starts = offsets_of(lengths, width)
+        columns = [in_place(buffer, starts[:-1]) for buffer in out.values()]
+        return loops.gather(columns, lengths, starts, self.digests(list(out)))
+
+
+def in_place(rows: NDArray[np.generic], begins: NDArray[np.int64]) -> Column:
+    """Return a column whose rows are digested where they are: C-contiguous ones, entry i from row ``begins[i]`` on."""
+    return Column(rows.strides[0], memory=rows, begins=begins * rows.strides[0])
 
 
 def entry_checksums(
@@ -55,47 +83,12 @@ def entry_checksums(
         begins, lengths: ``[n]``, which rows of the columns are each entry's.
         columns: the ragged arrays by name, C-contiguous, in stored form.
     """
-    seeds = entry_seeds(space, keys, lengths, has_token_ids=TOKEN_IDS in columns)
-    sums = chain(seeds.tolist(), [columns[name] for name in (TOKEN_IDS, VALUES) if name in columns], begins, lengths)
-    extras = [columns[name] for name in sorted(EXTRAS) if name in columns]
-    more = np.array(chain(sums, extras, begins, lengths), np.uint64) if extras else None
-    return np.array(sums, np.uint64), more
-
-
-def chain(
-    seeds: Sequence[int],
-    columns: Sequence[NDArray[np.generic]],
-    begins: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-) -> list[int]:
-    """Return each entry's digest over its rows of ``columns``, in their order. Frees the GIL.
-
-    Args:
-        seeds: the first seed of each entry.
-        columns: C-contiguous arrays that share their first axis.
-        begins, lengths: which rows of them are the entry's.
-    """
-    return chainer(columns, begins, lengths)(0, seeds)
-
-
-def chainer(
-    columns: Sequence[NDArray[np.generic]], begins: NDArray[np.int64], lengths: NDArray[np.int64]
-) -> Callable[[int, Sequence[int]], list[int]]:
-    """Return ``chain`` for runs of neighbouring entries: a function of the first one and the seeds of the run."""
-    places = [
-        (
-            column.reshape(-1).view(np.uint8).data,
-            (begins * column.strides[0]).tolist(),
-            ((begins + lengths) * column.strides[0]).tolist(),
-        )
-        for column in columns
-    ]
-
-    def run(first: int, seeds: Sequence[int]) -> list[int]:
-        digests, part = list(seeds), slice(first, first + len(seeds))
-        for data, starts, ends in places:
-            # One comprehension a column: for short documents the loop around the digest is what costs.
-            digests = [_digest(data[i:j], seed) for i, j, seed in zip(starts[part], ends[part], digests, strict=True)]
-        return digests
-
-    return run
+    names = [name for name in ORDER if name in columns]
+    chained = sum(name in CHAINED for name in names)
+    seed = space ^ (_HAS_TOKEN_IDS if TOKEN_IDS in names else 0)
+    sums = np.zeros(len(keys), np.uint64)
+    more = np.zeros(len(keys), np.uint64) if chained < len(names) else None
+    digests = Digests(chained, seed, np.ascontiguousarray(keys), sums=sums, more=more)
+    sources = [in_place(np.ascontiguousarray(columns[name]), begins) for name in names]
+    loops.gather(sources, np.ascontiguousarray(lengths, np.int64), offsets_of(lengths), digests)
+    return sums, more

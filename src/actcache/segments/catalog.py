@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from actcache.backend import Block, Columns, SegmentFiles, SegmentFormat
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.io.files import translated
-from actcache.io.workers import Workers
 from actcache.segments.index import Table
 from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.places.place import Place, steady, unique_names
@@ -50,7 +49,6 @@ class Catalog:
         self.segments: list[Segment] = []  # all ever seen; a snapshot's look-ups name them by their position here
         self._numbers: dict[str, int] = {}  # name -> position in ``segments``
         self._rows = place.rows(self.segments)
-        self._workers = Workers()
         self._base: Table | None = None  # the mapped index
         self._base_name = ""
         self._indexed = True  # whether an index is looked at
@@ -87,7 +85,7 @@ class Catalog:
                 for table in tables
             ]
             dead = self.tombstones.deleted()
-            return SegmentedSnapshot(list(self.segments), tables, numbers, dead, self._rows, self._workers, damaged)
+            return SegmentedSnapshot(list(self.segments), tables, numbers, dead, self._rows, damaged)
 
     def _look(self) -> tuple[tuple[list[str], dict[str, str], set[str]], bool]:
         """List and cover the segments; what vanished meanwhile was replaced by one that the listing may have missed."""
@@ -283,7 +281,6 @@ class Catalog:
         with self.lock:
             self._closed = True
             self._base, self._base_name, self._recent = None, "", Table.of_segments([])
-        self._workers.close()
         self._rows.close()
 
     # --- names -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Columns, C
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.format.keys import KEY_BYTES
 from actcache.format.ragged import Origins, Pieces, offsets_of, runs
-from actcache.io.workers import Workers
 from actcache.segments.catalog import Catalog
 from actcache.segments.index import Table
 from actcache.segments.places.place import Place
@@ -161,7 +160,7 @@ class Merger:
         """Raise ``FormatError`` unless what was written is exactly what was read, and in good time."""
         rows = ReadRows([segment])
         try:
-            written = SegmentedSnapshot([segment], [Table.of_segments([segment])], [_FIRST], {}, rows, Workers(1), {})
+            written = SegmentedSnapshot([segment], [Table.of_segments([segment])], [_FIRST], {}, rows, {})
             located = written.locate(self.block.keys)
             starts = self.block.offsets[:-1]
             same = bool((located.row == starts).all() and (located.checksums == self.block.checksums).all())
@@ -178,7 +177,8 @@ class Merger:
     def _rows(self, snapshot: SegmentedSnapshot, located: EntryLocations, name: str) -> NDArray[np.generic]:
         dtype, trailing = self._columns[name]
         rows = np.empty((int(located.tokens.sum()), *trailing), dtype)
-        snapshot.gather(located, {name: rows}, None, lambda first, last: None)
+        if len(snapshot.gather(located, {name: rows}, None, None)):
+            raise FormatError(f"segments of {len(located.tokens)} entries are truncated")
         return rows
 
     def _pieces(self, snapshot: SegmentedSnapshot, located: EntryLocations) -> Iterator[NDArray[np.generic]]:

@@ -1,4 +1,4 @@
-"""The index of a space: a table of entries sorted by key, searched for a whole batch in one vectorized pass.
+"""The index of a space: a table of entries sorted by key, searched for a whole batch in one native call.
 
 A table covers some segments. On disk it is a safetensors file that is mapped, not read: ten million entries open in
 milliseconds and cost no memory of their own. It can be rebuilt from the segments at any time, so it is never trusted: a
@@ -23,6 +23,7 @@ from actcache.errors import FormatError, FormatVersionError
 from actcache.format import safetensors
 from actcache.format.keys import split_keys
 from actcache.format.ragged import row_indices
+from actcache.io.loops import LookupTable
 from actcache.segments.segment import Access, Segment, is_name
 
 VERSION = "1"
@@ -63,28 +64,13 @@ class Table:
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {name: getattr(self, name) for name in _ARRAYS}
 
-    def find(
-        self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8], alive: NDArray[np.bool_] | None = None
-    ) -> NDArray[np.int64]:
-        """Return the position of each key's served copy, ``[n]``, -1 where no position that is ``alive`` has it."""
-        found = np.full(len(prefix), -1, np.int64)
-        if not len(self):
-            return found
-        # Sorted queries walk the table once instead of jumping about in it: 15 times faster on 5 million keys.
-        open_queries = np.argsort(prefix)
-        position = np.searchsorted(self.prefix, prefix[open_queries])
-        while len(open_queries):
-            inside = position < len(self)
-            open_queries, position = open_queries[inside], position[inside]
-            same = self.prefix[position] == prefix[open_queries]
-            open_queries, position = open_queries[same], position[same]
-            hit = (self.rest[position] == rest[open_queries]).all(axis=1)
-            if alive is not None:
-                hit &= alive[position]
-            found[open_queries[hit]] = position[hit]
-            # What is left shares its prefix with another key, or its latest copy is deleted.
-            open_queries, position = open_queries[~hit], position[~hit] + 1
-        return found
+    def searchable(
+        self, alive: NDArray[np.bool_] | None, numbers: NDArray[np.int64], ranks: NDArray[np.int64]
+    ) -> LookupTable:
+        """Return what finds keys in this table: which entries are served (None: all), the number of each segment in the
+        space, and the rank of each origin."""
+        arrays = (self.prefix, self.rest, self.segment, self.origin, self.tokens, self.row, self.checksum)
+        return LookupTable(*arrays, alive, numbers, ranks)
 
     def copies(self, prefix: NDArray[np.uint64], rest: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return the positions of all copies of the keys, served or not."""

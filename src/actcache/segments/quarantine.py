@@ -41,7 +41,8 @@ def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
                 arrays[name] = rows
                 with suppress(DataError):  # its segment is gone or cut short: zeros stand for what cannot be read
                     own = rows[bounds[i] : bounds[i + 1]]
-                    snapshot.gather(located[i : i + 1], {name: own}, None, lambda first, last: None)
+                    if len(snapshot.gather(located[i : i + 1], {name: own}, None, None)):
+                        own[:] = 0
         segments = " ".join(catalog.segments[number].name for number in located.segment.tolist())
         data = safetensors.dumps(arrays, {"actcache_quarantine": "1", "segments": segments})
         folder = f"{catalog.folder}/quarantine"

@@ -9,20 +9,24 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import FormatError, SegmentGoneError
-from actcache.format.ragged import offsets_of, row_indices
+from actcache.backend import Buffers, Expected
+from actcache.errors import SegmentGoneError
+from actcache.format.ragged import VALUES, offsets_of
+from actcache.io import loops
 from actcache.io.files import translated
+from actcache.io.loops import Column
 from actcache.io.mmap import Arena
 from actcache.segments.segment import Segment
+
+_DEPTH = 16  # reads at a time
 
 
 @contextmanager
@@ -35,40 +39,43 @@ def reading(where: str) -> Iterator[None]:
             raise SegmentGoneError(f"{where} is gone; refresh the space") from None
 
 
-_NONE = np.empty(0, np.int64)
-_LONG_BYTES = 64 << 10  # of an entry, on average, from which on copying it beats gathering its rows
-
-#: Reads entries first..last-1 of a batch; several threads may call it.
-Read: TypeAlias = Callable[[int, int], None]
-
-
 @dataclass(frozen=True)
 class RowPlan:
-    """Where the rows of a batch's entries are that one array has; ``[n]`` each."""
+    """Where the rows of a batch's entries are; ``[n]`` each."""
 
-    column: str
     segments: NDArray[np.int64]  # their numbers
     starts: NDArray[np.int64]  # the first row of each entry in its segment
-    lengths: NDArray[np.int64]
+    lengths: NDArray[np.int64]  # 0 where it is absent; it stands under some segment's number all the same
 
 
 class RowSource(ABC):
     """Reads rows of segments, which are named by their number in the space. Thread-safe."""
 
     @abstractmethod
-    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
-        """Return what reads the batch into its buffer ``out``, packed or padded with zeros (see ``row_indices``).
-
-        Both raise ``SegmentGoneError`` where a segment is gone, ``FormatError`` where it is shorter than it was, and
-        ``KeyError`` where it has no such column.
-        """
+    def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
+        """Read a batch into its buffers; return the positions of what is not intact, as ``backend.Snapshot.gather``."""
 
     @abstractmethod
     def will_need(self, plan: RowPlan) -> None:
-        """Hint that these rows are read soon."""
+        """Hint that the activations of these entries are read soon."""
 
     @abstractmethod
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """What is mapped of one column."""
+
+    arena: Arena
+    firsts: NDArray[np.int64]  # first row of each segment in the arena, by its number; -1 where it is not mapped
+    whole: bool  # whether all of these segments are
+
+    def has(self, numbers: NDArray[np.int64], segments: int) -> bool:
+        """Return whether all segments of these numbers, of so many, are mapped."""
+        if self.whole and len(self.firsts) == segments:
+            return True
+        return not len(numbers) or (int(numbers.max()) < len(self.firsts) and int(self.firsts[numbers].min()) >= 0)
 
 
 class MappedRows(RowSource):
@@ -76,63 +83,49 @@ class MappedRows(RowSource):
 
     def __init__(self, segments: list[Segment]) -> None:
         self._segments = segments  # grows; the number of a segment is its position
-        # column -> its arena, and the first row of each segment in it, -1 where it is not mapped
-        self._columns: dict[str, tuple[Arena, NDArray[np.int64]]] = {}
+        self._columns: dict[str, _Mapped] = {}  # replaced, never changed
         self._lock = threading.Lock()
 
-    def _begins(self, plan: RowPlan) -> tuple[Arena, NDArray[np.int64]]:
+    def _begins(self, column: str, plan: RowPlan) -> tuple[Arena, NDArray[np.int64]]:
         """Return the arena of a column and each entry's first row in it; map what is not mapped yet."""
-        column, numbers = plan.column, plan.segments
-        arena, firsts = self._columns.get(column, (None, _NONE))
-        if arena is None or (len(numbers) and int(numbers.max()) >= len(firsts)) or bool((firsts[numbers] < 0).any()):
+        mapped = self._columns.get(column)
+        if mapped is None or not mapped.has(plan.segments, len(self._segments)):
             with self._lock:
-                arena, firsts = self._map(column, sorted(set(numbers.tolist())))
-        return arena, firsts[numbers] + plan.starts
+                mapped = self._map(column, sorted(set(plan.segments.tolist())))
+        return mapped.arena, mapped.firsts[plan.segments] + plan.starts
 
-    def _map(self, column: str, numbers: list[int]) -> tuple[Arena, NDArray[np.int64]]:
-        arena, old = self._columns.get(column, (None, _NONE))
+    def _map(self, column: str, numbers: list[int]) -> _Mapped:
+        old = self._columns.get(column)
         firsts = np.full(len(self._segments), -1, np.int64)
-        firsts[: len(old)] = old
-        for number in numbers:
-            if firsts[number] < 0:
-                segment = self._segments[number]
-                extent = segment.extents[column]
-                if arena is None:
-                    arena = Arena(extent.dtype, extent.shape[1:])
-                self._columns[column] = arena, firsts  # as it goes: what is mapped stays so when a later one fails
-                with reading(segment.files.where):
-                    firsts[number] = arena.place(segment.file(column), extent.offset, extent.shape[0])
+        arena = None if old is None else old.arena
+        if old is not None:
+            firsts[: len(old.firsts)] = old.firsts
+        try:
+            for number in numbers:
+                if firsts[number] < 0:
+                    segment = self._segments[number]
+                    extent = segment.extents[column]
+                    if arena is None:
+                        arena = Arena(extent.dtype, extent.shape[1:])
+                    with reading(segment.files.where):
+                        firsts[number] = arena.place(segment.file(column), extent.offset, extent.shape[0])
+        finally:  # what is mapped stays so when a later one fails
+            if arena is not None:
+                self._columns[column] = _Mapped(arena, firsts, bool((firsts >= 0).all()))
         if arena is None:
             raise KeyError(column)
-        self._columns[column] = arena, firsts
-        return arena, firsts
+        return self._columns[column]
 
-    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
-        arena, begins = self._begins(plan)
-        bounds, source = offsets_of(plan.lengths, width), arena.rows()
-        if int(plan.lengths.sum()) * arena.row_bytes > _LONG_BYTES * len(plan.lengths):
-            starts, lengths, places = begins.tolist(), plan.lengths.tolist(), bounds.tolist()
-
-            def copy(first: int, last: int) -> None:  # one copy an entry: of long ones, faster than row by row
-                for i in range(first, last):
-                    begin, end = places[i], places[i] + lengths[i]
-                    out[begin:end] = source[starts[i] : starts[i] + lengths[i]]
-                    if end < places[i + 1]:
-                        out[end : places[i + 1]] = 0
-
-            return copy
-        # All planning is done here, once a batch: what a thread does for a chunk is one native call.
-        rows = row_indices(begins, plan.lengths, width)
-
-        def read(first: int, last: int) -> None:
-            begin, end = bounds[first], bounds[last]
-            # "clip" is the mode that writes straight into ``out``; the snapshot has checked the bounds.
-            np.take(source, rows[begin:end], axis=0, out=out[begin:end], mode="clip")
-
-        return read
+    def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
+        columns = []
+        for name, buffer in out.items():
+            arena, begins = self._begins(name, plan)
+            columns.append(Column(arena.row_bytes, buffer, arena.rows(), begins * arena.row_bytes))
+        digests = None if expected is None else expected.digests(list(out))
+        return loops.gather(columns, plan.lengths, offsets_of(plan.lengths, width), digests)
 
     def will_need(self, plan: RowPlan) -> None:
-        arena, begins = self._begins(plan)
+        arena, begins = self._begins(VALUES, plan)
         order = np.argsort(begins)
         begins = begins[order]
         ends = begins + plan.lengths[order]
@@ -146,44 +139,69 @@ class MappedRows(RowSource):
 
 
 class ReadRows(RowSource):
-    """Rows read with ``preadv``, one call an entry; keeps at most ``most_files`` files open."""
+    """Rows read with ``pread``, one call an entry and array; keeps at most ``most_files`` files open."""
 
     def __init__(self, segments: list[Segment], most_files: int = 64) -> None:
         self._segments = segments
         self._files: OrderedDict[Path, int] = OrderedDict()
-        self._most = most_files
+        self._most = self._at_once = most_files
         self._lock = threading.Lock()
 
-    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
-        bounds = offsets_of(plan.lengths, width).tolist()
-        segments, starts, lengths = plan.segments.tolist(), plan.starts.tolist(), plan.lengths.tolist()
+    def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
+        offsets = offsets_of(plan.lengths, width)
+        numbers, of_entry = np.unique(plan.segments, return_inverse=True)
+        at_once = max(1, self._at_once // len(out))
+        if len(numbers) <= at_once:
+            return self._gather(plan, numbers, of_entry, out, offsets, expected)
+        bad = [np.empty(0, np.int64)]
+        for first in range(0, len(numbers), at_once):  # no more files are open at a time
+            some = numbers[first : first + at_once]
+            which = np.flatnonzero((of_entry >= first) & (of_entry < first + len(some)))
+            part = RowPlan(plan.segments[which], plan.starts[which], plan.lengths[which])
+            places = np.stack([offsets[which], offsets[which + 1]])
+            of_part = None if expected is None else expected[which]
+            bad.append(which[self._gather(part, some, of_entry[which] - first, out, places, of_part)])
+        return np.sort(np.concatenate(bad))
 
-        def read(first: int, last: int) -> None:
-            for i in range(first, last):
-                end = bounds[i] + lengths[i]
-                if lengths[i]:
-                    self._read(self._segments[segments[i]], plan.column, starts[i], out[bounds[i] : end])
-                out[end : bounds[i + 1]] = 0
-
-        return read
-
-    def _read(self, segment: Segment, column: str, start: int, out: NDArray[np.generic]) -> None:
-        extent = segment.extents[column]
-        view = out.reshape(-1).view(np.uint8).data
-        offset = extent.offset + start * extent.row_bytes
-        with reading(segment.files.where):
-            descriptor = self._open(segment.file(column))
+    def _gather(
+        self,
+        plan: RowPlan,
+        numbers: NDArray[np.int64],
+        of_entry: NDArray[np.int64],
+        out: Buffers,
+        offsets: NDArray[np.int64],
+        expected: Expected | None,
+    ) -> NDArray[np.int64]:
+        """Read entries of a few segments, ``numbers``, of which each entry lies in the one at ``of_entry``."""
+        segments = [self._segments[number] for number in numbers.tolist()]
+        opened: dict[Path, int] = {}
+        try:
+            columns = []
+            for name, buffer in out.items():
+                row_bytes = buffer.strides[0]
+                files = np.array([self._open(segment, name, opened) for segment in segments], np.int32)[of_entry]
+                begins = np.array([segment.extents[name].offset for segment in segments], np.int64)[of_entry]
+                columns.append(Column(row_bytes, buffer, files=files, places=begins + plan.starts * row_bytes))
+            digests = None if expected is None else expected.digests(list(out))
             try:
-                while view:
-                    count = os.preadv(descriptor, [view], offset)
-                    if not count:
-                        raise FormatError(f"{segment.files.where} is truncated")
-                    view, offset = view[count:], offset + count
-            finally:
+                return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH)
+            except loops.EntryReadError as error:
+                with reading(segments[of_entry[error.entry]].files.where):
+                    raise
+        finally:
+            for descriptor in opened.values():
                 os.close(descriptor)
 
-    def _open(self, path: Path) -> int:
-        """Return a descriptor of the file that is the caller's to close, so that eviction never pulls it away."""
+    def _open(self, segment: Segment, column: str, opened: dict[Path, int]) -> int:
+        """Return a descriptor of the file that has a column. It is this read's own, so that no other's eviction pulls
+        it away."""
+        with reading(segment.files.where):
+            path = segment.file(column)
+            if path not in opened:
+                opened[path] = self._duplicate(path)
+            return opened[path]
+
+    def _duplicate(self, path: Path) -> int:
         with self._lock:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

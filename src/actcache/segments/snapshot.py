@@ -9,11 +9,10 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Buffers, Done, EntryLocations, Snapshot, Usage
+from actcache.backend import Buffers, EntryLocations, Expected, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
-from actcache.format.ragged import chunks
-from actcache.io.workers import Workers
+from actcache.io.loops import Lookup
 from actcache.segments.index import Table
 from actcache.segments.rows import RowPlan, RowSource
 from actcache.segments.segment import Segment
@@ -39,11 +38,10 @@ class SegmentedSnapshot(Snapshot):
         numbers: Sequence[NDArray[np.int64]],
         dead: Mapping[str, Collection[int]],
         rows: RowSource,
-        workers: Workers,
         damaged: Mapping[str, str],
     ) -> None:
         self._segments, self._tables, self._numbers = segments, tables, numbers
-        self._rows, self._workers = rows, workers
+        self._rows = rows
         self._dead, self._damaged = dead, dict(damaged)
         self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
         # By segments' numbers: 16 bytes an entry, of segments with optional arrays that were read.
@@ -51,35 +49,23 @@ class SegmentedSnapshot(Snapshot):
         self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
         origins = sorted({origin for table in tables for origin in table.origins})
         rank = {origin: number for number, origin in enumerate(origins)}
-        self._ranks = [np.array([rank[origin] for origin in table.origins], np.int64) for table in tables]
         # Of copies of one origin, the one in the segment of the last name: whoever looks finds the same.
-        self._names = np.zeros(len(segments), np.int64)
-        self._names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
-        self._limits = np.array([segment.tokens for segment in segments], np.int64)
+        names = np.zeros(len(segments), np.int64)
+        names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
+        self._lookup = Lookup(
+            [
+                table.searchable(alive, of, np.array([rank[origin] for origin in table.origins], np.int64))
+                for table, of, alive in zip(tables, numbers, self._alive, strict=True)
+            ],
+            np.array([segment.tokens for segment in segments], np.int64),
+            names,
+        )
 
     def locate(self, keys: NDArray[np.uint8]) -> EntryLocations:
-        prefix, rest = split_keys(keys)
-        count = len(keys)
-        segment, first_row, rank = np.full((3, count), -1, np.int64)
-        located = EntryLocations(np.zeros(count, np.int64), np.zeros(count, np.uint64), segment, first_row)
-        for table, numbers, alive, ranks in zip(self._tables, self._numbers, self._alive, self._ranks, strict=True):
-            position = table.find(prefix, rest, alive)
-            which = np.flatnonzero(position >= 0)
-            if not len(which):
-                continue
-            position = position[which]
-            number = numbers[table.segment[position]]
-            row, tokens = table.row[position], table.tokens[position].astype(np.int64)
-            inside = (row >= 0) & (tokens > 0) & (row <= self._limits[number] - tokens)
-            if not inside.all():
-                logger.warning("the index points outside of %d segments: rebuild it", (~inside).sum())
-            place = ranks[table.origin[position]] * len(self._segments) + self._names[number]
-            better = inside & (place > rank[which])
-            which, position, number = which[better], position[better], number[better]
-            located.tokens[which], located.checksums[which] = tokens[better], table.checksum[position]
-            located.segment[which], located.row[which] = number, row[better]
-            rank[which] = place[better]
-        return located
+        found = self._lookup.locate(np.ascontiguousarray(keys))
+        if found.outside:
+            logger.warning("the index points outside of its segments, %d times: rebuild it", found.outside)
+        return EntryLocations(*found[:4])
 
     def copies(self, keys: NDArray[np.uint8]) -> dict[str, list[int]]:
         """Return every copy of these keys that is not deleted, by its origin: segment -> numbers of entries.
@@ -100,10 +86,16 @@ class SegmentedSnapshot(Snapshot):
         return {int(n): self._segments[n] for numbers in self._numbers for n in numbers[numbers >= 0]}
 
     def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
+        having = self._which_have(column)
+        return located.found if having.all() else having[located.segment] & located.found
+
+    def all_have(self, column: str) -> bool:
+        return bool(self._which_have(column).all())
+
+    def _which_have(self, column: str) -> NDArray[np.bool_]:
         if column not in self._having:
             self._having[column] = np.array([column in segment.extents for segment in self._segments], bool)
-        having = self._having[column]
-        return having[located.segment] & located.found if len(having) else located.found
+        return self._having[column]
 
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         sums = np.zeros(len(located.tokens), np.uint64)
@@ -130,25 +122,26 @@ class SegmentedSnapshot(Snapshot):
                 raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
         return found
 
-    def gather(self, located: EntryLocations, out: Buffers, width: int | None, done: Done) -> None:
-        count = len(located.tokens)
-        if not located.found.any():
+    def gather(
+        self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
+    ) -> NDArray[np.int64]:
+        found = located.found
+        if not found.any():
             for buffer in out.values():
-                buffer[: count * (width or 0)] = 0
-            done(0, count)
-            return
+                buffer[: len(found) * (width or 0)] = 0
+            return np.empty(0, np.int64)
+        if found.all():
+            return self._rows.gather(RowPlan(located.segment, located.row, located.tokens), out, width, expected)
         # An absent entry stands under some segment's number; none of its rows are read.
-        segment = np.where(located.found, located.segment, located.segment[located.found][0])
-        row = np.where(located.found, located.row, 0)
-        plans = ((RowPlan(name, segment, row, located.tokens), buffer) for name, buffer in out.items())
-        reads = [self._rows.prepare(plan, buffer, width) for plan, buffer in plans]
-        self._workers.run_chunks([*reads, done], chunks(located.tokens, width, out))
+        segment = np.where(found, located.segment, located.segment[found][0])
+        plan = RowPlan(segment, np.where(found, located.row, 0), located.tokens)
+        return self._rows.gather(plan, out, width, expected)
 
     def read_ahead(self, located: EntryLocations) -> None:
         found = located[located.found]
         if len(found.tokens):
             with suppress(FormatError):  # the read itself will say which entries are lost
-                self._rows.will_need(RowPlan(VALUES, found.segment, found.row, found.tokens))
+                self._rows.will_need(RowPlan(found.segment, found.row, found.tokens))
 
     def keys(self) -> NDArray[np.uint8]:
         live = [

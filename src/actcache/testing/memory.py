@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,8 +18,10 @@ from actcache.backend import (
     VALUES,
     Backend,
     Block,
+    Buffers,
     Columns,
     EntryLocations,
+    Expected,
     Snapshot,
     SpaceDriver,
     StoredFile,
@@ -182,12 +184,8 @@ class _MemorySnapshot(Snapshot):
         return np.array([self._entries[row].extra_checksum if row >= 0 else 0 for row in located.row], np.uint64)
 
     def gather(
-        self,
-        located: EntryLocations,
-        out: Mapping[str, NDArray[np.generic]],
-        width: int | None,
-        done: Callable[[int, int], None],
-    ) -> None:
+        self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
+    ) -> NDArray[np.int64]:
         for name, buffer in out.items():
             position = 0
             for row, tokens in zip(located.row.tolist(), located.tokens.tolist(), strict=True):
@@ -196,7 +194,9 @@ class _MemorySnapshot(Snapshot):
                     buffer[position:end] = self._entries[row].rows[name]
                 position = end if width is None else position + width
                 buffer[end:position] = 0
-        done(0, len(located.tokens))
+        if expected is None:
+            return np.empty(0, np.int64)
+        return expected.wrong(out, located.tokens, width)
 
     def read_ahead(self, located: EntryLocations) -> None:
         """Do nothing: all is in memory."""

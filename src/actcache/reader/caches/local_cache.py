@@ -193,9 +193,8 @@ class LocalCache(Wrapper):
         """
         if not entries.accepts:
             return
-        seeds = checksum.entry_seeds(self._seed, keys, lengths, has_token_ids=ids is not None)
-        columns = [rows] if ids is None else [ids, rows]
-        found = np.array(checksum.chain(seeds.tolist(), columns, begins, lengths), np.uint64)
+        columns = {VALUES: rows} if ids is None else {TOKEN_IDS: ids, VALUES: rows}
+        found, _ = checksum.entry_checksums(self._seed, keys, begins, lengths, columns)
         good = (found == self._source.checksums(keys)) & (lengths > 0)
         names = key_list(keys)
         for i in np.flatnonzero(good).tolist():

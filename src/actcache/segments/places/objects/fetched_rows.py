@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.backend import Buffers, Expected
 from actcache.errors import ClosedError, FormatError, SegmentGoneError
-from actcache.format.ragged import offsets_of
-from actcache.io.workers import ProcessLock
+from actcache.format.ragged import VALUES, chunks, offsets_of
+from actcache.io.workers import ProcessLock, Workers
 from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, CachedBlocks
 from actcache.segments.places.objects.client import Data, ObjectNotFoundError
 from actcache.segments.places.objects.session import Session
-from actcache.segments.rows import Read, RowPlan, RowSource
+from actcache.segments.rows import RowPlan, RowSource
 from actcache.segments.segment import Segment
 
 _GAP = 64 << 10  # bytes that are read along rather than asked around
@@ -33,6 +34,7 @@ _MOST_AHEAD = 3  # batches that are fetched because somebody said that they will
 _SMALL = 64  # bytes a row: such a column is read in blocks, which are kept
 
 Locate = Callable[[Segment, str], str]
+Read = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,26 @@ class FetchedRows(RowSource):
         self._session, self._blocks, self._segments, self._locate = session, blocks, segments, locate
         self._ahead: OrderedDict[tuple[int, str, bytes], _Fetches] = OrderedDict()
         self._lock = ProcessLock()
+        self._workers = Workers()
 
-    def prepare(self, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
-        ranges, begins, row_bytes, small = self._ranges(plan)
+    def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
+        reads = [self._prepare(name, plan, buffer, width) for name, buffer in out.items()]
+        self._workers.run_chunks(reads, chunks(plan.lengths, width, out))
+        # A pass of its own: what comes over a network never comes faster than it is digested.
+        return np.empty(0, np.int64) if expected is None else expected.wrong(out, plan.lengths, width)
+
+    def _prepare(self, column: str, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
+        """Have the rows of a column fetched; return what brings those of entries first..last-1 into the buffer."""
+        ranges, begins, row_bytes, small = self._ranges(column, plan)
         with self._lock:
-            fetches = self._ahead.pop((os.getpid(), plan.column, ranges.digest()), None)
+            fetches = self._ahead.pop((os.getpid(), column, ranges.digest()), None)
         if fetches is None:
-            fetches = _Fetches(self, plan.column, ranges, small)
+            fetches = _Fetches(self, column, ranges, small)
         places = offsets_of(plan.lengths, width) * row_bytes
         return _reading(fetches, ranges, begins, plan.lengths * row_bytes, out, places)
 
-    def _ranges(self, plan: RowPlan) -> tuple[Ranges, NDArray[np.int64], int, bool]:
+    def _ranges(self, column: str, plan: RowPlan) -> tuple[Ranges, NDArray[np.int64], int, bool]:
         """Return what to fetch, where each entry begins in its file, the bytes of a row, and whether rows are small."""
-        column = plan.column
         numbers, where = np.unique(plan.segments, return_inverse=True)
         extents = [self._segments[number].extents[column] for number in numbers.tolist()]
         row_bytes = extents[0].row_bytes if extents else 0
@@ -117,17 +126,18 @@ class FetchedRows(RowSource):
 
     def will_need(self, plan: RowPlan) -> None:
         """Fetch the rows of a batch that will be read soon; the one that was announced first is given up for it."""
-        ranges, _, _, small = self._ranges(plan)
-        name = os.getpid(), plan.column, ranges.digest()
+        ranges, _, _, small = self._ranges(VALUES, plan)
+        name = os.getpid(), VALUES, ranges.digest()
         with self._lock:
             if name in self._ahead:
                 return
-            self._ahead[name] = _Fetches(self, plan.column, ranges, small)
+            self._ahead[name] = _Fetches(self, VALUES, ranges, small)
             while len(self._ahead) > _MOST_AHEAD:
                 self._ahead.popitem(last=False)
 
     def close(self) -> None:
         """Drop what was fetched and not asked for; the session is the place's."""
+        self._workers.close()
         with self._lock:
             self._ahead.clear()
 

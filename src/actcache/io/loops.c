@@ -1,0 +1,447 @@
+/* The loops between the disk and the caller's buffer: look-up, copy, read, digest, comparison.
+ *
+ * Plain functions over plain arrays, without Python's API: one library for every Python, called by ctypes, which frees
+ * the GIL. actcache/io/loops.py describes each function where its caller looks; the structures here and there are one.
+ * Arrays are C-contiguous, in the machine's byte order, which is little-endian wherever a store is read.
+ *
+ * What a stranger's store says arrives here as offsets and lengths. Each is compared with the size of the memory or of
+ * the table that it points into before it is used; what does not fit is reported, never followed.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define PUBLIC __attribute__((visibility("default")))
+#define KEY_BYTES 32
+#define PAGE 4096         /* what direct reads are aligned to: a multiple of every disk's block */
+#define PIECE (1 << 20)   /* bytes of one read */
+#define PART (256 << 10)  /* bytes of rows that a thread takes at a time */
+#define MOST_HELPERS 63
+
+typedef uint64_t (*digest_function)(const void *data, size_t length, uint64_t seed);
+static digest_function digest_of; /* XXH3_64bits_withSeed */
+
+PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
+
+PUBLIC int32_t act_version(void) { return 1; }
+
+/* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
+
+typedef struct job {
+    void (*run)(void *context, int64_t part);
+    void *context;
+    int64_t parts;
+    _Atomic int64_t next;
+    int wanted, active; /* helpers that may still join, and that have; under the lock */
+    struct job *following;
+} job;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t arrived = PTHREAD_COND_INITIALIZER, ended = PTHREAD_COND_INITIALIZER;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_key_t scratch_key; /* has the scratch memory of a thread freed when the thread ends */
+static job *jobs;
+static int helpers;
+
+static void after_fork(void) { /* the child has one thread, whoever held the lock */
+    pthread_mutex_init(&lock, NULL);
+    pthread_cond_init(&arrived, NULL);
+    pthread_cond_init(&ended, NULL);
+    jobs = NULL;
+    helpers = 0;
+}
+
+static void prepare(void) {
+    pthread_key_create(&scratch_key, free);
+    pthread_atfork(NULL, NULL, after_fork);
+}
+
+static void work_on(job *one) {
+    int64_t part;
+    while ((part = atomic_fetch_add(&one->next, 1)) < one->parts) one->run(one->context, part);
+}
+
+static void *help(void *unused) {
+    (void)unused;
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        job *one = jobs;
+        while (one != NULL && one->wanted == 0) one = one->following;
+        if (one == NULL) {
+            pthread_cond_wait(&arrived, &lock);
+            continue;
+        }
+        one->wanted--;
+        one->active++;
+        pthread_mutex_unlock(&lock);
+        work_on(one);
+        pthread_mutex_lock(&lock);
+        if (--one->active == 0) pthread_cond_broadcast(&ended);
+    }
+    return NULL;
+}
+
+static void start_helpers(int count) { /* under the lock */
+    sigset_t all, before;
+    pthread_attr_t attributes;
+    if (helpers >= count) return;
+    sigfillset(&all); /* signals are for the threads of Python, which can act on them */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    while (helpers < count) {
+        pthread_t thread;
+        if (pthread_create(&thread, &attributes, help, NULL) != 0) break; /* fewer do as well */
+        helpers++;
+    }
+    pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* Call run(context, 0) ... run(context, parts - 1) on this thread and some others; return when all have ended. */
+static void share(void (*run)(void *, int64_t), void *context, int64_t parts, int threads) {
+    job mine = {.run = run, .context = context, .parts = parts};
+    if (threads > parts) threads = (int)parts;
+    if (threads > MOST_HELPERS + 1) threads = MOST_HELPERS + 1;
+    if (threads <= 1) {
+        work_on(&mine);
+        return;
+    }
+    mine.wanted = threads - 1;
+    pthread_mutex_lock(&lock);
+    start_helpers(threads - 1);
+    mine.following = jobs;
+    jobs = &mine;
+    pthread_cond_broadcast(&arrived);
+    pthread_mutex_unlock(&lock);
+    work_on(&mine);
+    pthread_mutex_lock(&lock);
+    job **place = &jobs;
+    while (*place != &mine) place = &(*place)->following;
+    *place = mine.following; /* nobody joins any more */
+    while (mine.active > 0) pthread_cond_wait(&ended, &lock);
+    pthread_mutex_unlock(&lock);
+}
+
+/* --- looking up ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int64_t size;
+    const uint64_t *prefix; /* [size] ascending: the first 8 bytes of the keys, as numbers */
+    const uint8_t *rest;    /* [size, 24] the others */
+    const uint32_t *segment, *origin, *tokens;
+    const int64_t *row;
+    const uint64_t *checksum;
+    const uint8_t *alive; /* [size], or NULL: all are */
+    int64_t segments, origins;
+    const int64_t *numbers; /* [segments] the space's number of each, negative where it is gone */
+    const int64_t *ranks;   /* [origins] of their names among all origins */
+} table;
+
+static uint64_t big_endian(const uint8_t *bytes) {
+    uint64_t word;
+    memcpy(&word, bytes, 8);
+    return __builtin_bswap64(word);
+}
+
+/* Return the first position whose prefix is not less. Keys are digests, so their prefixes lie evenly: a guess by
+ * proportion lands near. A stranger's table may be any: after a few guesses the search halves. */
+static int64_t lower_bound(const uint64_t *prefix, int64_t size, uint64_t wanted) {
+    int64_t low = 0, high = size; /* all before low are less; none from high on is */
+    uint64_t least = 0, most = UINT64_MAX;
+    for (int guesses = 0; high - low > 16; guesses++) {
+        int64_t middle = low + (high - low) / 2;
+        if (guesses < 8 && wanted >= least && wanted <= most && most > least) {
+            double share = (double)(wanted - least) / (double)(most - least);
+            int64_t guess = low + (int64_t)(share * (double)(high - low));
+            /* A little to the side of the guess that leaves the smaller part behind. */
+            if (guess > low && guess < high - 1) middle = guess;
+        }
+        if (prefix[middle] < wanted) {
+            low = middle + 1;
+            least = prefix[middle];
+        } else {
+            high = middle;
+            most = prefix[middle];
+        }
+    }
+    while (low < high && prefix[low] < wanted) low++;
+    return low;
+}
+
+typedef struct {
+    int64_t count;
+    const uint8_t *keys; /* [count, 32] */
+    int64_t tables;
+    const table *table;
+    int64_t segments;
+    const int64_t *limits; /* [segments] rows that each has */
+    const int64_t *names;  /* [segments] ranks of their names */
+    int64_t *tokens;       /* [count], 0: absent */
+    uint64_t *checksums;   /* [count] */
+    int64_t *segment, *row; /* [count] */
+    _Atomic int64_t outside; /* entries that the tables place outside of their segments */
+} lookup;
+
+#define LOOKUP_PART 512 /* keys that a thread takes at a time */
+
+static void look_up_one(lookup *this, int64_t i) {
+    const uint8_t *key = this->keys + i * KEY_BYTES;
+    uint64_t prefix = big_endian(key);
+    int64_t best = -1;
+    this->tokens[i] = 0;
+    this->checksums[i] = 0;
+    this->segment[i] = this->row[i] = -1;
+    for (int64_t t = 0; t < this->tables; t++) {
+        const table *of = this->table + t;
+        int64_t position = lower_bound(of->prefix, of->size, prefix);
+        /* Some share their prefix with another key; the latest copy comes first, and may be deleted. */
+        for (; position < of->size && of->prefix[position] == prefix; position++) {
+            if (memcmp(of->rest + position * (KEY_BYTES - 8), key + 8, KEY_BYTES - 8) == 0 &&
+                (of->alive == NULL || of->alive[position]))
+                break;
+        }
+        if (position >= of->size || of->prefix[position] != prefix) continue;
+        int64_t segment = of->segment[position], origin = of->origin[position], row = of->row[position];
+        int64_t tokens = of->tokens[position];
+        int64_t number = segment < of->segments ? of->numbers[segment] : -1;
+        if (number < 0 || number >= this->segments || origin >= of->origins || row < 0 || tokens <= 0 ||
+            row > this->limits[number] - tokens) {
+            atomic_fetch_add(&this->outside, 1);
+            continue;
+        }
+        int64_t place = of->ranks[origin] * this->segments + this->names[number];
+        if (place <= best) continue;
+        best = place;
+        this->tokens[i] = tokens;
+        this->checksums[i] = of->checksum[position];
+        this->segment[i] = number;
+        this->row[i] = row;
+    }
+}
+
+static void look_up_part(void *context, int64_t part) {
+    lookup *this = context;
+    int64_t last = (part + 1) * LOOKUP_PART;
+    if (last > this->count) last = this->count;
+    for (int64_t i = part * LOOKUP_PART; i < last; i++) look_up_one(this, i);
+}
+
+PUBLIC void act_locate(lookup *this, int32_t threads) {
+    pthread_once(&once, prepare);
+    share(look_up_part, this, (this->count + LOOKUP_PART - 1) / LOOKUP_PART, threads);
+}
+
+/* --- rows: from memory or files into the caller's buffers, and their digests ----------------------------------------- */
+
+typedef struct {
+    int64_t row_bytes;
+    const uint8_t *base;   /* mapped memory; NULL: all is read from files */
+    int64_t size;          /* bytes of it */
+    const int64_t *begins; /* [count] where each entry's rows begin in it */
+    const int32_t *files;  /* [count] descriptors, for what is not in memory; NULL: none */
+    const int64_t *places; /* [count] where its rows begin in its file */
+    uint8_t *out;          /* of the whole batch; NULL: rows in memory are digested where they are */
+} column;
+
+typedef struct {
+    int64_t count;
+    const int64_t *lengths; /* [count] rows, 0: absent */
+    const int64_t *starts, *ends; /* [count] where each one's place in the buffers is, in rows; padded with zeros */
+    int64_t columns;
+    const column *column; /* in the order of the chain of digests */
+    int64_t chained;      /* columns of the first chain; those behind are the second one's */
+    int32_t direct;       /* whether the files take direct reads alone */
+    int32_t digests;      /* whether to make them */
+    const uint8_t *keys;  /* [count, 32]: with them, the first seeds are mixed */
+    uint64_t seed;
+    const uint64_t *seeds;    /* [count]: without keys, the first seeds */
+    const uint64_t *expected; /* [count], or NULL: nothing to compare with */
+    const uint64_t *expected_more;
+    uint64_t *sums, *more; /* [count] digests of the two chains, or NULL */
+    uint8_t *state;        /* [count] 0 where all is well, else one of these: */
+    int64_t part;          /* entries that a thread takes at a time */
+    _Atomic int64_t bad;   /* entries whose state is not 0 */
+    _Atomic int32_t error; /* errno of a read that failed */
+} batch;
+
+enum { INTACT, CORRUPT, OUTSIDE, SHORT, FAILED };
+
+static const uint64_t primes[5] = {0x9E3779B185EBCA87u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u, 0x85EBCA77C2B2AE63u,
+                                   0x27D4EB2F165667C5u};
+
+static uint64_t first_seed(const batch *this, int64_t i) {
+    if (this->keys == NULL) return this->seeds[i];
+    uint64_t words[4], mixed = this->seed ^ ((uint64_t)this->lengths[i] * primes[4]);
+    memcpy(words, this->keys + i * KEY_BYTES, KEY_BYTES);
+    for (int n = 0; n < 4; n++) mixed ^= words[n] * primes[n];
+    return mixed;
+}
+
+static uint8_t *scratch(void) {
+    uint8_t *memory = pthread_getspecific(scratch_key);
+    if (memory == NULL) {
+        void *made;
+        if (posix_memalign(&made, PAGE, PIECE + 2 * PAGE) != 0) return NULL;
+        memory = made;
+        pthread_setspecific(scratch_key, memory);
+    }
+    return memory;
+}
+
+/* Read bytes of a file; direct reads bring whole pages, of which a copy is made. */
+static int read_file(int file, int64_t place, int64_t nbytes, uint8_t *out, int direct, _Atomic int32_t *error) {
+    uint8_t *pages = NULL;
+    if (direct && (pages = scratch()) == NULL) {
+        atomic_store(error, ENOMEM);
+        return FAILED;
+    }
+    while (nbytes > 0) {
+        int64_t piece = nbytes < PIECE ? nbytes : PIECE;
+        int64_t skipped = direct ? place % PAGE : 0;
+        int64_t asked = direct ? (skipped + piece + PAGE - 1) / PAGE * PAGE : piece;
+        ssize_t read = pread(file, direct ? pages : out, (size_t)asked, (off_t)(place - skipped));
+        if (read < 0) {
+            if (errno == EINTR) continue;
+            atomic_store(error, errno);
+            return FAILED;
+        }
+        int64_t brought = read - skipped < piece ? read - skipped : piece;
+        if (brought <= 0) return SHORT;
+        if (direct) memcpy(out, pages + skipped, (size_t)brought);
+        out += brought;
+        place += brought;
+        nbytes -= brought;
+    }
+    return INTACT;
+}
+
+/* Return whether all pages of some mapped bytes are in memory. */
+static int is_resident(const uint8_t *data, int64_t nbytes) {
+    unsigned char pages[256];
+    long page = sysconf(_SC_PAGESIZE);
+    uintptr_t begin = (uintptr_t)data / (uintptr_t)page * (uintptr_t)page, end = (uintptr_t)data + (uintptr_t)nbytes;
+    while (begin < end) {
+        size_t count = (end - begin + (uintptr_t)page - 1) / (uintptr_t)page;
+        if (count > sizeof pages) count = sizeof pages;
+#ifdef __APPLE__
+        if (mincore((void *)begin, count * (size_t)page, (char *)pages) != 0) return 0;
+#else
+        if (mincore((void *)begin, count * (size_t)page, pages) != 0) return 0;
+#endif
+        for (size_t i = 0; i < count; i++)
+            if (!(pages[i] & 1)) return 0;
+        begin += count * (size_t)page;
+    }
+    return 1;
+}
+
+static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows) {
+    int64_t nbytes;
+    if (__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes)) return OUTSIDE;
+    if (this->lengths[i] > this->ends[i] - this->starts[i]) return OUTSIDE; /* no room for it */
+    uint8_t *out = of->out == NULL ? NULL : of->out + this->starts[i] * of->row_bytes;
+    const uint8_t *mapped = NULL;
+    if (of->base != NULL) {
+        int64_t begin = of->begins[i];
+        if (begin < 0 || nbytes > of->size || begin > of->size - nbytes) return OUTSIDE;
+        mapped = of->base + begin;
+    }
+    *rows = out;
+    if (of->files != NULL && (mapped == NULL || !is_resident(mapped, nbytes))) {
+        if (out == NULL) return OUTSIDE;
+        return read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error);
+    }
+    if (mapped == NULL) return OUTSIDE;
+    if (out == NULL)
+        *rows = mapped;
+    else
+        memcpy(out, mapped, (size_t)nbytes);
+    return INTACT;
+}
+
+static int gather_one(batch *this, int64_t i) {
+    int state = INTACT;
+    uint64_t digest = this->digests ? first_seed(this, i) : 0;
+    for (int64_t c = 0; c < this->columns; c++) {
+        const column *of = this->column + c;
+        const uint8_t *rows = NULL;
+        if (this->lengths[i] > 0 && state != OUTSIDE && state != SHORT && state != FAILED) {
+            int brought = bring(this, of, i, &rows);
+            if (brought != INTACT) state = brought;
+        }
+        if (of->out != NULL && state != OUTSIDE) { /* padding */
+            int64_t end = this->starts[i] + this->lengths[i];
+            if (end < this->ends[i])
+                memset(of->out + end * of->row_bytes, 0, (size_t)((this->ends[i] - end) * of->row_bytes));
+        }
+        if (!this->digests || rows == NULL) continue;
+        if (c == this->chained) { /* the second chain begins with the digest that the first one should have */
+            if (this->sums != NULL) this->sums[i] = digest;
+            if (this->expected != NULL && digest != this->expected[i]) state = CORRUPT;
+            if (this->expected != NULL) digest = this->expected[i];
+        }
+        digest = digest_of(rows, (size_t)(this->lengths[i] * of->row_bytes), digest);
+    }
+    if (!this->digests || this->lengths[i] == 0 || state == OUTSIDE || state == SHORT || state == FAILED) return state;
+    if (this->chained < this->columns) {
+        if (this->more != NULL) this->more[i] = digest;
+        if (this->expected_more != NULL && digest != this->expected_more[i]) state = CORRUPT;
+    } else {
+        if (this->sums != NULL) this->sums[i] = digest;
+        if (this->expected != NULL && digest != this->expected[i]) state = CORRUPT;
+    }
+    return state;
+}
+
+static void gather_part(void *context, int64_t part) {
+    batch *this = context;
+    int64_t last = (part + 1) * this->part;
+    if (last > this->count) last = this->count;
+    for (int64_t i = part * this->part; i < last; i++) {
+        int state = gather_one(this, i);
+        this->state[i] = (uint8_t)state;
+        if (state != INTACT) atomic_fetch_add(&this->bad, 1);
+    }
+}
+
+/* Bring the rows of a batch into its buffers, padding included; return how many entries are not well. */
+PUBLIC int64_t act_gather(batch *this, int32_t threads) {
+    int64_t nbytes = 0, rows = 0;
+    pthread_once(&once, prepare);
+    for (int64_t c = 0; c < this->columns; c++) nbytes += this->column[c].row_bytes;
+    for (int64_t i = 0; i < this->count; i++) rows += this->ends[i] - this->starts[i];
+    nbytes *= rows;
+    if (this->part <= 0) this->part = this->count * PART / (nbytes > 0 ? nbytes : 1);
+    if (this->part <= 0) this->part = 1;
+    share(gather_part, this, (this->count + this->part - 1) / this->part, threads);
+    return this->bad;
+}
+
+/* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
+PUBLIC void act_sizes(int64_t *sizes) {
+    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch)};
+    memcpy(sizes, all, sizeof all);
+}
+
+/* --- what is in memory --------------------------------------------------------------------------------------------------- */
+
+/* Return how many of ``pages`` addresses, evenly spread over the rows of entries, are not in memory. */
+PUBLIC int64_t act_absent_pages(const uint8_t *base, int64_t count, const int64_t *begins, const int64_t *nbytes,
+                                int64_t pages) {
+    int64_t total = 0, absent = 0, entry = 0, before = 0;
+    for (int64_t i = 0; i < count; i++) total += nbytes[i];
+    for (int64_t n = 0; n < pages && total > 0; n++) {
+        int64_t at = pages == 1 ? 0 : (int64_t)((double)(total - 1) * (double)n / (double)(pages - 1));
+        while (at >= before + nbytes[entry]) before += nbytes[entry++];
+        absent += !is_resident(base + begins[entry] + (at - before), 1);
+    }
+    return absent;
+}

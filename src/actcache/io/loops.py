@@ -1,0 +1,328 @@
+"""The compiled loops of the read path (``loops.c``): what they are given, and what they are without a compiler.
+
+One call looks up a batch of keys; one brings all rows of a batch into the caller's buffers, makes the digests of each
+entry while it is in the processor's cache, and compares them. Neither holds the GIL, and the threads that share the
+work are not Python's. XXH3 is the ``xxhash`` package's own, by the C symbol that its extension exports.
+
+Where the library or that symbol is missing, ``numpy_loops`` does the same, correctly and slowly; the tests hold the two
+against each other. Everything here is thread-safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+import xxhash._xxhash as xxhash_extension
+from numpy.typing import NDArray
+
+from actcache.io import numpy_loops
+from actcache.io.workers import available_cpus
+
+LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
+_VERSION = 1
+_FAILED = 4  # the state of an entry whose file could not be read
+_MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
+
+THREADS = min(available_cpus(), _MOST_THREADS)  #: that share a batch whose rows are in memory
+_NONE = np.empty(0, np.int64)
+
+
+class EntryReadError(OSError):
+    """The file of an entry could not be read."""
+
+    entry = 0  # its position in the batch
+
+
+class LookupTable(NamedTuple):
+    """Entries sorted by key, and what the space knows of them now; see ``segments.index.Table`` for the arrays."""
+
+    prefix: NDArray[np.uint64]  # [size] ascending
+    rest: NDArray[np.uint8]  # [size, 24]
+    segment: NDArray[np.uint32]  # [size]
+    origin: NDArray[np.uint32]  # [size]
+    tokens: NDArray[np.uint32]  # [size]
+    row: NDArray[np.int64]  # [size]
+    checksum: NDArray[np.uint64]  # [size]
+    alive: NDArray[np.bool_] | None  # [size]; None: all are served
+    numbers: NDArray[np.int64]  # [segments of the table] the space's number of each, -1 where it is gone
+    ranks: NDArray[np.int64]  # [origins of the table] of their names among all
+
+
+class Found(NamedTuple):
+    """Where the entries of a batch of keys lie, ``[n]`` each."""
+
+    tokens: NDArray[np.int64]  # 0: absent
+    checksums: NDArray[np.uint64]
+    segment: NDArray[np.int64]
+    row: NDArray[np.int64]
+    outside: int  # how many entries a table places outside of their segments; they are absent
+
+
+class Column(NamedTuple):
+    """One ragged array of a batch: where each entry's rows are, and the buffer that they go into.
+
+    With ``files``, what of ``memory`` is not in physical memory is read from them.
+    """
+
+    row_bytes: int
+    out: NDArray[Any] | None = None  # rows of the whole batch; None: digested where they are, in memory
+    memory: NDArray[Any] | None = None
+    begins: NDArray[np.int64] | None = None  # [n] where each entry's rows begin in it, in bytes
+    files: NDArray[np.int32] | None = None  # [n] descriptors
+    places: NDArray[np.int64] | None = None  # [n] where its rows begin in its file, in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """Which digests to make of each entry (see ``format.checksum``), and what they have to be.
+
+    The first ``chained`` columns of the batch are the first chain, the others the second one, which begins with what
+    the first one should give (``expected``).
+    """
+
+    chained: int
+    seed: int = 0
+    keys: NDArray[np.uint8] | None = None  # [n, 32], mixed into the first seeds
+    seeds: NDArray[np.uint64] | None = None  # [n] first seeds, where there are no keys
+    expected: NDArray[np.uint64] | None = None  # [n]
+    expected_more: NDArray[np.uint64] | None = None
+    sums: NDArray[np.uint64] | None = None  # [n] what the first chain gives goes here
+    more: NDArray[np.uint64] | None = None
+
+
+# --- the library ------------------------------------------------------------------------------------------------------
+
+_P, _I64, _I32, _U64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint64
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [
+        ("size", _I64),
+        *((name, _P) for name in ("prefix", "rest", "segment", "origin", "tokens", "row", "checksum", "alive")),
+        ("segments", _I64),
+        ("origins", _I64),
+        ("numbers", _P),
+        ("ranks", _P),
+    ]
+
+
+class _Lookup(ctypes.Structure):
+    _fields_ = [
+        ("count", _I64),
+        ("keys", _P),
+        ("tables", _I64),
+        ("table", _P),
+        ("segments", _I64),
+        ("limits", _P),
+        ("names", _P),
+        ("tokens", _P),
+        ("checksums", _P),
+        ("segment", _P),
+        ("row", _P),
+        ("outside", _I64),
+    ]
+
+
+class _Column(ctypes.Structure):
+    _fields_ = [
+        ("row_bytes", _I64),
+        ("base", _P),
+        ("size", _I64),
+        ("begins", _P),
+        ("files", _P),
+        ("places", _P),
+        ("out", _P),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("count", _I64),
+        ("lengths", _P),
+        ("starts", _P),
+        ("ends", _P),
+        ("columns", _I64),
+        ("column", _P),
+        ("chained", _I64),
+        ("direct", _I32),
+        ("digests", _I32),
+        ("keys", _P),
+        ("seed", _U64),
+        ("seeds", _P),
+        ("expected", _P),
+        ("expected_more", _P),
+        ("sums", _P),
+        ("more", _P),
+        ("state", _P),
+        ("part", _I64),
+        ("bad", _I64),
+        ("error", _I32),
+    ]
+
+
+def _load() -> tuple[Any, str]:
+    """Return the library, None where it cannot be used, and why."""
+    if os.environ.get("ACTCACHE_LOOPS") == "numpy":
+        return None, "ACTCACHE_LOOPS=numpy asks for that"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        digest = ctypes.CDLL(xxhash_extension.__file__).XXH3_64bits_withSeed
+    except (OSError, AttributeError) as error:
+        return None, str(error)
+    digest.restype, digest.argtypes = _U64, (_P, ctypes.c_size_t, _U64)
+    known = bytes(range(256)) * 2
+    if digest(known, len(known), 7) != xxhash.xxh3_64_intdigest(known, 7):
+        return None, f"XXH3_64bits_withSeed of xxhash {xxhash.VERSION} is another function than its digests"
+    if library.act_version() != _VERSION:
+        return None, f"{LIBRARY} is of another release"
+    library.act_locate.restype, library.act_locate.argtypes = None, (_P, _I32)
+    library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
+    library.act_absent_pages.restype, library.act_absent_pages.argtypes = _I64, (_P, _I64, _P, _P, _I64)
+    library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
+    library.act_set_digest(ctypes.cast(digest, _P))
+    return library, ""
+
+
+_library, missing = _load()  #: ``missing``: why the compiled loops cannot be used; empty where they are
+
+
+def _address(array: NDArray[Any] | None) -> int | None:
+    """Return where the memory of a C-contiguous array begins. NumPy's own ways take a microsecond each."""
+    if array is None:
+        return None
+    if array.flags.writeable and array.size:
+        return ctypes.addressof(_Byte.from_buffer(array))  # type: ignore[arg-type]
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+_Byte = ctypes.c_char
+
+
+# --- what they do -----------------------------------------------------------------------------------------------------
+
+
+class Lookup:
+    """Finds keys in some tables; immutable.
+
+    Args:
+        limits: ``[segments]`` rows that each segment of the space has, by its number.
+        names: ``[segments]`` ranks of their names: of copies of one origin, that in the last name's segment is served.
+    """
+
+    def __init__(self, tables: Sequence[LookupTable], limits: NDArray[np.int64], names: NDArray[np.int64]) -> None:
+        # A stranger's index may begin anywhere in its file: what is not aligned is copied.
+        self._tables = [LookupTable(*(_aligned(array) for array in table)) for table in tables]
+        self._limits, self._names = limits, names
+        described = [
+            _Table(
+                len(table.prefix),
+                *map(_address, table[: len(table) - 2]),
+                len(table.numbers),
+                len(table.ranks),
+                _address(table.numbers),
+                _address(table.ranks),
+            )
+            for table in self._tables
+        ]
+        self._described = (_Table * len(described))(*described)
+        self._fixed = (
+            len(described),
+            ctypes.addressof(self._described),
+            len(limits),
+            _address(limits),
+            _address(names),
+        )
+
+    def locate(self, keys: NDArray[np.uint8]) -> Found:
+        """Look up ``[n, 32]`` keys, C-contiguous."""
+        if _library is None:
+            return Found(*numpy_loops.locate(self._tables, self._limits, self._names, keys))
+        count = len(keys)
+        made = np.empty((4, count), np.int64)
+        first = _address(made)
+        assert first is not None
+        call = _Lookup(count, _address(keys), *self._fixed, *(first + 8 * count * i for i in range(4)))
+        _library.act_locate(ctypes.byref(call), THREADS)
+        tokens, checksums, segment, row = made
+        return Found(tokens, checksums.view(np.uint64), segment, row, call.outside)
+
+
+def _aligned(array: Any) -> Any:
+    return None if array is None else np.require(array, requirements=["A", "C"])
+
+
+def gather(
+    columns: Sequence[Column],
+    lengths: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    digests: Digests | None = None,
+    *,
+    threads: int = THREADS,
+    direct: bool = False,
+) -> NDArray[np.int64]:
+    """Bring rows of a batch into its buffers and make their digests; return the positions of what is not intact.
+
+    That is entries whose digests are not what they should be, or whose memory or file is too short.
+
+    Args:
+        columns: in the order of the chain of digests.
+        lengths: ``[n]`` rows of each entry, 0 where it is absent.
+        offsets: ``[n + 1]`` where the place of each begins in the buffers, in rows; what its own rows leave of it
+            becomes zeros. Or ``[2, n]``, the begins and the ends, where the places do not follow one another.
+        threads: that share the work; more than there are processors where they wait for a disk.
+        direct: whether the files were opened for direct reads, which go past the page cache.
+
+    Raises:
+        EntryReadError: a file could not be read.
+    """
+    count = len(lengths)
+    starts, ends = (offsets[:-1], offsets[1:]) if offsets.ndim == 1 else offsets
+    state = np.zeros(count, np.uint8)
+    if _library is None:
+        numpy_loops.gather(columns, lengths, starts, ends, digests, direct, state)
+        return np.flatnonzero(state)
+    described = (_Column * len(columns))(*map(_described, columns))
+    batch = _Batch(
+        count, _address(lengths), _address(starts), _address(ends), len(columns), ctypes.addressof(described)
+    )
+    batch.direct, batch.state = direct, _address(state)
+    if digests is not None:
+        batch.digests, batch.chained, batch.seed, batch.keys = 1, digests.chained, digests.seed, _address(digests.keys)
+        for name in ("seeds", "expected", "expected_more", "sums", "more"):
+            if (array := getattr(digests, name)) is not None:
+                setattr(batch, name, _address(array))
+    if not _library.act_gather(ctypes.byref(batch), threads):
+        return _NONE
+    if batch.error:
+        error = EntryReadError(batch.error, os.strerror(batch.error))
+        error.entry = int(np.flatnonzero(state == _FAILED)[0])
+        raise error
+    return np.flatnonzero(state)
+
+
+def _described(column: Column) -> _Column:
+    row_bytes, out, memory, begins, files, places = column
+    size = 0 if memory is None else memory.nbytes
+    return _Column(
+        row_bytes, _address(memory), size, _address(begins), _address(files), _address(places), _address(out)
+    )
+
+
+def absent_pages(
+    memory: NDArray[Any], begins: NDArray[np.int64], nbytes: NDArray[np.int64], pages: int = 64
+) -> int | None:
+    """Return how many of ``pages`` pages, evenly spread over stretches of mapped memory, are not in physical memory;
+    None where this cannot be told. ``begins`` and ``nbytes``, ``[n]``, in bytes."""
+    if _library is None:
+        return None
+    base = _address(memory)
+    return int(_library.act_absent_pages(base, len(begins), _address(begins), _address(nbytes), pages))

@@ -1,0 +1,172 @@
+"""The loops of the read path in NumPy: for machines without the compiled ones, and what the tests hold those against.
+
+The functions take what those of ``actcache.io.loops`` take.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+_PRIMES = np.array(
+    [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
+)
+_PAGE = 4096
+_INTACT, _CORRUPT, _OUTSIDE, _SHORT = range(4)
+
+
+# --- looking up -------------------------------------------------------------------------------------------------------
+
+
+def find(
+    table: Any, prefix: NDArray[np.uint64], rest: NDArray[np.uint8], alive: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
+    """Return the position of each key's served copy in a table, ``[n]``, -1 where no position that is ``alive`` has
+    it."""
+    found = np.full(len(prefix), -1, np.int64)
+    size = len(table.prefix)
+    if not size:
+        return found
+    # Sorted queries walk the table once instead of jumping about in it.
+    open_queries = np.argsort(prefix)
+    position = np.searchsorted(table.prefix, prefix[open_queries])
+    while len(open_queries):
+        inside = position < size
+        open_queries, position = open_queries[inside], position[inside]
+        same = table.prefix[position] == prefix[open_queries]
+        open_queries, position = open_queries[same], position[same]
+        hit = (table.rest[position] == rest[open_queries]).all(axis=1)
+        if alive is not None:
+            hit &= alive[position]
+        found[open_queries[hit]] = position[hit]
+        # What is left shares its prefix with another key, or its latest copy is deleted.
+        open_queries, position = open_queries[~hit], position[~hit] + 1
+    return found
+
+
+def locate(
+    tables: Sequence[Any], limits: NDArray[np.int64], names: NDArray[np.int64], keys: NDArray[np.uint8]
+) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64], int]:
+    prefix, rest = keys[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64), keys[:, 8:]
+    count, outside = len(keys), 0
+    tokens, checksums = np.zeros(count, np.int64), np.zeros(count, np.uint64)
+    segment, row, best = np.full((3, count), -1, np.int64)
+    for table in tables:
+        position = find(table, prefix, rest, table.alive)
+        which = np.flatnonzero(position >= 0)
+        position = position[which]
+        of, origin = table.segment[position].astype(np.int64), table.origin[position].astype(np.int64)
+        begin, length = table.row[position], table.tokens[position].astype(np.int64)
+        inside = (of < len(table.numbers)) & (origin < len(table.ranks)) & (begin >= 0) & (length > 0)
+        number = np.full(len(of), -1, np.int64)
+        number[inside] = table.numbers[of[inside]]
+        inside &= (number >= 0) & (number < len(limits))
+        inside[inside] = begin[inside] <= limits[number[inside]] - length[inside]
+        outside += int((~inside).sum())
+        which, position, number, origin = which[inside], position[inside], number[inside], origin[inside]
+        place = table.ranks[origin] * len(limits) + names[number]
+        better = place > best[which]
+        which, position, number = which[better], position[better], number[better]
+        tokens[which], checksums[which] = table.tokens[position], table.checksum[position]
+        segment[which], row[which], best[which] = number, table.row[position], place[better]
+    return tokens, checksums, segment, row, outside
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def gather(
+    columns: Sequence[Any],
+    lengths: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    digests: Any,
+    direct: bool,
+    state: NDArray[np.uint8],
+) -> None:
+    data = [None if column.memory is None else _bytes(column.memory) for column in columns]
+    outs = [None if column.out is None else _bytes(column.out) for column in columns]
+    for i, length in enumerate(lengths.tolist()):
+        rows = []
+        for column, memory, out in zip(columns, data, outs, strict=True):
+            nbytes, begin = length * column.row_bytes, int(starts[i]) * column.row_bytes
+            own = None if out is None else out[begin : begin + nbytes]
+            if length and not state[i]:
+                state[i] = _bring(column, memory, own, i, nbytes, direct)
+            if length and not state[i]:
+                rows.append(own if memory is None or own is not None else memory[int(column.begins[i]) :][:nbytes])
+            if out is not None:
+                out[begin + nbytes : int(ends[i]) * column.row_bytes] = 0
+        if digests is not None and length and not state[i]:
+            state[i] = _compare(digests, rows, i, length)
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _bring(column: Any, memory: Any, out: Any, i: int, nbytes: int, direct: bool) -> int:
+    if column.files is not None:
+        return _OUTSIDE if out is None else _read(int(column.files[i]), int(column.places[i]), out, direct)
+    begin = -1 if memory is None else int(column.begins[i])
+    if begin < 0 or begin > len(memory) - nbytes:
+        return _OUTSIDE
+    if out is not None:
+        out[:] = memory[begin : begin + nbytes]
+    return _INTACT
+
+
+def _read(file: int, place: int, out: NDArray[np.uint8], direct: bool) -> int:
+    if direct:  # whole pages, from memory that begins at one: a file object's own mapping does
+        import mmap
+
+        begin, end = place // _PAGE * _PAGE, -(-(place + len(out)) // _PAGE) * _PAGE
+        with mmap.mmap(-1, end - begin) as pages:
+            brought = os.preadv(file, [pages], begin) - (place - begin)
+            if brought < len(out):
+                return _SHORT
+            out[:] = np.frombuffer(pages[place - begin : place - begin + len(out)], np.uint8)
+        return _INTACT
+    view = out.data
+    while view:
+        count = os.preadv(file, [view], place)
+        if not count:
+            return _SHORT
+        view, place = view[count:], place + count
+    return _INTACT
+
+
+def first_seeds(seed: int, keys: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the first seed of each entry's chain, ``[n]``."""
+    words = np.ascontiguousarray(keys).view("<u8").astype(np.uint64, copy=False)
+    mixed: NDArray[np.uint64] = np.bitwise_xor.reduce(words * _PRIMES[:4], axis=1)
+    mixed ^= lengths.astype(np.uint64) * _PRIMES[4]
+    mixed ^= np.uint64(seed)
+    return mixed
+
+
+def _compare(digests: Any, rows: list[Any], i: int, length: int) -> int:
+    if digests.keys is not None:
+        digest = int(first_seeds(digests.seed, digests.keys[i : i + 1], np.array([length]))[0])
+    else:
+        digest = int(digests.seeds[i])
+    state = _INTACT
+    for part, sums, expected in (
+        (rows[: digests.chained], digests.sums, digests.expected),
+        (rows[digests.chained :], digests.more, digests.expected_more),
+    ):
+        for data in part:
+            digest = xxhash.xxh3_64_intdigest(data.data, digest)
+        if not part:
+            continue
+        if sums is not None:
+            sums[i] = digest
+        if expected is not None:
+            state = _CORRUPT if digest != int(expected[i]) else state
+            digest = int(expected[i])
+    return state

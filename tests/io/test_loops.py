@@ -1,0 +1,367 @@
+"""The compiled loops against the same in NumPy, and against what a stranger's store may say."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actcache.format.keys import join_keys
+from actcache.io import loops
+from actcache.io.loops import Column, Digests, Lookup, LookupTable
+from tests.support.waiting import DEADLINE
+
+BOTH = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
+
+
+@pytest.fixture(autouse=True)
+def _chosen(request, monkeypatch):
+    assert not loops.missing  # the tests run where there is a compiler
+    if "compiled" in request.fixturenames and not request.getfixturevalue("compiled"):
+        monkeypatch.setattr(loops, "_library", None)
+
+
+def by_numpy(call):
+    """Return what a call gives without the compiled loops."""
+    library, loops._library = loops._library, None
+    try:
+        return call()
+    finally:
+        loops._library = library
+
+
+# --- looking up -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def tables(draw):
+    """Some tables of a space: keys from a small alphabet, some of them damaged, copies, deletions, segments that are
+    gone."""
+    segments = draw(st.integers(1, 4))
+    limits = np.array(draw(st.lists(st.integers(0, 30), min_size=segments, max_size=segments)), np.int64)
+    names = np.array(draw(st.permutations(range(segments))), np.int64)
+    made = []
+    for _ in range(draw(st.integers(0, 3))):
+        size, own = draw(st.integers(0, 12)), draw(st.integers(1, 3))
+        rng = np.random.default_rng(draw(st.integers(0, 1000)))
+        prefix = np.sort(rng.choice(np.array([0, 1, 5, 2**63, 2**64 - 1], np.uint64), size))
+        rest = rng.integers(0, 2, (size, 24)).astype(np.uint8) * (rng.random((size, 1)) < 0.2)
+        u4 = [rng.integers(0, most, size).astype(np.uint32) for most in (own + 1, own + 1, 5)]
+        made.append(
+            LookupTable(
+                *(prefix, rest.astype(np.uint8), *u4),
+                rng.integers(-2, 30, size),
+                rng.integers(0, 2**63, size).astype(np.uint64),
+                None if rng.random() < 0.5 else rng.random(size) < 0.7,
+                rng.integers(-1, segments + 1, own),
+                rng.permutation(own),
+            )
+        )
+    prefixes = np.array([0, 1, 5, 7, 2**63, 2**64 - 1], np.uint64)
+    return made, limits, names, join_keys(prefixes, np.zeros((6, 24), np.uint8))
+
+
+@given(tables())
+def test_what_is_found_is_what_numpy_finds(made):
+    tables, limits, names, keys = made
+    lookup = Lookup(tables, limits, names)
+    found, wanted = lookup.locate(keys), by_numpy(lambda: lookup.locate(keys))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("spread", ["even", "equal", "crowded", "two ends"])
+def test_any_prefixes_are_found(spread):
+    """Prefixes of digests lie evenly; a stranger's lie anywhere, and are found in as good a time."""
+    rng = np.random.default_rng(3)
+    size = 200_000
+    prefix = {
+        "even": lambda: rng.integers(0, 2**64, size, np.uint64),
+        "equal": lambda: np.repeat(np.arange(size // 10, dtype=np.uint64), 10),
+        "crowded": lambda: 2 ** rng.integers(0, 64, size, np.uint64) + rng.integers(0, 9, size, np.uint64),
+        "two ends": lambda: np.concatenate([np.arange(size, dtype="u8"), ~np.arange(size, dtype="u8")]),
+    }[spread]()
+    prefix.sort()
+    if spread == "crowded":
+        prefix = np.unique(prefix)
+    size = len(prefix)
+    rest = np.zeros((size, 24), np.uint8)
+    rest[:, :4] = np.arange(size, dtype="<u4").view(np.uint8).reshape(-1, 4)  # so each whole key is another
+    zeros = np.zeros(size, np.uint32)
+    table = LookupTable(
+        *(prefix, rest, zeros, zeros, zeros + 1, np.arange(size), np.arange(size, dtype=np.uint64)),
+        *(None, np.zeros(1, np.int64), np.zeros(1, np.int64)),
+    )
+    which = rng.permutation(size)[:5000]
+    found = Lookup([table], np.array([size]), np.zeros(1, np.int64)).locate(join_keys(prefix[which], rest[which]))
+    np.testing.assert_array_equal(found.row, which)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def chain(seed, *parts):
+    for part in parts:
+        seed = xxhash.xxh3_64_intdigest(np.ascontiguousarray(part).tobytes(), seed)
+    return seed
+
+
+@st.composite
+def batches(draw):
+    """Entries of one memory that is a file, too, and what there is to say of them."""
+    lengths = np.array(draw(st.lists(st.integers(0, 9), min_size=0, max_size=12)), np.int64)
+    width = draw(st.sampled_from([None, 9, 11]))
+    row_bytes = draw(st.sampled_from([1, 8, 24, 1536]))
+    starts = np.array([draw(st.integers(0, 40)) for _ in lengths], np.int64) * row_bytes + draw(st.integers(0, 7))
+    offsets = np.arange(len(lengths) + 1) * width if width else np.concatenate([[0], np.cumsum(lengths)])
+    return lengths, offsets.astype(np.int64), row_bytes, starts
+
+
+@given(batches(), st.sampled_from(["memory", "files", "direct", "both"]), st.integers(1, 5), st.booleans())
+def test_what_is_gathered_is_what_numpy_gathers(tmp_path_factory, batch, way, threads, damage):
+    lengths, offsets, row_bytes, begins = batch
+    count, rng = len(lengths), np.random.default_rng(5)
+    stored = rng.integers(0, 256, 60 * row_bytes + 8).astype(np.uint8)
+    small = rng.integers(0, 256, (60, 4)).astype(np.uint8)
+    path = tmp_path_factory.getbasetemp() / f"rows-{row_bytes}"
+    path.write_bytes(stored.tobytes())
+    flags = os.O_RDONLY | (os.O_DIRECT if way == "direct" else 0)
+    try:
+        file = os.open(path, flags)
+    except OSError:  # no direct reads here
+        file, way = os.open(path, os.O_RDONLY), "files"
+    files = None if way == "memory" else np.full(count, file, np.int32)
+    seeds = rng.integers(0, 2**63, count).astype(np.uint64)
+    parts = [
+        [small[i : i + n].reshape(-1), stored[b : b + n * row_bytes]]
+        for i, (n, b) in enumerate(zip(lengths.tolist(), begins.tolist(), strict=True))
+    ]
+    expected = np.array([chain(int(s), *p) for s, p in zip(seeds.tolist(), parts, strict=True)], np.uint64)
+    if damage and count:
+        expected[0] ^= np.uint64(1)
+
+    def call():
+        out = np.full((int(offsets[-1]), row_bytes), 7, np.uint8)
+        ids = np.full((int(offsets[-1]), 4), 7, np.uint8)
+        sums = np.zeros(count, np.uint64)
+        columns = [
+            Column(4, ids, small, np.arange(count, dtype=np.int64) * 4),
+            Column(row_bytes, out, None if way in ("files", "direct") else stored, begins, files, begins),
+        ]
+        digests = Digests(2, seeds=seeds, expected=expected, sums=sums)
+        bad = loops.gather(columns, lengths, offsets, digests, threads=threads, direct=way == "direct")
+        return bad, out, ids, sums
+
+    try:
+        found, wanted = call(), by_numpy(call)
+    finally:
+        os.close(file)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    bad, out, _, sums = found
+    assert bad.tolist() == [0] * bool(damage and count and lengths[0])
+    for i, n in enumerate(lengths.tolist()):
+        own = slice(int(offsets[i]), int(offsets[i]) + n)
+        np.testing.assert_array_equal(out[own].reshape(-1), parts[i][1])
+        assert not out[own.stop : int(offsets[i + 1])].any()
+        assert not n or sums[i] == chain(int(seeds[i]), *parts[i])
+
+
+@BOTH
+def test_optional_arrays_have_a_chain_of_their_own(compiled):
+    rows, spans = np.arange(12, dtype=np.float32).reshape(6, 2), np.arange(6, dtype=np.int32)
+    lengths, offsets = np.array([4, 2]), np.array([0, 4, 6])
+    parts = [(rows[:4], spans[:4]), (rows[4:], spans[4:])]
+    first = np.array([chain(9, one) for one, _ in parts], np.uint64)
+    second = np.array([chain(int(seed), other) for seed, (_, other) in zip(first, parts, strict=True)], np.uint64)
+    columns = [Column(8, memory=rows, begins=offsets[:2] * 8), Column(4, memory=spans, begins=offsets[:2] * 4)]
+    seeds = np.full(2, 9, np.uint64)
+
+    def bad(expected, expected_more):
+        digests = Digests(1, seeds=seeds, expected=expected, expected_more=expected_more)
+        return loops.gather(columns, lengths, offsets, digests).tolist()
+
+    assert bad(first, second) == []
+    assert bad(first, second + np.array([1, 0], np.uint64)) == [0]
+    assert bad(first ^ np.array([0, 1], np.uint64), second) == [1]
+    sums, more = np.zeros((2, 2), np.uint64)
+    loops.gather(columns, lengths, offsets, Digests(1, seeds=seeds, sums=sums, more=more))
+    assert (sums.tolist(), more.tolist()) == (first.tolist(), second.tolist())
+
+
+@BOTH
+@pytest.mark.parametrize("begin", [-1, -(2**63), 2**63 - 1, 2**62, 100, 77])
+def test_entries_outside_of_their_memory_are_not_followed(compiled, begin):
+    memory, out = np.arange(100, dtype=np.uint8), np.full((3, 8), 7, np.uint8)
+    lengths, begins = np.array([1, 3, 1]), np.array([0, begin, 92])
+    offsets = np.array([[0, 1, 2], [1, 2, 3]])  # too small a place for three rows, were they brought
+    bad = loops.gather([Column(8, out, memory, begins)], lengths, offsets, threads=1)
+    assert bad.tolist() == [1]
+    assert out.tolist() == [list(range(8)), [7] * 8, list(range(92, 100))]
+
+
+@BOTH
+@pytest.mark.parametrize("length", [2**31, 2**62, 2**63 - 1])
+def test_lengths_that_overflow_are_not_followed(compiled, length):
+    memory, out = np.zeros(100, np.uint8), np.full((2, 1024), 7, np.uint8)
+    lengths, offsets = np.array([length]), np.array([[0], [1]])
+    assert loops.gather(
+        [Column(1 << 10, out, memory, np.zeros(1, np.int64))], lengths, offsets, threads=1
+    ).tolist() == [0]
+    assert (out == 7).all()
+
+
+@BOTH
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_file_that_ends_too_early_is_told_of(compiled, tmp_path, direct):
+    (tmp_path / "rows").write_bytes(bytes(range(250)) * 40)
+    file = os.open(tmp_path / "rows", os.O_RDONLY)
+    out = np.full((3, 5000), 7, np.uint8)
+    places = np.array([0, 6000, 20_000])
+    columns = [Column(5000, out, files=np.full(3, file, np.int32), places=places)]
+    bad = loops.gather(columns, np.ones(3, np.int64), np.arange(4), direct=direct, threads=2)
+    os.close(file)
+    assert bad.tolist() == [1, 2]
+    assert out[0].tobytes() == (bytes(range(250)) * 20)
+
+
+def test_a_read_that_fails_names_the_entry(tmp_path):
+    (tmp_path / "rows").write_bytes(bytes(100))
+    file = os.open(tmp_path / "rows", os.O_RDONLY)
+    files = np.array([file, 10**6, file], np.int32)
+    columns = [Column(10, np.empty((3, 10), np.uint8), files=files, places=np.zeros(3, np.int64))]
+    with pytest.raises(loops.EntryReadError) as caught:
+        loops.gather(columns, np.ones(3, np.int64), np.arange(4))
+    os.close(file)
+    assert (caught.value.entry, caught.value.strerror) == (1, os.strerror(caught.value.errno))
+
+
+def test_no_entries():
+    assert loops.gather([Column(8, np.empty((0, 8), np.uint8))], np.empty(0, np.int64), np.zeros(1, np.int64)).size == 0
+    none = Lookup([], np.empty(0, np.int64), np.empty(0, np.int64)).locate(np.zeros((2, 32), np.uint8))
+    assert none.tokens.tolist() == [0, 0]
+
+
+def test_pages_that_are_absent(tmp_path):
+    import mmap
+
+    path = tmp_path / "pages"
+    path.write_bytes(bytes(1 << 20))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        memory = np.frombuffer(mapped, np.uint8)
+        begins, nbytes = np.array([0, 1 << 19]), np.array([4096 * 3, 4096 * 5])
+        assert loops.absent_pages(memory, begins, nbytes) == 0
+        del memory
+
+
+# --- threads, forks, signals ------------------------------------------------------------------------------------------
+
+
+def a_call(seed=0, threads=4):
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, 256, (400, 4096)).astype(np.uint8)
+    lengths = rng.integers(0, 5, 120)
+    begins = rng.integers(0, 390, 120)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    out = np.empty((int(offsets[-1]), 4096), np.uint8)
+    loops.gather([Column(4096, out, rows, begins * 4096)], lengths, offsets, threads=threads)
+    wanted = np.concatenate([rows[b : b + n] for b, n in zip(begins, lengths, strict=True)])
+    np.testing.assert_array_equal(out, wanted)
+
+
+def test_many_threads_at_once():
+    failed = []
+
+    def work(seed):
+        try:
+            for i in range(20):
+                a_call(seed * 100 + i)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+    assert failed == []
+
+
+def test_a_forks_child_has_threads_of_its_own():
+    a_call()
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            a_call(1)
+
+    busy = threading.Thread(target=work)
+    busy.start()
+    try:
+        children = []
+        for _ in range(8):
+            child = os.fork()
+            if not child:
+                signal.alarm(60)
+                a_call(2)
+                os._exit(0)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    finally:
+        stop.set()
+        busy.join(DEADLINE)
+
+
+@pytest.mark.processes
+def test_signals_are_for_python():
+    """The loops' threads take none, so that the main thread's sleep is broken off."""
+    code = """
+import os, signal, threading, time
+from tests.io.test_loops import a_call
+a_call()
+threading.Thread(target=lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ran.stdout, ran.stderr) == ("interrupted\n", "")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("how", ["asked for", "no library", "another xxhash"])
+def test_without_the_library_numpy_does_it_and_doctor_says_so(how, tmp_path):
+    code = {
+        "asked for": "import os; os.environ['ACTCACHE_LOOPS'] = 'numpy'",
+        "no library": "from pathlib import Path; Path.with_name = lambda path, name, old=Path.with_name: "
+        "Path('/nowhere') if name.startswith('_loops') else old(path, name)",
+        "another xxhash": "import xxhash; xxhash.xxh3_64_intdigest = lambda *given, "
+        "old=xxhash.xxh3_64_intdigest: old(*given) ^ 1",
+    }[how]
+    code += """
+from actcache.io import loops
+from tests.io.test_loops import a_call
+assert loops.missing and loops._library is None
+a_call()
+print(loops.missing)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stderr == ""
+    assert ran.stdout.strip()
+
+
+def test_the_structures_are_those_of_the_library():
+    """A field that one side lacks would shift all behind it."""
+    assert loops._library.act_sizes
+    sizes = (ctypes.c_int64 * 4)()
+    loops._library.act_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(kind) for kind in (loops._Table, loops._Lookup, loops._Column, loops._Batch)]

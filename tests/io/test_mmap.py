@@ -53,7 +53,7 @@ def test_rows_of_odd_sizes(tmp_path, hidden, dtype):
     for first, array in held.items():
         np.testing.assert_array_equal(arena.rows()[first : first + len(array)], array)
         np.testing.assert_array_equal(np.take(arena.rows(), [0, first], axis=0)[1], array[0])
-        arena.will_need(np.array([first]), np.array([len(array)]))
+        arena.will_need(np.array([first]) * arena.row_bytes, np.array([array.nbytes]))
     assert not arena.rows()[0].any(), "row 0 stands for padding"
     with pytest.raises(ValueError, match="read-only"):
         arena.rows()[0] = 1
@@ -377,7 +377,7 @@ def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             if in_memory(descriptor, wanted[:100]).any():
                 pytest.skip("this file system keeps all in memory")
-            arena.will_need(first + wanted, np.ones(len(wanted), np.int64))
+            arena.will_need((first + wanted) * 4096, np.full(len(wanted), 4096))
             end = time.monotonic() + DEADLINE
             while not in_memory(descriptor, wanted).all() and time.monotonic() < end:
                 time.sleep(0.05)
@@ -388,9 +388,7 @@ def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="whether a page is in memory is asked with preadv2")
-def test_what_is_in_memory_is_not_asked_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr(mmap, "will_need", lambda addresses, nbytes: asked.append(len(addresses)))
+def test_what_is_not_in_memory_is_seen():
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         path, rows = Path(folder) / "rows", 10_000
         with open(path, "wb") as file:
@@ -398,27 +396,25 @@ def test_what_is_in_memory_is_not_asked_for(monkeypatch):
             os.fsync(file.fileno())
         arena = Arena("|u1", (1024,))
         first = arena.place(path, 0, 4 * rows)
-        starts, counts = first + 4 * np.arange(0, rows, 10) + 1, np.full(rows // 10, 5)  # each over two pages
+        begins, nbytes = (first + 4 * np.arange(0, rows, 10) + 1) * 1024, np.full(rows // 10, 5 * 1024)  # two pages
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            arena.will_need(starts, counts)
-            arena.will_need(starts[:1], counts[:1])
-            assert not asked
+            assert not arena.is_absent(begins, nbytes)
+            assert not arena.is_absent(begins[:1], nbytes[:1])
+            assert not arena.is_absent(begins[:0], nbytes[:0])
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # a part would stay, in folios of megabytes
             os.pread(descriptor, 4096 * rows // 2, 0)
-            arena.will_need(starts, counts)
             if in_memory(descriptor, np.array([rows - 1])).all():
                 pytest.skip("this file system keeps all in memory")
-            assert asked == [rows // 10], "half of them are gone"
+            assert arena.is_absent(begins, nbytes), "half of them are gone"
+            assert not arena.is_absent(begins[:100], nbytes[:100])
         finally:
             os.close(descriptor)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a moment")
-def test_of_files_of_others_the_kernel_does_not_tell(tmp_path, monkeypatch):
+def test_of_files_of_others_the_kernel_does_not_tell(tmp_path):
     """mincore(2) says of their pages that all are in memory: they are asked for, whatever it says."""
-    asked = []
-    monkeypatch.setattr(mmap, "will_need", lambda addresses, nbytes: asked.append(len(addresses)))
     for folder in (tmp_path, *tmp_path.parents):
         if str(folder).startswith(tempfile.gettempdir()) or "pytest" in str(folder):
             folder.chmod(0o755)
@@ -432,11 +428,12 @@ def test_of_files_of_others_the_kernel_does_not_tell(tmp_path, monkeypatch):
         assert not mmap.tells(theirs)
         assert mmap.tells(mine)
         arena = Arena("|u1", (1024,))
-        first = [arena.place(path, 0, 8) for path in (mine, theirs)]
-        arena.will_need(np.array(first[:1]), np.array([8]))
+        arena.place(mine, 0, 8)
+        assert arena.is_told
+        arena.place(theirs, 0, 8)
+        assert not arena.is_told, "one file of others is enough"
     finally:
         os.seteuid(0)
-    assert asked == [1], "one file of others is enough"
 
 
 def in_memory(descriptor: int, pages: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError, StorageIOError
+from actcache.io import loops
 
 _PAGE = mmap.PAGESIZE
 _MAP_FIXED = 0x10  # Linux and macOS
@@ -32,7 +33,9 @@ _MREMAP_MAYMOVE_FIXED = 3
 # Linux 5.10 and later, the same number on every architecture; the C libraries have no name for it.
 _PROCESS_MADVISE = 440
 _MOST_RANGES = 1024  # of one call
-_LOOKS = 64  # pages that are looked at before a batch is asked for
+
+_LOOKS = 32  # pages of a batch that are looked at to see whether it is in memory, at most
+_BYTES_A_LOOK = 64 << 10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -82,20 +85,6 @@ def tells(path: Path) -> bool:
         return False
     effective = os.access in os.supports_effective_ids
     return os.stat(path).st_uid == os.geteuid() or os.access(path, os.W_OK, effective_ids=effective)
-
-
-def in_memory(addresses: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
-    """Return whether ranges of whole pages seem to be in memory: some pages, evenly spread over them, all are.
-
-    To ask for what is there costs three times as much. Where one page in twenty is not there, this is wrong once in
-    twenty-seven times (0.95 to the power of 64), and the read then waits for those.
-    """
-    ends = np.cumsum(nbytes // _PAGE)
-    pages = np.linspace(0, int(ends[-1]) - 1, min(_LOOKS, int(ends[-1])), dtype=np.int64)
-    which = np.searchsorted(ends, pages, side="right")
-    places = addresses[which] + nbytes[which] - (ends[which] - pages) * _PAGE
-    state = ctypes.create_string_buffer(1)
-    return all(_libc.mincore(place, _PAGE, state) == 0 and state.raw[0] & 1 for place in places.tolist())
 
 
 def _mmap(address: int | None, length: int, protection: int, flags: int, descriptor: int = -1, offset: int = 0) -> int:
@@ -221,11 +210,23 @@ class Arena:
         if _libc.mremap(old, 0, rows * self.row_bytes + shift, _MREMAP_MAYMOVE_FIXED, new) != new:
             raise _failure(f"cannot move a mapping of {rows} rows")
 
-    def will_need(self, firsts: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Ask the kernel to load runs of placed rows, ``counts[i]`` from ``firsts[i]`` on, unless they seem to be in
-        memory; returns at once."""
-        begins = firsts * self.row_bytes // _PAGE * _PAGE
-        ends = -(-(firsts + counts) * self.row_bytes // _PAGE) * _PAGE
-        ranges = self._range.address + begins, ends - begins
-        if not (self._told and in_memory(*ranges)):
-            will_need(*ranges)
+    @property
+    def is_told(self) -> bool:
+        """Whether the kernel tells what of this is in memory."""
+        return self._told
+
+    def is_absent(self, begins: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
+        """Return whether some of these stretches of placed rows seem not to be in memory, as far as the kernel tells.
+
+        To ask for what is there costs more than to read it. So some pages are looked at, evenly spread; where one in
+        twenty is not there, this is wrong once in five times (0.95 to the power of 32), and the read waits for those.
+        """
+        if not self._told:
+            return False
+        looks = min(_LOOKS, 1 + int(nbytes.sum()) // _BYTES_A_LOOK)
+        return bool(loops.absent_pages(self._rows, begins, nbytes, looks))
+
+    def will_need(self, begins: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
+        """Ask the kernel to load stretches of placed rows, ``nbytes[i]`` from ``begins[i]`` on; returns at once."""
+        first, last = begins // _PAGE * _PAGE, -(-(begins + nbytes) // _PAGE) * _PAGE
+        will_need(self._range.address + first, last - first)

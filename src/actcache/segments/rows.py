@@ -1,16 +1,18 @@
 """Row sources: how the rows of entries come from the files of segments into a buffer.
 
-``MappedRows`` gathers from arenas; ``ReadRows`` reads where a mapping would not be safe (network file systems).
+``MappedRows`` gathers from arenas, and reads what is not in memory; ``ReadRows`` reads all of it, where a mapping would
+not be safe (network file systems).
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +22,15 @@ from numpy.typing import NDArray
 from actcache.backend import Buffers, Expected
 from actcache.errors import SegmentGoneError
 from actcache.format.ragged import VALUES, offsets_of
-from actcache.io import loops
+from actcache.io import loops, memory
 from actcache.io.files import translated
-from actcache.io.loops import Column
+from actcache.io.loops import Column, Digests
 from actcache.io.mmap import Arena
 from actcache.segments.segment import Segment
 
-_DEPTH = 16  # reads at a time
+_DEPTH = 32  # reads at a time
+_MOST_FILES = 64  # that are kept open
+_MEMORY_SECONDS = 10.0  # for which what is known of the machine's memory is good
 
 
 @contextmanager
@@ -63,6 +67,80 @@ class RowSource(ABC):
     def close(self) -> None: ...
 
 
+class OpenFiles:
+    """Open files of segments, the last ``most`` that were asked for. Thread-safe."""
+
+    def __init__(self, most: int = _MOST_FILES) -> None:
+        self.most = most
+        self._files: OrderedDict[tuple[Path, int], int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def descriptor(self, path: Path, flags: int = 0) -> int:
+        """Return a descriptor that is the caller's to close, so that nobody's eviction pulls it away. ``OSError``."""
+        with self._lock:
+            key = path, flags
+            if key not in self._files:
+                self._files[key] = self._open(path, flags)
+            self._files.move_to_end(key)
+            try:
+                return os.dup(self._files[key])
+            finally:
+                while len(self._files) > self.most:
+                    os.close(self._files.popitem(last=False)[1])
+
+    def _open(self, path: Path, flags: int) -> int:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+        if not flags and hasattr(os, "posix_fadvise"):
+            # What a shuffled batch reads says nothing of what comes next.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor
+
+    def close(self) -> None:
+        with self._lock:
+            self.most = 0  # a read that still runs keeps nothing open
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+
+@contextmanager
+def _descriptors(files: OpenFiles, segments: Sequence[Segment], column: str, flags: int = 0) -> Iterator[list[int]]:
+    """Open the files that have a column of some segments, for as long as they are read."""
+    opened: dict[Path, int] = {}
+    try:
+        for segment in segments:
+            with reading(segment.files.where):
+                if (path := segment.file(column)) not in opened:
+                    opened[path] = files.descriptor(path, flags)
+        yield [opened[segment.file(column)] for segment in segments]
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+
+
+def _read_column(
+    segments: Sequence[Segment],
+    descriptors: Sequence[int],
+    of_entry: NDArray[np.int64],
+    plan: RowPlan,
+    column: str,
+    mapped: Column,
+) -> Column:
+    """Add to a column where its rows lie in files: each entry in that of the segment at ``of_entry``."""
+    files = np.array(descriptors, np.int32)[of_entry]
+    begins = np.array([segment.extents[column].offset for segment in segments], np.int64)[of_entry]
+    return mapped._replace(files=files, places=begins + plan.starts * mapped.row_bytes)
+
+
+@contextmanager
+def _failures(segments: Sequence[Segment], of_entry: NDArray[np.int64]) -> Iterator[None]:
+    """Have a read that fails name the segment of the entry."""
+    try:
+        yield
+    except loops.EntryReadError as error:
+        with reading(segments[of_entry[error.entry]].files.where):
+            raise
+
+
 @dataclass(frozen=True)
 class _Mapped:
     """What is mapped of one column."""
@@ -79,20 +157,27 @@ class _Mapped:
 
 
 class MappedRows(RowSource):
-    """Rows of local files, gathered from one arena a column."""
+    """Rows of local files, gathered from one arena a column.
+
+    Activations that are not in memory are read, many entries at a time: a page fault brings a page, and waits for it.
+    They go through the page cache where it can hold the space, and past it else: a scan of more than the memory would
+    evict what others use, and itself.
+    """
 
     def __init__(self, segments: list[Segment]) -> None:
         self._segments = segments  # grows; the number of a segment is its position
         self._columns: dict[str, _Mapped] = {}  # replaced, never changed
         self._lock = threading.Lock()
+        self._files = OpenFiles()
+        self._direct, self._look_again = 0, 0.0  # the flag of direct reads where they are due; when to look again
 
-    def _begins(self, column: str, plan: RowPlan) -> tuple[Arena, NDArray[np.int64]]:
-        """Return the arena of a column and each entry's first row in it; map what is not mapped yet."""
+    def _mapped(self, column: str, plan: RowPlan) -> tuple[Arena, NDArray[np.int64]]:
+        """Return the arena of a column and where each entry begins in it, in bytes; map what is not mapped yet."""
         mapped = self._columns.get(column)
         if mapped is None or not mapped.has(plan.segments, len(self._segments)):
             with self._lock:
                 mapped = self._map(column, sorted(set(plan.segments.tolist())))
-        return mapped.arena, mapped.firsts[plan.segments] + plan.starts
+        return mapped.arena, (mapped.firsts[plan.segments] + plan.starts) * mapped.arena.row_bytes
 
     def _map(self, column: str, numbers: list[int]) -> _Mapped:
         old = self._columns.get(column)
@@ -117,23 +202,73 @@ class MappedRows(RowSource):
         return self._columns[column]
 
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
-        columns = []
+        columns, absent = [], False
         for name, buffer in out.items():
-            arena, begins = self._begins(name, plan)
-            columns.append(Column(arena.row_bytes, buffer, arena.rows(), begins * arena.row_bytes))
+            arena, begins = self._mapped(name, plan)
+            columns.append(Column(arena.row_bytes, buffer, arena.rows(), begins))
+            if name == VALUES:
+                absent = arena.is_absent(begins, plan.lengths * arena.row_bytes)
+        offsets = offsets_of(plan.lengths, width)
         digests = None if expected is None else expected.digests(list(out))
-        return loops.gather(columns, plan.lengths, offsets_of(plan.lengths, width), digests)
+        if absent:
+            numbers, of_entry = np.unique(plan.segments, return_inverse=True)
+            if len(numbers) <= self._files.most:
+                return self._read(plan, list(out), columns, offsets, digests, numbers, of_entry)
+        return loops.gather(columns, plan.lengths, offsets, digests)
+
+    def _read(
+        self,
+        plan: RowPlan,
+        names: list[str],
+        columns: list[Column],
+        offsets: NDArray[np.int64],
+        digests: Digests | None,
+        numbers: NDArray[np.int64],
+        of_entry: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Gather, and read activations that are not in memory."""
+        segments = [self._segments[number] for number in numbers.tolist()]
+        direct = self._direct_flag()
+        with ExitStack() as stack:
+            try:
+                descriptors = stack.enter_context(_descriptors(self._files, segments, VALUES, direct))
+            except SegmentGoneError:  # what is mapped is still there without its name
+                return loops.gather(columns, plan.lengths, offsets, digests)
+            at = names.index(VALUES)
+            columns[at] = _read_column(segments, descriptors, of_entry, plan, VALUES, columns[at])
+            with _failures(segments, of_entry):
+                return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH, direct=direct != 0)
+
+    def _direct_flag(self) -> int:
+        """Return the flag that opens files for reads past the page cache, where it could not hold the space; else 0."""
+        if (now := time.monotonic()) >= self._look_again:
+            self._look_again = now + _MEMORY_SECONDS
+            nbytes = sum(segment.extents[VALUES].nbytes for segment in self._segments[:])
+            direct = getattr(os, "O_DIRECT", 0) if 2 * nbytes > memory.available() else 0
+            if direct and self._segments:
+                try:
+                    os.close(self._files.descriptor(self._segments[-1].file(VALUES), direct))
+                except OSError:  # this file system takes none
+                    direct = 0
+            self._direct = direct
+        return self._direct
 
     def will_need(self, plan: RowPlan) -> None:
-        arena, begins = self._begins(VALUES, plan)
+        if self._direct_flag():
+            return  # they are read when they are asked for
+        arena, begins = self._mapped(VALUES, plan)
+        nbytes = plan.lengths * arena.row_bytes
+        if arena.is_told and not arena.is_absent(begins, nbytes):
+            return
         order = np.argsort(begins)
         begins = begins[order]
-        ends = begins + plan.lengths[order]
+        ends = begins + nbytes[order]
         cuts = np.flatnonzero(begins[1:] != ends[:-1]) + 1  # neighbours on disk become one hint
         first, last = begins[np.r_[0, cuts]], ends[np.r_[cuts - 1, -1]]
         arena.will_need(first, last - first)
 
     def close(self) -> None:
+        self._files.close()
         with self._lock:
             self._columns.clear()
 
@@ -141,16 +276,15 @@ class MappedRows(RowSource):
 class ReadRows(RowSource):
     """Rows read with ``pread``, one call an entry and array; keeps at most ``most_files`` files open."""
 
-    def __init__(self, segments: list[Segment], most_files: int = 64) -> None:
+    def __init__(self, segments: list[Segment], most_files: int = _MOST_FILES) -> None:
         self._segments = segments
-        self._files: OrderedDict[Path, int] = OrderedDict()
-        self._most = self._at_once = most_files
-        self._lock = threading.Lock()
+        self._files = OpenFiles(most_files)
+        self._most = most_files
 
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
         offsets = offsets_of(plan.lengths, width)
         numbers, of_entry = np.unique(plan.segments, return_inverse=True)
-        at_once = max(1, self._at_once // len(out))
+        at_once = max(1, self._most // len(out))
         if len(numbers) <= at_once:
             return self._gather(plan, numbers, of_entry, out, offsets, expected)
         bad = [np.empty(0, np.int64)]
@@ -174,49 +308,18 @@ class ReadRows(RowSource):
     ) -> NDArray[np.int64]:
         """Read entries of a few segments, ``numbers``, of which each entry lies in the one at ``of_entry``."""
         segments = [self._segments[number] for number in numbers.tolist()]
-        opened: dict[Path, int] = {}
-        try:
+        digests = None if expected is None else expected.digests(list(out))
+        with ExitStack() as stack:
             columns = []
             for name, buffer in out.items():
-                row_bytes = buffer.strides[0]
-                files = np.array([self._open(segment, name, opened) for segment in segments], np.int32)[of_entry]
-                begins = np.array([segment.extents[name].offset for segment in segments], np.int64)[of_entry]
-                columns.append(Column(row_bytes, buffer, files=files, places=begins + plan.starts * row_bytes))
-            digests = None if expected is None else expected.digests(list(out))
-            try:
+                descriptors = stack.enter_context(_descriptors(self._files, segments, name))
+                column = Column(buffer.strides[0], buffer)
+                columns.append(_read_column(segments, descriptors, of_entry, plan, name, column))
+            with _failures(segments, of_entry):
                 return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH)
-            except loops.EntryReadError as error:
-                with reading(segments[of_entry[error.entry]].files.where):
-                    raise
-        finally:
-            for descriptor in opened.values():
-                os.close(descriptor)
-
-    def _open(self, segment: Segment, column: str, opened: dict[Path, int]) -> int:
-        """Return a descriptor of the file that has a column. It is this read's own, so that no other's eviction pulls
-        it away."""
-        with reading(segment.files.where):
-            path = segment.file(column)
-            if path not in opened:
-                opened[path] = self._duplicate(path)
-            return opened[path]
-
-    def _duplicate(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._files.move_to_end(path)
-            try:
-                return os.dup(self._files[path])
-            finally:
-                while len(self._files) > self._most:
-                    os.close(self._files.popitem(last=False)[1])
 
     def will_need(self, plan: RowPlan) -> None:
         """Do nothing: network file systems read ahead by themselves."""
 
     def close(self) -> None:
-        with self._lock:
-            self._most = 0  # a read that still runs keeps nothing open
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self._files.close()

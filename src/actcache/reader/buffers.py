@@ -6,6 +6,7 @@ he likes, though: a buffer is free when nothing but this pool refers to its memo
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from typing import Any
@@ -29,7 +30,7 @@ class BufferPool:
         Views (slices, ``torch.from_numpy``, ...) refer to the array that owns the memory, so that its reference count
         tells; this holds for CPython with a global lock, and elsewhere a buffer is simply not used again.
         """
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         with self._lock:
             buffer = self._free(nbytes)
             # The view is made under the lock: from now on the buffer counts as used.

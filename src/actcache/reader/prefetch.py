@@ -7,8 +7,9 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from actcache.errors import ClosedError
@@ -22,51 +23,49 @@ class _Channel(Generic[T]):
     """A bounded queue between one producer and one consumer, either of which may end it."""
 
     def __init__(self, depth: int) -> None:
-        self._depth = depth
-        self._items: deque[T] = deque()
-        self._changed = threading.Condition()
-        self._ended = False  # the producer has no more
-        self._failure: BaseException | None = None
+        # Two queues of C's: a wait costs a tenth of a condition's, and may be ended from a finalizer.
+        self._items: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()  # None: there are no more
+        self._room: SimpleQueue[None] = SimpleQueue()
+        for _ in range(depth):
+            self._room.put(None)
+        self._ended = False
         self.closed = False  # the consumer wants no more
 
     def wait_for_room(self) -> bool:
         """Wait until there is room; False where the consumer has left."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.closed or len(self._items) < self._depth)
-            return not self.closed
+        self._room.get()
+        return not self.closed
 
     def put(self, item: T) -> None:
-        with self._changed:
-            if not self.closed:
-                self._items.append(item)
-                self._changed.notify_all()
+        if not self.closed:
+            self._items.put((item,))
 
     def end(self, failure: BaseException | None = None) -> None:
-        with self._changed:
-            self._ended, self._failure = True, failure
-            self._changed.notify_all()
+        """Say that there are no more items, and why."""
+        self._ended = True
+        self._items.put(failure)
 
     def get(self) -> T:
         """Wait for an item. Raises the producer's failure once, then, and at the end, ``StopIteration``."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._items or self._ended or self.closed)
-            if self._items:
-                item = self._items.popleft()
-                self._changed.notify_all()
-                return item
-            failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        found = None if self.closed else self._items.get()
+        if isinstance(found, tuple):
+            self._room.put(None)
+            return found[0]
+        self._items.put(None)  # for whoever asks once more
+        if found is not None and not self.closed:
+            raise found
         raise StopIteration
 
     def close(self) -> None:
-        with self._changed:
-            self.closed = True
-            self._items.clear()
-            self._changed.notify_all()
+        self.closed = True
+        with suppress(Empty):
+            while True:
+                self._items.get_nowait()
+        self._items.put(None)
+        self._room.put(None)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return max(0, self._items.qsize() - self._ended)
 
 
 class Prefetch(Iterator[T]):

@@ -30,6 +30,7 @@ from actcache.segments.segment import Segment
 
 _DEPTH = 32  # reads at a time
 _MOST_FILES = 64  # that are kept open
+_LOOKS_WHEN_WARM = 2  # pages of a batch to come that are looked at
 _MEMORY_SECONDS = 10.0  # for which what is known of the machine's memory is good
 
 
@@ -169,6 +170,7 @@ class MappedRows(RowSource):
         self._columns: dict[str, _Mapped] = {}  # replaced, never changed
         self._lock = threading.Lock()
         self._files = OpenFiles()
+        self._cold = True  # whether what was read last was not all in memory
         self._direct, self._look_again = 0, 0.0  # the flag of direct reads where they are due; when to look again
 
     def _mapped(self, column: str, plan: RowPlan) -> tuple[Arena, NDArray[np.int64]]:
@@ -208,6 +210,7 @@ class MappedRows(RowSource):
             columns.append(Column(arena.row_bytes, buffer, arena.rows(), begins))
             if name == VALUES:
                 absent = arena.is_absent(begins, plan.lengths * arena.row_bytes)
+                self._cold = absent or not arena.is_told
         offsets = offsets_of(plan.lengths, width)
         digests = None if expected is None else expected.digests(list(out))
         if absent:
@@ -258,7 +261,8 @@ class MappedRows(RowSource):
             return  # they are read when they are asked for
         arena, begins = self._mapped(VALUES, plan)
         nbytes = plan.lengths * arena.row_bytes
-        if arena.is_told and not arena.is_absent(begins, nbytes):
+        # Where what was read last was in memory, this will be, too, or nearly.
+        if arena.is_told and not arena.is_absent(begins, nbytes, *(() if self._cold else (_LOOKS_WHEN_WARM,))):
             return
         order = np.argsort(begins)
         begins = begins[order]

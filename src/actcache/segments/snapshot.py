@@ -126,19 +126,20 @@ class SegmentedSnapshot(Snapshot):
         self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
     ) -> NDArray[np.int64]:
         found = located.found
+        if found.all() and len(found):
+            return self._rows.gather(RowPlan(located.segment, located.row, located.tokens), out, width, expected)
         if not found.any():
             for buffer in out.values():
                 buffer[: len(found) * (width or 0)] = 0
             return np.empty(0, np.int64)
-        if found.all():
-            return self._rows.gather(RowPlan(located.segment, located.row, located.tokens), out, width, expected)
         # An absent entry stands under some segment's number; none of its rows are read.
         segment = np.where(found, located.segment, located.segment[found][0])
         plan = RowPlan(segment, np.where(found, located.row, 0), located.tokens)
         return self._rows.gather(plan, out, width, expected)
 
     def read_ahead(self, located: EntryLocations) -> None:
-        found = located[located.found]
+        there = located.found
+        found = located if there.all() else located[there]
         if len(found.tokens):
             with suppress(FormatError):  # the read itself will say which entries are lost
                 self._rows.will_need(RowPlan(found.segment, found.row, found.tokens))

@@ -69,7 +69,7 @@ def _copy_of(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     vocabularies = {
         id(value): dict(value)
         for value in vars(tokenizer).values()
-        if type(value) is dict and all(type(key) is str and type(item) is int for key, item in value.items())
+        if type(value) is dict and {*map(type, value)} == {str} and {*map(type, value.values())} == {int}
     }
     return copy.deepcopy(tokenizer, vocabularies)
 

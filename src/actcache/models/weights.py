@@ -166,9 +166,8 @@ def _digests_of(
         return iter(())  # it stands in its header
     flat = leaf.cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
     data = memoryview(flat.numpy())  # type: ignore[arg-type]
-    if len(data) <= _SMALL:
-        return map(hash_chunk, [data] if len(data) else [])
-    return pool.map(hash_chunk, [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)])
+    chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
+    return map(hash_chunk, chunks) if len(data) <= _SMALL else pool.map(hash_chunk, chunks)
 
 
 def _memo_path() -> Path:

@@ -21,8 +21,8 @@ DEFAULT = "default"  # the entry point that serves a bare path where no store st
 
 Plugin = Backend | SegmentFormat | SpaceEngine
 
-#: The entry points of the distributions on a ``sys.path``. To look through all of them takes some ms, and opening a store
-#: asks for its backend several times.
+#: The entry points of the distributions on a ``sys.path``. To look through all of them takes some ms, and opening a
+#: store asks for its backend several times.
 _known: dict[tuple[str, ...], list[EntryPoint]] = {}
 
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")

@@ -11,7 +11,7 @@ from actcache.testing.conformance import BackendConformance
 
 
 class TestS3(BackendConformance):
-    """What S3 makes a difference to: how objects are listed, made once, replaced and removed; the rest is TestMemory's."""
+    """Where S3 makes a difference: how objects are listed, made once, replaced, removed; the rest is TestMemory's."""
 
     everyday = (
         "test_get_returns_what_was_put",

@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
+# Tests start hundreds of processes: compiling the package in each of them would take a minute in all.
+export PYTHONDONTWRITEBYTECODE :=
 
 FUZZ := hdf5 zarr safetensors index tombstone marker recipe collection export lmdb-meta lmdb-state
 
@@ -22,8 +24,12 @@ QUICK := architecture backends entries format golden io segments store
 demo: $(READY)
 	$(BIN)/python -m bench.demo
 
-test: $(READY) lint
-	$(EVERYDAY) -m "not long"
+# The linters run beside the tests; what they say comes after what those say, and either's failure is a failure.
+test: $(READY)
+	@$(MAKE) --no-print-directory lint >$(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(EVERYDAY) -m "not long"; tested=$$?; \
+	wait $$lint; linted=$$?; echo "lint:"; cat $(VENV)/lint.log; \
+	if [ $$tested != 0 ]; then exit $$tested; fi; exit $$linted
 
 test-quick: $(READY)
 	$(EVERYDAY) -m "not long and not processes" --ignore tests/segments/objects $(QUICK:%=tests/%)

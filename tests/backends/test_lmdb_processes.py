@@ -183,7 +183,7 @@ def test_many_writers_and_readers(url):
         check(space, held, range(4000))
 
 
-@pytest.mark.parametrize("grace", [0, 300])
+@pytest.mark.parametrize("grace", [0, pytest.param(300, marks=pytest.mark.long)])
 def test_compaction_under_readers_and_writers_that_are_killed(url, grace):
     rounds(url, grace, 1)
 

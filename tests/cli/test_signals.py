@@ -416,8 +416,8 @@ EVERYDAY = [pytest.param(name, marks=pytest.mark.long) if name == "bench" else n
 
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_signals_end_a_command_and_lose_nothing(name, driver, world, tmp_path):
-    numbers = [random.Random(name).choice(HEEDED)] if name != "fill" else list(HEEDED)
-    rounds(name, numbers, driver, world, tmp_path / "rounds")
+    number = random.Random(name).choice(HEEDED)  # a fill by SIGINT, as a process: tests/cli/test_cli.py
+    rounds(name, [number], driver, world, tmp_path / "rounds")
 
 
 # --- other ways to be ended, or not -----------------------------------------------------------------------------------

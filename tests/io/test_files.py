@@ -210,8 +210,9 @@ def test_of_racing_creators_one_wins(tmp_path):
         assert target.read_bytes() == results[0]
 
 
-def test_racing_creators_of_one_store(tmp_path):
-    for number in range(20):
+@pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_racing_creators_of_one_store(tmp_path, rounds):
+    for number in range(rounds):
         root, failures, gate = tmp_path / f"{number}", [], threading.Barrier(6)
 
         def create(n, root=root, failures=failures, gate=gate):

@@ -158,11 +158,12 @@ def test_no_descriptor_stays_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_closing_unmaps(tmp_path):
+@pytest.mark.parametrize("rounds", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_closing_unmaps(tmp_path, rounds):
     make_store(tmp_path / "store", range(30), segments=5)
     size = lambda: int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # noqa: E731
     before = size()
-    for _ in range(20):
+    for _ in range(rounds):
         with actcache.open(tmp_path / "store", "r", mapped=True) as store, store.space(recipe()) as space:
             space.get([key(n) for n in range(30)])
             assert mappings(tmp_path) > 5
@@ -362,10 +363,10 @@ def test_entries_of_all_lengths_are_gathered(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="whether a page is in memory is asked with preadv2")
 @pytest.mark.parametrize("in_one_call", [True, False])
 def test_what_will_be_needed_is_loaded(monkeypatch, in_one_call):
-    """3,000 scattered rows of a file that is not in memory: in a moment, they are; most of the others are not."""
+    """1,000 scattered rows of a file that is not in memory: in a moment, they are; most of the others are not."""
     monkeypatch.setattr("actcache.io.mmap._in_one_call", in_one_call and hasattr(os, "pidfd_open"))
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        path, rows = Path(folder) / "rows", 60_000
+        path, rows = Path(folder) / "rows", 20_000
         with open(path, "wb") as file:
             file.write(os.urandom(4096 * rows))
             os.fsync(file.fileno())

@@ -54,8 +54,14 @@ def full(task: PreTrainedModel, tokenizer: Any, texts: list[str]) -> tuple[torch
     return torch.cat(logits), states
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
+@pytest.mark.parametrize(
+    ("layer", "dtype", "tolerance"),
+    [
+        *(pytest.param(i, "float32", 1e-5, marks=[] if i in (1, 3, 5) else pytest.mark.long) for i in LAYERS),
+        # what rounding does to the last layers, whichever it begins at
+        *(pytest.param(i, "float16", 1e-2, marks=[] if i == 3 else pytest.mark.long) for i in LAYERS),
+    ],
+)
 def test_reduced_equals_full(
     layer: int,
     dtype: str,

@@ -303,7 +303,13 @@ def test_in_one_process_and_after_all_documents_are_present(
             compare(several[LAYER])
 
 
-@pytest.mark.parametrize("name", CHANGES)
+#: Every day each change is tried in the one way or in the other.
+_EVERY_SECOND = list(CHANGES)[::2]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _EVERY_SECOND else pytest.param(name, marks=pytest.mark.long) for name in CHANGES]
+)
 def test_changed_after_the_recycler_was_made(name: str, store: actcache.Store, tokenizer: Any) -> None:
     make, change = CHANGES[name]
     for way in (Recycler.fill, Recycler.reader):
@@ -315,6 +321,11 @@ def test_changed_after_the_recycler_was_made(name: str, store: actcache.Store, t
                 way(recycler, TEXTS)
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(name, marks=pytest.mark.long) if name in _EVERY_SECOND else name for name in CHANGES],
+    indirect=True,
+)
 def test_another_task_model_is_not_reduced(pair: Any, store: actcache.Store, tokenizer: Any) -> None:
     first, second = pair
     with Recycler(first, tokenizer, layer=LAYER, store=store, dtype="float32", max_length=128) as recycler:

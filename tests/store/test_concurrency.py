@@ -155,7 +155,7 @@ with actcache.open(sys.argv[1], "r") as store, store.space(recipe()) as space:
 
 
 @pytest.mark.timeout(200)
-@each(everyday=("hdf5", "lmdb"))
+@each(everyday=("hdf5",))  # lmdb has test_lmdb_processes.py
 def test_four_writers_and_two_readers(kind, tmp_path):
     result = work(kind, tmp_path / "store", 0.3)
     assert result["entries"] > 100

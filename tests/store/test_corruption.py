@@ -48,7 +48,7 @@ def examine(kind, golden, work, first, last):
 
 
 @pytest.mark.timeout(250)
-@each()
+@each(everyday=("hdf5", "safetensors", "lmdb"))  # a store of zarr has ten times the files, each read by the same code
 @pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.long)])
 def test_damages(kind, golden, work, count):
     counts = examine(kind, golden, work, 0, count)
@@ -60,7 +60,7 @@ def test_damages(kind, golden, work, count):
     assert counts["store refused"] + counts["space refused"] > count * ways * 5 / 150
 
 
-@each()
+@each(everyday=("hdf5",))
 def test_a_damage_that_once_hung(kind, golden, work):
     """Seed 112, which had the HDF5 library look for a text for ever; the everyday 40 do not come to it."""
     counts = examine(kind, golden, work, 112, 113)

@@ -201,7 +201,7 @@ def in_memory():
 
 
 @pytest.mark.timeout(240)
-@each()
+@each(everyday=("hdf5", "lmdb"))
 @pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_writers(kind, in_memory, count):
     crashes = Crashes(kind, in_memory / "store", 1)

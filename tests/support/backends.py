@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,7 +33,7 @@ class Kind:
     def url(self, path: Any) -> str:
         return f"{self.name}:{path}"
 
-    @property
+    @functools.cached_property  # which a frozen class may have
     def installed(self) -> bool:
         return self.name in registry.backends() and find_spec(self.library) is not None
 

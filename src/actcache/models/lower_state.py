@@ -185,7 +185,8 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         packed = isinstance(value, torch.ScriptObject) and not says_how
         own = name not in ("_parameters", "_buffers", "_modules")  # which are seen for themselves
-        if own and (packed or next(_in_containers(value), None) is not None):
+        may_hold = isinstance(value, torch.Tensor | list | tuple | dict)  # most are numbers
+        if own and (packed or (may_hold and next(_in_containers(value), None) is not None)):
             yield name, value
 
 

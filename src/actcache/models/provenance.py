@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import importlib.metadata
 import os
@@ -56,6 +57,7 @@ def _matmul_precision(device_type: str) -> str:
         return str(backend.matmul.fp32_precision)
 
 
+@functools.cache
 def _version(library: str) -> str:
     try:
         return importlib.metadata.version(library)

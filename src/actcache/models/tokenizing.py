@@ -23,6 +23,8 @@ TooLong = Literal["refuse", "truncate"] | Windows
 
 #: Words that tell whether a tokenizer keeps given words apart.
 _PROBES = (("a", "b"), ("A", "B"), ("1", "2"), ("é", "ü"), ("return", "it"))
+#: What a fast tokenizer says of itself, hashed as it comes -> its digest, for which all of it is read and sorted.
+_digests: dict[bytes, str] = {}
 _NO_LIMIT = 1_000_000  # transformers gives tokenizers without a limit one of 10**30
 
 
@@ -42,16 +44,34 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     It is the same after any kind of call: truncation and padding, which a fast tokenizer keeps as state, are left out.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else _slow_state(tokenizer)
-    for name in ("truncation", "padding"):
-        state.pop(name, None)
-    what = {
-        "state": state,
+    settings = {
         "truncation_side": tokenizer.truncation_side,
         "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
         "type_ids": "token_type_ids" in tokenizer.model_input_names,  # whether a pair's second text has others
     }
-    return hashlib.blake2b(canonical_json(what).encode(), digest_size=32, person=b"actcache/tokens").hexdigest()
+    if backend is None:
+        return _digest_of(_slow_state(tokenizer), settings)
+    text = backend.to_str()
+    quick = hashlib.blake2b(f"{canonical_json(settings)} {text}".encode(), digest_size=32).digest()
+    if quick not in _digests:
+        _digests[quick] = _digest_of(json.loads(text), settings)
+    return _digests[quick]
+
+
+def _digest_of(state: dict[str, Any], settings: dict[str, Any]) -> str:
+    kept = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
+    text = canonical_json({"state": kept, **settings})
+    return hashlib.blake2b(text.encode(), digest_size=32, person=b"actcache/tokens").hexdigest()
+
+
+def _copy_of(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a deep copy. A vocabulary, which holds texts and numbers only, is copied at once and not word by word."""
+    vocabularies = {
+        id(value): dict(value)
+        for value in vars(tokenizer).values()
+        if type(value) is dict and {*map(type, value)} == {str} and {*map(type, value.values())} == {int}
+    }
+    return copy.deepcopy(tokenizer, vocabularies)
 
 
 def _slow_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -114,7 +134,7 @@ class DocumentEncoder:
                 f"the {type(tokenizer).__name__} knows {len(tokenizer)} special tokens and no others: the model's "
                 "folder lacks the tokenizer's files; save the tokenizer there, or load it from where it is"
             )
-        self.tokenizer = copy.deepcopy(tokenizer)  # calls change a fast tokenizer's truncation and padding
+        self.tokenizer = _copy_of(tokenizer)  # calls change a fast tokenizer's truncation and padding
         self.tokenizer.model_max_length = int(1e30)  # or it warns of documents that this class is about to handle
         if windows:
             self.tokenizer.truncation_side = "right"  # windows lose nothing; with "left" they came in reverse order

@@ -38,6 +38,7 @@ from actcache.models.partial_vocabulary import Whole
 from actcache.models.tensors import dtype_name, without_bytes
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
+_SMALL = 1 << 16  # bytes that take less time to hash than to hand to a thread
 _MEMO_VERSION = 3
 _MEMO_ENTRIES = 1000
 _RACY_SECONDS = 2.0
@@ -165,7 +166,8 @@ def _digests_of(
         return iter(())  # it stands in its header
     flat = leaf.cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
     data = memoryview(flat.numpy())  # type: ignore[arg-type]
-    return pool.map(hash_chunk, [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)])
+    chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
+    return map(hash_chunk, chunks) if len(data) <= _SMALL else pool.map(hash_chunk, chunks)
 
 
 def _memo_path() -> Path:

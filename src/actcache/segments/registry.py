@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,13 +21,23 @@ DEFAULT = "default"  # the entry point that serves a bare path where no store st
 
 Plugin = Backend | SegmentFormat | SpaceEngine
 
+#: The entry points of the distributions on a ``sys.path``. To look through all of them takes some ms, and opening a
+#: store asks for its backend several times.
+_known: dict[tuple[str, ...], list[EntryPoint]] = {}
+
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(.*)", re.DOTALL)
 
 
 def backends() -> list[str]:
     """Return the names (URL schemes) of the installed backends, sorted."""
-    return sorted({point.name for point in entry_points(group=GROUP)} - {DEFAULT})
+    return sorted({point.name for point in _points()} - {DEFAULT})
+
+
+def _points() -> list[EntryPoint]:
+    """Return the entry points that are there now."""
+    points = _known[tuple(sys.path)] = list(entry_points(group=GROUP))
+    return points
 
 
 def parse(url: str) -> tuple[str | None, str]:
@@ -41,7 +52,8 @@ def parse(url: str) -> tuple[str | None, str]:
 
 def load(name: str) -> Plugin:
     """Import a backend. ``BackendError``: there is none of that name. ``MissingExtraError``: its library is missing."""
-    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    points = [point for point in _known.get(tuple(sys.path), ()) if point.name == name]
+    points = points or [point for point in _points() if point.name == name]  # it may have been installed meanwhile
     if not points:
         raise BackendError(f"there is no backend {name!r}; installed are {', '.join(backends())}")
     try:

@@ -11,7 +11,24 @@ from actcache.testing.conformance import BackendConformance
 
 
 class TestS3(BackendConformance):
-    steps = 40
+    """Where S3 makes a difference: how objects are listed, made once, replaced, removed; the rest is TestMemory's."""
+
+    everyday = (
+        "test_get_returns_what_was_put",
+        "test_present_keys_are_skipped_unless_overwritten",
+        "test_delete",
+        "test_two_writers",
+        "test_flushed_entries_are_seen_by_others",
+        "test_a_space_is_deleted_with_all_that_belongs_to_it",
+        "test_absent_stores_and_spaces",
+        "test_read_only",
+        "test_closing_flushes",
+        "test_blobs",
+        "test_collections",
+        "test_pickling_carries_the_url_and_the_recipe",
+        "test_random_operations_against_a_dictionary",
+    )
+    steps = 20
 
     @pytest.fixture
     def url(self, bucket):

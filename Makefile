@@ -19,7 +19,7 @@ EVERYDAY := PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -n auto --ma
 # For the inner loop: no processes, no models, no servers.
 QUICK := architecture backends entries format golden io segments store
 
-.PHONY: demo test test-quick test-long test-quantized fuzz golden lint picture bench clean
+.PHONY: demo test test-quick test-long test-quantized fuzz sanitize golden lint picture bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
@@ -37,6 +37,15 @@ test-quick: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m pip install -q "atheris>=3"
 	set -e; for target in $(or $(TARGET),$(FUZZ)); do $(BIN)/python -m tests.fuzz $$target --seconds $(or $(SECONDS),600); done
+
+# The compiled loops under the sanitizers of addresses and undefined behaviour: needs gcc.
+SANITIZED := $(VENV)/loops-sanitized.so
+sanitize: $(READY)
+	gcc -g -O1 -std=c11 -fPIC -shared -pthread -fvisibility=hidden -fsanitize=address,undefined -fno-sanitize-recover=all \
+		src/actcache/io/loops.c -o $(SANITIZED)
+	ACTCACHE_LOOPS=$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -p no:faulthandler -m "not long" tests/io/test_loops.py \
+		tests/segments/test_cold_rows.py tests/segments/test_index.py tests/backends tests/fuzz tests/store/test_malicious.py
 
 golden: $(READY)
 	$(BIN)/python -m tests.golden.make

@@ -85,3 +85,11 @@ def test_a_bucket_that_is_not_there_and_no_secrets(monkeypatch):
     assert "nowhere-1" in result.out
     assert "127.0.0.1" in result.out
     assert "terribly" not in result.out
+
+
+def test_what_reads_rows_is_told(monkeypatch):
+    assert diagnosed()["facts"]["machine"]["read path"].startswith("compiled loops")
+    monkeypatch.setattr("actcache.io.loops.missing", "no library")
+    found = diagnosed()
+    assert found["facts"]["machine"]["read path"] == "NumPy: no library"
+    assert any("several times slower" in warning for warning in found["warnings"])

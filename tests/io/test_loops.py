@@ -199,10 +199,19 @@ def test_optional_arrays_have_a_chain_of_their_own(compiled):
 @BOTH
 @pytest.mark.parametrize("begin", [-1, -(2**63), 2**63 - 1, 2**62, 100, 77])
 def test_entries_outside_of_their_memory_are_not_followed(compiled, begin):
-    memory, out = np.arange(100, dtype=np.uint8), np.full((3, 8), 7, np.uint8)
+    memory, out = np.arange(100, dtype=np.uint8), np.full((5, 8), 7, np.uint8)
     lengths, begins = np.array([1, 3, 1]), np.array([0, begin, 92])
-    offsets = np.array([[0, 1, 2], [1, 2, 3]])  # too small a place for three rows, were they brought
-    bad = loops.gather([Column(8, out, memory, begins)], lengths, offsets, threads=1)
+    bad = loops.gather([Column(8, out, memory, begins)], lengths, np.array([0, 1, 4, 5]), threads=1)
+    assert bad.tolist() == [1]
+    assert out.tolist() == [list(range(8)), *[[7] * 8] * 3, list(range(92, 100))]
+
+
+@BOTH
+def test_entries_without_room_are_not_brought(compiled):
+    memory, out = np.arange(100, dtype=np.uint8), np.full((3, 8), 7, np.uint8)
+    lengths, begins = np.array([1, 3, 1]), np.array([0, 8, 92])
+    places = np.array([[0, 1, 2], [1, 2, 3]])  # a place of one row for three
+    bad = loops.gather([Column(8, out, memory, begins)], lengths, places, threads=1)
     assert bad.tolist() == [1]
     assert out.tolist() == [list(range(8)), [7] * 8, list(range(92, 100))]
 

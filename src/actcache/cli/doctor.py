@@ -16,6 +16,7 @@ from actcache.admin import machine
 from actcache.cli import options
 from actcache.cli.common import ExitCode, print_json, say
 from actcache.errors import ActcacheError, BackendError, MissingExtraError, StoreNotFoundError
+from actcache.io import loops
 from actcache.io.files import FileOperations, is_local, mount_of
 from actcache.segments import registry
 from actcache.segments.places.local_place import local_path
@@ -38,6 +39,11 @@ def doctor(
     """
     facts = {"versions": machine.versions(), "extras": _extras(), "backends": _backends(), "machine": machine.facts()}
     warnings: list[str] = []
+    if loops.missing:
+        facts["machine"]["read path"] = f"NumPy: {loops.missing}"
+        warnings.append("the compiled loops of the read path cannot be used: reads are right, and several times slower")
+    else:
+        facts["machine"]["read path"] = f"compiled loops, {loops.THREADS} threads"
     usable = store is None or _look_at(store, facts, warnings)
     if as_json:
         print_json({"facts": facts, "warnings": warnings, "usable": usable})

@@ -170,10 +170,11 @@ class _Batch(ctypes.Structure):
 
 def _load() -> tuple[Any, str]:
     """Return the library, None where it cannot be used, and why."""
-    if os.environ.get("ACTCACHE_LOOPS") == "numpy":
+    named = os.environ.get("ACTCACHE_LOOPS")  # "numpy", or the path of another build
+    if named == "numpy":
         return None, "ACTCACHE_LOOPS=numpy asks for that"
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(named or str(LIBRARY))
         digest = ctypes.CDLL(xxhash_extension.__file__).XXH3_64bits_withSeed
     except (OSError, AttributeError) as error:
         return None, str(error)

@@ -96,6 +96,9 @@ def gather(
         for column, memory, out in zip(columns, data, outs, strict=True):
             nbytes, begin = length * column.row_bytes, int(starts[i]) * column.row_bytes
             own = None if out is None else out[begin : begin + nbytes]
+            if length > ends[i] - starts[i]:
+                state[i] = _OUTSIDE
+                continue
             if length and not state[i]:
                 state[i] = _bring(column, memory, own, i, nbytes, direct)
             if length and not state[i]:

@@ -38,6 +38,6 @@ def _of_container() -> int | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return []

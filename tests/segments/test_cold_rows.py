@@ -48,15 +48,22 @@ def drop(folder: Path) -> None:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How each gather was asked to read: (whether from files, whether past the page cache)."""
+    """How rows were brought, one for each batch: (whether from files, whether past the page cache)."""
     calls = []
 
     def gather(columns, *given, **options):
         calls.append((any(column.files is not None for column in columns), options.get("direct", False)))
         return original(columns, *given, **options)
 
-    original = loops.gather
+    def gather_if_present(*given):
+        bad = if_present(*given)
+        if bad is not None:
+            calls.append((False, False))
+        return bad
+
+    original, if_present = loops.gather, loops.gather_if_present
     monkeypatch.setattr(loops, "gather", gather)
+    monkeypatch.setattr(loops, "gather_if_present", gather_if_present)
     return calls
 
 

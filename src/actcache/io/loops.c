@@ -268,6 +268,7 @@ typedef struct {
     uint64_t *sums, *more; /* [count] digests of the two chains, or NULL */
     uint8_t *state;        /* [count] 0 where all is well, else one of these: */
     int64_t part;          /* entries that a thread takes at a time */
+    int64_t looks, looked; /* pages to look at first, at most, and the column whose they are; 0: none */
     _Atomic int64_t bad;   /* entries whose state is not 0 */
     _Atomic int32_t error; /* errno of a read that failed */
 } batch;
@@ -412,10 +413,42 @@ static void gather_part(void *context, int64_t part) {
     }
 }
 
-/* Bring the rows of a batch into its buffers, padding included; return how many entries are not well. */
+/* Return how many of ``pages`` addresses, evenly spread over the rows of entries, are not in memory. */
+static int64_t absent_pages(const uint8_t *base, int64_t size, int64_t count, const int64_t *begins,
+                            const int64_t *lengths, int64_t row_bytes, int64_t total, int64_t pages) {
+    int64_t absent = 0, entry = 0, before = 0;
+    for (int64_t n = 0; n < pages && total > 0; n++) {
+        int64_t at = pages == 1 ? 0 : (int64_t)((double)(total - 1) * (double)n / (double)(pages - 1));
+        while (entry < count && at >= before + lengths[entry] * row_bytes) before += lengths[entry++] * row_bytes;
+        if (entry == count) break;
+        int64_t place = begins[entry] + (at - before);
+        if (place >= 0 && place < size) absent += !is_resident(base + place, 1);
+    }
+    return absent;
+}
+
+#define BYTES_A_LOOK (256 << 10)
+
+/* Return whether some rows seem not to be in memory: ``most`` pages are looked at, fewer of a small batch. */
+static int seems_absent(const column *of, int64_t count, const int64_t *lengths, int64_t most) {
+    int64_t rows = 0, total;
+    for (int64_t i = 0; i < count; i++) rows += lengths[i];
+    if (of->base == NULL || __builtin_mul_overflow(rows, of->row_bytes, &total)) return 0;
+    int64_t pages = 1 + total / BYTES_A_LOOK;
+    if (pages > most) pages = most;
+    return absent_pages(of->base, of->size, count, of->begins, lengths, of->row_bytes, total, pages) > 0;
+}
+
+PUBLIC int32_t act_seems_absent(const column *of, int64_t count, const int64_t *lengths, int64_t most) {
+    return seems_absent(of, count, lengths, most);
+}
+
+/* Bring the rows of a batch into its buffers, padding included; return how many entries are not well, or -1 where it
+ * seems not to be in memory and ``looks`` asks for that. */
 PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     int64_t nbytes = 0, rows = 0;
     pthread_once(&once, prepare);
+    if (this->looks > 0 && seems_absent(this->column + this->looked, this->count, this->lengths, this->looks)) return -1;
     for (int64_t c = 0; c < this->columns; c++) nbytes += this->column[c].row_bytes;
     for (int64_t i = 0; i < this->count; i++) rows += this->ends[i] - this->starts[i];
     nbytes *= rows;
@@ -429,19 +462,4 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
 PUBLIC void act_sizes(int64_t *sizes) {
     const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch)};
     memcpy(sizes, all, sizeof all);
-}
-
-/* --- what is in memory --------------------------------------------------------------------------------------------------- */
-
-/* Return how many of ``pages`` addresses, evenly spread over the rows of entries, are not in memory. */
-PUBLIC int64_t act_absent_pages(const uint8_t *base, int64_t count, const int64_t *begins, const int64_t *nbytes,
-                                int64_t pages) {
-    int64_t total = 0, absent = 0, entry = 0, before = 0;
-    for (int64_t i = 0; i < count; i++) total += nbytes[i];
-    for (int64_t n = 0; n < pages && total > 0; n++) {
-        int64_t at = pages == 1 ? 0 : (int64_t)((double)(total - 1) * (double)n / (double)(pages - 1));
-        while (at >= before + nbytes[entry]) before += nbytes[entry++];
-        absent += !is_resident(base + begins[entry] + (at - before), 1);
-    }
-    return absent;
 }

@@ -33,6 +33,7 @@ _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, whi
 
 THREADS = min(available_cpus(), _MOST_THREADS)  #: that share a batch whose rows are in memory
 _NONE = np.empty(0, np.int64)
+LOOKS = 32  #: pages of a batch that are looked at to see whether it is in memory, at most
 
 
 class EntryReadError(OSError):
@@ -163,6 +164,8 @@ class _Batch(ctypes.Structure):
         ("more", _P),
         ("state", _P),
         ("part", _I64),
+        ("looks", _I64),
+        ("looked", _I64),
         ("bad", _I64),
         ("error", _I32),
     ]
@@ -186,7 +189,7 @@ def _load() -> tuple[Any, str]:
         return None, f"{LIBRARY} is of another release"
     library.act_locate.restype, library.act_locate.argtypes = None, (_P, _I32)
     library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
-    library.act_absent_pages.restype, library.act_absent_pages.argtypes = _I64, (_P, _I64, _P, _P, _I64)
+    library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
     library.act_set_digest(ctypes.cast(digest, _P))
     return library, ""
@@ -285,6 +288,32 @@ def gather(
     Raises:
         EntryReadError: a file could not be read.
     """
+    found = _gather(columns, lengths, offsets, digests, threads, direct, None)
+    assert found is not None
+    return found
+
+
+def gather_if_present(
+    columns: Sequence[Column],
+    lengths: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    digests: Digests | None,
+    looked: int,
+) -> NDArray[np.int64] | None:
+    """``gather``, unless the rows of the column at ``looked`` seem not to be in memory (see ``seems_absent``): then
+    nothing is brought, and None returned."""
+    return _gather(columns, lengths, offsets, digests, THREADS, False, looked)
+
+
+def _gather(
+    columns: Sequence[Column],
+    lengths: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    digests: Digests | None,
+    threads: int,
+    direct: bool,
+    looked: int | None,
+) -> NDArray[np.int64] | None:
     count = len(lengths)
     starts, ends = (offsets[:-1], offsets[1:]) if offsets.ndim == 1 else offsets
     state = np.zeros(count, np.uint8)
@@ -301,8 +330,11 @@ def gather(
         for name in ("seeds", "expected", "expected_more", "sums", "more"):
             if (array := getattr(digests, name)) is not None:
                 setattr(batch, name, _address(array))
-    if not _library.act_gather(ctypes.byref(batch), threads):
-        return _NONE
+    if looked is not None:
+        batch.looks, batch.looked = LOOKS, looked
+    found = _library.act_gather(ctypes.byref(batch), threads)
+    if found <= 0:
+        return _NONE if not found else None
     if batch.error:
         error = EntryReadError(batch.error, os.strerror(batch.error))
         error.entry = int(np.flatnonzero(state == _FAILED)[0])
@@ -318,12 +350,13 @@ def _described(column: Column) -> _Column:
     )
 
 
-def absent_pages(
-    memory: NDArray[Any], begins: NDArray[np.int64], nbytes: NDArray[np.int64], pages: int = 64
-) -> int | None:
-    """Return how many of ``pages`` pages, evenly spread over stretches of mapped memory, are not in physical memory;
-    None where this cannot be told. ``begins`` and ``nbytes``, ``[n]``, in bytes."""
+def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) -> bool:
+    """Return whether some rows of a column in mapped memory seem not to be in physical memory; False where nothing can
+    tell.
+
+    To ask for what is there costs more than to read it. So some pages are looked at, ``most`` of them, evenly spread.
+    Where one in twenty is not there, 32 are wrong once in five times (0.95 to the power of 32).
+    """
     if _library is None:
-        return None
-    base = _address(memory)
-    return int(_library.act_absent_pages(base, len(begins), _address(begins), _address(nbytes), pages))
+        return False
+    return bool(_library.act_seems_absent(ctypes.byref(_described(column)), len(lengths), _address(lengths), most))

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError, StorageIOError
-from actcache.io import loops
 
 _PAGE = mmap.PAGESIZE
 _MAP_FIXED = 0x10  # Linux and macOS
@@ -33,9 +32,6 @@ _MREMAP_MAYMOVE_FIXED = 3
 # Linux 5.10 and later, the same number on every architecture; the C libraries have no name for it.
 _PROCESS_MADVISE = 440
 _MOST_RANGES = 1024  # of one call
-
-_LOOKS = 32  # pages of a batch that are looked at to see whether it is in memory, at most
-_BYTES_A_LOOK = 256 << 10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -214,18 +210,6 @@ class Arena:
     def is_told(self) -> bool:
         """Whether the kernel tells what of this is in memory."""
         return self._told
-
-    def is_absent(self, begins: NDArray[np.int64], nbytes: NDArray[np.int64], most: int = _LOOKS) -> bool:
-        """Return whether some of these stretches of placed rows seem not to be in memory, as far as the kernel tells.
-
-        To ask for what is there costs more than to read it. So some pages are looked at, ``most`` of them, evenly
-        spread; where one in twenty is not there, 32 are wrong once in five times (0.95 to the power of 32), and the
-        read waits for those.
-        """
-        if not self._told:
-            return False
-        looks = min(most, 1 + int(nbytes.sum()) // _BYTES_A_LOOK)
-        return bool(loops.absent_pages(self._rows, begins, nbytes, looks))
 
     def will_need(self, begins: NDArray[np.int64], nbytes: NDArray[np.int64]) -> None:
         """Ask the kernel to load stretches of placed rows, ``nbytes[i]`` from ``begins[i]`` on; returns at once."""

@@ -204,32 +204,32 @@ class MappedRows(RowSource):
         return self._columns[column]
 
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
-        columns, absent = [], False
+        columns, at, told = [], -1, False
         for name, buffer in out.items():
             arena, begins = self._mapped(name, plan)
             columns.append(Column(arena.row_bytes, buffer, arena.rows(), begins))
             if name == VALUES:
-                absent = arena.is_absent(begins, plan.lengths * arena.row_bytes)
-                self._cold = absent or not arena.is_told
+                at, told = len(columns) - 1, arena.is_told
         offsets = offsets_of(plan.lengths, width)
         digests = None if expected is None else expected.digests(list(out))
-        if absent:
-            numbers, of_entry = np.unique(plan.segments, return_inverse=True)
-            if len(numbers) <= self._files.most:
-                return self._read(plan, list(out), columns, offsets, digests, numbers, of_entry)
-        return loops.gather(columns, plan.lengths, offsets, digests)
+        if not told:  # only of a mapping that the kernel tells of is it known what is in memory
+            return loops.gather(columns, plan.lengths, offsets, digests)
+        bad = loops.gather_if_present(columns, plan.lengths, offsets, digests, at)
+        self._cold = bad is None
+        return bad if bad is not None else self._read(plan, at, columns, offsets, digests)
 
     def _read(
         self,
         plan: RowPlan,
-        names: list[str],
+        at: int,
         columns: list[Column],
         offsets: NDArray[np.int64],
         digests: Digests | None,
-        numbers: NDArray[np.int64],
-        of_entry: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """Gather, and read activations that are not in memory."""
+        """Gather, and read activations, the column at ``at``, where they are not in memory."""
+        numbers, of_entry = np.unique(plan.segments, return_inverse=True)
+        if len(numbers) > self._files.most:
+            return loops.gather(columns, plan.lengths, offsets, digests)
         segments = [self._segments[number] for number in numbers.tolist()]
         direct = self._direct_flag()
         with ExitStack() as stack:
@@ -237,7 +237,6 @@ class MappedRows(RowSource):
                 descriptors = stack.enter_context(_descriptors(self._files, segments, VALUES, direct))
             except SegmentGoneError:  # what is mapped is still there without its name
                 return loops.gather(columns, plan.lengths, offsets, digests)
-            at = names.index(VALUES)
             columns[at] = _read_column(segments, descriptors, of_entry, plan, VALUES, columns[at])
             with _failures(segments, of_entry):
                 return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH, direct=direct != 0)
@@ -260,10 +259,12 @@ class MappedRows(RowSource):
         if self._direct_flag():
             return  # they are read when they are asked for
         arena, begins = self._mapped(VALUES, plan)
-        nbytes = plan.lengths * arena.row_bytes
         # Where what was read last was in memory, this will be, too, or nearly.
-        if arena.is_told and not arena.is_absent(begins, nbytes, *(() if self._cold else (_LOOKS_WHEN_WARM,))):
+        looks = loops.LOOKS if self._cold else _LOOKS_WHEN_WARM
+        mapped = Column(arena.row_bytes, memory=arena.rows(), begins=begins)
+        if arena.is_told and not loops.seems_absent(mapped, plan.lengths, looks):
             return
+        nbytes = plan.lengths * arena.row_bytes
         order = np.argsort(begins)
         begins = begins[order]
         ends = begins + nbytes[order]

@@ -22,7 +22,8 @@
 #define KEY_BYTES 32
 #define PAGE 4096         /* what direct reads are aligned to: a multiple of every disk's block */
 #define PIECE (1 << 20)   /* bytes of one read */
-#define PART (256 << 10)  /* bytes of rows that a thread takes at a time */
+#define PART (64 << 10)   /* bytes of rows that a thread takes at a time */
+#define SHARE (192 << 10) /* bytes in memory for which one more thread is worth waking */
 #define MOST_HELPERS 63
 
 typedef uint64_t (*digest_function)(const void *data, size_t length, uint64_t seed);
@@ -454,6 +455,10 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     nbytes *= rows;
     if (this->part <= 0) this->part = this->count * PART / (nbytes > 0 ? nbytes : 1);
     if (this->part <= 0) this->part = 1;
+    int reads = 0;
+    for (int64_t c = 0; c < this->columns; c++) reads |= this->column[c].files != NULL;
+    if (!reads && threads > 1 + nbytes / SHARE) threads = (int32_t)(1 + nbytes / SHARE);
+    if (reads) this->part = 1; /* every thread waits for its own */
     share(gather_part, this, (this->count + this->part - 1) / this->part, threads);
     return this->bad;
 }

@@ -151,17 +151,3 @@ def test_more_segments_than_files_may_be_open(asked):
         with actcache.open(f"{folder}/store", "r", mapped=True) as opened, opened.space(recipe()) as space:
             space.get([key(n) for n in range(210)])
             assert asked[0] == (False, False)
-
-
-# --- how much memory there is -----------------------------------------------------------------------------------------
-
-
-def test_the_memory_of_a_container(tmp_path, monkeypatch):
-    real = memory.available()
-    assert 1 << 20 < real < 1 << 50
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("8388608\n")
-    (tmp_path / "memory.stat").write_text("anon 1048576\nfile 4194304\n")
-    assert memory.available() == 7 << 20
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available() > 7 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+_ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available() -> int:
@@ -27,13 +27,21 @@ def _of_machine() -> int | None:
 def _of_container() -> int | None:
     """What its limit leaves beside its programs' memory; files that it has read count against the limit, but go when
     room is needed."""
-    own = [line.partition("::")[2] for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")]
-    for folder in (_CGROUP / own[0].lstrip("/") if own else _CGROUP, _CGROUP):
-        limit = _lines(folder / "memory.max")
-        if limit and limit[0].isdigit():
-            stat = dict(line.split() for line in _lines(folder / "memory.stat"))
-            return max(0, int(limit[0]) - int(stat.get("anon", 0)))
-    return None
+    found = []
+    for line in _lines(_OWN):
+        number, controllers, path = line.split(":", 2)
+        if number == "0":  # version 2
+            root, limit, held = _ROOT, "memory.max", "anon"
+        elif "memory" in controllers.split(","):
+            root, limit, held = _ROOT / "memory", "memory.limit_in_bytes", "total_rss"
+        else:
+            continue
+        for folder in (root / path.lstrip("/"), root):  # within a container its own group is the root
+            if (most := "".join(_lines(folder / limit))).isdigit():
+                stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+                found.append(max(0, int(most) - int(stat.get(held, 0))))
+                break
+    return min(found, default=None)
 
 
 def _lines(path: Path) -> list[str]:

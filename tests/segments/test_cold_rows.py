@@ -101,6 +101,20 @@ def test_what_is_not_in_memory_is_read(store, asked, monkeypatch, room):
         check(space, range(620))
 
 
+def test_a_part_of_a_large_space_stays_in_memory(store, asked, monkeypatch):
+    """Who reads some documents of a space that is larger than the memory finds them there the next time."""
+    monkeypatch.setattr(memory, "available", lambda: 8 << 20)  # an eighth of it is a MiB
+    url, _ = store
+    with actcache.open(url, "r", mapped=True) as opened, opened.space(recipe(**WIDE)) as space:
+        check(space, [1, 201, 300])
+        if asked == [(False, False)]:
+            pytest.skip("this file system keeps all in memory")
+        check(space, [1, 201, 300])
+        assert asked == [(True, False), (False, False)]
+        check(space, shuffled())
+        assert asked[-1] == (True, True)
+
+
 def test_one_flipped_byte_is_found_on_a_cold_read(store):
     url, folder = store
     segment = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

@@ -31,6 +31,7 @@ from actcache.segments.segment import Segment
 _DEPTH = 32  # reads at a time
 _MOST_FILES = 64  # that are kept open
 _LOOKS_WHEN_WARM = 2  # pages of a batch to come that are looked at
+_SHARE = 8  # of the memory, the part that a space which is larger may take up in the page cache
 _MEMORY_SECONDS = 10.0  # for which what is known of the machine's memory is good
 
 
@@ -161,8 +162,8 @@ class MappedRows(RowSource):
     """Rows of local files, gathered from one arena a column.
 
     Activations that are not in memory are read, many entries at a time: a page fault brings a page, and waits for it.
-    They go through the page cache where it can hold the space, and past it else: a scan of more than the memory would
-    evict what others use, and itself.
+    They go through the page cache where it can hold the space. Of a larger one the first go through it, up to an eighth
+    of the memory, and the others past it: a scan of more than the memory would evict what others use, and itself.
     """
 
     def __init__(self, segments: list[Segment]) -> None:
@@ -171,7 +172,8 @@ class MappedRows(RowSource):
         self._lock = threading.Lock()
         self._files = OpenFiles()
         self._cold = True  # whether what was read last was not all in memory
-        self._direct, self._look_again = 0, 0.0  # the flag of direct reads where they are due; when to look again
+        self._direct, self._room, self._look_again = 0, 0, 0.0  # see ``_look``; when to look again
+        self._brought = 0  # bytes that were read through the page cache
 
     def _mapped(self, column: str, plan: RowPlan) -> tuple[Arena, NDArray[np.int64]]:
         """Return the arena of a column and where each entry begins in it, in bytes; map what is not mapped yet."""
@@ -231,7 +233,7 @@ class MappedRows(RowSource):
         if len(numbers) > self._files.most:
             return loops.gather(columns, plan.lengths, offsets, digests)
         segments = [self._segments[number] for number in numbers.tolist()]
-        direct = self._direct_flag()
+        direct = self._direct_flag(int(plan.lengths.sum()) * columns[at].row_bytes)
         with ExitStack() as stack:
             try:
                 descriptors = stack.enter_context(_descriptors(self._files, segments, VALUES, direct))
@@ -241,22 +243,32 @@ class MappedRows(RowSource):
             with _failures(segments, of_entry):
                 return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH, direct=direct != 0)
 
-    def _direct_flag(self) -> int:
-        """Return the flag that opens files for reads past the page cache, where it could not hold the space; else 0."""
+    def _direct_flag(self, nbytes: int = 0) -> int:
+        """Return the flag that opens files for reads past the page cache, where so many bytes more are not to go
+        through it; else 0."""
         if (now := time.monotonic()) >= self._look_again:
             self._look_again = now + _MEMORY_SECONDS
-            nbytes = sum(segment.extents[VALUES].nbytes for segment in self._segments[:])
-            direct = getattr(os, "O_DIRECT", 0) if 2 * nbytes > memory.available() else 0
-            if direct and self._segments:
-                try:
-                    os.close(self._files.descriptor(self._segments[-1].file(VALUES), direct))
-                except OSError:  # this file system takes none
-                    direct = 0
-            self._direct = direct
+            self._direct, self._room = self._look()
+        if not self._direct or self._brought + nbytes <= self._room:
+            self._brought += nbytes
+            return 0
         return self._direct
 
+    def _look(self) -> tuple[int, int]:
+        """Return the flag of direct reads where the page cache cannot hold the space, and what may go through it even
+        so: who reads a few documents of a large space again and again is to find them in memory."""
+        room = memory.available()
+        if 2 * sum(segment.extents[VALUES].nbytes for segment in self._segments[:]) <= room or not self._segments:
+            return 0, 0
+        direct = getattr(os, "O_DIRECT", 0)
+        try:
+            os.close(self._files.descriptor(self._segments[-1].file(VALUES), direct))
+        except OSError:  # this file system takes none
+            direct = 0
+        return direct, room // _SHARE
+
     def will_need(self, plan: RowPlan) -> None:
-        if self._direct_flag():
+        if self._direct_flag(1):
             return  # they are read when they are asked for
         arena, begins = self._mapped(VALUES, plan)
         # Where what was read last was in memory, this will be, too, or nearly.

@@ -243,7 +243,7 @@ class MappedRows(RowSource):
             with _failures(segments, of_entry):
                 return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH, direct=direct != 0)
 
-    def _direct_flag(self, nbytes: int = 0) -> int:
+    def _direct_flag(self, nbytes: int) -> int:
         """Return the flag that opens files for reads past the page cache, where so many bytes more are not to go
         through it; else 0."""
         if (now := time.monotonic()) >= self._look_again:
@@ -268,8 +268,6 @@ class MappedRows(RowSource):
         return direct, room // _SHARE
 
     def will_need(self, plan: RowPlan) -> None:
-        if self._direct_flag(1):
-            return  # they are read when they are asked for
         arena, begins = self._mapped(VALUES, plan)
         # Where what was read last was in memory, this will be, too, or nearly.
         looks = loops.LOOKS if self._cold else _LOOKS_WHEN_WARM
@@ -277,6 +275,8 @@ class MappedRows(RowSource):
         if arena.is_told and not loops.seems_absent(mapped, plan.lengths, looks):
             return
         nbytes = plan.lengths * arena.row_bytes
+        if self._direct_flag(int(nbytes.sum())):
+            return  # they are read when they are asked for
         order = np.argsort(begins)
         begins = begins[order]
         ends = begins + nbytes[order]

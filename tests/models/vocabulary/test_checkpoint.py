@@ -7,6 +7,7 @@ import json
 import pickle
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,14 +120,27 @@ def test_another_models_matrix_is_refused(tmp_path: Path, pretrained):
         load_pruned(AutoModelForMaskedLM, tmp_path / "small", full_matrix=tmp_path / "nothing")
 
 
-def test_what_is_no_pruned_checkpoint(tmp_path: Path, pretrained):
+_empty_like = torch.empty_like
+
+
+def _like_ids(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+    made = _empty_like(tensor, **options)
+    if made.dtype == torch.int32 and not made.is_meta:
+        made.copy_(torch.arange(made.numel(), dtype=made.dtype).view(made.shape))
+    return made
+
+
+def test_what_is_no_pruned_checkpoint(tmp_path: Path, pretrained, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ModelError, match="no pruned model"):
         load_pruned(AutoModelForMaskedLM, pretrained)
     config = Path(pretrained, "config.json")
     described = json.loads(config.read_text())
     config.write_text(json.dumps({**described, "actcache_vocabulary": {"size": 200, "rows": 200}}))
-    with pytest.raises(ModelError, match="do not say which tokens"):
-        load_pruned(AutoModelForMaskedLM, pretrained)
+    for found in (torch.empty_like, _like_ids):  # what lies in the memory that is left as it was found
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty_like", found)
+            with pytest.raises(ModelError, match="do not say which tokens"):
+                load_pruned(AutoModelForMaskedLM, pretrained)
     for size, rows in ((300, 50), (200, 201), (200, 0)):
         config.write_text(json.dumps({**described, "actcache_vocabulary": {"size": size, "rows": rows}}))
         with pytest.raises(ModelError, match="contradicts itself"):

@@ -66,11 +66,20 @@ def load_pruned(
         raise ModelError(f"the configuration of {folder} contradicts itself: save the pruned model anew")
     task_class = _class_of(model_class, config)
     small = _small(task_class, record.pop("rows"))
-    model: PreTrainedModel = small.from_pretrained(folder, config=config, **options)
+    model: PreTrainedModel
+    model, loading = small.from_pretrained(folder, config=config, **{**options, "output_loading_info": True})
     model.__class__ = task_class
     tokens = tokens_of(model)
     ids = tokens.embeddings[0].get_buffer(ROW_IDS).cpu().long()
-    if ids.is_meta or len(ids.unique()) != tokens.size or int(ids.min()) < 0 or int(ids.max()) >= record["size"]:
+    # What a checkpoint lacks is memory as it was found, which may hold anything: the ids of another model, too.
+    absent = any(name.endswith(ROW_IDS) for name in loading["missing_keys"])
+    if (
+        absent
+        or ids.is_meta
+        or len(ids.unique()) != tokens.size
+        or int(ids.min()) < 0
+        or int(ids.max()) >= record["size"]
+    ):
         raise ModelError(f"the weights of {folder} do not say which tokens their rows are: save the pruned model anew")
     rest: dict[str, torch.Tensor | None] = dict.fromkeys(tokens.parameters)
     if full_matrix is not None:

@@ -59,7 +59,7 @@ class Expected:
 
         For backends that do not read by ``loops.gather``, which compares while rows are in the processor's cache.
         """
-        starts = offsets_of(lengths, width)
+        lengths, starts = np.ascontiguousarray(lengths, np.int64), offsets_of(lengths, width)
         columns = [in_place(buffer, starts[:-1]) for buffer in out.values()]
         return loops.gather(columns, lengths, starts, self.digests(list(out)))
 

@@ -332,6 +332,8 @@ def _gather(
     direct: bool,
     looked: int | None,
 ) -> NDArray[np.int64] | None:
+    if lengths.dtype != np.int64 or offsets.dtype != np.int64:
+        raise TypeError(f"lengths and offsets are int64, not {lengths.dtype} and {offsets.dtype}")
     count = len(lengths)
     starts, ends = (offsets[:-1], offsets[1:]) if offsets.ndim == 1 else offsets
     state = np.zeros(count, np.uint8)

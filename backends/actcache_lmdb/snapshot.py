@@ -17,6 +17,7 @@ from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.format.ragged import offsets_of
 from actcache.io import loops
 from actcache.io.loops import Column
+from actcache.io.mmap import tells
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.lookup import HeadIndex, find, live, scan
 from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
@@ -42,6 +43,7 @@ class LMDBSnapshot(Snapshot):
         self._index: HeadIndex | None = None
         self._index_pays = state.entries <= _MOST_INDEXED
         self._asked = 0  # keys that were looked up
+        self._told = tells(environment.data)
         self._lock = threading.Lock()
         weakref.finalize(self, release, environment).atexit = False
 
@@ -169,19 +171,33 @@ class LMDBSnapshot(Snapshot):
             digests = None if expected is None else expected.digests(list(out))
             return loops.gather(columns, located.tokens, offsets_of(located.tokens, width), digests)
 
-    def read_ahead(self, located: EntryLocations) -> None:
+    def read_ahead(self, located: EntryLocations) -> bool:
         if not hasattr(os, "posix_fadvise"):
-            return
+            return False
         self._environment.check_size()
         found = located[located.found]
+        if not len(found.tokens):
+            return False
         begins = found.segment * self._environment.page_size
         nbytes = found.tokens * (self._shapes.row_bytes[VALUES] + 8) + self._environment.page_size
+        if self._told and self._is_present(found):
+            return False
         order = np.argsort(begins)
         try:
             for begin, length in zip(begins[order].tolist(), nbytes[order].tolist(), strict=True):
                 os.posix_fadvise(self._environment.file, begin, length, os.POSIX_FADV_WILLNEED)
         except OSError:
-            return  # a hint; the read itself will say what is wrong
+            pass  # a hint; the read itself will say what is wrong
+        return True
+
+    def _is_present(self, found: EntryLocations) -> bool:
+        """Return whether these entries, which are all there, seem to be in memory."""
+        try:
+            with self._memory(found) as (memory, pages):
+                column = Column(1, memory=memory, begins=pages * self._environment.page_size)
+                return not loops.seems_absent(column, found.tokens * self._shapes.row_bytes[VALUES])
+        except (FormatError, SegmentGoneError):
+            return False  # the read itself will say what is wrong
 
     # --- all of it ---------------------------------------------------------------------------------------------------
 
@@ -234,8 +250,9 @@ class EmptySnapshot(Snapshot):
             buffer[: len(located.tokens) * (width or 0)] = 0
         return np.empty(0, np.int64)
 
-    def read_ahead(self, located: EntryLocations) -> None:
+    def read_ahead(self, located: EntryLocations) -> bool:
         """Do nothing."""
+        return False
 
     def keys(self) -> NDArray[np.uint8]:
         return np.empty((0, 32), np.uint8)

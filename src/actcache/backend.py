@@ -175,8 +175,11 @@ class Snapshot(ABC):
         """
 
     @abstractmethod
-    def read_ahead(self, located: EntryLocations) -> None:
-        """Ask the operating system to load the rows of these entries soon; a hint, returns at once."""
+    def read_ahead(self, located: EntryLocations) -> bool:
+        """Ask the operating system to load the rows of these entries soon; a hint, returns at once.
+
+        Return False where there seemed to be nothing to ask for: who reads on then says less of what comes.
+        """
 
     @abstractmethod
     def keys(self) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ from actcache.reader.prefetch import Prefetch
 from actcache.reader.stats import ReaderStats
 
 _AHEAD = 2  # batches whose rows the operating system is asked for before they are read
+_MOST_SILENT = 16  # batches that are read without an announcement, at most
 _COUNTING = ProcessLock()  # several iterations of one reader count together
 
 
@@ -159,10 +160,13 @@ class Epoch(Iterator[Any]):
 
 def _produce(work: Work, delivery: Delivery, batches: list[NDArray[np.int64]]) -> _Items:
     """Read batches. The thread that reads ahead runs this; it knows no iteration, which can be collected meanwhile."""
-    asked = 0
+    asked, silent, next_asked = 0, 0, 0
     for number, members in enumerate(batches):
         while asked < min(number + 1 + _AHEAD, len(batches)):
-            work.source.read_ahead(work.keys[batches[asked]])
+            # As long as all is in memory, fewer and fewer batches are announced.
+            if asked >= next_asked:
+                silent = 0 if work.source.read_ahead(work.keys[batches[asked]]) else min(silent + 1, _MOST_SILENT)
+                next_asked = asked + 1 + silent
             asked += 1
         if work.miss_computer is not None and (work.source.lengths(work.keys[members]) == 0).any():
             yield _Missing(members, [])

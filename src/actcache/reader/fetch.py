@@ -30,7 +30,7 @@ class Source(Protocol):
 
     def checksums(self, keys: Keys) -> NDArray[np.uint64]: ...
 
-    def read_ahead(self, keys: Keys) -> None: ...
+    def read_ahead(self, keys: Keys) -> bool: ...
 
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None) -> Any: ...
 
@@ -50,14 +50,17 @@ class EntryInfo:
 
     lengths: NDArray[np.int64]  # [n], 0 where it was absent
     has_ids: NDArray[np.bool_]  # [n]
+    complete: bool  # whether all are there, with their token ids
 
     @classmethod
     def of(cls, source: Source, keys: NDArray[np.uint8]) -> EntryInfo:
         lengths = source.lengths(keys)
-        return cls(lengths, source.has(TOKEN_IDS, keys) | (lengths == 0))
+        has_ids = source.has(TOKEN_IDS, keys) | (lengths == 0)
+        return cls(lengths, has_ids, bool(lengths.all() and has_ids.all()))
 
     def __getitem__(self, members: NDArray[np.generic]) -> EntryInfo:
-        return EntryInfo(self.lengths[members], self.has_ids[members])
+        lengths, has_ids = self.lengths[members], self.has_ids[members]
+        return EntryInfo(lengths, has_ids, self.complete or bool(lengths.all() and has_ids.all()))
 
 
 def fetch(
@@ -68,7 +71,7 @@ def fetch(
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
-    known = info if info is not None and info.lengths.all() and info.has_ids.all() else None
+    known = info if info is not None and info.complete else None
     left = _TRIES - (known is None)
     while True:
         try:
@@ -88,7 +91,7 @@ def _fetch(source: Source, keys: NDArray[np.uint8], buffers: BufferPool, info: E
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
     shape = (total,) if packed else (len(keys), longest)
     values = buffers.take((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
-    ids = np.empty(shape, np.int32) if info.has_ids.all() else None
+    ids = np.empty(shape, np.int32) if info.complete or info.has_ids.all() else None
     # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
     try:
         lengths = source.read_into(keys, values, token_ids=ids).lengths

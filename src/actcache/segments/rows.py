@@ -62,8 +62,8 @@ class RowSource(ABC):
         """Read a batch into its buffers; return the positions of what is not intact, as ``backend.Snapshot.gather``."""
 
     @abstractmethod
-    def will_need(self, plan: RowPlan) -> None:
-        """Hint that the activations of these entries are read soon."""
+    def will_need(self, plan: RowPlan) -> bool:
+        """Hint that the activations of these entries are read soon; False where there is nothing to be done for it."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -267,22 +267,23 @@ class MappedRows(RowSource):
             direct = 0
         return direct, room // _SHARE
 
-    def will_need(self, plan: RowPlan) -> None:
+    def will_need(self, plan: RowPlan) -> bool:
         arena, begins = self._mapped(VALUES, plan)
         # Where what was read last was in memory, this will be, too, or nearly.
         looks = loops.LOOKS if self._cold else _LOOKS_WHEN_WARM
         mapped = Column(arena.row_bytes, memory=arena.rows(), begins=begins)
         if arena.is_told and not loops.seems_absent(mapped, plan.lengths, looks):
-            return
+            return False
         nbytes = plan.lengths * arena.row_bytes
         if self._direct_flag(int(nbytes.sum())):
-            return  # they are read when they are asked for
+            return False  # they are read when they are asked for
         order = np.argsort(begins)
         begins = begins[order]
         ends = begins + nbytes[order]
         cuts = np.flatnonzero(begins[1:] != ends[:-1]) + 1  # neighbours on disk become one hint
         first, last = begins[np.r_[0, cuts]], ends[np.r_[cuts - 1, -1]]
         arena.will_need(first, last - first)
+        return True
 
     def close(self) -> None:
         self._files.close()
@@ -335,8 +336,9 @@ class ReadRows(RowSource):
             with _failures(segments, of_entry):
                 return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH)
 
-    def will_need(self, plan: RowPlan) -> None:
+    def will_need(self, plan: RowPlan) -> bool:
         """Do nothing: network file systems read ahead by themselves."""
+        return False
 
     def close(self) -> None:
         self._files.close()

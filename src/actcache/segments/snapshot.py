@@ -137,12 +137,13 @@ class SegmentedSnapshot(Snapshot):
         plan = RowPlan(segment, np.where(found, located.row, 0), located.tokens)
         return self._rows.gather(plan, out, width, expected)
 
-    def read_ahead(self, located: EntryLocations) -> None:
+    def read_ahead(self, located: EntryLocations) -> bool:
         there = located.found
         found = located if there.all() else located[there]
         if len(found.tokens):
             with suppress(FormatError):  # the read itself will say which entries are lost
-                self._rows.will_need(RowPlan(found.segment, found.row, found.tokens))
+                return self._rows.will_need(RowPlan(found.segment, found.row, found.tokens))
+        return False
 
     def keys(self) -> NDArray[np.uint8]:
         live = [

@@ -287,10 +287,11 @@ class Space:
         self._refuse_corrupt(wanted, request.read(rows, width, verify=verify))
         return ReadReport(request.lengths)
 
-    def read_ahead(self, keys: Keys) -> None:
-        """Ask the operating system to load these entries soon; returns at once."""
+    def read_ahead(self, keys: Keys) -> bool:
+        """Ask the operating system to load these entries soon; returns at once. False where there seemed to be nothing
+        to ask for."""
         snapshot = self._view()
-        snapshot.read_ahead(self._lookups.locate(snapshot, key_array(keys)))
+        return snapshot.read_ahead(self._lookups.locate(snapshot, key_array(keys)))
 
     def reader(self, keys: Keys, **options: Any) -> Reader:
         """Iterate over entries in batches; see ``actcache.Reader`` for the options."""

@@ -198,8 +198,9 @@ class _MemorySnapshot(Snapshot):
             return np.empty(0, np.int64)
         return expected.wrong(out, located.tokens, width)
 
-    def read_ahead(self, located: EntryLocations) -> None:
+    def read_ahead(self, located: EntryLocations) -> bool:
         """Do nothing: all is in memory."""
+        return False
 
     def keys(self) -> NDArray[np.uint8]:
         return np.frombuffer(b"".join(sorted(self._keys)), np.uint8).reshape(-1, 32)

@@ -86,11 +86,10 @@ class LocalCache(Wrapper):
         entries.use(request.located[hits])
         return int(hits.sum())
 
-    def read_ahead(self, keys: Keys) -> None:
+    def read_ahead(self, keys: Keys) -> bool:
         wanted, entries = key_array(keys), self._open()
         if entries is None:
-            self._source.read_ahead(wanted)
-            return
+            return self._source.read_ahead(wanted)
         request, hits = entries.find(wanted, self._source.checksums(wanted))
         if hits.any():
             entries.use(request.located[hits])
@@ -100,6 +99,7 @@ class LocalCache(Wrapper):
                 entries.refresh()
         if not hits.all():
             self._source.read_ahead(wanted[~hits])
+        return True  # what is announced is in use, too, and not evicted
 
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None) -> Any:
         """See ``Space.read_into``; ``out`` is a NumPy array."""

@@ -98,9 +98,9 @@ class LocalEntries:
             self._fail(error)
             raise SegmentGoneError(str(error)) from error
 
-    def read_ahead(self, located: EntryLocations) -> None:
+    def read_ahead(self, located: EntryLocations) -> bool:
         """Ask the operating system to load some entries soon."""
-        self._snapshot.read_ahead(located)
+        return self._snapshot.read_ahead(located)
 
     def use(self, located: EntryLocations) -> None:
         """Take the segments of some entries into use: nobody evicts them as long as this is open."""

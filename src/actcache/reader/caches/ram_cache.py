@@ -60,11 +60,10 @@ class RamCache(Wrapper):
         held = self._find(key_list(key_array(keys)))[1]
         return np.where(held > 0, held, self._source.lengths(keys))
 
-    def read_ahead(self, keys: Keys) -> None:
+    def read_ahead(self, keys: Keys) -> bool:
         wanted = key_array(keys)
         absent = self._find(key_list(wanted))[1] == 0
-        if absent.any():
-            self._source.read_ahead(wanted[absent])
+        return bool(absent.any()) and self._source.read_ahead(wanted[absent])
 
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None) -> Any:
         """See ``Space.read_into``; ``out`` is a NumPy array."""

@@ -124,16 +124,17 @@ class FetchedRows(RowSource):
         ranges = coalesce(plan.segments, begins, begins + plan.lengths * row_bytes, gap=BLOCK if small else _GAP)
         return ranges, begins, row_bytes, small
 
-    def will_need(self, plan: RowPlan) -> None:
+    def will_need(self, plan: RowPlan) -> bool:
         """Fetch the rows of a batch that will be read soon; the one that was announced first is given up for it."""
         ranges, _, _, small = self._ranges(VALUES, plan)
         name = os.getpid(), VALUES, ranges.digest()
         with self._lock:
             if name in self._ahead:
-                return
+                return True
             self._ahead[name] = _Fetches(self, VALUES, ranges, small)
             while len(self._ahead) > _MOST_AHEAD:
                 self._ahead.popitem(last=False)
+        return True
 
     def close(self) -> None:
         """Drop what was fetched and not asked for; the session is the place's."""

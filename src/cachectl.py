@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from types import FrameType
 
 
@@ -16,8 +17,13 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             signal.signal(number, _end)
-    from actcache.cli import main
-
+    try:
+        from actcache.cli import main
+    except ValueError as error:
+        if type(error).__name__ != "UsageError":  # its class is of the package that just failed to be imported
+            raise
+        sys.stderr.write(f"cachectl: error: {error}\n")
+        sys.exit(2)
     main()  # has signals end what it does from here on
 
 

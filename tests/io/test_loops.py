@@ -13,6 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actcache.errors import UsageError
 from actcache.format.keys import join_keys
 from actcache.io import loops
 from actcache.io.loops import Column, Digests, Lookup, LookupTable
@@ -374,3 +375,48 @@ def test_the_structures_are_those_of_the_library():
     sizes = (ctypes.c_int64 * 4)()
     loops._library.act_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(kind) for kind in (loops._Table, loops._Lookup, loops._Column, loops._Batch)]
+
+
+# --- how many threads -------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_says_how_many_threads_share_a_batch():
+    asked = {number: loops.threads_asked_for(number) for number in ("1", " 3 ", "16", "0064")}
+    assert asked == {"1": 1, " 3 ": 3, "16": 16, "0064": 64}
+    assert loops.threads_asked_for(None) == loops.threads_asked_for("") >= 1
+    environment = {**os.environ, "ACTCACHE_THREADS": "5"}
+    told = [sys.executable, "-c", "from actcache.io import loops; print(loops.THREADS)"]
+    assert subprocess.run(told, env=environment, capture_output=True, text=True, timeout=DEADLINE).stdout == "5\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "1e3", "²", "99999", "1\n2"])
+def test_what_is_no_number_of_threads(text):
+    with pytest.raises(UsageError, match="ACTCACHE_THREADS is a number of threads, 1 or more, not"):
+        loops.threads_asked_for(text)
+
+
+def test_the_shell_is_told_in_one_line():
+    environment = {**os.environ, "ACTCACHE_THREADS": "many"}
+    given = [sys.executable, "-m", "cachectl", "doctor"]
+    ended = subprocess.run(given, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.returncode == 2
+    assert not ended.stdout
+    assert ended.stderr == (
+        "cachectl: error: ACTCACHE_THREADS is a number of threads, 1 or more, not 'many': set another, or unset it\n"
+    )
+
+
+def test_all_threads_give_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 40, 500)
+    memory = rng.integers(0, 255, (int(lengths.sum()), 64)).astype(np.uint8)
+    begins = (np.cumsum(lengths) - lengths) * 64
+    offsets = np.arange(501) * 40
+    made = []
+    for threads in (1, 2, 7, 1000):
+        monkeypatch.setattr(loops, "THREADS", threads)
+        out, sums = np.full((500 * 40, 64), 9, np.uint8), np.zeros(500, np.uint64)
+        digests = Digests(1, seeds=np.arange(500).astype(np.uint64), sums=sums)
+        assert not len(loops.gather([Column(64, out, memory, begins)], lengths, offsets, digests))
+        made.append((out.tobytes(), sums.tobytes()))
+    assert len(set(made)) == 1

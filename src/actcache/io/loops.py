@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import xxhash
 import xxhash._xxhash as xxhash_extension
 from numpy.typing import NDArray
 
+from actcache.errors import UsageError
 from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
@@ -31,7 +33,22 @@ _VERSION = 1
 _FAILED = 4  # the state of an entry whose file could not be read
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 
-THREADS = min(available_cpus(), _MOST_THREADS)  #: that share a batch whose rows are in memory
+
+def threads_asked_for(text: str | None) -> int:
+    """Return the threads that the environment variable ``ACTCACHE_THREADS`` asks for; None: it is not set.
+
+    Raises:
+        UsageError: it is no number of threads.
+    """
+    if not text:
+        return min(available_cpus(), _MOST_THREADS)
+    if not re.fullmatch(r"[0-9]{1,4}", text.strip()) or not (threads := int(text)):
+        raise UsageError(f"ACTCACHE_THREADS is a number of threads, 1 or more, not {text!r}: set another, or unset it")
+    return threads
+
+
+#: That share a batch whose rows are in memory. Whoever measures may set another number, for all calls from then on.
+THREADS = threads_asked_for(os.environ.get("ACTCACHE_THREADS"))
 _NONE = np.empty(0, np.int64)
 LOOKS = 32  #: pages of a batch that are looked at to see whether it is in memory, at most
 
@@ -270,7 +287,7 @@ def gather(
     offsets: NDArray[np.int64],
     digests: Digests | None = None,
     *,
-    threads: int = THREADS,
+    threads: int | None = None,
     direct: bool = False,
 ) -> NDArray[np.int64]:
     """Bring rows of a batch into its buffers and make their digests; return the positions of what is not intact.
@@ -282,13 +299,14 @@ def gather(
         lengths: ``[n]`` rows of each entry, 0 where it is absent.
         offsets: ``[n + 1]`` where the place of each begins in the buffers, in rows; what its own rows leave of it
             becomes zeros. Or ``[2, n]``, the begins and the ends, where the places do not follow one another.
-        threads: that share the work; more than there are processors where they wait for a disk.
+        threads: that share the work, ``THREADS`` if not given; more than there are processors where they wait for a
+            disk.
         direct: whether the files were opened for direct reads, which go past the page cache.
 
     Raises:
         EntryReadError: a file could not be read.
     """
-    found = _gather(columns, lengths, offsets, digests, threads, direct, None)
+    found = _gather(columns, lengths, offsets, digests, threads or THREADS, direct, None)
     assert found is not None
     return found
 

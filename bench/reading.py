@@ -180,7 +180,7 @@ def warm(turns: Turns, report: Report) -> None:
             contestants[f"{name} {layout}"] = lambda epoch, reader=reader: epoch_seconds(reader, epoch)
     turns.raw(flat.warm()["memcpy x1"])(0)
     seconds = rounds.take_turns(contestants, turns.options.rounds)
-    digest = fastest(("xxh3 one", "xxh3 shared"), seconds)
+    digest = fastest(flat.digests(), seconds)
     rows = [turns.ratios(seconds, name) for name in contestants if name.rpartition(" ")[0] not in spaces]
     for layout, raw in ways.items():
         best = fastest((f"{name}, {layout}" for name in raw), seconds)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from actcache.admin import benchmark
 from actcache.admin.benchmark import SHAPES, Shape, Spread, disk, limits, plot
@@ -21,6 +22,7 @@ from actcache.admin.benchmark.caches import evict, evict_surely, resident
 from actcache.admin.benchmark.corpus import Documents, StoredCorpus
 from actcache.admin.benchmark.limits import FlatFile
 from actcache.errors import MissingExtraError, StorageIOError
+from actcache.io import loops
 from actcache.io.files import mount_of
 from tests.cli.running import cachectl
 from tests.support import MEMORY_FOLDER
@@ -68,7 +70,8 @@ def test_figures_are_medians_of_paired_rounds(on_disk):
         else:
             limit = sum(seconds[part] for part in one["limit"].split(" + "))
             together = sum(seconds[part] for part in one["one_coalesced_read"].split(" + "))
-            raw = [name for name in seconds if name.split(" x")[0] in ("index_select", "memcpy", "preadv", "take")]
+            ways = ("native", "index_select", "memcpy", "preadv", "take")
+            raw = [name for name in seconds if name.split(" x")[0] in ways]
             assert np.median(seconds[one["limit"].split(" + ")[0]]) == min(np.median(seconds[name]) for name in raw)
         for name in ("hdf5", "lmdb"):
             (row,) = [row for row in one["contestants"] if row["name"] == name]
@@ -156,22 +159,47 @@ def test_in_memory_there_is_no_cold_read():
 # --- the limit --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("torch", [True, False])
-def test_raw_ways_bring_the_right_rows(tmp_path, monkeypatch, torch):
-    if not torch:
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("without", ["nothing", "torch", "compiler"])
+def test_raw_ways_bring_the_right_rows(tmp_path, monkeypatch, without, padded):
+    if without == "torch":
         monkeypatch.setattr(limits, "find_spec", lambda name: None)
-    documents = Documents(SHAPES["tiny"], 1 << 20)
-    corpus = StoredCorpus(documents, {}, {}, tmp_path / "rows")
-    flat = FlatFile(tmp_path / "rows", corpus.lengths, 384, [corpus.buffer()], 2)
-    which = np.random.default_rng(0).permutation(len(corpus.lengths))[:32]
-    expected = np.concatenate([documents.split()[i] for i in which])
-    ways = flat.warm()
-    assert ("index_select" in ways) == torch
+    if without == "compiler":
+        monkeypatch.setattr(loops, "missing", "there is no compiler")
+    flat, which, documents = some_of_a_flat_file(tmp_path)
+    width = max(map(len, documents))
+    if padded:
+        documents = [np.pad(rows, ((0, width - len(rows)), (0, 0))) for rows in documents]
+    expected = np.concatenate(documents)
+    ways = flat.warm(padded=padded)
+    assert ("index_select" in ways) == (without != "torch")
+    assert {"native x1", "native x2"} <= ways.keys() or without == "compiler"
     for read in ways.values():
         flat.smear()
         read(which)
         np.testing.assert_array_equal(flat.filled[: len(expected)], expected)
     flat.close()
+
+
+def test_native_digests_are_those_of_the_documents(tmp_path):
+    """Packed, they lie in the buffer one after another, and each has a digest."""
+    flat, which, documents = some_of_a_flat_file(tmp_path)
+    wanted = [xxhash.xxh3_64_intdigest(rows.tobytes()) for rows in documents]
+    for threads in (1, 2):
+        flat.smear()
+        flat.warm()[f"native x{threads}"](which)
+        flat.digests()[f"xxh3 native x{threads}"](which)
+        assert flat.sums.tolist() == wanted
+    flat.close()
+
+
+def some_of_a_flat_file(folder):
+    """Return a flat file, some positions, and what lies there."""
+    documents = Documents(SHAPES["tiny"], 1 << 20)
+    corpus = StoredCorpus(documents, {}, {}, folder / "rows")
+    flat = FlatFile(folder / "rows", corpus.lengths, 384, [corpus.buffer()], 2)
+    which = np.random.default_rng(0).permutation(len(corpus.lengths))[:32]
+    return flat, which, [documents.split()[i] for i in which]
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """What the machine itself can do with the same rows: the limits that storage is held against.
 
-Warm: one ``torch.index_select`` from a mapping, ``memcpy`` of each document, ``preadv``, NumPy ``take``, each at one
-and more threads, into the same reused buffer, packed or padded with zeros. Cold: direct reads of the same extents, 8
-and 16 at a time.
+Warm: a native gather (compiled: a copy of each document from a mapping), one ``torch.index_select`` from a mapping,
+``memcpy`` of each document by NumPy, ``preadv``, NumPy ``take``, each at one and more threads, into the same reused
+buffer, packed or padded with zeros; and passes of xxh3 over it, by Python and natively. Cold: direct reads of the same
+extents, 8 and 16 at a time.
 
-Without torch, ``index_select`` is left out; ``take`` is the same in NumPy.
+Without torch, ``index_select`` is left out; ``take`` is the same in NumPy. Where the compiled loops cannot be used, the
+native ways are left out.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from numpy.typing import NDArray
 
 from actcache.errors import StorageIOError
 from actcache.format.ragged import offsets_of, row_indices
+from actcache.io import loops
+from actcache.io.loops import Column, Digests
 
 _PAGE = 4096
 _PIECE = 1 << 20  # of a coalesced direct read
@@ -41,7 +45,13 @@ class FlatFile:
     Args:
         path: raw rows, and a last one of zeros, which belongs to no document.
         outs: ``[rows, hidden]`` each, the reused buffers, which take turns batch by batch.
+        threads: of the ways that use more than one.
+
+    Attributes:
+        sums: ``[n]`` the digests of the last native pass: of as many bytes as each document has, side by side.
     """
+
+    sums: NDArray[np.uint64]
 
     def __init__(self, path: Path, lengths: Positions, hidden: int, outs: list[Rows], threads: int) -> None:
         self._torch: Any = importlib.import_module("torch") if find_spec("torch") else None
@@ -97,6 +107,8 @@ class FlatFile:
         if self._torch is not None:
             ways["index_select"] = self._spread(self._index_select, 1, padded)
         for threads in sorted({1, self._threads}):
+            if not loops.missing:
+                ways[f"native x{threads}"] = self._native(threads, padded)
             for name, part in (("memcpy", self._memcpy), ("preadv", self._preadv), ("take", self._take)):
                 ways[f"{name} x{threads}"] = self._spread(part, threads, padded)
         return ways
@@ -134,7 +146,8 @@ class FlatFile:
             ) from None
 
     def digests(self) -> dict[str, Read]:
-        """Return xxh3 passes over as many bytes of the buffer as a batch has, on one thread and shared by all."""
+        """Return xxh3 passes over as many bytes of the buffer as a batch has: by Python, on one thread and shared by
+        all; and a digest for each document's length, natively."""
 
         def data_of(which: Positions) -> memoryview:
             self._turn()
@@ -148,7 +161,34 @@ class FlatFile:
             cuts = [len(data) * i // self._threads for i in range(self._threads + 1)]
             list(self._pool.map(lambda i: xxhash.xxh3_64_intdigest(data[cuts[i] : cuts[i + 1]]), range(self._threads)))
 
-        return {"xxh3 one": one, "xxh3 shared": shared}
+        native = {} if loops.missing else {f"xxh3 native x{n}": self._digest(n) for n in sorted({1, self._threads})}
+        return {"xxh3 one": one, "xxh3 shared": shared, **native}
+
+    def _digest(self, threads: int) -> Read:
+        def read(which: Positions) -> None:
+            self._turn()
+            self.sums = np.empty(len(which), np.uint64)
+            lengths = self._lengths[which]
+            bounds = offsets_of(lengths)
+            column = Column(self._row_bytes, memory=self._out, begins=bounds[:-1] * self._row_bytes)
+            digests = Digests(1, seeds=np.zeros(len(which), np.uint64), sums=self.sums)
+            if len(loops.gather([column], lengths, bounds, digests, threads=threads)):
+                raise RuntimeError("the native digests did not reach all documents of the buffer")
+
+        return read
+
+    def _native(self, threads: int, padded: bool) -> Read:
+        """Have the compiled loop copy each document to its place; it shares the work among threads by itself."""
+
+        def read(which: Positions) -> None:
+            self._turn()
+            lengths, begins = self._lengths[which], self._starts[which] * self._row_bytes
+            bounds = offsets_of(np.full(len(which), lengths.max()) if padded else lengths)
+            column = Column(self._row_bytes, self._out, self._rows, begins)
+            if len(loops.gather([column], lengths, bounds, threads=threads)):
+                raise RuntimeError("the native gather did not bring all documents")
+
+        return read
 
     def _spread(self, part: Callable[[Positions, Positions], None], threads: int, padded: bool) -> Read:
         """Have each thread bring its part of a batch: ``part(documents, bounds of the rows of each in the buffer)``."""

@@ -3,8 +3,8 @@
 Contestants read the same random batches, turn by turn. A ratio is the time of the limit over the time of the backend in
 the same round: the median, and its 95 % interval.
 
-The limit of a warm read is the fastest raw way to get these documents' rows into the buffer plus the fastest xxh3 pass
-over them; of a cold read, direct reads of the same extents. Beside it stands the limit of one coalesced read, which no
+The limit of a warm read is the fastest raw way to get these documents' rows into the buffer (a compiled gather on a
+thread a core among them) plus the fastest xxh3 pass over them; of a cold read, direct reads of the same extents. Beside it stands the limit of one coalesced read, which no
 shuffled batch can be: as many bytes that lie side by side, by the fastest copy (plus the same xxh3 pass), or by direct
 reads of 1 MiB. Where documents are short that is what their smallness and their scattering are held against.
 """
@@ -88,12 +88,20 @@ def flat_path(folder: Path) -> Path:
 
 
 def warm(
-    corpus: StoredCorpus, folder: Path, count: int, batches: int, progress: StepProgress = lambda done, total: None
+    corpus: StoredCorpus,
+    folder: Path,
+    count: int,
+    batches: int,
+    progress: StepProgress = lambda done, total: None,
+    threads: int | None = None,
 ) -> Comparison:
-    """Compare reads of what is in the page cache and mapped already, ``count`` rounds of so many batches."""
+    """Compare reads of what is in the page cache and mapped already, ``count`` rounds of so many batches.
+
+    ``threads``: of the raw ways that use more than one; if not given, one a processor.
+    """
     out, turns = corpus.buffer(), corpus.turns(count, batches)
     with ExitStack() as stack:
-        flat = FlatFile(flat_path(folder), corpus.lengths, corpus.shape.hidden, [out], available_cpus())
+        flat = FlatFile(flat_path(folder), corpus.lengths, corpus.shape.hidden, [out], threads or available_cpus())
         stack.enter_context(closing(flat))
         ways = flat.warm() | flat.coalesced_warm() | flat.digests()
         spaces = {name: stack.enter_context(corpus.open(name)) for name in corpus.urls}

@@ -1,6 +1,7 @@
 """Batches as a reader delivers them, beside what the machine itself can do with the same rows.
 
     python -m bench.reading --shape paper,short --backends hdf5,zarr,lmdb --mode warm,cold
+    python -m bench.reading --threads 1,2,4,8,16        # with so many threads, the limit's and the package's
 
 The consumer takes the batches of ``space.reader(keys, shuffle=True, layout=...)`` and does nothing with them;
 checksums are on, token ids come along. A turn is one epoch over the same keys, a random part of the corpus, and in each
@@ -9,8 +10,8 @@ read, which nothing hides, are part of it. Opening the space and making the read
 their own.
 
 The limit of a warm read brings the same documents, batch by batch in the same order, into a reused buffer of the same
-layout: the fastest of the raw ways of ``actcache.admin.benchmark.limits`` by the median, plus the fastest xxh3 pass
-over the documents' bytes.
+layout: the fastest of the raw ways of ``actcache.admin.benchmark.limits`` by the median, a compiled gather on a thread
+a core among them, plus the fastest xxh3 pass over the documents' bytes.
 It has one buffer, while a reader needs several, for its consumer still looks at one while it fills the next; ``--ring``
 gives the limit as many as you like (the reader has ``depth + 3``). A hash pass of its own is not the least that hashing
 can cost: who hashes rows while they are in the processor's cache can be faster than this limit. The limit of a cold
@@ -38,12 +39,14 @@ from actcache.admin.benchmark.caches import refuse_mappings
 from actcache.admin.benchmark.corpus import SHAPES, Documents, StoredCorpus
 from actcache.admin.benchmark.limits import FlatFile
 from actcache.admin.benchmark.rounds import Spread, fastest
+from actcache.io import loops
 from actcache.io.workers import available_cpus
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
 from bench.caches import drop_caches
 from bench.metered import epoch_seconds
 from bench.report import Cell, Report
+from bench.threads import counts_of, sharing
 
 SEED = 3
 COLUMNS = ("", "GB/s", "of the limit", "without hashing", "opened in, ms")
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--mode", default="warm,cold", help="warm, cold (as root the whole page cache is dropped)")
     parser.add_argument("--layouts", default="packed,padded")
     parser.add_argument("--depth", type=int, default=2, help="batches that the reader reads ahead")
+    parser.add_argument("--threads", help="that share a batch, as 1,2,4; those that there are processors for")
     parser.add_argument("--ring", type=int, default=1, help="buffers that the limit of a warm read takes turns with")
     parser.add_argument("--gib", type=float, default=2.0, help="size of the corpus")
     parser.add_argument("--turn-mib", type=float, default=768, help="of rows that are read in a turn")
@@ -64,6 +68,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     report = Report()
+    counts, too_many = counts_of(options.threads)
+    if too_many:
+        report.say(f"left out: {too_many} threads, for this machine has {available_cpus()} processors")
     for shape in options.shape.split(","):
         folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))
         try:
@@ -71,8 +78,10 @@ def main() -> None:
             corpus = StoredCorpus(
                 Documents(SHAPES[shape], int(options.gib * 2**30)), urls, {}, flat=folder / "rows.bin"
             )
-            for mode in options.mode.split(","):
-                {"warm": warm, "cold": cold}[mode](Turns(corpus, folder, options), report)
+            for threads in counts:
+                with sharing(threads):
+                    for mode in options.mode.split(","):
+                        {"warm": warm, "cold": cold}[mode](Turns(corpus, folder, options), report)
         finally:
             shutil.rmtree(folder)
     report.save(options.json)
@@ -89,7 +98,8 @@ class Turns:
     def __init__(self, corpus: StoredCorpus, folder: Path, options: argparse.Namespace) -> None:
         self.corpus, self.folder, self.options = corpus, folder, options
         outs = [corpus.buffer() for _ in range(options.ring)]
-        self.flat = FlatFile(folder / "rows.bin", corpus.lengths, corpus.shape.hidden, outs, available_cpus())
+        threads = loops.THREADS if options.threads else available_cpus()
+        self.flat = FlatFile(folder / "rows.bin", corpus.lengths, corpus.shape.hidden, outs, threads)
         count = int(options.turn_mib * 2**20 / (corpus.lengths.mean() * corpus.shape.row_bytes))
         count = min(max(count, corpus.shape.batch), len(corpus.lengths))
         self._sample = np.random.default_rng(5).choice(len(corpus.lengths), count, replace=False)
@@ -161,6 +171,7 @@ class Turns:
         return (
             f"{shape.name}, {mode}: epochs of {len(self._sample)} documents in batches of {shape.batch}, "
             f"{self.payload / 2**20:.0f} MiB of {self.corpus.nbytes / 2**20:.0f}"
+            + (f", threads: {loops.THREADS}" if self.options.threads else "")
         )
 
 

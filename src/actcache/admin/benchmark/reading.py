@@ -4,9 +4,10 @@ Contestants read the same random batches, turn by turn. A ratio is the time of t
 the same round: the median, and its 95 % interval.
 
 The limit of a warm read is the fastest raw way to get these documents' rows into the buffer (a compiled gather on a
-thread a core among them) plus the fastest xxh3 pass over them; of a cold read, direct reads of the same extents. Beside it stands the limit of one coalesced read, which no
-shuffled batch can be: as many bytes that lie side by side, by the fastest copy (plus the same xxh3 pass), or by direct
-reads of 1 MiB. Where documents are short that is what their smallness and their scattering are held against.
+thread a core among them) plus the fastest xxh3 pass over them; of a cold read, direct reads of the same extents. Beside
+it stands the limit of one coalesced read, which no shuffled batch can be: as many bytes that lie side by side, by the
+fastest copy (plus the same xxh3 pass), or by direct reads of 1 MiB. Where documents are short that is what their
+smallness and their scattering are held against.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ a core among them, plus the fastest xxh3 pass over the documents' bytes.
 It has one buffer, while a reader needs several, for its consumer still looks at one while it fills the next; ``--ring``
 gives the limit as many as you like (the reader has ``depth + 3``). A hash pass of its own is not the least that hashing
 can cost: who hashes rows while they are in the processor's cache can be faster than this limit. The limit of a cold
-read is direct reads of the same extents, 8 or 16 at a time, which hash nothing and put nothing in order.
+read is direct reads of the same extents, 8 to 32 at a time, which hash nothing and put nothing in order.
 
 Warm means in the page cache and mapped. Cold means that the page cache was dropped and everything opened anew. Buffers
 were used before in both.

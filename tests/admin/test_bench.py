@@ -66,7 +66,8 @@ def test_figures_are_medians_of_paired_rounds(on_disk):
         nbytes = np.array(one["bytes_read"])
         if one["mode"] == "cold":
             limit, together = seconds[one["limit"]], seconds[one["one_coalesced_read"]]
-            assert np.median(limit) == min(np.median(seconds[f"direct x{depth}"]) for depth in (8, 16))
+            raw = ("direct x8", "direct x16", "native direct x16", "native direct x32")
+            assert np.median(limit) == min(np.median(seconds[name]) for name in raw)
         else:
             limit = sum(seconds[part] for part in one["limit"].split(" + "))
             together = sum(seconds[part] for part in one["one_coalesced_read"].split(" + "))
@@ -178,6 +179,17 @@ def test_raw_ways_bring_the_right_rows(tmp_path, monkeypatch, without, padded):
         flat.smear()
         read(which)
         np.testing.assert_array_equal(flat.filled[: len(expected)], expected)
+    flat.close()
+
+
+def test_native_direct_reads_bring_the_right_rows(on_disk):
+    flat, which, documents = some_of_a_flat_file(on_disk)
+    expected = np.concatenate(documents)
+    for name in ("native direct x16", "native direct x32"):
+        flat.smear()
+        flat.cold()[name](which)
+        np.testing.assert_array_equal(flat.filled[: len(expected)], expected)
+        flat.cold()[name](np.tile(which, 20))  # more than the buffer holds
     flat.close()
 
 

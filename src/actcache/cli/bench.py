@@ -24,7 +24,7 @@ _SHOWN = ("actcache", "python", "numpy", "xxhash", "h5py", "zarr", "lmdb", "torc
 _LIMITS = {
     "warm": "the fastest raw way to bring the same documents' rows into the same buffer, and the fastest xxh3 pass "
     "over them",
-    "cold": "direct reads (O_DIRECT) of the same documents, 8 or 16 at a time, neither checked nor put in place",
+    "cold": "direct reads (O_DIRECT) of the same documents, 8 to 32 at a time, neither checked nor put in order",
 }
 _STATES = {
     "warm": "in the page cache and mapped before anything is timed",

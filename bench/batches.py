@@ -155,7 +155,7 @@ def measured(drawn: Drawn, spaces: Mapping[str, Space], size: int, count: int) -
         drawn.check(read, size, name)
     contestants = {name: partial(_turn, drawn, size, partial(read, out)) for name, read in plain.items()}
     for name, space in spaces.items():
-        drawn.check(lambda out, which, space=space: space.read_into(keys[which], out), size, name)
+        drawn.check(partial(_of_documents, space, keys), size, name)
         contestants[f"{name}: read_into"] = partial(_keyed_turn, drawn, size, partial(_into, space, out))
         reader = space.reader(keys[drawn.sample(size)], batch_size=size, shuffle=True, seed=1, layout="padded")
         contestants[f"{name}: reader"] = partial(_epoch, reader)
@@ -165,6 +165,10 @@ def measured(drawn: Drawn, spaces: Mapping[str, Space], size: int, count: int) -
 
 def _into(space: Space, out: NDArray[Any], keys: NDArray[np.uint8]) -> None:
     space.read_into(keys, out)
+
+
+def _of_documents(space: Space, keys: NDArray[np.uint8], out: NDArray[Any], which: NDArray[np.int64]) -> None:
+    space.read_into(keys[which], out)
 
 
 def _turn(drawn: Drawn, size: int, read: Callable[[Any], object], turn: int) -> float:

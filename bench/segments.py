@@ -1,7 +1,7 @@
 """Does the number of segments bring a cost per document back?
 
     python -m bench.segments --counts 1,100,4000
-    python -m bench.segments --profile                    # where the time of a batch goes, stage by stage
+    python -m bench.segments --profile                    # what a batch spends, as bench.stages does
 
 The same documents lie in stores of so many segments, and the iterated reader (packed, shuffled, checksums on, its
 consumer does nothing) takes turns over them, warm. The ratio is to the store with the fewest segments, within a round.
@@ -29,10 +29,11 @@ import actcache
 from actcache.admin.benchmark import rounds
 from actcache.admin.benchmark.corpus import SHAPES, Documents, Shape
 from actcache.admin.benchmark.rounds import Spread
+from actcache.io import loops
 from actcache.reader.reader import Reader
 from bench.metered import epoch_seconds
 from bench.report import Cell, Report
-from bench.stages import Stages
+from bench.stages import COLUMNS, COUNTS, Spent, Watch
 
 LONG = Shape("long", 60, 512, 192, 128)
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--backend", default="hdf5", help="hdf5, zarr, safetensors")
     parser.add_argument("--mib", type=float, default=512, help="size of the corpus")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--profile", action="store_true", help="print the stages of a batch")
+    parser.add_argument("--profile", action="store_true", help="print what a batch spends")
     parser.add_argument("--dir", type=Path, help="where to put the stores (removed afterwards)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
@@ -112,30 +113,21 @@ def write(documents: Documents, url: str, segments: int) -> None:
 
 
 def profile(readers: dict[int, Reader], shape: Shape, epochs: int, report: Report) -> None:
-    """Print what each stage of reading takes a batch."""
-    stages = {count: Stages() for count in readers}
-    walls: dict[int, float] = dict.fromkeys(readers, 0.0)
+    """Print what a batch spends, by the number of segments: see ``bench.stages``."""
+    if loops.missing:
+        report.say(f"no profile: there are no compiled loops to watch: {loops.missing}")
+        return
+    watch, spent = Watch(), {count: Spent() for count in readers}
     for epoch in range(epochs):
         for count, reader in readers.items():
-            with stages[count].watching():
-                walls[count] += epoch_seconds(reader, epoch)
+            with watch.watching(spent[count]):
+                epoch_seconds(reader, epoch)
     batches = epochs * len(next(iter(readers.values())))
-    names = sorted({name for each in stages.values() for name in each.seconds})
-    names.sort(key=lambda name: -max(each.processor[name] for each in stages.values()))
-    for what in ("processor", "seconds"):
-        rows: list[list[Cell]] = []
-        for name in names:
-            calls = float(max(each.calls[name] for each in stages.values()) / batches)
-            rows.append([name, calls, *(getattr(each, what)[name] / batches * 1e3 for each in stages.values())])
-        sums = [sum(getattr(each, what).values()) for each in stages.values()]
-        rows.append(["sum over all threads", None, *(each / batches * 1e3 for each in sums)])
-        if what == "seconds":
-            rows.append(["wall clock", None, *(wall / batches * 1e3 for wall in walls.values())])
-        meant = "of the processor" if what == "processor" else "that passed"
-        title = f"{shape.name}: ms {meant} for a batch of {shape.batch} documents, by number of segments"
-        report.table(title, ("", "calls a batch", *(str(count) for count in readers)), rows, decimals=3)
-    if missing := sorted({name for each in stages.values() for name in each.missing}):
-        report.say(f"not found, and so part of others: {', '.join(missing)}")
+    rows: list[list[Cell]] = [
+        [str(count), *each.times(batches), *each.counts(batches)] for count, each in spent.items()
+    ]
+    title = f"{shape.name}: what a batch of {shape.batch} documents spends, by number of segments"
+    report.table(title, ("segments", *COLUMNS, *COUNTS), rows)
 
 
 if __name__ == "__main__":

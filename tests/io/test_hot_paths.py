@@ -5,6 +5,7 @@ the same on every machine and at any load. A budget is what was counted when it 
 NumPys differ a little. Who makes a path cheaper lowers its budget; who has to raise one says why.
 
 One ratio besides, for what is inside of the compiled loops: processor time beside a plain loop over a memory map.
+(Instructions would be better, but many virtual machines have no counters of them.)
 """
 
 from __future__ import annotations

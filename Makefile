@@ -70,8 +70,10 @@ picture: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold
+	$(BIN)/python -m bench.storage --batch 1,8,32,64,256,1024
 	$(BIN)/python -m bench.writing --shape paper,short --backends hdf5,zarr,lmdb,s3
 	$(BIN)/python -m bench.reading
+	$(BIN)/python -m bench.stages
 	$(BIN)/python -m bench.segments
 	$(BIN)/python -m bench.overlap
 	$(BIN)/python -m bench.recycling

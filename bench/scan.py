@@ -10,7 +10,7 @@ them. In each round three readers read one epoch, each in its turn, the page cac
 - by way of the page cache, whatever it can hold;
 - past it, whatever it can hold.
 
-The limit is direct reads of the same extents, 8 or 16 at a time (``actcache.admin.benchmark.limits``). Beside the
+The limit is direct reads of the same extents, 8 to 32 at a time (``actcache.admin.benchmark.limits``). Beside the
 speed stands what the page cache of the group held at the end of the epoch: what others had there is gone.
 """
 

@@ -5,6 +5,7 @@ the same on every machine and at any load. A budget is what was counted when it 
 NumPys differ a little. Who makes a path cheaper lowers its budget; who has to raise one says why.
 
 One ratio besides, for what is inside of the compiled loops: processor time beside a plain loop over a memory map.
+(Instructions would be better, but many virtual machines have no counters of them.)
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ ROWS = np.random.default_rng(1).standard_normal((LONGEST, HIDDEN)).astype(np.flo
 #: Calls of functions, by backend: of a ``read_into`` (whatever the number of documents), of a ``get`` without its
 #: documents, and of a batch that a reader delivers.
 BUDGETS = {
-    name: {"read_into": 220, "get": 295, "reader": 420}  # counted: 189, 252, 360
+    name: {"read_into": 205, "get": 280, "reader": 395}  # counted: 176, 239, 338
     for name in ("hdf5", "zarr", "safetensors")
-} | {"lmdb": {"read_into": 575, "get": 635, "reader": 770}}  # 493, 544, 661
+} | {"lmdb": {"read_into": 575, "get": 635, "reader": 760}}  # 494, 545, 651
 OF_A_DOCUMENT = 7  # calls: of each that ``get`` returns; counted: 6
-OF_THE_LOOPS = 3  # calls of a batch: look it up, see what is in memory, gather
+OF_THE_LOOPS = 2  # calls of a batch: look it up, gather
 #: ``read_into`` of 256 short documents on one thread, checksums on, takes at most so many times a memory-map loop's
 #: time. Measured: 0.74 to 0.83. Reading everything twice would be 1.5.
 SLOWEST = 1.25

@@ -1,7 +1,7 @@
 """What delivery needs of a device that works beside the processor: pinned memory, a stream for copies, events.
 
-Delivery knows ``AsyncDevice`` alone. ``TorchDevice`` is that of every accelerator of torch that has streams (CUDA, ROCm,
-XPU), by torch's device-neutral API; ``OneStreamDevice`` that of one that has not (MPS). The tests put a simulated
+Delivery knows ``AsyncDevice`` alone. ``TorchDevice`` is every accelerator of torch that has streams (CUDA, ROCm,
+XPU), by torch's device-neutral API; ``OneStreamDevice`` is one that has not (MPS). The tests put a simulated
 device in their place, which completes everything as late as this contract allows.
 """
 
@@ -169,10 +169,10 @@ class OneStreamDevice(AsyncDevice):
         yield
 
     def copy(self, source: torch.Tensor) -> torch.Tensor:
-        return source.to(self.device)
+        return source.to(self.device, copy=True)  # never the buffer itself, even where memory is one
 
     def send(self, array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, copy=True)
 
     def event(self) -> Event:
         return _Passed()

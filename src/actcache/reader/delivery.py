@@ -1,4 +1,4 @@
-"""From host buffers to the batch that the consumer gets: on the host, or on a CUDA device by a stream of its own."""
+"""From host buffers to the batch that the consumer gets: what every way has, and the one that stays on the host."""
 
 from __future__ import annotations
 
@@ -100,20 +100,3 @@ class HostDelivery(Delivery):
         batch = batch.to("cpu")
         bits = self._dtype == "bfloat16"
         return replace(batch, activations=batch.activations.view(self._torch.bfloat16)) if bits else batch
-
-
-class DeviceDelivery(Delivery):
-    """Tensors of another device, copied as one block each; for devices without streams of their own (mps, xpu)."""
-
-    def __init__(self, dtype: str, torch: Any, device: Any, *, packed: bool, depth: int) -> None:
-        super().__init__()
-        self._host = HostDelivery(dtype, torch, packed=packed, depth=depth)
-        self.packed, self.padded, self.buffers = packed, not packed, self._host.buffers
-        self._device = device
-
-    def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
-        batch = self._host.deliver(read, members).batch
-        start = time.perf_counter()
-        moved = batch.to(self._device)
-        self._spend(time.perf_counter() - start, self._host.spent()[1])
-        return Delivered(moved)

@@ -16,7 +16,7 @@ from actcache.reader.caches.local_cache import LocalCache
 from actcache.reader.caches.ram_cache import RamCache
 from actcache.reader.checks import check_present, ranks_of
 from actcache.reader.cursor import Cursor
-from actcache.reader.delivery import Delivery, DeviceDelivery, HostDelivery
+from actcache.reader.delivery import Delivery, HostDelivery
 from actcache.reader.epoch import Epoch, MissComputer, Work, count_spent
 from actcache.reader.fetch import EntryInfo, Source
 from actcache.reader.labels import labels_of
@@ -219,8 +219,7 @@ def _delivery(dtype: str, device: Any, *, packed: bool, depth: int) -> Delivery:
     device = torch.device(device)
     if device.type == "cpu":
         return HostDelivery(dtype, torch, packed=packed, depth=depth)
-    if device.type == "cuda":
-        from actcache.reader.cuda import CudaDelivery
+    from actcache.reader.accelerator import AcceleratorDelivery
+    from actcache.reader.streams import async_device
 
-        return CudaDelivery(dtype, device, packed=packed, depth=depth)
-    return DeviceDelivery(dtype, torch, device, packed=packed, depth=depth)
+    return AcceleratorDelivery(dtype, async_device(device), packed=packed, depth=depth)

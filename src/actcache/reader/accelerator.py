@@ -1,13 +1,16 @@
-"""Delivery to a CUDA device: pinned host buffers, a stream of its own for the copies, padding on the device.
+"""Delivery to an accelerator: pinned host buffers, a stream of its own for the copies, padding on the device.
 
 Over the bus go the stored bytes without padding. The consumer's stream waits for the copy's event, not the processor;
-the host buffer is used again when the copy has ended; the device memory is the consumer's stream's from then on.
+the host buffer is used again when the copy has ended; the device memory is the consumer's stream's from then on. What
+that asks of a device is in ``streams.py``.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ from actcache.format.ragged import offsets_of, row_indices
 from actcache.reader.buffers import BufferPool
 from actcache.reader.delivery import BatchMembers, Delivered, Delivery
 from actcache.reader.fetch import HostBatch
+from actcache.reader.streams import AsyncDevice, Event
 
 
 @dataclass(eq=False)
@@ -27,18 +31,20 @@ class _Pinned:
     """A pinned buffer, and the event at which the copy out of it has ended."""
 
     array: NDArray[np.uint8]
-    copied: Any = None
+    copied: Event | None = None
     taken: bool = True
 
 
 class PinnedBuffers(BufferPool):
     """Pinned buffers, each the reader's until the copy out of it has ended. Thread-safe.
 
-    As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made.
+    As long as there are fewer than ``most``, a buffer whose copy still runs is not waited for: another one is made, by
+    ``allocate(nbytes)``.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, allocate: Callable[[int], NDArray[np.uint8]]) -> None:
         super().__init__(most)
+        self._allocate = allocate
         self._pinned: list[_Pinned] = []  # those that were given back last come last
         self._guard = threading.Lock()
 
@@ -49,7 +55,7 @@ class PinnedBuffers(BufferPool):
             pinned.copied.synchronize()
             pinned.copied = None
         if pinned is None or pinned.array.nbytes < nbytes:
-            fresh = _Pinned(self._allocate(max(1, nbytes + nbytes // 8)).numpy())
+            fresh = _Pinned(self._allocate(max(1, nbytes + nbytes // 8)))
             with self._guard:
                 if pinned is not None:
                     self._pinned.remove(pinned)
@@ -69,10 +75,7 @@ class PinnedBuffers(BufferPool):
                 pinned.taken = True
             return pinned
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-    def give_back(self, array: NDArray[Any], copied: Any) -> None:
+    def give_back(self, array: NDArray[Any], copied: Event | None) -> None:
         """Have the buffer of an array that ``take`` returned used again after an event; None: at once."""
         with self._guard:
             for pinned in self._pinned:
@@ -83,52 +86,47 @@ class PinnedBuffers(BufferPool):
                     return
 
 
-class CudaDelivery(Delivery):
+class AcceleratorDelivery(Delivery):
     """See the module. Rows are always read packed, and padded on the device where ``packed`` is not wanted."""
 
-    def __init__(self, dtype: str, device: torch.device, *, packed: bool, depth: int) -> None:
+    def __init__(self, dtype: str, device: AsyncDevice, *, packed: bool, depth: int) -> None:
         super().__init__()
-        if device.index is None:  # another thread may have another current device
-            device = torch.device(device.type, torch.cuda.current_device())
         self.packed, self.padded = True, not packed
-        self.buffers: PinnedBuffers = PinnedBuffers(depth + 2)
+        self.buffers: PinnedBuffers = PinnedBuffers(depth + 2, device.allocate)
         self._bfloat16 = dtype == "bfloat16"
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._timed: deque[tuple[Any, Any, Any]] = deque()  # events: copying begins, ends; the batch is there
+        self._timed: deque[tuple[Event, Event, Event]] = deque()  # copying begins, ends; the batch is there
 
     def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
-        values = torch.from_numpy(read.values)
-        with torch.cuda.stream(self._stream):
-            begun = self._event()
+        device, values = self._device, torch.from_numpy(read.values)
+        with device.copying():
+            begun, start = device.event(), time.perf_counter()
             try:
-                rows = values.to(self._device, non_blocking=True)
+                rows = device.copy(values)
             except BaseException:
                 self.buffers.give_back(read.values, None)  # no memory on the device: nothing is being copied
                 raise
-            copied = self._event()
+            copied, queued = device.event(), time.perf_counter()
             self.buffers.give_back(read.values, copied)
             if self._bfloat16:
                 rows = rows.view(torch.bfloat16)
             given = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
-            small = {name: None if array is None else self._move(array) for name, array in given.items()}
-            ids = None if read.token_ids is None else self._move(read.token_ids).long()
+            small = {name: None if array is None else device.send(array) for name, array in given.items()}
+            ids = None if read.token_ids is None else device.send(read.token_ids).long()
             batch: Batch | PackedBatch
             if self.padded:
                 batch = self._pad(rows, ids, read.lengths, members.keys, small)
             else:
-                offsets = self._move(offsets_of(read.lengths).astype(np.int32))
+                offsets = device.send(offsets_of(read.lengths).astype(np.int32))
                 longest = int(read.lengths.max(initial=0))
                 batch = PackedBatch(rows, offsets, longest, ids, key_array=members.keys, **small)
-            ready = self._event()
-        with self._counting:
-            self._timed.append((begun, copied, ready))
+            ready = device.event()
+        if device.asynchronous:
+            with self._counting:
+                self._timed.append((begun, copied, ready))
+        else:
+            self._spend(queued - start, time.perf_counter() - queued)
         return Delivered(batch, ready)
-
-    def _event(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return event
 
     def spent(self) -> tuple[float, float]:
         with self._counting:
@@ -139,15 +137,12 @@ class CudaDelivery(Delivery):
         return super().spent()
 
     def arrive(self, delivered: Delivered) -> Batch | PackedBatch:
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(delivered.ready)
+        stream = self._device.consumer()
+        self._device.wait(stream, delivered.ready)
         for value in vars(delivered.batch).values():
             if isinstance(value, torch.Tensor):
-                value.record_stream(stream)
+                self._device.record(value, stream)
         return delivered.batch
-
-    def _move(self, array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self._device, non_blocking=True)
 
     def _pad(
         self,
@@ -158,9 +153,9 @@ class CudaDelivery(Delivery):
         small: dict[str, Any],
     ) -> Batch:
         count, longest = len(lengths), int(lengths.max(initial=0))
-        where = self._move(row_indices(np.arange(count) * longest, lengths, None))
+        where = self._device.send(row_indices(np.arange(count) * longest, lengths, None))
         activations = rows.new_zeros((count * longest, rows.shape[1])).index_copy_(0, where, rows)
-        mask = torch.arange(longest, device=self._device) < small["lengths"][:, None]
+        mask = torch.arange(longest, device=rows.device) < small["lengths"][:, None]
         if ids is not None:
             ids = ids.new_zeros(count * longest).index_copy_(0, where, ids).view(count, longest)
         return Batch(activations.view(count, longest, -1), mask.long(), ids, key_array=keys, **small)

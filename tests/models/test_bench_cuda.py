@@ -77,6 +77,26 @@ def test_tiny_models_on_the_processor(
     assert "deberta-v2-xl, training, 4 documents" in capsys.readouterr().out
 
 
+def test_a_batch_that_memory_does_not_do_for_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = upper_halves.UpperHalf("bert-base", torch.device("cpu"), tmp_path, tiny=True)
+    tried = []
+
+    def training(batch: int, until: float) -> dict[str, Any]:
+        tried.append(batch)
+        if batch > most:
+            raise torch.OutOfMemoryError
+        return {"ms": {}}
+
+    monkeypatch.setattr(bench, "_training", training)
+    most = 1
+    assert bench.training(0.0) == {"batch": 1, "ms": {}}
+    assert tried == [4, 2, 1]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.training(0.0)
+    bench.close()
+
+
 def test_time_is_dealt_out_and_what_was_left_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, given = [1000.0], {}
     monkeypatch.setattr(cuda.time, "monotonic", lambda: clock[0])

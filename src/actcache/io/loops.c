@@ -152,28 +152,45 @@ static uint64_t big_endian(const uint8_t *bytes) {
     return __builtin_bswap64(word);
 }
 
-/* Return the first position whose prefix is not less. Keys are digests, so their prefixes lie evenly: a guess by
- * proportion lands near. A stranger's table may be any: after a few guesses the search halves. */
+#define PER_PREFIX (1.0 / 18446744073709551616.0) /* 2 to the power of -64 */
+
+static int64_t within(double position, int64_t size) {
+    return position <= 0 ? 0 : position >= (double)(size - 1) ? size - 1 : (int64_t)position;
+}
+
+/* Return where a prefix would lie in a table if all lay evenly, as those of digests do, nearly. */
+static int64_t guess(int64_t size, uint64_t wanted) { return within((double)wanted * PER_PREFIX * (double)size, size); }
+
+/* Return the first position whose prefix is not less. Two guesses land near where prefixes lie evenly; from there, steps
+ * that double find both sides of it, in a stranger's table of any prefixes, too, and halves the rest. */
 static int64_t lower_bound(const uint64_t *prefix, int64_t size, uint64_t wanted) {
-    int64_t low = 0, high = size; /* all before low are less; none from high on is */
-    uint64_t least = 0, most = UINT64_MAX;
-    for (int guesses = 0; high - low > 16; guesses++) {
-        int64_t middle = low + (high - low) / 2;
-        if (guesses < 8 && wanted >= least && wanted <= most && most > least) {
-            double share = (double)(wanted - least) / (double)(most - least);
-            int64_t guess = low + (int64_t)(share * (double)(high - low));
-            /* A little to the side of the guess that leaves the smaller part behind. */
-            if (guess > low && guess < high - 1) middle = guess;
+    if (size == 0) return 0;
+    int64_t at = guess(size, wanted), low = 0, high = size, step = 4;
+    at = within((double)at + ((double)wanted - (double)prefix[at]) * PER_PREFIX * (double)size, size);
+    if (prefix[at] < wanted) {
+        for (low = at + 1; low + step < size; step *= 2) {
+            if (prefix[low + step] >= wanted) {
+                high = low + step;
+                break;
+            }
+            low += step + 1;
         }
-        if (prefix[middle] < wanted) {
-            low = middle + 1;
-            least = prefix[middle];
-        } else {
-            high = middle;
-            most = prefix[middle];
+    } else {
+        for (high = at; high - step >= 0; step *= 2) {
+            if (prefix[high - step] < wanted) {
+                low = high - step + 1;
+                break;
+            }
+            high -= step;
         }
     }
-    while (low < high && prefix[low] < wanted) low++;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (prefix[middle] < wanted)
+            low = middle + 1;
+        else
+            high = middle;
+    }
     return low;
 }
 
@@ -192,39 +209,66 @@ typedef struct {
 } lookup;
 
 #define LOOKUP_PART 512 /* keys that a thread takes at a time */
+#define GROUP 16        /* keys whose cache misses overlap: one after another, they are what a look-up costs */
 
-static void look_up_one(lookup *this, int64_t i) {
+static void prefetch_entry(const table *of, int64_t position) {
+    if (position >= of->size) return;
+    __builtin_prefetch(of->rest + position * (KEY_BYTES - 8));
+    __builtin_prefetch(of->segment + position);
+    __builtin_prefetch(of->origin + position);
+    __builtin_prefetch(of->tokens + position);
+    __builtin_prefetch(of->row + position);
+    __builtin_prefetch(of->checksum + position);
+}
+
+/* Look at the entries of a table from a position on, which is the first of the key's prefix; better ones than the best
+ * so far take its place. */
+static void look_at(lookup *this, int64_t i, const table *of, int64_t position, uint64_t prefix, int64_t *best) {
     const uint8_t *key = this->keys + i * KEY_BYTES;
-    uint64_t prefix = big_endian(key);
-    int64_t best = -1;
-    this->tokens[i] = 0;
-    this->checksums[i] = 0;
-    this->segment[i] = this->row[i] = -1;
+    /* Some share their prefix with another key; the latest copy comes first, and may be deleted. */
+    for (; position < of->size && of->prefix[position] == prefix; position++) {
+        if (memcmp(of->rest + position * (KEY_BYTES - 8), key + 8, KEY_BYTES - 8) == 0 &&
+            (of->alive == NULL || of->alive[position]))
+            break;
+    }
+    if (position >= of->size || of->prefix[position] != prefix) return;
+    int64_t segment = of->segment[position], origin = of->origin[position], row = of->row[position];
+    int64_t tokens = of->tokens[position];
+    int64_t number = segment < of->segments ? of->numbers[segment] : -1;
+    if (number < 0 || number >= this->segments || origin >= of->origins || row < 0 || tokens <= 0 ||
+        row > this->limits[number] - tokens) {
+        atomic_fetch_add(&this->outside, 1);
+        return;
+    }
+    int64_t place = of->ranks[origin] * this->segments + this->names[number];
+    if (place <= *best) return;
+    *best = place;
+    this->tokens[i] = tokens;
+    this->checksums[i] = of->checksum[position];
+    this->segment[i] = number;
+    this->row[i] = row;
+}
+
+static void look_up_group(lookup *this, int64_t first, int64_t count) {
+    uint64_t prefixes[GROUP];
+    int64_t best[GROUP], positions[GROUP];
+    for (int64_t n = 0; n < count; n++) {
+        int64_t i = first + n;
+        prefixes[n] = big_endian(this->keys + i * KEY_BYTES);
+        best[n] = this->segment[i] = this->row[i] = -1;
+        this->tokens[i] = 0;
+        this->checksums[i] = 0;
+    }
     for (int64_t t = 0; t < this->tables; t++) {
         const table *of = this->table + t;
-        int64_t position = lower_bound(of->prefix, of->size, prefix);
-        /* Some share their prefix with another key; the latest copy comes first, and may be deleted. */
-        for (; position < of->size && of->prefix[position] == prefix; position++) {
-            if (memcmp(of->rest + position * (KEY_BYTES - 8), key + 8, KEY_BYTES - 8) == 0 &&
-                (of->alive == NULL || of->alive[position]))
-                break;
+        for (int64_t n = 0; n < count; n++) {
+            if (of->size > 0) __builtin_prefetch(of->prefix + guess(of->size, prefixes[n]));
         }
-        if (position >= of->size || of->prefix[position] != prefix) continue;
-        int64_t segment = of->segment[position], origin = of->origin[position], row = of->row[position];
-        int64_t tokens = of->tokens[position];
-        int64_t number = segment < of->segments ? of->numbers[segment] : -1;
-        if (number < 0 || number >= this->segments || origin >= of->origins || row < 0 || tokens <= 0 ||
-            row > this->limits[number] - tokens) {
-            atomic_fetch_add(&this->outside, 1);
-            continue;
+        for (int64_t n = 0; n < count; n++) {
+            positions[n] = lower_bound(of->prefix, of->size, prefixes[n]);
+            prefetch_entry(of, positions[n]);
         }
-        int64_t place = of->ranks[origin] * this->segments + this->names[number];
-        if (place <= best) continue;
-        best = place;
-        this->tokens[i] = tokens;
-        this->checksums[i] = of->checksum[position];
-        this->segment[i] = number;
-        this->row[i] = row;
+        for (int64_t n = 0; n < count; n++) look_at(this, first + n, of, positions[n], prefixes[n], best + n);
     }
 }
 
@@ -232,7 +276,9 @@ static void look_up_part(void *context, int64_t part) {
     lookup *this = context;
     int64_t last = (part + 1) * LOOKUP_PART;
     if (last > this->count) last = this->count;
-    for (int64_t i = part * LOOKUP_PART; i < last; i++) look_up_one(this, i);
+    for (int64_t i = part * LOOKUP_PART; i < last; i += GROUP) {
+        look_up_group(this, i, last - i < GROUP ? last - i : GROUP);
+    }
 }
 
 PUBLIC void act_locate(lookup *this, int32_t threads) {

@@ -22,15 +22,19 @@ from actcache.errors import StoreError, StoreGoneError
 from actcache.format import checksum
 from actcache.format.keys import KEY_BYTES, key_list
 from actcache.format.ragged import offsets_of, row_indices
+from actcache.io.buffers import BufferPool
 
 SEGMENT_BYTES = 256 << 20
 SEGMENT_SECONDS = 45.0
+_BLOCKS = 2  # in memory: one is filled, one published
 _AGAIN_SECONDS = 1.0  # where the block before is still being published
 
 #: Stored rows by the name of their ragged array.
 Rows = dict[str, NDArray[np.generic]]
 #: Writes the stored rows of some entries into buffers, one a ragged array, ``[rows, ...]``.
 Fill = Callable[[Rows], object]
+#: Returns memory for a ragged array, of that shape and dtype; its contents are anything.
+Memory = Callable[[str, tuple[int, ...], Any], NDArray[Any]]
 
 
 class Clock:
@@ -59,10 +63,14 @@ class _Part(NamedTuple):
 class Builder:
     """A block that is being filled. Not thread-safe, but others may read what it holds while ``block`` runs."""
 
-    def __init__(self, columns: Columns, names: frozenset[str], capacity: int, born: float) -> None:
+    def __init__(
+        self, columns: Columns, names: frozenset[str], capacity: int, born: float, memory: Memory
+    ) -> None:
         self.names = names
         self.born = born
-        self._columns = {name: np.empty((capacity, *columns[name][1]), columns[name][0]) for name in sorted(names)}
+        self._columns: Rows = {
+            name: memory(name, (capacity, *columns[name][1]), np.dtype(columns[name][0])) for name in sorted(names)
+        }
         self._capacity = capacity
         self._end = 0
         self._parts: list[_Part] = []  # all that was added, in order
@@ -158,6 +166,7 @@ class Writer:
         self._seconds = segment_seconds
         self._clock = clock or Clock()
         self._call_off: Callable[[], None] | None = None  # of the call that looks how old the block is
+        self._memory: dict[str, BufferPool] = {}  # of blocks, by array: fresh memory costs more than filling it
         self._filling: Builder | None = None
         self._leaving: Builder | None = None  # being published, or failed to be
         self._publishing: Future[None] | None = None
@@ -218,8 +227,12 @@ class Writer:
         if block is not None and not (first <= block.free and block.names == names and self._left(block) > 0):
             self._hand_over()
         if self._filling is None:
-            self._filling = Builder(self._columns, names, max(self._capacity, first), self._clock.now())
+            capacity = max(self._capacity, first)
+            self._filling = Builder(self._columns, names, capacity, self._clock.now(), self._take_memory)
         return int(np.searchsorted(offsets, offsets[begin] + self._filling.free, "right")) - 1
+
+    def _take_memory(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        return self._memory.setdefault(name, BufferPool(_BLOCKS)).take(shape, dtype)
 
     def _add(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], fill: Fill) -> None:
         assert self._filling is not None
@@ -263,6 +276,7 @@ class Writer:
         if self._filling is not None:
             self._hand_over()
             self._finish_publishing()
+        self._memory = {}  # who flushes may have nothing more to put
 
     def close(self) -> None:
         """Publish everything and end the thread. What cannot be published is dropped, and the failure raised."""
@@ -294,6 +308,7 @@ class Writer:
             if thread is not None:
                 thread.shutdown()
             self._filling = self._leaving = self._publishing = None
+            self._memory = {}
 
     def _left(self, builder: Builder) -> float:
         """Return in how many seconds a block is to be published."""
@@ -322,6 +337,7 @@ class Writer:
                 self._check_age_in(max(left, _AGAIN_SECONDS))
             elif self._leaving is None or (before is not None and before.exception() is None):
                 self._hand_over()
+                self._memory = {}  # whoever puts so little at a time keeps no memory for more
 
     def _hand_over(self) -> None:
         """Start publishing the block that was being filled, after the one before it."""

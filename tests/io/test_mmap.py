@@ -282,7 +282,9 @@ def test_many_small_segments(tmp_path, count):
     (folder / "segments").mkdir(exist_ok=True)
     seed = actcache.store.space.checksum.space_seed(recipe().fingerprint, "float32", HIDDEN)
     for number in range(count):
-        builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0, lambda name, *of: np.empty(*of))
+        builder = Builder(
+            columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0, lambda name, *of: np.empty(*of)
+        )
         arrays = {"values": rows(number), "token_ids": np.arange(len(rows(number)), dtype="<i4")}
 
         def fill(out, arrays=arrays):

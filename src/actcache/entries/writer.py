@@ -63,9 +63,7 @@ class _Part(NamedTuple):
 class Builder:
     """A block that is being filled. Not thread-safe, but others may read what it holds while ``block`` runs."""
 
-    def __init__(
-        self, columns: Columns, names: frozenset[str], capacity: int, born: float, memory: Memory
-    ) -> None:
+    def __init__(self, columns: Columns, names: frozenset[str], capacity: int, born: float, memory: Memory) -> None:
         self.names = names
         self.born = born
         self._columns: Rows = {

@@ -143,18 +143,21 @@ class Packed(Incoming):
             raise ShapeError(str(error)) from None
 
     def check(self, count: int) -> None:
-        rows, offsets = len(self.arrays[VALUES]) if self.arrays[VALUES].ndim else 0, self.offsets
+        values, offsets = self.arrays[VALUES], self.offsets
+        if values.ndim != 2:
+            raise ShapeError(f"{VALUES} must be [tokens, hidden], not {list(values.shape)}")
         if len(offsets) != count + 1:
             raise ShapeError(f"{count} keys and {len(offsets)} offsets: give one more than keys, the last one the end")
-        if offsets[0] != 0 or offsets[-1] != rows:
-            raise ShapeError(f"offsets go from 0 to the {rows} rows of values, not from {offsets[0]} to {offsets[-1]}")
+        if offsets[0] != 0 or offsets[-1] != len(values):
+            raise ShapeError(
+                f"offsets go from 0 to the {len(values)} rows of values, not from {offsets[0]} to {offsets[-1]}"
+            )
         if (np.diff(offsets) < 0).any():
             raise ShapeError("offsets must rise: each is where one entry ends and the next one begins")
         for name, array in self.arrays.items():
-            trailing = EXTRAS[name][1] if name in EXTRAS else array.shape[1:2] if name == VALUES else ()
-            if array.shape != (rows, *trailing) or (name == VALUES and array.ndim != 2):
-                expected = ["tokens", "hidden"] if name == VALUES else [str(rows), *map(str, trailing)]
-                raise ShapeError(f"{name} must be [{', '.join(expected)}], not {list(array.shape)}")
+            expected = [len(values), *(EXTRAS[name][1] if name in EXTRAS else ())]
+            if name != VALUES and list(array.shape) != expected:
+                raise ShapeError(f"{name} must be {expected}, not {list(array.shape)}")
 
     def rows(self, i: int) -> dict[str, Any]:
         return {name: array[self.offsets[i] : self.offsets[i + 1]] for name, array in self.arrays.items()}

@@ -62,7 +62,7 @@ def flowing(descriptor: int) -> Iterator[None]:
         while not ended.wait(_BEGIN_SECONDS):
             _sync_file_range(descriptor, 0, 0, _BEGIN)  # all of the file
 
-    thread = threading.Thread(target=begin, name="actcache-write", daemon=True)
+    thread = threading.Thread(target=begin, name="actcache-flow", daemon=True)
     thread.start()
     try:
         yield

@@ -31,7 +31,7 @@ def add(writer: Writer, numbers: list[int], version: int) -> None:
         out["token_ids"][:] = np.repeat(numbers, lengths)
 
     keys = np.frombuffer(b"".join(map(key, numbers)), np.uint8).reshape(-1, 32)
-    writer.add_packed(keys, lengths, NAMES, fill)
+    writer.add(keys, lengths, NAMES, fill)
 
 
 class Published:
@@ -93,7 +93,7 @@ def test_what_is_refused_leaves_nothing(count, before):
 
     keys = np.frombuffer(b"".join(map(key, range(count))), np.uint8).reshape(-1, 32)
     with pytest.raises(KeyboardInterrupt):
-        writer.add_packed(keys, np.ones(count, np.int64), NAMES, fill)
+        writer.add(keys, np.ones(count, np.int64), NAMES, fill)
     assert len(writer) == before
     writer.close()
     assert published.blocks == ([dict.fromkeys(range(100, 100 + before), 7)] if before else [])
@@ -131,7 +131,7 @@ def test_one_large_entry_among_small_ones():
         for array in out.values():
             array[...] = 0
 
-    writer.add_packed(keys, lengths, NAMES, fill)
+    writer.add(keys, lengths, NAMES, fill)
     writer.close()
     assert published == [[4, 4], [4], [50], [3, 3]]
     assert offsets_of(lengths)[-1] == sum(map(sum, published))

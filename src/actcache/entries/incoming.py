@@ -48,9 +48,7 @@ class Incoming(ABC):
         """Return the rows of one entry by array, as they were given."""
 
     @abstractmethod
-    def parts(
-        self, which: NDArray[np.int64], columns: Columns
-    ) -> tuple[NDArray[np.int64], dict[str, list[NDArray[Any]]]]:
+    def parts(self, which: NDArray[np.int64], columns: Columns) -> Parts:
         """Return some entries, of which there is one or more.
 
         ``ShapeError`` where something has another shape or kind of number than the columns ask for.
@@ -109,9 +107,7 @@ class Lists(Incoming):
     def rows(self, i: int) -> dict[str, Any]:
         return {name: arrays[i] for name, arrays in self.lists.items()}
 
-    def parts(
-        self, which: NDArray[np.int64], columns: Columns
-    ) -> tuple[NDArray[np.int64], dict[str, list[NDArray[Any]]]]:
+    def parts(self, which: NDArray[np.int64], columns: Columns) -> Parts:
         parts: dict[str, list[NDArray[Any]]] = {}
         lengths: list[int] = []
         for name, given in self.lists.items():
@@ -162,9 +158,7 @@ class Packed(Incoming):
     def rows(self, i: int) -> dict[str, Any]:
         return {name: array[self.offsets[i] : self.offsets[i + 1]] for name, array in self.arrays.items()}
 
-    def parts(
-        self, which: NDArray[np.int64], columns: Columns
-    ) -> tuple[NDArray[np.int64], dict[str, list[NDArray[Any]]]]:
+    def parts(self, which: NDArray[np.int64], columns: Columns) -> Parts:
         lengths = np.diff(self.offsets)[which]
         for name, array in self.arrays.items():
             if array.shape[1:] != columns[name][1] or not lengths.all():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from actcache.backend import VALUES, Block, Columns
 from actcache.errors import StoreError, StoreGoneError
 from actcache.format import checksum
-from actcache.format.keys import KEY_BYTES, key_list
+from actcache.format.keys import key_list
 from actcache.format.ragged import offsets_of, row_indices
 from actcache.io.buffers import BufferPool
 
@@ -179,16 +179,7 @@ class Writer:
     def _builders(self) -> list[Builder]:
         return [builder for builder in (self._filling, self._leaving) if builder is not None]
 
-    def add(self, key: bytes, rows: Mapping[str, NDArray[np.generic]]) -> None:
-        """Add one entry in stored form, replacing what the writer holds under that key."""
-
-        fill = partial(_copy, dict(rows), slice(None))
-        keys = np.frombuffer(key, np.uint8).reshape(1, KEY_BYTES)
-        self.add_packed(keys, np.array([len(rows[VALUES])], np.int64), frozenset(rows), fill)
-
-    def add_packed(
-        self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], names: frozenset[str], fill: Fill
-    ) -> None:
+    def add(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], names: frozenset[str], fill: Fill) -> None:
         """Add entries, replacing what the writer holds under their keys.
 
         Args:

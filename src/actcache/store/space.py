@@ -223,7 +223,7 @@ class Space:
             if not len(fresh):
                 return 0
             lengths, encode = given.encoding(fresh, names, self._columns, stored_as)
-            writer.add_packed(names[fresh], lengths, given.columns, encode)
+            writer.add(names[fresh], lengths, given.columns, encode)
         return len(fresh)
 
     def _append(self, block: Block) -> None:

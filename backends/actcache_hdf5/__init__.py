@@ -21,6 +21,7 @@ from h5py import h5d, h5p, h5s, h5t
 from actcache.backend import VALUES, Block, Extent, Layout, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError
 from actcache.format.ragged import Column, pieces
+from actcache.io.files import write_flowing
 
 _ALIGN = 4096
 # locking=False: files are written before they have a name and never again, and network file systems lock badly.
@@ -49,7 +50,7 @@ class HDF5Format(SegmentFormat):
                     file.attrs.create(name, text.encode(), dtype=h5py.string_dtype(length=max(1, len(text.encode()))))
             output.seek(offsets[VALUES])
             for piece in pieces(arrays[VALUES]):
-                output.write(piece)
+                write_flowing(output.fileno(), piece)
 
     def layout(self, files: SegmentFiles) -> Layout:
         path = files.path

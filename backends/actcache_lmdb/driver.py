@@ -105,7 +105,7 @@ class LMDBSpace(SpaceDriver):
         made again may have the same one."""
         return number == self._generations.newest() and self._generations.identity(number) == environment.identity
 
-    def _write(self, work: Work[T]) -> T:
+    def _write(self, work: Work[T], nbytes: int = 0) -> T:
         """Run ``work`` in a write transaction of the newest generation, once, or again where the map had to grow."""
         if not self._writable:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
@@ -114,7 +114,7 @@ class LMDBSpace(SpaceDriver):
             if environment is None:
                 raise StorageIOError(f"{self._generations.folder} is gone; open the store again")
             with suppress(_Retired):
-                return environment.write(partial(self._checked, work, number, environment))
+                return environment.write(partial(self._checked, work, number, environment), nbytes)
 
     def _checked(self, work: Work[T], number: int, environment: Environment, txn: Txn) -> T:
         # Whoever compacts publishes the new generation while it holds the write lock of the old one.
@@ -132,7 +132,7 @@ class LMDBSpace(SpaceDriver):
             writing.remove_retired(self._grace)
             writing.append(records)
 
-        self._write(work)
+        self._write(work, records.nbytes)
 
     def delete(self, keys: NDArray[np.uint8]) -> int:
         return self._write(lambda writing: writing.delete(keys))

@@ -9,8 +9,8 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import ClosedError, FormatError, ReadOnlyError, StorageIOError, StoreError
-from actcache.io.files import failure
+from actcache.io.files import failure, flowing
 from actcache_lmdb.datafile import read_meta
 from actcache_lmdb.failures import is_full, translated
 from actcache_lmdb.readers_writer_lock import ReadersWriterLock
@@ -31,6 +31,7 @@ DATABASES = ("state", "heads", "entries", "retired")
 _MAP_SIZE = 64 << 30  # of addresses, not of memory; it grows by itself
 _LEAST_MAP = 1 << 20
 _READERS = 2048
+_FLOWING_BYTES = 16 << 20  # of a transaction, from which on a thread that watches over its commit is worth it
 
 MAP_LOCK = ReadersWriterLock()
 
@@ -165,9 +166,10 @@ class Environment:
         finally:
             MAP_LOCK.release_shared()
 
-    def write(self, work: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+    def write(self, work: Callable[[lmdb.Transaction[memoryview]], T], nbytes: int = 0) -> T:
         """Run ``work`` in a write transaction and commit it durably; again from its start where the map had to grow.
 
+        ``nbytes``: about what it writes, where that is much.
         After any exception, also of ``work``, nothing of it is visible, and nothing else was lost.
         """
         if not self.writable:
@@ -182,7 +184,8 @@ class Environment:
                         txn = self._begin(write=True)
                         try:
                             result = work(txn)
-                            txn.commit()
+                            with flowing(self.file) if nbytes >= _FLOWING_BYTES else nullcontext():
+                                txn.commit()
                         except BaseException:
                             txn.abort()
                             raise
@@ -300,6 +303,13 @@ def address(value: memoryview) -> int:
 def page_of(value: memoryview) -> int:
     """Return the page number of a value that has pages of its own, written or about to be: they begin with it."""
     return int.from_bytes(ctypes.string_at(address(value) - PAGE_HEADER, 8), "little")
+
+
+def pages_of(values: Iterable[memoryview | None]) -> list[int]:
+    """Return ``page_of`` of many values."""
+    addresses = [np.frombuffer(value or b"", np.uint8, 1).__array_interface__["data"][0] for value in values]
+    read = ctypes.c_uint64.from_address
+    return [read(address - PAGE_HEADER).value for address in addresses]
 
 
 def _modes(folder: Path, writable: bool) -> dict[str, bool]:

@@ -24,11 +24,11 @@ from actcache.backend import BytesDone
 from actcache.errors import FormatError
 from actcache.format.ragged import runs
 from actcache.io.files import FileOperations, Files
-from actcache_lmdb.environment import Environment, create_databases, page_of
+from actcache_lmdb.environment import Environment, create_databases, pages_of
 from actcache_lmdb.failures import translated
 from actcache_lmdb.lookup import live, scan
 from actcache_lmdb.record import HEADER, Shapes, State, checks, joined
-from actcache_lmdb.writing import GONE, Writing
+from actcache_lmdb.writing import Writing
 
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[memoryview]
@@ -213,21 +213,20 @@ class Filling:
 
     def _copy(self, txn: Txn, records: NDArray[np.void], *, needed: bool) -> None:
         source, databases = self._environment.dbs["entries"], self._build.databases
-        pages = []
         with self._build.env.begin(write=True, buffers=True) as target:
-            for entry in records["head"]["id"].tolist():
+            items, there = [], np.zeros(len(records), bool)
+            for i, entry in enumerate(records["head"]["id"].tolist()):
                 name = entry.to_bytes(8, "big")
                 value = txn.get(name, db=source)
-                if value is None or len(value) < HEADER.itemsize:
-                    if needed:
-                        where = self._environment.data
-                        raise FormatError(f"{where}: entry {entry} is missing; delete it, then compact")
-                    pages.append(0)
-                    continue
-                target.put(name, value, db=databases["entries"])
-                pages.append(page_of(target.get(name, db=databases["entries"]) or GONE))
-            there = np.array(pages) > 0
+                if value is not None and len(value) >= HEADER.itemsize:
+                    items.append((name, value))
+                    there[i] = True
+                elif needed:
+                    where = self._environment.data
+                    raise FormatError(f"{where}: entry {entry} is missing; delete it, then compact")
             copied = records[there]
-            copied["head"]["page"] = np.array(pages)[there]
+            with target.cursor(databases["entries"]) as cursor:
+                cursor.putmulti(items)
+                copied["head"]["page"] = pages_of(cursor.get(name) for name, _ in items)
             copied["head"]["check"] = checks(copied)
             Writing(target, databases, self._shapes, self._environment.folder).put_heads(copied)

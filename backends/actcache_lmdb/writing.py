@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from actcache.backend import Block
 from actcache.errors import ShapeError
 from actcache.format.keys import KEY_BYTES, key_order
-from actcache.format.ragged import Pieces, pieces
+from actcache.format.ragged import Pieces, pieces, runs
+from actcache.io import loops
 from actcache_lmdb import record
-from actcache_lmdb.environment import page_of
+from actcache_lmdb.environment import pages_of
 from actcache_lmdb.lookup import NEWEST, live, records_of, scan
 
 _MOST_REMOVED = 4096  # versions that one transaction removes
 _LARGEST = 0xFFFF0000  # bytes of a value
-_PADDING = bytes(1 << 16)
-_ZEROS = bytes(8)
-GONE = memoryview(b"")  # stands for a value that is not there
+_ASSEMBLED_BYTES = 2 << 20  # of values that are put at once, from the processor's cache
 
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[memoryview]
@@ -44,12 +43,14 @@ class BlockRecords:
         self._data = {
             name: memoryview(data[name]) if name in data else next(pieces(block.columns[name])) for name in self._order
         }
-        self._offsets = {name: (block.offsets * shapes.row_bytes[name]).tolist() for name in self._order}
-        self._page_size = page_size
+        self._offsets, self._row_bytes = block.offsets, shapes.row_bytes
         self.nbytes = sum(len(part) for part in self._data.values())
-        ends = shapes.places(self.tokens, self.columns)["end"]
-        if len(ends) and int(ends.max()) > _LARGEST:
-            raise ShapeError(f"an entry of {int(ends.max())} bytes is too large for lmdb, which takes 4 GiB: cut it up")
+        self._places = shapes.places(self.tokens, self.columns)
+        if len(block) and int(self._places["end"].max()) > _LARGEST:
+            most = int(self._places["end"].max())
+            raise ShapeError(f"an entry of {most} bytes is too large for lmdb, which takes 4 GiB: cut it up")
+        # A value shorter than half a page would lie inside of a page of the B-tree, and move with it.
+        self._sizes = np.maximum(self._places["end"] - record.PAGE_HEADER, page_size // 2)
         self.records = np.zeros(len(block), record.RECORD)
         self.records["key"] = block.keys
         heads = self.records["head"]
@@ -65,24 +66,54 @@ class BlockRecords:
         headers["key"] = self.records["key"]
         for name in ("id", "tokens", "columns", "checksum", "extra"):
             headers[name] = self.records["head"][name]
-        self._headers = headers.tobytes()
+        self._headers = headers
+        self._numbers = self.records["head"]["id"].astype(">u8").tobytes()
 
-    def values(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the number and the value of every entry."""
-        least = self._page_size // 2  # a shorter one would lie inside of a page of the B-tree, and move with it
-        for i, number in enumerate(self.records["head"]["id"].tolist()):
-            parts: list[Any] = [self._headers[i * record.HEADER.itemsize : (i + 1) * record.HEADER.itemsize]]
-            size = record.HEADER.itemsize
-            for name in self._order:
-                if size & 7:
-                    parts.append(_ZEROS[: -size & 7])
-                    size += -size & 7
-                begin, end = self._offsets[name][i], self._offsets[name][i + 1]
-                parts.append(self._data[name][begin:end])
-                size += end - begin
-            if size < least:
-                parts.append(_PADDING[: least - size])
-            yield number.to_bytes(8, "big"), b"".join(parts)
+    def values(self) -> Iterator[list[tuple[bytes, memoryview]]]:
+        """Yield numbers and values of all entries, some at a time; they are good until the next ones are asked for."""
+        memory = np.empty(0, np.uint8)
+        for part in runs(self._sizes, _ASSEMBLED_BYTES):
+            sizes = self._sizes[part]
+            ends = np.cumsum(sizes)
+            if len(memory) < ends[-1]:
+                memory = np.empty(int(ends[-1]), np.uint8)
+            self._assemble(part, ends - sizes, memory)
+            data = memory.data
+            keys = self._numbers[8 * part.start : 8 * part.stop]
+            yield [
+                (keys[8 * i : 8 * i + 8], data[end - size : end])
+                for i, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True))
+            ]
+
+    def _assemble(self, part: slice, begins: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Bring headers and rows of some entries to where their values begin."""
+        count = part.stop - part.start
+        before = begins + record.HEADER_BYTES
+        headers = np.arange(part.start, part.stop, dtype=np.int64) * record.HEADER_BYTES
+        _copy(self._headers.view(np.uint8), headers, np.full(count, record.HEADER_BYTES), out, begins, before)
+        for number, name in enumerate(self._order, 1):
+            row_bytes = self._row_bytes[name]
+            if number < len(self._order):
+                after = begins + self._places[self._order[number]][part] - record.PAGE_HEADER
+            else:
+                after = begins + self._sizes[part]
+            data = np.frombuffer(self._data[name], np.uint8)
+            _copy(data, self._offsets[:-1][part] * row_bytes, self.tokens[part] * row_bytes, out, before, after)
+            before = after
+
+
+def _copy(
+    data: NDArray[np.uint8],
+    begins: NDArray[np.int64],
+    nbytes: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    first: NDArray[np.int64],
+    last: NDArray[np.int64],
+) -> None:
+    """Copy stretches of bytes to places that may be longer; their rest becomes zeros."""
+    column = loops.Column(1, out=out, memory=data, begins=begins)
+    if len(loops.gather([column], nbytes, np.stack([first, last]))):
+        raise ShapeError("a block's offsets do not fit its arrays")
 
 
 class Writing:
@@ -110,12 +141,13 @@ class Writing:
         block.number(state.sequence + 1, state.next_id)
         state, _ = self._supersede(state, block.records["key"])
         entries = self._databases["entries"]
-        pages = []
-        for number, value in block.values():
-            self._txn.put(number, value, append=True, db=entries)
-            pages.append(page_of(self._txn.get(number, db=entries) or GONE))
         records = block.records
-        records["head"]["page"] = pages
+        with self._txn.cursor(entries) as cursor:
+            for some in block.values():
+                cursor.putmulti(some, append=True)
+            if len(records):
+                cursor.set_key(state.next_id.to_bytes(8, "big"))
+                records["head"]["page"] = pages_of(cursor.iternext(keys=False, values=True))
         records["head"]["check"] = record.checks(records)
         self.put_heads(records)
         added = state.added(len(records), int(block.tokens.sum()), block.nbytes)

@@ -24,6 +24,7 @@ from zarr.storage import MemoryStore
 from actcache.backend import Block, Extent, Layout, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError
 from actcache.format.ragged import pieces
+from actcache.io.files import write_flowing
 
 _BLOCK_BYTES = 1 << 20  # what zarr reads at least for a row
 _MOST_BLOCKS = 1 << 16  # of a shard: bounds the index that is read and compared
@@ -72,11 +73,11 @@ class ZarrFormat(SegmentFormat):
             )
             row_bytes = array.dtype.itemsize * math.prod(trailing)
             (path / name).mkdir(parents=True)
-            with open(path / _shard(name, len(array.shape)), "xb") as file:
+            with open(path / _shard(name, len(array.shape)), "xb", buffering=0) as file:
                 for piece in pieces(array):
-                    file.write(piece)
-                file.write(bytes((blocks * block_rows - rows) * row_bytes))
-                file.write(_index(blocks, block_rows * row_bytes))
+                    write_flowing(file.fileno(), piece)
+                end = bytes((blocks * block_rows - rows) * row_bytes) + _index(blocks, block_rows * row_bytes)
+                write_flowing(file.fileno(), memoryview(end))
         for key, document in described.items():
             (path / key).write_bytes(document.to_bytes())
 

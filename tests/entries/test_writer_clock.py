@@ -61,7 +61,8 @@ def until(there: Callable[[], bool]) -> None:
 
 
 def add(writer: Writer, number: int) -> None:
-    writer.add(number.to_bytes(32, "big"), {"values": np.full((3, 4), number, np.float32)})
+    key = np.frombuffer(number.to_bytes(32, "big"), np.uint8).reshape(1, 32)
+    writer.add(key, np.array([3]), frozenset(COLUMNS), lambda out: out["values"].fill(number))
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ import ast
 import errno
 import os
 import threading
+import time
 
+import numpy as np
 import pytest
 
 import actcache
+import actcache.io.files
 from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError
-from actcache.io.files import FileOperations, Files, is_local
+from actcache.io.files import FileOperations, Files, flowing, is_local, write_flowing
 from tests.support import ROOT, check, put, recipe
 
 
@@ -275,3 +278,49 @@ def test_the_seam_is_the_only_way():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in names and path not in seams:
                 assert ast.unparse(node.value) not in ("os", "shutil", "path", "Path"), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("hinting", [True, False], ids=["where-hints-are-taken", "elsewhere"])
+@pytest.mark.parametrize("short", [None, 1000, 4097], ids=["whole", "short", "odd"])
+def test_large_writes(tmp_path, monkeypatch, hinting, short):
+    """All bytes, where the file stands, however much the system takes at once; the hints name what was written."""
+    if not hinting:
+        monkeypatch.setattr(actcache.io.files, "_sync_file_range", None)
+    elif actcache.io.files._sync_file_range is not None:
+        real, hints = actcache.io.files._sync_file_range, []
+        monkeypatch.setattr(actcache.io.files, "_sync_file_range", lambda *given: hints.append(given) or real(*given))
+    if short is not None:
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:short]))
+    monkeypatch.setattr(actcache.io.files, "_WRITTEN_BYTES", 1 << 14)
+    data = os.urandom(100_001)
+    with open(tmp_path / "file", "xb", buffering=0) as file:
+        file.write(b"before")
+        write_flowing(file.fileno(), memoryview(data))
+        write_flowing(file.fileno(), memoryview(b""))
+        file.write(b"after")
+    assert (tmp_path / "file").read_bytes() == b"before" + data + b"after"
+    if hinting and actcache.io.files._sync_file_range is not None:
+        assert [place for _, place, _, _ in hints] == np.cumsum([6, *(n for _, _, n, _ in hints)])[:-1].tolist()
+        assert sum(n for _, _, n, _ in hints) == len(data)
+
+
+def test_a_large_write_that_fails(tmp_path, monkeypatch):
+    """A hint that fails is none of ours; a write that fails is."""
+    monkeypatch.setattr(actcache.io.files, "_sync_file_range", lambda *given: -1)
+    with open(tmp_path / "file", "xb", buffering=0) as file:
+        write_flowing(file.fileno(), memoryview(b"data"))
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
+        write_flowing(full.fileno(), memoryview(b"data"))
+
+
+def test_a_file_that_others_write_to(tmp_path):
+    with open(tmp_path / "file", "xb", buffering=0) as file:
+        with flowing(file.fileno()):
+            for _ in range(20):
+                file.write(bytes(1 << 16))
+                time.sleep(0.001)
+        with pytest.raises(KeyError), flowing(file.fileno()):
+            raise KeyError
+    assert (tmp_path / "file").stat().st_size == 20 << 16
+    assert [thread for thread in threading.enumerate() if thread.name == "actcache-flow"] == []

@@ -420,3 +420,52 @@ def test_all_threads_give_the_same(monkeypatch):
         assert not len(loops.gather([Column(64, out, memory, begins)], lengths, offsets, digests))
         made.append((out.tobytes(), sums.tobytes()))
     assert len(set(made)) == 1
+
+
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(bool(loops.missing), reason=loops.missing)
+def test_float16_is_numpys():
+    """All upper halves of a float32 with lower ones on both sides of each tie, and lengths around a register's."""
+    for low in (0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x3001, 0x8000, 0xFFFF):
+        rows = ((np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(low)).view(np.float32)
+        same_as_numpy(rows)
+        same_as_numpy(rows[np.abs(rows) < 65504])
+    for count in (1, 7, 8, 9, 15, 16, 17, 1000):
+        rows = np.random.default_rng(count).standard_normal(count, np.float32) * 1000
+        same_as_numpy(rows)
+        for i in (0, count // 2, count - 1):
+            for bad in (np.nan, np.inf, -np.inf, 65520.0, -7e4):
+                spoiled = rows.copy()
+                spoiled[i] = bad
+                same_as_numpy(spoiled)
+
+
+def same_as_numpy(rows):
+    out = np.full(len(rows) + 1, 77, np.float16)
+    with np.errstate(all="ignore"):
+        expected = rows.astype(np.float16)
+    finite = loops.round_to_float16(rows, out[:-1])
+    assert finite is None or finite == np.isfinite(expected).all()  # None: this processor has no instruction for it
+    if finite is not None:
+        numbers = ~np.isnan(expected)
+        assert out[:-1][numbers].tobytes() == expected[numbers].tobytes()
+        assert np.isnan(out[:-1][~numbers]).all()
+    assert out[-1] == 77
+
+
+def test_what_is_left_to_numpy():
+    rows, out = np.ones((4, 6), np.float32), np.zeros((4, 6), np.float16)
+    for wide, narrow in (
+        (rows.astype(np.float64), out),
+        (rows, out.astype(np.float32)),
+        (rows.T, out.T),
+        (rows[:, ::2], np.zeros((4, 3), np.float16)),
+        (rows[:2], out),
+        (rows.astype(">f4"), out),
+        (rows[:0], out[:0]),
+        (np.frombuffer(bytes(101), np.uint8)[1:97].view(np.float32).reshape(4, 6), out),
+    ):
+        assert loops.round_to_float16(wide, narrow) is None
+    assert not out.any()

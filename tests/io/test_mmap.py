@@ -282,9 +282,16 @@ def test_many_small_segments(tmp_path, count):
     (folder / "segments").mkdir(exist_ok=True)
     seed = actcache.store.space.checksum.space_seed(recipe().fingerprint, "float32", HIDDEN)
     for number in range(count):
-        builder = Builder(columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0)
-        ids = np.arange(len(rows(number)), dtype="<i4")
-        builder.add(key(number), {"values": rows(number), "token_ids": ids})
+        builder = Builder(
+            columns_of(recipe()), frozenset(["values", "token_ids"]), 16, 0.0, lambda name, *of: np.empty(*of)
+        )
+        arrays = {"values": rows(number), "token_ids": np.arange(len(rows(number)), dtype="<i4")}
+
+        def fill(out, arrays=arrays):
+            for name, array in arrays.items():
+                out[name][:] = array
+
+        builder.add(np.frombuffer(key(number), np.uint8).reshape(1, 32), np.array([len(rows(number))]), fill)
         name = next_name([f"{number:012x}-"])
         backend.write(folder / "segments" / f"{name}.h5", builder.block(seed), metadata(name, recipe().fingerprint))
     order = np.random.default_rng(0).permutation(count).tolist()

@@ -132,7 +132,7 @@ def test_an_interrupt_while_rows_are_put_keeps_all(model, tmp_path, monkeypatch)
     """Of each layer, though the first one's ``put`` was what was interrupted."""
     with Recyclers.from_pretrained(model, layers=[1, 3], store=tmp_path / "s", dtype="float32") as recyclers:
         space = recyclers[3].space
-        real, interrupts = space.put, iter([False, True])
+        real, interrupts = space.put_packed, iter([False, True])
 
         def put(*given, **named):
             count = real(*given, **named)
@@ -140,7 +140,7 @@ def test_an_interrupt_while_rows_are_put_keeps_all(model, tmp_path, monkeypatch)
                 raise KeyboardInterrupt
             return count
 
-        monkeypatch.setattr(space, "put", put)
+        monkeypatch.setattr(space, "put_packed", put)
         with pytest.raises(KeyboardInterrupt):
             recyclers.fill(TEXTS, **WORKING)
         held = [len(recyclers[layer].space) for layer in (1, 3)]

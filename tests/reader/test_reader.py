@@ -16,7 +16,7 @@ import torch
 
 import actcache
 from actcache.errors import ClosedError, CorruptEntryError, MissingEntryError, UsageError
-from actcache.reader.buffers import BufferPool
+from actcache.io.buffers import BufferPool
 from actcache.reader.epoch import MissComputer
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows, run, segment_files
 

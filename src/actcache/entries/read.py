@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from actcache.backend import EXTRAS, VALUES, EntryLocations, Expected, Snapshot
-from actcache.entries.writer import Writer
+from actcache.entries.writer import Rows, Writer
 from actcache.errors import CorruptEntryError, FormatError, SegmentGoneError
 from actcache.format.checksum import ORDER
 from actcache.format.keys import Keys, key_array, key_list
@@ -25,9 +25,6 @@ _LOOKUPS = 8  # that are remembered: a few batches ahead of each of several read
 _MOST_KEYS = 1 << 16  # of a batch; more than that is a whole corpus, which is looked up once
 _MOST_RUNS = 16  # of entries of one kind in a batch, each of which is another gather
 _TRIES = 5  # each finds what compaction had published by then
-
-#: Rows of some entries by the name of their ragged array.
-Rows = dict[str, NDArray[np.generic]]
 
 
 class LookupCache:
@@ -101,8 +98,7 @@ class Request:
         # The writer first, then the snapshot: a block that is published in between is found twice, not missed.
         self._pending: dict[int, Rows] = {}
         if writer is not None and len(writer):
-            found = ((i, writer.rows(key)) for i, key in enumerate(key_list(keys)))
-            self._pending = {i: rows for i, rows in found if rows is not None}
+            self._pending = writer.find(key_list(keys))
         self._snapshot = snapshot()
         self.located = lookups.locate(self._snapshot, keys) if lookups is not None else self._snapshot.locate(keys)
         self.lengths = self.located.tokens.copy()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,21 @@ from numpy.typing import NDArray
 from actcache.backend import VALUES, Block, Columns
 from actcache.errors import StoreError, StoreGoneError
 from actcache.format import checksum
-from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import offsets_of
+from actcache.format.keys import key_list
+from actcache.format.ragged import offsets_of, row_indices
+from actcache.io.buffers import BufferPool
 
 SEGMENT_BYTES = 256 << 20
 SEGMENT_SECONDS = 45.0
+_BLOCKS = 2  # in memory: one is filled, one published
 _AGAIN_SECONDS = 1.0  # where the block before is still being published
+
+#: Stored rows by the name of their ragged array.
+Rows = dict[str, NDArray[np.generic]]
+#: Writes the stored rows of some entries into buffers, one a ragged array, ``[rows, ...]``.
+Fill = Callable[[Rows], object]
+#: Returns memory for a ragged array, of that shape and dtype; its contents are anything.
+Memory = Callable[[str, tuple[int, ...], Any], NDArray[Any]]
 
 
 class Clock:
@@ -42,58 +52,93 @@ class Clock:
         return timer.cancel
 
 
-class Builder:
-    """A block that is being filled. Not thread-safe."""
+class _Part(NamedTuple):
+    """Entries of a block that is being filled."""
 
-    def __init__(self, columns: Columns, names: frozenset[str], capacity: int, born: float) -> None:
+    keys: NDArray[np.uint8]  # [n, 32]
+    begins: NDArray[np.int64]  # [n] first row of each, ascending
+    lengths: NDArray[np.int64]  # [n]
+
+
+class Builder:
+    """A block that is being filled. Not thread-safe, but others may read what it holds while ``block`` runs."""
+
+    def __init__(self, columns: Columns, names: frozenset[str], capacity: int, born: float, memory: Memory) -> None:
         self.names = names
         self.born = born
-        self._columns = {name: np.empty((capacity, *columns[name][1]), columns[name][0]) for name in sorted(names)}
+        self._columns: Rows = {
+            name: memory(name, (capacity, *columns[name][1]), np.dtype(columns[name][0])) for name in sorted(names)
+        }
         self._capacity = capacity
         self._end = 0
-        self._places: dict[bytes, tuple[int, int]] = {}  # key -> rows [begin, end)
+        self._parts: list[_Part] = []  # all that was added, in order
+        self._begins: dict[bytes, int] = {}  # key -> first row of its entry, of copies the last one
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._begins)
 
-    def fits(self, tokens: int) -> bool:
-        return self._end + tokens <= self._capacity
+    @property
+    def free(self) -> int:
+        """How many rows have room."""
+        return self._capacity - self._end
 
-    def add(self, key: bytes, rows: Mapping[str, NDArray[np.generic]]) -> None:
-        """Copy one entry's stored rows. A key that stands already is replaced."""
-        begin, self._end = self._end, self._end + len(rows[VALUES])
-        for name, array in rows.items():
-            self._columns[name][begin : self._end] = array
-        self._places.pop(key, None)
-        self._places[key] = (begin, self._end)
+    def add(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], fill: Fill) -> None:
+        """Add entries, for all of which there is room; a key that stands already is replaced. What ``fill`` raises is
+        raised, and nothing is added."""
+        begins = self._end + offsets_of(lengths)
+        end = int(begins[-1])
+        fill({name: array[self._end : end] for name, array in self._columns.items()})
+        # In this order, an interrupt between two of these leaves rows that nobody finds.
+        self._end = end
+        self._parts.append(_Part(keys, begins[:-1], lengths))
+        self._begins.update(zip(key_list(keys), begins[:-1].tolist(), strict=True))
 
     def held(self) -> list[bytes]:
-        return list(self._places)
+        return list(self._begins)
 
-    def rows(self, key: bytes) -> dict[str, NDArray[np.generic]] | None:
-        """Return an entry's stored rows by array, views; None where it is absent."""
-        place = self._places.get(key)
-        return None if place is None else {name: array[slice(*place)] for name, array in self._columns.items()}
+    def find(self, keys: list[bytes]) -> dict[int, Rows]:
+        """Return the stored rows of those keys that are here, by their position in ``keys``; views."""
+        if self._begins.keys().isdisjoint(keys):
+            return {}
+        found = {i: begin for i, begin in enumerate(map(self._begins.get, keys)) if begin is not None}
+        all_entries = self._joined()
+        firsts = np.fromiter(found.values(), np.int64)
+        lasts = firsts + all_entries.lengths[np.searchsorted(all_entries.begins, firsts)]
+        return {
+            i: {name: array[first:last] for name, array in self._columns.items()}
+            for i, first, last in zip(found, firsts.tolist(), lasts.tolist(), strict=True)
+        }
+
+    def _joined(self) -> _Part:
+        if len(self._parts) > 1:
+            self._parts = [_Part(*map(np.concatenate, zip(*self._parts, strict=True)))]
+        return self._parts[0]
 
     def block(self, space_seed: int) -> Block:
         """Return all entries with their checksums."""
-        places = np.array(list(self._places.values()), np.int64).reshape(-1, 2)
-        lengths = places[:, 1] - places[:, 0]
+        keys, begins, lengths = self._joined()
+        if len(keys) > len(self._begins):  # some were replaced
+            kept = np.isin(begins, np.fromiter(self._begins.values(), np.int64))
+            keys, begins, lengths = keys[kept], begins[kept], lengths[kept]
         if int(lengths.sum()) == self._end:
             columns = {name: array[: self._end] for name, array in self._columns.items()}
         else:  # rows of replaced entries are left out
-            kept = np.concatenate([np.arange(begin, end) for begin, end in places.tolist()])
-            columns = {name: array[kept] for name, array in self._columns.items()}
-        keys = np.frombuffer(b"".join(self._places), np.uint8).reshape(-1, KEY_BYTES)
+            rows = row_indices(begins, lengths, None)
+            columns = {name: array[rows] for name, array in self._columns.items()}
         offsets = offsets_of(lengths)
         sums, extra_sums = checksum.entry_checksums(space_seed, keys, offsets[:-1], lengths, columns)
         return Block(keys, offsets, sums, columns, extra_sums)
 
 
+def _copy(rows: Rows, part: slice, out: Rows) -> None:
+    for name, buffer in out.items():
+        buffer[:] = rows[name][part]
+
+
 class Writer:
     """Collects entries of one space. Thread-safe.
 
-    What was added is readable through ``rows`` at once, and durable when ``flush`` has returned. When publishing fails,
+    What was added is readable through ``find`` at once, and durable when ``flush`` has returned. When publishing fails,
     the entries stay here, the failure is raised by the next ``add``, ``flush`` or ``close``, and a ``flush`` after the
     cause is mended publishes them.
 
@@ -119,6 +164,7 @@ class Writer:
         self._seconds = segment_seconds
         self._clock = clock or Clock()
         self._call_off: Callable[[], None] | None = None  # of the call that looks how old the block is
+        self._memory: dict[str, BufferPool] = {}  # of blocks, by array: fresh memory costs more than filling it
         self._filling: Builder | None = None
         self._leaving: Builder | None = None  # being published, or failed to be
         self._publishing: Future[None] | None = None
@@ -133,30 +179,77 @@ class Writer:
     def _builders(self) -> list[Builder]:
         return [builder for builder in (self._filling, self._leaving) if builder is not None]
 
-    def add(self, key: bytes, rows: Mapping[str, NDArray[np.generic]]) -> None:
-        """Add one entry in stored form, replacing what the writer holds under that key."""
+    def add(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], names: frozenset[str], fill: Fill) -> None:
+        """Add entries, replacing what the writer holds under their keys.
+
+        Args:
+            keys: ``[n, 32]``, each once.
+            lengths: ``[n]`` rows of each, 1 or more.
+            names: of the ragged arrays that these entries have.
+            fill: writes the rows of all of them, one entry's after another's. Where it raises, nothing is added.
+
+        The arrays are kept: nobody may change them.
+        """
+        if not len(keys):
+            return
+        offsets = offsets_of(lengths)
         with self._lock:
-            tokens, names, block = len(rows[VALUES]), frozenset(rows), self._filling
-            if block is not None and not (block.fits(tokens) and block.names == names and self._left(block) > 0):
-                self._hand_over()
-            if self._filling is None:
-                self._filling = Builder(self._columns, names, max(self._capacity, tokens), self._clock.now())
-            self._filling.add(key, rows)
-            if self._call_off is None:
-                self._check_age_in(self._left(self._filling))
+            if self._prepare(offsets, 0, names) == len(keys):
+                self._add(keys, lengths, fill)
+                return
+            # They do not fit one block: whether all of them are right has to show before the first one is added.
+            rows = {n: np.empty((int(offsets[-1]), *self._columns[n][1]), self._columns[n][0]) for n in names}
+            try:
+                fill(rows)
+            finally:
+                self._drop_empty()
+            begin = 0
+            while begin < len(keys):
+                end = self._prepare(offsets, begin, names)
+                part = slice(int(offsets[begin]), int(offsets[end]))
+                self._add(keys[begin:end], lengths[begin:end], partial(_copy, rows, part))
+                begin = end
+
+    def _prepare(self, offsets: NDArray[np.int64], begin: int, names: frozenset[str]) -> int:
+        """Have a block that takes entries from ``begin`` on; return where those begin that have no room in it."""
+        block, first = self._filling, int(offsets[begin + 1] - offsets[begin])
+        if block is not None and not (first <= block.free and block.names == names and self._left(block) > 0):
+            self._hand_over()
+        if self._filling is None:
+            capacity = max(self._capacity, first)
+            self._filling = Builder(self._columns, names, capacity, self._clock.now(), self._take_memory)
+        return int(np.searchsorted(offsets, offsets[begin] + self._filling.free, "right")) - 1
+
+    def _take_memory(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        return self._memory.setdefault(name, BufferPool(_BLOCKS)).take(shape, dtype)
+
+    def _add(self, keys: NDArray[np.uint8], lengths: NDArray[np.int64], fill: Fill) -> None:
+        assert self._filling is not None
+        try:
+            self._filling.add(keys, lengths, fill)
+        finally:
+            self._drop_empty()
+        if self._call_off is None:
+            self._check_age_in(self._left(self._filling))
+
+    def _drop_empty(self) -> None:
+        """Forget a block that was made for entries that were refused: it would be published."""
+        if self._filling is not None and not len(self._filling):
+            self._filling = None
 
     def keys(self) -> list[bytes]:
         """Return the keys of unpublished entries; one may stand twice."""
         with self._lock:
             return [key for builder in self._builders() for key in builder.held()]
 
-    def rows(self, key: bytes) -> dict[str, NDArray[np.generic]] | None:
-        """Return an unpublished entry's stored rows; None where the writer does not hold it."""
+    def find(self, keys: list[bytes]) -> dict[int, Rows]:
+        """Return the stored rows of those keys whose entries are not published yet, by their position in ``keys``;
+        views."""
         with self._lock:
-            for builder in self._builders():
-                if (rows := builder.rows(key)) is not None:
-                    return rows
-            return None
+            found: dict[int, Rows] = {}
+            for builder in reversed(self._builders()):  # what came later counts
+                found |= builder.find(keys)
+            return found
 
     def flush(self) -> None:
         """Publish everything; durable when this returns. ``StoreError``: the disk is full, ...; the entries are still
@@ -172,6 +265,7 @@ class Writer:
         if self._filling is not None:
             self._hand_over()
             self._finish_publishing()
+        self._memory = {}  # who flushes may have nothing more to put
 
     def close(self) -> None:
         """Publish everything and end the thread. What cannot be published is dropped, and the failure raised."""
@@ -203,6 +297,7 @@ class Writer:
             if thread is not None:
                 thread.shutdown()
             self._filling = self._leaving = self._publishing = None
+            self._memory = {}
 
     def _left(self, builder: Builder) -> float:
         """Return in how many seconds a block is to be published."""
@@ -231,6 +326,7 @@ class Writer:
                 self._check_age_in(max(left, _AGAIN_SECONDS))
             elif self._leaving is None or (before is not None and before.exception() is None):
                 self._hand_over()
+                self._memory = {}  # whoever puts so little at a time keeps no memory for more
 
     def _hand_over(self) -> None:
         """Start publishing the block that was being filled, after the one before it."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import CodecOverflowError, NonFiniteError, RecipeError
+from actcache.io import loops
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,12 @@ class Codec:
             NonFiniteError: ``rows`` holds NaN or infinity.
             CodecOverflowError: a finite value is too large for the stored dtype.
         """
-        with np.errstate(over="ignore"):
-            np.copyto(out, rows, casting="unsafe")
-        if not _all_finite(out):
+        finite = loops.round_to_float16(rows, out)
+        if finite is None:
+            with np.errstate(over="ignore"):
+                np.copyto(out, rows, casting="unsafe")
+            finite = _all_finite(out)
+        if not finite:
             self._refuse(rows, np.isfinite(out), what)
 
     def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:

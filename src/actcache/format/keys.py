@@ -180,10 +180,14 @@ def key_array(keys: Keys) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
 
 
+_OPAQUE = np.dtype((np.void, KEY_BYTES))  # of which NumPy makes bytes objects, without a step of Python's
+
+
 def key_list(keys: NDArray[np.uint8]) -> list[bytes]:
     """Return an ``[n, 32]`` array as a list of ``bytes``."""
-    data = keys.tobytes()
-    return [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
+    opaque: NDArray[Any] = np.ascontiguousarray(keys).view(_OPAQUE)
+    listed: list[bytes] = opaque.reshape(-1).tolist()
+    return listed
 
 
 def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:

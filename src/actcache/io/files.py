@@ -7,6 +7,7 @@ whatever was not synced.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import os
@@ -14,6 +15,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +26,49 @@ from actcache.errors import OutOfSpaceError, ReadOnlyError, StorageIOError, Stor
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+_WRITTEN_BYTES = 4 << 20  # after which the disk is told to begin
+_BEGIN_SECONDS = 0.003
+_BEGIN = 2  # SYNC_FILE_RANGE_WRITE
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+def write_flowing(descriptor: int, data: memoryview) -> None:
+    """Write bytes at the place of a file where its descriptor stands.
+
+    Where the operating system can be asked to, the disk takes them while others are copied, so that a sync waits for
+    the last of them and not for all. Durable they are when the file has been synced. Raises ``OSError``.
+    """
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    while data:
+        written = os.write(descriptor, data[:_WRITTEN_BYTES])
+        if _sync_file_range is not None:
+            _sync_file_range(descriptor, place, written, _BEGIN)  # whether it all went well, the sync says
+        data, place = data[written:], place + written
+
+
+@contextmanager
+def flowing(descriptor: int) -> Iterator[None]:
+    """Have the disk take, as ``write_flowing`` does, what somebody else writes to a file meanwhile."""
+    if _sync_file_range is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def begin() -> None:
+        while not ended.wait(_BEGIN_SECONDS):
+            _sync_file_range(descriptor, 0, 0, _BEGIN)  # all of the file
+
+    thread = threading.Thread(target=begin, name="actcache-flow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class FileOperations:

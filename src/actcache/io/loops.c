@@ -17,6 +17,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 
 #define PUBLIC __attribute__((visibility("default")))
 #define KEY_BYTES 32
@@ -31,7 +35,7 @@ static digest_function digest_of; /* XXH3_64bits_withSeed */
 
 PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
 
-PUBLIC int32_t act_version(void) { return 1; }
+PUBLIC int32_t act_version(void) { return 2; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -508,6 +512,56 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     share(gather_part, this, (this->count + this->part - 1) / this->part, threads);
     return this->bad;
 }
+
+/* --- conversion of what is written ------------------------------------------------------------------------------------- */
+
+/* Round float32 to float16, ties to even; return 1, 0 where infinity or NaN came of it, -1 where the processor has no
+ * instruction for it. */
+#if defined(__x86_64__)
+static int has_f16c(void) {
+    unsigned a, b, c, d, low, high;
+    const unsigned wanted = 1u << 29 | 1u << 28 | 1u << 27; /* F16C, AVX, and an operating system that saves registers */
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & wanted) != wanted) return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & 6) == 6;
+}
+
+__attribute__((target("avx,f16c"))) static int halves(const float *rows, uint16_t *out, int64_t count) {
+    const __m128i exponent = _mm_set1_epi16(0x7C00);
+    __m128i odd = _mm_setzero_si128();
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(rows + i), _MM_FROUND_TO_NEAREST_INT);
+        odd = _mm_or_si128(odd, _mm_cmpeq_epi16(_mm_and_si128(half, exponent), exponent));
+        _mm_storeu_si128((__m128i *)(out + i), half);
+    }
+    int bad = _mm_movemask_epi8(odd) != 0;
+    for (; i < count; i++) {
+        out[i] = (uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(rows[i]), _MM_FROUND_TO_NEAREST_INT), 0);
+        bad |= (out[i] & 0x7C00) == 0x7C00;
+    }
+    return !bad;
+}
+
+PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
+    return has_f16c() ? halves(rows, out, count) : -1;
+}
+#elif defined(__aarch64__)
+PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
+    int bad = 0;
+    for (int64_t i = 0; i < count; i++) {
+        __fp16 half = (__fp16)rows[i];
+        memcpy(out + i, &half, sizeof half);
+        bad |= (out[i] & 0x7C00) == 0x7C00;
+    }
+    return !bad;
+}
+#else
+PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
+    (void)rows, (void)out, (void)count;
+    return -1;
+}
+#endif
 
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {

@@ -29,7 +29,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 1
+_VERSION = 2
 _FAILED = 4  # the state of an entry whose file could not be read
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 
@@ -207,6 +207,7 @@ def _load() -> tuple[Any, str]:
     library.act_locate.restype, library.act_locate.argtypes = None, (_P, _I32)
     library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
     library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
+    library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
     library.act_set_digest(ctypes.cast(digest, _P))
     return library, ""
@@ -380,3 +381,16 @@ def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) 
     if _library is None:
         return False
     return bool(_library.act_seems_absent(ctypes.byref(_described(column)), len(lengths), _address(lengths), most))
+
+
+def round_to_float16(rows: NDArray[Any], out: NDArray[Any]) -> bool | None:
+    """Round float32 to float16 as NumPy does, ten times as fast; return whether all of it is finite.
+
+    None, and nothing is written, where only NumPy can: other dtypes, strides, processors.
+    """
+    if _library is None or rows.dtype != np.float32 or out.dtype != np.float16 or rows.shape != out.shape:
+        return None
+    if not (rows.flags.c_contiguous and rows.flags.aligned and out.flags.carray and out.size):
+        return None
+    finite: int = _library.act_halves(_address(rows), _address(out), out.size)
+    return None if finite < 0 else bool(finite)

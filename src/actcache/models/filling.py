@@ -9,8 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
+from actcache.format.ragged import offsets_of
+from actcache.io.buffers import BufferPool
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import check_texts, chunked, document_keys, streamed
@@ -51,11 +56,44 @@ class _Work:
     keys: list[bytes]  # of its entries
     entries: list[Encoded]
     layers: tuple[int, ...]  # where it is missing
-    rows: dict[tuple[int, int], Any] = field(default_factory=dict)  # computed and not put, by layer and entry
+    computed: int = 0  # how many of its entries
 
     @property
     def tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
+
+
+class _Rows:
+    """The rows of a group's entries at one layer, one entry's after another's, as they come to be computed."""
+
+    def __init__(self, offsets: NDArray[np.int64], memory: BufferPool) -> None:
+        self._offsets, self._memory = offsets, memory  # [n + 1] where each entry's rows begin
+        self._values: NDArray[np.generic] | None = None  # [T, hidden]
+
+    def take(self, batch: NDArray[np.int64], arrays: Sequence[NDArray[np.generic]]) -> None:
+        """Copy the rows of some entries, given by their positions in the group."""
+        dtype = np.result_type(*{array.dtype for array in arrays})
+        if self._values is None:
+            self._values = self._memory.take((int(self._offsets[-1]), *arrays[0].shape[1:]), dtype)
+        wider = np.result_type(dtype, self._values.dtype)
+        if wider != self._values.dtype:  # no digit is lost
+            self._values = self._values.astype(wider)
+        first, last = int(batch[0]), int(batch[-1])
+        if np.array_equal(batch, np.arange(first, last + 1)):
+            np.concatenate(arrays, out=self._values[self._offsets[first] : self._offsets[last + 1]])
+        else:
+            for i, array in zip(batch.tolist(), arrays, strict=True):
+                self._values[self._offsets[i] : self._offsets[i + 1]] = array
+
+    def of(self, entries: NDArray[np.int64]) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+        """Return the rows of some entries, in their order, and where each one's begin, ``[n + 1]``."""
+        assert self._values is not None
+        first = np.flatnonzero(np.diff(entries, prepend=-2) != 1)  # of each stretch of neighbours
+        last = np.append(first[1:], len(entries)) - 1
+        begins, ends = self._offsets[entries[first]].tolist(), self._offsets[entries[last] + 1].tolist()
+        parts = [self._values[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        lengths = self._offsets[entries + 1] - self._offsets[entries]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts), offsets_of(lengths)
 
 
 class _Stored:
@@ -141,6 +179,7 @@ class Filler:
         documents = left_out = 0
         full = compared = False
         stored = _Stored(advance)
+        memory = {layer: BufferPool(1) for layer in self._spaces}
         for space in self._spaces.values():
             space.merge_tiers(budget is None)
         try:
@@ -158,7 +197,7 @@ class Filler:
                     stored.absent = absent
                     for some in [work] if budget is None else self._admitted(work, budget):
                         for group in _groups(some, _GROUP * token_budget):
-                            self._record(group, token_budget, stored)
+                            self._record(group, token_budget, stored, memory)
                     full = bool(absent)
                 if absent:
                     copies = Counter(keys)
@@ -201,8 +240,9 @@ class Filler:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
         chunk = list(texts)
         keys = document_keys(chunk, positions[0] if chunk else 0)
+        memory = {layer: BufferPool(1) for layer in self._spaces}
         for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
-            self._record(group, token_budget, lambda some: None)
+            self._record(group, token_budget, lambda some: None, memory)
 
     def _absent(self, keys: list[bytes]) -> dict[bytes, list[int]]:
         """Return the keys of documents that are to be computed, with the layers where they are missing."""
@@ -226,44 +266,57 @@ class Filler:
             for i, (key, layers), entries in zip(places, absent.items(), encoded, strict=True)
         ]
 
-    def _record(self, group: list[_Work], token_budget: int, stored: Callable[[list[_Work]], object]) -> None:
+    def _record(
+        self,
+        group: list[_Work],
+        token_budget: int,
+        stored: Callable[[list[_Work]], object],
+        memory: dict[int, BufferPool],
+    ) -> None:
         """Compute and put some documents, each with all its entries at once.
 
         They are put, and ``stored`` is told, when all are computed, and where that takes long, those that are complete
-        meanwhile; also before an error or an interrupt ends it.
+        meanwhile; also before an error or an interrupt ends it. ``memory``: for rows, by layer; one group uses the
+        other's.
         """
         entries = [(work, i) for work in group for i in range(len(work.entries))]
+        lengths = [len(work.entries[i].token_ids) for work, i in entries]
         layers = {layer for work in group for layer in work.layers}
         lower = self._lowers[max(layers)]
         if self._lowers[max(self._lowers)].marks() != self._marks:
             self._check()
+        rows = {layer: _Rows(offsets_of(np.array(lengths)), memory[layer]) for layer in layers}
+        counts = np.array([len(work.entries) for work in group])
+        first = dict(zip(group, offsets_of(counts)[:-1].tolist(), strict=True))  # position of each one's first entry
         waiting: list[_Work] = []  # complete, and not put
 
         def put_complete() -> None:
             try:
                 for layer in layers:
-                    self._put(layer, [work for work in waiting if layer in work.layers])
+                    works = [work for work in waiting if layer in work.layers]
+                    if works:
+                        places = [i for work in works for i in range(first[work], first[work] + len(work.entries))]
+                        self._put(layer, works, *rows[layer].of(np.array(places)))
             except Exception:
                 waiting.clear()  # they would fail again
                 raise
             done = list(waiting)
             waiting.clear()
-            for work in done:
-                work.rows.clear()
             stored(done)
 
         put = now = self._now()
         try:
-            for batch in plan_batches([len(work.entries[i].token_ids) for work, i in entries], token_budget):
+            for batch in plan_batches(lengths, token_budget):
                 some = [entries[position] for position in batch]
                 inputs = [work.entries[i] for work, i in some]
                 ids, types = [one.token_ids for one in inputs], [one.type_ids for one in inputs]
                 computed = lower.run_at(layers, ids, types) if len(layers) > 1 else {lower.layer: lower.run(ids, types)}
                 for layer, arrays in computed.items():
-                    for (work, i), array in zip(some, arrays, strict=True):
-                        work.rows[layer, i] = array
+                    rows[layer].take(batch, arrays)
+                for work, _ in some:
+                    work.computed += 1
                 works = dict.fromkeys(work for work, _ in some)
-                waiting += [work for work in works if len(work.rows) == len(computed) * len(work.entries)]
+                waiting += [work for work in works if work.computed == len(work.entries)]
                 before, now = now, self._now()
                 if waiting and 2 * now - before - put > _PUT_SECONDS:  # after another batch like this one
                     put_complete()
@@ -273,17 +326,15 @@ class Filler:
             if waiting:  # an interrupt may have come while they were put, too
                 put_complete()
 
-    def _put(self, layer: int, works: list[_Work]) -> None:
+    def _put(self, layer: int, works: list[_Work], values: NDArray[np.generic], offsets: NDArray[np.int64]) -> None:
         entries = [entry for work in works for entry in work.entries]
-        extras: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in self._encoder.extras}
+        columns: dict[str, Any] = {
+            name: np.concatenate([getattr(entry, name) for entry in entries])
+            for name in ("token_ids", *self._encoder.extras)
+        }
         try:
             # One call, so that all windows of a document become visible together.
-            self._spaces[layer].put(
-                [key for work in works for key in work.keys],
-                [work.rows[layer, i] for work in works for i in range(len(work.entries))],
-                [entry.token_ids for entry in entries],
-                **extras,
-            )
+            self._spaces[layer].put_packed([key for work in works for key in work.keys], values, offsets, **columns)
         except NonFiniteError as error:
             owners = [work.position for work in works for key in work.keys if key.hex() in str(error)]
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from actcache.entries.batch import Batch, PackedBatch
 from actcache.format.ragged import offsets_of, row_indices
-from actcache.reader.buffers import BufferPool
+from actcache.io.buffers import BufferPool
 from actcache.reader.delivery import BatchMembers, Delivered, Delivery
 from actcache.reader.fetch import HostBatch
 from actcache.reader.streams import AsyncDevice, Event

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actcache.entries.batch import Batch, PackedBatch
 from actcache.format import codec
 from actcache.format.ragged import offsets_of
-from actcache.reader.buffers import BufferPool
+from actcache.io.buffers import BufferPool
 from actcache.reader.fetch import HostBatch
 
 

@@ -13,7 +13,7 @@ from actcache.errors import ShapeError
 from actcache.format import codec
 from actcache.format.keys import Keys
 from actcache.format.recipe import Recipe
-from actcache.reader.buffers import BufferPool
+from actcache.io.buffers import BufferPool
 
 _TRIES = 5  # each finds how long entries are by then
 

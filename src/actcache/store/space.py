@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from actcache import backend
 from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, StoreDriver
 from actcache.entries import entry
 from actcache.entries.entry import Entry, PackedEntries, ReadReport
+from actcache.entries.incoming import Incoming, Lists, Packed, check_digits, check_distinct
 from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import Writer
 from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError, UsageError
@@ -144,15 +145,50 @@ class Space:
 
         Raises:
             KeyFormatError: a key is none, or stands twice.
-            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe (``entries.entry.check_digits``).
+            ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe (``entries.incoming.check_digits``).
             NonFiniteError, CodecOverflowError: an array holds NaN or infinity, or a value too large for the codec.
             StoreError: read-only, disk full, ...
         """
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
-        lists = {VALUES: entry.listed(VALUES, arrays)}
-        lists |= {name: entry.listed(name, rows) for name, rows in given.items() if rows is not None}
-        entry.check_digits(lists[VALUES], self.recipe)
+        lists = Lists({VALUES: arrays} | {name: rows for name, rows in given.items() if rows is not None})
+        check_digits({f"array {i}": array for i, array in enumerate(lists.lists[VALUES])}, self.recipe)
         return self._put(keys, lists, self._codec, overwrite=overwrite)
+
+    def put_packed(
+        self,
+        keys: Keys,
+        values: Any,
+        offsets: Any,
+        token_ids: Any = None,
+        *,
+        spans: Any = None,
+        word_ids: Any = None,
+        type_ids: Any = None,
+        overwrite: bool = False,
+    ) -> int:
+        """Store entries whose rows follow one another in one array: all that are new, or, where anything is wrong with
+        one of them, none. Faster than ``put``: no step is taken a document.
+
+        Args:
+            keys: of the documents, each once; best as ``[n, 32]`` uint8.
+            values: ``[T, hidden]`` floating point, an array or tensor, on any device, in the dtype that the rows were
+                computed in.
+            offsets: ``[n + 1]`` whole numbers from 0 to T: entry i has rows ``offsets[i]:offsets[i + 1]``, one or more.
+            token_ids: ``[T]``.
+            spans, word_ids, type_ids: optional arrays, ``[T, 2]``, ``[T]`` and ``[T]``.
+            overwrite: whether to replace what is there; else keys that are present are skipped.
+
+        Returns:
+            How many were stored. They are durable after ``flush``. The arrays are the caller's again.
+
+        Raises:
+            KeyFormatError, ShapeError, NonFiniteError, CodecOverflowError, StoreError: as ``put``; also offsets that do
+                not cut the rows into entries are a ``ShapeError``.
+        """
+        given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
+        check_digits({VALUES: values}, self.recipe)
+        packed = Packed({VALUES: values} | {name: rows for name, rows in given.items() if rows is not None}, offsets)
+        return self._put(keys, packed, self._codec, overwrite=overwrite)
 
     def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
         """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
@@ -164,7 +200,7 @@ class Space:
         for i, array in enumerate(arrays):
             if (given := getattr(array, "dtype", None)) != stored.delivered:
                 raise ShapeError(f"array {i} holds {given}, and get returns {stored.delivered}: use put")
-        return self._put(keys, {VALUES: arrays, **others}, stored, overwrite=False)
+        return self._put(keys, Lists({VALUES: arrays, **others}), stored, overwrite=False)
 
     def put_block(self, block: Block) -> None:
         """Publish entries that are in stored form already, as one segment; durable when this returns.
@@ -176,18 +212,19 @@ class Space:
             self._writing().flush()  # what was put before is older
             self._append(block)
 
-    def _put(self, keys: Keys, lists: Mapping[str, Sequence[Any]], stored_as: codec.Codec, *, overwrite: bool) -> int:
+    def _put(self, keys: Keys, given: Incoming, stored_as: codec.Codec, *, overwrite: bool) -> int:
         writer = self._writing()
-        all_keys = key_array(keys)
-        names = key_list(all_keys)
-        entry.check_lists(names, lists)
+        names = key_array(keys)
+        check_distinct(names)
+        given.check(len(names))
         with self._write_lock:
-            wanted = np.ones(len(all_keys), bool) if overwrite else ~self.contains(all_keys)
-            fresh = np.flatnonzero(wanted).tolist()
-            encoded = [entry.encode_entry(names[i], lists, i, self._columns, stored_as) for i in fresh]
-            for i, stored in zip(fresh, encoded, strict=True):
-                writer.add(names[i], stored)
-        return len(encoded)
+            wanted = np.ones(len(names), bool) if overwrite else ~self.contains(names)
+            fresh = np.flatnonzero(wanted)
+            if not len(fresh):
+                return 0
+            lengths, encode = given.encoding(fresh, names, self._columns, stored_as)
+            writer.add(names[fresh], lengths, given.columns, encode)
+        return len(fresh)
 
     def _append(self, block: Block) -> None:
         self._driver.append(block)

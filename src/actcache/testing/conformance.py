@@ -358,6 +358,21 @@ class BackendConformance:
 
     # --- refusals ----------------------------------------------------------------------------------------------------
 
+    def test_packed_rows_are_the_same_entries(self, space: actcache.Space) -> None:
+        versions: dict[int, int] = {}
+        for version, numbers in enumerate((range(20), range(10, 30), range(0, 30, 3))):
+            rows = [self.documents.rows(n, version) for n in numbers]
+            offsets = np.cumsum([0, *map(len, rows)])
+            keys, ids = [self.documents.key(n) for n in numbers], [self.documents.ids(n, version) for n in numbers]
+            overwrite = version == 2
+            count = space.put_packed(keys, np.concatenate(rows), offsets, np.concatenate(ids), overwrite=overwrite)
+            fresh = [n for n in numbers if overwrite or n not in versions]
+            assert count == len(fresh)
+            versions |= dict.fromkeys(fresh, version)
+            self.documents.check(space, versions, range(31))
+            space.flush()
+            self.documents.check(space, versions, range(31))
+
     def test_a_bad_put_stores_nothing(self, space: actcache.Space) -> None:
         good = self.documents.rows(0)
         key, other = self.documents.key(0), self.documents.key(1)

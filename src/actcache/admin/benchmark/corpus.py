@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from actcache.admin.inspection import StepProgress
 from actcache.format.keys import document_key
+from actcache.format.ragged import offsets_of
 from actcache.format.recipe import Recipe
 from actcache.store.space import Space
 from actcache.store.store import open_store
@@ -64,7 +65,8 @@ class Documents:
         self.rows = shape.rows(self.lengths)
         self.nbytes = self.rows.nbytes
         self._documents = np.split(self.rows, np.cumsum(self.lengths)[:-1])
-        self._ids = [np.arange(length) for length in self.lengths]
+        self._begins = offsets_of(self.lengths)
+        self._ids = np.arange(len(self.rows)) - np.repeat(self._begins[:-1], self.lengths)
 
     def split(self) -> list[NDArray[Any]]:
         """Return each document's rows."""
@@ -73,7 +75,9 @@ class Documents:
     def put(self, space: Space) -> None:
         for start in range(0, len(self.keys), self.shape.batch):
             part = slice(start, start + self.shape.batch)
-            space.put([key.tobytes() for key in self.keys[part]], self._documents[part], self._ids[part])
+            offsets = offsets_of(self.lengths[part])
+            rows = slice(int(self._begins[start]), int(self._begins[start] + offsets[-1]))
+            space.put_packed(self.keys[part], self.rows[rows], offsets, self._ids[rows])
 
 
 class StoredCorpus:

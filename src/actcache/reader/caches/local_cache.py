@@ -20,7 +20,7 @@ from actcache.backend import TOKEN_IDS, VALUES
 from actcache.entries.entry import ReadReport
 from actcache.errors import OutOfSpaceError, SegmentGoneError, ShapeError, UsageError
 from actcache.format import checksum, codec
-from actcache.format.keys import Keys, key_array, key_list
+from actcache.format.keys import Keys, key_array
 from actcache.format.ragged import offsets_of
 from actcache.reader.caches.batches import Ids, Part, Wrapper, flat, join
 from actcache.reader.caches.local_entries import LocalEntries
@@ -196,11 +196,7 @@ class LocalCache(Wrapper):
         columns = {VALUES: rows} if ids is None else {TOKEN_IDS: ids, VALUES: rows}
         found, _ = checksum.entry_checksums(self._seed, keys, begins, lengths, columns)
         good = (found == self._source.checksums(keys)) & (lengths > 0)
-        names = key_list(keys)
-        for i in np.flatnonzero(good).tolist():
-            part = slice(int(begins[i]), int(begins[i] + lengths[i]))
-            stored = {VALUES: rows[part]} if ids is None else {VALUES: rows[part], TOKEN_IDS: ids[part]}
-            entries.add(names[i], stored, int(found[i]))
+        entries.add(keys[good], lengths[good], begins[good], columns, found[good])
 
     def close(self) -> None:
         """Write what waits to be written, and let others evict; later reads go to the source. Does nothing twice."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actcache.backend import TOKEN_IDS, VALUES, Block, EntryLocations
 from actcache.entries.entry import columns_of
 from actcache.entries.read import LookupCache, Request
-from actcache.entries.writer import Writer
+from actcache.entries.writer import Rows, Writer
 from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.format import checksum
 from actcache.format.keys import key_list
@@ -154,14 +154,38 @@ class LocalEntries:
         """Whether there may be room for more."""
         return not self._closed and self._paused <= time.monotonic()
 
-    def add(self, name: bytes, rows: Mapping[str, NDArray[Any]], digest: int) -> None:
-        """Add an entry in stored form whose checksum is ``digest``. Never fails: a cache is no reason to stop."""
+    def add(
+        self,
+        keys: NDArray[np.uint8],
+        lengths: NDArray[np.int64],
+        begins: NDArray[np.int64],
+        columns: Mapping[str, NDArray[Any]],
+        digests: NDArray[np.uint64],
+    ) -> None:
+        """Add entries in stored form. Never fails: a cache is no reason to stop.
+
+        Args:
+            keys: ``[n, 32]``.
+            lengths, begins: ``[n]`` which rows of the columns are each entry's.
+            digests: ``[n]`` their checksums.
+        """
         with self._lock:
-            if not self.accepts or name in self._pending:
+            if not self.accepts:
                 return
-            self._pending[name] = digest
+            fresh: list[int] = []
+            for i, (name, digest) in enumerate(zip(key_list(keys), digests.tolist(), strict=True)):
+                if name not in self._pending:
+                    self._pending[name] = digest
+                    fresh.append(i)
+        rows = row_indices(begins[fresh], lengths[fresh], None)
+
+        def fill(out: Rows) -> None:
+            for name, buffer in out.items():
+                np.take(columns[name], rows, axis=0, out=buffer, mode="clip")  # which needs no copy between
+
         try:
-            self._writer.add(name, rows)  # without the lock: it may wait for the thread that publishes
+            # Without the lock: it may wait for the thread that publishes.
+            self._writer.add(keys[fresh], lengths[fresh], frozenset(columns), fill)
         except (StoreError, FormatError) as error:
             self._give_up(error)
             self._writer.abandon()

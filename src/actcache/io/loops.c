@@ -27,7 +27,7 @@
 #define PAGE 4096         /* what direct reads are aligned to: a multiple of every disk's block */
 #define PIECE (1 << 20)   /* bytes of one read */
 #define PART (64 << 10)   /* bytes of rows that a thread takes at a time */
-#define SHARE (192 << 10) /* bytes in memory for which one more thread is worth waking */
+#define SHARE (1 << 20)   /* bytes in memory for which one more thread is worth waking: a sleeping core takes its time */
 #define MOST_HELPERS 63
 
 typedef uint64_t (*digest_function)(const void *data, size_t length, uint64_t seed);

@@ -193,8 +193,10 @@ class LMDBSnapshot(Snapshot):
     def _is_present(self, found: EntryLocations) -> bool:
         """Return whether these entries, which are all there, seem to be in memory."""
         try:
-            with self._memory(found) as (memory, pages):
-                column = Column(1, memory=memory, begins=pages * self._environment.page_size)
+            with self._reading() as txn:
+                # No page is touched: one that is not there would be waited for.
+                memory = self._environment.memory(txn, int(found.row[0]) >> _BITS, self._environment.check_size())
+                column = Column(1, memory=memory, begins=found.segment * self._environment.page_size)
                 return not loops.seems_absent(column, found.tokens * self._shapes.row_bytes[VALUES])
         except (FormatError, SegmentGoneError):
             return False  # the read itself will say what is wrong

@@ -16,6 +16,7 @@ from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
 from actcache.format.ragged import offsets_of
 from actcache.io.buffers import BufferPool
+from actcache.io.notebook import Shown
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import check_texts, chunked, document_keys, streamed
@@ -35,7 +36,7 @@ Advance = Callable[[int, int, int], object]
 
 
 @dataclass(frozen=True)
-class FillReport:
+class FillReport(Shown):
     """What a fill did."""
 
     documents: int  # given: those present (stored before, or given twice), computed and left out

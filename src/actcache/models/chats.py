@@ -70,7 +70,8 @@ def encode_chats(
             )
         except Exception as error:  # templates raise what they like
             raise DocumentError(f"position {position}: the chat template refuses the conversation: {error}") from error
-        ids, mask = encoded["input_ids"], np.array(encoded["assistant_masks"], bool)  # type: ignore[call-overload]
+        made: Any = encoded
+        ids, mask = made["input_ids"], np.array(made["assistant_masks"], bool)
         if not mask.any() and any(one.get("role") == "assistant" for one in messages):
             raise UsageError(
                 "the chat template does not mark what the assistant says, so nothing would be trained on: put "

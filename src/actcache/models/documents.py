@@ -122,7 +122,7 @@ class Fields(Iterable[Any]):
 
     def __length_hint__(self) -> int:
         if not isinstance(self._rows, Sized):
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         return len(self._rows[self._names[0]] if isinstance(self._rows, Mapping) else self._rows)
 
 

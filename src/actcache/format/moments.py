@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,17 @@ from actcache.format import codec
 from actcache.io import loops
 
 _PIECE = 1024  # rows that are decoded at once, where the compiled loop cannot
+
+
+def row_norms(stored: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
+    """Return the Euclidean norms of rows in the stored form of a recipe's ``dtype``: of ``[n, ..., hidden]`` those
+    ``[n, ...]``."""
+    decode = codec.get(dtype).decode
+    norms = []
+    for begin in range(0, len(stored), _PIECE):
+        rows = np.asarray(decode(stored[begin : begin + _PIECE]), np.float32)
+        norms.append(np.sqrt(np.einsum("...i,...i->...", rows, rows)))
+    return np.concatenate(norms) if norms else np.empty(stored.shape[:-1], np.float32)
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,16 @@ class Moments:
     def mean_norm(self) -> float:
         """The mean of the rows' Euclidean norms; 0 where there are no rows."""
         return self.norms / max(self.count, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what people ask for; ``maximum`` is null where there are no rows."""
+        return {
+            "rows": self.count,
+            "mean_norm": self.mean_norm,
+            "mean": self.mean.tolist(),
+            "variance": self.variance.tolist(),
+            "maximum": self.maximum.tolist() if self.count else None,
+        }
 
     @classmethod
     def none(cls, hidden: int) -> Moments:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import DataError, UsageError, VerificationError
@@ -242,6 +243,18 @@ class Recycler:
             MissingEntryError, LowerHalfMismatchError, CanaryError, UsageError: see ``reader``.
         """
         return RowReader(self.space, **self.row_keys(texts), device=device, **options)
+
+    def pooled(self, texts: Iterable[Document] | None = None, how: Any = "mean") -> NDArray[np.float32]:
+        """Return one row a document, ``[documents, hidden]`` float32; see ``Space.pooled``.
+
+        Raises:
+            UsageError: documents are cut into windows, of which several may have a token: pool those of
+                ``space.pooled(recycler.keys(texts))``.
+            MissingEntryError, LowerHalfMismatchError, CanaryError: see ``reader``.
+        """
+        if self.agreement.encoder.windows is not None:
+            raise UsageError("documents are cut into windows here: pool these, by space.pooled(recycler.keys(texts))")
+        return self.space.pooled(self.row_keys(texts).get("keys"), how)
 
     def row_keys(self, texts: Iterable[Document] | None) -> dict[str, Any]:
         """Return the arguments by which a ``RowReader`` is told of documents, and see that they may be served."""

@@ -30,6 +30,7 @@ from actcache.format.ragged import offsets_of, runs
 from actcache.format.recipe import Recipe
 from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
+from actcache.reader.pooling import pooled
 from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
 from actcache.store.description import space_blob, write_recipe
@@ -346,6 +347,22 @@ class Space:
         ``actcache.reader.rows.RowReader`` for the options."""
         return RowReader(self, keys, **options)
 
+    def pooled(self, keys: Keys | None = None, how: Any = "mean", *, out: Any = None) -> NDArray[np.float32]:
+        """Return one row a document, ``[documents, hidden]`` float32, in the order of the keys: what a probe or search
+        wants. Documents are read as they lie, some MiB at a time, and nothing else is kept of them.
+
+        Args:
+            keys: of the documents; None for all, in the order of ``key_array``.
+            how: ``"last"`` token, ``"mean"`` or ``"max"`` (by dimension) of all tokens; or a position for all
+                documents, or one each, negative ones counted from the end.
+            out: float32 ``[documents, hidden]`` to write into, a mapped file say; None makes it.
+
+        Raises:
+            MissingEntryError, CorruptEntryError: they name the entries.
+            UsageError, ShapeError: ``how`` is none of these; a document has no such position; ``out`` does not fit.
+        """
+        return pooled(self, self.key_array() if keys is None else key_array(keys), how, out)
+
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         self._check_open()  # before the writer is looked at: a fork has another
         self._used.note()
@@ -443,6 +460,11 @@ class Space:
         if self._known is None or self._known[0]() is not view:
             self._known = weakref.ref(view), self._look_at_rows(view)
         return self._known[1]
+
+    def kept_statistics(self) -> Moments:
+        """Return the statistics of those published rows whose are kept; ``count`` says how many. Reads no rows."""
+        view = self._view()
+        return self._statistics.kept(view.locate(view.keys()).checksums)
 
     def _look_at_rows(self, view: Snapshot) -> Moments:
         keys = view.keys()

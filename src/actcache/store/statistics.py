@@ -109,6 +109,13 @@ class KeptStatistics:
                     self._held += fresh
         return Moments.joined((part.moments for part in (*valid, *fresh)), self._recipe.hidden_size)
 
+    def kept(self, checksums: NDArray[np.uint64]) -> Moments:
+        """Return the statistics of those of the served entries, ``[n]``, that need no look at a row."""
+        with self._lock:
+            held = list(self._held)
+        valid, _ = _claim([*(part for _, parts in self._files() for part in parts), *held], checksums)
+        return Moments.joined((part.moments for part in valid), self._recipe.hidden_size)
+
     def _scanned(
         self, members: NDArray[np.int64], checksums: NDArray[np.uint64], tokens: NDArray[np.int64], scan: Scan
     ) -> Part:

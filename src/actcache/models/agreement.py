@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from actcache.errors import CanaryError, LowerHalfMismatchError, UsageError
 from actcache.models import canary
 from actcache.models.families import base_model_of, family_of
-from actcache.models.lower_half import LowerHalf, evaluating
+from actcache.models.lower_half import LowerHalf
+from actcache.models.modes import evaluating
 from actcache.models.provenance import setup_of
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored

@@ -6,6 +6,7 @@ gave. What is found is only where to look: that a model can be cut there is prov
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,13 @@ from transformers import PreTrainedModel
 from actcache.errors import UnsupportedModelError
 from actcache.models.modes import evaluating
 
+_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
+_BINS = (
+    "num_mel_bins",
+    "feature_size",
+    "input_feat_per_channel",
+)  # what configurations call the bands of a spectrogram
+_CHANNELS = ("num_channels", "in_channels", "in_chans")
 _BATCH, _TOKENS = 2, 7  # two numbers that no model's width is, and that are not alike
 
 
@@ -140,7 +148,7 @@ def positions_limit(stack: Stack, config: Any) -> int | None:
     named = None
     for one in (*_text_configs(config), config):
         for name in ("max_position_embeddings", "max_source_positions", "n_positions", "max_seq_len", "n_ctx"):
-            value = getattr(one, name, None)
+            value: Any = getattr(one, name, None)
             if named is None and _is_int(value) and value > 0:
                 named = int(value)
     known = [one for one in (stack.longest, named) if one is not None]
@@ -163,7 +171,7 @@ def takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def some_tokens(base_model: PreTrainedModel, lengths: list[int], seed: int = 0) -> list[np.ndarray[Any, Any]]:
+def some_tokens(base_model: Any, lengths: list[int], seed: int = 0) -> list[np.ndarray[Any, Any]]:
     """Return documents of token ids without special meaning, for a model that takes text."""
     vocabulary = vocabulary_of(base_model.config)
     special = set(_special_ids(base_model.config))
@@ -183,10 +191,8 @@ def vocabulary_of(config: Any) -> int:
 
 
 def _text_configs(config: Any) -> Iterator[Any]:
-    try:
+    with contextlib.suppress(AttributeError, ValueError, TypeError):
         yield config.get_text_config()
-    except (AttributeError, ValueError, TypeError):
-        pass
     yield from (value for name, value in vars(config).items() if "text" in name and hasattr(value, "to_dict"))
 
 
@@ -202,7 +208,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def small_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def small_inputs(model: Any) -> dict[str, torch.Tensor]:
     """Return a small batch of two of what a model (or the encoder of one) takes: tokens, pixels, or sounds."""
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     names = set(inspect.signature(model.forward).parameters)
@@ -213,7 +219,9 @@ def small_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     main = getattr(model, "main_input_name", "input_ids")
     if main not in names:
-        main = next((name for name in ("input_ids", "pixel_values", "input_features", "input_values") if name in names), main)
+        main = next(
+            (name for name in ("input_ids", "pixel_values", "input_features", "input_values") if name in names), main
+        )
     if "input_ids" in names and main not in ("input_values", "input_features"):
         main = "input_ids"
     if main == "input_ids":
@@ -229,8 +237,17 @@ def small_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             return {main: noise(_BATCH, config.max_length, config.num_mel_bins)}
         return {main: noise(_BATCH, 4000)}
     if main == "input_features":
-        bins = next((getattr(config, n) for n in ("num_mel_bins", "feature_size", "input_feat_per_channel") if hasattr(config, n)), 80)
-        if hasattr(config, "max_source_positions") and config.model_type.startswith(("whisper", "qwen2_audio", "voxtral")):
+        bins = next(
+            (
+                getattr(config, n)
+                for n in ("num_mel_bins", "feature_size", "input_feat_per_channel")
+                if hasattr(config, n)
+            ),
+            80,
+        )
+        if hasattr(config, "max_source_positions") and config.model_type.startswith(
+            ("whisper", "qwen2_audio", "voxtral")
+        ):
             return {main: noise(_BATCH, bins, 2 * config.max_source_positions)}
         return {main: noise(_BATCH, 64, bins)}
     raise UnsupportedModelError(
@@ -245,13 +262,20 @@ def image_shape(config: Any) -> tuple[int, ...]:
     if size is None:
         size = getattr(config, "input_size", None) or 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    channels = next((n for n in (getattr(config, name, None) for name in ("num_channels", "in_channels", "in_chans")) if n), 3)
+    channels = next(
+        (n for n in (getattr(config, name, None) for name in ("num_channels", "in_channels", "in_chans")) if n), 3
+    )
     frames = getattr(config, "num_frames", None)
     return (*((int(frames),) if frames else ()), int(channels), int(height), int(width))
 
 
 def _stack_of(
-    base_model: PreTrainedModel, path: str, run: nn.Module, trace: _Trace, lookups: _Lookups, inputs: dict[str, torch.Tensor]
+    base_model: PreTrainedModel,
+    path: str,
+    run: nn.Module,
+    trace: _Trace,
+    lookups: _Lookups,
+    inputs: dict[str, torch.Tensor],
 ) -> Stack:
     main_input = next(iter(inputs))
     paths = {id(module): name for name, module in base_model.named_modules()}
@@ -289,9 +313,9 @@ def _stack_of(
     start = trace.calls.index(first)
     active = _callers(trace, start)
     before = []
-    for i, call in enumerate(trace.calls[:start]):
+    for call in trace.calls[:start]:
         outside = call.caller is not None and id(call.caller) in active and id(call.module) not in active
-        if outside and call.ended <= start and 0 <= call.ended and call.module not in before:
+        if outside and call.ended <= start and call.ended >= 0 and call.module not in before:
             before.append(call.module)
     weighted = [module for module in before if _has_tensors(module)]
     fillable, words = [], []
@@ -312,7 +336,7 @@ def _stack_of(
     time_first = main_input == "input_ids" and rows.shape[0] == _TOKENS and rows.shape[1] == _BATCH
     return Stack(
         path=path,
-        runner=paths[id(first.caller)] if id(first.caller) in paths else "",
+        runner=paths.get(id(first.caller), ""),
         layers=paths[id(layers)],
         width=int(rows.shape[-1]),
         arity=len(result) if isinstance(result, tuple | list) else None,

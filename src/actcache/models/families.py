@@ -77,9 +77,12 @@ class Family:
     dtype: str = "float16"
     found: Stack | None = None  # where this family was not registered but found by running the model
     code: str | None = None  # digest of the source of a class that is not one of transformers
-    first_layer_runs: bool = False  # the first layer is kept, frozen, and run on anything for what it returns beside rows
+    first_layer_runs: bool = (
+        False  # the first layer is kept, frozen, and run on anything for what it returns beside rows
+    )
     equal_lengths: bool = False  # padding changes the numbers: batches hold documents of one length
     right_padding: bool = False  # padding on the left changes the numbers
+    proved: bool = False  # replay was proved for the model at hand
     pads: bool = True  # whether ``pad_token_id`` may change the numbers of tokens
 
     def width_of(self, base_model: PreTrainedModel) -> int:
@@ -348,7 +351,9 @@ def _without_cosmetics(config: Any) -> Any:
         return {name: _without_cosmetics(value) for name, value in config.items() if name not in COSMETIC}
     if isinstance(config, list):
         return [_without_cosmetics(value) for value in config]
-    return config if not isinstance(config, float) or config == config and abs(config) != float("inf") else str(config)
+    return (
+        config if not isinstance(config, float) or (config == config and abs(config) != float("inf")) else str(config)
+    )
 
 
 # The table of families: what differs between the transformers that can be split, read off the modeling code of

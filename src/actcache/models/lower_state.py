@@ -209,7 +209,11 @@ def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, rea
         return found.items()
     as_made = {name for name, value in found.items() if _equal(value, fresh._buffers.get(name, vars(fresh).get(name)))}
     named = family.numeric_config
-    if named is not None and "rope_parameters" not in named and any(found[name].is_floating_point() for name in as_made):
+    if (
+        named is not None
+        and "rope_parameters" not in named
+        and any(found[name].is_floating_point() for name in as_made)
+    ):
         found["rope_parameters"] = canonical_json(getattr(base_model.config, "rope_parameters", None))
     return [(name, value) for name, value in found.items() if name not in as_made]
 

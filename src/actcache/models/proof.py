@@ -8,8 +8,6 @@ the full model's outputs, rows and gradients. What is not proved is refused, wit
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import logging
 import math
 import time
@@ -24,11 +22,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ActcacheError, UnsupportedModelError
-from actcache.models.discovery import some_tokens, takes
+from actcache.models.discovery import small_inputs, some_tokens, takes
 from actcache.models.families import Family, base_model_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.modes import evaluating
-from actcache.models.stubs import rows_in
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +35,9 @@ _LENGTHS = (5, 11, 3, 8)
 _EQUAL = (6, 6, 6)
 _DECODED = 3  # tokens that an encoder-decoder's decoder is given
 _GRADIENT_NUMBERS = 1 << 20  # of a parameter whose gradients are compared
+
+#: What a model's code, or a stub in it, raises where something is missing.
+_RAISED = (ActcacheError, RuntimeError, AttributeError, TypeError, ValueError, LookupError, AssertionError, ImportError)
 
 #: Makes a reduced model that uses a task model's own weights.
 Build = Callable[[PreTrainedModel, Family, int], PreTrainedModel]
@@ -62,7 +62,7 @@ def of_rows(lower: LowerHalf, longest: int | None = None) -> Family:
     start = time.monotonic()
     base = lower.base_model
     tolerance = TOLERANCE[lower.compute_dtype]
-    with evaluating(base), _unchanged(base):
+    with evaluating(base), _Unchanged(base):
         documents = some_tokens(base, _fitting(_LENGTHS, family, base))
         alone = [lower.run([one])[0] for one in documents]
         _compare("a document computed twice", alone, [lower.run([one])[0] for one in documents], 0.0, base)
@@ -71,11 +71,15 @@ def of_rows(lower: LowerHalf, longest: int | None = None) -> Family:
             equal = some_tokens(base, _fitting(_EQUAL, family, base), seed=1)
             rows = [lower.run([one])[0] for one in equal]
             _compare("documents of one length alone and in a batch", rows, lower.run(equal), tolerance, base)
-            logger.info("padding changes the rows of %s (%.2g): documents of one length are computed together",
-                        type(base).__name__, error)
+            logger.info(
+                "padding changes the rows of %s (%.2g): documents of one length are computed together",
+                type(base).__name__,
+                error,
+            )
             family = replace(family, equal_lengths=True)
-    logger.info("rows of %s after layer %d are proved in %.2f s", type(base).__name__, lower.layer,
-                time.monotonic() - start)
+    logger.info(
+        "rows of %s after layer %d are proved in %.2f s", type(base).__name__, lower.layer, time.monotonic() - start
+    )
     return family
 
 
@@ -93,12 +97,17 @@ def of_replay(task_model: PreTrainedModel, family: Family, layer: int, build: Bu
     base = base_model_of(task_model)
     layer = family.check_layer(base, layer)
     start = time.monotonic()
-    with evaluating(task_model), _unchanged(task_model):
+    with evaluating(task_model), _Unchanged(task_model):
         proof = _Replay(task_model, family, layer, build)
         found = proof.proved()
-    logger.info("replay of %s from layer %d is proved in %.2f s (%s)", type(task_model).__name__, layer + 1,
-                time.monotonic() - start, _described(found))
-    return found
+    logger.info(
+        "replay of %s from layer %d is proved in %.2f s (%s)",
+        type(task_model).__name__,
+        layer + 1,
+        time.monotonic() - start,
+        _described(found),
+    )
+    return replace(found, proved=True)
 
 
 def ways(family: Family) -> Iterator[Family]:
@@ -156,8 +165,8 @@ class _Replay:
                     return replace(way, positions_in_layers=self.family.positions_in_layers, right_padding=True)
                 return way
         raise UnsupportedModelError(
-            f"a {type(self.model).__name__} (model type {self.base.config.model_type!r}) cannot be replayed after layer "
-            f"{self.layer}: without its lower half it does not give its own numbers. What was tried: "
+            f"a {type(self.model).__name__} (model type {self.base.config.model_type!r}) cannot be replayed after "
+            f"layer {self.layer}: without its lower half it does not give its own numbers. What was tried: "
             f"{'; '.join(reasons[:4])}. Another layer, or attn_implementation='eager', may do"
         )
 
@@ -169,8 +178,6 @@ class _Replay:
         return [self._alone(ids) for ids in some_tokens(self.base, lengths, seed=2)]
 
     def _of_other_input(self) -> _Alone:
-        from actcache.models.discovery import small_inputs
-
         inputs = small_inputs(self.lower._stack)
         rows = self.lower.rows_of(inputs).clone()
         outputs, last = self._outputs(self.model, inputs)
@@ -194,7 +201,9 @@ class _Replay:
             inputs["decoder_input_ids"] = torch.full((len(documents), _DECODED), 3, dtype=torch.long)
         return {name: value.to(self.lower.device) for name, value in inputs.items()}
 
-    def _outputs(self, model: PreTrainedModel, inputs: dict[str, Any], gradients: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _outputs(
+        self, model: PreTrainedModel, inputs: dict[str, Any], gradients: bool = False
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Run a full or reduced model; return its outputs by name, and the rows that its last layer returned."""
         seen: list[torch.Tensor] = []
 
@@ -220,7 +229,15 @@ class _Replay:
             reduced = self.build(self.model, way, self.layer)
             inputs, mask = self._batch(reference, side)
             outputs, last = self._outputs(reduced, inputs)
-        except (ActcacheError, RuntimeError, AttributeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+        except (
+            ActcacheError,
+            RuntimeError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            LookupError,
+            NotImplementedError,
+        ) as error:
             raise _NotProved(f"{_described(way)}: {type(error).__name__}: {_line(error)}") from error
         what = f"{_described(way)}, padded on the {side}"
         for i, one in enumerate(reference):
@@ -281,9 +298,7 @@ class _Alone:
 def named_outputs(output: Any) -> dict[str, torch.Tensor]:
     """Return the floating point tensors of a model's outputs by name."""
     items = output.items() if hasattr(output, "items") else ((str(i), one) for i, one in enumerate(output))
-    return {
-        str(name): value for name, value in items if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
+    return {str(name): value for name, value in items if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
 
 def relative(want: torch.Tensor, got: torch.Tensor) -> float:
@@ -301,8 +316,8 @@ def _compare(what: str, want: Sequence[Any], got: Sequence[Any], tolerance: floa
     error = _largest(want, got)
     if not error <= tolerance:
         raise UnsupportedModelError(
-            f"the rows of a {type(base).__name__} (model type {base.config.model_type!r}) are no function of a document: "
-            f"{what} has rows {error:.2g} apart. They cannot be stored"
+            f"the rows of a {type(base).__name__} (model type {base.config.model_type!r}) are no function of a "
+            f"document: {what} has rows {error:.2g} apart. They cannot be stored"
         )
 
 
@@ -311,7 +326,7 @@ def _fitting(lengths: Sequence[int], family: Family, base: PreTrainedModel) -> l
     return [min(length, longest) for length in lengths]
 
 
-class _unchanged:  # noqa: N801: used as a context manager
+class _Unchanged:
     """Puts back what running a model changes on it, and refuses a model that running changes."""
 
     def __init__(self, model: nn.Module) -> None:

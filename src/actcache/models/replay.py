@@ -75,7 +75,9 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
         UnsupportedModelError: the model's family is not known, or it is a BERT-like model configured as a decoder.
     """
     base = base_model_of(task_model)
-    family = family or proof.of_replay(task_model, family_of(base), layer, _shared_copy)
+    family = family or family_of(base)
+    if not family.proved:
+        family = proof.of_replay(task_model, family, layer, _shared_copy)
     reduced = _copied(task_model, family, family.check_layer(base, layer), {})
     lower = family.lower_of(base, layer)
     notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
@@ -175,7 +177,9 @@ class ReducedModel:
             padding = getattr(self.config, "pad_token_id", None)
             if padding is not None and text:  # heads of decoders look for the last token that is another
                 token_ids = token_ids.masked_fill(attention_mask == 0, padding)
-            if family.positions_in_layers and (family.found is None or _takes_positions(self.actcache_task_class)):  # each document's own, wherever its padding is
+            if family.positions_in_layers and (
+                family.found is None or _takes_positions(self.actcache_task_class)
+            ):  # each document's own, wherever its padding is
                 kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
         before = injected.put(activations.flatten(0, -3), attention_mask)

@@ -305,7 +305,8 @@ def _stack_of(
         shown = "; ".join(reasons[:3]) or "none is called"
         raise UnsupportedModelError(
             f"a {type(base_model).__name__} (model type {base_model.config.model_type!r}) has no list of layers that "
-            f"take one another's rows ({shown})"
+            f"take one another's rows ({shown}). If it has one, describe it with actcache.models.register_family: see "
+            "docs/models.md"
         )
     _, _, layers, calls = best
     first = calls[0]

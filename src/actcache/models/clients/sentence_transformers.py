@@ -1,7 +1,7 @@
 """sentence-transformers: an input module that starts from stored rows, in that library's own models and trainer.
 
-``recycler.reduce`` makes it of a ``SentenceTransformer`` or of its ``Transformer`` module; what comes after it (pooling,
-normalization, ...) is that library's own.
+``recycler.reduce`` makes it of a ``SentenceTransformer`` or of its ``Transformer`` module; what comes after it
+(pooling, normalization, ...) is that library's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from actcache.format.keys import document_key
 from actcache.format.recipe import Recipe
 from actcache.models.loading import load_reduced
 from actcache.models.tokenizing import DocumentEncoder, tokenizer_digest
-from actcache.reader.checks import check_present
 from actcache.store.space import Space
 from actcache.store.store import open_store
 
@@ -47,19 +46,19 @@ class Source:
         self.space, self.address, self.supply = space, address, supply
         self._pid = os.getpid()
 
-    def batch(self, texts: Sequence[str]) -> Any:
-        """Return the texts' entries as one padded batch of CPU tensors; ``MissingEntryError`` names absent ones."""
+    def batch(self, texts: Sequence[str], *, compute: bool) -> Any:
+        """Return the texts' entries as one padded batch of CPU tensors.
+
+        Absent ones are computed where that is asked for and can be, or named by a ``MissingEntryError``.
+        """
         keys = [document_key(text) for text in texts]
-        found = self.space.contains(keys)
-        if not found.all() and self.supply is not None:
+        if compute and self.supply is not None and not (found := self.space.contains(keys)).all():
             if os.getpid() != self._pid:
                 raise UsageError(
                     "texts are computed in one process only: train with dataloader_num_workers=0, or fill them first "
                     "(recycler.fill)"
                 )
             self.supply([text for text, there in zip(texts, found, strict=True) if not there])
-        else:
-            check_present(keys, found)
         return next(iter(self.space.reader(keys, batch_size=len(keys), depth=0, device="cpu")))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
@@ -120,10 +119,7 @@ class StoredTransformer(InputModule):
                 f"texts were recorded with at most {self._max_seq_length} tokens, not {max_length}: leave it out"
             )
         texts = [prompt + text for text in inputs] if prompt else list(inputs)
-        source = self.source
-        if self.on_missing == "raise" and source.supply is not None:
-            source = Source(source.space, source.address, None)
-        batch = source.batch(texts)
+        batch = self.source.batch(texts, compute=self.on_missing == "compute")
         features = {
             "activations": batch.activations,
             "input_ids": batch.token_ids,

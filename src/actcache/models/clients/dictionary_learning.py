@@ -1,4 +1,4 @@
-"""dictionary_learning: a stored space in the place of its ``ActivationBuffer``, for its ``trainSAE``. Needs torch alone."""
+"""dictionary_learning: a stored space in the place of its ``ActivationBuffer``, for its ``trainSAE``."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_there_and_back(space: Any, tmp_path: Path) -> None:
             check(other, dict.fromkeys(range(COUNT), 0), range(COUNT))
     with actcache.open(tmp_path / "half") as store, store.space(recipe(dtype="bfloat16")) as half:
         put(half, range(COUNT))
-        assert next(iter(to_dataset(half, KEYS)))["activations"] == rows(0).tolist()  # small whole numbers
+        np.testing.assert_array_equal(next(iter(to_dataset(half, KEYS)))["activations"], rows(0))  # small whole numbers
 
 
 def test_it_travels_to_workers_and_goes_on(space: Any) -> None:

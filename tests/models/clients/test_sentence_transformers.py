@@ -106,21 +106,20 @@ def train(model: Any, kind: str, folder: Path, **options: Any) -> list[float]:
     arguments = library.SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
-        max_steps=10,
         logging_steps=1,
         learning_rate=1e-4,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         seed=5,
-        **{"save_strategy": "no", **options},
+        **{"save_strategy": "no", "max_steps": 10, **options},
     )
     trainer = library.SentenceTransformerTrainer(model, arguments, train_dataset=PAIRS, loss=loss)
     trainer.train()
     return [one["loss"] for one in trainer.state.log_history if "loss" in one]
 
 
-@pytest.mark.parametrize("kind", ["plain", "cached"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("cached", marks=pytest.mark.long)])
 def test_losses_are_those_of_the_frozen_full_model(kind: str, full: Any, recycler: Recycler, tmp_path: Path) -> None:
     """And what was learned goes back into the full model."""
     reduced, whole = recycler.reduce(full), frozen(full)
@@ -136,11 +135,11 @@ def test_losses_are_those_of_the_frozen_full_model(kind: str, full: Any, recycle
 
 def test_it_is_saved_and_loaded(full: Any, recycler: Recycler, tmp_path: Path) -> None:
     reduced = recycler.reduce(full)
-    train(reduced, "plain", tmp_path / "run", save_strategy="steps", save_steps=10)
+    train(reduced, "plain", tmp_path / "run", save_strategy="steps", save_steps=1, max_steps=1)
     reduced.eval()
     before = reduced.encode(QUESTIONS[:4])
     reduced.save(str(tmp_path / "saved"))
-    checkpoint = str(tmp_path / "run" / "checkpoint-10")
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
     for place in (str(tmp_path / "saved"), checkpoint):
         again = recycler.load_reduced(place)
         np.testing.assert_allclose(again.encode(QUESTIONS[:4]), before, atol=1e-6)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.entries.entry import PackedEntries
-from actcache.errors import ActcacheError, FormatError, UsageError, requires_extra
+from actcache.errors import FormatError, UsageError, requires_extra
 from actcache.format import codec
 from actcache.format.arguments import whole
 from actcache.format.keys import Keys, key_array, key_list
@@ -150,6 +150,7 @@ def export_sae_lens(
     """
     with requires_extra("datasets", "cached activations of SAELens need datasets"):
         import datasets
+        from datasets.arrow_writer import ArrowWriter
     path, size = Path(folder), whole("context_size", context_size, 1)
     check_new(path)
     wanted = space.in_order(space.key_array()) if keys is None else key_array(keys)
@@ -176,12 +177,11 @@ def export_sae_lens(
 
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # on the folder's own file system
     try:
-        try:
-            made = datasets.Dataset.from_generator(
-                contexts, datasets.Features(features), cache_dir=str(scratch / "cache")
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, ActcacheError) else error) from None
+        with ArrowWriter(path=str(scratch / "rows.arrow"), features=datasets.Features(features)) as writer:
+            for context in contexts():
+                writer.write(context)
+            writer.finalize()
+        made = datasets.Dataset.from_file(str(scratch / "rows.arrow"))
         made.save_to_disk(scratch / "whole")
         count = len(made)
         (scratch / "whole").rename(path)

@@ -88,6 +88,7 @@ def test_its_trainer_saves_a_dictionary(store: Any, tmp_path: Path) -> None:
             "layer": 1,
             "lm_name": "tests",
             "steps": 30,
+            "warmup_steps": 2,
             "device": "cpu",
             "seed": 0,
         }

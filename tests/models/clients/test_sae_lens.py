@@ -104,8 +104,9 @@ def test_explained_variance_is_that_of_its_own_buffer(tmp_path: Path) -> None:
     texts = list(dict.fromkeys(text for _, text in docstrings()))[:2000]
     assert len(texts) == 2000
     batch, latents = 1024, 768
+    options: dict[str, Any] = {"dtype": "float32", "max_length": 128, "too_long": "truncate"}
     with actcache.Recycler.from_pretrained(
-        packaged.get_model_path(), layer=3, store=tmp_path, dtype="float32", max_length=128, too_long="truncate"
+        packaged.get_model_path(), layer=3, store=tmp_path / "store", **options
     ) as recycler:
         recycler.fill(texts, progress=False)
         keys = recycler.keys(texts)

@@ -1,9 +1,9 @@
 """A tiny Qwen3, some samples of it, and what ``speculators train`` needs on a machine without an accelerator.
 
-Run as a script it is ``speculators``: its own command with three things changed, which have nothing to do with where
-samples come from. speculators 0.9 knows no device but an accelerator, so it is told that rank 0's is the CPU; torchvision
-and torchaudio, whose builds for other torches break the import of transformers, are taken for not installed. (Its fused losses
-are kernels of Triton: tests pass ``--loss-implementation eager``.)
+Run as a script it is ``speculators``: its own command with two things changed, which have nothing to do with where
+samples come from. speculators 0.9 knows no device but an accelerator, so it is told that rank 0's is the CPU; and
+torchvision and torchaudio, whose builds for other torches break the import of transformers, are taken for not
+installed. (Its fused losses are kernels of Triton: tests pass ``--loss-implementation eager``.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""speculators' own ``train`` over samples of a store. Run by ``make test-clients``: it has an environment of its own."""
+"""speculators' own ``train`` over samples of a store.
+
+Run by ``make test-clients``: speculators has an environment of its own.
+"""
 
 from __future__ import annotations
 

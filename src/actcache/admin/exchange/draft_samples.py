@@ -231,7 +231,8 @@ def _of_model_optimizer(path: Path, layers: Sequence[Layer]) -> _Sample:
     if inner.shape[1] != width * (len(layers) - 1) or len(inner) != len(ids) or len(last) != len(ids):
         raise FormatError(
             f"{path} has {len(ids)} tokens, hidden_states {list(last.shape)}, and aux_hidden_states "
-            f"{list(inner.shape)}: those of {len(layers) - 1} inner layers are [{len(ids)}, {width * (len(layers) - 1)}]"
+            f"{list(inner.shape)}: those of {len(layers) - 1} inner layers are [{len(ids)}, "
+            f"{width * (len(layers) - 1)}]"
         )
     prenorm = bool(tensors.get("hidden_states_prenorm", False))
     if prenorm == isinstance(layers[-1], str):
@@ -252,14 +253,17 @@ def _weights(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        line = str(error).strip().splitlines()[0]
-        raise FormatError(f"{path} holds more than tensors, and loading that would execute it: {line}") from None
+        why = _first_line(error)
+        raise FormatError(f"{path} holds more than tensors, and loading that would execute it: {why}") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise FormatError(f"{path} is no whole file of torch.save: {line}") from None
+        raise FormatError(f"{path} is no whole file of torch.save: {_first_line(error)}") from None
     if not isinstance(loaded, dict):
         raise FormatError(f"{path} holds a {type(loaded).__name__}, not the tensors of a sample by name")
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _ids(path: Path, tensors: dict[str, Any], name: str) -> NDArray[np.int64]:

@@ -207,7 +207,7 @@ BAD: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "after the norm": (FormatError, "after the final norm", {"hidden_states_prenorm": False}),
     "NaN": (
         NonFiniteError,
-        "layer|array|entry|key|NaN",
+        "holds nan",
         {"hidden_states": torch.full((3, HIDDEN), float("nan")).bfloat16()},
     ),
 }

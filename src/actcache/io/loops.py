@@ -317,7 +317,6 @@ class Lookup:
         tokens, checksums, segment, row = made
         return Found(tokens, checksums.view(np.uint64), segment, row, call.outside)
 
-
     def reading(self, columns: Sequence[MappedColumn], looked: int) -> Reading | None:
         """Return what reads batches of these columns, which are the first chain of digests, by one call; None where
         nothing can. The rows of the column at ``looked`` are looked at first (see ``seems_absent``)."""

@@ -181,11 +181,12 @@ class Snapshot(ABC):
         """Look up ``[n, 32]`` keys and read their rows as ``gather`` does, in one go; a backend that cannot has none.
 
         Args:
-            seed: of the digests that entries are compared with (``format.checksum.chain_seed``); None where nothing is verified.
+            seed: of the digests that entries are compared with (``format.checksum.chain_seed``); None: nothing is
+                verified.
 
         Returns:
-            The tokens of each entry, ``[n]``, 0 where it is absent, and the positions of bad ones. None where ``locate``
-            and ``gather`` have to be called instead: nothing that ``out`` holds then means anything.
+            The tokens of each entry, ``[n]``, 0 where it is absent, and the positions of bad ones. None where
+            ``locate`` and ``gather`` have to be called instead: nothing that ``out`` holds then means anything.
         """
         return None
 

@@ -61,7 +61,9 @@ def test_a_reader_looks_a_batch_up_once(space, looked_up, monkeypatch):
     monkeypatch.setattr(SegmentedSnapshot, "read_at_once", reading)
     assert [len(one) for one in reader] == [4] * 5
     announced = len(looked_up) + len(at_once) - 5  # batches that were announced, then read at once
-    assert set(looked_up + at_once) == {4} and len(looked_up) <= 5 and 0 <= announced <= 4
+    assert set(looked_up + at_once) == {4}
+    assert len(looked_up) <= 5
+    assert 0 <= announced <= 4
 
 
 def test_what_changed_meanwhile_is_looked_up_again(space, looked_up):

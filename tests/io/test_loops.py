@@ -372,9 +372,9 @@ print(loops.missing)
 def test_the_structures_are_those_of_the_library():
     """A field that one side lacks would shift all behind it."""
     assert loops._library.act_sizes
-    sizes = (ctypes.c_int64 * 5)()
+    kinds = (loops._Table, loops._Lookup, loops._Column, loops._Batch, loops._Reading, loops._Scatter)
+    sizes = (ctypes.c_int64 * len(kinds))()
     loops._library.act_sizes(sizes)
-    kinds = loops._Table, loops._Lookup, loops._Column, loops._Batch, loops._Reading
     assert list(sizes) == [ctypes.sizeof(kind) for kind in kinds]
 
 
@@ -429,7 +429,8 @@ def test_entries_that_are_intact_and_not_by_one_call():
     reading = lookup.reading([loops.MappedColumn(24, memory, np.zeros(1, np.int64))], looked=0)
     out, order = np.empty((4 * 6, 24), np.uint8), np.array([2, 0, 3, 1])
     tokens, bad = reading.read(keys[order], [out], 6, 3)
-    assert tokens.tolist() == lengths[order].tolist() and not len(bad)
+    assert tokens.tolist() == lengths[order].tolist()
+    assert not len(bad)
     for place, i in zip(out.reshape(4, 6, 24), order, strict=True):
         np.testing.assert_array_equal(place[: lengths[i]], memory[begins[i] :][: lengths[i]])
         assert not place[lengths[i] :].any()
@@ -458,6 +459,31 @@ def test_a_batch_that_is_copied_past_the_caches(row_bytes, shifted, padded):
     by_numpy(lambda: loops.gather([columns[1]], lengths, offsets, Digests(1, 3, keys, sums=sums[1])))
     np.testing.assert_array_equal(*outs)
     np.testing.assert_array_equal(*(of[lengths > 0] for of in sums))
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@given(st.integers(0, 400), st.sampled_from([(), (3,), (2, 700)]), st.integers(0, 50))
+def test_rows_are_scattered(compiled, count, trailing, more):
+    rng = np.random.default_rng(count)
+    rows = rng.integers(0, 1000, (count, *trailing)).astype(np.int32)
+    places = rng.permutation(count + more)[:count]
+    out = np.full((count + more, *trailing), -1, np.int32)
+    loops.scatter(rows, places, out)
+    np.testing.assert_array_equal(out[places], rows)
+    assert (np.delete(out, places, axis=0) == -1).all()
+
+
+@BOTH
+def test_rows_are_scattered_nowhere_else(compiled):
+    out = np.zeros((4, 2), np.int32)
+    for places in ([0, 4], [2**62, 1], [-9, 1]):
+        with pytest.raises(IndexError):
+            loops.scatter(np.ones((2, 2), np.int32), np.array(places), out)
+    with pytest.raises(TypeError):
+        loops.scatter(np.ones((2, 3), np.int32), np.array([0, 1]), out)
 
 
 # --- how many threads -------------------------------------------------------------------------------------------------

@@ -275,8 +275,7 @@ class Space:
         ``CorruptEntryError`` names entries that fail their checksums, which ``verify=False`` does not look at.
         """
         wanted = key_array(keys)
-        request = self._request(wanted)
-        packed, corrupt = self._read_all(request, verify=verify)
+        packed, corrupt = self._read_all(self._request(wanted), verify=verify)
         self._refuse_corrupt(wanted, corrupt)
         has = {name: there.tolist() for name, there in packed.has.items()}
         entries: list[Entry | None] = []
@@ -316,8 +315,12 @@ class Space:
             raise ShapeError(f"out must be [rows, {hidden}] or [n, length, {hidden}], not {list(buffer.shape)}")
         if ids is not None and ids.shape != buffer.shape[:-1]:
             raise ShapeError(f"token_ids must be {list(buffer.shape[:-1])} beside this out, not {list(ids.shape)}")
-        request = self._request(wanted)
         width = buffer.shape[1] if buffer.ndim == 3 else None
+        flat_ids = np.empty(buffer.size // hidden, np.int32) if ids is None else ids.reshape(-1)
+        rows = {TOKEN_IDS: flat_ids, VALUES: buffer.reshape(-1, hidden)}  # in the order of the chain of digests
+        if (lengths := self._read_at_once(wanted, rows, width, verify=verify)) is not None:
+            return ReadReport(lengths)
+        request = self._request(wanted)
         longest, total = int(request.lengths.max(initial=0)), int(request.lengths.sum())
         if width is None and total > len(buffer):
             raise ShapeError(f"these entries have {total} rows and out has {len(buffer)}")
@@ -325,12 +328,26 @@ class Space:
             raise ShapeError(
                 f"{len(wanted)} entries of up to {longest} tokens do not fit an out of {list(buffer.shape)}"
             )
-        flat_ids = np.empty(buffer.size // hidden, np.int32) if ids is None else ids.reshape(-1)
         if ids is not None and not request.has(TOKEN_IDS)[request.lengths > 0].all():
             raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
-        rows = {VALUES: buffer.reshape(-1, hidden), TOKEN_IDS: flat_ids}
         self._refuse_corrupt(wanted, request.read(rows, width, verify=verify))
         return ReadReport(request.lengths)
+
+    def _read_at_once(
+        self, keys: NDArray[np.uint8], out: backend.Buffers, width: int | None, *, verify: bool
+    ) -> NDArray[np.int64] | None:
+        """Read what is published, verified and in memory by one call; None where it takes more (see ``Request``)."""
+        self._check_open()
+        if self._writer is not None and len(self._writer):
+            return None  # then the snapshot: a block that is published in between is in it
+        read = self._view().read_at_once(keys, out, width, checksum.chain_seed(self._seed, out) if verify else None)
+        if read is None:
+            return None
+        self._used.note()
+        lengths, corrupt = read
+        if len(corrupt):
+            self._refuse_corrupt(keys, corrupt.tolist())
+        return lengths
 
     def read_ahead(self, keys: Keys) -> bool:
         """Ask the operating system to load these entries soon; returns at once. False where there seemed to be nothing

@@ -20,6 +20,7 @@ from actcache.errors import FormatError
 
 VALUES = "values"
 TOKEN_IDS = "token_ids"
+OWN = "columns"  # the caller's own, as records of bytes (``format.columns``)
 CHUNK_BYTES = 1 << 20  # of rows that are read, then checked (docs/decisions/0002)
 
 #: The optional ragged arrays: name -> (dtype, trailing shape). Labels cannot be aligned without them.

@@ -479,8 +479,8 @@ static int gather_one(batch *this, int64_t i) {
         }
         if (!this->digests || rows == NULL) continue;
         if (c == this->chained) { /* the second chain begins with the digest that the first one should have */
-            if (this->sums != NULL) this->sums[i] = digest;
-            if (this->expected != NULL && digest != this->expected[i]) state = CORRUPT;
+            if (this->sums != NULL && c > 0) this->sums[i] = digest;
+            if (this->expected != NULL && c > 0 && digest != this->expected[i]) state = CORRUPT;
             if (this->expected != NULL) digest = this->expected[i];
         }
         digest = digest_of(rows, (size_t)(this->lengths[i] * of->row_bytes), digest);

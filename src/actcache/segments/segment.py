@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from actcache.backend import Columns, Extent, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import VALUES, Origins, check_offsets, names_from_array
+from actcache.format.ragged import OWN, VALUES, Origins, check_offsets, names_from_array
 
 VERSION = 1
 
@@ -201,6 +201,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
     if missing:
         raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
     entries, tokens = extents["keys"].shape[:1], extents[VALUES].shape[:1]
+    if OWN in extents and OWN not in known:  # the width is known to whoever declared it, meanwhile
+        known[OWN] = ("|u1", extents[OWN].shape[1:2])
     for name, extent in extents.items():
         if name not in known:
             raise FormatError(f"{where} has an array {name!r} that this release does not know")

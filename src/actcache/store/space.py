@@ -232,6 +232,11 @@ class Space:
         """The caller's own columns; None where no entry has any."""
         return self._schema
 
+    @property
+    def ragged(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and trailing shape of each ragged array that an entry may have."""
+        return dict(self._columns)
+
     def _look_at_schema(self, snapshot: Snapshot) -> None:
         if self._schema is None and snapshot.may_have(OWN):
             name = space_blob(self.recipe.fingerprint, BLOB)

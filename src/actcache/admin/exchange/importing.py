@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.admin.exchange import files
-from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, VERSION, VERSION_NAME
+from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, SCHEMA_NAME, VERSION, VERSION_NAME
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
 from actcache.errors import FormatError, UsageError
 from actcache.format import checksum, codec, safetensors
+from actcache.format.columns import Schema
 from actcache.format.keys import key_list
-from actcache.format.ragged import EXTRAS, VALUES, check_offsets, runs
+from actcache.format.ragged import OWN, TOKEN_IDS, VALUES, check_offsets, runs
 from actcache.format.recipe import Recipe
+from actcache.store.space import Space
 from actcache.store.store import Store
 
 _MAX_RECIPE = 1 << 20  # bytes
@@ -46,6 +48,7 @@ class _File:
     checksums: NDArray[np.uint64]  # [n]
     extra_checksums: NDArray[np.uint64] | None  # [n]
     columns: dict[str, NDArray[Any]]  # the ragged arrays, mapped
+    schema: Schema | None  # of the caller's own columns
 
 
 def import_file(store: Store, path: Path, *, progress: Progress | None = None) -> Imported:
@@ -81,13 +84,23 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
                 for name, column in file.columns.items()
             }
             rows = [stored.decode(array) for array in arrays.pop(VALUES)]
-            if space is not None:
+            if space is not None and which:
+                _declare(space, file.schema, path)
                 count += space.put_stored(file.keys[which], rows, **arrays)
             if progress is not None:
                 progress("import", run.stop, len(file.keys))
         if space is not None:
             space.flush()
     return Imported(recipe.fingerprint, len(file.keys), count, corrupt)
+
+
+def _declare(space: Space, schema: Schema | None, path: Path) -> None:
+    """Have the space's own columns be those of the file."""
+    if schema is not None and (found := space.declare(schema)) != schema:
+        theirs, ours = ", ".join(schema.names), ", ".join(found.names)
+        raise UsageError(
+            f"{path} has other columns of its own ({theirs}) than the space ({ours}): import it into another store"
+        )
 
 
 def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]]]:
@@ -102,8 +115,10 @@ def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]
     except FileNotFoundError:
         raise UsageError(f"cannot read {path}: there is no such file") from None
     metadata = {}
-    for name in (VERSION_NAME, RECIPE_NAME):
+    for name in (VERSION_NAME, RECIPE_NAME, SCHEMA_NAME):
         text = arrays.pop(name, None)
+        if text is None and name == SCHEMA_NAME:
+            continue
         if text is None or text.dtype != np.uint8 or text.ndim != 1 or len(text) > _MAX_RECIPE:
             raise FormatError(f"{path} was not written by cachectl export: it has no {name}")
         metadata[name] = text.tobytes().decode(errors="replace")
@@ -117,7 +132,11 @@ def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArr
         recipe = Recipe.from_json(json.loads(metadata[RECIPE_NAME]))
         of = columns_of(recipe)
         columns = [VALUES, *(name for name in OPTIONAL if name in arrays)]
-        extras = any(name in EXTRAS for name in columns)
+        extras = any(name not in (VALUES, TOKEN_IDS) for name in columns)
+        schema = None
+        if OWN in columns:
+            schema = Schema.loads(metadata[SCHEMA_NAME].encode(), str(path))
+            of = {**of, OWN: ("|u1", (schema.width,))}
         count, rows = len(arrays["keys"]), len(arrays[VALUES])
         expected: dict[str, tuple[str, tuple[int, ...]]] = {
             "keys": ("|u1", (count, 32)),
@@ -139,4 +158,4 @@ def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArr
     check_offsets(offsets, len(keys), rows, str(path))
     extra_sums = np.array(arrays["extra_checksums"]) if extras else None
     ragged = {name: arrays[name] for name in columns}
-    return _File(recipe, keys, offsets, np.array(arrays["checksums"]), extra_sums, ragged)
+    return _File(recipe, keys, offsets, np.array(arrays["checksums"]), extra_sums, ragged, schema)

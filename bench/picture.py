@@ -1,6 +1,6 @@
 """The README's picture: what runs once, and what runs every time. Follows the reader's light or dark scheme.
 
-    python -m bench.picture docs/images/how.svg
+python -m bench.picture docs/images/how.svg
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ STYLE = """
 def layers(kind: str, left: int, bottom: int, count: int, width: int = 150) -> str:
     """Return some layers of a transformer, one above the other."""
     places = [bottom - LAYER - n * (LAYER + GAP) for n in range(count)]
-    return "".join(
-        f'<rect class="{kind}" x="{left}" y="{y}" width="{width}" height="{LAYER}" rx="4"/>' for y in places
-    )
+    return "".join(f'<rect class="{kind}" x="{left}" y="{y}" width="{width}" height="{LAYER}" rx="4"/>' for y in places)
 
 
 def text(x: int, y: int, words: str, kind: str = "") -> str:
@@ -44,7 +42,9 @@ def picture() -> str:
     bottom = 235
     parts = [
         text(85, 150, "text") + text(85, 170, "each document once", "small") + arrow((120, 146), (165, 146)),
-        layers("lower", 175, bottom, 6) + text(250, bottom + 24, "lower layers 1..k") + text(250, 50, "run once", "small"),
+        layers("lower", 175, bottom, 6)
+        + text(250, bottom + 24, "lower layers 1..k")
+        + text(250, 50, "run once", "small"),
         arrow((335, 146), (385, 146)),
         '<path class="store" d="M395 100 a55 16 0 0 1 110 0 v92 a55 16 0 0 1 -110 0 z"/>',
         text(450, bottom + 24, "store") + text(450, 50, "rows by content", "small"),
@@ -54,7 +54,9 @@ def picture() -> str:
         y = 68 + number * 78
         parts += [arrow((515, 146), (545, 146), (545, y), (575, y)), layers("upper", 585, y + 25, 2, 130)]
         parts.append(text(795, y + 5, name))
-    parts.append(text(650, bottom + 50, "layers k+1..N and a head, every time") + text(650, 25, "run every time", "small"))
+    parts.append(
+        text(650, bottom + 50, "layers k+1..N and a head, every time") + text(650, 25, "run every time", "small")
+    )
     head = '<marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'

@@ -13,6 +13,7 @@ from actcache.models import canary
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf, evaluating
 from actcache.models.provenance import setup_of
+from actcache.models.sites import site_in
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
 from actcache.models.weights import check_same_lower_half
@@ -85,7 +86,8 @@ class Agreement:
             with evaluating(self.lower.base_model):
                 canaries = canary.make(self.encoder, self.lower, self._setup)
         base, recipe = base_model_of(model), self.space.recipe
-        lower = LowerHalf(base, family_of(base), recipe.layer, recipe.compute_dtype)
+        family = family_of(base)
+        lower = LowerHalf(base, family, site_in(base, family, recipe), recipe.compute_dtype)
         try:
             with evaluating(base):
                 canary.check(canaries, self.encoder, lower, setup_of(lower))

@@ -42,13 +42,11 @@ class LowerHalf:
 
     Attributes:
         site: where rows are taken. ``"last"`` is the module that gives what the model gives, where there is one.
-        hidden_size: width of a row.
 
     Raises:
         LayerError: the model has no such layer or module.
         ModelError: autocast cannot compute in ``compute_dtype``.
-        UnsupportedModelError: a document's rows would depend on the others of its batch; or the module is not called
-            once for all tokens, or has no row for each of them.
+        UnsupportedModelError: a document's rows would depend on the others of its batch.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class LowerHalf:
         if site == Site(""):
             site = self._last()
         self.site = site
-        self.hidden_size = self._width() if site.layer is None else int(base_model.config.hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -231,8 +228,15 @@ class LowerHalf:
         ids = torch.from_numpy(some_ids(self.base_model, 3))[None].repeat(2, 1)
         return {"input_ids": ids.to(self.device), "attention_mask": torch.ones_like(ids, device=self.device)}
 
-    def _width(self) -> int:
-        """Return how wide the site's rows are; raises where it has none, by running all of the model once."""
+    @functools.cached_property
+    def hidden_size(self) -> int:
+        """The width of a row; where the site is no layer, the model is run once for a few tokens.
+
+        Raises:
+            UnsupportedModelError: the module is not called once for all tokens, or has no row for each of them.
+        """
+        if self.site.layer is not None:
+            return int(self.base_model.config.hidden_size)
         inputs = self._some_inputs()
         held: list[Any] = []
         with (

@@ -169,6 +169,8 @@ class _Run(TorchFunctionMode):
         self.reached.setdefault(site, self._tick())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.now:  # the model does not run yet: somebody asks on which device it is
+            return func(*args, **(kwargs or {}))
         self._note([args, kwargs or {}], there_before=True)
         result = func(*args, **(kwargs or {}))
         self._note(result, there_before=False)

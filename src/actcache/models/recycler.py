@@ -278,9 +278,12 @@ class Recycler:
         Raises:
             LowerHalfMismatchError: the task model's lower half is not the recorded one, or computes other numbers.
         """
+        layer = self._layer()
+        base = base_model_of(task_model)
+        family_of(base).check_layer(base, layer)
         family = check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
-        reduced = replay.reduce(task_model, self._layer(), family)
+        reduced = replay.reduce(task_model, layer, family)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
 

@@ -71,7 +71,7 @@ def lower_digest(base_model: PreTrainedModel, family: Family, where: Where) -> s
 
 def lower_digests(base_model: PreTrainedModel, family: Family, places: Sequence[Where]) -> dict[Site, str]:
     """Return ``lower_digest`` of several sites: the model is run once, what several of them cover is hashed once."""
-    sites = list(dict.fromkeys(LowerHalf(base_model, family, where).site for where in places))
+    sites = _sites(base_model, family, places)
     quick = _checksums(base_model, family, sites, xxhash.xxh3_128_digest)
     unknown = [site for site in sites if quick[site] not in _digests]
     if unknown:
@@ -123,7 +123,7 @@ def pretrained_digests(
     Files that changed in size or time are hashed again, and files that were written less than two seconds ago are not
     remembered, for another write could leave their time as it is. A memo that cannot be read or written is ignored.
     """
-    sites = list(dict.fromkeys(LowerHalf(base_model, family, where).site for where in places))
+    sites = _sites(base_model, family, places)
     quick = _checksums(base_model, family, sites, xxhash.xxh3_128_digest)
     names = {site: _memo_name(quick[site], site.name, files) for site in sites}
     memo = _read_memo()
@@ -176,6 +176,10 @@ def _combined(jobs: list[tuple[bytes, list[Future[bytes]]]]) -> str:
         for digest in digests:
             whole.update(digest.result())
     return whole.hexdigest()
+
+
+def _sites(base_model: PreTrainedModel, family: Family, places: Sequence[Where]) -> list[Site]:
+    return list(dict.fromkeys(LowerHalf(base_model, family, where).site for where in places))
 
 
 def _header(name: str, leaf: Leaf) -> list[Any]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,12 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError, UsageError
 from actcache.format.arguments import is_whole
+from actcache.models.discovery import small_inputs
 from actcache.models.families import Family
+from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import some_ids, vocabulary_size
 from actcache.models.sites import Site, Where, site_of
+from actcache.models.stubs import rows_in
 from actcache.models.tensors import dtype_name, first_parameter, padded, without_bytes
 
 TOKEN_BUDGET = 8192  # padded tokens of a batch, where the caller says nothing else
@@ -124,6 +127,8 @@ class LowerHalf:
             self._check_evaluating(site)
         if not token_ids:
             return {site: [] for site in sites}
+        if self.family.equal_lengths and len({len(ids) for ids in token_ids}) > 1:
+            return self._run_by_length(sites, token_ids, type_ids)
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
         padding = getattr(self.base_model.config, "pad_token_id", None) or 0
         if not 0 <= padding < vocabulary_size(self.base_model):
@@ -139,6 +144,26 @@ class LowerHalf:
         found = self._forward(inputs, sites, inputs["attention_mask"].bool().to(self.device))
         ends = np.cumsum(lengths.numpy())[:-1]
         return {site: list(np.split(_to_numpy(found[site]), ends)) for site in sites}
+
+    def _run_by_length(
+        self,
+        sites: list[Site],
+        token_ids: Sequence[NDArray[np.integer]],
+        type_ids: Sequence[NDArray[np.integer]] | None,
+    ) -> dict[Site, list[NDArray[np.generic]]]:
+        """Return the rows of a model whose numbers padding changes: documents of one length at a time."""
+        found: dict[Site, list[Any]] = {site: [None] * len(token_ids) for site in sites}
+        for length in {len(ids): None for ids in token_ids}:
+            places = [i for i, ids in enumerate(token_ids) if len(ids) == length]
+            types = None if type_ids is None else [type_ids[i] for i in places]
+            for site, arrays in self.run_at(sites, [token_ids[i] for i in places], types).items():
+                for i, rows in zip(places, arrays, strict=True):
+                    found[site][i] = rows
+        return found
+
+    def rows_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the rows ``[batch, tokens, hidden]`` of a batch of whatever the model takes, by its names."""
+        return self._forward(inputs, [self.site], None)[self.site]
 
     def _parts(self, site: Site) -> dict[str, nn.Module]:
         """Return the modules that run before a site, or more, by path."""
@@ -157,19 +182,19 @@ class LowerHalf:
             )
 
     def _forward(
-        self, inputs: dict[str, torch.Tensor], sites: Collection[Site], tokens: torch.Tensor
+        self, inputs: dict[str, torch.Tensor], sites: Collection[Site], tokens: torch.Tensor | None
     ) -> dict[Site, torch.Tensor]:
         """Run the model as far as the last of some sites; return the rows ``[all tokens, width]`` at each.
 
-        ``tokens`` ``[batch, tokens]`` is False where there is padding.
+        ``tokens`` ``[batch, tokens]`` is False where there is padding; with None they are ``[batch, rows, width]``.
         """
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         found: dict[Site, torch.Tensor] = {}
 
         def reached(site: Site, hidden: Any) -> None:
             if site not in found:
-                self._check_rows(site, hidden, tokens.shape)
-                found[site] = hidden[tokens]  # a copy: the model may go on in place
+                self._check_rows(site, hidden, None if tokens is None else tokens.shape)
+                found[site] = hidden.clone() if tokens is None else hidden[tokens]  # the model may go on in place
             if len(found) == len(sites):
                 raise _Reached
 
@@ -198,33 +223,40 @@ class LowerHalf:
         module = self.base_model.get_submodule(site.module)
 
         def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            take(_input_of(args, kwargs))
+            take(self._oriented(_input_of(args, kwargs)))
 
         def gives(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            take(first_tensor(output))
+            take(self._oriented(first_tensor(output)))
 
         if site.side == "input":
             # Before the model's own hooks there, which replay will run.
             return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
         return module.register_forward_hook(gives)
 
-    def _check_rows(self, site: Site, hidden: Any, tokens: Sequence[int]) -> None:
-        """Raise where what a site holds is not ``[batch, tokens, width]``."""
-        if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 and list(hidden.shape[:2]) == list(tokens):
+    def _oriented(self, hidden: Any) -> Any:
+        """Return rows as ``[batch, tokens, width]`` where a model has the tokens first."""
+        transposed = self.family.time_first and isinstance(hidden, torch.Tensor) and hidden.ndim == 3
+        return hidden.transpose(0, 1) if transposed else hidden
+
+    def _check_rows(self, site: Site, hidden: Any, tokens: Sequence[int] | None) -> None:
+        """Raise where what a site holds is not ``[batch, tokens, width]``; None for any number of rows."""
+        three = isinstance(hidden, torch.Tensor) and hidden.ndim == 3
+        if three and (tokens is None or list(hidden.shape[:2]) == list(tokens)):
             return
         is_there = f"a tensor {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else "no tensor"
         verb = "is given" if site.side == "input" else "gives"
         raise UnsupportedModelError(
-            f"{site} of {type(self.base_model).__name__} cannot be recorded: for {tokens[0]} documents of "
-            f"{tokens[1]} tokens it {verb} {is_there}, and not one row a token: [{tokens[0]}, {tokens[1]}, width]"
+            f"{site} of {type(self.base_model).__name__} cannot be recorded: it {verb} {is_there}, and not one row a "
+            f"token, {['documents', 'rows'] if tokens is None else list(tokens)} and a width"
         )
 
-    # A few tokens, as many as any model takes, of two documents: neither number is the other.
-
     def _some_inputs(self) -> dict[str, torch.Tensor]:
+        """Return two documents of three tokens, which any model takes, or of what else the model takes."""
         for name, parameter in self.base_model.named_parameters():
             if parameter.is_meta:
                 raise without_bytes(name)
+        if self.family.found is not None and self.family.found.main_input != "input_ids":
+            return small_inputs(self._stack)
         ids = torch.from_numpy(some_ids(self.base_model, 3))[None].repeat(2, 1)
         return {"input_ids": ids.to(self.device), "attention_mask": torch.ones_like(ids, device=self.device)}
 
@@ -236,7 +268,7 @@ class LowerHalf:
             UnsupportedModelError: the module is not called once for all tokens, or has no row for each of them.
         """
         if self.site.layer is not None:
-            return int(self.base_model.config.hidden_size)
+            return self.family.width_of(self.base_model)
         inputs = self._some_inputs()
         held: list[Any] = []
         with (
@@ -249,10 +281,10 @@ class LowerHalf:
         if len(held) != 1:
             often = f"{len(held)} times" if held else "not at all"
             raise UnsupportedModelError(
-                f"{self.site} of {type(self.base_model).__name__} cannot be recorded: a forward pass over token ids "
-                f"calls it {often}, and rows are taken where all tokens come by once"
+                f"{self.site} of {type(self.base_model).__name__} cannot be recorded: a forward pass calls it {often}, "
+                "and rows are taken where all tokens come by once"
             )
-        self._check_rows(self.site, held[0], inputs["attention_mask"].shape)
+        self._check_rows(self.site, held[0], inputs["input_ids"].shape if "input_ids" in inputs else None)
         return int(held[0].shape[-1])
 
     def _last(self) -> Site:
@@ -288,19 +320,6 @@ class LowerHalf:
         if self.compute_dtype == self.parameter_dtype:
             return torch.autocast(kind, enabled=False)
         return torch.autocast(kind, dtype=getattr(torch, self.compute_dtype))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules of a model into eval mode, and back into train mode at the end those that were."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int) -> list[NDArray[np.int64]]:
@@ -342,7 +361,10 @@ def first_tensor(value: Any) -> Any:
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("hidden_states", first_tensor(kwargs))
+    try:
+        return rows_in(args, kwargs)
+    except StopIteration:  # nothing that looks like rows
+        return first_tensor(args) if args else first_tensor(kwargs)
 
 
 def _to_numpy(rows: torch.Tensor) -> NDArray[np.generic]:

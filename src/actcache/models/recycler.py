@@ -18,7 +18,7 @@ from actcache.errors import DataError, LayerError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import loading, replay, verification
+from actcache.models import loading, proof, replay, verification
 from actcache.models.agreement import Agreement
 from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
@@ -38,6 +38,7 @@ from actcache.models.weights import check_same_lower_half, lower_digest
 from actcache.reader.labels import of_entries
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
+from actcache.reader.rows import RowReader
 from actcache.store.document_entries import check_found, find_entries
 from actcache.store.store import Store, open_store
 
@@ -99,6 +100,7 @@ class Recycler:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, chosen(layer, site), compute_dtype)
+        lower.family = family = proof.of_rows(lower)
         encoder = DocumentEncoder(
             tokenizer,
             check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
@@ -240,6 +242,27 @@ class Recycler:
             **options,
         )
 
+    def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
+        """Return batches of rows ``[n, hidden]``, mixed across these documents; None for all of the space. See
+        ``actcache.RowReader`` for the options. Windows' rows are their document's, as ``RowBatch.documents`` says.
+
+        Raises:
+            MissingEntryError, LowerHalfMismatchError, CanaryError, UsageError: see ``reader``.
+        """
+        return RowReader(self.space, **self.row_keys(texts), device=device, **options)
+
+    def row_keys(self, texts: Iterable[Document] | None) -> dict[str, Any]:
+        """Return the arguments by which a ``RowReader`` is told of documents, and see that they may be served."""
+        if texts is None:
+            self.agreement.before_serving([])
+            return {}
+        keys = document_keys(listed(texts))
+        self.agreement.before_serving(keys)
+        found = find_entries(self.space, keys, self.agreement.encoder.windows)
+        check_found(keys, found)
+        documents = np.repeat(np.arange(len(keys)), [len(entries) for entries in found])
+        return {"keys": list(itertools.chain.from_iterable(found)), "documents": documents}
+
     def keys(self, texts: Iterable[Document], *, field: Field | None = None) -> list[bytes]:
         """Return the keys of these documents' entries, in order.
 
@@ -281,9 +304,9 @@ class Recycler:
         layer = self._layer()
         base = base_model_of(task_model)
         family_of(base).check_layer(base, layer)
-        family = check_same_lower_half(task_model, self.recipe)
+        check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
-        reduced = replay.reduce(task_model, layer, family)
+        reduced = replay.reduce(task_model, layer)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
 

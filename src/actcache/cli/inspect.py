@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.table import Table
 
 from actcache.admin import inspection
@@ -160,8 +162,25 @@ def _show_space(detail: reporting.SpaceDetail) -> None:
     say(f"{entries(usage.entries)}, {counted(usage.tokens, 'token')}")
     say(f"{binary(usage.nbytes)}{_compression(detail)}")
     _show_lengths(detail.lengths)
+    _show_rows(detail)
     _show_segments(detail.segments)
     _show_sample(detail.sample)
+
+
+def _show_rows(detail: reporting.SpaceDetail) -> None:
+    rows = detail.rows
+    if not rows.count:
+        return
+    spread = [number(float(figure)) for figure in (*_ends(rows.mean), *_ends(rows.std), *_ends(rows.maximum))]
+    say(f"statistics of {rows.count:,} of {detail.report.usage.tokens:,} rows: mean norm {number(rows.mean_norm)}")
+    say(
+        f"  by dimension: means {spread[0]} to {spread[1]}, standard deviations {spread[2]} to {spread[3]}, maxima "
+        f"{spread[4]} to {spread[5]}"
+    )
+
+
+def _ends(figures: NDArray[np.float64]) -> tuple[float, float]:
+    return float(figures.min()), float(figures.max())
 
 
 def _show_segment(detail: reporting.SegmentDetail) -> None:

@@ -8,10 +8,11 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import DataError, LayerError, UsageError, VerificationError
@@ -43,6 +44,8 @@ from actcache.store.document_entries import check_found, find_entries
 from actcache.store.store import Store, open_store
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class Recycler:
@@ -251,6 +254,18 @@ class Recycler:
         """
         return RowReader(self.space, **self.row_keys(texts), device=device, **options)
 
+    def pooled(self, texts: Iterable[Document] | None = None, how: Any = "mean") -> NDArray[np.float32]:
+        """Return one row a document, ``[documents, hidden]`` float32; see ``Space.pooled``.
+
+        Raises:
+            UsageError: documents are cut into windows, of which several may have a token: pool those of
+                ``space.pooled(recycler.keys(texts))``.
+            MissingEntryError, LowerHalfMismatchError, CanaryError: see ``reader``.
+        """
+        if self.agreement.encoder.windows is not None:
+            raise UsageError("documents are cut into windows here: pool these, by space.pooled(recycler.keys(texts))")
+        return self.space.pooled(self.row_keys(texts).get("keys"), how)
+
     def row_keys(self, texts: Iterable[Document] | None) -> dict[str, Any]:
         """Return the arguments by which a ``RowReader`` is told of documents, and see that they may be served."""
         if texts is None:
@@ -293,14 +308,24 @@ class Recycler:
         cut = encoder.max_length if encoder.too_long == "truncate" else None
         return encode_chats(encoder.tokenizer, documents_in(conversations, field), max_length=cut, **template)
 
-    def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
+    @overload
+    def reduce(self, task_model: Model) -> Model: ...
+    @overload
+    def reduce(self, task_model: Any) -> Any: ...
+    def reduce(self, task_model: Any) -> Any:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
 
-        It knows the recipe that it belongs to, and is saved with it.
+        It knows the recipe that it belongs to, and is saved with it. A ``SentenceTransformer``, or its ``Transformer``
+        module, becomes one that looks texts up: see ``actcache.models.clients.sentence_transformers``.
 
         Raises:
             LowerHalfMismatchError: the task model's lower half is not the recorded one, or computes other numbers.
         """
+        if type(task_model).__module__.startswith("sentence_transformers."):
+            from actcache.models.clients import sentence_transformers  # who has such a model has the library
+
+            encoder = self.agreement.encoder
+            return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
         layer = self._layer()
         base = base_model_of(task_model)
         family_of(base).check_layer(base, layer)
@@ -310,8 +335,22 @@ class Recycler:
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
 
-    def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``."""
+    def _source(self) -> Any:
+        from actcache.models.clients.sentence_transformers import Source
+
+        def supply(texts: Sequence[str]) -> None:
+            self._store.check_writable()
+            self._filler.supply(texts, range(len(texts)), TOKEN_BUDGET)
+
+        return Source(self.space, self._store.address, supply if self._store.writable else None)
+
+    def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``. Where
+        that is a ``SentenceTransformer``'s folder, it is one."""
+        if Path(folder, "modules.json").exists():
+            from actcache.models.clients import sentence_transformers
+
+            return sentence_transformers.load(folder, self._source())
         return loading.load_reduced(folder, self.recipe, **options)
 
     def verify(
@@ -388,6 +427,11 @@ class Recycler:
             LowerHalfMismatchError: see ``reduce``.
         """
         kind, documents = Regime.named(regime), listed(texts)
+        if type(task_model).__module__.startswith("sentence_transformers."):
+            from actcache.models.clients import sentence_transformers  # who has such a model has the library
+
+            encoder = self.agreement.encoder
+            return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
         family = check_same_lower_half(task_model, self.recipe)
         order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
         if kind in (Regime.RECYCLE, Regime.SAVE_AND_RECYCLE):

@@ -89,6 +89,11 @@ class Store:
             raise errors.ClosedError(f"the store {self.url} is closed; open it again with actcache.open")
         return self._driver
 
+    @property
+    def address(self) -> str:
+        """The URL, made absolute: it opens this store from every working directory, and in other processes."""
+        return str(self._reopen[0])
+
     # --- spaces ------------------------------------------------------------------------------------------------------
 
     def space(

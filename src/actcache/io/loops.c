@@ -718,6 +718,111 @@ PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
 }
 #endif
 
+/* --- statistics of rows ------------------------------------------------------------------------------------------------- */
+
+#if defined(__x86_64__)
+static double root(double x) { return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(x))); }
+#elif defined(__aarch64__)
+static double root(double x) {
+    __asm__("fsqrt %d0, %d1" : "=w"(x) : "w"(x));
+    return x;
+}
+#endif
+
+#define FLUSH 8 /* rows whose sums are made in single precision, before they are added to those in double */
+
+/* Add rows of float32, float16 (kind 1) or bfloat16 (kind 2) to their statistics, by column: sums and sums of squares of
+ * what they are beside a pivot, and the largest; and to the sum of the rows' norms. ``scratch`` has room for four rows of
+ * float32. Plain loops, which compilers make vectors of. */
+#define MOMENTS(name, attributes, convert)                                                                              \
+    attributes static void name(const uint8_t *rows, int64_t count, int64_t width, const float *pivot, double *sums,    \
+                                double *squares, float *most, double *norms, float *scratch) {                          \
+        float *row = scratch, *sum = scratch + width, *square = scratch + 2 * width;                                    \
+        for (int64_t first = 0; first < count; first += FLUSH) {                                                        \
+            int64_t last = count - first < FLUSH ? count : first + FLUSH;                                               \
+            memset(sum, 0, (size_t)(2 * width) * sizeof *sum);                                                          \
+            for (int64_t i = first; i < last; i++) {                                                                    \
+                const float *values = convert;                                                                          \
+                float parts[8] = {0};                                                                                   \
+                int64_t c = 0;                                                                                          \
+                for (; c + 8 <= width; c += 8)                                                                          \
+                    for (int n = 0; n < 8; n++) parts[n] += values[c + n] * values[c + n];                              \
+                for (; c < width; c++) parts[0] += values[c] * values[c];                                               \
+                double norm = 0;                                                                                        \
+                for (int n = 0; n < 8; n++) norm += parts[n];                                                           \
+                *norms += root(norm);                                                                                   \
+                for (c = 0; c < width; c++) {                                                                           \
+                    float beside = values[c] - pivot[c];                                                                \
+                    sum[c] += beside;                                                                                   \
+                    square[c] += beside * beside;                                                                       \
+                    most[c] = values[c] > most[c] ? values[c] : most[c];                                                \
+                }                                                                                                       \
+            }                                                                                                           \
+            for (int64_t c = 0; c < width; c++) sums[c] += sum[c];                                                      \
+            for (int64_t c = 0; c < width; c++) squares[c] += square[c];                                                \
+        }                                                                                                               \
+        (void)row;                                                                                                      \
+    }
+
+static const float *from_bfloat16(const uint8_t *rows, int64_t width, float *out) {
+    for (int64_t c = 0; c < width; c++) {
+        uint16_t half;
+        memcpy(&half, rows + 2 * c, 2);
+        uint32_t bits = (uint32_t)half << 16;
+        memcpy(out + c, &bits, 4);
+    }
+    return out;
+}
+
+#if defined(__x86_64__)
+#define FAST __attribute__((target("avx2,fma,f16c"), optimize("O3")))
+#define IN_LINE FAST static inline
+IN_LINE const float *from_float16(const uint8_t *rows, int64_t width, float *out) {
+    int64_t c = 0;
+    for (; c + 8 <= width; c += 8)
+        _mm256_storeu_ps(out + c, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(rows + 2 * c))));
+    for (; c < width; c++) {
+        uint16_t half;
+        memcpy(&half, rows + 2 * c, 2);
+        out[c] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+    }
+    return out;
+}
+static int is_fast(void) { return has_f16c() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#elif defined(__aarch64__)
+#define FAST
+static const float *from_float16(const uint8_t *rows, int64_t width, float *out) {
+    for (int64_t c = 0; c < width; c++) {
+        __fp16 half;
+        memcpy(&half, rows + 2 * c, 2);
+        out[c] = half;
+    }
+    return out;
+}
+static int is_fast(void) { return 1; }
+#endif
+
+#ifdef FAST
+MOMENTS(moments_float32, FAST, (const float *)(const void *)(rows + i * width * 4))
+MOMENTS(moments_float16, FAST, from_float16(rows + i * width * 2, width, row))
+MOMENTS(moments_bfloat16, FAST, from_bfloat16(rows + i * width * 2, width, row))
+
+PUBLIC int32_t act_moments(const uint8_t *rows, int32_t kind, int64_t count, int64_t width, const float *pivot,
+                           double *sums, double *squares, float *most, double *norms, float *scratch) {
+    if (!is_fast()) return -1;
+    (kind == 0 ? moments_float32 : kind == 1 ? moments_float16 : moments_bfloat16)(rows, count, width, pivot, sums,
+                                                                                    squares, most, norms, scratch);
+    return 0;
+}
+#else
+PUBLIC int32_t act_moments(const uint8_t *rows, int32_t kind, int64_t count, int64_t width, const float *pivot,
+                           double *sums, double *squares, float *most, double *norms, float *scratch) {
+    (void)rows, (void)kind, (void)count, (void)width, (void)pivot, (void)sums, (void)squares, (void)most, (void)norms,
+        (void)scratch;
+    return -1;
+}
+#endif
+
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
     const int64_t all[] = {sizeof(table), sizeof(lookup),  sizeof(column),

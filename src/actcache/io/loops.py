@@ -262,6 +262,8 @@ def _load() -> tuple[Any, str]:
     library.act_read.restype, library.act_read.argtypes = _I64, (_P, _I32)
     library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
     library.act_scatter.restype, library.act_scatter.argtypes = _I64, (_P, _I32)
+    library.act_moments.restype = _I32
+    library.act_moments.argtypes = (_P, _I32, _I64, _I64, *(_P,) * 6)
     library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
     library.act_set_digest(ctypes.cast(digest, _P))
@@ -506,6 +508,35 @@ def scatter(rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) ->
     call = _Scatter(len(rows), rows.strides[0], _address(rows), _address(places), len(out), _address(out))
     if outside := _library.act_scatter(ctypes.byref(call), THREADS):
         raise IndexError(f"{outside} rows have places beyond the {len(out)} of the buffer")
+
+
+_KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+
+def moments(
+    rows: NDArray[Any],
+    kind: str,
+    pivot: NDArray[np.float32],
+    sums: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    most: NDArray[np.float32],
+    norms: NDArray[np.float64],
+) -> bool:
+    """Add ``[n, width]`` rows to their statistics; return False where only NumPy can, and nothing was added.
+
+    Args:
+        kind: what the rows hold: float32, float16, or bfloat16 as its bits.
+        pivot: ``[width]`` near the mean, so that squares of what is beside it have enough digits.
+        sums, squares: ``[width]`` of what is beside the pivot.
+        most: ``[width]`` the largest values.
+        norms: ``[1]`` the sum of the rows' Euclidean norms.
+    """
+    if _library is None or kind not in _KINDS or not (rows.flags.c_contiguous and rows.flags.aligned):
+        return False
+    scratch = np.empty((4, rows.shape[1]), np.float32)
+    arrays: list[NDArray[Any]] = [pivot, sums, squares, most, norms, scratch]
+    done = _library.act_moments(_address(rows), _KINDS[kind], *rows.shape, *map(_address, arrays))
+    return bool(done == 0)
 
 
 def round_to_float16(rows: NDArray[Any], out: NDArray[Any]) -> bool | None:

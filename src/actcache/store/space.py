@@ -25,14 +25,17 @@ from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, Shape
 from actcache.format import checksum, codec
 from actcache.format.arguments import to_buffer, whole
 from actcache.format.keys import Keys, key_array, key_list
+from actcache.format.moments import Moments
 from actcache.format.ragged import offsets_of, runs
 from actcache.format.recipe import Recipe
 from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
+from actcache.reader.pooling import pooled
 from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
 from actcache.store.description import space_blob, write_recipe
 from actcache.store.last_use import LastUse
+from actcache.store.statistics import KeptStatistics
 
 COMPACT_BYTES = 2 << 30
 
@@ -93,6 +96,8 @@ class Space:
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._writable = writable
         self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": segment_seconds}
+        self._statistics = KeptStatistics(driver, recipe, writable=writable)
+        self._known: tuple[weakref.ref[Snapshot], Moments] | None = None  # statistics of a snapshot
         self._used = LastUse(driver, recipe.fingerprint, writable=writable)
         self._closed = False
         self._open()
@@ -230,6 +235,7 @@ class Space:
 
     def _append(self, block: Block) -> None:
         self._driver.append(block)
+        self._statistics.note(block)
         write_recipe(self._store, self.recipe)  # it may have been deleted under us
         self._take_snapshot()  # before the writer forgets the block
 
@@ -358,6 +364,22 @@ class Space:
         ``actcache.reader.rows.RowReader`` for the options."""
         return RowReader(self, keys, **options)
 
+    def pooled(self, keys: Keys | None = None, how: Any = "mean", *, out: Any = None) -> NDArray[np.float32]:
+        """Return one row a document, ``[documents, hidden]`` float32, in the order of the keys: what a probe or search
+        wants. Documents are read as they lie, some MiB at a time, and nothing else is kept of them.
+
+        Args:
+            keys: of the documents; None for all, in the order of ``key_array``.
+            how: ``"last"`` token, ``"mean"`` or ``"max"`` (by dimension) of all tokens; or a position for all
+                documents, or one each, negative ones counted from the end.
+            out: float32 ``[documents, hidden]`` to write into, a mapped file say; None makes it.
+
+        Raises:
+            MissingEntryError, CorruptEntryError: they name the entries.
+            UsageError, ShapeError: ``how`` is none of these; a document has no such position; ``out`` does not fit.
+        """
+        return pooled(self, self.key_array() if keys is None else key_array(keys), how, out)
+
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         self._check_open()  # before the writer is looked at: a fork has another
         self._used.note()
@@ -441,6 +463,37 @@ class Space:
         ``Snapshot.whereabouts``."""
         view = self._view()
         return view.whereabouts(view.locate(key_array(keys)))
+
+    @retry_on_stale_snapshot
+    def statistics(self) -> Moments:
+        """Return what all rows are on the whole: how many, mean, variance and maximum by dimension, mean norm.
+
+        They are made while rows are written; rows of which none are kept are read, once. What was put is flushed first.
+        ``CorruptEntryError`` names entries that cannot be counted.
+        """
+        if self._writer is not None and len(self._writer):
+            self.flush()
+        view = self._view()
+        if self._known is None or self._known[0]() is not view:
+            self._known = weakref.ref(view), self._look_at_rows(view)
+        return self._known[1]
+
+    def kept_statistics(self) -> Moments:
+        """Return the statistics of those published rows whose are kept; ``count`` says how many. Reads no rows."""
+        view = self._view()
+        return self._statistics.kept(view.locate(view.keys()).checksums)
+
+    def _look_at_rows(self, view: Snapshot) -> Moments:
+        keys = view.keys()
+        located = view.locate(keys)
+        order = np.lexsort((located.row, located.segment))
+        return self._statistics.of(located.checksums, located.tokens, order, lambda some: self._scan(view, keys[some]))
+
+    def _scan(self, view: Snapshot, keys: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """Return the stored rows of published entries, verified."""
+        packed, corrupt = self._read_all(Request(lambda: view, None, self._seed, keys), verify=True)
+        self._refuse_corrupt(keys, corrupt)
+        return packed.columns[VALUES]
 
     def usage(self) -> backend.Usage:
         """Return how many entries, tokens, bytes and segments are published."""
@@ -607,6 +660,8 @@ class Space:
             self._on_close(self)
             self._snapshot = None
             if not self._forked:
+                self._statistics.keep()
+            if not self._forked:
                 self._driver.close()
 
     def _check_open(self) -> None:
@@ -627,7 +682,7 @@ class Space:
         return self._reopen, (self.recipe,)  # what travels is the store's URL and the recipe, never a handle
 
     def __repr__(self) -> str:
-        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
+        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} {self.recipe.site_name}>"
 
     def _repr_html_(self) -> str:
         recipe, rows = self.recipe, list[tuple[str, object]]()

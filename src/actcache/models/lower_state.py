@@ -65,6 +65,20 @@ def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iter
                 yield f"beside/{_plain(path)}/{name}", value
 
 
+def covered(base_model: PreTrainedModel, family: Family, layer: int) -> set[int]:
+    """Return the ids of the tensors that ``lower_state`` looks at or that the configuration stands for."""
+    layers = family.layers_of(base_model)
+    parts = [*family.beside_of(base_model).values(), *(layers[i] for i in range(layer))]
+    own = {id(module) for part in parts for module in part.modules()}
+    read = _Reads(base_model, family, layer)
+    return {
+        id(tensor)
+        for module in base_model.modules()
+        if id(module) in own or id(module) in read.modules or any(read.has(tensor) for tensor in _tensors(module))
+        for tensor in _tensors(module)
+    }
+
+
 def _plain(path: str) -> str:
     """Return a path as it is without ``torch.compile`` around a module."""
     return path.replace("_orig_mod.", "")

@@ -13,9 +13,7 @@ import dataclasses
 import enum
 import hashlib
 import io
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from transformers.utils.hub import cached_file
 
 from actcache.errors import LowerHalfMismatchError, ModelError
 from actcache.format.recipe import Recipe, canonical_json
+from actcache.models import memo
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.lower_state import lower_state
 from actcache.models.partial_vocabulary import Whole
@@ -40,7 +39,7 @@ from actcache.models.tensors import dtype_name, without_bytes
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
 _SMALL = 1 << 16  # bytes that take less time to hash than to hand to a thread
 _MEMO_VERSION = 3
-_MEMO_ENTRIES = 1000
+_MEMO = "weights"
 _RACY_SECONDS = 2.0
 
 #: What a value in a state dict comes down to: ``None``, truth values, numbers and texts stand for themselves.
@@ -108,11 +107,11 @@ def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, f
     name = _memo_name(quick, layer, files)
     if name is None:
         return lower_digest(base_model, family, layer)
-    memo = _read_memo()
-    if isinstance(known := memo.get(name), str) and len(known) == 64:
+    remembered = memo.read(_MEMO)
+    if isinstance(known := remembered.get(name), str) and len(known) == 64:
         return _digests.setdefault(quick, known)
     digest = lower_digest(base_model, family, layer)
-    _write_memo(memo | {name: digest})
+    memo.write(_MEMO, remembered | {name: digest})
     return digest
 
 
@@ -170,10 +169,6 @@ def _digests_of(
     return map(hash_chunk, chunks) if len(data) <= _SMALL else pool.map(hash_chunk, chunks)
 
 
-def _memo_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actcache" / "weights.json"
-
-
 def _memo_name(quick: str, layer: int, files: list[Path]) -> str | None:
     try:
         stats = [(file, file.stat()) for file in files]
@@ -183,31 +178,6 @@ def _memo_name(quick: str, layer: int, files: list[Path]) -> str | None:
         return None
     what = [_MEMO_VERSION, [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats], layer, quick]
     return hashlib.blake2b(canonical_json(what).encode(), digest_size=16).hexdigest()
-
-
-def _read_memo() -> dict[str, Any]:
-    try:
-        memo = json.loads(_memo_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home directory
-        return {}
-    return memo if isinstance(memo, dict) else {}
-
-
-def _write_memo(memo: dict[str, Any]) -> None:
-    newest = dict(list(memo.items())[-_MEMO_ENTRIES:])
-    temporary = None
-    try:
-        path = _memo_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".weights-", delete=False
-        ) as file:
-            temporary = file.name
-            json.dump(newest, file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:

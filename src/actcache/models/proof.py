@@ -73,7 +73,7 @@ def of_rows(lower: LowerHalf, longest: int | None = None) -> Family:
     family = lower.family
     if family.found is None or family.found.main_input != "input_ids":
         return family
-    key = _key("rows", lower.base_model, lower.layer, [lower.compute_dtype, longest])
+    key = _key("rows", lower.base_model, str(lower.site), [lower.compute_dtype, longest])
     known = _remembered(key)
     if known is not None:
         return replace(family, equal_lengths=known["equal_lengths"])
@@ -87,9 +87,7 @@ def of_rows(lower: LowerHalf, longest: int | None = None) -> Family:
             f"it ran on before: {'; '.join(left.changed[:3])} (it was put back). Configure the model so that it has "
             "one way of computing"
         )
-    logger.info(
-        "the rows of %s after layer %d are proved in %.2f s", type(base).__name__, lower.layer, time.monotonic() - start
-    )
+    logger.info("the rows of %s at %s are proved in %.2f s", type(base).__name__, lower.site, time.monotonic() - start)
     _remember(key, {"equal_lengths": family.equal_lengths})
     return family
 
@@ -129,7 +127,7 @@ def _rows_proved(lower: LowerHalf, longest: int | None) -> Family:
         base,
         "has its attention or its experts room for so many tokens a batch?",
     )
-    with _unusable(base, covered(base, family, lower.layer)):
+    with _unusable(base, covered(base, family, lower.site)):
         _compare("a document without the weights that are in no digest", alone[:1], lower.run(documents[:1]), 0.0, base)
     return family
 
@@ -196,7 +194,7 @@ def way_of(family: Family, way: dict[str, Any]) -> Family:
     return replace(family, proved=True, **values)
 
 
-def _key(what: str, model: PreTrainedModel, layer: int, more: list[Any]) -> str | None:
+def _key(what: str, model: PreTrainedModel, where: int | str, more: list[Any]) -> str | None:
     """Return the name under which a proof is remembered; None where it is of this very model only."""
     modules = list(model.modules())
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -212,7 +210,7 @@ def _key(what: str, model: PreTrainedModel, layer: int, more: list[Any]) -> str 
                 _VERSION,
                 transformers.__version__,
                 torch.__version__,
-                layer,
+                where,
                 str(model.dtype),
                 str(model.device.type),
             ],
@@ -243,9 +241,7 @@ def _remember(key: str | None, value: Any) -> None:
 def _long_lengths(lower: LowerHalf, longest: int | None) -> list[int]:
     """Return lengths at which a model may compute otherwise: the longest, and what its configuration names."""
     longest = min(longest or _LONGEST, lower.family.max_tokens(lower.base_model.config) or _LONGEST)
-    numbers = sum(
-        p.numel() for part in lower.family.lower_of(lower.base_model, lower.layer).values() for p in part.parameters()
-    )
+    numbers = sum(parameter.numel() for parameter in lower.base_model.parameters())
     affordable = (_OPERATIONS if lower.device.type == "cpu" else 300 * _OPERATIONS) // max(1, numbers)
     config = lower.base_model.config
     thresholds = [

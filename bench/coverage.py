@@ -3,7 +3,7 @@
     python -m bench.coverage --out coverage.json            # all types; goes on where an earlier run stopped
     python -m bench.coverage --types gpt_neox,vit,whisper
 
-A tiny random model of every type in transformers' mapping is built and cut after layers 1, N/2 and N-1, as a user would:
+A tiny random model of every type in transformers' mapping is built and cut after layers 1, N/2 and N-1, as users do it:
 rows of documents that are recorded alone (``LowerHalf``), a reduced model (``reduce``) that is given them in one padded
 batch. Its outputs are compared here with what the full model makes of each document alone. A type is served where all
 three cuts are; exact where no number is further off than 1e-5 of the largest. Types run in processes of their own, so
@@ -418,7 +418,7 @@ def _cut(model: Any, documents: list[dict[str, Any]], alone: list[dict[str, Any]
 
 
 def _difference(got: dict[str, Any], want: dict[str, Any]) -> float:
-    """Return the largest difference of any number, by the largest number of that output; infinite where none is left."""
+    """Return the largest difference of any number, by its output's largest; infinite where there is none to compare."""
     both = [name for name in want if name in got and got[name].shape == want[name].shape]
     if not both:
         return float("inf")

@@ -100,15 +100,15 @@ def test_what_is_refused(model: PreTrainedModel, tokenizer: Any, tmp_path: Path,
     for layers in ([], [2, 2]):
         with pytest.raises(UsageError, match="layers"):
             Recyclers(model, tokenizer, layers=layers, store=tmp_path / "store")
-    with pytest.raises(LayerError, match=r"1\.\.3"):
-        Recyclers(model, tokenizer, layers=[1, 4], store=tmp_path / "store")
+    with pytest.raises(LayerError, match=r"1\.\.4"):
+        Recyclers(model, tokenizer, layers=[1, 5], store=tmp_path / "store")
     recyclers = Recyclers(model, tokenizer, layers=[1, 2], store=tmp_path / "store")
     recyclers.fill(TEXTS[:5], progress=False)
     original = LowerHalf.run_at
 
     def spoiled(self: LowerHalf, *args: Any) -> Any:
         found: Any = original(self, *args)
-        return found if len(found) < 2 else {**found, 2: [rows * np.nan for rows in found[2]]}
+        return {site: [rows * np.nan for rows in found[site]] if len(found) > 1 else found[site] for site in found}
 
     with monkeypatch.context() as patch:
         patch.setattr(LowerHalf, "run_at", spoiled)

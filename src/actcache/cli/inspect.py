@@ -117,7 +117,12 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
         summary.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         recipe, usage = report.recipe, report.usage
-        words = (recipe.fingerprint[:SHORT], model_name(recipe), str(recipe.layer), recipe.stored_as)
+        words = (
+            recipe.fingerprint[:SHORT],
+            model_name(recipe),
+            recipe.site_name.removeprefix("layer "),
+            recipe.stored_as,
+        )
         sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes))
         summary.add_row(*words, *sizes, f"{usage.segments:,}", f"{len(report.damaged):,}")
     return summary
@@ -196,7 +201,7 @@ def _show_document(report: reporting.DocumentReport) -> None:
     say(f"document {report.key.hex()}: {entries(len(report.entries))}")
     for before, entry in zip([None, *report.entries], report.entries, strict=False):
         if before is None or before.recipe != entry.recipe:
-            say(f"space {entry.recipe.fingerprint[:SHORT]} ({entry.recipe.model} layer {entry.recipe.layer})")
+            say(f"space {entry.recipe.fingerprint[:SHORT]} ({entry.recipe.model} {entry.recipe.site_name})")
         _show_entry(entry)
     for name, what in report.unreadable.items():
         say(f"unreadable {name[:SHORT]}: {what}")

@@ -795,7 +795,7 @@ class Space:
         return self._reopen, (self.recipe,)  # what travels is the store's URL and the recipe, never a handle
 
     def __repr__(self) -> str:
-        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
+        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} {self.recipe.site_name}>"
 
     def _repr_html_(self) -> str:
         recipe, rows = self.recipe, list[tuple[str, object]]()

@@ -24,6 +24,7 @@ from actcache.reader.mixing import Mixes
 from actcache.reader.stats import ReaderStats
 
 _PORTION_BYTES = 4 << 20  # read at once, then mixed while they are in the processor's cache
+_MOST_SILENT = 16  # portions that are read without an announcement, at most
 _AHEAD = 2  # portions whose rows the operating system is asked for before they are read
 
 
@@ -134,11 +135,14 @@ def mix(
         bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
         own: list[dict[str, NDArray[Any]]] = []
         staging = np.empty((int(np.diff(bounds).max()), hidden), documents.dtype)
-        for ahead in portions[:_AHEAD]:
-            _announce(documents, ahead)
+        asked, silent, next_asked = 0, 0, 0
         for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
-            if i + _AHEAD < len(portions):
-                _announce(documents, portions[i + _AHEAD])
+            while asked < min(i + 1 + _AHEAD, len(portions)):
+                # As long as all is in memory, fewer and fewer portions are announced.
+                if asked >= next_asked:
+                    silent = 0 if _announce(documents, portions[asked]) else min(silent + 1, _MOST_SILENT)
+                    next_asked = asked + 1 + silent
+                asked += 1
             for site in range(sites):
                 rows = staging[: end - begin]
                 documents.read(site, portions[i], rows, None if read_ids is None else read_ids[begin:end])
@@ -158,9 +162,9 @@ def mix(
     return mixed
 
 
-def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> None:
-    for source in documents.sources:
-        source.read_ahead(documents.keys[members])
+def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> bool:
+    """Ask for what is read soon; return whether there seemed to be anything to ask for."""
+    return any([source.read_ahead(documents.keys[members]) for source in documents.sources])
 
 
 def _beside(

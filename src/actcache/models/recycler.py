@@ -30,7 +30,7 @@ from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.sites import chosen
+from actcache.models.sites import Site, chosen
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
@@ -99,6 +99,7 @@ class Recycler:
         extras: Sequence[str] = (),
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
+        _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
@@ -118,7 +119,7 @@ class Recycler:
             site=str(lower.site) if lower.site.layer is None else None,
             hidden_size=lower.hidden_size,
             dtype=dtype or family.dtype,
-            weights=lower_digest(base, family, lower.site),
+            weights=lower_digest(base, family, lower.site) if _digests is None else _digests[lower.site],
             config=family.numbers_of(base.config),
             compute_dtype=lower.compute_dtype,
             tokenizer=tokenizer_digest(tokenizer),
@@ -133,7 +134,8 @@ class Recycler:
             self.space = self._store.space(self.recipe)
             self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
             self._filler = Filler(self._store, [self.agreement])
-            self.agreement.when_opened()
+            if _digests is None:
+                self.agreement.when_opened()
         except BaseException:
             self.close()
             raise
@@ -155,11 +157,15 @@ class Recycler:
     ) -> Recycler:
         """Load base model and tokenizer (or raise ``ModelError``), and return their recycler.
 
+        Several layers or sites at once are for ``Recyclers.from_pretrained(..., layers=..., sites=...)``.
+
         Args:
             device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
             revision: of the model on the hub.
             options: the other arguments of ``Recycler``.
         """
+        if several := [name for name in ("layers", "sites") if name in options]:
+            raise UsageError(f"{several[0]} are for actcache.Recyclers.from_pretrained: one pass records all of them")
         model, tokenizer = load_pretrained(name_or_path, [chosen(layer, site)], device, revision)
         return cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
 

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.errors import DataError, LayerError, UsageError, VerificationError
+from actcache.errors import DataError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
 from actcache.models import loading, proof, replay, verification
+from actcache.models.after_encoder import starts_at
 from actcache.models.agreement import Agreement
 from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
@@ -332,9 +333,7 @@ class Recycler:
 
             encoder = self.agreement.encoder
             return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
-        layer = self._layer()
-        base = base_model_of(task_model)
-        family_of(base).check_layer(base, layer)
+        layer = self._start(task_model)
         check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
         reduced = replay.reduce(task_model, layer)
@@ -457,7 +456,7 @@ class Recycler:
         dataset = regimes.TokenDataset(entries, given, padding, type(task_model))
         model = copy.deepcopy(task_model)
         if kind is Regime.FROZEN:
-            regimes.freeze_lower_half(model, family, self._layer())
+            regimes.freeze_lower_half(model, family, self._start(task_model))
         return Prepared(model, regimes.TextBatches(dataset, order, torch.device(device)))
 
     def close(self) -> None:
@@ -476,14 +475,9 @@ class Recycler:
     def __repr__(self) -> str:
         return f"<Recycler of {self.recipe.model} {self.recipe.site_name}, space {self.recipe.fingerprint}>"
 
-    def _layer(self) -> int:
-        """Return the layer after which a reduced model starts."""
-        if self.recipe.layer is None:
-            raise LayerError(
-                f"rows of {self.recipe.site_name} are for reading (recycler.reader(texts)): a reduced model starts "
-                "from the output of a layer. Record one, with Recycler(..., layer=k), for 1 <= k <= N-1"
-            )
-        return self.recipe.layer
+    def _start(self, task_model: PreTrainedModel) -> int | str:
+        """Return where a reduced model starts, as ``models.reduce`` takes it."""
+        return starts_at(self.recipe, task_model)
 
     def _log_nearest(self) -> None:
         try:

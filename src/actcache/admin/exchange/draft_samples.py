@@ -1,6 +1,6 @@
 """Training samples of draft models as other programs keep them: a file a sample, in three formats.
 
-What they hold is described in docs/format.md. Files are read as tensors alone: nothing in them is executed.
+docs/training.md says which. Files are read as tensors alone: nothing in them is executed.
 """
 
 from __future__ import annotations

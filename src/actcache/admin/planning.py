@@ -95,7 +95,8 @@ class Estimate:
 
 def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str) -> int:
     """Return about what a corpus's entries take, token ids and what is beside them included."""
-    row = codec.get(dtype).stored.itemsize * hidden_size
+    kind = codec.get(dtype)
+    row = kind.stored.itemsize * kind.width(hidden_size)
     return corpus.tokens * (row + _TOKEN_ID_BYTES) + corpus.documents * _SMALL_BYTES
 
 

@@ -24,6 +24,7 @@ TOO_LONG = ("refuse", "truncate", "windows")
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
+_MOST_STEPS = 8  # of a lineage
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -44,7 +45,8 @@ class Recipe:
         model: model id or path. Part of the identity only where ``weights`` is not given.
         layer: the entries are the output of this layer, 1-based.
         hidden_size: columns of an entry.
-        dtype: how rows are stored, the name of a codec: ``float16``, ``float32`` or ``bfloat16``.
+        dtype: how rows are stored, the name of a codec: ``float16``, ``float32``, ``bfloat16``, ``int8``, ... (see
+            docs/codecs.md).
         weights: digest of the lower half's weights (embeddings and layers 1..``layer``); None where it is not known.
         config: the model's configuration values that change the lower half's numbers.
         compute_dtype: what the lower half computes in.
@@ -99,7 +101,7 @@ class Recipe:
         check(self.too_long in TOO_LONG, f"too_long {self.too_long!r} is not one of {', '.join(TOO_LONG)}")
         check(
             isinstance(self.via, list | tuple)
-            and len(self.via) <= len(codec.names())  # each at most once
+            and len(self.via) <= _MOST_STEPS
             and all(name in codec.names() for name in self.via),
             f"via holds names of dtypes ({', '.join(codec.names())}), not {self.via!r:.80}",
         )
@@ -157,7 +159,8 @@ class Recipe:
     @property
     def row_bytes(self) -> int:
         """The bytes of one token's row, as stored."""
-        return codec.get(self.dtype).stored.itemsize * self.hidden_size
+        kind = codec.get(self.dtype)
+        return kind.stored.itemsize * kind.width(self.hidden_size)
 
     def stored_again(self, dtype: str) -> Recipe:
         """Return the recipe of this one's rows stored again, as another dtype; ``RecipeError`` where there is none.

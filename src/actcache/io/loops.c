@@ -35,7 +35,7 @@ static digest_function digest_of; /* XXH3_64bits_withSeed */
 
 PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
 
-PUBLIC int32_t act_version(void) { return 2; }
+PUBLIC int32_t act_version(void) { return 3; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -563,8 +563,311 @@ PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
 }
 #endif
 
+/* --- rows of codes with a scale a token ------------------------------------------------------------------------------- */
+
+/* A stored row is a code of one byte for each number, then the row's scale as a float: number = code * scale. */
+typedef struct {
+    int64_t rows, hidden;
+    int32_t code; /* one of: */
+    int32_t form; /* of the numbers, one of: */
+    uint8_t *stored; /* [rows, hidden + 4] */
+    void *numbers;   /* [rows, hidden] */
+    _Atomic int64_t bad; /* rows with an infinity or a NaN, given or made */
+} conversion;
+
+enum { INT8, E4M3 };
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+
+#define SCALE_BYTES 4
+#define SMALLEST_SCALE 1.17549435e-38f /* rows of zeros have a scale, too */
+#define SMALLEST_SCALE_E4M3 1e-12f     /* as vLLM's hs-connectors */
+#define LARGEST_INT8 127.0f
+#define LARGEST_E4M3 448.0f
+
+static uint32_t bits_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return bits;
+}
+
+static float float_of(uint32_t bits) {
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+static int is_odd(float number) { return (bits_of(number) & 0x7F800000u) == 0x7F800000u; }
+
+/* Return the scale of a row whose largest number is given. That of int8 has 16 digits, rounded up: 127 times it is a
+ * float, so rows that were stored so before are not changed by it. That of e4m3 is vLLM's. */
+static float scale_for(int32_t code, float largest) {
+    if (code == E4M3) {
+        float scale = largest / LARGEST_E4M3;
+        return scale < SMALLEST_SCALE_E4M3 ? SMALLEST_SCALE_E4M3 : scale;
+    }
+    float scale = float_of((bits_of(largest / LARGEST_INT8) + 0xFFu) & ~0xFFu);
+    return scale < SMALLEST_SCALE ? SMALLEST_SCALE : scale;
+}
+
+/* Round to nearest, ties to even, a number that is no larger than 2 to the power of 22. */
+static float to_whole(float number) {
+    float far = number < 0 ? -8388608.0f : 8388608.0f;
+    return number + far - far;
+}
+
+static uint8_t code_for(int32_t code, float scaled) {
+    if (code == INT8) {
+        float whole = to_whole(scaled);
+        return (uint8_t)(int8_t)(whole > 127.0f ? 127.0f : whole < -127.0f ? -127.0f : whole);
+    }
+    uint32_t bits = bits_of(scaled), sign = bits >> 24 & 0x80, size = bits & 0x7FFFFFFFu;
+    if (size < 0x3C800000u) return (uint8_t)(sign | (uint32_t)to_whole(float_of(size) * 512.0f)); /* below 2^-6 */
+    return (uint8_t)(sign | (((size + 0x7FFFFu + (size >> 20 & 1)) >> 20) - 960u));
+}
+
+static float number_of(int32_t code, uint8_t stored) {
+    if (code == INT8) return (float)(int8_t)stored;
+    uint32_t size = stored & 0x7Fu, sign = (uint32_t)(stored & 0x80u) << 24;
+    if (size == 0x7F) return float_of(sign | 0x7FC00000u);
+    if (size < 8) return stored & 0x80 ? -(float)size / 512.0f : (float)size / 512.0f;
+    return float_of(sign | ((size + 960u) << 20));
+}
+
+static uint16_t half_of(float number) { /* to nearest, ties to even */
+    uint32_t bits = bits_of(number), sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
+    if (size >= 0x7F800000u) return (uint16_t)(sign | 0x7C00u | (size > 0x7F800000u ? 0x200u : 0));
+    if (size >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u);
+    if (size < 0x38800000u) return (uint16_t)(sign | (uint32_t)to_whole(float_of(size) * 16777216.0f));
+    return (uint16_t)(sign | ((size + 0xFFFu + (size >> 13 & 1) - 0x38000000u) >> 13));
+}
+
+static uint16_t bfloat_of(float number) {
+    uint32_t bits = bits_of(number);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+}
+
+/* Widen some numbers of a row; return whether one of them is an infinity or a NaN. */
+static int widen_some(int32_t code, int32_t form, const uint8_t *stored, float scale, void *out, int64_t first,
+                      int64_t last) {
+    int odd = 0;
+    for (int64_t i = first; i < last; i++) {
+        float number = number_of(code, stored[i]) * scale;
+        if (form == FLOAT32) {
+            ((float *)out)[i] = number;
+            odd |= is_odd(number);
+        } else if (form == FLOAT16) {
+            ((uint16_t *)out)[i] = half_of(number);
+            odd |= (((uint16_t *)out)[i] & 0x7C00) == 0x7C00;
+        } else {
+            ((uint16_t *)out)[i] = bfloat_of(number);
+            odd |= (((uint16_t *)out)[i] & 0x7F80) == 0x7F80;
+        }
+    }
+    return odd;
+}
+
+static void narrow_some(int32_t code, const float *numbers, float scale, uint8_t *out, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) out[i] = code_for(code, numbers[i] / scale);
+}
+
+static float largest_of(const float *numbers, int64_t first, int64_t last, float largest, int *odd) {
+    for (int64_t i = first; i < last; i++) {
+        float size = float_of(bits_of(numbers[i]) & 0x7FFFFFFFu);
+        *odd |= is_odd(size);
+        if (size > largest) largest = size;
+    }
+    return largest;
+}
+
+#if defined(__x86_64__)
+#define VECTORS __attribute__((target("avx2,f16c")))
+#define INLINE VECTORS static inline __attribute__((always_inline))
+
+static int has_vectors(void) { /* 2: AVX2 and F16C */
+    static _Atomic int known;
+    int found = atomic_load(&known);
+    if (found == 0) {
+        unsigned a, b, c, d;
+        found = has_f16c() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 5) ? 2 : 1;
+        atomic_store(&known, found);
+    }
+    return found == 2;
+}
+
+INLINE __m128i sixteen_bits_of(__m256i wide) { /* of each of 8 numbers the lower 16, where the others are zeros */
+    __m256i packed = _mm256_packus_epi32(wide, wide);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+
+INLINE void store_eight(__m256 eight, int32_t form, void *out, int64_t i) {
+    if (form == FLOAT32) {
+        _mm256_storeu_ps((float *)out + i, eight);
+    } else if (form == FLOAT16) {
+        _mm_storeu_si128((__m128i *)((uint16_t *)out + i), _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+        __m256i bits = _mm256_castps_si256(eight);
+        __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        bits = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF)));
+        _mm_storeu_si128((__m128i *)((uint16_t *)out + i), sixteen_bits_of(_mm256_srli_epi32(bits, 16)));
+    }
+}
+
+INLINE int64_t widen_vectors(int32_t code, int32_t form, const uint8_t *stored, float scale, void *out, int64_t hidden,
+                             int *odd) {
+    const __m256 by = _mm256_set1_ps(code == INT8 ? scale : scale * 256.0f);
+    __m256i unusual = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 16 <= hidden; i += 16) {
+        __m128i codes = _mm_loadu_si128((const __m128i *)(stored + i));
+        __m256 low, high;
+        if (code == INT8) {
+            low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+            high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes)));
+        } else { /* with its bits in the places of a half's it is 256 times as small; the scale makes up for that */
+            __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+            __m256i size = _mm256_and_si256(bits, _mm256_set1_epi16(0x3F80));
+            unusual = _mm256_or_si256(unusual, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3F80)));
+            bits = _mm256_andnot_si256(_mm256_set1_epi16(0x4000), bits);
+            low = _mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+            high = _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+        }
+        store_eight(_mm256_mul_ps(low, by), form, out, i);
+        store_eight(_mm256_mul_ps(high, by), form, out, i + 8);
+    }
+    *odd |= _mm256_movemask_epi8(unusual) != 0;
+    return i;
+}
+
+#define WIDEN(name, code, form)                                                                                        \
+    VECTORS static int64_t name(const uint8_t *stored, float scale, void *out, int64_t hidden, int *odd) {             \
+        return widen_vectors(code, form, stored, scale, out, hidden, odd);                                             \
+    }
+WIDEN(int8_to_float, INT8, FLOAT32)
+WIDEN(int8_to_half, INT8, FLOAT16)
+WIDEN(int8_to_bfloat, INT8, BFLOAT16)
+WIDEN(e4m3_to_float, E4M3, FLOAT32)
+WIDEN(e4m3_to_half, E4M3, FLOAT16)
+WIDEN(e4m3_to_bfloat, E4M3, BFLOAT16)
+
+typedef int64_t (*widening)(const uint8_t *stored, float scale, void *out, int64_t hidden, int *odd);
+static const widening widenings[2][3] = {{int8_to_float, int8_to_half, int8_to_bfloat},
+                                         {e4m3_to_float, e4m3_to_half, e4m3_to_bfloat}};
+
+VECTORS static int64_t largest_vectors(const float *numbers, int64_t hidden, float *largest, int *odd) {
+    const __m256i sizes = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i most = _mm256_setzero_si256(); /* sizes of floats are in the order of their bits */
+    int64_t i = 0;
+    for (; i + 8 <= hidden; i += 8)
+        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(numbers + i)), sizes));
+    int32_t all[8];
+    _mm256_storeu_si256((__m256i *)all, most);
+    for (int n = 0; n < 8; n++) {
+        *odd |= is_odd(float_of((uint32_t)all[n]));
+        if (float_of((uint32_t)all[n]) > *largest) *largest = float_of((uint32_t)all[n]);
+    }
+    return i;
+}
+
+VECTORS static int64_t narrow_vectors(int32_t code, const float *numbers, float scale, uint8_t *out, int64_t hidden) {
+    const __m256 by = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 8 <= hidden; i += 8) {
+        __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(numbers + i), by);
+        __m256i codes;
+        if (code == INT8) {
+            codes = _mm256_cvtps_epi32(scaled);
+            codes = _mm256_max_epi32(_mm256_min_epi32(codes, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
+            codes = _mm256_and_si256(codes, _mm256_set1_epi32(0xFF));
+        } else {
+            __m256i bits = _mm256_castps_si256(scaled), size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+            __m256i even = _mm256_and_si256(_mm256_srli_epi32(size, 20), _mm256_set1_epi32(1));
+            __m256i usual = _mm256_add_epi32(size, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFFF)));
+            usual = _mm256_sub_epi32(_mm256_srli_epi32(usual, 20), _mm256_set1_epi32(960));
+            __m256 small = _mm256_mul_ps(_mm256_castsi256_ps(size), _mm256_set1_ps(512.0f));
+            __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3C800000), size);
+            codes = _mm256_blendv_epi8(usual, _mm256_cvtps_epi32(small), is_small);
+            __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
+            codes = _mm256_or_si256(codes, sign);
+        }
+        __m128i words = sixteen_bits_of(codes);
+        _mm_storel_epi64((__m128i *)(out + i), _mm_packus_epi16(words, words));
+    }
+    return i;
+}
+#endif
+
+/* Rows that a thread takes at a time. */
+static int64_t rows_of_part(const conversion *this) { return 1 + PART / (this->hidden + 1); }
+
+static void widen_part(void *context, int64_t part) {
+    conversion *this = context;
+    int64_t first = part * rows_of_part(this), last = first + rows_of_part(this), bad = 0;
+    int64_t size = this->form == FLOAT32 ? 4 : 2;
+    if (last > this->rows) last = this->rows;
+    for (int64_t row = first; row < last; row++) {
+        const uint8_t *stored = this->stored + row * (this->hidden + SCALE_BYTES);
+        uint8_t *out = (uint8_t *)this->numbers + row * this->hidden * size;
+        float scale;
+        int64_t done = 0;
+        memcpy(&scale, stored + this->hidden, SCALE_BYTES);
+        int odd = is_odd(scale);
+#if defined(__x86_64__)
+        float most = scale * (this->code == INT8 ? 128.0f : LARGEST_E4M3);
+        int in_range = this->form == FLOAT16 ? most < 65504.0f : !is_odd(most); /* else it is looked at one by one */
+        if (in_range && has_vectors()) done = widenings[this->code][this->form](stored, scale, out, this->hidden, &odd);
+        if (odd) done = 0;
+#endif
+        bad += widen_some(this->code, this->form, stored, scale, out, done, this->hidden) | odd;
+    }
+    if (bad) atomic_fetch_add(&this->bad, bad);
+}
+
+static void narrow_part(void *context, int64_t part) {
+    conversion *this = context;
+    int64_t first = part * rows_of_part(this), last = first + rows_of_part(this), bad = 0;
+    if (last > this->rows) last = this->rows;
+    for (int64_t row = first; row < last; row++) {
+        const float *numbers = (const float *)this->numbers + row * this->hidden;
+        uint8_t *out = this->stored + row * (this->hidden + SCALE_BYTES);
+        float largest = 0;
+        int odd = 0;
+        int64_t done = 0;
+#if defined(__x86_64__)
+        if (has_vectors()) done = largest_vectors(numbers, this->hidden, &largest, &odd);
+#endif
+        largest = largest_of(numbers, done, this->hidden, largest, &odd);
+        float scale = odd ? 0 : scale_for(this->code, largest);
+        if (odd || is_odd(scale * (this->code == INT8 ? LARGEST_INT8 : LARGEST_E4M3))) {
+            bad++;
+            continue;
+        }
+        done = 0;
+#if defined(__x86_64__)
+        if (has_vectors()) done = narrow_vectors(this->code, numbers, scale, out, this->hidden);
+#endif
+        narrow_some(this->code, numbers, scale, out, done, this->hidden);
+        memcpy(out + this->hidden, &scale, SCALE_BYTES);
+    }
+    if (bad) atomic_fetch_add(&this->bad, bad);
+}
+
+static int64_t convert(conversion *this, void (*run)(void *, int64_t), int32_t threads) {
+    int64_t nbytes = this->rows * this->hidden;
+    pthread_once(&once, prepare);
+    if (threads > 1 + nbytes / SHARE) threads = (int32_t)(1 + nbytes / SHARE);
+    share(run, this, (this->rows + rows_of_part(this) - 1) / rows_of_part(this), threads);
+    return this->bad;
+}
+
+/* Make numbers of stored rows; return how many rows have one that is an infinity or a NaN. */
+PUBLIC int64_t act_widen(conversion *this, int32_t threads) { return convert(this, widen_part, threads); }
+
+/* Make stored rows of floats; return how many rows hold an infinity or a NaN, of which nothing is made. */
+PUBLIC int64_t act_narrow(conversion *this, int32_t threads) { return convert(this, narrow_part, threads); }
+
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
-    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch)};
+    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch), sizeof(conversion)};
     memcpy(sizes, all, sizeof all);
 }

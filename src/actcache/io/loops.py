@@ -29,7 +29,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 2
+_VERSION = 3
 _FAILED = 4  # the state of an entry whose file could not be read
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 
@@ -188,6 +188,18 @@ class _Batch(ctypes.Structure):
     ]
 
 
+class _Conversion(ctypes.Structure):
+    _fields_ = [
+        ("rows", _I64),
+        ("hidden", _I64),
+        ("code", _I32),
+        ("form", _I32),
+        ("stored", _P),
+        ("numbers", _P),
+        ("bad", _I64),
+    ]
+
+
 def _load() -> tuple[Any, str]:
     """Return the library, None where it cannot be used, and why."""
     named = os.environ.get("ACTCACHE_LOOPS")  # "numpy", or the path of another build
@@ -208,6 +220,8 @@ def _load() -> tuple[Any, str]:
     library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
     library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
     library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
+    library.act_widen.restype, library.act_widen.argtypes = _I64, (_P, _I32)
+    library.act_narrow.restype, library.act_narrow.argtypes = _I64, (_P, _I32)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
     library.act_set_digest(ctypes.cast(digest, _P))
     return library, ""
@@ -394,3 +408,43 @@ def round_to_float16(rows: NDArray[Any], out: NDArray[Any]) -> bool | None:
         return None
     finite: int = _library.act_halves(_address(rows), _address(out), out.size)
     return None if finite < 0 else bool(finite)
+
+
+CODES = ("int8", "float8_e4m3")  #: kinds of codes of one byte
+FORMS = ("float32", "float16", "bfloat16")  #: that numbers of codes can take; bfloat16 as its bits, uint16
+SCALE_BYTES = 4
+
+
+def widen(stored: NDArray[np.uint8], code: str, out: NDArray[Any], form: str, threads: int | None = None) -> int:
+    """Make numbers of rows of codes; return how many rows have one that is an infinity or a NaN.
+
+    Args:
+        stored: ``[n, hidden + 4]``, C-contiguous: codes of one byte, one of ``CODES``, then the row's scale as float32.
+        out: ``[n, hidden]``, C-contiguous, in one of ``FORMS``.
+        threads: that share the work, ``THREADS`` if not given.
+    """
+    if not _fit_to_convert(stored, out, "float32" if form == "float32" else "float16"):
+        raise TypeError(f"{stored.dtype} {stored.shape} is not widened into {out.dtype} {out.shape}")
+    if _library is None:
+        return numpy_loops.widen(stored, code, out, form)
+    call = _Conversion(*out.shape, CODES.index(code), FORMS.index(form), _address(stored), _address(out))
+    bad: int = _library.act_widen(ctypes.byref(call), threads or THREADS)
+    return bad
+
+
+def narrow(rows: NDArray[np.float32], out: NDArray[np.uint8], code: str, threads: int | None = None) -> int:
+    """Make rows of codes of rows of float32; return how many have a number that is none, or too large to come back.
+    Of these nothing is made. Shapes are those of ``widen``."""
+    if not _fit_to_convert(out, rows, "float32"):
+        raise TypeError(f"{rows.dtype} {rows.shape} is not narrowed into {out.dtype} {out.shape}")
+    if _library is None:
+        return numpy_loops.narrow(rows, out, code)
+    call = _Conversion(*rows.shape, CODES.index(code), 0, _address(out), _address(rows))
+    bad: int = _library.act_narrow(ctypes.byref(call), threads or THREADS)
+    return bad
+
+
+def _fit_to_convert(stored: NDArray[Any], numbers: NDArray[Any], size: str) -> bool:
+    same = stored.dtype == np.uint8 and numbers.dtype.itemsize == np.dtype(size).itemsize and numbers.ndim == 2
+    same = same and stored.shape == (len(numbers), numbers.shape[1] + SCALE_BYTES)
+    return bool(same and stored.flags.c_contiguous and numbers.flags.c_contiguous and numbers.flags.aligned)

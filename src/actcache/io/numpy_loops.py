@@ -173,3 +173,57 @@ def _compare(digests: Any, rows: list[Any], i: int, length: int) -> int:
             state = _CORRUPT if digest != int(expected[i]) else state
             digest = int(expected[i])
     return state
+
+
+# --- rows of codes with a scale a token -------------------------------------------------------------------------------
+
+_SMALLEST_SCALE = {"int8": np.finfo(np.float32).tiny, "float8_e4m3": np.float32(1e-12)}
+_LARGEST = {"int8": np.float32(127), "float8_e4m3": np.float32(448)}
+
+
+def e4m3_numbers() -> NDArray[np.float32]:
+    """Return the numbers of all 256 codes: sign, 4 bits of exponent, 3 of mantissa; no infinities, two NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = np.where(exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
+    size[code & 127 == 127] = np.nan
+    numbers: NDArray[np.float32] = np.where(code & 128, -size, size).astype(np.float32)
+    return numbers
+
+
+def widen(stored: NDArray[np.uint8], code: str, out: NDArray[Any], form: str) -> int:
+    hidden = out.shape[1]
+    codes, scales = stored[:, :hidden], stored[:, hidden:].copy().view("<f4")
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = (codes.view(np.int8).astype(np.float32) if code == "int8" else e4m3_numbers()[codes]) * scales
+        if form == "bfloat16":
+            bits = rows.view(np.uint32)
+            out.view(np.uint16)[:] = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+            finite = np.isfinite(rows) & ((out.view(np.uint16) & 0x7F80) != 0x7F80)
+        else:
+            out[:] = rows
+            finite = np.isfinite(out)
+    return int((~finite.all(axis=1) | ~np.isfinite(scales[:, 0])).sum())
+
+
+def narrow(rows: NDArray[np.float32], out: NDArray[np.uint8], code: str) -> int:
+    hidden, most = rows.shape[1], _LARGEST[code]
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
+        scales = largest / most
+        if code == "int8":  # 16 digits, rounded up
+            scales = ((scales.view(np.uint32) + np.uint32(0xFF)) & np.uint32(0xFFFFFF00)).view(np.float32)
+        scales = np.maximum(scales, _SMALLEST_SCALE[code])
+        good = np.isfinite(rows).all(axis=1) & np.isfinite(scales * most)[:, 0]
+        scaled = rows[good] / scales[good]
+    if code == "int8":
+        codes = np.clip(np.rint(scaled), -127, 127).astype(np.int8).view(np.uint8)
+    else:
+        bits = scaled.view(np.uint32)
+        size = bits & np.uint32(0x7FFFFFFF)
+        usual = ((size + np.uint32(0x7FFFF) + (size >> 20 & 1)) >> 20) - np.uint32(960)
+        small = np.rint(np.minimum(size.view(np.float32), 1) * np.float32(512)).astype(np.uint32)
+        codes = (np.where(size < 0x3C800000, small, usual) | (bits >> 24 & 0x80)).astype(np.uint8)
+    out[good, :hidden] = codes
+    out[good, hidden:] = scales[good].astype("<f4").view(np.uint8)
+    return int((~good).sum())

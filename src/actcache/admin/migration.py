@@ -354,7 +354,7 @@ class _PartReader:
     def _convert(self, keys: NDArray[np.uint8], packed: PackedEntries, out: NDArray[Any]) -> None:
         """Convert rows to the target's dtype, entry by entry, so that an error names the document."""
         rows = packed.columns[VALUES]
-        if self._from.name == self._to.name:
+        if self._from.form == self._to.form:
             out[:] = rows
             return
         rows = self._from.decode(rows)

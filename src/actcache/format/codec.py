@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from actcache.errors import RecipeError
 from actcache.format.codecs import floats, scaled
 from actcache.format.codecs.interface import Codec as Codec
+from actcache.format.codecs.interface import Wrapped
 
 GROUP = "actcache.codecs"
 FLOATS = ("float16", "float32", "bfloat16")  #: what numbers are delivered as
@@ -28,30 +29,20 @@ _CODECS: dict[str, Codec] = {
 }
 
 
+COMPRESSED = "+zstd"  #: what follows the name of a codec whose stored rows are compressed
+
+
 @dataclass(frozen=True)
-class _ByWayOf(Codec):
+class _ByWayOf(Wrapped):
     """A codec whose rows are rounded to others' dtypes first, so that they are like those that were stored so once."""
 
-    end: Codec
     before: tuple[Codec, ...]
 
-    def width(self, hidden: int) -> int:
-        return self.end.width(hidden)
-
-    def hidden(self, width: int) -> int:
-        return self.end.hidden(width)
-
     def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
-        self.end.encode(self._rounded(rows, what), out, what=what)
+        self.base.encode(self._rounded(rows, what), out, what=what)
 
     def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:
-        return self.end.stored_rows(self._rounded(rows, what), what=what)
-
-    def decode(self, stored: NDArray[Any]) -> NDArray[Any]:
-        return self.end.decode(stored)
-
-    def stray(self, stored: NDArray[Any]) -> NDArray[np.int64]:
-        return self.end.stray(stored)
+        return self.base.stored_rows(self._rounded(rows, what), what=what)
 
     def _rounded(self, rows: NDArray[np.generic], what: str) -> NDArray[np.generic]:
         for codec in self.before:
@@ -59,31 +50,52 @@ class _ByWayOf(Codec):
         return rows
 
 
+class _Compressed(Wrapped):
+    """A codec whose stored rows lie in the files of a space as frames of zstd; see docs/format.md."""
+
+    compressed = True
+
+
 def names() -> list[str]:
-    """Return the names of the codecs that come with this package, and of those that others have brought."""
+    """Return the names of the codecs that come with this package, and of those that others have brought. Each can be
+    followed by ``COMPRESSED``."""
     return [*_CODECS, *_plugged_in()]
 
 
 @cache
-def _plugged_in() -> dict[str, Any]:
+def _plugged_in() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in _CODECS}
 
 
+def base(name: str) -> str:
+    """Return the name of a codec without what says that its rows are compressed."""
+    return name.removesuffix(COMPRESSED)
+
+
+def is_name(name: object) -> bool:
+    """Return whether there is a codec of that name."""
+    return isinstance(name, str) and base(name) in names()
+
+
 def get(name: str, via: Sequence[str] = ()) -> Codec:
-    """Return the codec of that name, ``RecipeError`` where there is none; rows are rounded to the dtypes of the codecs
-    in ``via`` first, one after the other."""
+    """Return the codec of that name; rows are rounded to the dtypes of those in ``via`` first, one after the other.
+
+    ``RecipeError``: there is none, or what a package names as one is none.
+    """
     if via:
         end = get(name)
         return _ByWayOf(end.name, end.stored, end.delivered, end, tuple(get(one) for one in via))
-    if name not in _CODECS and (point := _plugged_in().get(name)) is not None:
-        made = point.load()
-        if not isinstance(made, Codec) or made.name != name:
-            raise RecipeError(f"what {point.dist and point.dist.name} names as the codec {name!r} is none")
-        _CODECS[name] = made
-    try:
-        return _CODECS[name]
-    except KeyError:
-        raise RecipeError(f"there is no codec {name!r}; there are {', '.join(names())}") from None
+    if name.endswith(COMPRESSED):
+        rows = get(base(name))
+        return _Compressed(name, rows.stored, rows.delivered, rows)
+    if (found := _CODECS.get(name)) is not None:
+        return found
+    if (point := _plugged_in().get(name)) is None:
+        raise RecipeError(f"there is no codec {name!r}; there are {', '.join(names())}, each with {COMPRESSED} or not")
+    made = point.load()
+    if not isinstance(made, Codec) or made.name != name:
+        raise RecipeError(f"{point.value} is no codec of the name {name!r}, as which a package brings it")
+    return made
 
 
 def decode_as(codec: Codec, stored: NDArray[Any], dtype: str, out: NDArray[Any]) -> None:
@@ -117,11 +129,11 @@ def traces(dtypes: Sequence[str], compute_dtype: str) -> tuple[str, ...]:
     * bfloat16 is made of float64 by way of float32.
     * A codec that scales rows as a whole leaves a trace each time, and none of what was before it goes without one.
 
-    ``dtypes`` are names of codecs in the order in which the rows are stored as them, the end last.
+    ``dtypes`` are names of codecs (compressed or not) in the order in which the rows are stored as them, the end last.
     """
     kept: list[str] = []
     first = 0  # of those that a number was rounded to alone since rows were scaled
-    for dtype in dtypes:
+    for dtype in map(base, dtypes):
         if not get(dtype).rounds_alone:
             kept.append(dtype)
             first = len(kept)
@@ -129,7 +141,7 @@ def traces(dtypes: Sequence[str], compute_dtype: str) -> tuple[str, ...]:
             continue
         else:
             kept = [dtype] if (kept, dtype) == (["float32"], "bfloat16") else [*kept, dtype]
-    return tuple(kept[:-1] if kept[-1:] == [dtypes[-1]] else kept)
+    return tuple(kept[:-1] if kept[-1:] == [base(dtypes[-1])] else kept)
 
 
 _EXTENDED = ("longdouble", "float96", "float128")  # NumPy's names for what C has beyond float64

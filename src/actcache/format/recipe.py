@@ -85,10 +85,12 @@ class Recipe:
         for name, number in (("layer", self.layer), ("hidden_size", self.hidden_size), ("max_length", self.max_length)):
             good = name == "max_length" if number is None else is_whole(number) and 1 <= number <= _LARGEST
             check(good, f"{name} {number!r:.40} is no whole number from 1 to {_LARGEST}")
-        dtypes = ("dtype", self.dtype, codec.names()), ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        for name, dtype, known in dtypes:
-            good = isinstance(dtype, str) and dtype in known  # NumPy's dtypes equal their names, and are no JSON
-            check(good, f"{name} {dtype!r} is not one of {', '.join(known)}")
+        # NumPy's dtypes equal their names, and are no JSON.
+        known = f"{', '.join(codec.names())}, or one of these and {codec.COMPRESSED}"
+        check(codec.is_name(self.dtype), f"dtype {self.dtype!r} is not one of {known}")
+        good = isinstance(self.compute_dtype, str) and self.compute_dtype in COMPUTE_DTYPES
+        check(good, f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+        codec.get(self.dtype).width(self.hidden_size)
         for name, value in (("weights", self.weights), ("tokenizer", self.tokenizer)):
             good = value is None or (isinstance(value, str) and bool(value))
             check(good, f"{name} is a digest or None, not {value!r}")
@@ -166,8 +168,11 @@ class Recipe:
         """Return the recipe of this one's rows stored again, as another dtype; ``RecipeError`` where there is none.
 
         It is that of rows that were stored so at once only where the numbers are the same: float32 to float16 or
-        bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before.
+        bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before. Compression
+        changes no number.
         """
+        if codec.base(dtype) == codec.base(self.dtype):
+            return replace(self, dtype=dtype)
         return replace(self, dtype=dtype, via=codec.traces((*self.via, self.dtype, dtype), self.compute_dtype))
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:

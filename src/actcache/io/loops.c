@@ -35,6 +35,25 @@ static digest_function digest_of; /* XXH3_64bits_withSeed */
 
 PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
 
+/* What of libzstd is used, as the zstandard package exports it; NULL where there is none. */
+typedef struct {
+    void *(*new_decoder)(void);
+    size_t (*free_decoder)(void *decoder);
+    size_t (*decode)(void *decoder, void *out, size_t room, const void *frame, size_t size);
+    unsigned long long (*content_size)(const void *frame, size_t size);
+    size_t (*frame_size)(const void *frame, size_t size);
+    unsigned (*is_error)(size_t code);
+    void *(*new_encoder)(void);
+    size_t (*free_encoder)(void *encoder);
+    size_t (*encode)(void *encoder, void *out, size_t room, const void *data, size_t size);
+    size_t (*set)(void *encoder, int parameter, int value);
+    size_t (*bound)(size_t size);
+} zstd_functions;
+
+static zstd_functions zstd;
+
+PUBLIC void act_set_zstd(const zstd_functions *functions) { zstd = *functions; }
+
 PUBLIC int32_t act_version(void) { return 3; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
@@ -51,7 +70,7 @@ typedef struct job {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t arrived = PTHREAD_COND_INITIALIZER, ended = PTHREAD_COND_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static pthread_key_t scratch_key; /* has the scratch memory of a thread freed when the thread ends */
+static pthread_key_t scratch_key; /* has what belongs to a thread freed when the thread ends */
 static job *jobs;
 static int helpers;
 
@@ -63,8 +82,10 @@ static void after_fork(void) { /* the child has one thread, whoever held the loc
     helpers = 0;
 }
 
+static void free_own(void *own);
+
 static void prepare(void) {
-    pthread_key_create(&scratch_key, free);
+    pthread_key_create(&scratch_key, free_own);
     pthread_atfork(NULL, NULL, after_fork);
 }
 
@@ -300,6 +321,8 @@ typedef struct {
     const int32_t *files;  /* [count] descriptors, for what is not in memory; NULL: none */
     const int64_t *places; /* [count] where its rows begin in its file */
     uint8_t *out;          /* of the whole batch; NULL: rows in memory are digested where they are */
+    const int64_t *sizes;  /* [count] bytes of each entry's frames of zstd, of which its rows are made; NULL: plain rows */
+    int64_t item;          /* bytes of a number: a frame has all first ones of an entry, the next all second ones, ... */
 } column;
 
 typedef struct {
@@ -337,15 +360,44 @@ static uint64_t first_seed(const batch *this, int64_t i) {
     return mixed;
 }
 
+/* What a thread keeps between entries: memory, and what zstd needs. */
+typedef struct {
+    uint8_t *pages; /* of direct reads */
+    uint8_t *memory[2];
+    size_t sizes[2];
+    void *decoder, *encoder;
+} thread_own;
+
+static void free_own(void *given) {
+    thread_own *own = given;
+    free(own->pages);
+    for (int n = 0; n < 2; n++) free(own->memory[n]);
+    if (own->decoder != NULL) zstd.free_decoder(own->decoder);
+    if (own->encoder != NULL) zstd.free_encoder(own->encoder);
+    free(own);
+}
+
+static thread_own *get_own(void) {
+    thread_own *own = pthread_getspecific(scratch_key);
+    if (own == NULL && (own = calloc(1, sizeof *own)) != NULL) pthread_setspecific(scratch_key, own);
+    return own;
+}
+
 static uint8_t *scratch(void) {
-    uint8_t *memory = pthread_getspecific(scratch_key);
-    if (memory == NULL) {
-        void *made;
-        if (posix_memalign(&made, PAGE, PIECE + 2 * PAGE) != 0) return NULL;
-        memory = made;
-        pthread_setspecific(scratch_key, memory);
+    thread_own *own = get_own();
+    void *made;
+    if (own == NULL) return NULL;
+    if (own->pages == NULL && posix_memalign(&made, PAGE, PIECE + 2 * PAGE) == 0) own->pages = made;
+    return own->pages;
+}
+
+static uint8_t *memory_of(thread_own *own, int which, size_t nbytes) {
+    if (own->sizes[which] < nbytes) {
+        free(own->memory[which]);
+        own->memory[which] = malloc(nbytes);
+        own->sizes[which] = own->memory[which] == NULL ? 0 : nbytes;
     }
-    return memory;
+    return own->memory[which];
 }
 
 /* Read bytes of a file; direct reads bring whole pages, of which a copy is made. */
@@ -395,12 +447,113 @@ static int is_resident(const uint8_t *data, int64_t nbytes) {
     return 1;
 }
 
+/* --- frames of zstd ---------------------------------------------------------------------------------------------------- */
+
+/* Put the bytes of numbers back: plane after plane becomes number after number. */
+static void unshuffle(const uint8_t *planes, uint8_t *out, int64_t count, int64_t item) {
+    int64_t i = 0;
+#if defined(__x86_64__)
+    if (item == 2) {
+        for (; i + 16 <= count; i += 16) {
+            __m128i low = _mm_loadu_si128((const __m128i *)(planes + i));
+            __m128i high = _mm_loadu_si128((const __m128i *)(planes + count + i));
+            _mm_storeu_si128((__m128i *)(out + 2 * i), _mm_unpacklo_epi8(low, high));
+            _mm_storeu_si128((__m128i *)(out + 2 * i + 16), _mm_unpackhi_epi8(low, high));
+        }
+    } else if (item == 4) {
+        for (; i + 16 <= count; i += 16) {
+            __m128i plane[4];
+            for (int n = 0; n < 4; n++) plane[n] = _mm_loadu_si128((const __m128i *)(planes + n * count + i));
+            __m128i a = _mm_unpacklo_epi8(plane[0], plane[1]), b = _mm_unpackhi_epi8(plane[0], plane[1]);
+            __m128i c = _mm_unpacklo_epi8(plane[2], plane[3]), d = _mm_unpackhi_epi8(plane[2], plane[3]);
+            _mm_storeu_si128((__m128i *)(out + 4 * i), _mm_unpacklo_epi16(a, c));
+            _mm_storeu_si128((__m128i *)(out + 4 * i + 16), _mm_unpackhi_epi16(a, c));
+            _mm_storeu_si128((__m128i *)(out + 4 * i + 32), _mm_unpacklo_epi16(b, d));
+            _mm_storeu_si128((__m128i *)(out + 4 * i + 48), _mm_unpackhi_epi16(b, d));
+        }
+    }
+#endif
+    for (; i < count; i++)
+        for (int64_t n = 0; n < item; n++) out[i * item + n] = planes[n * count + i];
+}
+
+static void shuffle(const uint8_t *data, uint8_t *planes, int64_t count, int64_t item) {
+    int64_t i = 0;
+#if defined(__x86_64__)
+    if (item == 2) {
+        const __m128i low_bytes = _mm_set1_epi16(0xFF);
+        for (; i + 16 <= count; i += 16) {
+            __m128i a = _mm_loadu_si128((const __m128i *)(data + 2 * i));
+            __m128i b = _mm_loadu_si128((const __m128i *)(data + 2 * i + 16));
+            __m128i low = _mm_packus_epi16(_mm_and_si128(a, low_bytes), _mm_and_si128(b, low_bytes));
+            _mm_storeu_si128((__m128i *)(planes + i), low);
+            _mm_storeu_si128((__m128i *)(planes + count + i), _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+        }
+    }
+#endif
+    for (; i < count; i++)
+        for (int64_t n = 0; n < item; n++) planes[n * count + i] = data[i * item + n];
+}
+
+/* Make the bytes of an entry's rows of its frames. What a frame says of its size is looked at before it is believed. */
+static int decode_frames(thread_own *own, const uint8_t *frame, int64_t size, uint8_t *out, int64_t nbytes,
+                         int64_t item) {
+    uint8_t *planes = out;
+    size_t left = (size_t)size, count = (size_t)(nbytes / item);
+    if (own->decoder == NULL && (own->decoder = zstd.new_decoder()) == NULL) return FAILED;
+    if (item > 1 && (planes = memory_of(own, 0, (size_t)nbytes)) == NULL) return FAILED;
+    for (int64_t n = 0; n < item; n++) {
+        size_t taken = zstd.frame_size(frame, left);
+        if (zstd.is_error(taken) || taken > left || zstd.content_size(frame, taken) != count) return CORRUPT;
+        size_t made = zstd.decode(own->decoder, planes + (size_t)n * count, count, frame, taken);
+        if (zstd.is_error(made) || made != count) return CORRUPT;
+        frame += taken;
+        left -= taken;
+    }
+    if (left > 0) return CORRUPT;
+    if (item > 1) unshuffle(planes, out, (int64_t)count, item);
+    return INTACT;
+}
+
+static int64_t frames_bound(int64_t nbytes, int64_t item) {
+    return item * (int64_t)zstd.bound((size_t)(nbytes / item));
+}
+
+static int bring_frame(batch *this, const column *of, int64_t i, uint8_t *out, int64_t nbytes) {
+    int64_t size = of->sizes[i];
+    const uint8_t *frame = NULL;
+    thread_own *own = get_own();
+    if (zstd.decode == NULL || out == NULL || of->item < 1 || nbytes % of->item) return OUTSIDE;
+    if (size <= 0 || size > frames_bound(nbytes, of->item)) return CORRUPT; /* no writer makes them larger */
+    if (of->base != NULL) {
+        int64_t begin = of->begins[i];
+        if (begin < 0 || size > of->size || begin > of->size - size) return OUTSIDE;
+        frame = of->base + begin;
+    }
+    if (own != NULL && of->files != NULL && (frame == NULL || !is_resident(frame, size))) {
+        uint8_t *memory = memory_of(own, 1, (size_t)size);
+        int state = memory == NULL ? FAILED : read_file(of->files[i], of->places[i], size, memory, this->direct, &this->error);
+        if (memory != NULL && state != INTACT) return state;
+        frame = memory;
+    }
+    int state = own == NULL || (frame == NULL && of->files != NULL) ? FAILED
+                : frame == NULL                                     ? OUTSIDE
+                                                                    : decode_frames(own, frame, size, out, nbytes, of->item);
+    if (state == FAILED) atomic_store(&this->error, ENOMEM);
+    return state;
+}
+
 static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows) {
     int64_t nbytes;
     if (__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes)) return OUTSIDE;
     if (this->lengths[i] > this->ends[i] - this->starts[i]) return OUTSIDE; /* no room for it */
     uint8_t *out = of->out == NULL ? NULL : of->out + this->starts[i] * of->row_bytes;
     const uint8_t *mapped = NULL;
+    if (of->sizes != NULL) {
+        int state = bring_frame(this, of, i, out, nbytes);
+        *rows = state == INTACT ? out : NULL;
+        return state;
+    }
     if (of->base != NULL) {
         int64_t begin = of->begins[i];
         if (begin < 0 || nbytes > of->size || begin > of->size - nbytes) return OUTSIDE;
@@ -428,6 +581,7 @@ static int gather_one(batch *this, int64_t i) {
         if (this->lengths[i] > 0 && state != OUTSIDE && state != SHORT && state != FAILED) {
             int brought = bring(this, of, i, &rows);
             if (brought != INTACT) state = brought;
+            if (brought == CORRUPT) continue; /* a frame, in whose rows there is nothing to digest */
         }
         if (of->out != NULL && state != OUTSIDE) { /* padding */
             int64_t end = this->starts[i] + this->lengths[i];
@@ -464,16 +618,19 @@ static void gather_part(void *context, int64_t part) {
     }
 }
 
+static int64_t bytes_of(const column *of, const int64_t *lengths, int64_t i) {
+    return of->sizes != NULL ? of->sizes[i] : lengths[i] * of->row_bytes;
+}
+
 /* Return how many of ``pages`` addresses, evenly spread over the rows of entries, are not in memory. */
-static int64_t absent_pages(const uint8_t *base, int64_t size, int64_t count, const int64_t *begins,
-                            const int64_t *lengths, int64_t row_bytes, int64_t total, int64_t pages) {
+static int64_t absent_pages(const column *of, int64_t count, const int64_t *lengths, int64_t total, int64_t pages) {
     int64_t absent = 0, entry = 0, before = 0;
     for (int64_t n = 0; n < pages && total > 0; n++) {
         int64_t at = pages == 1 ? 0 : (int64_t)((double)(total - 1) * (double)n / (double)(pages - 1));
-        while (entry < count && at >= before + lengths[entry] * row_bytes) before += lengths[entry++] * row_bytes;
+        while (entry < count && at >= before + bytes_of(of, lengths, entry)) before += bytes_of(of, lengths, entry++);
         if (entry == count) break;
-        int64_t place = begins[entry] + (at - before);
-        if (place >= 0 && place < size) absent += !is_resident(base + place, 1);
+        int64_t place = of->begins[entry] + (at - before);
+        if (place >= 0 && place < of->size) absent += !is_resident(of->base + place, 1);
     }
     return absent;
 }
@@ -482,12 +639,13 @@ static int64_t absent_pages(const uint8_t *base, int64_t size, int64_t count, co
 
 /* Return whether some rows seem not to be in memory: ``most`` pages are looked at, fewer of a small batch. */
 static int seems_absent(const column *of, int64_t count, const int64_t *lengths, int64_t most) {
-    int64_t rows = 0, total;
-    for (int64_t i = 0; i < count; i++) rows += lengths[i];
-    if (of->base == NULL || __builtin_mul_overflow(rows, of->row_bytes, &total)) return 0;
+    int64_t rows = 0, total = 0;
+    if (of->base == NULL) return 0;
+    for (int64_t i = 0; i < count; i++) rows += of->sizes != NULL ? of->sizes[i] : lengths[i];
+    if (__builtin_mul_overflow(rows, of->sizes != NULL ? 1 : of->row_bytes, &total)) return 0;
     int64_t pages = 1 + total / BYTES_A_LOOK;
     if (pages > most) pages = most;
-    return absent_pages(of->base, of->size, count, of->begins, lengths, of->row_bytes, total, pages) > 0;
+    return absent_pages(of, count, lengths, total, pages) > 0;
 }
 
 PUBLIC int32_t act_seems_absent(const column *of, int64_t count, const int64_t *lengths, int64_t most) {
@@ -562,6 +720,66 @@ PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
     return -1;
 }
 #endif
+
+/* --- frames of zstd that are written ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t count;
+    const uint8_t *data;  /* the rows of all entries */
+    const int64_t *edges; /* [count + 1] where each begins in it, in bytes, and the end */
+    int64_t item;
+    int64_t room;         /* bytes of each entry's place in ``out``; the bound of the largest one */
+    uint8_t *out;         /* [count, room] */
+    int64_t *sizes;       /* [count] of each entry's frames; 0 where none could be made */
+    _Atomic int32_t failed;
+} framing;
+
+/* Numbers repeat nothing that is worth a look: with matches, frames are larger and take twice as long to decode. */
+static void *new_huffman_encoder(void) {
+    const int level = 100, literals = 1002; /* ZSTD_c_compressionLevel, ZSTD_c_literalCompressionMode */
+    void *encoder = zstd.new_encoder();
+    if (encoder != NULL) {
+        zstd.set(encoder, level, -1000);
+        zstd.set(encoder, literals, 1); /* ZSTD_lcm_huffman; where it is not known, as that level does */
+    }
+    return encoder;
+}
+
+static void frame_part(void *context, int64_t i) {
+    framing *this = context;
+    thread_own *own = get_own();
+    int64_t nbytes = this->edges[i + 1] - this->edges[i];
+    const uint8_t *data = this->data + this->edges[i];
+    this->sizes[i] = 0;
+    if (own != NULL && own->encoder == NULL) own->encoder = new_huffman_encoder();
+    uint8_t *planes = own == NULL || this->item == 1 ? NULL : memory_of(own, 0, (size_t)nbytes);
+    if (own == NULL || own->encoder == NULL || (this->item > 1 && planes == NULL)) {
+        atomic_store(&this->failed, 1);
+        return;
+    }
+    if (this->item > 1) {
+        shuffle(data, planes, nbytes / this->item, this->item);
+        data = planes;
+    }
+    size_t count = (size_t)(nbytes / this->item), end = 0;
+    for (int64_t n = 0; n < this->item; n++) {
+        uint8_t *out = this->out + i * this->room + end;
+        size_t size = zstd.encode(own->encoder, out, (size_t)this->room - end, data + (size_t)n * count, count);
+        if (zstd.is_error(size)) {
+            atomic_store(&this->failed, 1);
+            return;
+        }
+        end += size;
+    }
+    this->sizes[i] = (int64_t)end;
+}
+
+/* Make frames of each entry's rows; return whether all of them could be made. */
+PUBLIC int32_t act_frame(framing *this, int32_t threads) {
+    pthread_once(&once, prepare);
+    share(frame_part, this, this->count, threads);
+    return !this->failed;
+}
 
 /* --- rows of codes with a scale a token ------------------------------------------------------------------------------- */
 
@@ -868,6 +1086,6 @@ PUBLIC int64_t act_narrow(conversion *this, int32_t threads) { return convert(th
 
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
-    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch), sizeof(conversion)};
+    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch), sizeof(conversion), sizeof(framing)};
     memcpy(sizes, all, sizeof all);
 }

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,8 @@ class Column(NamedTuple):
     begins: NDArray[np.int64] | None = None  # [n] where each entry's rows begin in it, in bytes
     files: NDArray[np.int32] | None = None  # [n] descriptors
     places: NDArray[np.int64] | None = None  # [n] where its rows begin in its file, in bytes
+    sizes: NDArray[np.int64] | None = None  # [n] bytes of each entry's frames of zstd, which make its rows; None: rows
+    item: int = 1  # bytes of a number: an entry's first frame has all first ones, the next all second ones, ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,8 @@ class _Column(ctypes.Structure):
         ("files", _P),
         ("places", _P),
         ("out", _P),
+        ("sizes", _P),
+        ("item", _I64),
     ]
 
 
@@ -185,6 +190,19 @@ class _Batch(ctypes.Structure):
         ("looked", _I64),
         ("bad", _I64),
         ("error", _I32),
+    ]
+
+
+class _Framing(ctypes.Structure):
+    _fields_ = [
+        ("count", _I64),
+        ("data", _P),
+        ("edges", _P),
+        ("item", _I64),
+        ("room", _I64),
+        ("out", _P),
+        ("sizes", _P),
+        ("failed", _I32),
     ]
 
 
@@ -220,6 +238,8 @@ def _load() -> tuple[Any, str]:
     library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
     library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
     library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
+    library.act_frame.restype, library.act_frame.argtypes = _I32, (_P, _I32)
+    library.act_set_zstd.restype, library.act_set_zstd.argtypes = None, (_P,)
     library.act_widen.restype, library.act_widen.argtypes = _I64, (_P, _I32)
     library.act_narrow.restype, library.act_narrow.argtypes = _I64, (_P, _I32)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
@@ -352,7 +372,7 @@ def _gather(
     count = len(lengths)
     starts, ends = (offsets[:-1], offsets[1:]) if offsets.ndim == 1 else offsets
     state = np.zeros(count, np.uint8)
-    if _library is None:
+    if _library is None or (any(column.sizes is not None for column in columns) and not zstd_is_compiled()):
         numpy_loops.gather(columns, lengths, starts, ends, digests, direct, state)
         return np.flatnonzero(state)
     described = (_Column * len(columns))(*map(_described, columns))
@@ -378,11 +398,10 @@ def _gather(
 
 
 def _described(column: Column) -> _Column:
-    row_bytes, out, memory, begins, files, places = column
+    row_bytes, out, memory, begins, files, places, sizes, item = column
     size = 0 if memory is None else memory.nbytes
-    return _Column(
-        row_bytes, _address(memory), size, _address(begins), _address(files), _address(places), _address(out)
-    )
+    addresses = _address(memory), size, _address(begins), _address(files), _address(places), _address(out)
+    return _Column(row_bytes, *addresses, _address(sizes), item)
 
 
 def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) -> bool:
@@ -448,3 +467,55 @@ def _fit_to_convert(stored: NDArray[Any], numbers: NDArray[Any], size: str) -> b
     same = stored.dtype == np.uint8 and numbers.dtype.itemsize == np.dtype(size).itemsize and numbers.ndim == 2
     same = same and stored.shape == (len(numbers), numbers.shape[1] + SCALE_BYTES)
     return bool(same and stored.flags.c_contiguous and numbers.flags.c_contiguous and numbers.flags.aligned)
+
+
+# --- frames of zstd ---------------------------------------------------------------------------------------------------
+
+_ZSTD = (  # what ``zstd_functions`` of loops.c has, in its order
+    *("createDCtx", "freeDCtx", "decompressDCtx", "getFrameContentSize", "findFrameCompressedSize"),
+    *("isError", "createCCtx", "freeCCtx", "compress2", "CCtx_setParameter"),
+    "compressBound",
+)
+_zstd_is_compiled: bool | None = None  # None: nobody has looked
+
+
+def zstd_is_compiled() -> bool:
+    """Return whether the compiled loops make and read frames of zstd: with libzstd as the zstandard package exports it.
+    ``MissingExtraError`` where that package is not there."""
+    global _zstd_is_compiled
+    if _zstd_is_compiled is None:
+        numpy_loops.zstandard()  # says what to install
+        _zstd_is_compiled = _library is not None and _give_zstd(_library)
+    return _zstd_is_compiled
+
+
+def _give_zstd(library: Any) -> bool:
+    found = find_spec("zstandard._cffi")  # of its two extensions the one that exports libzstd's functions
+    try:
+        exported = ctypes.CDLL(found.origin if found is not None and found.origin else "")
+        functions = [getattr(exported, f"ZSTD_{name}") for name in _ZSTD]
+    except (OSError, AttributeError):
+        return False
+    library.act_set_zstd((_P * len(functions))(*(ctypes.cast(function, _P) for function in functions)))
+    return True
+
+
+def frames_of(rows: NDArray[Any], begins: NDArray[np.int64], item: int) -> list[NDArray[np.uint8]]:
+    """Return the frames of zstd of each entry, one after another, views of one array.
+
+    Args:
+        rows: C-contiguous.
+        begins: ``[n + 1]`` where each entry begins in it, in bytes, and the end; each has one byte or more.
+        item: bytes of a number: a frame gets all first ones of an entry, the next all second ones, ...
+    """
+    data = rows.reshape(-1).view(np.uint8)
+    if not zstd_is_compiled():
+        return numpy_loops.frames_of(data, begins, item)
+    nbytes = int(np.diff(begins).max(initial=0))
+    room = nbytes + nbytes // 128 + 512 * item  # more than the bound of libzstd
+    out, sizes = np.empty((len(begins) - 1, room), np.uint8), np.zeros(len(begins) - 1, np.int64)
+    call = _Framing(len(sizes), _address(data), _address(begins), item, room, _address(out), _address(sizes), 0)
+    assert _library is not None
+    if not _library.act_frame(ctypes.byref(call), THREADS):
+        raise MemoryError("zstd could not compress: there is no memory left")
+    return [out[i, :size] for i, size in enumerate(sizes.tolist())]

@@ -5,6 +5,7 @@ The functions take what those of ``actcache.io.loops`` take.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from actcache.errors import requires_extra
 
 _PRIMES = np.array(
     [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
@@ -100,7 +103,8 @@ def gather(
                 state[i] = _OUTSIDE
                 continue
             if length and not state[i]:
-                state[i] = _bring(column, memory, own, i, nbytes, direct)
+                bring = _bring if column.sizes is None else _bring_frame
+                state[i] = bring(column, memory, own, i, nbytes, direct)
             if length and not state[i]:
                 rows.append(own if memory is None or own is not None else memory[int(column.begins[i]) :][:nbytes])
             if out is not None:
@@ -122,6 +126,30 @@ def _bring(column: Any, memory: Any, out: Any, i: int, nbytes: int, direct: bool
     if out is not None:
         out[:] = memory[begin : begin + nbytes]
     return _INTACT
+
+
+def _bring_frame(column: Any, memory: Any, out: Any, i: int, nbytes: int, direct: bool) -> int:
+    """Make rows of an entry's frames; what one says of its size is looked at before it is believed."""
+    size, item = int(column.sizes[i]), column.item
+    if out is None or nbytes % item:
+        return _OUTSIDE
+    if not 0 < size <= nbytes + nbytes // 128 + 512 * item:
+        return _CORRUPT
+    frames = np.empty(size, np.uint8)
+    state = _bring(column._replace(sizes=None), memory, frames, i, size, direct)
+    if state:
+        return state
+    module, left = zstandard(), frames.tobytes()
+    for plane in out.reshape(-1, item).T:
+        try:
+            if module.frame_content_size(left) != len(plane):
+                return _CORRUPT
+            decoder = module.ZstdDecompressor().decompressobj()
+            plane[:] = np.frombuffer(decoder.decompress(left), np.uint8)
+        except (module.ZstdError, ValueError):
+            return _CORRUPT
+        left = decoder.unused_data
+    return _CORRUPT if left else _INTACT
 
 
 def _read(file: int, place: int, out: NDArray[np.uint8], direct: bool) -> int:
@@ -227,3 +255,22 @@ def narrow(rows: NDArray[np.float32], out: NDArray[np.uint8], code: str) -> int:
     out[good, :hidden] = codes
     out[good, hidden:] = scales[good].astype("<f4").view(np.uint8)
     return int((~good).sum())
+
+
+# --- frames of zstd ---------------------------------------------------------------------------------------------------
+
+
+def zstandard() -> Any:
+    """Return the package; ``MissingExtraError`` where it is not there."""
+    with requires_extra("zstd", "reading and writing compressed spaces"):
+        import zstandard as module
+    return module
+
+
+def frames_of(data: NDArray[np.uint8], begins: NDArray[np.int64], item: int) -> list[NDArray[np.uint8]]:
+    encoder = zstandard().ZstdCompressor(level=1)
+    frames = []
+    for begin, end in itertools.pairwise(begins.tolist()):
+        planes = np.ascontiguousarray(data[begin:end].reshape(-1, item).T)
+        frames.append(np.frombuffer(b"".join(encoder.compress(plane) for plane in planes), np.uint8))
+    return frames

@@ -108,7 +108,7 @@ class HostDelivery(Delivery):
 
     def _numbers(self, stored: NDArray[Any]) -> NDArray[Any]:
         """Return stored rows as they are delivered; bfloat16 as its bits."""
-        if self._deliver == self._kind.name:
+        if self._deliver == self._kind.form:
             return stored
         shape = (*stored.shape[:-1], self._kind.hidden(stored.shape[-1]))
         out = self._numbers_in.take(shape, codec.get(self._deliver).stored)
@@ -118,6 +118,5 @@ class HostDelivery(Delivery):
 
 def delivered_by(dtype: str, *, numpy: bool) -> str:
     """Return the name of the dtype that rows of a codec are delivered as where nobody asks for another one."""
-    if dtype in codec.FLOATS and not (numpy and dtype == "bfloat16"):
-        return dtype
-    return codec.get(dtype).delivered.name
+    kind = codec.get(dtype)
+    return kind.form if kind.form in codec.FLOATS and not (numpy and kind.form == "bfloat16") else kind.delivered.name

@@ -25,8 +25,9 @@ from actcache.errors import ClosedError, CorruptEntryError, FormatError, ReadOnl
 from actcache.format import checksum, codec
 from actcache.format.arguments import check_choice, to_buffer, whole
 from actcache.format.keys import Keys, key_array, key_list
-from actcache.format.ragged import offsets_of, row_indices, runs
+from actcache.format.ragged import PAYLOAD, offsets_of, row_indices, runs
 from actcache.format.recipe import Recipe
+from actcache.io import loops
 from actcache.io.workers import available_cpus
 from actcache.reader.reader import Reader
 from actcache.store.description import space_blob, write_recipe
@@ -86,6 +87,8 @@ class Space:
         self.created = created  #: whether this call created it
         self._store = driver
         self._reopen, self._on_close = reopen, on_close
+        if codec.get(recipe.dtype).compressed:
+            loops.zstd_is_compiled()  # says what to install, where it takes something
         self._codec, self._put_as = codec.get(recipe.dtype), codec.get(recipe.dtype, recipe.via)
         self._columns = entry.columns_of(recipe)
         self._given = {**self._columns, VALUES: ("", (recipe.hidden_size,))}  # as callers give them
@@ -98,7 +101,8 @@ class Space:
         _SPACES.add(self)
 
     def _open(self) -> None:
-        self._driver = self._store.space(self.recipe.fingerprint, self._columns)
+        compressed = {PAYLOAD: ("|u1", ())} if self._codec.compressed else {}
+        self._driver = self._store.space(self.recipe.fingerprint, {**self._columns, **compressed})
         self._write_lock = threading.RLock()
         self._snapshot_lock = threading.Lock()
         self._writer: Writer | None = None
@@ -311,7 +315,7 @@ class Space:
         return entries
 
     def _numbers(self, stored: NDArray[Any], dtype: str | None) -> NDArray[Any]:
-        if dtype is None or dtype == self._codec.name:
+        if dtype is None or dtype == self._codec.form:
             return self._codec.decode(stored)
         out = np.empty((len(stored), self.recipe.hidden_size), dtype)
         codec.decode_as(self._codec, stored, dtype, out)
@@ -347,7 +351,7 @@ class Space:
         wanted = key_array(keys)
         if dtype is not None:
             check_choice("dtype", dtype, codec.FLOATS)
-        as_stored = dtype is None or dtype == self._codec.name
+        as_stored = dtype is None or dtype == self._codec.form
         buffer = to_buffer(out, self._codec.stored if as_stored else codec.get(str(dtype)).stored, "out")
         ids = None if token_ids is None else to_buffer(token_ids, np.dtype(np.int32), "token_ids")
         stored_width = self._columns[VALUES][1][0]

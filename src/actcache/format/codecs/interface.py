@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,6 +23,13 @@ class Codec(ABC):
 
     #: Whether each number is rounded alone. Rows that were rounded so before are not changed by it.
     rounds_alone = True
+    #: Whether a space's files hold a frame of zstd for each entry's stored rows, which come out of it as they were.
+    compressed = False
+
+    @property
+    def form(self) -> str:
+        """The name of the codec that stores rows in the same form, without compression: its own."""
+        return self.name
 
     def width(self, hidden: int) -> int:
         """Return the items of a stored row; ``RecipeError`` where rows of so many columns cannot be stored so."""
@@ -85,7 +91,43 @@ class Codec(ABC):
         raise NonFiniteError(f"{where}: the model computed no number there; nothing of this call was stored")
 
 
-_NONE = np.empty(0, np.int64)
+@dataclass(frozen=True)
+class Wrapped(Codec):
+    """A codec that stores rows as another one does."""
 
-#: Makes the codec of a name; what an entry point of the group ``actcache.codecs`` names.
-Factory = Callable[[str], Codec]
+    base: Codec
+
+    @property
+    def rounds_alone(self) -> bool:  # type: ignore[override]
+        return self.base.rounds_alone
+
+    @property
+    def form(self) -> str:
+        return self.base.form
+
+    def width(self, hidden: int) -> int:
+        return self.base.width(hidden)
+
+    def hidden(self, width: int) -> int:
+        return self.base.hidden(width)
+
+    def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
+        self.base.encode(rows, out, what=what)
+
+    def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:
+        return self.base.stored_rows(rows, what=what)
+
+    def decode(self, stored: NDArray[Any]) -> NDArray[Any]:
+        return self.base.decode(stored)
+
+    def decode_into(self, stored: NDArray[Any], out: NDArray[Any], dtype: str) -> bool:
+        return self.base.decode_into(stored, out, dtype)
+
+    def decode_tensor(self, torch: Any, stored: Any) -> Any:
+        return self.base.decode_tensor(torch, stored)
+
+    def stray(self, stored: NDArray[Any]) -> NDArray[np.int64]:
+        return self.base.stray(stored)
+
+
+_NONE = np.empty(0, np.int64)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from actcache.backend import Block
 from actcache.errors import ShapeError
-from actcache.format.keys import KEY_BYTES, key_order
 from actcache.format import frames
+from actcache.format.keys import KEY_BYTES, key_order
 from actcache.format.ragged import PAYLOAD, VALUES, Pieces, pieces, runs
 from actcache.io import loops
 from actcache_lmdb import record

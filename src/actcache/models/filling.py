@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
 from actcache.format.ragged import offsets_of
 from actcache.io.buffers import BufferPool
+from actcache.io.notebook import Shown
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import check_texts, chunked, document_keys, streamed
@@ -35,7 +37,7 @@ Advance = Callable[[int, int, int], object]
 
 
 @dataclass(frozen=True)
-class FillReport:
+class FillReport(Shown):
     """What a fill did."""
 
     documents: int  # given: those present (stored before, or given twice), computed and left out
@@ -136,7 +138,8 @@ class Filler:
         budget = self._prepared(max_bytes)
         chunks = chunked(streamed(texts), CHUNK)
         parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
-        with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
+        total = length_hint(texts, -1)
+        with FillProgress(None if total < 0 else total, show=progress) as bar:
             return self._fill(parts, token_budget, bar.advance, budget)
 
     def fill_parts(

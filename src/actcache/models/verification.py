@@ -21,6 +21,7 @@ from actcache.errors import MissingEntryError, ModelError, UsageError, Verificat
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
+from actcache.io.notebook import Shown
 from actcache.models.canary import TOLERANCE, relative_error
 from actcache.models.documents import document_keys, listed
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
@@ -44,7 +45,7 @@ _CHUNK = 64  # entries that are held at a time
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """What was compared, and how far apart it was. Relative errors are L2 norms: of the difference, by the computed."""
 
     documents: int  # entries compared

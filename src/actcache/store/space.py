@@ -28,8 +28,10 @@ from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import PAYLOAD, offsets_of, row_indices, runs
 from actcache.format.recipe import Recipe
 from actcache.io import loops
+from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
 from actcache.reader.reader import Reader
+from actcache.reader.rows import RowReader
 from actcache.store.description import space_blob, write_recipe
 from actcache.store.last_use import LastUse
 
@@ -43,7 +45,7 @@ Progress = Callable[[int, int], None]  # called with the entries that have been 
 
 
 @dataclass(frozen=True)
-class IntegrityReport:
+class IntegrityReport(Shown):
     """What ``verify`` found."""
 
     entries: int  # that were read and checked
@@ -57,7 +59,7 @@ class IntegrityReport:
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Shown):
     """What ``repair`` did."""
 
     quarantined: list[bytes]  # keys of corrupt entries, which are misses now
@@ -400,6 +402,11 @@ class Space:
         """Iterate over entries in batches; see ``actcache.Reader`` for the options."""
         return Reader(self, keys, **options)
 
+    def rows(self, keys: Keys | None = None, **options: Any) -> RowReader:
+        """Iterate over rows ``[n, hidden]``, mixed across documents (all of them, if no keys are given); see
+        ``actcache.reader.rows.RowReader`` for the options."""
+        return RowReader(self, keys, **options)
+
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         self._check_open()  # before the writer is looked at: a fork has another
         self._used.note()
@@ -461,8 +468,12 @@ class Space:
     def in_order(self, keys: Keys) -> NDArray[np.uint8]:
         """Return keys as ``[n, 32]`` in the order in which their published entries lie, absent ones first."""
         wanted = key_array(keys)
-        located = self._view().locate(wanted)
-        return wanted[np.lexsort((located.row, located.segment))]
+        return wanted[self.order_of(wanted)]
+
+    def order_of(self, keys: Keys) -> NDArray[np.int64]:
+        """Return the positions of keys in the order in which their published entries lie, absent ones first."""
+        located = self._view().locate(key_array(keys))
+        return np.lexsort((located.row, located.segment))
 
     @retry_on_stale_snapshot
     def stored_checksums(self, keys: Keys) -> NDArray[np.uint64]:
@@ -666,6 +677,14 @@ class Space:
 
     def __repr__(self) -> str:
         return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
+
+    def _repr_html_(self) -> str:
+        recipe, rows = self.recipe, list[tuple[str, object]]()
+        if not self._closed:
+            usage = self.usage()
+            counts = ("entries", "tokens", "nbytes", "segments")
+            rows = [(f"published {name}", getattr(usage, name)) for name in counts]
+        return table(f"Space {recipe.fingerprint}" + " (closed)" * self._closed, [*recipe.facts(), *rows])
 
 
 def _after_fork() -> None:

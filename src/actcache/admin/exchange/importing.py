@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.admin.exchange import files
-from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, VERSION, VERSION_NAME
+from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, VERSION_NAME, VERSIONS
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
-from actcache.errors import FormatError, UsageError
+from actcache.errors import FormatError, FormatVersionError, UsageError
 from actcache.format import checksum, safetensors
 from actcache.format.keys import key_list
 from actcache.format.ragged import EXTRAS, VALUES, check_offsets, offsets_of, row_indices, runs
@@ -108,8 +108,11 @@ def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]
 
 def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> _File:
     try:
-        if metadata[VERSION_NAME] != VERSION:
-            raise ValueError(f"it is of version {metadata[VERSION_NAME]!r}")
+        version = metadata[VERSION_NAME]
+        if version not in VERSIONS:
+            if version.isdigit() and len(version) < 9 and int(version) > int(VERSIONS[-1]):
+                raise FormatVersionError(f"{path} has version {version}, newer than this release: upgrade actcache")
+            raise ValueError(f"it is of version {version!r}")
         recipe = Recipe.from_json(json.loads(metadata[RECIPE_NAME]))
         of = columns_of(recipe)
         columns = [VALUES, *(name for name in OPTIONAL if name in arrays)]

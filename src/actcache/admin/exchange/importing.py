@@ -107,12 +107,12 @@ def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]
 
 
 def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> _File:
+    version = metadata.get(VERSION_NAME, "")
+    if version.isdigit() and len(version) < 9 and int(version) > int(VERSIONS[-1]):
+        raise FormatVersionError(f"{path} has version {version}, newer than this release: upgrade actcache")
     try:
-        version = metadata[VERSION_NAME]
-        if version not in VERSIONS:
-            if version.isdigit() and len(version) < 9 and int(version) > int(VERSIONS[-1]):
-                raise FormatVersionError(f"{path} has version {version}, newer than this release: upgrade actcache")
-            raise ValueError(f"it is of version {version!r}")
+        if metadata[VERSION_NAME] not in VERSIONS:
+            raise ValueError(f"it is of version {metadata[VERSION_NAME]!r}")
         recipe = Recipe.from_json(json.loads(metadata[RECIPE_NAME]))
         of = columns_of(recipe)
         columns = [VALUES, *(name for name in OPTIONAL if name in arrays)]

@@ -110,6 +110,15 @@ def decode_as(codec: Codec, stored: NDArray[Any], dtype: str, out: NDArray[Any])
     get(dtype).encode(rows.reshape(-1, rows.shape[-1]), out.reshape(-1, out.shape[-1]), what="an entry")
 
 
+def relative_bound(codec: Codec, rows: NDArray[Any]) -> float:
+    """Return the largest relative error (L2) that storing ``[tokens, hidden]`` rows so can make: of all of them
+    together, or of the median row, whichever is larger."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    bounds = codec.bound(codec.stored_rows(rows))
+    of_rows = bounds / np.where(norms > 0, norms, 1.0)
+    return max(float(np.linalg.norm(bounds) / (np.linalg.norm(norms) or 1.0)), float(np.median(of_rows)))
+
+
 # --- what rows were rounded to before they came to be stored as they are ----------------------------------------------
 #
 # Digits that were lost do not come back. So a recipe names, beside the dtype that its rows are stored in, those that

@@ -360,8 +360,8 @@ class BackendConformance:
         ):
             with pytest.raises(errors.ShapeError):
                 space.read_into(keys, bad, dtype="float32")
+        wrong = np.empty(tokens, np.int64)
         with pytest.raises(errors.ShapeError):
-            wrong = np.empty(tokens, np.int64)
             space.read_into(keys, np.empty((tokens, HIDDEN), np.float32), token_ids=wrong, dtype="float32")
 
     def test_reader(self, space: actcache.Space) -> None:

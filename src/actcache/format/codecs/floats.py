@@ -33,6 +33,9 @@ class Float(Codec):
     def decode(self, stored: NDArray[Any]) -> NDArray[Any]:
         return stored
 
+    def bound(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        return _rounding(stored, *((2.0**-11, 2.0**-25) if self.stored.itemsize == 2 else (0.0, 0.0)))
+
 
 class Bfloat16(Codec):
     """The upper 16 bits of a float32, rounded to nearest even."""
@@ -56,8 +59,17 @@ class Bfloat16(Codec):
         np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
         return True
 
+    def bound(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        return _rounding(self.decode(stored), 2.0**-8, 2.0**-134)
+
     def decode_tensor(self, torch: Any, stored: Any) -> Any:
         return stored.view(torch.bfloat16)
+
+
+def _rounding(rows: NDArray[Any], share: float, least: float) -> NDArray[np.float64]:
+    """Return the L2 norms of what rounding takes from rows: of each number a share, or half of the least step."""
+    bounds: NDArray[np.float64] = np.linalg.norm(np.maximum(np.abs(rows.astype(np.float64)) * share, least), axis=1)
+    return bounds if share else np.zeros(len(rows))
 
 
 def _all_finite(rows: NDArray[np.generic]) -> bool:

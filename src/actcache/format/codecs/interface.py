@@ -55,7 +55,7 @@ class Codec(ABC):
     def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:
         """Return what ``encode`` would write, raising as it does: ``rows`` itself where that is what they are, else a
         new array."""
-        out = np.empty((len(rows), self.width(rows.shape[1])), self.stored)
+        out = np.empty((*rows.shape[:-1], self.width(rows.shape[-1])), self.stored)
         self.encode(rows, out, what=what)
         return out
 
@@ -68,6 +68,11 @@ class Codec(ABC):
         """Write the numbers of stored rows into an array of the dtype of that name (bfloat16: its bits, uint16), faster
         than by way of ``decode``; return whether this codec can. Raises as ``decode``, and ``CodecOverflowError``."""
         return False
+
+    @abstractmethod
+    def bound(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        """Return how far the numbers of each stored row, ``[n, width]``, are at most from those that were encoded, as
+        float32: the L2 norm of the difference, ``[n]``."""
 
     def decode_tensor(self, torch: Any, stored: Any) -> Any:
         """Return ``decode`` of a tensor, on its device, by ``torch``, the module. What ``stray`` finds is not looked
@@ -122,6 +127,9 @@ class Wrapped(Codec):
 
     def decode_into(self, stored: NDArray[Any], out: NDArray[Any], dtype: str) -> bool:
         return self.base.decode_into(stored, out, dtype)
+
+    def bound(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        return self.base.bound(stored)
 
     def decode_tensor(self, torch: Any, stored: Any) -> Any:
         return self.base.decode_tensor(torch, stored)

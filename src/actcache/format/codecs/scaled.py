@@ -66,6 +66,16 @@ class Scaled(Codec):
         most = float(np.abs(wide).max())
         return CodecOverflowError(f"these rows hold {most:g}, too large for {dtype}: ask for float32 or bfloat16")
 
+    def bound(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        hidden = self.hidden(stored.shape[1])
+        codes, scales = stored[:, :hidden], stored[:, hidden:].copy().view("<f4").astype(np.float64)[:, 0]
+        if self.name == "int8":
+            steps = np.full(len(stored), np.sqrt(hidden))
+        else:  # of each code's exponent, 3 digits behind the first
+            steps = np.linalg.norm(np.ldexp(1.0, np.maximum(codes >> 3 & 15, 1).astype(np.int64) - 10), axis=1)
+        # Half a step; and a number is a quotient, times the scale again, each rounded to float32.
+        return steps / 2 * scales * (1 + 2.0**-10)
+
     def decode_tensor(self, torch: Any, stored: Any) -> Any:
         hidden = self.hidden(stored.shape[-1])
         codes = stored[..., :hidden].view(torch.int8 if self.name == "int8" else torch.float8_e4m3fn)

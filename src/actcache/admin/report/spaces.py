@@ -24,6 +24,7 @@ from actcache.format.recipe import Recipe
 from actcache.store.footprint import Footprint, age_of_last_write, footprint_of, segments_in
 from actcache.store.space import Space
 from actcache.store.store import Store
+from actcache.store.stored_errors import StoredErrors
 
 #: Entries that are read where nobody says how many.
 SAMPLE = 200
@@ -226,6 +227,7 @@ class SpaceDetail:
     lengths: Lengths
     segments: list[SegmentReport]
     sample: Sample
+    errors: StoredErrors | None  # what storing does to the numbers, as it was measured when the space was filled
 
     @property
     def recipe(self) -> Recipe:
@@ -259,7 +261,7 @@ class SpaceDetail:
             **self.report.to_json(),
             **attributes_as_json(self, "made", "owner", "written", *sizes),
             "segment_list": as_json(self.segments),
-            **attributes_as_json(self, "sample", "intact"),
+            **attributes_as_json(self, "sample", "errors", "intact"),
         }
 
 
@@ -314,6 +316,7 @@ def store_detail(
             lengths=Lengths.of(space.lengths(keys)),
             segments=segments_of(space, files, damaged, keys),
             sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
+            errors=StoredErrors.read(space),
         )
 
     spaces, unreadable = each_space(store, prefixes, detail)

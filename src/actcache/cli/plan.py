@@ -14,6 +14,7 @@ from actcache.cli import corpus, options
 from actcache.cli.common import console, print_json, say, table
 from actcache.errors import UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
+from actcache.store.stored_errors import StoredErrors
 
 _SAMPLE = 5000  # documents whose lengths are looked at
 _MONTHS = {"cloud": ".2f", "paper_cloud": ".2f", "local": ".1f", "paper_local": ".1f"}

@@ -48,7 +48,7 @@ CANDIDATES = ("float32", "float16", "bfloat16", "float8_e4m3", "int8")
 
 @dataclass(frozen=True)
 class Choice:
-    """The codec and layer of fewest bytes within a budget; of equal ones the highest layer, which leaves least to run."""
+    """The codec and layer of fewest bytes within a budget; of equal ones the highest layer."""
 
     dtype: str
     layer: int
@@ -70,6 +70,8 @@ class ErrorMeter:
     Args:
         texts: the documents.
         task_model: whose outputs are compared, too; in eval mode.
+        sample: documents at most whose rows are compared.
+        compared: of these, at most, from whose rows the layers above are run.
 
     Raises:
         UsageError: there are none.
@@ -83,12 +85,13 @@ class ErrorMeter:
         *,
         task_model: PreTrainedModel | None = None,
         sample: int = SAMPLE,
+        compared: int = SAMPLE,
     ) -> None:
         documents = [text for _, text in zip(range(sample), texts, strict=False)]
         if not documents:
             raise UsageError("no texts were given, so there is nothing to measure")
         self._inputs = [windows[0] for windows in encoder.truncating.encode(documents)]
-        self._lower = lower
+        self._compared = compared
         ids, types = [one.token_ids for one in self._inputs], [one.type_ids for one in self._inputs]
         self._rows = [rows.astype(np.float32) for rows in lower.run(ids, types)]
         self._above = _Above(lower.base_model, lower.layer, lower.family)
@@ -102,20 +105,29 @@ class ErrorMeter:
         """
         one, to_store = codec.get(dtype), codec.get(dtype, via)
         stored = [to_store.stored_rows(rows) for rows in self._rows]
-        decoded = [one.decode(rows).astype(np.float32) for rows in stored]
+        bits = 8 * one.stored.itemsize * stored[0].shape[1] / self._rows[0].shape[1]
+        return self.compare(dtype, bits, [one.decode(rows).astype(np.float32) for rows in stored])
+
+    @property
+    def rows(self) -> list[NDArray[np.float32]]:
+        """The exact rows of each document, ``[tokens, hidden]``."""
+        return self._rows
+
+    def compare(self, name: str, bits: float, decoded: Sequence[NDArray[np.float32]]) -> StoredErrors:
+        """Return how far other rows are from the exact ones, whatever made them; ``name`` and ``bits`` are noted."""
+        some = self._inputs[: self._compared]
         norms = np.array([np.linalg.norm(rows.astype(np.float64)) for rows in self._rows])
         pairs = zip(decoded, self._rows, strict=True)
         off = np.array([np.linalg.norm(found.astype(np.float64) - rows) for found, rows in pairs])
-        bits = 8 * one.stored.itemsize * stored[0].shape[1] / self._rows[0].shape[1]
         return StoredErrors(
-            dtype,
+            name,
             len(self._rows),
             sum(map(len, self._rows)),
             bits,
             float(np.linalg.norm(off) / (np.linalg.norm(norms) or 1.0)),
             float((off / np.where(norms > 0, norms, 1.0)).max()),
-            self._above.change(self._inputs, self._rows, decoded),
-            None if self._task is None else self._task.change(self._inputs, self._rows, decoded),
+            self._above.change(some, self._rows, decoded),
+            None if self._task is None else self._task.change(some, self._rows, decoded),
         )
 
 
@@ -132,13 +144,14 @@ class _Above:
     def change(
         self, inputs: Sequence[Encoded], exact: Sequence[NDArray[Any]], decoded: Sequence[NDArray[Any]]
     ) -> float | None:
-        """Return the relative change of all outputs, of all documents together; None where there is no model."""
+        """Return the relative change of all outputs of the first documents, those of ``inputs``, together; None where
+        there is no model."""
         if self._reduced is None:
             return None
         if self._exact is None:
-            self._exact = [self._outputs(*pair) for pair in zip(inputs, exact, strict=True)]
+            self._exact = [self._outputs(*pair) for pair in zip(inputs, exact, strict=False)]
         off = norm = 0.0
-        for given, rows, expected in zip(inputs, decoded, self._exact, strict=True):
+        for given, rows, expected in zip(inputs, decoded, self._exact, strict=False):
             for name, value in self._outputs(given, rows).items():
                 off += float((value - expected[name]).double().square().sum())
                 norm += float(expected[name].double().square().sum())

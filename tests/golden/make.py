@@ -153,8 +153,7 @@ def files(root):
 
 if __name__ == "__main__":
     only_codecs = "--codecs" in sys.argv
-    for chosen in [one for one in sys.argv[1:] if one != "--codecs"] or [
-        kind.name for kind in KINDS.values() if kind.installed
-    ]:
+    named = [one for one in sys.argv[1:] if one != "--codecs"]
+    for chosen in named or [kind.name for kind in KINDS.values() if kind.installed]:
         (make_codecs if only_codecs else make)(chosen)
         print(chosen, sum(path.stat().st_size for path in (HERE / chosen).rglob("*")), "bytes")

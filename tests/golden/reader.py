@@ -110,9 +110,8 @@ def read_segments(folder, identity, suffix, read):
             entry = {n: a[offsets[i] : offsets[i + 1]] for n, a in arrays.items() if n not in {*FIXED, "payload"}}
             if "payload" in arrays:
                 begin, end = arrays["payload_offsets"][i : i + 2].tolist()
-                entry["values"] = decompressed(
-                    arrays["payload"][begin:end].tobytes(), offsets[i + 1] - offsets[i], identity
-                )
+                frames, tokens = arrays["payload"][begin:end].tobytes(), offsets[i + 1] - offsets[i]
+                entry["values"] = decompressed(frames, tokens, identity)
             extra = int(arrays["extra_checksums"][i]) if "extra_checksums" in arrays else None
             check(folder.name, identity, key, entry, int(arrays["checksums"][i]), extra)
             if origin not in dead and origin >= origins_of.get(key, ("", 0)):  # the copy of the last origin is served

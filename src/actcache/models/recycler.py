@@ -18,7 +18,7 @@ from actcache.errors import DataError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import error_budget, loading, replay, verification
+from actcache.models import error_budget, loading, proof, replay, verification
 from actcache.models.agreement import Agreement
 from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
@@ -97,6 +97,7 @@ class Recycler:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, layer, compute_dtype)
+        lower.family = family = proof.of_rows(lower)
         encoder = DocumentEncoder(
             tokenizer,
             check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
@@ -374,9 +375,9 @@ class Recycler:
         Raises:
             LowerHalfMismatchError: the task model's lower half is not the recorded one, or computes other numbers.
         """
-        family = check_same_lower_half(task_model, self.recipe)
+        check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
-        reduced = replay.reduce(task_model, self.recipe.layer, family)
+        reduced = replay.reduce(task_model, self.recipe.layer)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
 

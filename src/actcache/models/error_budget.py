@@ -33,7 +33,7 @@ from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
 from actcache.models.documents import check_texts
 from actcache.models.families import Family, base_model_of, family_of
-from actcache.models.lower_half import LowerHalf
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
 from actcache.models.pretrained import load_pretrained
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded, check_max_length
@@ -92,8 +92,7 @@ class ErrorMeter:
             raise UsageError("no texts were given, so there is nothing to measure")
         self._inputs = [windows[0] for windows in encoder.truncating.encode(documents)]
         self._compared = compared
-        ids, types = [one.token_ids for one in self._inputs], [one.type_ids for one in self._inputs]
-        self._rows = [rows.astype(np.float32) for rows in lower.run(ids, types)]
+        self._rows = _computed(lower, self._inputs)
         self._above = _Above(lower.base_model, lower.layer, lower.family)
         self._task = None if task_model is None else _Above(task_model, lower.layer, lower.family)
 
@@ -129,6 +128,16 @@ class ErrorMeter:
             self._above.change(some, self._rows, decoded),
             None if self._task is None else self._task.change(some, self._rows, decoded),
         )
+
+
+def _computed(lower: LowerHalf, inputs: Sequence[Encoded]) -> list[NDArray[np.float32]]:
+    rows: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(inputs)
+    for batch in plan_batches([len(one.token_ids) for one in inputs], TOKEN_BUDGET):
+        some = [inputs[i] for i in batch]
+        computed = lower.run([one.token_ids for one in some], [one.type_ids for one in some])
+        for i, array in zip(batch, computed, strict=True):
+            rows[i] = array.astype(np.float32)
+    return rows
 
 
 class _Above:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ _FIXED: Columns = {
 }
 _ORIGINS = frozenset({"origins", "origin", "origin_entries", "sources", "origins_checksum"})
 _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
+_MOST_EXPANSION = 15  # a block of zstd makes 128 KiB of four bytes, at most: a power of two
 _LAST_SEQUENCE = (1 << 48) - 1
 
 
@@ -229,6 +231,11 @@ def _tokens(files: SegmentFiles, extents: Mapping[str, Extent]) -> int:
     return int.from_bytes(last, "little", signed=True)
 
 
+def _row_bytes(columns: Columns) -> int:
+    dtype, trailing = columns[VALUES]
+    return np.dtype(dtype).itemsize * math.prod(trailing)
+
+
 def _check(where: str, extents: Mapping[str, Extent], columns: Columns, rows: int) -> None:
     """Refuse arrays that a segment of this space cannot have."""
     known = {**_FIXED, **columns}
@@ -243,6 +250,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns, rows: in
     if missing:
         raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
     entries, tokens = extents["keys"].shape[:1], (rows,)
+    if compressed and rows * _row_bytes(columns) > extents[PAYLOAD].nbytes << _MOST_EXPANSION:
+        raise FormatError(f"{where} says that it has {rows} rows, more than its frames can make")
     for name, extent in extents.items():
         if name not in known:
             raise FormatError(f"{where} has an array {name!r} that this release does not know")

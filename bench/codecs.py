@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="errors,variants,speeds,cold,accuracy")
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--layers", default="1,2,3,4,5", help="of MiniLM; the third is always measured")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=192, help="of the cold reads' float16 entries")
     parser.add_argument("--folder", type=Path, help="on the disk of the cold reads")
@@ -70,7 +71,7 @@ def main() -> None:
     report, parts = Report(), set(options.parts.split(","))
     texts = corpus(6, 400).texts
     if parts & {"errors", "variants", "speeds"}:
-        meters = minilm(texts, options.tokens)
+        meters = minilm(texts, options.tokens, sorted({3, *map(int, options.layers.split(","))}))
         if "errors" in parts:
             errors(report, "MiniLM", meters)
             errors(report, f"Llama with outliers (x{FACTOR:g} in channels {OUTLIERS})", llama(texts, options.tokens))
@@ -95,8 +96,8 @@ def some_of(encoder: DocumentEncoder, texts: list[str], tokens: int) -> list[str
     return texts[: int(np.searchsorted(lengths, tokens)) + 1]
 
 
-def minilm(texts: list[str], tokens: int) -> dict[int, ErrorMeter]:
-    """Return a meter for each layer of MiniLM."""
+def minilm(texts: list[str], tokens: int, layers: list[int]) -> dict[int, ErrorMeter]:
+    """Return a meter for each of some layers of MiniLM."""
     torch.manual_seed(0)
     task = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=6).eval()
     base = task.base_model
@@ -106,7 +107,7 @@ def minilm(texts: list[str], tokens: int) -> dict[int, ErrorMeter]:
         layer: ErrorMeter(
             LowerHalf(base, family_of(base), layer), encoder, some, task_model=task, sample=len(some), compared=COMPARED
         )
-        for layer in range(1, base.config.num_hidden_layers)
+        for layer in layers
     }
 
 
@@ -137,7 +138,7 @@ def llama(texts: list[str], tokens: int) -> dict[int, ErrorMeter]:
     some = some_of(encoder, texts, tokens)
     return {
         layer: ErrorMeter(LowerHalf(model, family_of(model), layer), encoder, some, sample=len(some), compared=COMPARED)
-        for layer in (2, 4)
+        for layer in (4,)
     }
 
 

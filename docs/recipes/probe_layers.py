@@ -19,12 +19,7 @@ with actcache.Recyclers.from_pretrained(
 ) as recyclers:
     recyclers.fill(texts, progress=False)  # one pass through the model for all layers
     for layer, recycler in recyclers.items():
-        means = np.concatenate(
-            [
-                batch.activations.float().sum(1).numpy() / batch.lengths.numpy()[:, None]
-                for batch in recycler.reader(texts, batch_size=64)
-            ]
-        )
+        means = recycler.pooled(texts)  # [documents, hidden], the mean over each one's tokens
         means = StandardScaler().fit(means[~held_out]).transform(means)
         probe = LogisticRegression(C=0.05, max_iter=200).fit(means[~held_out], labels[~held_out])
         print(f"layer {layer}: accuracy {probe.score(means[held_out], labels[held_out]):.2f}")

@@ -55,7 +55,7 @@ static zstd_functions zstd;
 
 PUBLIC void act_set_zstd(const zstd_functions *functions) { zstd = *functions; }
 
-PUBLIC int32_t act_version(void) { return 5; }
+PUBLIC int32_t act_version(void) { return 6; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
 
 import actcache
 from actcache.admin.exchange import draft_samples as exchange
@@ -25,7 +25,9 @@ from actcache.errors import (
     UsageError,
 )
 from actcache.models.clients.draft_samples import DraftSamples, layers_of
+from tests.models.zoo import KINDS
 from tests.support import segment_files
+from tests.support.tiny import save_tiny
 
 HIDDEN, COUNT = 8, 6
 LAYERS = [2, 5, 8, 12]
@@ -33,9 +35,6 @@ CREATED: dict[str, Any] = {"model": "tiny", "hidden_size": HIDDEN, "dtype": "bfl
 IDS = [np.random.default_rng(n).integers(0, 1000, 3 + n) for n in range(COUNT)]
 ROWS = [torch.randn(len(ids), 4, HIDDEN, generator=torch.Generator().manual_seed(len(ids))).bfloat16() for ids in IDS]
 MASKS = [np.arange(len(ids)) % 2 == 0 for ids in IDS]
-NORM = pytest.mark.skipif(
-    "site" not in {field.name for field in dataclasses.fields(actcache.Recipe)}, reason="recipes name no modules yet"
-)
 
 
 @pytest.fixture
@@ -70,6 +69,32 @@ def test_samples_are_found_by_their_tokens(store: Any, samples: DraftSamples) ->
     names = [space.recipe.fingerprint for space in samples.spaces]
     with DraftSamples.find(store, [], spaces=names[::-1]) as turned:
         assert torch.equal(turned.get(IDS[1]), ROWS[1].flip(1))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the model, whose tokenizer is another's
+def test_a_recyclers_spaces_are_samples(store: Any, tmp_path: Path) -> None:
+    """One pass records all layers, the last one before and after the norm; samples are found by their tokens."""
+    model = KINDS["qwen3"].make(AutoModel, None, vocab_size=128).eval()
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny(tmp_path / "tiny"))
+    count, ids = model.config.num_hidden_layers, [one % model.config.vocab_size for one in IDS]
+    seen: list[Any] = []
+    for module in (*model.layers, model.norm):
+        module.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    options: dict[str, Any] = {"store": store, "dtype": "float32", "check_canaries": False}
+    with (
+        actcache.Recyclers(model, tokenizer, layers=range(1, count + 1), **options) as recyclers,
+        actcache.Recycler(model, tokenizer, site="norm", **options) as last,
+    ):
+        recyclers.fill(ids, progress=False)
+        last.fill(ids, progress=False)
+        for layers in ([1, 2, count], [1, 2, "norm"]):
+            with DraftSamples.find(store, layers) as samples:
+                assert samples.prenorm == (layers[-1] == count)
+                for one in ids:
+                    seen.clear()
+                    model(torch.from_numpy(one)[None])
+                    expected = [seen[-1 if layer == "norm" else layer - 1][0] for layer in layers]
+                    torch.testing.assert_close(samples.get(one), torch.stack(expected, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_spaces_that_do_not_belong_together(store: Any, samples: DraftSamples) -> None:
@@ -165,7 +190,6 @@ def dumped(folder: Path, name: str = "a.pt", **changes: Any) -> Path:
     return folder
 
 
-@NORM
 def test_model_optimizer_after_the_norm(store: Any, tmp_path: Path) -> None:
     folder = dumped(tmp_path / "in", hidden_states_prenorm=None)  # what older releases dumped
     layers = [2, 5, 8, "norm"]

@@ -58,7 +58,7 @@ class DraftSamples:
     @property
     def prenorm(self) -> bool:
         """Whether the last rows are those before the model's final norm."""
-        return site_of(self.spaces[-1].recipe) is None
+        return self.spaces[-1].recipe.site is None
 
     @classmethod
     def find(
@@ -83,7 +83,7 @@ class DraftSamples:
             found = [[recipe for recipe in mine if is_at(recipe, layer)] for layer in layers]
         for name, some in zip(spaces or layers, found, strict=True):
             if not some:
-                there = sorted({f"{one.model} at {_named(one)}" for one in recipes})
+                there = sorted({f"{one.model} at {one.site_name}" for one in recipes})
                 raise SpaceNotFoundError(f"{store.url} has no space for {name!r}; it has {', '.join(there) or 'none'}")
             if len(some) > 1:
                 names = ", ".join(f"{one.fingerprint} ({one.model}, {one.stored_as})" for one in some)
@@ -187,15 +187,9 @@ def layers_of(text: str) -> list[Layer]:
     return [int(part) if part.isdecimal() else part for part in parts]
 
 
-def site_of(recipe: Recipe) -> str | None:
-    """Return the module whose output a space holds; None for a layer's."""
-    return getattr(recipe, "site", None)
-
-
 def is_at(recipe: Recipe, layer: Layer) -> bool:
     """Return whether a recipe's rows are those of a layer or module."""
-    site = site_of(recipe)
-    return site == layer if isinstance(layer, str) else site is None and recipe.layer == layer
+    return recipe.site == layer if isinstance(layer, str) else recipe.layer == layer
 
 
 def stored_dtype(tensor: torch.Tensor) -> str:
@@ -212,7 +206,3 @@ def _place(layer: Layer) -> Mapping[str, Any]:
     if not is_whole(layer):
         raise UsageError(f"a layer is a number, or a module's path, not {layer!r}")
     return {"layer": int(layer)}
-
-
-def _named(recipe: Recipe) -> str:
-    return site_of(recipe) or f"layer {recipe.layer}"

@@ -254,7 +254,7 @@ def the_recipe() -> Target:
         finally:
             opened._driver = driver
 
-    return Target(parse, lambda: bytes_of("hdf5", "spaces/*/recipe.json"), (ActcacheError,))
+    return Target(parse, lambda: bytes_of("hdf5", f"spaces/{recipe().fingerprint}/recipe.json"), (ActcacheError,))
 
 
 def export_file() -> Target:

@@ -17,7 +17,7 @@ import numpy as np
 
 from actcache.errors import FormatError, RecipeError
 from actcache.format import codec
-from actcache.format.arguments import is_truth, is_whole
+from actcache.format.arguments import dtype_name, is_truth, is_whole
 from actcache.io.notebook import table
 
 #: What a document longer than ``max_length`` becomes.
@@ -102,7 +102,8 @@ class Recipe:
             self.site is None or (isinstance(self.site, str) and _SITE.fullmatch(self.site) is not None),
             f"site {self.site!r:.80} is no path of a module, such as layers.5.mlp or layers.5.mlp:input",
         )
-        # NumPy's dtypes equal their names, and are no JSON.
+        for name in ("dtype", "compute_dtype"):
+            object.__setattr__(self, name, dtype_name(getattr(self, name)))
         known = f"{', '.join(codec.names())}, or one of these and {codec.COMPRESSED}"
         check(codec.is_name(self.dtype), f"dtype {self.dtype!r} is not one of {known}")
         good = isinstance(self.compute_dtype, str) and self.compute_dtype in COMPUTE_DTYPES

@@ -32,7 +32,7 @@ from actcache.format import codec
 from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
 from actcache.models.documents import check_texts
-from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
 from actcache.models.pretrained import load_pretrained
 from actcache.models.replay import reduce
@@ -51,10 +51,10 @@ class Choice:
     """The codec and layer of fewest bytes within a budget; of equal ones the highest layer."""
 
     dtype: str
-    layer: int
+    layer: int | str  # or another site's name
     metric: str
     max_error: float
-    tried: Mapping[tuple[int, str], StoredErrors | None] = field(repr=False)  # None: the codec refuses these rows
+    tried: Mapping[tuple[int | str, str], StoredErrors | None] = field(repr=False)  # None: the codec refuses these rows
 
     def __str__(self) -> str:
         error = self.tried[self.layer, self.dtype]
@@ -93,8 +93,8 @@ class ErrorMeter:
         self._inputs = [windows[0] for windows in encoder.truncating.encode(documents)]
         self._compared = compared
         self._rows = _computed(lower, self._inputs)
-        self._above = _Above(lower.base_model, lower.layer, lower.family)
-        self._task = None if task_model is None else _Above(task_model, lower.layer, lower.family)
+        self._above = _Above(lower.base_model, lower)
+        self._task = None if task_model is None else _Above(task_model, lower)
 
     def measure(self, dtype: str, via: Sequence[str] = ()) -> StoredErrors:
         """Return what storing as ``dtype`` does.
@@ -143,11 +143,11 @@ def _computed(lower: LowerHalf, inputs: Sequence[Encoded]) -> list[NDArray[np.fl
 class _Above:
     """Compares what the layers above make of two versions of rows."""
 
-    def __init__(self, model: PreTrainedModel, layer: int, family: Family) -> None:
+    def __init__(self, model: PreTrainedModel, lower: LowerHalf) -> None:
         self._reduced: PreTrainedModel | None = None
-        if not model.training:
-            with suppress(ModelError):  # its upper layers are not there
-                self._reduced = reduce(model, layer, family).eval()
+        if not model.training and lower.site.layer is not None:
+            with suppress(ModelError):  # nothing starts from these rows
+                self._reduced = reduce(model, lower.site.layer, lower.family).eval()
         self._exact: list[dict[str, torch.Tensor]] | None = None
 
     def change(
@@ -201,11 +201,11 @@ def check_budget(found: StoredErrors, max_error: float, metric: str) -> None:
 
 
 def choose(
-    meters: Mapping[int, ErrorMeter], dtypes: Sequence[str], hidden_size: int, *, max_error: float, metric: str
+    meters: Mapping[int | str, ErrorMeter], dtypes: Sequence[str], hidden_size: int, *, max_error: float, metric: str
 ) -> Choice:
     """Return the cheapest of some codecs and layers within a budget; see ``Recycler.choose``."""
     check_metric(metric)
-    tried: dict[tuple[int, str], StoredErrors | None] = {}
+    tried: dict[tuple[int | str, str], StoredErrors | None] = {}
     for layer, meter in meters.items():
         for dtype in dtypes:
             try:
@@ -215,10 +215,10 @@ def choose(
     if all(error is not None and error.of(metric) is None for error in tried.values()):
         raise UsageError(f"{metric} cannot be measured: the model that makes them is not at hand; take another metric")
 
-    def cost(one: tuple[int, str]) -> tuple[int, int]:
+    def cost(one: tuple[int | str, str]) -> tuple[int, int]:
         layer, dtype = one
         kind = codec.get(dtype)
-        return kind.stored.itemsize * kind.width(hidden_size), -layer
+        return kind.stored.itemsize * kind.width(hidden_size), -layer if isinstance(layer, int) else 0
 
     within = [one for one, error in tried.items() if error is not None and (error.of(metric) or 0.0) <= max_error]
     if not within:

@@ -105,7 +105,6 @@ class Recycler:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, chosen(layer, site), compute_dtype)
-        lower.family = family = proof.of_rows(lower)
         encoder = DocumentEncoder(
             tokenizer,
             check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
@@ -114,6 +113,7 @@ class Recycler:
             vocabulary=vocabulary_size(base),
             extras=_check_extras(extras),
         )
+        lower.family = family = proof.of_rows(lower, encoder.max_length)
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
             layer=lower.site.layer,
@@ -245,7 +245,7 @@ class Recycler:
         *,
         max_error: float,
         metric: str = "hidden",
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int | str] | None = None,
         dtypes: Sequence[str] = error_budget.CANDIDATES,
         field: Field | None = None,
         task_model: PreTrainedModel | None = None,
@@ -273,11 +273,12 @@ class Recycler:
             check_same_lower_half(task_model, self.recipe)
         own, encoder = self.agreement.lower, self.agreement.encoder
         some = list(itertools.islice(documents_in(texts, field), sample))
-        meters = {}
-        for layer in layers or [own.layer]:
-            lower = own if layer == own.layer else LowerHalf(own.base_model, own.family, layer, own.compute_dtype)
+        meters: dict[int | str, error_budget.ErrorMeter] = {}
+        for layer in layers or [own.site.name]:
+            lower = own if layer == own.site.name else LowerHalf(own.base_model, own.family, layer, own.compute_dtype)
             meters[layer] = error_budget.ErrorMeter(lower, encoder, some, task_model=task_model, sample=sample)
-        return error_budget.choose(meters, dtypes, own.hidden_size, max_error=max_error, metric=metric)
+        hidden = self.recipe.hidden_size
+        return error_budget.choose(meters, dtypes, hidden, max_error=max_error, metric=metric)
 
     def reader(
         self,

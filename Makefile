@@ -19,7 +19,7 @@ EVERYDAY := PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -n auto --ma
 # For the inner loop: no processes, no models, no servers.
 QUICK := architecture backends entries format golden io segments store
 
-.PHONY: demo test test-quick test-long test-quantized test-clients test-clients-long fuzz sanitize golden lint picture bench clean
+.PHONY: demo docs test test-quick test-long test-quantized test-clients test-clients-long fuzz sanitize golden lint picture bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
@@ -96,6 +96,11 @@ lint: $(READY)
 # docs/architecture.svg: needs Graphviz.
 picture: $(READY)
 	set -o pipefail; $(BIN)/import-linter drawgraph actcache | tred | sed 's/helvetica/helvetica, shape=box, style=rounded/' | dot -Tsvg -o docs/architecture.svg
+
+# The documentation site, in build/site; a warning is a failure.
+docs: $(READY)
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold

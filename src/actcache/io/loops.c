@@ -36,7 +36,7 @@ static digest_function digest_of; /* XXH3_64bits_withSeed */
 
 PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
 
-PUBLIC int32_t act_version(void) { return 3; }
+PUBLIC int32_t act_version(void) { return 4; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 

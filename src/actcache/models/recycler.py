@@ -103,7 +103,6 @@ class Recycler:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, chosen(layer, site), compute_dtype)
-        lower.family = family = proof.of_rows(lower)
         encoder = DocumentEncoder(
             tokenizer,
             check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
@@ -112,6 +111,7 @@ class Recycler:
             vocabulary=vocabulary_size(base),
             extras=_check_extras(extras),
         )
+        lower.family = family = proof.of_rows(lower, encoder.max_length)
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
             layer=lower.site.layer,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.format.keys import Document
+from actcache.models import error_budget
 from actcache.models.agreement import when_opened
 from actcache.models.documents import Field, documents_in, listed
 from actcache.models.families import base_model_of, family_of
@@ -104,13 +105,18 @@ class Recyclers(Mapping[int | str, Recycler]):
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
+        max_error: float | None = None,
+        metric: str = "rows",
     ) -> FillReport:
         """Compute each document once, as far as the deepest site that lacks it, and store it at each site that does.
 
         Else as ``Recycler.fill``; ``computed`` counts the documents that any site lacked, and ``max_bytes`` is for all
-        sites together.
+        sites together; ``max_error`` is for each of them.
         """
-        return self.filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
+        agreements = [recycler.agreement for recycler in dict.fromkeys(self._recyclers.values())]
+        self._store.check_writable()
+        texts = error_budget.measured(documents_in(texts, field), agreements, max_error, metric)
+        return self.filler.fill(texts, token_budget, progress, max_bytes)
 
     def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
         """Return batches of rows ``[n, layers, hidden]``, mixed across documents and aligned row by row, the layers in

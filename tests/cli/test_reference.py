@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import actcache
@@ -25,7 +27,7 @@ def test_every_command_describes_itself(command):
     assert "--json" in shown.out
     assert shown.out == cachectl(name, "-h").out
     options = [line for line in shown.out.splitlines() if " --" in line and "--help" not in line]
-    assert not [line for line in options if "<" in line], "types of Python's"
+    assert not [line for line in options if re.search(r"<(list|str|int|path|bool)", line)], "types of Python's"
     assert name in cachectl("--help").out
 
 

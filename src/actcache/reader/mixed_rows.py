@@ -32,7 +32,7 @@ _AHEAD = 2  # portions whose rows the operating system is asked for before they 
 class MixedRows:
     """The rows of a mix that are not left out, in random order, ``[count]`` each."""
 
-    values: NDArray[np.generic]  # [count, hidden], of several sites [count, sites, hidden], in the stored dtype
+    values: NDArray[np.generic]  # [count, width], of several sites [count, sites, width], in stored form
     documents: NDArray[np.int64]  # positions in the reader's order of documents
     positions: NDArray[np.int64]  # in their documents
     token_ids: NDArray[np.int32] | None
@@ -61,8 +61,9 @@ class RowDocuments:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        hidden = self.sources[0].recipe.hidden_size
-        return (len(self.sources), hidden) if self.stacked else (hidden,)
+        recipe = self.sources[0].recipe
+        width = codec.get(recipe.dtype).width(recipe.hidden_size)
+        return (len(self.sources), width) if self.stacked else (width,)
 
     @property
     def row_bytes(self) -> int:
@@ -164,7 +165,7 @@ def mix(
 
 def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> bool:
     """Ask for what is read soon; return whether there seemed to be anything to ask for."""
-    return any([source.read_ahead(documents.keys[members]) for source in documents.sources])
+    return bool(sum(source.read_ahead(documents.keys[members]) for source in documents.sources))
 
 
 def _beside(

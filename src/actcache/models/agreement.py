@@ -13,7 +13,6 @@ from actcache.models import canary
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf, evaluating
 from actcache.models.provenance import setup_of
-from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
 from actcache.models.weights import check_same_lower_half
 from actcache.store.document_entries import find_entries
@@ -31,7 +30,7 @@ class Agreement:
     Where it is not ``enabled``, it looks at the weights only, and computes no canaries and documents again.
     """
 
-    def __init__(self, space: Space, encoder: DocumentEncoder, lower: LowerHalf, *, enabled: bool = True) -> None:
+    def __init__(self, space: Space, encoder: canary.Encoder, lower: LowerHalf, *, enabled: bool = True) -> None:
         self.space, self.encoder, self.lower, self.enabled = space, encoder, lower, enabled
         self._setup = setup_of(lower)
         self._canaries: bytes | None = None  # the space's, where they agree

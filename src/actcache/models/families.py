@@ -102,6 +102,8 @@ class Family:
 
         Beside a decoder that has the same matrix they are none.
         """
+        if isinstance(base_model, PreTrainedModel) and base_model.main_input_name != "input_ids":
+            return {}  # a decoder's, which no image or audio goes through
         words = base_model.get_input_embeddings() if isinstance(base_model, PreTrainedModel) else None
         lower = {id(module) for part in self.embeddings_of(base_model).values() for module in part.modules()}
         users = {

@@ -18,14 +18,15 @@ from actcache.format.ragged import offsets_of
 from actcache.io.buffers import BufferPool
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget, Shared, most_bytes
-from actcache.models.documents import check_texts, chunked, document_keys, streamed
-from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_batches
+from actcache.models.documents import check_texts, chunked, streamed
+from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
+from actcache.models.processing import Features
 from actcache.models.progress import FillProgress
-from actcache.models.tokenizing import Encoded
+from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.store import Store
 
-CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
+CHUNK = DocumentEncoder.chunk  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
 _PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
 
@@ -54,13 +55,13 @@ class _Work:
     position: int  # in the texts
     document: bytes  # its key
     keys: list[bytes]  # of its entries
-    entries: list[Encoded]
+    entries: Sequence[Encoded] | Sequence[Features]
     layers: tuple[int, ...]  # where it is missing
     computed: int = 0  # how many of its entries
 
     @property
     def tokens(self) -> int:
-        return sum(len(entry.token_ids) for entry in self.entries)
+        return sum(entry.length for entry in self.entries)
 
 
 class _Rows:
@@ -134,7 +135,7 @@ class Filler:
         """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
         check_texts(texts)
         budget = self._prepared(max_bytes)
-        chunks = chunked(streamed(texts), CHUNK)
+        chunks = chunked(streamed(texts), self._encoder.chunk)
         parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
         with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
             return self._fill(parts, token_budget, bar.advance, budget)
@@ -183,8 +184,8 @@ class Filler:
         for space in self._spaces.values():
             space.merge_tiers(budget is None)
         try:
-            for positions, chunk in parts:
-                keys = document_keys(chunk, positions[0] if chunk else 0)
+            for positions, chunk in _cut(parts, self._encoder.chunk):
+                keys = self._encoder.keys(chunk, positions[0] if chunk else 0)
                 absent = self._absent(keys)
                 documents += len(chunk)
                 if not compared and (known := [key for key in dict.fromkeys(keys) if key not in absent]):
@@ -234,12 +235,12 @@ class Filler:
 
     def _most_bytes(self, work: _Work) -> int:
         recipes, extras = [self._spaces[layer].recipe for layer in work.layers], self._encoder.extras
-        return sum(most_bytes(recipe, extras, len(one.token_ids)) for recipe in recipes for one in work.entries)
+        return sum(most_bytes(recipe, extras, one.length) for recipe in recipes for one in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
         chunk = list(texts)
-        keys = document_keys(chunk, positions[0] if chunk else 0)
+        keys = self._encoder.keys(chunk, positions[0] if chunk else 0)
         memory = {layer: BufferPool(1) for layer in self._spaces}
         for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
             self._record(group, token_budget, lambda some: None, memory)
@@ -280,7 +281,7 @@ class Filler:
         other's.
         """
         entries = [(work, i) for work in group for i in range(len(work.entries))]
-        lengths = [len(work.entries[i].token_ids) for work, i in entries]
+        lengths = [work.entries[i].length for work, i in entries]
         layers = {layer for work in group for layer in work.layers}
         lower = self._lowers[max(layers)]
         if self._lowers[max(self._lowers)].marks() != self._marks:
@@ -306,11 +307,9 @@ class Filler:
 
         put = now = self._now()
         try:
-            for batch in plan_batches(lengths, token_budget):
+            for batch in plan_encoded([work.entries[i] for work, i in entries], token_budget):
                 some = [entries[position] for position in batch]
-                inputs = [work.entries[i] for work, i in some]
-                ids, types = [one.token_ids for one in inputs], [one.type_ids for one in inputs]
-                computed = lower.run_at(layers, ids, types) if len(layers) > 1 else {lower.layer: lower.run(ids, types)}
+                computed = lower.run_encoded([work.entries[i] for work, i in some], layers)
                 for layer, arrays in computed.items():
                     rows[layer].take(batch, arrays)
                 for work, _ in some:
@@ -328,10 +327,8 @@ class Filler:
 
     def _put(self, layer: int, works: list[_Work], values: NDArray[np.generic], offsets: NDArray[np.int64]) -> None:
         entries = [entry for work in works for entry in work.entries]
-        columns: dict[str, Any] = {
-            name: np.concatenate([getattr(entry, name) for entry in entries])
-            for name in ("token_ids", *self._encoder.extras)
-        }
+        names = ("token_ids", *self._encoder.extras) if self._encoder.has_token_ids else ()
+        columns: dict[str, Any] = {name: np.concatenate([getattr(entry, name) for entry in entries]) for name in names}
         try:
             # One call, so that all windows of a document become visible together.
             self._spaces[layer].put_packed([key for work in works for key in work.keys], values, offsets, **columns)
@@ -340,11 +337,18 @@ class Filler:
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
 
 
+def _cut(parts: Iterable[Part], most: int) -> Iterator[Part]:
+    """Cut parts into such of ``most`` documents."""
+    for positions, chunk in parts:
+        for start in range(0, len(chunk), most) or (0,):
+            yield positions[start : start + most], chunk[start : start + most]
+
+
 def _groups(work: list[_Work], tokens: int) -> Iterator[list[_Work]]:
     """Cut work, longest first, into groups of about so many tokens: what is held in memory before it is put."""
     group: list[_Work] = []
     held = 0
-    for one in sorted(work, key=lambda one: -len(one.entries[0].token_ids)):
+    for one in sorted(work, key=lambda one: -one.entries[0].length):
         group.append(one)
         held += one.tokens
         if held >= tokens:

@@ -19,7 +19,9 @@ from actcache.errors import ModelError, UsageError
 from actcache.format.arguments import is_whole
 from actcache.models.families import Family
 from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.processing import Features
 from actcache.models.tensors import dtype_name, first_parameter, padded
+from actcache.models.tokenizing import Encoded
 
 TOKEN_BUDGET = 8192  # padded tokens of a batch, where the caller says nothing else
 
@@ -119,14 +121,7 @@ class LowerHalf:
         type_ids: Sequence[NDArray[np.integer]] | None = None,
     ) -> dict[int, list[NDArray[np.generic]]]:
         """Return the rows of ``layer`` and of layers below it, by layer, from one forward; else as ``run``."""
-        lower = self.family.lower_of(self.base_model, self.layer)
-        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
-        if self.base_model.training or training:
-            where = training[0] if training else "the base model"
-            raise ModelError(
-                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
-                "model.eval() first"
-            )
+        self._check_evaluating()
         if not token_ids:
             return {layer: [] for layer in (*layers, self.layer)}
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
@@ -150,12 +145,85 @@ class LowerHalf:
         ends = np.cumsum(lengths.numpy())[:-1]
         return {layer: list(np.split(_to_numpy(rows), ends)) for layer, rows in found.items()}
 
+    def run_encoded(
+        self, entries: Sequence[Encoded] | Sequence[Features], layers: Iterable[int] = ()
+    ) -> dict[int, list[NDArray[np.generic]]]:
+        """Return the rows of some entries, as an encoder made them: of texts as ``run_at``, of others ``run_features``."""
+        if entries and isinstance(entries[0], Features):
+            return self.run_features(entries, layers)  # type: ignore[arg-type]
+        texts: Sequence[Encoded] = entries  # type: ignore[assignment]
+        return self.run_at(layers, [one.token_ids for one in texts], [one.type_ids for one in texts])
+
+    def run_features(
+        self, features: Sequence[Features], layers: Iterable[int] = ()
+    ) -> dict[int, list[NDArray[np.generic]]]:
+        """Return the rows of images or audio at ``layer`` and at layers below it, by layer, from one forward.
+
+        Args:
+            features: all of one shape, so that nothing is padded. Rows are patches or frames.
+
+        Raises:
+            ModelError: see ``run``; or the model does not take such features, or makes fewer or more rows of them.
+        """
+        self._check_evaluating()
+        if not features:
+            return {layer: [] for layer in (*layers, self.layer)}
+        inputs = self.feature_inputs(*features)
+        found: dict[int, torch.Tensor] = {}
+        with self._taking({layer for layer in layers if layer != self.layer}, None, found):
+            found[self.layer] = self._forward(inputs)
+        expected = (len(features), features[0].length)
+        for rows in found.values():
+            if expected[1] and tuple(rows.shape[:2]) != expected:
+                raise ModelError(
+                    f"{type(self.base_model).__name__} makes {list(rows.shape[:2])} rows of {expected[0]} documents of "
+                    f"{expected[1]} rows: what goes into a layer is not [batch, rows, hidden]"
+                )
+        return {layer: list(_to_numpy(rows)) for layer, rows in found.items()}
+
+    def rows_of(self, *features: Features) -> int:
+        """Return how many rows a document with such features puts into the layers; their values do not matter.
+
+        Raises:
+            ModelError: the model does not take features of that shape.
+        """
+        self._check_evaluating()
+        try:
+            hidden = self._forward(self.feature_inputs(*features), 0)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            said = str(error).strip().partition("\n")[0]
+            raise ModelError(
+                f"{type(self.base_model).__name__} does not take {features[0].name} {list(features[0].values.shape)}: {said}"
+            ) from None
+        return int(hidden.shape[1])
+
+    def feature_inputs(self, *features: Features) -> dict[str, Any]:
+        """Return what the model is called with, of features of one shape."""
+        name, values = features[0].name, np.stack([one.values for one in features])
+        inputs: dict[str, Any] = {name: torch.from_numpy(values).to(self.device, getattr(torch, self.parameter_dtype))}
+        if "interpolate_pos_encoding" in self._takes:
+            size = getattr(self.base_model.config, "image_size", None)
+            native = tuple(size) if isinstance(size, list | tuple) else (size, size)
+            inputs["interpolate_pos_encoding"] = values.shape[-2:] != native
+        return inputs
+
+    def _check_evaluating(self) -> None:
+        lower = self.family.lower_of(self.base_model, self.layer)
+        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
+        if self.base_model.training or training:
+            where = training[0] if training else "the base model"
+            raise ModelError(
+                f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
+                "model.eval() first"
+            )
+
     @contextlib.contextmanager
-    def _taking(self, layers: set[int], tokens: torch.Tensor, found: dict[int, torch.Tensor]) -> Iterator[None]:
-        """Put copies of the rows of some layers into ``found`` when a forward comes to them."""
+    def _taking(self, layers: set[int], tokens: torch.Tensor | None, found: dict[int, torch.Tensor]) -> Iterator[None]:
+        """Put copies of the rows of some layers into ``found`` when a forward comes to them; of ``tokens`` alone."""
 
         def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layer: int) -> None:
-            found[layer] = _input_of(args, kwargs)[tokens]
+            hidden = _input_of(args, kwargs)
+            found[layer] = hidden.clone() if tokens is None else hidden[tokens]
 
         with contextlib.ExitStack() as hooks:
             for layer in layers:
@@ -165,11 +233,13 @@ class LowerHalf:
                 hooks.callback(following.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
-    def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _forward(self, inputs: dict[str, Any], layer: int | None = None) -> torch.Tensor:
+        """Return what goes into the layer after ``layer``, by default this half's own."""
+
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(_input_of(args, kwargs))
 
-        next_layer = self.family.layers_of(self.base_model)[self.layer]
+        next_layer = self.family.layers_of(self.base_model)[self.layer if layer is None else layer]
         # Before the model's own hooks there, which replay will run.
         handle = next_layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
         try:
@@ -222,6 +292,19 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
         count = max(1, token_budget // max(1, int(tokens[order[start]])))
         batches.append(order[start : start + count])
         start += count
+    return batches
+
+
+def plan_encoded(entries: Sequence[Encoded] | Sequence[Features], token_budget: int) -> list[NDArray[np.int64]]:
+    """Cut entries into batches as ``plan_batches`` does; features of one shape alone share a batch."""
+    shapes: dict[tuple[int, ...] | None, list[int]] = {}
+    for i, entry in enumerate(entries):
+        shapes.setdefault(entry.values.shape if isinstance(entry, Features) else None, []).append(i)
+    batches = []
+    for members in shapes.values():
+        positions = np.array(members, np.int64)
+        lengths = [entries[i].length for i in members]
+        batches += [positions[batch] for batch in plan_batches(lengths, token_budget)]
     return batches
 
 

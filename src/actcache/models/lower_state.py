@@ -23,6 +23,7 @@ from actcache.format.recipe import canonical_json
 from actcache.models.families import Family
 from actcache.models.lower_half import LowerHalf, evaluating
 from actcache.models.partial_vocabulary import kept_of, vocabulary_size, whole_state
+from actcache.models.processing import sample_features, takes_features
 from actcache.models.tensors import without_bytes
 
 _PROBE_TOKENS = 8
@@ -94,11 +95,12 @@ class _Reads(TorchFunctionMode):
         self._memory: dict[tuple[int, int], bool] = {}  # whether what lies there was there before
         self._alive: list[torch.Tensor] = []  # so that neither id nor memory is used twice
         lower = LowerHalf(base_model, family, layer)
-        ids = _some_ids(base_model)[: family.max_tokens(base_model.config)]
+        some: list[Any] = [sample_features(base_model)] if takes_features(base_model) else []
+        ids = _some_ids(base_model)[: family.max_tokens(base_model.config)] if not some else None
         hooks = [module.register_forward_pre_hook(self._ran) for module in base_model.modules()]
         try:
             with evaluating(base_model), torch.compiler.set_stance("force_eager"), self:
-                lower.run([ids])
+                lower.run([ids]) if ids is not None else lower.run_features(some)
         except NotImplementedError as error:  # torch's word for what is done with a tensor without memory
             for path, module in base_model.named_modules():
                 for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):

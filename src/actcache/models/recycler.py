@@ -12,23 +12,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from actcache.errors import DataError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
+from actcache.format.media import By
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
 from actcache.models import loading, replay, verification
 from actcache.models.agreement import Agreement
+from actcache.models.canary import Encoder
 from actcache.models.compute_on_miss import ComputeOnMiss
-from actcache.models.documents import document_keys, listed
+from actcache.models.documents import listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
-from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
+from actcache.models.processing import MediaEncoder, processor_of, takes_features
+from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
 from actcache.models.verification import Verification
@@ -46,7 +49,9 @@ class Recycler:
     """Records the activations of a model after one layer, and serves them to reduced models. Not thread-safe.
 
     Args:
-        model, tokenizer: a base or task model of transformers, in eval mode; both are used as they are, never changed.
+        model: a base or task model of transformers, in eval mode; used as it is, never changed.
+        tokenizer: the model's tokenizer; where its documents are images or audio, its image processor or feature
+            extractor (docs/documents.md); or a processor that has it. Used as it is, never changed.
         layer: record the output of this layer, 1-based, 1..N-1.
         store: a ``Store``, or a URL or path of one, which the recycler then opens and closes.
         dtype: how rows are stored: ``float16``, ``float32`` or ``bfloat16``; None for the family's own, which is
@@ -57,6 +62,8 @@ class Recycler:
         too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, or cut all into
             ``actcache.windows(max_length, stride)``.
         special_tokens: whether texts get the tokenizer's special tokens.
+        key_by: what the keys of images and audio are made from: ``"content"``, what is decoded, or ``"bytes"``, the
+            bytes of their files. ``actcache.Image`` and ``actcache.Audio`` say it for themselves.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
         provenance: the caller's own notes, recorded with a space that this creates.
         check_canaries: whether the space's canaries (five small documents) are computed and compared here and before
@@ -77,7 +84,7 @@ class Recycler:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         *,
         layer: int,
         store: Store | str | Path,
@@ -87,20 +94,29 @@ class Recycler:
         too_long: TooLong = "refuse",
         special_tokens: bool = True,
         extras: Sequence[str] = (),
+        key_by: By = "content",
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, layer, compute_dtype)
-        encoder = DocumentEncoder(
-            tokenizer,
-            check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
-            too_long,
-            special_tokens,
-            vocabulary=vocabulary_size(base),
-            extras=_check_extras(extras),
-        )
+        encoder: Encoder
+        if takes_features(base):
+            _check_of_texts(max_length=max_length, extras=tuple(extras), special_tokens=special_tokens)
+            with evaluating(base):
+                encoder = MediaEncoder(tokenizer, base, lower.rows_of, key_by=key_by, too_long=too_long)
+        else:
+            if key_by != "content":
+                raise UsageError("key_by is for images and audio: a text's key is of its characters")
+            encoder = DocumentEncoder(
+                processor_of(tokenizer, base),
+                check_max_length(max_length, processor_of(tokenizer, base), family.max_tokens(base.config)),
+                too_long,
+                special_tokens,
+                vocabulary=vocabulary_size(base),
+                extras=_check_extras(extras),
+            )
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
             layer=lower.layer,
@@ -109,7 +125,7 @@ class Recycler:
             weights=lower_digest(base, family, lower.layer),
             config=family.numbers_of(base.config),
             compute_dtype=lower.compute_dtype,
-            tokenizer=tokenizer_digest(tokenizer),
+            tokenizer=encoder.digest(),
             special_tokens=encoder.special_tokens,
             max_length=encoder.max_length,
             too_long="windows" if isinstance(too_long, Windows) else too_long,
@@ -208,7 +224,7 @@ class Recycler:
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
         documents_given = listed(texts)
-        keys = document_keys(documents_given)
+        keys = self.agreement.encoder.keys(documents_given)
         self.agreement.before_serving(keys)
         options |= {"batch_size": batch_size, "device": device}
         if on_missing == "compute":
@@ -233,7 +249,7 @@ class Recycler:
         Where documents are cut into windows, those are their windows' keys; raises ``MissingEntryError`` where not all
         are in the space.
         """
-        keys = document_keys(listed(texts))
+        keys = self.agreement.encoder.keys(listed(texts))
         if self.agreement.encoder.windows is None:
             return keys
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
@@ -381,6 +397,14 @@ class Recycler:
             differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())
             nearest_is = "created an empty space; the nearest is %s (%s), which differs in %s"
             logger.info(nearest_is, other.fingerprint, other.model, differ)
+
+
+def _check_of_texts(*, max_length: int | None, extras: tuple[str, ...], special_tokens: bool) -> None:
+    """Refuse options that images and audio have no use for."""
+    given = {"max_length": max_length is not None, "extras": bool(extras), "special_tokens": special_tokens is not True}
+    wrong = [name for name, is_given in given.items() if is_given]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)} is for texts: images and audio have neither tokens nor words")
 
 
 def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:

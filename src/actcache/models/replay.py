@@ -22,6 +22,8 @@ from actcache.errors import ModelError, ShapeError, UnsupportedModelError, Usage
 from actcache.models import saving
 from actcache.models.answers import as_positions, takes_answers
 from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.feature_stubs import FeatureReplay, feature_stubs
+from actcache.models.processing import FEATURE_NAMES, takes_features
 from actcache.models.stubs import (
     BiasPassThrough,
     ConvolutionStub,
@@ -44,6 +46,9 @@ _DROPPED = (
     "past_key_values",
     "use_cache",
     "encoder_outputs",
+    "bool_masked_pos",
+    "interpolate_pos_encoding",
+    *FEATURE_NAMES,
 )
 #: Options of ``save_pretrained`` that change nothing here.
 _IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
@@ -85,11 +90,12 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     lower = family.lower_of(base, layer)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
     injected = InjectedRows()
-    reduced = copy.deepcopy(task_model, _stubs_of(task_model, base, family, layer, injected))
+    stubs, features = _stubs_of(task_model, base, family, layer, injected)
+    reduced = copy.deepcopy(task_model, stubs)
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
     reduced.__dict__["actcache_family"], reduced.__dict__["actcache_layer"] = family, layer
-    reduced.__dict__["actcache_injected"] = injected
+    reduced.__dict__["actcache_injected"], reduced.__dict__["actcache_features"] = injected, features
     for module in reduced.modules():
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False  # it would hold nothing of the lower half
@@ -107,8 +113,8 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
 
 def _stubs_of(
     task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int, injected: InjectedRows
-) -> dict[int, Any]:
-    """Return what stands for each part of the lower half, by the part's id."""
+) -> tuple[dict[int, Any], FeatureReplay | None]:
+    """Return what stands for each part of the lower half, by the part's id; and how a model that takes no text runs."""
     layers = family.layers_of(base)
     like = first_parameter(layers[layer])
     matrix = None
@@ -117,10 +123,13 @@ def _stubs_of(
         path = next(path for path, module in base.named_modules() if module is words)
         matrix = path.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
     hidden_size = base.config.hidden_size
-    stubs: dict[int, Any] = {
-        id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()
-    }
-    stubs |= {id(module): EmbeddingStub(hidden_size, like) for module in family.alias_of(base).values()}
+    stubs: dict[int, Any]
+    features = None
+    if takes_features(base):
+        stubs, features = feature_stubs(base, family, layer, like, injected)  # type: ignore[assignment]
+    else:
+        stubs = {id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()}
+        stubs |= {id(module): EmbeddingStub(hidden_size, like) for module in family.alias_of(base).values()}
     stubs |= {id(module): ConvolutionStub() for module in family.convolution_of(base).values()}
     for i in range(layer):
         takes = injected if i == layer - 1 else None
@@ -129,7 +138,7 @@ def _stubs_of(
             if family.relative_bias is None
             else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
-    return stubs
+    return stubs, features
 
 
 class ReducedModel:
@@ -139,18 +148,24 @@ class ReducedModel:
 
     def _replay(self: Any, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
         injected: InjectedRows = self.actcache_injected
-        _check_inputs(activations, token_ids, attention_mask, self.config.hidden_size)
+        features: FeatureReplay | None = self.actcache_features
+        _check_inputs(activations, token_ids, attention_mask, self.config.hidden_size, features)
         _check_options(self, kwargs)
-        if attention_mask is not None:
+        if features is not None:
+            inputs = features.inputs(activations)
+            attention_mask = None  # all are of one length
+        elif attention_mask is not None:
             padding = getattr(self.config, "pad_token_id", None)
             if padding is not None:  # heads of decoders look for the last token that is another
                 token_ids = token_ids.masked_fill(attention_mask == 0, padding)
             if self.actcache_family.positions_in_layers:  # each document's own, wherever its padding is
                 kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        if features is None:
+            inputs = {"input_ids": token_ids, "attention_mask": attention_mask}
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
         before = injected.put(activations.flatten(0, -3), attention_mask)
         try:
-            output = forward(input_ids=token_ids, attention_mask=attention_mask, **kwargs)
+            output = forward(**inputs, **kwargs)
         finally:
             injected.put(*before)
         if kwargs.get("labels") is not None and "loss" in getattr(output, "__dataclass_fields__", ()):
@@ -236,7 +251,11 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
     reduced = type(
         f"Reduced{task_class.__name__}",
         (ReducedModel, task_class),
-        {"forward": forward, "actcache_task_class": task_class},
+        {
+            "forward": forward,
+            "actcache_task_class": task_class,
+            "main_input_name": "activations" if task_class.main_input_name in FEATURE_NAMES else "token_ids",
+        },
     )
     # transformers finds what a base model can record (output_hidden_states) by its class's qualified name
     reduced.__module__, reduced.__qualname__ = task_class.__module__, task_class.__qualname__
@@ -249,14 +268,18 @@ def _new_reduced(task_class: Any) -> PreTrainedModel:
     return reduced
 
 
-def _check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_size: int) -> None:
-    if activations is None or token_ids is None:
+def _check_inputs(
+    activations: Any, token_ids: Any, attention_mask: Any, hidden_size: int, features: FeatureReplay | None
+) -> None:
+    if features is not None and activations is not None:
+        token_ids = None
+    elif activations is None or token_ids is None:
         missing = "activations" if activations is None else "token_ids"
         raise ModelError(
             f"a reduced model needs {missing}: call it with **batch.model_inputs() of a reader's batch (and not with "
-            "input_ids, which its lower half would read)"
+            "input_ids or pixel_values, which its lower half would read)"
         )
-    if not isinstance(activations, torch.Tensor) or not isinstance(token_ids, torch.Tensor):
+    if not isinstance(activations, torch.Tensor) or not isinstance(token_ids, torch.Tensor | None):
         raise ShapeError("activations and token_ids must be torch tensors: give the reader a device")
     if activations.ndim < 3 or activations.shape[-1] != hidden_size:
         raise ShapeError(
@@ -270,6 +293,19 @@ def _check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_
                 f"{name} {list(value.shape)} do not belong to activations {list(activations.shape)}: they are "
                 f"{list(activations.shape[:-1])}"
             )
+    if features is not None:
+        _check_lengths(activations, attention_mask, features)
+
+
+def _check_lengths(activations: torch.Tensor, attention_mask: Any, features: FeatureReplay) -> None:
+    """Refuse rows of images or audio of unequal numbers: these models have no padding."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ShapeError(
+            "the batch holds documents of several lengths, and a model of images or audio takes one length at a time: "
+            "make the reader with equal_lengths=True, as recycler.reader does"
+        )
+    if features.rows not in (None, activations.shape[-2]):
+        raise ShapeError(f"the model takes {features.rows} rows of a document, not {activations.shape[-2]}")
 
 
 def _check_options(model: Any, kwargs: dict[str, Any]) -> None:

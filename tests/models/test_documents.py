@@ -22,6 +22,7 @@ from actcache import Recyclers
 from actcache.admin.forecast import forecast
 from actcache.admin.lost import of_documents
 from actcache.errors import DocumentError, UsageError
+from actcache.models.chats import encode_chats
 from actcache.models.parallel import fill as fill_parallel
 from actcache.models.training.joint import read_jointly
 from actcache.models.training.sweep import sweep
@@ -290,3 +291,86 @@ def test_what_is_no_document_is_named_by_its_position(recyclers: Recyclers, tiny
         with pytest.raises(DocumentError, match=rf"(position|document) 2\b.*({why})"):
             use()
     assert not len(one.space)
+
+
+ROWS = [{"text": text, "other": f"{text}!"} for text in TEXTS]
+TABLES: dict[str, Callable[[], Any]] = {
+    "DataFrame": lambda: FRAME.assign(other=[f"{text}!" for text in TEXTS]),
+    "Table": lambda: pyarrow.table({"text": TEXTS, "other": [f"{text}!" for text in TEXTS]}),
+    "Dataset": lambda: datasets.Dataset.from_list(ROWS),
+    "IterableDataset": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    "generated": lambda: datasets.IterableDataset.from_generator(lambda: iter(ROWS)),  # knows no columns
+    "mapping": lambda: {"text": TEXTS, "other": [f"{text}!" for text in TEXTS]},
+    "rows": lambda: ROWS,
+    "generator": lambda: iter(ROWS),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_field_of_a_data_set(recyclers: Recyclers, name: str) -> None:
+    make = TABLES[name]
+    one = recyclers[2]
+    wanted, pairs = one.keys(TEXTS), one.keys([(text, f"{text}!") for text in TEXTS])
+    assert one.keys(make(), field="text") == wanted
+    assert one.fill(make(), field="text", progress=False).computed == len(set(wanted))
+    assert one.keys(make(), field=("text", "other")) == pairs
+    recyclers.fill(make(), field=("text", "other"), progress=False)
+    assert sorted(recyclers[3].space.keys()) == sorted(set(pairs))
+    (batch,) = one.reader(make(), field="text", labels=[0, 1, 0])
+    assert batch.keys == wanted
+    with pytest.raises(UsageError, match=r"no (column )?'missing'"):
+        one.fill(make(), field="missing", progress=False)
+    for field in ((), ("text", "other", "text"), 3):
+        with pytest.raises(UsageError, match="field is a column's name"):
+            one.fill(make(), field=field, progress=False)
+
+
+def test_a_field_of_what_has_none(recyclers: Recyclers) -> None:
+    for given, why in ((TEXTS, "row 0 has no 'text': it is a str"), ("a text", "not one text"), (None, "NoneType")):
+        with pytest.raises(UsageError, match=why):
+            recyclers[2].fill(given, field="text", progress=False)
+
+
+def test_ids_formatted_as_tensors(recyclers: Recyclers) -> None:
+    """Wherever a data set's numbers are: torch, NumPy, Arrow, Python."""
+    plain = datasets.Dataset.from_dict({"input_ids": [IDS, IDS[::-1]]})
+    keys = [actcache.document_key(IDS), actcache.document_key(IDS[::-1])]
+    for kind in (None, "torch", "numpy", "arrow", "pandas"):
+        assert recyclers[2].keys(plain.with_format(kind), field="input_ids") == keys
+    rows = plain.with_format("torch")
+    assert [actcache.document_key(row["input_ids"]) for row in rows] == keys
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('nobody speaks') }}{% endif %}"
+    "{{ m['role'] }} : {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} ."
+    "{% endgeneration %}{% else %}{{ m['content'] }} .{% endif %}{% endfor %}"
+)
+CHATS = [
+    [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a cat"}],
+    [{"role": "user", "content": "say more"}, {"role": "assistant", "content": "no"}, {"role": "user", "content": "x"}],
+]
+
+
+def test_chats(recyclers: Recyclers, tiny: Path) -> None:
+    """What the assistant said is marked, and a conversation is found by its tokens."""
+    one = recyclers[2]
+    tokenizer = one.agreement.encoder.tokenizer
+    with pytest.raises(UsageError, match="no chat template"):
+        one.chats(CHATS)
+    tokenizer.chat_template = TEMPLATE
+    chats = one.chats(datasets.Dataset.from_dict({"messages": CHATS}), field="messages")
+    said = [tokenizer.decode(ids[mask]) for ids, mask in zip(chats.token_ids, chats.loss_masks, strict=True)]
+    assert [text.replace(" ", "") for text in said] == ["acat.", "no."]
+    one.fill(chats.token_ids, progress=False)
+    assert one.space.get(one.keys([chats.token_ids[1].tolist()]))[0].token_ids.tolist() == chats.token_ids[1].tolist()
+    cut = encode_chats(tokenizer, CHATS, max_length=7)
+    assert [len(ids) for ids in cut.token_ids] == [len(mask) for mask in cut.loss_masks] == [7, 7]
+    for wrong in (["hello"], [[]], [None], [{"role": "user"}]):
+        with pytest.raises(DocumentError, match="position 0 is no conversation"):
+            one.chats(wrong)
+    with pytest.raises(DocumentError, match=r"position 1: the chat template refuses .*nobody speaks"):
+        one.chats([CHATS[0], [{"role": "nobody", "content": "x"}]])
+    tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(UsageError, match="does not mark what the assistant says"):
+        one.chats(CHATS)

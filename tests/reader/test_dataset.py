@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Mapping
 
@@ -20,7 +21,7 @@ from torch.utils.data import (
 from transformers import DefaultDataCollator, default_data_collator
 
 import actcache
-from actcache.entries.batch import Inputs
+from actcache.entries.batch import Batch, Inputs
 from actcache.errors import ShapeError, UsageError
 from actcache.reader.epoch import MissComputer
 from tests.support import key, length, put, recipe, rows
@@ -243,3 +244,70 @@ def test_no_documents_at_all(reader):
     data = reader.dataset()
     for nothing in (slice(5, 5), []):
         assert len(data[nothing]) == 0
+
+
+def numbers(batches):
+    return [batch.documents.tolist() for batch in batches]
+
+
+def test_batches_are_an_iterable_data_set(reader):
+    """A loader hands over the reader's own batches, epoch after epoch; in a worker it would read all of them twice."""
+    space, keys = reader._work.source, reader._work.keys
+    options = {"batch_size": 7, "shuffle": True, "device": "cpu"}
+    expected = space.reader(keys, **options)
+    loader = DataLoader(space.reader(keys, **options).batches(), batch_size=None)
+    assert len(loader) == len(expected)
+    assert numbers(loader) == numbers(expected)
+    second = numbers(expected)
+    assert numbers(loader) == second
+    loader.dataset.set_epoch(0)
+    assert numbers(loader) != second
+    with pytest.raises(UsageError, match="num_workers=0"):
+        next(iter(DataLoader(loader.dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")))
+
+
+@pytest.mark.filterwarnings("ignore")  # torchdata's own
+def test_a_stateful_loader_goes_on_in_the_middle(reader):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    space, keys = reader._work.source, reader._work.keys
+    options = {"batch_size": 3, "shuffle": True, "device": "cpu"}
+    expected = space.reader(keys, **options)
+    first, second = numbers(expected), numbers(expected)
+    for steps in (1, 4, len(first)):
+        loader = stateful(space.reader(keys, **options).batches(), batch_size=None)
+        begun = iter(loader)
+        assert numbers(next(begun) for _ in range(steps)) == first[:steps]
+        again = stateful(space.reader(keys, **options).batches(), batch_size=None)
+        again.load_state_dict(copy.deepcopy(loader.state_dict()))
+        assert numbers(again) == (first[steps:] if steps < len(first) else [])
+        assert numbers(again) == second
+    data = space.reader(keys, **options).dataset()  # of items: the loader's own sampler keeps the place
+    loader = stateful(data, batch_size=3, collate_fn=data.collate)
+    begun = iter(loader)
+    before = [next(begun)["activations"].shape for _ in range(2)]
+    again = stateful(data, batch_size=3, collate_fn=data.collate)
+    again.load_state_dict(loader.state_dict())
+    assert [*before, *(one["activations"].shape for one in again)] == [one["activations"].shape for one in loader]
+
+
+def test_accelerate_prepares_the_batches(reader):
+    accelerate = pytest.importorskip("accelerate")
+    space, keys = reader._work.source, reader._work.keys
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = torch.nn.Linear(space.recipe.hidden_size, 1)
+    stream = space.reader(keys, batch_size=7, device="cpu").batches()
+    model, optimizer, loader = accelerator.prepare(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        DataLoader(stream, batch_size=None, collate_fn=Batch.model_inputs),
+    )
+    seen, stepped = [], []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch["activations"].float()).mean())
+            stepped.append(accelerator.sync_gradients)
+            optimizer.step()
+            optimizer.zero_grad()
+        seen += batch["attention_mask"].sum(1).tolist()
+    assert seen == [length(n) for n in range(COUNT)]
+    assert stepped == [n % 2 == 1 or n == len(stepped) - 1 for n in range(len(stepped))]

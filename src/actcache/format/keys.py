@@ -36,8 +36,8 @@ class Medium(Protocol):
     def key(self) -> bytes: ...
 
 
-#: What a document can be: a text, a pair of texts (tuple), words (list or array of texts), token ids (sequence, array or
-#: tensor of whole numbers), an image or audio.
+#: What a document can be: a text, a pair of texts (tuple), words (list or array of texts), token ids (sequence, array
+#: or tensor of whole numbers), an image or audio.
 Document = str | tuple[str, str] | Sequence[str] | Sequence[int] | NDArray[Any] | Array | Medium
 
 #: The one type that each kind of document has: a text, a pair, words, token ids (int64).

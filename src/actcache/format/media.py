@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 By = Literal["content", "bytes"]
 BY = ("content", "bytes")
 
-_FILES = str | os.PathLike | bytes
+_FILES = (str, os.PathLike, bytes)
 #: Pillow's modes of images whose pixels are not numbers of 8 bits, and what keys and models see instead of them.
 _PLAIN = {"1": "L", "P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "RGBX": "RGB"}
 _DEEP = ("I", "F")  # and "I;16", ...: numbers of 16 or 32 bits
@@ -331,8 +331,8 @@ def _of_24_bits(data: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 #: By the bytes of a sample: a file's bytes as numbers from -1 to 1.
 _WIDTHS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.float32]]] = {
-    1: lambda data: (data.astype(np.float32) - 128) / 128,
-    2: lambda data: data.view("<i2").astype(np.float32) / 32768,
+    1: lambda data: (data.astype(np.float32) - np.float32(128)) / np.float32(128),
+    2: lambda data: data.view("<i2").astype(np.float32) / np.float32(32768),
     3: _of_24_bits,
     4: lambda data: (data.view("<i4") / np.float64(1 << 31)).astype(np.float32),
 }

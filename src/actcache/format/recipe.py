@@ -18,6 +18,7 @@ import numpy as np
 from actcache.errors import FormatError, RecipeError
 from actcache.format import codec
 from actcache.format.arguments import is_truth, is_whole
+from actcache.io.notebook import table
 
 #: What a document longer than ``max_length`` becomes.
 TOO_LONG = ("refuse", "truncate", "windows")
@@ -166,6 +167,16 @@ class Recipe:
         bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before.
         """
         return replace(self, dtype=dtype, via=codec.traces((*self.via, self.dtype, dtype), self.compute_dtype))
+
+    def facts(self) -> list[tuple[str, object]]:
+        """Return what people ask first of a recipe, by name: model, layer, size of a row, how it is stored, ..."""
+        known = {"model": self.model, "layer": self.layer, "hidden size": self.hidden_size, "stored as": self.stored_as}
+        known |= {"computed in": self.compute_dtype, "longest document": self.max_length, "longer ones": self.too_long}
+        return [(name, value) for name, value in known.items() if value is not None]
+
+    def _repr_html_(self) -> str:
+        rows = [*self.facts(), *self.provenance.items()]
+        return table(f"Recipe {self.fingerprint}", dict(rows).items())
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Return the identity fields in which this recipe and another differ, as ``field -> (this, other)``."""

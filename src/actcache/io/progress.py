@@ -1,10 +1,11 @@
-"""How far long work is, on stderr: a bar on a terminal, a line now and then elsewhere, or nothing.
+"""How far long work is: a bar on a terminal or in a notebook, a line on stderr now and then elsewhere, or nothing.
 
 Nobody's work ends because nobody can read how far it is.
 """
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +14,11 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 
+from actcache.io.notebook import Display
+
 _FIRST_SECONDS = 1.0
 _LINE_SECONDS = 10.0
+_DISPLAY_SECONDS = 0.2  # between two states that a notebook is sent
 
 
 class LossyStream:
@@ -54,7 +58,7 @@ class Meter:
         amount: writes a number of it.
         lasting: whether it shows even what takes no second, and the last state stays.
         show: False for silence.
-        console: where to; stderr by default.
+        console: where to; a notebook's output, where this is its kernel, and else stderr by default.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Meter:
     ) -> None:
         self._verb, self._unit, self._amount = verb, f" {unit}" if unit else "", amount
         self._lasting, self._show = lasting, show
+        self._display = Display() if console is None and show and Display.there() else None
         self._console = console or Console(file=LossyStream(sys.stderr))  # type: ignore[arg-type]
         self._step: str | None = None
         self._done = self._first = 0
@@ -94,7 +99,10 @@ class Meter:
         self._done, self._total, self._note, self._beside = done, total, note, dict(beside or {})
         if not self._show:
             return
-        if self._console.is_terminal:
+        if self._display is not None:
+            if now - self._last_line >= _DISPLAY_SECONDS and (self._lasting or now - self._began >= _FIRST_SECONDS):
+                self._send(self._display)
+        elif self._console.is_terminal:
             if self._lasting or now - self._began >= _FIRST_SECONDS:
                 self._draw()
         elif now - self._last_line >= _LINE_SECONDS:
@@ -123,15 +131,25 @@ class Meter:
         own = f"{self._amount(self._speed(self._done - self._first))}{self._unit}/s"
         return " ".join([own, *(f"{self._speed(amount):,.0f} {unit}/s" for unit, amount in self._beside.items())])
 
+    def _send(self, display: Display) -> None:
+        """Have a notebook show the state: a bar, and what a line says."""
+        self._last_line = time.monotonic()
+        of = "" if self._total is None else f' max="{max(self._total, 1)}"'
+        amount = "" if self._total is None else f' value="{self._done}"'
+        display.show(f"<progress{amount}{of}></progress> <code>{html.escape(self._text())}</code>")
+
     def _line(self) -> None:
         self._last_line = time.monotonic()
+        self._console.print(self._text(), highlight=False, soft_wrap=True)
+
+    def _text(self) -> str:
         of, left = "", 0
         if self._total is not None:
             of, left = f"/{self._amount(self._total)}", self._total - self._done
         speed = self._speed(self._done - self._first)
         facts = [f"{self._label()}: {self._amount(self._done)}{of}{self._unit}", self._note, self._rates()]
         facts.append(f"{left / speed:,.0f} s left" if speed and left > 0 else "")
-        self._console.print(", ".join(filter(None, facts)), highlight=False, soft_wrap=True)
+        return ", ".join(filter(None, facts))
 
     def _finish(self) -> None:
         """End a step: whoever has read lines of it reads that it is done."""
@@ -140,7 +158,7 @@ class Meter:
                 self._bar.remove_task(self._task)
             self._task = None
         elif self._show and self._step is not None and (self._lasting or self._last_line > self._began):
-            self._line()
+            self._line() if self._display is None else self._send(self._display)
 
     def __enter__(self) -> Meter:
         return self

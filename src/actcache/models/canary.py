@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from actcache.errors import CanaryError, FormatError, NonFiniteError, UnsupportedModelError
 from actcache.models.lower_half import LowerHalf, plan_encoded
-from actcache.models.processing import Features, MediaEncoder
+from actcache.models.processing import Features, Made, MediaEncoder
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 
 #: What turns documents into what a model takes.
@@ -98,7 +98,7 @@ def make(encoder: Encoder, lower: LowerHalf, provenance: Mapping[str, str]) -> b
 
 
 def _in_company(
-    lower: LowerHalf, these: Sequence[Encoded | Features], alone: list[NDArray[np.float32]]
+    lower: LowerHalf, these: Sequence[Made], alone: list[NDArray[np.float32]]
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
     """Return rows of documents that were each computed alone, and the same computed in a batch with others."""
     texts = [one for one in these if isinstance(one, Encoded)]
@@ -149,7 +149,7 @@ def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
     return _read(blob, hidden_size, TEXTS)[0]
 
 
-def documents(encoder: Encoder) -> Sequence[Encoded | Features]:
+def documents(encoder: Encoder) -> Sequence[Made]:
     """Return the texts, cut to what the model takes, and one long document of their tokens in a fixed disorder; or the
     fixed images or audio."""
     if isinstance(encoder, MediaEncoder):
@@ -180,11 +180,11 @@ def _texts(encoder: Encoder) -> Sequence[str]:
     return TEXTS if isinstance(encoder, DocumentEncoder) else [f"{encoder.name} {i}" for i in range(_MEDIA)]
 
 
-def _ids(these: Sequence[Encoded | Features]) -> NDArray[np.int32]:
+def _ids(these: Sequence[Made]) -> NDArray[np.int32]:
     return np.concatenate([np.empty(0, np.int32), *(one.token_ids for one in these if isinstance(one, Encoded))])
 
 
-def _rows(lower: LowerHalf, some: Sequence[Encoded | Features]) -> list[NDArray[np.float32]]:
+def _rows(lower: LowerHalf, some: Sequence[Made]) -> list[NDArray[np.float32]]:
     """Return the rows that are kept of documents that are computed together."""
     result: list[Any] = [None] * len(some)
     for batch in plan_encoded(some, _TOGETHER):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set, Sized
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,10 @@ def check_texts(texts: object) -> None:
     if isinstance(texts, Mapping):
         raise UsageError(f"give a list of documents, not a {name}: one of its values, such as {_one_of(list(texts))}")
     if (columns := _columns(texts)) is not None:
-        raise UsageError(f"this {name} is a table, not documents: give one of its columns, such as {_one_of(columns)}")
+        raise UsageError(
+            f"this {name} is a table, not documents: name the column (field={_named(columns)!r}), or give it alone, "
+            f"such as {_one_of(columns)}"
+        )
     if isinstance(texts, Set) and not isinstance(texts, KeysView):
         raise UsageError(f"this {name} has no order, by which documents are told apart: give a list")
     if isinstance(texts, io.IOBase) or hasattr(texts, "readline"):
@@ -55,10 +58,77 @@ def _columns(texts: object) -> list[object] | None:
     return next(([*names] for names in found if names is not None and not callable(names)), None)
 
 
+def _named(names: list[object]) -> object:
+    return "text" if "text" in names or not names else names[0]
+
+
 def _one_of(names: list[object]) -> str:
-    example = "text" if "text" in names or not names else names[0]
+    example = _named(names)
     there = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
     return f"texts[{example!r}] (there are {there or 'none'})"
+
+
+#: Where the documents of a table or of rows are: a column's name, or two of them for pairs of texts.
+Field = str | tuple[str, str]
+
+
+def documents_in(texts: Any, field: Field | None) -> Iterable[Document]:
+    """Return the documents that lie in a field of a data set, streamed where it is; without a field, ``texts``.
+
+    Args:
+        texts: a data set of Hugging Face (of any format, streamed or not), a table of pandas, Polars or Arrow, a
+            mapping of columns, or any iterable of rows that are mappings.
+        field: the column's name; two of them (a tuple) for pairs of texts.
+
+    Raises:
+        UsageError: there is no such column, or the rows are no mappings.
+    """
+    if field is None:
+        return texts  # type: ignore[no-any-return]
+    names = field if isinstance(field, tuple) else (field,)
+    if not names or len(names) > 2 or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"field is a column's name, or two of them for pairs of texts, not {field!r:.80}")
+    columns = [*texts] if isinstance(texts, Mapping) else _columns(texts)
+    if columns is not None:
+        missing = [name for name in names if name not in columns]
+        if missing:
+            there = ", ".join(map(repr, columns)) or "none"
+            raise UsageError(f"this {type(texts).__name__} has no column {missing[0]!r}; there are {there}")
+    elif isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        check_texts(texts)
+        raise UsageError(f"field names a column of rows, and this {type(texts).__name__} has none")
+    return Fields(texts, names, columns is not None and hasattr(texts, "__len__"))
+
+
+class Fields(Iterable[Any]):
+    """One field of all rows, or two as pairs; it can be gone through as often as the rows can."""
+
+    def __init__(self, rows: Any, names: tuple[str, ...], by_column: bool) -> None:
+        self._rows, self._names, self._by_column = rows, names, by_column
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._by_column:
+            columns = [self._rows[name] for name in self._names]
+            return iter(columns[0]) if len(columns) == 1 else map(_pair, *columns)
+        return (self._of(position, row) for position, row in enumerate(self._rows))
+
+    def _of(self, position: int, row: Any) -> Any:
+        if not isinstance(row, Mapping) or any(name not in row for name in self._names):
+            has = f"has {', '.join(map(repr, row))}" if isinstance(row, Mapping) else f"is a {type(row).__name__}"
+            wanted = " and ".join(map(repr, self._names))
+            raise UsageError(f"row {position} has no {wanted}: it {has}")
+        values = [row[name] for name in self._names]
+        return values[0] if len(values) == 1 else _pair(*values)
+
+    def __length_hint__(self) -> int:
+        if not isinstance(self._rows, Sized):
+            return NotImplemented  # type: ignore[no-any-return]
+        return len(self._rows[self._names[0]] if isinstance(self._rows, Mapping) else self._rows)
+
+
+def _pair(first: Any, second: Any) -> tuple[Any, Any]:
+    plain = [value.as_py() if hasattr(value, "as_py") else value for value in (first, second)]
+    return plain[0], plain[1]
 
 
 def streamed(texts: Iterable[T]) -> Iterator[T]:

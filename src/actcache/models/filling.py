@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from actcache.errors import NonFiniteError
 from actcache.format.keys import Document
 from actcache.format.ragged import offsets_of
 from actcache.io.buffers import BufferPool
+from actcache.io.notebook import Shown
 from actcache.models.agreement import Agreement
 from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import check_texts, chunked, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
-from actcache.models.processing import Features
+from actcache.models.processing import Made
 from actcache.models.progress import FillProgress
-from actcache.models.tokenizing import DocumentEncoder, Encoded
+from actcache.models.tokenizing import DocumentEncoder
 from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.store import Store
 
@@ -36,7 +38,7 @@ Advance = Callable[[int, int, int], object]
 
 
 @dataclass(frozen=True)
-class FillReport:
+class FillReport(Shown):
     """What a fill did."""
 
     documents: int  # given: those present (stored before, or given twice), computed and left out
@@ -55,7 +57,7 @@ class _Work:
     position: int  # in the texts
     document: bytes  # its key
     keys: list[bytes]  # of its entries
-    entries: Sequence[Encoded] | Sequence[Features]
+    entries: Sequence[Made]
     layers: tuple[int, ...]  # where it is missing
     computed: int = 0  # how many of its entries
 
@@ -137,7 +139,8 @@ class Filler:
         budget = self._prepared(max_bytes)
         chunks = chunked(streamed(texts), self._encoder.chunk)
         parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
-        with FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar:
+        total = length_hint(texts, -1)
+        with FillProgress(None if total < 0 else total, show=progress) as bar:
             return self._fill(parts, token_budget, bar.advance, budget)
 
     def fill_parts(
@@ -261,7 +264,8 @@ class Filler:
         first = {key: i for i, key in reversed([*enumerate(keys)])}  # of one given twice, the first
         places = [first[key] for key in absent]
         spec = self._encoder.windows
-        encoded = self._encoder.encode([chunk[i] for i in places], [positions[i] for i in places])
+        some = [chunk[i] for i in places], [positions[i] for i in places]
+        encoded: Sequence[Sequence[Made]] = self._encoder.encode(*some)
         return [
             _Work(positions[i], key, entry_keys(key, len(entries), spec), entries, tuple(layers))
             for i, (key, layers), entries in zip(places, absent.items(), encoded, strict=True)

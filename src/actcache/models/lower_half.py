@@ -19,7 +19,7 @@ from actcache.errors import ModelError, UsageError
 from actcache.format.arguments import is_whole
 from actcache.models.families import Family
 from actcache.models.partial_vocabulary import vocabulary_size
-from actcache.models.processing import Features
+from actcache.models.processing import Features, Made
 from actcache.models.tensors import dtype_name, first_parameter, padded
 from actcache.models.tokenizing import Encoded
 
@@ -146,12 +146,12 @@ class LowerHalf:
         return {layer: list(np.split(_to_numpy(rows), ends)) for layer, rows in found.items()}
 
     def run_encoded(
-        self, entries: Sequence[Encoded] | Sequence[Features], layers: Iterable[int] = ()
+        self, entries: Sequence[Made], layers: Iterable[int] = ()
     ) -> dict[int, list[NDArray[np.generic]]]:
-        """Return the rows of some entries, as an encoder made them: of texts as ``run_at``, of others ``run_features``."""
+        """Return the rows of some entries, as an encoder made them: by ``run_at`` or ``run_features``."""
         if entries and isinstance(entries[0], Features):
-            return self.run_features(entries, layers)  # type: ignore[arg-type]
-        texts: Sequence[Encoded] = entries  # type: ignore[assignment]
+            return self.run_features([one for one in entries if isinstance(one, Features)], layers)
+        texts = [one for one in entries if isinstance(one, Encoded)]
         return self.run_at(layers, [one.token_ids for one in texts], [one.type_ids for one in texts])
 
     def run_features(
@@ -191,10 +191,9 @@ class LowerHalf:
         try:
             hidden = self._forward(self.feature_inputs(*features), 0)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            given = f"{features[0].name} {list(features[0].values.shape)}"
             said = str(error).strip().partition("\n")[0]
-            raise ModelError(
-                f"{type(self.base_model).__name__} does not take {features[0].name} {list(features[0].values.shape)}: {said}"
-            ) from None
+            raise ModelError(f"{type(self.base_model).__name__} does not take {given}: {said}") from None
         return int(hidden.shape[1])
 
     def feature_inputs(self, *features: Features) -> dict[str, Any]:
@@ -295,7 +294,7 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
     return batches
 
 
-def plan_encoded(entries: Sequence[Encoded] | Sequence[Features], token_budget: int) -> list[NDArray[np.int64]]:
+def plan_encoded(entries: Sequence[Made], token_budget: int) -> list[NDArray[np.int64]]:
     """Cut entries into batches as ``plan_batches`` does; features of one shape alone share a batch."""
     shapes: dict[tuple[int, ...] | None, list[int]] = {}
     for i, entry in enumerate(entries):

@@ -18,6 +18,7 @@ from actcache.errors import DocumentError, DocumentTooLongError, ModelError, Rec
 from actcache.format.arguments import check_choice
 from actcache.format.media import BY, Audio, By, Image, audio_of, image_of
 from actcache.format.recipe import canonical_json
+from actcache.models.tokenizing import Encoded
 
 #: What a processor says of itself that changes no number: where it came from, and what it is called.
 _COSMETIC = {
@@ -37,6 +38,10 @@ class Features:
     length: (
         int  # rows that the model makes of it: patches, with what stands for the whole of them, or frames; 0: unknown
     )
+
+
+#: One entry of a document as the model takes it.
+Made = Encoded | Features
 
 
 def takes_features(base_model: PreTrainedModel) -> bool:
@@ -64,7 +69,7 @@ def sample_features(base_model: PreTrainedModel) -> Features:
     else:
         shape = (4000,)
     count = int(np.prod(shape))
-    values = (np.arange(count, dtype=np.float32) * 37 % 64 - 32) / 32
+    values = (np.arange(count) * 37 % 64 - 32).astype(np.float32) / np.float32(32)
     return Features(name, values.reshape(shape), 0)
 
 
@@ -241,8 +246,8 @@ class MediaEncoder:
         wanted = self.processor.sampling_rate
         if rate != wanted:
             raise DocumentError(
-                f"{document!r} has {rate:,} samples a second, and the {type(self.processor).__name__} takes {wanted:,}: "
-                "resample it first"
+                f"{document!r} has {rate:,} samples a second, and the {type(self.processor).__name__} takes "
+                f"{wanted:,}: resample it first"
             )
         longest = self._longest
         if longest is not None and len(samples) > longest and not cut:
@@ -275,7 +280,8 @@ def _canary_pixels(height: int, width: int) -> NDArray[np.uint8]:
     y, x = np.mgrid[:height, :width].astype(np.int64)
     noise = (x * 7919 + y * 104729 + x * y * 31) % 61
     bands = (x * 192 // width + noise, (x // 16 + y // 16) % 2 * 160 + noise, y * 128 // height + (x * y // 64) % 128)
-    return np.stack(bands, axis=-1).clip(0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.stack(bands, axis=-1).clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def _canary_samples(count: int, kind: int) -> NDArray[np.float32]:
@@ -284,7 +290,7 @@ def _canary_samples(count: int, kind: int) -> NDArray[np.float32]:
     phase = (n * (200 + 57 * kind) + n * n // (40 + 11 * kind)) % 16384
     tone = np.minimum(phase, 16384 - phase) * 2 - 8192
     noise = (n * 7919 + n * n * 31) % 2039 - 1019
-    return ((tone + noise) / np.float32(32768)).astype(np.float32)
+    return (tone + noise).astype(np.float32) / np.float32(32768)
 
 
 class _of_position:

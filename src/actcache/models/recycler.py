@@ -22,15 +22,16 @@ from actcache.format.recipe import Recipe
 from actcache.models import loading, replay, verification
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
+from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
-from actcache.models.documents import listed
+from actcache.models.documents import Field, documents_in, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
-from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.processing import MediaEncoder, processor_of, takes_features
+from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
@@ -170,6 +171,7 @@ class Recycler:
         self,
         texts: Iterable[Document],
         *,
+        field: Field | None = None,
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
@@ -181,7 +183,9 @@ class Recycler:
         windows of a document are stored together.
 
         Args:
-            texts: any iterable of documents; it is streamed. Of a table give a column: ``frame["text"]``.
+            texts: any iterable of documents; it is streamed. Of a table give a column: ``frame["text"]``, or
+            field: the name of the column (two for pairs) of a data set of Hugging Face, a table of pandas, Polars or
+                Arrow, or rows that are mappings: ``fill(dataset, field="text")``.
             token_budget: padded tokens of a batch. Documents of similar length are computed together.
             progress: whether to show a bar (a line now and then where stderr is no terminal).
             max_bytes: that the space takes on the medium at most, what was there before included: a number or a size
@@ -196,12 +200,13 @@ class Recycler:
             CanaryError: the lower half computes other numbers than those of the space (a hook, an adapter, ...).
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
-        return self._filler.fill(texts, token_budget, progress, max_bytes)
+        return self._filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
 
     def reader(
         self,
         texts: Iterable[Document],
         *,
+        field: Field | None = None,
         labels: Any = None,
         batch_size: int = 32,
         device: Any = "cpu",
@@ -214,6 +219,7 @@ class Recycler:
         ``Batch.documents`` says whose it is, as a position in ``texts``.
 
         Args:
+            field: of a data set or table, as ``fill`` takes it.
             on_missing: ``"compute"`` computes and stores the missing documents of each batch when its turn comes (and
                 those that are corrupt), and delivers them as they are stored: the first epoch fills, later ones replay,
                 and both see the same numbers. They are durable at the end of the epoch, and when a minute old.
@@ -223,7 +229,7 @@ class Recycler:
             LowerHalfMismatchError, CanaryError, UsageError: see ``fill``.
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
-        documents_given = listed(texts)
+        documents_given = listed(documents_in(texts, field))
         keys = self.agreement.encoder.keys(documents_given)
         self.agreement.before_serving(keys)
         options |= {"batch_size": batch_size, "device": device}
@@ -243,18 +249,39 @@ class Recycler:
             **options,
         )
 
-    def keys(self, texts: Iterable[Document]) -> list[bytes]:
+    def keys(self, texts: Iterable[Document], *, field: Field | None = None) -> list[bytes]:
         """Return the keys of these documents' entries, in order.
 
         Where documents are cut into windows, those are their windows' keys; raises ``MissingEntryError`` where not all
         are in the space.
         """
-        keys = self.agreement.encoder.keys(listed(texts))
+        keys = self.agreement.encoder.keys(listed(documents_in(texts, field)))
         if self.agreement.encoder.windows is None:
             return keys
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
         check_found(keys, found)
         return list(itertools.chain.from_iterable(found))
+
+    def chats(self, conversations: Iterable[Any], *, field: str | None = None, **template: Any) -> Chats:
+        """Return conversations as documents of token ids, with what the assistant said marked token by token.
+
+        What is too long is cut at its end where the recycler truncates, and else left to ``fill`` to refuse.
+
+        Args:
+            conversations: lists of messages (``{"role": ..., "content": ...}``), or
+            field: the name of the data set's column that holds them.
+            template: options of the tokenizer's ``apply_chat_template``.
+
+        Raises:
+            DocumentError, UsageError: see ``models.chats.encode_chats``.
+        """
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder):
+            raise UsageError(
+                f"conversations are text, and a {type(self.agreement.lower.base_model).__name__} reads none"
+            )
+        cut = encoder.max_length if encoder.too_long == "truncate" else None
+        return encode_chats(encoder.tokenizer, documents_in(conversations, field), max_length=cut, **template)
 
     def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.

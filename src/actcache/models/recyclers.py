@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import UsageError
 from actcache.format.arguments import whole_numbers
 from actcache.format.keys import Document
+from actcache.models.documents import Field, documents_in
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET
 from actcache.models.pretrained import load_pretrained
@@ -75,6 +76,7 @@ class Recyclers(Mapping[int, Recycler]):
         self,
         texts: Iterable[Document],
         *,
+        field: Field | None = None,
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
@@ -84,7 +86,7 @@ class Recyclers(Mapping[int, Recycler]):
         Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked, and ``max_bytes`` is for all
         layers together.
         """
-        return self.filler.fill(texts, token_budget, progress, max_bytes)
+        return self.filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
 
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""

@@ -123,10 +123,11 @@ def _stubs_of(
         path = next(path for path, module in base.named_modules() if module is words)
         matrix = path.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
     hidden_size = base.config.hidden_size
-    stubs: dict[int, Any]
+    stubs: dict[int, Any] = {}
     features = None
     if takes_features(base):
-        stubs, features = feature_stubs(base, family, layer, like, injected)  # type: ignore[assignment]
+        parts, features = feature_stubs(base, family, layer, like, injected)
+        stubs |= parts
     else:
         stubs = {id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()}
         stubs |= {id(module): EmbeddingStub(hidden_size, like) for module in family.alias_of(base).values()}

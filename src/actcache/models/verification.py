@@ -22,11 +22,12 @@ from actcache.errors import MissingEntryError, ModelError, UsageError, Verificat
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
+from actcache.io.notebook import Shown
 from actcache.models.canary import TOLERANCE, Encoder, relative_error
 from actcache.models.documents import listed
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_encoded
 from actcache.models.partial_vocabulary import vocabulary_size
-from actcache.models.processing import Features
+from actcache.models.processing import Features, Made
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.store.document_entries import check_found, find_entries
@@ -46,7 +47,7 @@ _CHUNK = 64  # entries that are held at a time
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """What was compared, and how far apart it was. Relative errors are L2 norms: of the difference, by the computed."""
 
     documents: int  # entries compared
@@ -191,11 +192,11 @@ class _Comparison:
         self._largest = 0.0
 
     def add(
-        self, keys: list[bytes], entries: list[Entry], encoded: Sequence[Encoded] | Sequence[Features] | None
+        self, keys: list[bytes], entries: list[Entry], encoded: Sequence[Made] | None
     ) -> None:
         """Compare some entries with what their texts make, or, with None, with what their own token ids do."""
         own = [_input(entry) for entry in entries] if encoded is None else []
-        inputs: Sequence[Encoded | Features] = own if encoded is None else encoded
+        inputs: Sequence[Made] = own if encoded is None else encoded
         found = _errors(self._lower, entries, inputs)
         if encoded is None and self._separator is not None:
             self._as_pairs(entries, own, found)
@@ -245,7 +246,7 @@ class _Outputs:
         return math.sqrt(self._difference) / (math.sqrt(self._norm) or 1.0)
 
     @torch.inference_mode()
-    def compare(self, entry: Entry, given: Encoded | Features) -> None:
+    def compare(self, entry: Entry, given: Made) -> None:
         """Run one document alone through both."""
         device = self._full.device
         rows = torch.from_numpy(np.array(entry.activations))[None].to(device)
@@ -283,7 +284,7 @@ def _some(count: int, sample: int, rng: np.random.Generator) -> NDArray[np.int64
 
 def _of_texts(
     space: Space, encoder: Encoder, sample: int, texts: Iterable[Document], rng: np.random.Generator
-) -> tuple[list[bytes], list[Any]]:
+) -> tuple[list[bytes], list[Made]]:
     """Return the keys of some texts' entries, and what the texts make."""
     documents = listed(texts)
     if not documents:
@@ -293,7 +294,7 @@ def _of_texts(
     keys = encoder.keys(chosen)
     found = find_entries(space, keys, encoder.windows)
     check_found(keys, found)
-    encoded = encoder.encode(chosen, positions)
+    encoded: Sequence[Sequence[Made]] = encoder.encode(chosen, positions)
     for position, entries, windows in zip(positions, found, encoded, strict=True):
         if len(entries) != len(windows):
             raise VerificationError(
@@ -330,7 +331,7 @@ def _input(entry: Entry) -> Encoded:
 
 
 def _errors(
-    lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded | Features]
+    lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Made]
 ) -> list[tuple[float, float]]:
     """Return each entry's relative error and largest absolute difference."""
     result = [(math.inf, math.inf)] * len(entries)
@@ -346,7 +347,7 @@ def _errors(
     return result
 
 
-def computable(lower: LowerHalf, given: Encoded | Features) -> bool:
+def computable(lower: LowerHalf, given: Made) -> bool:
     """Return whether the model takes these numbers; what somebody else put may be anything."""
     if isinstance(given, Features):
         return True  # they come from the caller's own document

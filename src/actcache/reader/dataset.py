@@ -1,8 +1,8 @@
-"""Entries as a map-style data set, for ``torch.utils.data.DataLoader``, the Hugging Face ``Trainer`` and others.
+"""Entries as data sets of torch, for ``torch.utils.data.DataLoader``, the Hugging Face ``Trainer`` and others.
 
-An item only says which document it is. ``collate``, which loaders call with the items of a batch, reads all of them by
-one batched read, with any sampler, also in a loader's workers, to which the store's URL travels. Imported only where a
-data set is asked for: it needs torch.
+Map-style: an item only says which document it is. ``collate``, which loaders call with the items of a batch, reads all
+of them by one batched read, with any sampler, also in a loader's workers, to which the store's URL travels. Iterable:
+the batches of the reader itself. Imported only where a data set is asked for: it needs torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map  # the way that its documentation names
 
 from actcache.entries.batch import Batch, Inputs
@@ -73,6 +73,53 @@ class Item(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"<document {self._position} of {len(self._dataset)}>"
+
+
+class Stateful(Protocol):
+    """What a ``BatchDataset`` goes through: a reader, or whatever else keeps its place."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+    def set_epoch(self, epoch: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class BatchDataset(IterableDataset[Any]):
+    """The batches of a reader as an iterable data set of torch, an epoch an iteration. Made by ``Reader.batches``.
+
+    For loaders and trainers that take torch's own alone: ``DataLoader(reader.batches(), batch_size=None)``, and with
+    ``collate_fn=Batch.model_inputs`` for those that take mappings alone (Accelerate). It has the protocol by which
+    torchdata's ``StatefulDataLoader`` saves its place in an epoch. The reader reads ahead and deals out ranks itself,
+    so a loader's workers have no part in it.
+    """
+
+    def __init__(self, reader: Stateful) -> None:
+        self._reader = reader
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the batches of an epoch; ``UsageError`` in a loader's worker."""
+        if get_worker_info() is not None:
+            raise UsageError(
+                "a reader reads ahead by a thread of its own: give the loader num_workers=0, or, to read in workers, "
+                "reader.dataset() with its collate"
+            )
+        return iter(self._reader)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is; see ``Reader.set_epoch``."""
+        self._reader.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the iteration is; see ``Reader.state_dict``."""
+        return self._reader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next iteration go on at a state; see ``Reader.load_state_dict``."""
+        self._reader.load_state_dict(state)
 
 
 class EntryDataset(Dataset[Any]):

@@ -24,7 +24,7 @@ from actcache.reader.order import Order
 from actcache.reader.stats import ReaderStats
 
 if TYPE_CHECKING:
-    from actcache.reader.dataset import EntryDataset
+    from actcache.reader.dataset import BatchDataset, EntryDataset
 
 
 class Reader:
@@ -166,6 +166,12 @@ class Reader:
         from actcache.reader.dataset import EntryDataset
 
         return EntryDataset(self._work)
+
+    def batches(self) -> BatchDataset:
+        """Return the reader's batches as an iterable data set of torch, which loaders and trainers tell by its type."""
+        from actcache.reader.dataset import BatchDataset
+
+        return BatchDataset(self)
 
     def stats(self) -> ReaderStats:
         """Return what was read so far and where the time went; the object goes on counting."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from actcache.io.notebook import Shown
+
 _PREFIX = "actcache.reader."
 #: OpenTelemetry's units -> what Prometheus wants names to end in.
 _SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
@@ -56,7 +58,7 @@ def _counter(short: str, unit: str, description: str) -> Any:
 
 
 @dataclass
-class ReaderStats:
+class ReaderStats(Shown):
     """Counts since the reader was made, over all epochs. Times in seconds.
 
     Reading, copying and decoding happen beside each other and beside the consumer's steps: their times add up to more

@@ -27,6 +27,7 @@ from actcache.format.arguments import to_buffer, whole
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, runs
 from actcache.format.recipe import Recipe
+from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
 from actcache.reader.reader import Reader
 from actcache.store.description import space_blob, write_recipe
@@ -42,7 +43,7 @@ Progress = Callable[[int, int], None]  # called with the entries that have been 
 
 
 @dataclass(frozen=True)
-class IntegrityReport:
+class IntegrityReport(Shown):
     """What ``verify`` found."""
 
     entries: int  # that were read and checked
@@ -56,7 +57,7 @@ class IntegrityReport:
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Shown):
     """What ``repair`` did."""
 
     quarantined: list[bytes]  # keys of corrupt entries, which are misses now
@@ -600,6 +601,14 @@ class Space:
 
     def __repr__(self) -> str:
         return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
+
+    def _repr_html_(self) -> str:
+        recipe, rows = self.recipe, list[tuple[str, object]]()
+        if not self._closed:
+            usage = self.usage()
+            counts = ("entries", "tokens", "nbytes", "segments")
+            rows = [(f"published {name}", getattr(usage, name)) for name in counts]
+        return table(f"Space {recipe.fingerprint}" + " (closed)" * self._closed, [*recipe.facts(), *rows])
 
 
 def _after_fork() -> None:

@@ -16,6 +16,7 @@ from actcache.backend import StoreDriver
 from actcache.entries.writer import SEGMENT_BYTES, SEGMENT_SECONDS
 from actcache.format.arguments import whole
 from actcache.format.recipe import Recipe, is_fingerprint
+from actcache.io.notebook import table
 from actcache.segments import registry
 from actcache.store.collection import Collection
 from actcache.store.description import read_recipe, write_recipe
@@ -250,6 +251,19 @@ class Store:
 
     def __repr__(self) -> str:
         return f"<Store {self.url}>"
+
+    def _repr_html_(self) -> str:
+        if self._driver is None:
+            return table(f"Store {self.url} (closed)", [])
+        rows: list[tuple[str, object]] = []
+        for fingerprint in self.fingerprints():
+            try:
+                recipe = self.recipe(fingerprint)
+                about = f"{recipe.model}, layer {recipe.layer}, {recipe.stored_as}" if recipe else "being made"
+            except errors.ActcacheError as error:
+                about = str(error)
+            rows.append((fingerprint, about))
+        return table(f"Store {self.url}", [*rows, ("collections", self.collections())])
 
     def check_writable(self) -> None:
         """Raise ``ReadOnlyError`` where the store was opened with mode='r'."""

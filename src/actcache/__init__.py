@@ -14,6 +14,7 @@ from actcache.entries.entry import Entry, ReadReport
 from actcache.format.keys import Windows, document_key, windows
 from actcache.format.recipe import Recipe
 from actcache.reader.reader import Reader
+from actcache.reader.rows import RowReader
 from actcache.store.collection import Collection
 from actcache.store.space import Space
 from actcache.store.store import Store
@@ -34,6 +35,7 @@ __all__ = [
     "Recipe",
     "Recycler",
     "Recyclers",
+    "RowReader",
     "Space",
     "Store",
     "Windows",

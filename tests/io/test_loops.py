@@ -372,9 +372,35 @@ print(loops.missing)
 def test_the_structures_are_those_of_the_library():
     """A field that one side lacks would shift all behind it."""
     assert loops._library.act_sizes
-    sizes = (ctypes.c_int64 * 4)()
+    kinds = (loops._Table, loops._Lookup, loops._Column, loops._Batch, loops._Scatter)
+    sizes = (ctypes.c_int64 * len(kinds))()
     loops._library.act_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(kind) for kind in (loops._Table, loops._Lookup, loops._Column, loops._Batch)]
+    assert list(sizes) == [ctypes.sizeof(kind) for kind in kinds]
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@given(st.integers(0, 400), st.sampled_from([(), (3,), (2, 700)]), st.integers(0, 50))
+def test_rows_are_scattered(compiled, count, trailing, more):
+    rng = np.random.default_rng(count)
+    rows = rng.integers(0, 1000, (count, *trailing)).astype(np.int32)
+    places = rng.permutation(count + more)[:count]
+    out = np.full((count + more, *trailing), -1, np.int32)
+    loops.scatter(rows, places, out)
+    np.testing.assert_array_equal(out[places], rows)
+    assert (np.delete(out, places, axis=0) == -1).all()
+
+
+@BOTH
+def test_rows_are_scattered_nowhere_else(compiled):
+    out = np.zeros((4, 2), np.int32)
+    for places in ([0, 4], [2**62, 1], [-9, 1]):
+        with pytest.raises(IndexError):
+            loops.scatter(np.ones((2, 2), np.int32), np.array(places), out)
+    with pytest.raises(TypeError):
+        loops.scatter(np.ones((2, 3), np.int32), np.array([0, 1]), out)
 
 
 # --- how many threads -------------------------------------------------------------------------------------------------

@@ -139,3 +139,18 @@ def test_a_pretrained_model_is_loaded_once(minilm_path: str, tmp_path: Path) -> 
         assert "2, 4" in repr(recyclers)
     with Recycler.from_pretrained(minilm_path, layer=4, store=tmp_path / "store", device="cpu") as recycler:
         assert recycler.fill(TEXTS[:3], progress=False).computed == 0
+
+
+def test_rows_of_several_layers_are_aligned(model: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    with Recyclers(model, tokenizer, layers=[3, 1], store=tmp_path, dtype="float32") as recyclers:
+        recyclers.fill(TEXTS, progress=False)
+        stored = {layer: rows_of(recycler, TEXTS) for layer, recycler in recyclers.items()}
+        seen = 0
+        for batch in recyclers.rows(TEXTS, batch_size=64, beside=["documents", "positions"]):
+            assert batch.rows.shape[1:] == (2, model.config.hidden_size)
+            for row, document, position in zip(batch.rows, batch.documents, batch.positions, strict=True):
+                for site, layer in enumerate((3, 1)):
+                    np.testing.assert_array_equal(row[site], stored[layer][document][position])
+            seen += len(batch)
+        assert seen == sum(map(len, stored[1]))
+        assert sum(map(len, recyclers[1].rows(exclude={"positions": [0]}))) == seen - len(TEXTS)

@@ -105,3 +105,17 @@ class PackedBatch(_Batch):
     key_array: NDArray[np.uint8]  # [B, 32], of the entries
     documents: Any  # [B] int64 positions in what the reader was given
     labels: Any = None  # [B, ...], or of tokens [T]; None where the reader was given none
+
+
+@dataclass(eq=False)
+class RowBatch:
+    """Some tokens' rows, of documents from all over the corpus, and what was asked for beside them: torch tensors where
+    the reader has a device, else NumPy arrays."""
+
+    rows: Any  # [n, hidden], or of several sites [n, sites, hidden]
+    documents: Any = None  # [n] int64 positions in what the reader was given, or its numbers
+    positions: Any = None  # [n] int64 positions of the tokens in their documents
+    token_ids: Any = None  # [n] int64
+
+    def __len__(self) -> int:
+        return len(self.rows)

@@ -35,7 +35,7 @@ static digest_function digest_of; /* XXH3_64bits_withSeed */
 
 PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
 
-PUBLIC int32_t act_version(void) { return 2; }
+PUBLIC int32_t act_version(void) { return 3; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -513,6 +513,42 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     return this->bad;
 }
 
+/* --- mixing: rows to places all over a buffer ---------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t count, row_bytes;
+    const uint8_t *rows;   /* [count] */
+    const int64_t *places; /* [count] rows of the buffer, each once */
+    int64_t room;          /* rows of the buffer */
+    uint8_t *out;
+    int64_t part;            /* rows that a thread takes at a time */
+    _Atomic int64_t outside; /* places that the buffer does not have */
+} scatter;
+
+static void scatter_part(void *context, int64_t part) {
+    scatter *this = context;
+    int64_t last = (part + 1) * this->part;
+    if (last > this->count) last = this->count;
+    for (int64_t i = part * this->part; i < last; i++) {
+        int64_t place = this->places[i];
+        if (place < 0 || place >= this->room) {
+            atomic_fetch_add(&this->outside, 1);
+            continue;
+        }
+        memcpy(this->out + place * this->row_bytes, this->rows + i * this->row_bytes, (size_t)this->row_bytes);
+    }
+}
+
+/* Copy row i to row places[i] of a buffer; return how many places it does not have. */
+PUBLIC int64_t act_scatter(scatter *this, int32_t threads) {
+    int64_t nbytes = this->count * this->row_bytes;
+    pthread_once(&once, prepare);
+    this->part = PART / (this->row_bytes > 0 ? this->row_bytes : 1) + 1;
+    if (threads > 1 + nbytes / SHARE) threads = (int32_t)(1 + nbytes / SHARE);
+    share(scatter_part, this, (this->count + this->part - 1) / this->part, threads);
+    return this->outside;
+}
+
 /* --- conversion of what is written ------------------------------------------------------------------------------------- */
 
 /* Round float32 to float16, ties to even; return 1, 0 where infinity or NaN came of it, -1 where the processor has no
@@ -565,6 +601,6 @@ PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
 
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
-    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch)};
+    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch), sizeof(scatter)};
     memcpy(sizes, all, sizeof all);
 }

@@ -29,7 +29,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 2
+_VERSION = 3
 _FAILED = 4  # the state of an entry whose file could not be read
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 
@@ -188,6 +188,19 @@ class _Batch(ctypes.Structure):
     ]
 
 
+class _Scatter(ctypes.Structure):
+    _fields_ = [
+        ("count", _I64),
+        ("row_bytes", _I64),
+        ("rows", _P),
+        ("places", _P),
+        ("room", _I64),
+        ("out", _P),
+        ("part", _I64),
+        ("outside", _I64),
+    ]
+
+
 def _load() -> tuple[Any, str]:
     """Return the library, None where it cannot be used, and why."""
     named = os.environ.get("ACTCACHE_LOOPS")  # "numpy", or the path of another build
@@ -207,6 +220,7 @@ def _load() -> tuple[Any, str]:
     library.act_locate.restype, library.act_locate.argtypes = None, (_P, _I32)
     library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
     library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
+    library.act_scatter.restype, library.act_scatter.argtypes = _I64, (_P, _I32)
     library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
     library.act_set_digest(ctypes.cast(digest, _P))
@@ -381,6 +395,23 @@ def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) 
     if _library is None:
         return False
     return bool(_library.act_seems_absent(ctypes.byref(_described(column)), len(lengths), _address(lengths), most))
+
+
+def scatter(rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) -> None:
+    """Copy row i of ``rows`` to row ``places[i]`` of ``out``: arrays of one dtype, and of one shape but for their
+    lengths. Each place is given once.
+
+    Raises:
+        IndexError: ``out`` has no such row. The others are in place.
+    """
+    if rows.dtype != out.dtype or rows.shape[1:] != out.shape[1:] or places.shape != rows.shape[:1]:
+        raise TypeError(f"{rows.dtype} {list(rows.shape)} to {list(places.shape)} of {out.dtype} {list(out.shape)}")
+    if _library is None or not (rows.flags.c_contiguous and out.flags.carray and places.flags.carray and len(rows)):
+        out[places] = rows
+        return
+    call = _Scatter(len(rows), rows.strides[0], _address(rows), _address(places), len(out), _address(out))
+    if outside := _library.act_scatter(ctypes.byref(call), THREADS):
+        raise IndexError(f"{outside} rows have places beyond the {len(out)} of the buffer")
 
 
 def round_to_float16(rows: NDArray[Any], out: NDArray[Any]) -> bool | None:

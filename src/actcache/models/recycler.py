@@ -40,6 +40,7 @@ from actcache.models.weights import check_same_lower_half, lower_digest
 from actcache.reader.labels import of_entries
 from actcache.reader.order import Order
 from actcache.reader.reader import Reader
+from actcache.reader.rows import RowReader
 from actcache.store.document_entries import check_found, find_entries
 from actcache.store.store import Store, open_store
 
@@ -248,6 +249,27 @@ class Recycler:
             on_missing=on_missing,
             **options,
         )
+
+    def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
+        """Return batches of rows ``[n, hidden]``, mixed across these documents; None for all of the space. See
+        ``actcache.RowReader`` for the options. Windows' rows are their document's, as ``RowBatch.documents`` says.
+
+        Raises:
+            MissingEntryError, LowerHalfMismatchError, CanaryError, UsageError: see ``reader``.
+        """
+        return RowReader(self.space, **self.row_keys(texts), device=device, **options)
+
+    def row_keys(self, texts: Iterable[Document] | None) -> dict[str, Any]:
+        """Return the arguments by which a ``RowReader`` is told of documents, and see that they may be served."""
+        if texts is None:
+            self.agreement.before_serving([])
+            return {}
+        keys = document_keys(listed(texts))
+        self.agreement.before_serving(keys)
+        found = find_entries(self.space, keys, self.agreement.encoder.windows)
+        check_found(keys, found)
+        documents = np.repeat(np.arange(len(keys)), [len(entries) for entries in found])
+        return {"keys": list(itertools.chain.from_iterable(found)), "documents": documents}
 
     def keys(self, texts: Iterable[Document], *, field: Field | None = None) -> list[bytes]:
         """Return the keys of these documents' entries, in order.

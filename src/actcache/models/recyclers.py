@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import UsageError
 from actcache.format.arguments import whole_numbers
 from actcache.format.keys import Document
-from actcache.models.documents import Field, documents_in
+from actcache.models.documents import Field, documents_in, listed
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET
 from actcache.models.pretrained import load_pretrained
 from actcache.models.recycler import Recycler
+from actcache.reader.rows import RowReader
 from actcache.store.store import Store, open_store
 
 
@@ -87,6 +88,16 @@ class Recyclers(Mapping[int, Recycler]):
         layers together.
         """
         return self.filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
+
+    def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
+        """Return batches of rows ``[n, layers, hidden]``, mixed across documents and aligned row by row, the layers in
+        the order in which they were given; else as ``Recycler.rows``.
+
+        ``MissingEntryError``, ``ShapeError``: layers hold other documents than the first one.
+        """
+        given = None if texts is None else listed(texts)
+        told = [recycler.row_keys(given) for recycler in self._recyclers.values()]
+        return RowReader([recycler.space for recycler in self._recyclers.values()], **told[0], device=device, **options)
 
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""

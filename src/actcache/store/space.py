@@ -30,6 +30,7 @@ from actcache.format.recipe import Recipe
 from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
 from actcache.reader.reader import Reader
+from actcache.reader.rows import RowReader
 from actcache.store.description import space_blob, write_recipe
 from actcache.store.last_use import LastUse
 
@@ -335,6 +336,11 @@ class Space:
         """Iterate over entries in batches; see ``actcache.Reader`` for the options."""
         return Reader(self, keys, **options)
 
+    def rows(self, keys: Keys | None = None, **options: Any) -> RowReader:
+        """Iterate over rows ``[n, hidden]``, mixed across documents (all of them, if no keys are given); see
+        ``actcache.reader.rows.RowReader`` for the options."""
+        return RowReader(self, keys, **options)
+
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         self._check_open()  # before the writer is looked at: a fork has another
         self._used.note()
@@ -396,8 +402,12 @@ class Space:
     def in_order(self, keys: Keys) -> NDArray[np.uint8]:
         """Return keys as ``[n, 32]`` in the order in which their published entries lie, absent ones first."""
         wanted = key_array(keys)
-        located = self._view().locate(wanted)
-        return wanted[np.lexsort((located.row, located.segment))]
+        return wanted[self.order_of(wanted)]
+
+    def order_of(self, keys: Keys) -> NDArray[np.int64]:
+        """Return the positions of keys in the order in which their published entries lie, absent ones first."""
+        located = self._view().locate(key_array(keys))
+        return np.lexsort((located.row, located.segment))
 
     @retry_on_stale_snapshot
     def stored_checksums(self, keys: Keys) -> NDArray[np.uint64]:

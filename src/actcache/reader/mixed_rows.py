@@ -1,0 +1,168 @@
+"""A mix of rows in memory: read stretch by stretch, each row put where chance wants it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import MissingEntryError, ShapeError
+from actcache.format import codec
+from actcache.format.keys import key_list
+from actcache.format.ragged import offsets_of, runs
+from actcache.io import loops
+from actcache.io.buffers import BufferPool
+from actcache.reader.exclusion import Exclusion
+from actcache.reader.fetch import Source
+from actcache.reader.mixing import Mixes
+from actcache.reader.stats import ReaderStats
+
+_PORTION_BYTES = 4 << 20  # read at once, then mixed while they are in the processor's cache
+_AHEAD = 2  # portions whose rows the operating system is asked for before they are read
+
+
+@dataclass(frozen=True)
+class MixedRows:
+    """The rows of a mix that are not left out, in random order, ``[count]`` each."""
+
+    values: NDArray[np.generic]  # [count, hidden], of several sites [count, sites, hidden], in the stored dtype
+    documents: NDArray[np.int64]  # positions in the reader's order of documents
+    positions: NDArray[np.int64]  # in their documents
+    token_ids: NDArray[np.int32] | None
+    memory: NDArray[np.generic]  # that ``values`` are in, as the pool gave it
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class RowDocuments:
+    """What rows are read of: documents in the order in which they lie, at one site or several."""
+
+    sources: Sequence[Source]
+    stacked: bool  # whether rows have an axis of sites
+    keys: NDArray[np.uint8]  # [n, 32]
+    lengths: NDArray[np.int64]  # [n]
+    has_ids: bool
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        return codec.get(self.sources[0].recipe.dtype).stored
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        hidden = self.sources[0].recipe.hidden_size
+        return (len(self.sources), hidden) if self.stacked else (hidden,)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a row, of all sites together."""
+        return sum(source.recipe.row_bytes for source in self.sources)
+
+    def portions(self, members: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Cut documents into portions that are read at once."""
+        for run in runs(self.lengths[members] * self.row_bytes, _PORTION_BYTES):
+            yield members[run]
+
+    def read(
+        self, site: int, members: NDArray[np.int64], out: NDArray[np.generic], ids: NDArray[np.int32] | None
+    ) -> None:
+        """Read the rows of some documents at one site, packed.
+
+        Raises:
+            MissingEntryError, ShapeError: a document was deleted, or replaced by one of another length.
+            CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
+        """
+        keys, lengths = self.keys[members], self.lengths[members]
+        try:
+            found = self.sources[site].read_into(keys, out, token_ids=ids).lengths
+        except ShapeError:
+            found = self.sources[site].lengths(keys)
+            if (found == lengths).all():
+                raise
+        if not found.all():
+            gone = key_list(keys[found == 0])
+            raise MissingEntryError(
+                f"{len(gone)} documents were deleted since these rows were asked for, the first is {gone[0].hex()}: "
+                "fill them again, or ask for rows anew",
+                gone,
+            )
+        if (found != lengths).any():
+            changed = keys[found != lengths][0].tobytes().hex()
+            raise ShapeError(f"document {changed} was replaced by one of another length: ask for rows anew")
+
+
+def mix(
+    documents: RowDocuments, mixes: Mixes, number: int, exclusion: Exclusion, buffers: BufferPool, stats: ReaderStats
+) -> MixedRows:
+    """Read and mix the rows of a mix; raises as ``RowDocuments.read``."""
+    start = time.perf_counter()
+    members = mixes.documents(number)
+    lengths = documents.lengths[members]
+    total, sites = int(lengths.sum()), len(documents.sources)
+    places = mixes.places(number, total)
+    hidden = documents.row_shape[-1]
+    memory = buffers.take((total, *documents.row_shape), documents.dtype)
+    try:
+        flat = memory.reshape(total * sites, hidden)
+        read_ids = np.empty(total, np.int32) if documents.has_ids else None
+        portions = list(documents.portions(members))
+        bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
+        staging = np.empty((int(np.diff(bounds).max()), hidden), documents.dtype)
+        for ahead in portions[:_AHEAD]:
+            _announce(documents, ahead)
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
+            if i + _AHEAD < len(portions):
+                _announce(documents, portions[i + _AHEAD])
+            for site in range(sites):
+                rows = staging[: end - begin]
+                documents.read(site, portions[i], rows, None if read_ids is None else read_ids[begin:end])
+                where = places[begin:end] if sites == 1 else places[begin:end] * sites + site
+                loops.scatter(rows, where, flat)
+    except BaseException:
+        buffers.give_back(memory, None)
+        raise
+    mixed = _beside(documents, members, places, read_ids, memory, exclusion)
+    stats.read_seconds += time.perf_counter() - start
+    stats.documents += len(members)
+    stats.tokens += total
+    stats.nbytes += memory.nbytes
+    return mixed
+
+
+def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> None:
+    for source in documents.sources:
+        source.read_ahead(documents.keys[members])
+
+
+def _beside(
+    documents: RowDocuments,
+    members: NDArray[np.int64],
+    places: NDArray[np.int64],
+    read_ids: NDArray[np.int32] | None,
+    memory: NDArray[np.generic],
+    exclusion: Exclusion,
+) -> MixedRows:
+    """Put what stands beside the rows into their order, and leave out what is excluded."""
+    lengths = documents.lengths[members]
+    where, positions = np.empty_like(places), np.empty_like(places)
+    where[places] = np.repeat(members, lengths)
+    positions[places] = np.arange(len(places)) - np.repeat(offsets_of(lengths)[:-1], lengths)
+    ids = None
+    if read_ids is not None:
+        ids = np.empty_like(read_ids)
+        ids[places] = read_ids
+    if not exclusion:
+        return MixedRows(memory, where, positions, ids, memory)
+    kept = exclusion.kept(documents.lengths[where], positions, ids)
+    count = int(kept.sum())
+    # Rows from behind fill the holes: few are moved, and their order is as random as before.
+    holes = np.flatnonzero(~kept[:count])
+    behind = count + np.flatnonzero(kept[count:])
+    for array in (memory, where, positions, *(() if ids is None else (ids,))):
+        array[holes] = array[behind]
+    return MixedRows(memory[:count], where[:count], positions[:count], None if ids is None else ids[:count], memory)

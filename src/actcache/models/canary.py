@@ -70,7 +70,7 @@ def make(encoder: Encoder, lower: LowerHalf, provenance: Mapping[str, str]) -> b
         UnsupportedModelError: their rows are others when they are computed as one batch.
         ModelError: the lower half is in train mode.
     """
-    these = documents(encoder)
+    these = _documents(encoder)
     alone = [rows for document in these for rows in _rows(lower, [document])]
     if not all(np.isfinite(rows).all() for rows in alone):
         raise NonFiniteError(
@@ -122,7 +122,7 @@ def check(blob: bytes, encoder: Encoder, lower: LowerHalf, provenance: Mapping[s
     where = "; ".join(f"{name}: {theirs.get(name)!r} then, {provenance.get(name)!r} now" for name in changed) or (
         "nothing that is recorded: is it a hook, an adapter, an attribute of a module that was changed after loading?"
     )
-    these = documents(encoder)
+    these = _documents(encoder)
     ids = _ids(these)
     lengths = np.array([one.length for one in these], np.int64)
     if not (np.array_equal(stored_ids, ids) and np.array_equal(stored_lengths, lengths)):
@@ -149,11 +149,12 @@ def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
     return _read(blob, hidden_size, TEXTS)[0]
 
 
-def documents(encoder: Encoder) -> Sequence[Made]:
-    """Return the texts, cut to what the model takes, and one long document of their tokens in a fixed disorder; or the
-    fixed images or audio."""
-    if isinstance(encoder, MediaEncoder):
-        return encoder.canary_features()
+def _documents(encoder: Encoder) -> Sequence[Made]:
+    return encoder.canary_features() if isinstance(encoder, MediaEncoder) else documents(encoder)
+
+
+def documents(encoder: DocumentEncoder) -> list[Encoded]:
+    """Return the texts, cut to what the model takes, and one long document of their tokens in a fixed disorder."""
     texts = [windows[0] for windows in encoder.truncating.encode(TEXTS)]
     tokens = np.concatenate([one.token_ids for one in texts])
     if len(np.unique(tokens)) < _FEW:

@@ -145,9 +145,7 @@ class LowerHalf:
         ends = np.cumsum(lengths.numpy())[:-1]
         return {layer: list(np.split(_to_numpy(rows), ends)) for layer, rows in found.items()}
 
-    def run_encoded(
-        self, entries: Sequence[Made], layers: Iterable[int] = ()
-    ) -> dict[int, list[NDArray[np.generic]]]:
+    def run_encoded(self, entries: Sequence[Made], layers: Iterable[int] = ()) -> dict[int, list[NDArray[np.generic]]]:
         """Return the rows of some entries, as an encoder made them: by ``run_at`` or ``run_features``."""
         if entries and isinstance(entries[0], Features):
             return self.run_features([one for one in entries if isinstance(one, Features)], layers)

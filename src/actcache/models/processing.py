@@ -290,7 +290,8 @@ def _canary_samples(count: int, kind: int) -> NDArray[np.float32]:
     phase = (n * (200 + 57 * kind) + n * n // (40 + 11 * kind)) % 16384
     tone = np.minimum(phase, 16384 - phase) * 2 - 8192
     noise = (n * 7919 + n * n * 31) % 2039 - 1019
-    return (tone + noise).astype(np.float32) / np.float32(32768)
+    samples: NDArray[np.float32] = (tone + noise).astype(np.float32) / np.float32(32768)
+    return samples
 
 
 class _of_position:

@@ -30,7 +30,7 @@ from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
-from actcache.models.processing import MediaEncoder, processor_of, takes_features
+from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
 from actcache.models.training import regimes
@@ -217,7 +217,8 @@ class Recycler:
         """Return a reader of these documents' entries; see ``actcache.Reader`` for the other options.
 
         Where documents are cut into windows, each window is an entry of the batches: it has its document's label, and
-        ``Batch.documents`` says whose it is, as a position in ``texts``.
+        ``Batch.documents`` says whose it is, as a position in ``texts``. Images and audio that make different numbers
+        of rows share no batch, for their models have no padding (``equal_lengths``).
 
         Args:
             field: of a data set or table, as ``fill`` takes it.
@@ -234,6 +235,8 @@ class Recycler:
         keys = self.agreement.encoder.keys(documents_given)
         self.agreement.before_serving(keys)
         options |= {"batch_size": batch_size, "device": device}
+        if not self.agreement.encoder.has_token_ids and options.get("layout") != "packed":
+            options.setdefault("equal_lengths", True)
         if on_missing == "compute":
             self._store.check_writable()
             misses = ComputeOnMiss(self.space, self._filler, self.agreement.encoder, documents_given, keys)
@@ -264,7 +267,7 @@ class Recycler:
         if texts is None:
             self.agreement.before_serving([])
             return {}
-        keys = document_keys(listed(texts))
+        keys = self.agreement.encoder.keys(listed(texts))
         self.agreement.before_serving(keys)
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
         check_found(keys, found)
@@ -299,9 +302,7 @@ class Recycler:
         """
         encoder = self.agreement.encoder
         if not isinstance(encoder, DocumentEncoder):
-            raise UsageError(
-                f"conversations are text, and a {type(self.agreement.lower.base_model).__name__} reads none"
-            )
+            raise UsageError(f"conversations are text, and {self.recipe.model} reads none")
         cut = encoder.max_length if encoder.too_long == "truncate" else None
         return encode_chats(encoder.tokenizer, documents_in(conversations, field), max_length=cut, **template)
 
@@ -398,7 +399,9 @@ class Recycler:
         """
         kind, documents = Regime.named(regime), listed(texts)
         family = check_same_lower_half(task_model, self.recipe)
-        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        encoder = self.agreement.encoder
+        equal = not encoder.has_token_ids
+        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last, equal_lengths=equal)
         if kind in (Regime.RECYCLE, Regime.SAVE_AND_RECYCLE):
             reader = self.reader(
                 documents,
@@ -408,12 +411,11 @@ class Recycler:
                 **{**vars(order), **reading},
             )
             return Prepared(self.reduce(task_model), regimes.StoredBatches(reader, type(task_model)))
-        encoded = self.agreement.encoder.encode(documents)
+        encoded: Sequence[Sequence[Made]] = encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
         given = None if labels is None else of_entries(labels, owners, len(documents))
-        padding = int(self.agreement.lower.base_model.config.pad_token_id or 0)
         entries = [window for windows in encoded for window in windows]
-        dataset = regimes.TokenDataset(entries, given, padding, type(task_model))
+        dataset = regimes.full_inputs(entries, given, self.agreement.lower, type(task_model))
         model = copy.deepcopy(task_model)
         if kind is Regime.FROZEN:
             regimes.freeze_lower_half(model, family, self.recipe.layer)

@@ -191,9 +191,7 @@ class _Comparison:
         self._failed: list[bytes] = []
         self._largest = 0.0
 
-    def add(
-        self, keys: list[bytes], entries: list[Entry], encoded: Sequence[Made] | None
-    ) -> None:
+    def add(self, keys: list[bytes], entries: list[Entry], encoded: Sequence[Made] | None) -> None:
         """Compare some entries with what their texts make, or, with None, with what their own token ids do."""
         own = [_input(entry) for entry in entries] if encoded is None else []
         inputs: Sequence[Made] = own if encoded is None else encoded
@@ -330,9 +328,7 @@ def _input(entry: Entry) -> Encoded:
     return Encoded(ids, np.zeros(len(ids), np.int8) if types is None else types.astype(np.int8))
 
 
-def _errors(
-    lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Made]
-) -> list[tuple[float, float]]:
+def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Made]) -> list[tuple[float, float]]:
     """Return each entry's relative error and largest absolute difference."""
     result = [(math.inf, math.inf)] * len(entries)
     possible = [i for i, given in enumerate(inputs) if computable(lower, given)]

@@ -114,7 +114,7 @@ def test_what_is_no_image_is_one_named_error(source, says):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DocumentError, match="cannot read .*absent.png: No such file"):
+    with pytest.raises(DocumentError, match=r"cannot read .*absent\.png: No such file"):
         image_of(tmp_path / "absent.png").key()
     with pytest.raises(DocumentError, match="decoded already"):
         actcache.Image(pictures()[0], by="bytes")

@@ -222,9 +222,11 @@ def test_several_layers_in_one_pass():
 def test_a_processor_of_both_is_taken_for_its_part(recycler_of_text):
     tokenizer, bert = recycler_of_text
     both = transformers.CLIPProcessor(processor("vit"), tokenizer)
-    with actcache.Recycler(task_model("vit"), both, layer=1, store="ram:both") as images:
-        with actcache.Recycler(task_model("vit"), processor("vit"), layer=1, store="ram:both2") as plain:
-            assert images.recipe == plain.recipe
+    with (
+        actcache.Recycler(task_model("vit"), both, layer=1, store="ram:both") as images,
+        actcache.Recycler(task_model("vit"), processor("vit"), layer=1, store="ram:both2") as plain,
+    ):
+        assert images.recipe == plain.recipe
     with actcache.Recycler(bert, both, layer=1, store="ram:both3") as texts:
         assert texts.agreement.encoder.has_token_ids
 
@@ -308,10 +310,10 @@ def test_bad_audio_is_named(kind, recycler):
             recycler.fill([(samples, 16_000), wrong], progress=False)
     long = np.sin(np.arange(3 * 16_000) / 20).astype(np.float32)
     if kind == "wav2vec2":  # which takes any length, but nothing shorter than its filters
-        with pytest.raises(DocumentError, match="document 0: .* cannot be computed"):
+        with pytest.raises(DocumentError, match=r"document 0: .* cannot be computed"):
             recycler.fill([(long[:5], 16_000)], progress=False)
         return
-    with pytest.raises(DocumentTooLongError, match="document 0: .*3.0 s long"):
+    with pytest.raises(DocumentTooLongError, match=r"document 0: .*3\.0 s long"):
         recycler.fill([(long, 16_000)], progress=False)
     options: dict[str, Any] = {"layer": LAYER, "store": "ram:cut", "dtype": "float32", "too_long": "truncate"}
     with actcache.Recycler(task_model(kind), processor(kind), **options) as cutting:

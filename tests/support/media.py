@@ -1,7 +1,7 @@
 """Images and audio for the tests, and tiny random models that take them.
 
-The images are real pictures: icons and a photograph that matplotlib brings, and shapes that Pillow draws. The sounds are
-synthesized: tones, chirps and beats.
+The images are real pictures: icons and a photograph that matplotlib brings, and shapes that Pillow draws. The sounds
+are synthesized: tones, chirps and beats.
 """
 
 from __future__ import annotations
@@ -47,15 +47,32 @@ for _name, _layers in {
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 3}
 _WHISPER = {
-    **{"d_model": 32, "encoder_layers": 4, "decoder_layers": 1, "encoder_attention_heads": 4, "num_labels": 3},
-    **{"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_source_positions": 50},
-    **{"num_mel_bins": 8, "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "d_model": 32,
+    "encoder_layers": 4,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "num_labels": 3,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_source_positions": 50,
+    "num_mel_bins": 8,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
 _PATCHES = {"image_size": 32, "patch_size": 8}
 _CONVOLUTIONS = {
-    **{"conv_dim": (16, 16), "conv_stride": (10, 8), "conv_kernel": (10, 8), "num_feat_extract_layers": 2},
-    **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "vocab_size": 32, "classifier_proj_size": 16},
+    "conv_dim": (16, 16),
+    "conv_stride": (10, 8),
+    "conv_kernel": (10, 8),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 32,
+    "classifier_proj_size": 16,
     "layerdrop": 0.0,
 }
 _SPECTROGRAM = {"max_length": 128, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8, "time_stride": 16}

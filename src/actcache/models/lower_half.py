@@ -150,7 +150,9 @@ class LowerHalf:
         if entries and isinstance(entries[0], Features):
             return self.run_features([one for one in entries if isinstance(one, Features)], layers)
         texts = [one for one in entries if isinstance(one, Encoded)]
-        return self.run_at(layers, [one.token_ids for one in texts], [one.type_ids for one in texts])
+        ids, types = [one.token_ids for one in texts], [one.type_ids for one in texts]
+        others = set(layers) - {self.layer}
+        return self.run_at(others, ids, types) if others else {self.layer: self.run(ids, types)}
 
     def run_features(
         self, features: Sequence[Features], layers: Iterable[int] = ()

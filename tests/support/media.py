@@ -19,31 +19,7 @@ from PIL import Image, ImageDraw
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from actcache.models import Family, register_family
-
 RATE = 16_000
-
-_EMBEDDINGS = {
-    "whisper": ("encoder.conv1", "encoder.conv2", "encoder.embed_positions"),
-    "wav2vec2": ("feature_extractor", "feature_projection", "encoder.pos_conv_embed", "encoder.layer_norm"),
-}
-for _name, _layers in {
-    "vit": "layers",
-    "dinov2": "encoder.layer",
-    "audio-spectrogram-transformer": "layers",
-    "whisper": "encoder.layers",
-    "wav2vec2": "encoder.layers",
-}.items():
-    register_family(
-        Family(
-            _name,
-            (_name,),
-            layers=_layers,
-            embeddings=_EMBEDDINGS.get(_name, ("embeddings",)),
-            numeric_config={"hidden_size": None, "num_attention_heads": None, "layer_norm_eps": None},
-            stack="encoder" if _name == "whisper" else "",
-        )
-    )
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 3}
 _WHISPER = {

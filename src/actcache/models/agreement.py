@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
 from actcache.errors import CanaryError, LowerHalfMismatchError, UsageError
 from actcache.models import canary
 from actcache.models.families import base_model_of, family_of
-from actcache.models.lower_half import LowerHalf, evaluating
+from actcache.models.lower_half import LowerHalf
+from actcache.models.modes import evaluating
 from actcache.models.provenance import setup_of
 from actcache.models.verification import disagreeing, verify_stored
 from actcache.models.weights import check_same_lower_half
@@ -84,7 +86,8 @@ class Agreement:
             with evaluating(self.lower.base_model):
                 canaries = canary.make(self.encoder, self.lower, self._setup)
         base, recipe = base_model_of(model), self.space.recipe
-        lower = LowerHalf(base, family_of(base), recipe.layer, recipe.compute_dtype)
+        family = replace(family_of(base), equal_lengths=self.lower.family.equal_lengths)
+        lower = LowerHalf(base, family, recipe.layer, recipe.compute_dtype)
         try:
             with evaluating(base):
                 canary.check(canaries, self.encoder, lower, setup_of(lower))

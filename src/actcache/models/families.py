@@ -1,21 +1,29 @@
 """How a transformer is split: what recording and replaying ask of a family of models.
 
 A family says where a base model keeps its embeddings and its layers, what its two halves share, and which configuration
-values change the lower half's numbers. The latter is an allow-list: a release of transformers that adds a field must
-not change anybody's identity. The table of families is at the end of this file.
+values change the lower half's numbers. What is in the table at the end of this file has names for the latter, so that a
+release of transformers that adds a field changes nobody's identity; any other model's family is found by running it
+(``actcache.models.discovery``), and its identity is its whole configuration, but for what is known to be cosmetic.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from actcache.errors import LayerError, UnsupportedModelError
+from actcache.errors import LayerError, ModelError, UnsupportedModelError
 from actcache.format.arguments import is_whole
+from actcache.models.discovery import Stack, find_stack, positions_limit
 
 
 def numbers(*names: str, **absent: Any) -> dict[str, Any]:
@@ -48,7 +56,8 @@ class Family:
     # positions, or with what the one before it returned.
     embeddings: tuple[str, ...] = ("embeddings",)
     # What changes the lower half's numbers, with the value that stands for a field that a configuration lacks.
-    numeric_config: Mapping[str, Any] = field(default_factory=lambda: dict(BERT_CONFIG))
+    # None for the whole configuration.
+    numeric_config: Mapping[str, Any] | None = field(default_factory=lambda: dict(BERT_CONFIG))
     padding_shifts_positions: bool = False  # positions begin at ``pad_token_id + 1`` (the RoBERTa convention)
     tuple_arity: int | None = None  # None where a layer returns the bare tensor, else the length of its tuple
     first_position: int = 0  # of the first token, where the model's code fixes it
@@ -66,6 +75,25 @@ class Family:
     stack: str = ""  # path of the transformers model whose forward runs the layers; empty for the base model itself
     # Of stored rows, by default. ``bfloat16`` where some members have activations beyond float16's 65,504.
     dtype: str = "float16"
+    found: Stack | None = None  # where this family was not registered but found by running the model
+    code: str | None = None  # digest of the source of a class that is not one of transformers
+    first_layer_runs: bool = (
+        False  # the first layer is kept, frozen, and run on anything for what it returns beside rows
+    )
+    equal_lengths: bool = False  # padding changes the numbers: batches hold documents of one length
+    right_padding: bool = False  # padding on the left changes the numbers
+    one_size: bool = False  # upper layers depend on the size of images or sounds: it has to be the native one
+    proved: bool = False  # replay was proved for the model at hand
+    pads: bool = True  # whether ``pad_token_id`` may change the numbers of tokens
+
+    def width_of(self, base_model: PreTrainedModel) -> int:
+        """Return how many columns a row has."""
+        return int(base_model.config.hidden_size) if self.found is None else self.found.width
+
+    @property
+    def time_first(self) -> bool:
+        """Whether layers take ``[tokens, batch, hidden]``."""
+        return self.found is not None and self.found.time_first
 
     def layers_of(self, base_model: nn.Module) -> nn.ModuleList:
         """Return a base model's layers; raises ``UnsupportedModelError`` where they are no ``ModuleList``."""
@@ -156,12 +184,19 @@ class Family:
 
     def numbers_of(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the configuration values that change the lower half's numbers, and the family's name."""
+        if self.numeric_config is None:
+            values = _without_cosmetics(json.loads(config.to_json_string(use_diff=False)))
+            if not self.pads:
+                values.pop("pad_token_id", None)
+            return {"class": self.name, **values, **({} if self.code is None else {"code": self.code})}
         values = {name: getattr(config, name, absent) for name, absent in self.numeric_config.items()}
         return {"family": self.name, **values}
 
     def max_tokens(self, config: PreTrainedConfig) -> int | None:
         """Return how many tokens the model's positions allow; None where there is no limit."""
         positions = getattr(config, "max_position_embeddings", None)
+        if self.found is not None:
+            return positions_limit(self.found, config)
         if positions is None:
             return None
         first = int(config.pad_token_id or 0) + 1 if self.padding_shifts_positions else self.first_position
@@ -196,6 +231,11 @@ def register_family(family: Family) -> None:
         _FAMILIES[model_type] = family
 
 
+def is_registered(model_type: str) -> bool:
+    """Return whether the table has a family for a model type; others are found by running the model."""
+    return model_type in _FAMILIES
+
+
 def base_model_of(model: nn.Module) -> PreTrainedModel:
     """Return a task model's base model, or a base model itself; raises ``UnsupportedModelError`` for others."""
     if not isinstance(model, PreTrainedModel):
@@ -207,17 +247,121 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def family_of(base_model: PreTrainedModel) -> Family:
-    """Return a base model's family; raises ``UnsupportedModelError``, which says how to add it, where there is none."""
-    model_type = base_model.config.model_type
+    """Return a base model's family: the registered one, else what running it for a few tokens finds.
+
+    Raises:
+        UnsupportedModelError: no list of layers was found, with what was looked at.
+    """
+    registered = _FAMILIES.get(base_model.config.model_type)
+    if registered is not None:
+        return registered
+    known = _found.get(base_model)
+    modules = sum(1 for _ in base_model.modules())
+    if known is None or known[0] != modules:  # modules may be added
+        known = modules, _discovered(base_model)
+        _found[base_model] = known
+    return known[1]
+
+
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Family]] = weakref.WeakKeyDictionary()
+
+
+def _discovered(base_model: PreTrainedModel) -> Family:
+    """Return the family of a model as running it shows; how it is replayed is for the proof to say."""
+    stack = find_stack(base_model)
+    runner = type(base_model.get_submodule(stack.runner))
+    return Family(
+        name=f"{runner.__module__}.{runner.__qualname__}",
+        model_types=(base_model.config.model_type,),
+        layers=stack.layers,
+        embeddings=stack.fillable,
+        shared=tuple(path for path in stack.before if path not in stack.fillable),
+        tuple_arity=stack.arity,
+        positions_in_layers=stack.takes_positions,
+        numeric_config=None,
+        stack=stack.path,
+        dtype="bfloat16" if _is_wide(base_model) else "float16",
+        found=stack,
+        code=_code_of(type(base_model)),
+        pads=_pads(base_model, stack),
+    )
+
+
+def _is_wide(base_model: PreTrainedModel) -> bool:
+    """Return whether activations may be beyond float16's range: decoders, and what was trained in bfloat16."""
+    config = base_model.config
+    kind = getattr(config, "dtype", None)
+    return str(kind).endswith("bfloat16") or hasattr(config, "rms_norm_eps") or hasattr(config, "rope_parameters")
+
+
+def _pads(base_model: PreTrainedModel, stack: Stack) -> bool:
+    """Return whether the padding id could be more to the lower half than the id of a row of a table.
+
+    It is no more where the code that runs the layers does not name it, and plain tables are what has it.
+    """
+    running = (base_model.get_submodule(stack.path), base_model.get_submodule(stack.runner))
     try:
-        return _FAMILIES[model_type]
-    except KeyError:
-        raise UnsupportedModelError(
-            f"models of type {model_type!r} ({type(base_model).__name__}) are not in the table of families, which has "
-            f"{', '.join(sorted(_FAMILIES))}. Describe the family with actcache.models.register_family(Family(name, "
-            "model_types, layers=path of its ModuleList, embeddings=paths of what comes before, numeric_config=...)); "
-            "see docs/models.md"
+        if any("pad" in inspect.getsource(type(one).forward) for one in running):
+            return True
+    except (OSError, TypeError):
+        return True
+    names = ("padding_idx", "pad_token_id", "pad_index")
+    return any(
+        type(module) is not nn.Embedding and any(hasattr(module, name) for name in names)
+        for path in stack.before
+        for module in base_model.get_submodule(path).modules()
+    )
+
+
+def _code_of(kind: type) -> str | None:
+    """Return a digest of the file that defines a class; None for what transformers itself defines.
+
+    Its releases are told apart by canaries, where they give other numbers, so that no release costs anybody a cache.
+    """
+    package = kind.__module__.partition(".")[0]
+    if package == "transformers":
+        return None
+    source = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    try:
+        data = Path(source or "").read_bytes() if source else inspect.getsource(kind).encode()
+    except (OSError, TypeError) as error:
+        raise ModelError(
+            f"the source of {kind.__module__}.{kind.__qualname__} cannot be read ({error}), and it is part of what "
+            "tells a cache from another: define the class in a file, or register a Family for its model_type"
         ) from None
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+#: Fields of configurations that change no number of a lower half in eval mode, by their exact names: what else a
+#: configuration has is part of the identity. A pattern would not do: ESM's ``token_dropout`` moves rows.
+COSMETIC = frozenset(
+    {
+        # where it came from, how it is written down, and what its heads are for
+        *("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        *("tokenizer_class", "prefix", "tie_word_embeddings", "tie_encoder_decoder"),
+        *("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
+        # what is returned beside the rows, and kept for generation
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "output_router_logits"),
+        # dropout of training (eval mode has none), and the numbers that weights were drawn by
+        *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout", "dropout_rate", "embd_pdrop"),
+        *("embedding_dropout", "hidden_dropout", "hidden_dropout_prob", "mlp_dropout", "resid_pdrop"),
+        *("activation_dropout", "classifier_dropout", "classifier_dropout_prob", "layerdrop", "encoder_layerdrop"),
+        *("decoder_layerdrop", "initializer_cutoff_factor", "initializer_factor", "initializer_range", "init_std"),
+        *("router_aux_loss_coef", "router_jitter_noise"),
+    }
+)
+
+
+def _without_cosmetics(config: Any) -> Any:
+    """Return a configuration's JSON without cosmetic names, at every depth."""
+    if isinstance(config, dict):
+        return {name: _without_cosmetics(value) for name, value in config.items() if name not in COSMETIC}
+    if isinstance(config, list):
+        return [_without_cosmetics(value) for value in config]
+    return (
+        config if not isinstance(config, float) or (config == config and abs(config) != float("inf")) else str(config)
+    )
 
 
 # The table of families: what differs between the transformers that can be split, read off the modeling code of

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.errors import ModelError, UnsupportedModelError
+from actcache.errors import ModelError, ShapeError, UnsupportedModelError
 from actcache.models.families import Family
-from actcache.models.lower_half import LowerHalf, evaluating
-from actcache.models.processing import Features, sample_features
+from actcache.models.lower_half import LowerHalf
+from actcache.models.modes import evaluating
+from actcache.models.processing import Features, larger, sample_features
 from actcache.models.stubs import InjectedRows
 
 _BATCH, _ROWS = "batch", "rows"
@@ -118,18 +118,26 @@ def feature_stubs(
             second = _results(lower, parts, [other] * 3)
         except ModelError:  # it takes features of one shape alone
             other, second = sample, _results(lower, parts, [sample] * 3)
-    varies = other is not sample
     stubs: dict[int, nn.Module] = {}
     for path, part in parts.items():
         shape = _shape_of(first[0][path], second[0][path], first[1], second[1], path, base)
         stubs[id(part)] = FeatureStub(part, shape, like, injected)
-    return stubs, FeatureReplay(sample.name, sample.values.shape, None if varies else first[1])
+    one_size = other is sample or family.one_size
+    return stubs, FeatureReplay(sample.name, sample.values.shape, first[1] if one_size else None)
 
 
-def larger(sample: Features) -> Features:
-    """Return features of another size than a sample, as some models take: twice as high, or twice as long."""
-    axis = {"pixel_values": 1}.get(sample.name, sample.values.ndim - 1 if sample.values.ndim == 1 else 0)
-    return replace(sample, values=np.concatenate([sample.values, sample.values[::-1]], axis=axis))
+def check_lengths(activations: torch.Tensor, attention_mask: torch.Tensor | None, features: FeatureReplay) -> None:
+    """Refuse rows that the model was not proved to take: these models have no padding."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ShapeError(
+            "the batch holds documents of several lengths, and a model of images or audio takes one length at a time: "
+            "make the reader with equal_lengths=True, as recycler.reader does"
+        )
+    if features.rows not in (None, activations.shape[-2]):
+        raise ShapeError(
+            f"the model takes {features.rows} rows of a document, not {activations.shape[-2]}: its upper layers depend "
+            "on the size of what the lower ones read"
+        )
 
 
 def _results(lower: LowerHalf, parts: Mapping[str, nn.Module], samples: list[Features]) -> tuple[dict[str, Any], int]:
@@ -140,7 +148,7 @@ def _results(lower: LowerHalf, parts: Mapping[str, nn.Module], samples: list[Fea
         for path, part in parts.items()
     ]
     try:
-        rows = lower.rows_of(*samples)
+        rows = lower.count_rows(*samples)
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,6 +20,7 @@ from actcache.format.arguments import is_whole
 from actcache.models.families import Family
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.processing import Features, Made
+from actcache.models.stubs import rows_in
 from actcache.models.tensors import dtype_name, first_parameter, padded
 from actcache.models.tokenizing import Encoded
 
@@ -68,7 +69,7 @@ class LowerHalf:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.base_model.config.hidden_size)
+        return self.family.width_of(self.base_model)
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +125,8 @@ class LowerHalf:
         self._check_evaluating()
         if not token_ids:
             return {layer: [] for layer in (*layers, self.layer)}
+        if self.family.equal_lengths and len({len(ids) for ids in token_ids}) > 1:
+            return self._run_by_length(list(layers), token_ids, type_ids)
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
         padding = getattr(self.base_model.config, "pad_token_id", None) or 0
         if not 0 <= padding < vocabulary_size(self.base_model):
@@ -181,7 +184,7 @@ class LowerHalf:
                 )
         return {layer: list(_to_numpy(rows)) for layer, rows in found.items()}
 
-    def rows_of(self, *features: Features) -> int:
+    def count_rows(self, *features: Features) -> int:
         """Return how many rows a document with such features puts into the layers; their values do not matter.
 
         Raises:
@@ -216,12 +219,28 @@ class LowerHalf:
                 "model.eval() first"
             )
 
+    def _run_by_length(
+        self,
+        layers: list[int],
+        token_ids: Sequence[NDArray[np.integer]],
+        type_ids: Sequence[NDArray[np.integer]] | None,
+    ) -> dict[int, list[NDArray[np.generic]]]:
+        """Return the rows of a model whose numbers padding changes: documents of one length at a time."""
+        found: dict[int, list[Any]] = {layer: [None] * len(token_ids) for layer in (*layers, self.layer)}
+        for length in {len(ids): None for ids in token_ids}:
+            places = [i for i, ids in enumerate(token_ids) if len(ids) == length]
+            types = None if type_ids is None else [type_ids[i] for i in places]
+            for layer, arrays in self.run_at(layers, [token_ids[i] for i in places], types).items():
+                for i, rows in zip(places, arrays, strict=True):
+                    found[layer][i] = rows
+        return found
+
     @contextlib.contextmanager
     def _taking(self, layers: set[int], tokens: torch.Tensor | None, found: dict[int, torch.Tensor]) -> Iterator[None]:
         """Put copies of the rows of some layers into ``found`` when a forward comes to them; of ``tokens`` alone."""
 
         def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layer: int) -> None:
-            hidden = _input_of(args, kwargs)
+            hidden = self._input_of(args, kwargs)
             found[layer] = hidden.clone() if tokens is None else hidden[tokens]
 
         with contextlib.ExitStack() as hooks:
@@ -232,11 +251,15 @@ class LowerHalf:
                 hooks.callback(following.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
+    def rows_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the rows ``[batch, tokens, hidden]`` of a batch of whatever the model takes, by its names."""
+        return self._forward(inputs)
+
     def _forward(self, inputs: dict[str, Any], layer: int | None = None) -> torch.Tensor:
         """Return what goes into the layer after ``layer``, by default this half's own."""
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(_input_of(args, kwargs))
+            raise _Reached(self._input_of(args, kwargs))
 
         next_layer = self.family.layers_of(self.base_model)[self.layer if layer is None else layer]
         # Before the model's own hooks there, which replay will run.
@@ -251,24 +274,16 @@ class LowerHalf:
             handle.remove()
         raise ModelError(f"the forward pass of {type(self.base_model).__name__} never reached layer {self.layer + 1}")
 
+    def _input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return the rows ``[batch, tokens, hidden]`` that a layer is called with."""
+        rows = rows_in(args, kwargs)
+        return rows.transpose(0, 1) if self.family.time_first else rows
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         kind = self.device.type
         if self.compute_dtype == self.parameter_dtype:
             return torch.autocast(kind, enabled=False)
         return torch.autocast(kind, dtype=getattr(torch, self.compute_dtype))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules of a model into eval mode, and back into train mode at the end those that were."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int) -> list[NDArray[np.int64]]:
@@ -312,11 +327,6 @@ def check_token_budget(token_budget: Any) -> int:
     if not is_whole(token_budget) or token_budget < 1:
         raise UsageError(f"a token budget of {token_budget!r} computes nothing; it is a whole number, by default 8192")
     return int(token_budget)
-
-
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
 
 
 def _to_numpy(rows: torch.Tensor) -> NDArray[np.generic]:

@@ -21,7 +21,8 @@ from transformers.initialization import no_init_weights
 from actcache.errors import ModelError
 from actcache.format.recipe import canonical_json
 from actcache.models.families import Family
-from actcache.models.lower_half import LowerHalf, evaluating
+from actcache.models.lower_half import LowerHalf
+from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import kept_of, vocabulary_size, whole_state
 from actcache.models.processing import sample_features, takes_features
 from actcache.models.tensors import without_bytes
@@ -209,7 +210,12 @@ def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, rea
     if (fresh := _fresh(module, base_model.config)) is None:
         return found.items()
     as_made = {name for name, value in found.items() if _equal(value, fresh._buffers.get(name, vars(fresh).get(name)))}
-    if "rope_parameters" not in family.numeric_config and any(found[name].is_floating_point() for name in as_made):
+    named = family.numeric_config
+    if (
+        named is not None
+        and "rope_parameters" not in named
+        and any(found[name].is_floating_point() for name in as_made)
+    ):
         found["rope_parameters"] = canonical_json(getattr(base_model.config, "rope_parameters", None))
     return [(name, value) for name, value in found.items() if name not in as_made]
 

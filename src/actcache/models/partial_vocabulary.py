@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError
+from actcache.models.discovery import vocabulary_of
 from actcache.models.tensors import without_bytes
 
 #: The attribute of a module (and of a pruned model) that says which rows it holds.
@@ -90,7 +91,7 @@ def kept_of(module: nn.Module) -> Kept | None:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Return how many token ids a model is given to understand: before any vocabulary pruning."""
     kept = next((kept for module in model.modules() if (kept := kept_of(module)) is not None), None)
-    return int(model.config.vocab_size) if kept is None else kept.size
+    return vocabulary_of(model.config) if kept is None else kept.size
 
 
 def whole_state(part: nn.Module) -> Iterator[tuple[str, Any]]:

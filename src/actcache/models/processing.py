@@ -18,6 +18,7 @@ from actcache.errors import DocumentError, DocumentTooLongError, ModelError, Rec
 from actcache.format.arguments import check_choice
 from actcache.format.media import BY, Audio, By, Image, audio_of, image_of
 from actcache.format.recipe import canonical_json
+from actcache.models.discovery import small_inputs
 from actcache.models.tokenizing import Encoded
 
 #: What a processor says of itself that changes no number: where it came from, and what it is called.
@@ -51,26 +52,14 @@ def takes_features(base_model: PreTrainedModel) -> bool:
 
 def sample_features(base_model: PreTrainedModel) -> Features:
     """Return features of the shape that a model's configuration names, to run it once; their values say nothing."""
-    name, config = base_model.main_input_name, base_model.config
+    name = base_model.main_input_name
+    return Features(name, small_inputs(base_model)[name][0].float().cpu().numpy(), 0)
 
-    def number(*names: str, default: int) -> int:
-        return next((int(one) for one in (getattr(config, name, None) for name in names) if one), default)
 
-    if name == "pixel_values":
-        size = getattr(config, "image_size", None) or 64
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape: tuple[int, ...] = number("num_channels", default=3), int(height), int(width)
-    elif name == "input_features":
-        bins = number("num_mel_bins", "feature_size", "feature_projection_input_dim", default=80)
-        frames = getattr(config, "max_source_positions", None)
-        shape = (bins, 2 * int(frames)) if frames and hasattr(config, "encoder_layers") else (64, bins)
-    elif hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        shape = int(config.max_length), int(config.num_mel_bins)
-    else:
-        shape = (4000,)
-    count = int(np.prod(shape))
-    values = (np.arange(count) * 37 % 64 - 32).astype(np.float32) / np.float32(32)
-    return Features(name, values.reshape(shape), 0)
+def larger(sample: Features) -> Features:
+    """Return features of another size than a sample's, as some models take: twice as high, or twice as long."""
+    axis = 1 if sample.name == "pixel_values" else 0
+    return replace(sample, values=np.concatenate([sample.values, sample.values[::-1]], axis=axis))
 
 
 def processor_of(processor: Any, base_model: PreTrainedModel) -> Any:

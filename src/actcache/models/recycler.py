@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actcache.errors import DataError, UsageError, VerificationError
+from actcache.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.media import By
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import loading, replay, verification
+from actcache.models import loading, proof, replay, verification
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
 from actcache.models.chats import Chats, encode_chats
@@ -27,7 +27,8 @@ from actcache.models.compute_on_miss import ComputeOnMiss
 from actcache.models.documents import Field, documents_in, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
-from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, evaluating
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
+from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
@@ -103,11 +104,12 @@ class Recycler:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, layer, compute_dtype)
+        lower.family = family = proof.of_rows(lower)
         encoder: Encoder
         if takes_features(base):
             _check_of_texts(max_length=max_length, extras=tuple(extras), special_tokens=special_tokens)
             with evaluating(base):
-                encoder = MediaEncoder(tokenizer, base, lower.rows_of, key_by=key_by, too_long=too_long)
+                encoder = MediaEncoder(tokenizer, base, lower.count_rows, key_by=key_by, too_long=too_long)
         else:
             if key_by != "content":
                 raise UsageError("key_by is for images and audio: a text's key is of its characters")
@@ -314,11 +316,24 @@ class Recycler:
         Raises:
             LowerHalfMismatchError: the task model's lower half is not the recorded one, or computes other numbers.
         """
-        family = check_same_lower_half(task_model, self.recipe)
+        check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
-        reduced = replay.reduce(task_model, self.recipe.layer, family)
+        reduced = replay.reduce(task_model, self.recipe.layer)
+        self._check_one_shape(reduced)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
+
+    def _check_one_shape(self, reduced: Any) -> None:
+        """Refuse images or sounds of several shapes where the upper layers depend on them, for rows do not tell it."""
+        encoder, features = self.agreement.encoder, reduced.actcache_features
+        if isinstance(encoder, MediaEncoder) and features.rows is not None:
+            shapes = {one.values.shape for one in encoder.canary_features()}
+            if shapes != {features.shape}:
+                raise UnsupportedModelError(
+                    f"the upper layers of a {type(reduced).__name__} depend on the size of what the lower ones read, "
+                    f"and its processor makes {', '.join(map(str, sorted(shapes)))}: give one that makes "
+                    f"{list(features.shape)} of everything"
+                )
 
     def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``."""

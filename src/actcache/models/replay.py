@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -19,15 +20,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, ShapeError, UnsupportedModelError, UsageError
-from actcache.models import saving
+from actcache.models import proof, saving
 from actcache.models.answers import as_positions, takes_answers
 from actcache.models.families import Family, base_model_of, family_of
-from actcache.models.feature_stubs import FeatureReplay, feature_stubs
+from actcache.models.feature_stubs import FeatureReplay, check_lengths, feature_stubs
 from actcache.models.processing import FEATURE_NAMES, takes_features
 from actcache.models.stubs import (
     BiasPassThrough,
     ConvolutionStub,
     EmbeddingStub,
+    FirstLayerRuns,
     InjectedRows,
     NoAnswersAtPadding,
     PassThrough,
@@ -46,9 +48,6 @@ _DROPPED = (
     "past_key_values",
     "use_cache",
     "encoder_outputs",
-    "bool_masked_pos",
-    "interpolate_pos_encoding",
-    *FEATURE_NAMES,
 )
 #: Options of ``save_pretrained`` that change nothing here.
 _IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
@@ -79,19 +78,35 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     """
     base = base_model_of(task_model)
     family = family or family_of(base)
-    layer = family.check_layer(base, layer)
+    if not family.proved:
+        family = proof.of_replay(task_model, family, layer, _shared_copy)
+    reduced = _copied(task_model, family, family.check_layer(base, layer), {})
+    lower = family.lower_of(base, layer)
+    notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
+    if notes:
+        logger.warning("both halves of %s use %s", type(task_model).__name__, "; ".join(notes))
+    return reduced
+
+
+def _shared_copy(task_model: PreTrainedModel, family: Family, layer: int) -> PreTrainedModel:
+    """Return a reduced model that has no weights of its own: it uses the task model's. For proofs."""
+    tensors = itertools.chain(task_model.parameters(), task_model.buffers())
+    return _copied(task_model, family, layer, {id(tensor): tensor for tensor in tensors})
+
+
+def _copied(task_model: PreTrainedModel, family: Family, layer: int, memo: dict[int, Any]) -> PreTrainedModel:
+    base = base_model_of(task_model)
     if isinstance(task_model, ReducedModel):
         raise ModelError("the model is a reduced one already; reduce the task model")
-    if getattr(base.config, "is_decoder", False):
+    if family.found is None and getattr(base.config, "is_decoder", False):
         raise UnsupportedModelError(
             f"{type(task_model).__name__} is configured as a decoder, whose key-value cache replay does not support; "
             "load it with is_decoder=False"
         )
-    lower = family.lower_of(base, layer)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
     injected = InjectedRows()
     stubs, features = _stubs_of(task_model, base, family, layer, injected)
-    reduced = copy.deepcopy(task_model, stubs)
+    reduced = copy.deepcopy(task_model, {**memo, **stubs})
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
     reduced.__dict__["actcache_family"], reduced.__dict__["actcache_layer"] = family, layer
@@ -99,15 +114,21 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     for module in reduced.modules():
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False  # it would hold nothing of the lower half
-    stack = family.stack_of(base_model_of(reduced))
-    collects = not getattr(type(stack), "_can_record_outputs", None)  # its own code does, over all layers
+    inner = base_model_of(reduced)
+    if family.first_layer_runs:
+        first = family.layers_of(inner)[0]
+        first.register_forward_hook(
+            FirstLayerRuns(injected, injected if layer == 1 else None, family.time_first), prepend=True
+        )
+    stack = family.stack_of(inner)
+    runner = stack if family.found is None else inner.get_submodule(family.found.runner)
+    # Its own code does, over all layers.
+    collects = not any(getattr(type(one), "_can_record_outputs", None) for one in (stack, runner))
     stack.register_forward_hook(functools.partial(_mark_absent, layer=layer, all_layers=collects))
     if any(cls.__name__.endswith("ForQuestionAnswering") for cls in task_class.__mro__):
-        head: Any = getattr(reduced, "qa_outputs", None) or reduced.classifier
-        head.register_forward_hook(NoAnswersAtPadding(injected))
-    notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
-    if notes:
-        logger.warning("both halves of %s use %s", type(task_model).__name__, "; ".join(notes))
+        head: Any = getattr(reduced, "qa_outputs", None) or getattr(reduced, "classifier", None)
+        if isinstance(head, nn.Module):
+            head.register_forward_hook(NoAnswersAtPadding(injected))
     return reduced
 
 
@@ -122,20 +143,21 @@ def _stubs_of(
         words = base.get_input_embeddings()
         path = next(path for path, module in base.named_modules() if module is words)
         matrix = path.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
-    hidden_size = base.config.hidden_size
+    width = family.width_of(base)
     stubs: dict[int, Any] = {}
     features = None
     if takes_features(base):
-        parts, features = feature_stubs(base, family, layer, like, injected)
-        stubs |= parts
+        stubs, features = feature_stubs(base, family, layer, like, injected)
     else:
-        stubs = {id(module): EmbeddingStub(hidden_size, like, matrix) for module in family.embeddings_of(base).values()}
-        stubs |= {id(module): EmbeddingStub(hidden_size, like) for module in family.alias_of(base).values()}
+        stubs = {id(module): EmbeddingStub(width, like, matrix) for module in family.embeddings_of(base).values()}
+        stubs |= {id(module): EmbeddingStub(width, like) for module in family.alias_of(base).values()}
     stubs |= {id(module): ConvolutionStub() for module in family.convolution_of(base).values()}
-    for i in range(layer):
+    for i in range(1 if family.first_layer_runs else 0, layer):
         takes = injected if i == layer - 1 else None
         stubs[id(layers[i])] = (
-            PassThrough(layers[i], family.tuple_arity, takes)
+            PassThrough(
+                layers[i], family.tuple_arity, takes, family.time_first, injected if family.first_layer_runs else None
+            )
             if family.relative_bias is None
             else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
@@ -149,24 +171,31 @@ class ReducedModel:
 
     def _replay(self: Any, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
         injected: InjectedRows = self.actcache_injected
+        family: Family = self.actcache_family
         features: FeatureReplay | None = self.actcache_features
-        _check_inputs(activations, token_ids, attention_mask, self.config.hidden_size, features)
+        if features is not None:
+            token_ids = activations
+        _check_inputs(activations, token_ids, attention_mask, family.width_of(base_model_of(self)), features is None)
         _check_options(self, kwargs)
         if features is not None:
-            inputs = features.inputs(activations)
+            check_lengths(activations, attention_mask, features)
+            kwargs |= features.inputs(activations)
             attention_mask = None  # all are of one length
-        elif attention_mask is not None:
+        _check_padding(self, family, attention_mask)
+        if attention_mask is not None:
             padding = getattr(self.config, "pad_token_id", None)
             if padding is not None:  # heads of decoders look for the last token that is another
                 token_ids = token_ids.masked_fill(attention_mask == 0, padding)
-            if self.actcache_family.positions_in_layers:  # each document's own, wherever its padding is
+            if family.positions_in_layers and (
+                family.found is None or _takes_positions(self.actcache_task_class)
+            ):  # each document's own, wherever its padding is
                 kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-        if features is None:
-            inputs = {"input_ids": token_ids, "attention_mask": attention_mask}
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
         before = injected.put(activations.flatten(0, -3), attention_mask)
+        if features is None:
+            kwargs |= {"input_ids": token_ids, "attention_mask": attention_mask}
         try:
-            output = forward(**inputs, **kwargs)
+            output = forward(**kwargs)
         finally:
             injected.put(*before)
         if kwargs.get("labels") is not None and "loss" in getattr(output, "__dataclass_fields__", ()):
@@ -269,12 +298,27 @@ def _new_reduced(task_class: Any) -> PreTrainedModel:
     return reduced
 
 
-def _check_inputs(
-    activations: Any, token_ids: Any, attention_mask: Any, hidden_size: int, features: FeatureReplay | None
-) -> None:
-    if features is not None and activations is not None:
-        token_ids = None
-    elif activations is None or token_ids is None:
+@functools.cache
+def _takes_positions(task_class: Any) -> bool:
+    return "position_ids" in inspect.signature(task_class.forward).parameters
+
+
+def _check_padding(model: Any, family: Family, attention_mask: Any) -> None:
+    """Refuse the padding that was proved to change a model's numbers."""
+    if attention_mask is None or not (family.equal_lengths or family.right_padding):
+        return
+    name = model.actcache_task_class.__name__
+    if family.equal_lengths and not bool(attention_mask.bool().all()):
+        raise ShapeError(
+            f"padding changes the numbers of a {name}: give it batches of documents of one length "
+            "(recycler.reader(texts, batch_size=1), or your own batches of equal lengths)"
+        )
+    if family.right_padding and not bool(attention_mask[..., 0].bool().all()):
+        raise ShapeError(f"padding on the left changes the numbers of a {name}: pad on the right, as readers do")
+
+
+def _check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_size: int, text: bool = True) -> None:
+    if activations is None or token_ids is None:
         missing = "activations" if activations is None else "token_ids"
         raise ModelError(
             f"a reduced model needs {missing}: call it with **batch.model_inputs() of a reader's batch (and not with "
@@ -288,25 +332,12 @@ def _check_inputs(
         )
     if not activations.is_floating_point():
         raise ShapeError(f"activations are {activations.dtype}, no floating point: decode them first")
-    for name, value in (("token_ids", token_ids), ("attention_mask", attention_mask)):
+    for name, value in (("token_ids", token_ids), ("attention_mask", attention_mask)) if text else ():
         if value is not None and value.shape != activations.shape[:-1]:
             raise ShapeError(
                 f"{name} {list(value.shape)} do not belong to activations {list(activations.shape)}: they are "
                 f"{list(activations.shape[:-1])}"
             )
-    if features is not None:
-        _check_lengths(activations, attention_mask, features)
-
-
-def _check_lengths(activations: torch.Tensor, attention_mask: Any, features: FeatureReplay) -> None:
-    """Refuse rows of images or audio of unequal numbers: these models have no padding."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ShapeError(
-            "the batch holds documents of several lengths, and a model of images or audio takes one length at a time: "
-            "make the reader with equal_lengths=True, as recycler.reader does"
-        )
-    if features.rows not in (None, activations.shape[-2]):
-        raise ShapeError(f"the model takes {features.rows} rows of a document, not {activations.shape[-2]}")
 
 
 def _check_options(model: Any, kwargs: dict[str, Any]) -> None:
@@ -389,6 +420,8 @@ def _freeze_shared(reduced: PreTrainedModel, family: Family) -> list[str]:
     base = base_model_of(reduced)
     parts = family.shared_of(base)
     first = family.layers_of(base)[0]
+    if family.first_layer_runs:
+        parts |= {f"{family.layers}.0": first}
     if isinstance(first, BiasPassThrough):
         parts |= {f"{family.layers}.0.{name}": part for name, part in first.named_children()}
     if any(hasattr(reduced, name) for name in family.matrix_readers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,37 +49,62 @@ class InjectedRows:
 class _Threads(threading.local):
     def __init__(self) -> None:  # in each thread
         self.injected: dict[int, RowsAndMask] = {}
+        self.beside: dict[int, tuple[Any, ...]] = {}  # what the first layer returned beside rows
 
 
 _threads = _Threads()
+
+
+def rows_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the rows ``[batch, tokens, hidden]`` that a layer was called with, by whatever name."""
+    rows: torch.Tensor
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0]
+    if isinstance(rows := kwargs.get("hidden_states"), torch.Tensor):  # type: ignore[assignment]
+        return rows
+    return next(
+        value
+        for value in (*args, *kwargs.values())
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3
+    )
 
 
 class EmbeddingStub(nn.Module):
     """Returns zeros ``[batch, tokens, hidden]`` for ids ``[batch, tokens]``; what is embedded already it returns as is.
 
     The zeros have the dtype and device of ``like``; ``matrix`` is the word embeddings by name, where heads read it.
+    With ``injected``, for models of other inputs than ids, the zeros have the shape of the rows that are injected.
     """
 
     zero: torch.Tensor
 
-    def __init__(self, hidden_size: int, like: torch.Tensor, matrix: tuple[str, nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        like: torch.Tensor,
+        matrix: tuple[str, nn.Module] | None = None,
+        injected: InjectedRows | None = None,
+    ) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
+        self.hidden_size, self.injected = hidden_size, injected
         self.register_buffer("zero", torch.zeros((), dtype=like.dtype, device=like.device), persistent=False)
         if matrix is not None:
             name, module = matrix
             self._modules[name] = module
 
-    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.is_floating_point():
-            return input_ids
-        if input_ids.ndim != 2:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.injected is not None and (rows := self.injected.get()[0]) is not None:
+            return self.zero.expand(rows.shape)
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        if given.is_floating_point():
+            return given
+        if given.ndim != 2:
             raise ShapeError(
-                f"token_ids do not fit the model, which takes [batch, tokens]: {list(input_ids.shape)}. Items of a "
+                f"token_ids do not fit the model, which takes [batch, tokens]: {list(given.shape)}. Items of a "
                 "reader's dataset() become a batch by its collate: give the loader collate_fn=dataset.collate (the "
                 "Trainer: data_collator=dataset.collate)"
             )
-        return self.zero.expand(*input_ids.shape, self.hidden_size)
+        return self.zero.expand(*given.shape, self.hidden_size)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -93,27 +119,63 @@ class PassThrough(nn.Module):
     """Stands where a layer of the lower half stood: returns its input, or the rows that were injected.
 
     It returns a tuple of the length of the layer's (None for the bare tensor), and has the layer's plain attributes,
-    which base models look at (``attention_type``). ``injected`` is given to the last pass-through.
+    which base models look at (``attention_type``). ``injected`` is given to the last pass-through. Where rows are
+    ``time_first``, layers take ``[tokens, batch, hidden]``. ``beside`` is what the first layer keeps what it returns
+    beside rows under, where that runs.
     """
 
-    def __init__(self, layer: nn.Module, tuple_arity: int | None, injected: InjectedRows | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        tuple_arity: int | None,
+        injected: InjectedRows | None = None,
+        time_first: bool = False,
+        beside: InjectedRows | None = None,
+    ) -> None:
         super().__init__()
-        self.tuple_arity, self.injected = tuple_arity, injected
+        self.tuple_arity, self.injected, self.time_first, self.beside = tuple_arity, injected, time_first, beside
         for name, value in vars(layer).items():
             if isinstance(value, str | int) and name not in ("training", "gradient_checkpointing"):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = self._rows(args[0] if args else kwargs["hidden_states"])
-        return hidden if self.tuple_arity is None else (hidden, *[None] * (self.tuple_arity - 1))
+        hidden = self._rows(rows_in(args, kwargs))
+        if self.tuple_arity is None:
+            return hidden
+        others = () if self.beside is None else _threads.beside.get(id(self.beside), ())
+        return (hidden, *(others or [None] * (self.tuple_arity - 1)))
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = None if self.injected is None else self.injected.get()[0]
-        if rows is None:
-            return hidden
-        if rows.shape != hidden.shape:
-            raise ShapeError(f"activations {list(rows.shape)} do not fit the model, which expects {list(hidden.shape)}")
-        return rows.to(hidden.dtype)
+        return hidden if self.injected is None else injected_instead(self.injected, hidden, self.time_first)
+
+
+def injected_instead(injected: InjectedRows, hidden: torch.Tensor, time_first: bool = False) -> torch.Tensor:
+    """Return the rows that were injected as a layer would have returned them; ``hidden`` where there are none."""
+    rows = injected.get()[0]
+    if rows is None:
+        return hidden
+    if time_first:
+        rows = rows.transpose(0, 1)
+    if rows.shape != hidden.shape:
+        raise ShapeError(f"activations {list(rows.shape)} do not fit the model, which expects {list(hidden.shape)}")
+    return rows.to(hidden.dtype)
+
+
+class FirstLayerRuns:
+    """Forward hook of a first layer that is kept: what it returns beside rows is handed on, its rows are not.
+
+    Position biases that the first layer computes for all (T5's kin) do not depend on rows.
+    """
+
+    def __init__(self, beside: InjectedRows, injected: InjectedRows | None, time_first: bool) -> None:
+        self.beside, self.injected, self.time_first = beside, injected, time_first
+
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        hidden, *others = output
+        _threads.beside[id(self.beside)] = tuple(others)
+        if self.injected is not None:
+            hidden = injected_instead(self.injected, hidden, self.time_first)
+        return (hidden, *others)
 
 
 class BiasPassThrough(PassThrough):

@@ -19,7 +19,7 @@ EVERYDAY := PYTEST_DEBUG_TEMPROOT=$(MEMORY) $(BIN)/python -m pytest -n auto --ma
 # For the inner loop: no processes, no models, no servers.
 QUICK := architecture backends entries format golden io segments store
 
-.PHONY: demo test test-quick test-long test-quantized fuzz sanitize golden lint picture bench clean
+.PHONY: demo docs test test-quick test-long test-quantized test-clients test-clients-long fuzz sanitize golden lint picture bench clean
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
@@ -58,6 +58,35 @@ test-quantized: $(READY)
 	$(BIN)/python -m pip install -q --no-deps -c .ci/constraints.txt --target $(VENV)/quantized torchao bitsandbytes
 	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest tests/models/test_quantized.py
 
+# Other people's trainers whose pins disagree: each in an environment of its own over the packages of this one.
+# speculators is installed without its dependencies' pins: it asks for torchvision and torchaudio, which it does not need.
+CLIENTS := $(VENV)/clients
+$(CLIENTS)/%/bin/python: $(READY)
+	rm -rf $(CLIENTS)/$* && $(BIN)/python -m venv $(CLIENTS)/$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth
+
+$(CLIENTS)/.sae: $(CLIENTS)/sae/bin/python
+	$< -m pip install -q -c .ci/constraints.txt sae-lens==6.54.12 wandb
+	$< -m pip install -q --no-deps dictionary-learning==0.1.0 nnsight==0.3.7 diffusers umap-learn circuitsvis llvmlite \
+		zstandard python-socketio python-engineio bidict simple-websocket wsproto importlib_metadata zipp
+	touch $@
+
+$(CLIENTS)/.speculators: $(CLIENTS)/speculators/bin/python
+	$< -m pip install -q --no-deps speculators==0.9.0 hs-connectors==0.9.0 transformers==5.19.0 datasets==5.1.0
+	$< -m pip install -q 'loguru<=0.7.3' 'openai>=2' httpx protobuf aiohttp
+	touch $@
+
+LONG := not long
+test-clients: $(CLIENTS)/.sae $(CLIENTS)/.speculators
+	$(BIN)/python -m pytest tests/models/clients tests/models/test_recipes.py -m "$(LONG)"
+	$(CLIENTS)/sae/bin/python -m pytest tests/models/clients/test_sae_lens.py \
+		tests/models/clients/test_dictionary_learning.py -m "$(LONG)"
+	$(CLIENTS)/speculators/bin/python -m pytest tests/models/clients/test_speculators.py -m "$(LONG)"
+
+test-clients-long:
+	$(MAKE) test-clients LONG="long or not long"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,6 +96,11 @@ lint: $(READY)
 # docs/architecture.svg: needs Graphviz.
 picture: $(READY)
 	set -o pipefail; $(BIN)/import-linter drawgraph actcache | tred | sed 's/helvetica/helvetica, shape=box, style=rounded/' | dot -Tsvg -o docs/architecture.svg
+
+# The documentation site, in build/site; a warning is a failure.
+docs: $(READY)
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold

@@ -148,9 +148,10 @@ class Snapshot(ABC):
     def has(self, column: str, located: EntryLocations) -> NDArray[np.bool_]:
         """Return which entries have that ragged array, ``[n]``; False where the key is absent."""
 
-    def all_have(self, column: str) -> bool:
-        """Return whether every entry of the space has that ragged array, as far as that is known at once."""
-        return False
+    def have(self, column: str) -> bool | None:
+        """Return whether every entry of the space has that ragged array, or none; None where only some have it, or that
+        is not known at once."""
+        return None
 
     @abstractmethod
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
@@ -173,6 +174,21 @@ class Snapshot(ABC):
             FormatError: a segment is too small for what the index says.
             KeyError: an entry has no array of that name.
         """
+
+    def read_at_once(
+        self, keys: NDArray[np.uint8], out: Buffers, width: int | None, seed: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Look up ``[n, 32]`` keys and read their rows as ``gather`` does, in one go; a backend that cannot has none.
+
+        Args:
+            seed: of the digests that entries are compared with (``format.checksum.chain_seed``); None: nothing is
+                verified.
+
+        Returns:
+            The tokens of each entry, ``[n]``, 0 where it is absent, and the positions of bad ones. None where
+            ``locate`` and ``gather`` have to be called instead: nothing that ``out`` holds then means anything.
+        """
+        return None
 
     @abstractmethod
     def read_ahead(self, located: EntryLocations) -> bool:

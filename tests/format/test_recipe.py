@@ -114,7 +114,13 @@ def test_a_recipe_does_not_change_with_its_callers_dictionaries():
 
 
 def test_json_round_trip():
-    for fields in (FULL, {"model": "m", "layer": 1, "hidden_size": 8}, {**FULL, "weights": None, "max_length": None}):
+    elsewhere = {**FULL, "layer": None, "site": "layers.5.mlp:input"}
+    for fields in (
+        FULL,
+        elsewhere,
+        {"model": "m", "layer": 1, "hidden_size": 8},
+        {**FULL, "weights": None, "max_length": None},
+    ):
         recipe = Recipe(**fields)
         again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
         assert again == recipe
@@ -123,13 +129,29 @@ def test_json_round_trip():
         assert {**again.provenance, "model": ""} == {**recipe.provenance, "model": ""}
 
 
+def test_other_sites_are_other_spaces() -> None:
+    sites = [{"layer": 0}, {"layer": 5}, {"site": "layers.5"}, {"site": "layers.5:input"}, {"site": "last"}]
+    recipes = [Recipe(**{**FULL, "layer": None, **one}) for one in (*sites, {"layer": 6})]
+    assert len({one.fingerprint for one in recipes}) == len(recipes)
+    assert "site" not in recipes[0].identity()
+    assert "layer" not in recipes[2].identity()
+    assert [one.site_name for one in recipes[1:4]] == ["layer 5", "layers.5", "layers.5:input"]
+    assert recipes[1].differences(recipes[2]) == {"layer": (5, None), "site": (None, "layers.5")}
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"model": ""},
         {"model": None},
-        {"layer": 0},
+        {"layer": None},
         {"layer": -1},
+        {"site": "norm"},  # and a layer
+        {"layer": None, "site": ""},
+        {"layer": None, "site": "a b"},
+        {"layer": None, "site": "layers..mlp"},
+        {"layer": None, "site": "layers.5.mlp:output"},  # which is layers.5.mlp
+        {"layer": None, "site": 5},
         {"layer": True},
         {"layer": 1.0},
         {"layer": "1"},
@@ -198,7 +220,10 @@ def broken(**changes):
         broken(provenance__torch=2.0),
         broken(identity__unknown=1),
         broken(identity__layer="6"),
-        broken(identity__layer=0),
+        broken(identity__layer=-1),
+        broken(identity__layer=None),
+        broken(identity__site="norm"),
+        broken(identity__layer=None, identity__site="a:b"),
         broken(identity__config=5),
         broken(identity__config=None),
         broken(identity__dtype="int3"),

@@ -50,7 +50,7 @@ def minilm(minilm_path: str) -> PreTrainedModel:
 def docstrings() -> list[str]:
     """520 different docstrings of the standard library, of many lengths."""
     found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-i]*.py")):
         for text in _docstrings(path):
             found[text] = None
     texts = list(found)[:: max(1, len(found) // 520)][:520]

@@ -51,6 +51,13 @@ def recyclers(loaded: tuple[Any, Any], tmp_path: Path) -> Iterator[Recyclers]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def nothing_stored(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recyclers]:
+    """For tests in which nothing may be stored, which they assert."""
+    with Recyclers(*loaded, layers=[2, 3], store=tmp_path_factory.mktemp("store"), dtype="float32") as made:
+        yield made
+
+
 Use = Callable[[Any], Any]
 
 
@@ -275,10 +282,9 @@ NO_DOCUMENTS = {
 
 
 @pytest.mark.parametrize("name", NO_DOCUMENTS)
-def test_what_is_no_document_is_named_by_its_position(recyclers: Recyclers, tiny: Path, name: str) -> None:
+def test_what_is_no_document_is_named_by_its_position(nothing_stored: Recyclers, task: Any, name: str) -> None:
     bad, why = NO_DOCUMENTS[name]
-    one, texts = recyclers[2], ["a", "b", bad]
-    task = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2).eval()
+    one, texts = nothing_stored[2], ["a", "b", bad]
     for use in (
         lambda: one.fill(texts, progress=False),
         lambda: one.reader(texts),

@@ -57,7 +57,7 @@ def full(task: PreTrainedModel, tokenizer: Any, texts: list[str]) -> tuple[torch
 @pytest.mark.parametrize(
     ("layer", "dtype", "tolerance"),
     [
-        *(pytest.param(i, "float32", 1e-5, marks=[] if i in (1, 3, 5) else pytest.mark.long) for i in LAYERS),
+        *(pytest.param(i, "float32", 1e-5, marks=[] if i in (1, 5) else pytest.mark.long) for i in LAYERS),
         # what rounding does to the last layers, whichever it begins at
         *(pytest.param(i, "float16", 1e-2, marks=[] if i == 3 else pytest.mark.long) for i in LAYERS),
     ],
@@ -101,7 +101,7 @@ def test_reduced_equals_full(
 def test_recorded_rows_are_the_models_own_hidden_states(
     minilm: PreTrainedModel, tokenizer: Any, docstrings: list[str], tmp_path: Path
 ) -> None:
-    texts = docstrings[:30]
+    texts = docstrings[:12]
     with Recycler(
         minilm, tokenizer, layer=2, store=tmp_path, dtype="float32", max_length=128, too_long="truncate"
     ) as r:
@@ -115,7 +115,7 @@ def test_recorded_rows_are_the_models_own_hidden_states(
             np.testing.assert_array_equal(entry.token_ids, inputs["input_ids"][0].numpy())
 
 
-@pytest.mark.parametrize("count", [48, pytest.param(192, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [24, pytest.param(192, marks=pytest.mark.long)])
 def test_training_gives_the_frozen_full_models_losses(
     count: int, minilm: PreTrainedModel, minilm_path: str, tokenizer: Any, docstrings: list[str], tmp_path: Path
 ) -> None:
@@ -144,7 +144,7 @@ def test_training_gives_the_frozen_full_models_losses(
                     loss.backward()
                     optimizer.step()
                 losses.append([loss.item() for loss in pair])
-    assert len(losses) == 12
+    assert len(losses) == count // 4
     np.testing.assert_allclose(*np.array(losses).T, atol=1e-4)
     assert losses[-1][0] < losses[0][0] - 0.05  # it did train
 

@@ -61,9 +61,9 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = LowerHalf._forward
 
-    def counted(self: LowerHalf, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def counted(self: LowerHalf, inputs: Any, *rest: Any) -> Any:
         counts.append(len(inputs["input_ids"]))
-        return original(self, inputs)
+        return original(self, inputs, *rest)
 
     monkeypatch.setattr(LowerHalf, "_forward", counted)
     return counts
@@ -274,10 +274,10 @@ def test_an_interrupted_fill_goes_on(
     original = LowerHalf._forward
     calls = iter(range(1000))
 
-    def interrupted(self: LowerHalf, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def interrupted(self: LowerHalf, inputs: Any, *rest: Any) -> Any:
         if next(calls) == 12:  # the canaries come first
             raise KeyboardInterrupt
-        return original(self, inputs)
+        return original(self, inputs, *rest)
 
     with Recycler(model, tokenizer, layer=2, store=tmp_path / "store") as recycler:
         monkeypatch.setattr(LowerHalf, "_forward", interrupted)
@@ -350,9 +350,11 @@ def test_arguments_that_cannot_be(store: Store, model: PreTrainedModel, tokenize
     def recycler(**options: Any) -> None:
         Recycler(model, tokenizer, **{"layer": 2, "store": store, **options}).close()
 
-    for layer in (0, 4, 5):
-        with pytest.raises(LayerError):
+    for layer in (5, -6, None, "encoder.layers.2"):
+        with pytest.raises(UsageError if layer is None else LayerError):
             recycler(layer=layer)
+    with pytest.raises(UsageError, match="one of layer=6"):
+        recycler(site="pooler")
     with pytest.raises(RecipeError, match="67 is more than the 66"):
         recycler(max_length=67)
     with pytest.raises(RecipeError, match="dtype"):
@@ -449,7 +451,11 @@ def test_another_set_up_has_to_agree(
         assert recycler.fill(TEXTS, progress=False).computed == 0
     # a release of a library that computes something else from the same weights and configuration
     original = LowerHalf._forward
-    monkeypatch.setattr(LowerHalf, "_forward", lambda self, inputs: original(self, inputs) * 1.001)
+    monkeypatch.setattr(
+        LowerHalf,
+        "_forward",
+        lambda self, *given: {site: rows * 1.001 for site, rows in original(self, *given).items()},
+    )
     with pytest.raises(CanaryError, match="attention: 'sdpa' then, 'eager' now"):
         Recycler(eager, tokenizer, layer=2, store=store)
 
@@ -465,7 +471,11 @@ def test_canaries_that_appear_later_are_checked_too(
     ):
         late.fill(TEXTS, progress=False)
         original = LowerHalf._forward
-        monkeypatch.setattr(LowerHalf, "_forward", lambda self, inputs: original(self, inputs) * 1.001)
+        monkeypatch.setattr(
+            LowerHalf,
+            "_forward",
+            lambda self, *given: {site: rows * 1.001 for site, rows in original(self, *given).items()},
+        )
         for method in (early.fill, early.reader):
             with pytest.raises(CanaryError):
                 method(TEXTS)

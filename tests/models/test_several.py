@@ -100,15 +100,15 @@ def test_what_is_refused(model: PreTrainedModel, tokenizer: Any, tmp_path: Path,
     for layers in ([], [2, 2]):
         with pytest.raises(UsageError, match="layers"):
             Recyclers(model, tokenizer, layers=layers, store=tmp_path / "store")
-    with pytest.raises(LayerError, match=r"1\.\.3"):
-        Recyclers(model, tokenizer, layers=[1, 4], store=tmp_path / "store")
+    with pytest.raises(LayerError, match=r"1\.\.4"):
+        Recyclers(model, tokenizer, layers=[1, 5], store=tmp_path / "store")
     recyclers = Recyclers(model, tokenizer, layers=[1, 2], store=tmp_path / "store")
     recyclers.fill(TEXTS[:5], progress=False)
     original = LowerHalf.run_at
 
     def spoiled(self: LowerHalf, *args: Any) -> Any:
         found: Any = original(self, *args)
-        return found if len(found) < 2 else {**found, 2: [rows * np.nan for rows in found[2]]}
+        return {site: [rows * np.nan for rows in found[site]] if len(found) > 1 else found[site] for site in found}
 
     with monkeypatch.context() as patch:
         patch.setattr(LowerHalf, "run_at", spoiled)
@@ -154,3 +154,17 @@ def test_rows_of_several_layers_are_aligned(model: PreTrainedModel, tokenizer: A
             seen += len(batch)
         assert seen == sum(map(len, stored[1]))
         assert sum(map(len, recyclers[1].rows(exclude={"positions": [0]}))) == seen - len(TEXTS)
+
+
+def test_one_row_a_document_and_layer(model: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    with Recyclers(model, tokenizer, layers=[3, 1], store=tmp_path, dtype="float32") as recyclers:
+        recyclers.fill(TEXTS, progress=False)
+        found = recyclers.pooled(TEXTS)
+        assert found.shape == (len(TEXTS), 2, model.config.hidden_size)
+        for site, layer in enumerate((3, 1)):
+            wanted = np.stack([rows.mean(axis=0) for rows in rows_of(recyclers[layer], TEXTS)])
+            np.testing.assert_allclose(found[:, site], wanted, rtol=1e-4, atol=1e-6)
+            np.testing.assert_array_equal(recyclers[layer].pooled(TEXTS), found[:, site])
+        assert sorted(recyclers.pooled(how="last").sum(axis=(1, 2))) == sorted(
+            recyclers.pooled(TEXTS, "last").sum(axis=(1, 2))
+        )

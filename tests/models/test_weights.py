@@ -113,7 +113,8 @@ def make_old(folder: Path, seconds: float = 100.0) -> None:
 
 def pretrained(folder: Path, layer: int = 2) -> str:
     model = AutoModel.from_pretrained(folder)
-    return weights.pretrained_digest(model, family_of(model), layer, weights.weight_files(str(folder)))
+    found = weights.pretrained_digests(model, family_of(model), [layer], weights.weight_files(str(folder)))
+    return next(iter(found.values()))
 
 
 @pytest.fixture

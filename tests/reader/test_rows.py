@@ -124,6 +124,62 @@ def test_what_is_excluded_does_not_come(space, ranks):
     assert len(set(counts)) == 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("sites", [1, 2])
+def test_rows_of_great_norms_are_left_out(tmp_path, ranks, sites):
+    """Attention sinks: a few rows a hundred times as long as others, at any site."""
+    with actcache.open(tmp_path) as store:
+        spaces = [store.space(recipe(layer=layer)) for layer in range(1, sites + 1)]
+        arrays = [[np.random.default_rng([n, s]).standard_normal((8, HIDDEN)).astype(np.float32) for n in range(30)]
+                  for s in range(sites)]  # fmt: skip
+        sinks = {(3 + s, s) for s in range(sites)} | {(9, 7)}
+        for number, position in sinks:
+            arrays[position % sites][number][position] *= 100
+        for space, given in zip(spaces, arrays, strict=True):
+            space.put([key(n) for n in range(30)], given)
+        mean = [np.linalg.norm(np.concatenate(given), axis=1).mean() for given in arrays]
+        wanted = {
+            (n, p)
+            for n in range(30)
+            for p in range(8)
+            if all(np.linalg.norm(given[n][p]) <= 5 * one for given, one in zip(arrays, mean, strict=True))
+        }
+        assert len(wanted) == 240 - len(sinks)
+        found = []
+        for rank in range(ranks):
+            reader = RowReader(
+                spaces if sites > 1 else spaces[0], [key(n) for n in range(30)], batch_size=16,
+                exclude={"norm": 5}, beside=EVERY[:2], ranks=(rank, ranks), buffer=sites * 80 * ROW,
+            )  # fmt: skip
+            for batch in reader:
+                found += zip(batch.documents.tolist(), batch.positions.tolist(), strict=True)
+        assert collections.Counter(found) == collections.Counter(wanted)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("sites", [1, 2])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_normalized_rows_are_alike(tmp_path, device, sites, dtype):
+    with actcache.open(tmp_path) as store:
+        spaces = [store.space(recipe(layer=layer, dtype=dtype)) for layer in range(1, sites + 1)]
+        for number, space in enumerate(spaces):
+            put(space, range(COUNT))
+            space.put(
+                [key(n) for n in range(COUNT)], [rows(n) * (number + 2) + 7 for n in range(COUNT)], overwrite=True
+            )
+        given = spaces if sites > 1 else spaces[0]
+        for kind in ("mean-norm", "standard"):
+            batches = [np.asarray(batch) for batch in RowReader(given, normalize=kind, device=device, batch_size=50)]
+            found = np.concatenate(batches).reshape(-1, sites, HIDDEN)
+            assert found.dtype == np.float32
+            if kind == "mean-norm":
+                norms = np.linalg.norm(found, axis=2).mean(axis=0)
+                np.testing.assert_allclose(norms, HIDDEN**0.5, rtol=1e-5)
+            else:
+                np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-5)
+                np.testing.assert_allclose(found.std(axis=0), 1, rtol=1e-5)
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +361,9 @@ def test_what_does_not_fit_is_refused(space):
         ({"batch_size": 0}, UsageError, "batch_size"),
         ({"beside": "colour"}, UsageError, "beside"),
         ({"exclude": {"colour": 1}}, UsageError, "exclude is a mapping"),
+        ({"exclude": {"norm": 0}}, UsageError, "norm is a number above 0"),
+        ({"exclude": {"norm": True}}, UsageError, "norm is a number above 0"),
+        ({"normalize": "loud"}, UsageError, "normalize"),
         ({"exclude": {"positions": [0.5]}}, UsageError, "positions"),
         ({"exclude": {"positions": list(range(9))}}, UsageError, "every row of these documents is left out"),
         ({"documents": [1]}, ShapeError, "give each a number"),

@@ -22,6 +22,7 @@ from actcache.models.agreement import Agreement
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
+from actcache.models.sites import site_in, where_of
 from actcache.models.tokenizing import DocumentEncoder, Encoded, TooLong, tokenizer_digest
 from actcache.models.verification import Verification, check_sample, computable, verify_stored
 from actcache.models.weights import check_same_lower_half
@@ -74,7 +75,7 @@ class RecordedModels:
             ModelError: the recipe names no weights (its entries were put without a recycler), the model cannot be
                 loaded, or its tokenizer is another one.
             LowerHalfMismatchError: the model's lower half is not the one that was recorded.
-            LayerError: the model has too few layers.
+            LayerError: the model has no such layer or module.
         """
         if recipe.weights is None or recipe.tokenizer is None:
             raise ModelError(
@@ -89,7 +90,7 @@ class RecordedModels:
                 f"the tokenizer of {name} is not the one that recorded the space, though the lower half is: give the "
                 "model's folder as it was then"
             )
-        lower = LowerHalf(model, family, recipe.layer, recipe.compute_dtype)
+        lower = LowerHalf(model, family, site_in(model, family, recipe), recipe.compute_dtype)
         too_long: TooLong = "truncate" if recipe.too_long == "truncate" else "refuse"
         if recipe.too_long == "windows" and recipe.max_length is not None:
             too_long = Windows(recipe.max_length, stride)
@@ -105,7 +106,7 @@ class RecordedModels:
             self._loaded = None  # one model in memory at a time
             try:
                 dtype: torch.dtype | None = getattr(torch, what[2]) if what[2] else None
-                loaded = load_pretrained(name, [recipe.layer], self._device, revision, dtype)
+                loaded = load_pretrained(name, [where_of(recipe)], self._device, revision, dtype)
             except ModelError as error:
                 hint = "" if self._model is not None else "; say where the model lies on this machine (--model)"
                 raise ModelError(f"{error}{hint}") from error

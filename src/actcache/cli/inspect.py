@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.table import Table
 
 from actcache.admin import inspection
@@ -115,7 +117,12 @@ def _summary(store: str, reports: list[SpaceReport]) -> Table:
         summary.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         recipe, usage = report.recipe, report.usage
-        words = (recipe.fingerprint[:SHORT], model_name(recipe), str(recipe.layer), recipe.stored_as)
+        words = (
+            recipe.fingerprint[:SHORT],
+            model_name(recipe),
+            recipe.site_name.removeprefix("layer "),
+            recipe.stored_as,
+        )
         sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes))
         summary.add_row(*words, *sizes, f"{usage.segments:,}", f"{len(report.damaged):,}")
     return summary
@@ -155,8 +162,25 @@ def _show_space(detail: reporting.SpaceDetail) -> None:
     say(f"{entries(usage.entries)}, {counted(usage.tokens, 'token')}")
     say(f"{binary(usage.nbytes)}{_compression(detail)}")
     _show_lengths(detail.lengths)
+    _show_rows(detail)
     _show_segments(detail.segments)
     _show_sample(detail.sample)
+
+
+def _show_rows(detail: reporting.SpaceDetail) -> None:
+    rows = detail.rows
+    if not rows.count:
+        return
+    spread = [number(float(figure)) for figure in (*_ends(rows.mean), *_ends(rows.std), *_ends(rows.maximum))]
+    say(f"statistics of {rows.count:,} of {detail.report.usage.tokens:,} rows: mean norm {number(rows.mean_norm)}")
+    say(
+        f"  by dimension: means {spread[0]} to {spread[1]}, standard deviations {spread[2]} to {spread[3]}, maxima "
+        f"{spread[4]} to {spread[5]}"
+    )
+
+
+def _ends(figures: NDArray[np.float64]) -> tuple[float, float]:
+    return float(figures.min()), float(figures.max())
 
 
 def _show_segment(detail: reporting.SegmentDetail) -> None:
@@ -177,7 +201,7 @@ def _show_document(report: reporting.DocumentReport) -> None:
     say(f"document {report.key.hex()}: {entries(len(report.entries))}")
     for before, entry in zip([None, *report.entries], report.entries, strict=False):
         if before is None or before.recipe != entry.recipe:
-            say(f"space {entry.recipe.fingerprint[:SHORT]} ({entry.recipe.model} layer {entry.recipe.layer})")
+            say(f"space {entry.recipe.fingerprint[:SHORT]} ({entry.recipe.model} {entry.recipe.site_name})")
         _show_entry(entry)
     for name, what in report.unreadable.items():
         say(f"unreadable {name[:SHORT]}: {what}")

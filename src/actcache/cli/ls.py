@@ -57,7 +57,12 @@ def ls(
     listed = table(store, ("space", "model", "layer", "dtype"), ("entries", "tokens", "bytes", "written"))
     for row in rows:
         numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]))
-        words = (row["fingerprint"][:SHORT], PurePath(row["model"]).name, str(row["layer"]), row["stored_as"])
+        words = (
+            row["fingerprint"][:SHORT],
+            PurePath(row["model"]).name,
+            str(row["site"] or row["layer"]),
+            row["stored_as"],
+        )
         listed.add_row(*words, *numbers, ago(row["written"]))
     console().print(listed)
     for row in rows:
@@ -75,7 +80,7 @@ def _tree(store: str, found: Overview) -> Tree:
     for branch in found.spaces:
         recipe, usage = branch.report.recipe, branch.report.usage
         size = f"{entries(usage.entries)}, {binary(usage.nbytes)}"
-        name = f"{model_name(recipe)} layer {recipe.layer} {recipe.stored_as}"
+        name = f"{model_name(recipe)} {recipe.site_name} {recipe.stored_as}"
         space = root.add(f"space {recipe.fingerprint[:SHORT]}  {name}: {size}")
         for segment in branch.segments[:_MOST]:
             space.add(_segment(segment))
@@ -104,7 +109,7 @@ def _coverage(held: Coverage | str) -> str:
 
 def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
     return {
-        **attributes_as_json(report.recipe, "fingerprint", "model", "layer", "dtype", "stored_as"),
+        **attributes_as_json(report.recipe, "fingerprint", "model", "layer", "site", "dtype", "stored_as"),
         **fields_as_json(report.usage),
         "damaged": report.damaged,
         "written": age_of_last_write(files, report.recipe.fingerprint),

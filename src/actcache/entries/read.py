@@ -114,7 +114,11 @@ class Request:
 
     def has(self, column: str) -> NDArray[np.bool_]:
         """Return which entries have a ragged array, ``[n]``."""
-        has = self._snapshot.has(column, self.located)
+        all_have = self._snapshot.have(column)
+        if all_have is None:
+            has = self._snapshot.has(column, self.located)
+        else:
+            has = self.located.found if all_have else np.zeros(len(self._keys), bool)
         for i, rows in self._pending.items():
             has[i] = column in rows
         return has
@@ -149,7 +153,7 @@ class Request:
     def _kinds(self, columns: list[str]) -> NDArray[np.int64] | None:
         """Return which of these arrays each entry has, ``[n]``: a bit each, all of them inverted where it is not
         published yet. Absent entries are read beside those that have all. None where all are alike and published."""
-        if not self._pending and all(self._snapshot.all_have(name) for name in columns):
+        if not self._pending and all(map(self._snapshot.have, columns)):
             return None
         kinds = np.zeros(len(self._keys), np.int64)
         for bit, name in enumerate(columns):

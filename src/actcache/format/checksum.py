@@ -8,7 +8,7 @@ docs/format.md gives the chain in a form that needs no actcache, and a test impl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,11 @@ def space_seed(fingerprint: str, dtype: str, hidden_size: int) -> int:
     return int(xxhash.xxh3_64_intdigest(f"{fingerprint} {dtype} {hidden_size}".encode()))
 
 
+def chain_seed(space: int, names: Container[str]) -> int:
+    """Return what the keys are mixed into, of a space's ``space_seed``, where these ragged arrays are read."""
+    return space ^ (_HAS_TOKEN_IDS if TOKEN_IDS in names else 0)
+
+
 @dataclass(frozen=True)
 class Expected:
     """What the digests of a batch's entries have to be; every backend's ``gather`` is given one. Thread-safe."""
@@ -48,7 +53,7 @@ class Expected:
     def digests(self, names: Sequence[str]) -> Digests:
         """Return the digests to make where these ragged arrays are read, named in their ``ORDER``."""
         chained = sum(name in CHAINED for name in names)
-        seed = self.space ^ (_HAS_TOKEN_IDS if TOKEN_IDS in names else 0)
+        seed = chain_seed(self.space, names)
         more = None if chained == len(names) else self.extra_checksums
         return Digests(chained, seed, self.keys, expected=self.checksums, expected_more=more)
 

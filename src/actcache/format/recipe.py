@@ -26,6 +26,7 @@ COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_SITE = re.compile(r"[^\s.:]+(\.[^\s.:]+)*(:input)?")
 
 
 def canonical_json(value: Any) -> str:
@@ -43,10 +44,12 @@ class Recipe:
 
     Args:
         model: model id or path. Part of the identity only where ``weights`` is not given.
-        layer: the entries are the output of this layer, 1-based.
+        layer: the entries are the output of this layer, 1-based; 0 for what goes into layer 1.
+        site: in the place of ``layer``, the module whose output, or with ``:input`` at the end whose input, the entries
+            are: ``layers.5.mlp``, ``layers.5.mlp:input``. The path begins at the base model.
         hidden_size: columns of an entry.
         dtype: how rows are stored, the name of a codec: ``float16``, ``float32`` or ``bfloat16``.
-        weights: digest of the lower half's weights (embeddings and layers 1..``layer``); None where it is not known.
+        weights: digest of the weights of all that comes before the rows; None where it is not known.
         config: the model's configuration values that change the lower half's numbers.
         compute_dtype: what the lower half computes in.
         tokenizer: digest of the tokenizer's canonical form.
@@ -62,7 +65,8 @@ class Recipe:
     """
 
     model: str
-    layer: int
+    layer: int | None = None
+    site: str | None = None
     hidden_size: int
     dtype: str = "float16"
     weights: str | None = None
@@ -81,9 +85,21 @@ class Recipe:
                 raise RecipeError(what)
 
         check(isinstance(self.model, str) and bool(self.model), "model must be a model id or path")
-        for name, number in (("layer", self.layer), ("hidden_size", self.hidden_size), ("max_length", self.max_length)):
-            good = name == "max_length" if number is None else is_whole(number) and 1 <= number <= _LARGEST
-            check(good, f"{name} {number!r:.40} is no whole number from 1 to {_LARGEST}")
+        check(
+            (self.layer is None) != (self.site is None),
+            f"a recipe has either a layer or a site, not layer {self.layer!r:.40} and site {self.site!r:.40}",
+        )
+        for name, number, least in (
+            ("layer", self.layer, 0),
+            ("hidden_size", self.hidden_size, 1),
+            ("max_length", self.max_length, 1),
+        ):
+            good = name != "hidden_size" if number is None else is_whole(number) and least <= number <= _LARGEST
+            check(good, f"{name} {number!r:.40} is no whole number from {least} to {_LARGEST}")
+        check(
+            self.site is None or (isinstance(self.site, str) and _SITE.fullmatch(self.site) is not None),
+            f"site {self.site!r:.80} is no path of a module, such as layers.5.mlp or layers.5.mlp:input",
+        )
         dtypes = ("dtype", self.dtype, codec.names()), ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         for name, dtype, known in dtypes:
             good = isinstance(dtype, str) and dtype in known  # NumPy's dtypes equal their names, and are no JSON
@@ -133,7 +149,7 @@ class Recipe:
         return {
             "weights": self.weights if self.weights is not None else {"model": self.model},
             "config": dict(self.config),
-            "layer": self.layer,
+            **({"layer": self.layer} if self.site is None else {"site": self.site}),
             "hidden_size": self.hidden_size,
             "compute_dtype": self.compute_dtype,
             "tokenizer": self.tokenizer,
@@ -149,6 +165,11 @@ class Recipe:
         """32 hexadecimal digits: the BLAKE2b digest of the identity. It is the name of the space."""
         text = canonical_json(self.identity())
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"actcache/recipe").hexdigest()
+
+    @property
+    def site_name(self) -> str:
+        """Where in the model the rows are taken, for people: ``layer 6``, or the site."""
+        return f"layer {self.layer}" if self.site is None else self.site
 
     @property
     def stored_as(self) -> str:

@@ -29,7 +29,7 @@ _MAX_HEADER = 64 << 20  # JSON takes ten times as much memory as text
 _METADATA = "__metadata__"
 
 _NAMES = {"U8": "|u1", "I8": "|i1", "F16": "<f2", "U16": "<u2", "F32": "<f4", "I32": "<i4", "U32": "<u4"}
-_NAMES |= {"I64": "<i8", "U64": "<u8"}
+_NAMES |= {"I64": "<i8", "U64": "<u8", "F64": "<f8", "I16": "<i2"}
 _DTYPES = {np.dtype(dtype): name for name, dtype in _NAMES.items()}
 
 #: Name, dtype and shape of an array.

@@ -28,6 +28,7 @@
 #define PIECE (1 << 20)   /* bytes of one read */
 #define PART (64 << 10)   /* bytes of rows that a thread takes at a time */
 #define SHARE (1 << 20)   /* bytes in memory for which one more thread is worth waking: a sleeping core takes its time */
+#define STREAM (8 << 20)  /* bytes of a batch that is copied past the caches: more than a core's share of them */
 #define MOST_HELPERS 63
 
 typedef uint64_t (*digest_function)(const void *data, size_t length, uint64_t seed);
@@ -35,7 +36,7 @@ static digest_function digest_of; /* XXH3_64bits_withSeed */
 
 PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
 
-PUBLIC int32_t act_version(void) { return 3; }
+PUBLIC int32_t act_version(void) { return 4; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -320,6 +321,7 @@ typedef struct {
     uint8_t *state;        /* [count] 0 where all is well, else one of these: */
     int64_t part;          /* entries that a thread takes at a time */
     int64_t looks, looked; /* pages to look at first, at most, and the column whose they are; 0: none */
+    int32_t streams;       /* whether to copy past the processor's caches */
     _Atomic int64_t bad;   /* entries whose state is not 0 */
     _Atomic int32_t error; /* errno of a read that failed */
 } batch;
@@ -395,6 +397,43 @@ static int is_resident(const uint8_t *data, int64_t nbytes) {
     return 1;
 }
 
+/* Copy past the processor's caches: a batch that they cannot hold would first be read into them to be written, and push
+ * out what is read next. What is written so is seen by other threads after ``streamed``. */
+#if defined(__x86_64__)
+static void stream(uint8_t *out, const uint8_t *rows, int64_t nbytes) {
+    int64_t head = -(intptr_t)out & 15, i = 0;
+    if (head > nbytes) head = nbytes;
+    memcpy(out, rows, (size_t)head);
+    out += head;
+    rows += head;
+    nbytes -= head;
+    for (; i + 64 <= nbytes; i += 64) {
+        const __m128i *from = (const __m128i *)(rows + i);
+        __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1), c = _mm_loadu_si128(from + 2),
+                d = _mm_loadu_si128(from + 3), *to = (__m128i *)(out + i);
+        _mm_stream_si128(to, a);
+        _mm_stream_si128(to + 1, b);
+        _mm_stream_si128(to + 2, c);
+        _mm_stream_si128(to + 3, d);
+    }
+    memcpy(out + i, rows + i, (size_t)(nbytes - i));
+}
+static void stream_zeros(uint8_t *out, int64_t nbytes) {
+    int64_t head = -(intptr_t)out & 15, i = 0;
+    if (head > nbytes) head = nbytes;
+    memset(out, 0, (size_t)head);
+    out += head;
+    nbytes -= head;
+    for (; i + 16 <= nbytes; i += 16) _mm_stream_si128((__m128i *)(out + i), _mm_setzero_si128());
+    memset(out + i, 0, (size_t)(nbytes - i));
+}
+static void streamed(void) { _mm_sfence(); }
+#else
+static void stream(uint8_t *out, const uint8_t *rows, int64_t nbytes) { memcpy(out, rows, (size_t)nbytes); }
+static void stream_zeros(uint8_t *out, int64_t nbytes) { memset(out, 0, (size_t)nbytes); }
+static void streamed(void) {}
+#endif
+
 static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows) {
     int64_t nbytes;
     if (__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes)) return OUTSIDE;
@@ -412,12 +451,15 @@ static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows)
         return read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error);
     }
     if (mapped == NULL) return OUTSIDE;
-    if (out == NULL)
-        *rows = mapped;
-    else
+    if (out == NULL || this->streams) *rows = mapped; /* what was copied past the caches is not read again */
+    if (out != NULL && this->streams)
+        stream(out, mapped, nbytes);
+    else if (out != NULL)
         memcpy(out, mapped, (size_t)nbytes);
     return INTACT;
 }
+
+static void zeros(uint8_t *out, int64_t nbytes) { memset(out, 0, (size_t)nbytes); }
 
 static int gather_one(batch *this, int64_t i) {
     int state = INTACT;
@@ -432,7 +474,8 @@ static int gather_one(batch *this, int64_t i) {
         if (of->out != NULL && state != OUTSIDE) { /* padding */
             int64_t end = this->starts[i] + this->lengths[i];
             if (end < this->ends[i])
-                memset(of->out + end * of->row_bytes, 0, (size_t)((this->ends[i] - end) * of->row_bytes));
+                (this->streams ? stream_zeros : zeros)(of->out + end * of->row_bytes,
+                                                       (this->ends[i] - end) * of->row_bytes);
         }
         if (!this->digests || rows == NULL) continue;
         if (c == this->chained) { /* the second chain begins with the digest that the first one should have */
@@ -462,6 +505,7 @@ static void gather_part(void *context, int64_t part) {
         this->state[i] = (uint8_t)state;
         if (state != INTACT) atomic_fetch_add(&this->bad, 1);
     }
+    if (this->streams) streamed();
 }
 
 /* Return how many of ``pages`` addresses, evenly spread over the rows of entries, are not in memory. */
@@ -503,6 +547,7 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     for (int64_t c = 0; c < this->columns; c++) nbytes += this->column[c].row_bytes;
     for (int64_t i = 0; i < this->count; i++) rows += this->ends[i] - this->starts[i];
     nbytes *= rows;
+    this->streams = nbytes >= STREAM;
     if (this->part <= 0) this->part = this->count * PART / (nbytes > 0 ? nbytes : 1);
     if (this->part <= 0) this->part = 1;
     int reads = 0;
@@ -511,6 +556,80 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     if (reads) this->part = 1; /* every thread waits for its own */
     share(gather_part, this, (this->count + this->part - 1) / this->part, threads);
     return this->bad;
+}
+
+/* --- a batch by one call: looked up, planned, brought and compared ---------------------------------------------------- */
+
+#define READ_COLUMNS 2
+
+typedef struct {
+    int64_t row_bytes;
+    const uint8_t *base; /* mapped memory */
+    int64_t size;
+    const int64_t *firsts; /* [segments] the first row of each in it, negative where it is not mapped */
+    uint8_t *out;
+} mapped_column;
+
+typedef struct {
+    /* What a snapshot is: made once for all of its batches. */
+    int64_t tables;
+    const table *table;
+    int64_t segments;
+    const int64_t *limits, *names;
+    int64_t columns;
+    mapped_column column[READ_COLUMNS];
+    int64_t looks, looked;
+    /* The batch. */
+    int64_t count;
+    const uint8_t *keys;
+    int64_t width; /* rows of each entry's place, negative: packed */
+    int64_t room;  /* rows of the buffers */
+    int32_t digests;
+    uint64_t seed;
+    int64_t *work; /* [6 + columns, count]: tokens, checksums, segment, row, starts, ends, begins; the first is the answer */
+    uint8_t *state; /* [count] */
+    int64_t total;  /* tokens of all entries */
+} reading;
+
+enum { NOT_IN_MEMORY = -1, NO_ROOM = -2, NOT_MAPPED = -3 };
+
+/* Return how many entries are not well, or why the batch has to be read step by step. */
+PUBLIC int64_t act_read(reading *this, int32_t threads) {
+    int64_t n = this->count, *tokens = this->work, *segment = tokens + 2 * n, *row = tokens + 3 * n;
+    int64_t *starts = tokens + 4 * n, *ends = tokens + 5 * n, *begins = tokens + 6 * n, longest = 0;
+    lookup find = {.count = n, .keys = this->keys, .tables = this->tables, .table = this->table,
+                   .segments = this->segments, .limits = this->limits, .names = this->names, .tokens = tokens,
+                   .checksums = (uint64_t *)(tokens + n), .segment = segment, .row = row};
+    column columns[READ_COLUMNS];
+    act_locate(&find, threads);
+    if (find.outside > 0) return NOT_MAPPED;
+    this->total = 0;
+    for (int64_t i = 0; i < n; i++) { /* a look-up compared tokens with the rows that a segment has: no sum overflows */
+        starts[i] = this->width < 0 ? this->total : i * this->width;
+        ends[i] = starts[i] + (this->width < 0 ? tokens[i] : this->width);
+        this->total += tokens[i];
+        if (tokens[i] > longest) longest = tokens[i];
+    }
+    if (this->width < 0 ? this->total > this->room : longest > this->width || n * this->width > this->room)
+        return NO_ROOM;
+    for (int64_t c = 0; c < this->columns; c++, begins += n) {
+        const mapped_column *of = this->column + c;
+        for (int64_t i = 0; i < n; i++) {
+            if (tokens[i] == 0) {
+                begins[i] = 0;
+                continue;
+            }
+            if (of->firsts[segment[i]] < 0) return NOT_MAPPED;
+            begins[i] = (of->firsts[segment[i]] + row[i]) * of->row_bytes;
+        }
+        columns[c] = (column){of->row_bytes, of->base, of->size, begins, NULL, NULL, of->out};
+    }
+    memset(this->state, INTACT, (size_t)n);
+    batch rows = {.count = n, .lengths = tokens, .starts = starts, .ends = ends, .columns = this->columns,
+                  .column = columns, .chained = this->columns, .digests = this->digests, .keys = this->keys,
+                  .seed = this->seed, .expected = find.checksums, .state = this->state, .looks = this->looks,
+                  .looked = this->looked};
+    return act_gather(&rows, threads);
 }
 
 /* --- mixing: rows to places all over a buffer ---------------------------------------------------------------------------- */
@@ -599,8 +718,114 @@ PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
 }
 #endif
 
+/* --- statistics of rows ------------------------------------------------------------------------------------------------- */
+
+#if defined(__x86_64__)
+static double root(double x) { return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(x))); }
+#elif defined(__aarch64__)
+static double root(double x) {
+    __asm__("fsqrt %d0, %d1" : "=w"(x) : "w"(x));
+    return x;
+}
+#endif
+
+#define FLUSH 8 /* rows whose sums are made in single precision, before they are added to those in double */
+
+/* Add rows of float32, float16 (kind 1) or bfloat16 (kind 2) to their statistics, by column: sums and sums of squares of
+ * what they are beside a pivot, and the largest; and to the sum of the rows' norms. ``scratch`` has room for four rows of
+ * float32. Plain loops, which compilers make vectors of. */
+#define MOMENTS(name, attributes, convert)                                                                              \
+    attributes static void name(const uint8_t *rows, int64_t count, int64_t width, const float *pivot, double *sums,    \
+                                double *squares, float *most, double *norms, float *scratch) {                          \
+        float *row = scratch, *sum = scratch + width, *square = scratch + 2 * width;                                    \
+        for (int64_t first = 0; first < count; first += FLUSH) {                                                        \
+            int64_t last = count - first < FLUSH ? count : first + FLUSH;                                               \
+            memset(sum, 0, (size_t)(2 * width) * sizeof *sum);                                                          \
+            for (int64_t i = first; i < last; i++) {                                                                    \
+                const float *values = convert;                                                                          \
+                float parts[8] = {0};                                                                                   \
+                int64_t c = 0;                                                                                          \
+                for (; c + 8 <= width; c += 8)                                                                          \
+                    for (int n = 0; n < 8; n++) parts[n] += values[c + n] * values[c + n];                              \
+                for (; c < width; c++) parts[0] += values[c] * values[c];                                               \
+                double norm = 0;                                                                                        \
+                for (int n = 0; n < 8; n++) norm += parts[n];                                                           \
+                *norms += root(norm);                                                                                   \
+                for (c = 0; c < width; c++) {                                                                           \
+                    float beside = values[c] - pivot[c];                                                                \
+                    sum[c] += beside;                                                                                   \
+                    square[c] += beside * beside;                                                                       \
+                    most[c] = values[c] > most[c] ? values[c] : most[c];                                                \
+                }                                                                                                       \
+            }                                                                                                           \
+            for (int64_t c = 0; c < width; c++) sums[c] += sum[c];                                                      \
+            for (int64_t c = 0; c < width; c++) squares[c] += square[c];                                                \
+        }                                                                                                               \
+        (void)row;                                                                                                      \
+    }
+
+static const float *from_bfloat16(const uint8_t *rows, int64_t width, float *out) {
+    for (int64_t c = 0; c < width; c++) {
+        uint16_t half;
+        memcpy(&half, rows + 2 * c, 2);
+        uint32_t bits = (uint32_t)half << 16;
+        memcpy(out + c, &bits, 4);
+    }
+    return out;
+}
+
+#if defined(__x86_64__)
+#define FAST __attribute__((target("avx2,fma,f16c"), optimize("O3")))
+#define IN_LINE FAST static inline
+IN_LINE const float *from_float16(const uint8_t *rows, int64_t width, float *out) {
+    int64_t c = 0;
+    for (; c + 8 <= width; c += 8)
+        _mm256_storeu_ps(out + c, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(rows + 2 * c))));
+    for (; c < width; c++) {
+        uint16_t half;
+        memcpy(&half, rows + 2 * c, 2);
+        out[c] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+    }
+    return out;
+}
+static int is_fast(void) { return has_f16c() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#elif defined(__aarch64__)
+#define FAST
+static const float *from_float16(const uint8_t *rows, int64_t width, float *out) {
+    for (int64_t c = 0; c < width; c++) {
+        __fp16 half;
+        memcpy(&half, rows + 2 * c, 2);
+        out[c] = half;
+    }
+    return out;
+}
+static int is_fast(void) { return 1; }
+#endif
+
+#ifdef FAST
+MOMENTS(moments_float32, FAST, (const float *)(const void *)(rows + i * width * 4))
+MOMENTS(moments_float16, FAST, from_float16(rows + i * width * 2, width, row))
+MOMENTS(moments_bfloat16, FAST, from_bfloat16(rows + i * width * 2, width, row))
+
+PUBLIC int32_t act_moments(const uint8_t *rows, int32_t kind, int64_t count, int64_t width, const float *pivot,
+                           double *sums, double *squares, float *most, double *norms, float *scratch) {
+    if (!is_fast()) return -1;
+    (kind == 0 ? moments_float32 : kind == 1 ? moments_float16 : moments_bfloat16)(rows, count, width, pivot, sums,
+                                                                                    squares, most, norms, scratch);
+    return 0;
+}
+#else
+PUBLIC int32_t act_moments(const uint8_t *rows, int32_t kind, int64_t count, int64_t width, const float *pivot,
+                           double *sums, double *squares, float *most, double *norms, float *scratch) {
+    (void)rows, (void)kind, (void)count, (void)width, (void)pivot, (void)sums, (void)squares, (void)most, (void)norms,
+        (void)scratch;
+    return -1;
+}
+#endif
+
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
-    const int64_t all[] = {sizeof(table), sizeof(lookup), sizeof(column), sizeof(batch), sizeof(scatter)};
+    const int64_t all[] = {sizeof(table), sizeof(lookup),  sizeof(column),
+                           sizeof(batch), sizeof(reading), sizeof(scatter)};
     memcpy(sizes, all, sizeof all);
 }

@@ -1,8 +1,9 @@
 """The compiled loops of the read path (``loops.c``): what they are given, and what they are without a compiler.
 
 One call looks up a batch of keys; one brings all rows of a batch into the caller's buffers, makes the digests of each
-entry while it is in the processor's cache, and compares them. Neither holds the GIL, and the threads that share the
-work are not Python's. XXH3 is the ``xxhash`` package's own, by the C symbol that its extension exports.
+entry while it is in the processor's cache, and compares them; where all is in mapped memory, one does both. None holds
+the GIL, and the threads that share the work are not Python's. XXH3 is the ``xxhash`` package's own, by the C symbol
+that its extension exports.
 
 Where the library or that symbol is missing, ``numpy_loops`` does the same, correctly and slowly; the tests hold the two
 against each other. Everything here is thread-safe.
@@ -29,7 +30,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 3
+_VERSION = 4
 _FAILED = 4  # the state of an entry whose file could not be read
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 
@@ -96,6 +97,14 @@ class Column(NamedTuple):
     begins: NDArray[np.int64] | None = None  # [n] where each entry's rows begin in it, in bytes
     files: NDArray[np.int32] | None = None  # [n] descriptors
     places: NDArray[np.int64] | None = None  # [n] where its rows begin in its file, in bytes
+
+
+class MappedColumn(NamedTuple):
+    """One ragged array of all segments of a space, in mapped memory."""
+
+    row_bytes: int
+    memory: NDArray[Any]
+    firsts: NDArray[np.int64]  # [segments] the first row of each in it, by its number; -1 where it is not mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +192,39 @@ class _Batch(ctypes.Structure):
         ("part", _I64),
         ("looks", _I64),
         ("looked", _I64),
+        ("streams", _I32),
         ("bad", _I64),
         ("error", _I32),
+    ]
+
+
+_READ_COLUMNS = 2
+
+
+class _MappedColumn(ctypes.Structure):
+    _fields_ = [("row_bytes", _I64), ("base", _P), ("size", _I64), ("firsts", _P), ("out", _P)]
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = [
+        ("tables", _I64),
+        ("table", _P),
+        ("segments", _I64),
+        ("limits", _P),
+        ("names", _P),
+        ("columns", _I64),
+        ("column", _MappedColumn * _READ_COLUMNS),
+        ("looks", _I64),
+        ("looked", _I64),
+        ("count", _I64),
+        ("keys", _P),
+        ("width", _I64),
+        ("room", _I64),
+        ("digests", _I32),
+        ("seed", _U64),
+        ("work", _P),
+        ("state", _P),
+        ("total", _I64),
     ]
 
 
@@ -219,8 +259,11 @@ def _load() -> tuple[Any, str]:
         return None, f"{LIBRARY} is of another release"
     library.act_locate.restype, library.act_locate.argtypes = None, (_P, _I32)
     library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
+    library.act_read.restype, library.act_read.argtypes = _I64, (_P, _I32)
     library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
     library.act_scatter.restype, library.act_scatter.argtypes = _I64, (_P, _I32)
+    library.act_moments.restype = _I32
+    library.act_moments.argtypes = (_P, _I32, _I64, _I64, *(_P,) * 6)
     library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
     library.act_set_digest(ctypes.cast(digest, _P))
@@ -290,6 +333,59 @@ class Lookup:
         _library.act_locate(ctypes.byref(call), THREADS)
         tokens, checksums, segment, row = made
         return Found(tokens, checksums.view(np.uint64), segment, row, call.outside)
+
+    def reading(self, columns: Sequence[MappedColumn], looked: int) -> Reading | None:
+        """Return what reads batches of these columns, which are the first chain of digests, by one call; None where
+        nothing can. The rows of the column at ``looked`` are looked at first (see ``seems_absent``)."""
+        if _library is None or not 0 < len(columns) <= _READ_COLUMNS:
+            return None
+        if any(len(column.firsts) < len(self._limits) for column in columns):
+            return None  # not all segments are mapped yet
+        return Reading(self, _Reading(*self._fixed, len(columns), looks=LOOKS, looked=looked), columns)
+
+
+class Reading:
+    """Reads batches of some mapped columns, each by one call that looks up, plans, copies and compares; immutable."""
+
+    def __init__(self, lookup: Lookup, described: _Reading, columns: Sequence[MappedColumn]) -> None:
+        self._alive = lookup, columns
+        for place, (row_bytes, memory, firsts) in zip(described.column, columns, strict=False):
+            place.row_bytes, place.base, place.size, place.firsts = (
+                row_bytes,
+                _address(memory),
+                memory.nbytes,
+                _address(firsts),
+            )
+        self._columns = len(columns)
+        self._described = bytes(described)
+
+    def read(
+        self, keys: NDArray[np.uint8], out: Sequence[NDArray[Any]], width: int | None, seed: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Bring the rows of ``[n, 32]`` keys, C-contiguous, into one buffer a column, ``[rows, ...]``.
+
+        Args:
+            width: None for packed rows, else the rows of each entry's place, whose rest becomes zeros.
+            seed: of the digests, which keys are mixed into; None: nothing is compared.
+
+        Returns:
+            The tokens of each entry, ``[n]``, 0 where it is absent, and the positions of what is not intact. None where
+            the batch has to be read step by step: its rows seem not to be in memory, are not mapped, or do not fit.
+        """
+        count = len(keys)
+        call = _Reading.from_buffer_copy(self._described)
+        work = np.empty((6 + self._columns, count), np.int64)
+        state = np.empty(count, np.uint8)
+        call.count, call.keys, call.work, call.state = count, _address(keys), _address(work), _address(state)
+        call.width, call.room = -1 if width is None else width, min(map(len, out))
+        if seed is not None:
+            call.digests, call.seed = 1, seed
+        for place, buffer in zip(call.column, out, strict=False):
+            place.out = _address(buffer)
+        bad = _library.act_read(ctypes.byref(call), THREADS)
+        if bad < 0:
+            return None
+        return work[0], np.flatnonzero(state) if bad else _NONE
 
 
 def _aligned(array: Any) -> Any:
@@ -412,6 +508,35 @@ def scatter(rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) ->
     call = _Scatter(len(rows), rows.strides[0], _address(rows), _address(places), len(out), _address(out))
     if outside := _library.act_scatter(ctypes.byref(call), THREADS):
         raise IndexError(f"{outside} rows have places beyond the {len(out)} of the buffer")
+
+
+_KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+
+def moments(
+    rows: NDArray[Any],
+    kind: str,
+    pivot: NDArray[np.float32],
+    sums: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    most: NDArray[np.float32],
+    norms: NDArray[np.float64],
+) -> bool:
+    """Add ``[n, width]`` rows to their statistics; return False where only NumPy can, and nothing was added.
+
+    Args:
+        kind: what the rows hold: float32, float16, or bfloat16 as its bits.
+        pivot: ``[width]`` near the mean, so that squares of what is beside it have enough digits.
+        sums, squares: ``[width]`` of what is beside the pivot.
+        most: ``[width]`` the largest values.
+        norms: ``[1]`` the sum of the rows' Euclidean norms.
+    """
+    if _library is None or kind not in _KINDS or not (rows.flags.c_contiguous and rows.flags.aligned):
+        return False
+    scratch = np.empty((4, rows.shape[1]), np.float32)
+    arrays: list[NDArray[Any]] = [pivot, sums, squares, most, norms, scratch]
+    done = _library.act_moments(_address(rows), _KINDS[kind], *rows.shape, *map(_address, arrays))
+    return bool(done == 0)
 
 
 def round_to_float16(rows: NDArray[Any], out: NDArray[Any]) -> bool | None:

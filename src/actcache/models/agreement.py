@@ -15,6 +15,7 @@ from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.provenance import setup_of
+from actcache.models.sites import site_in
 from actcache.models.verification import disagreeing, verify_stored
 from actcache.models.weights import check_same_lower_half
 from actcache.store.document_entries import find_entries
@@ -87,7 +88,7 @@ class Agreement:
                 canaries = canary.make(self.encoder, self.lower, self._setup)
         base, recipe = base_model_of(model), self.space.recipe
         family = replace(family_of(base), equal_lengths=self.lower.family.equal_lengths)
-        lower = LowerHalf(base, family, recipe.layer, recipe.compute_dtype)
+        lower = LowerHalf(base, family, site_in(base, family, recipe), recipe.compute_dtype)
         try:
             with evaluating(base):
                 canary.check(canaries, self.encoder, lower, setup_of(lower))

@@ -189,7 +189,7 @@ def _rows(lower: LowerHalf, some: Sequence[Made]) -> list[NDArray[np.float32]]:
     """Return the rows that are kept of documents that are computed together."""
     result: list[Any] = [None] * len(some)
     for batch in plan_encoded(some, _TOGETHER):
-        for i, rows in zip(batch, lower.run_encoded([some[i] for i in batch])[lower.layer], strict=True):
+        for i, rows in zip(batch, lower.run_encoded([some[i] for i in batch])[lower.site], strict=True):
             result[i] = rows.astype(np.float32)[-_LAST:]
     return result
 

@@ -24,6 +24,7 @@ from actcache.models.documents import check_texts, chunked, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
 from actcache.models.processing import Made
 from actcache.models.progress import FillProgress
+from actcache.models.sites import Site
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.store import Store
@@ -47,7 +48,7 @@ class FillReport(Shown):
     tokens: int  # computed
     seconds: float
     left_out: int = 0  # of the documents, those that a bound on the bytes had no room for
-    spaces: dict[int, str] = field(default_factory=dict)  # fingerprints by layer
+    spaces: dict[int | str, str] = field(default_factory=dict)  # fingerprints by layer, or site
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class _Work:
     document: bytes  # its key
     keys: list[bytes]  # of its entries
     entries: Sequence[Made]
-    layers: tuple[int, ...]  # where it is missing
+    sites: tuple[Site, ...]  # where it is missing
     computed: int = 0  # how many of its entries
 
     @property
@@ -67,7 +68,7 @@ class _Work:
 
 
 class _Rows:
-    """The rows of a group's entries at one layer, one entry's after another's, as they come to be computed."""
+    """The rows of a group's entries at one site, one entry's after another's, as they come to be computed."""
 
     def __init__(self, offsets: NDArray[np.int64], memory: BufferPool) -> None:
         self._offsets, self._memory = offsets, memory  # [n + 1] where each entry's rows begin
@@ -104,7 +105,7 @@ class _Stored:
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
-        self.absent: dict[bytes, list[int]] = {}
+        self.absent: dict[bytes, list[Site]] = {}
         self.documents = self.tokens = 0
 
     def __call__(self, some: list[_Work]) -> None:
@@ -116,9 +117,9 @@ class _Stored:
 
 
 class Filler:
-    """Fills the spaces of one model's layers in one pass. Not thread-safe.
+    """Fills the spaces of one model's sites in one pass. Not thread-safe.
 
-    The agreements hold each layer's space and lower half, and one encoder; they are checked before anything is
+    The agreements hold each site's space and lower half, and one encoder; they are checked before anything is
     computed, and again where weights or hooks have changed meanwhile.
     """
 
@@ -126,8 +127,8 @@ class Filler:
 
     def __init__(self, store: Store, agreements: Sequence[Agreement]) -> None:
         self._store, self._agreements = store, agreements
-        self._spaces = {one.lower.layer: one.space for one in agreements}
-        self._lowers = {one.lower.layer: one.lower for one in agreements}
+        self._spaces = {one.lower.site: one.space for one in agreements}
+        self._lowers = {one.lower.site: one.lower for one in agreements}
         self._encoder = agreements[0].encoder
         self._marks: object = None  # of the lower half when it was checked
 
@@ -174,7 +175,10 @@ class Filler:
     def _check(self) -> None:
         for agreement in self._agreements:
             agreement.before_adding()
-        self._marks = self._lowers[max(self._lowers)].marks()
+        self._marks = self._marked()
+
+    def _marked(self) -> object:
+        return [lower.marks() for lower in self._lowers.values()]
 
     def _fill(
         self, parts: Iterable[Part], token_budget: int, advance: Advance, budget: ByteBudget | None
@@ -183,7 +187,7 @@ class Filler:
         documents = left_out = 0
         full = compared = False
         stored = _Stored(advance)
-        memory = {layer: BufferPool(1) for layer in self._spaces}
+        memory = {site: BufferPool(1) for site in self._spaces}
         for space in self._spaces.values():
             space.merge_tiers(budget is None)
         try:
@@ -213,7 +217,7 @@ class Filler:
                     stack.callback(space.merge_tiers, True)
                     stack.callback(space.flush)
         present = documents - stored.documents - left_out
-        spaces = {layer: space.recipe.fingerprint for layer, space in self._spaces.items()}
+        spaces = {site.name: space.recipe.fingerprint for site, space in self._spaces.items()}
         seconds = time.monotonic() - start
         return FillReport(documents, present, stored.documents, stored.tokens, seconds, left_out, spaces)
 
@@ -237,28 +241,28 @@ class Filler:
             rest, sizes = rest[count:], sizes[count:]
 
     def _most_bytes(self, work: _Work) -> int:
-        recipes, extras = [self._spaces[layer].recipe for layer in work.layers], self._encoder.extras
+        recipes, extras = [self._spaces[site].recipe for site in work.sites], self._encoder.extras
         return sum(most_bytes(recipe, extras, one.length) for recipe in recipes for one in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
         chunk = list(texts)
         keys = self._encoder.keys(chunk, positions[0] if chunk else 0)
-        memory = {layer: BufferPool(1) for layer in self._spaces}
+        memory = {site: BufferPool(1) for site in self._spaces}
         for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
             self._record(group, token_budget, lambda some: None, memory)
 
-    def _absent(self, keys: list[bytes]) -> dict[bytes, list[int]]:
-        """Return the keys of documents that are to be computed, with the layers where they are missing."""
-        absent: dict[bytes, list[int]] = {}
-        for layer, space in self._spaces.items():
+    def _absent(self, keys: list[bytes]) -> dict[bytes, list[Site]]:
+        """Return the keys of documents that are to be computed, with the sites where they are missing."""
+        absent: dict[bytes, list[Site]] = {}
+        for site, space in self._spaces.items():
             for key, found in zip(keys, find_entries(space, keys, self._encoder.windows), strict=True):
-                if not found and layer not in absent.setdefault(key, []):
-                    absent[key].append(layer)
+                if not found and site not in absent.setdefault(key, []):
+                    absent[key].append(site)
         return absent
 
     def _encoded(
-        self, chunk: list[Document], positions: Sequence[int], keys: list[bytes], absent: dict[bytes, list[int]]
+        self, chunk: list[Document], positions: Sequence[int], keys: list[bytes], absent: dict[bytes, list[Site]]
     ) -> list[_Work]:
         """Return what is to be computed, tokenized."""
         first = {key: i for i, key in reversed([*enumerate(keys)])}  # of one given twice, the first
@@ -267,8 +271,8 @@ class Filler:
         some = [chunk[i] for i in places], [positions[i] for i in places]
         encoded: Sequence[Sequence[Made]] = self._encoder.encode(*some)
         return [
-            _Work(positions[i], key, entry_keys(key, len(entries), spec), entries, tuple(layers))
-            for i, (key, layers), entries in zip(places, absent.items(), encoded, strict=True)
+            _Work(positions[i], key, entry_keys(key, len(entries), spec), entries, tuple(sites))
+            for i, (key, sites), entries in zip(places, absent.items(), encoded, strict=True)
         ]
 
     def _record(
@@ -276,32 +280,32 @@ class Filler:
         group: list[_Work],
         token_budget: int,
         stored: Callable[[list[_Work]], object],
-        memory: dict[int, BufferPool],
+        memory: dict[Site, BufferPool],
     ) -> None:
         """Compute and put some documents, each with all its entries at once.
 
         They are put, and ``stored`` is told, when all are computed, and where that takes long, those that are complete
-        meanwhile; also before an error or an interrupt ends it. ``memory``: for rows, by layer; one group uses the
+        meanwhile; also before an error or an interrupt ends it. ``memory``: for rows, by site; one group uses the
         other's.
         """
         entries = [(work, i) for work in group for i in range(len(work.entries))]
         lengths = [work.entries[i].length for work, i in entries]
-        layers = {layer for work in group for layer in work.layers}
-        lower = self._lowers[max(layers)]
-        if self._lowers[max(self._lowers)].marks() != self._marks:
+        sites = list(dict.fromkeys(site for work in group for site in work.sites))
+        lower = self._lowers[sites[0]]
+        if self._marked() != self._marks:
             self._check()
-        rows = {layer: _Rows(offsets_of(np.array(lengths)), memory[layer]) for layer in layers}
+        rows = {site: _Rows(offsets_of(np.array(lengths)), memory[site]) for site in sites}
         counts = np.array([len(work.entries) for work in group])
         first = dict(zip(group, offsets_of(counts)[:-1].tolist(), strict=True))  # position of each one's first entry
         waiting: list[_Work] = []  # complete, and not put
 
         def put_complete() -> None:
             try:
-                for layer in layers:
-                    works = [work for work in waiting if layer in work.layers]
+                for site in sites:
+                    works = [work for work in waiting if site in work.sites]
                     if works:
                         places = [i for work in works for i in range(first[work], first[work] + len(work.entries))]
-                        self._put(layer, works, *rows[layer].of(np.array(places)))
+                        self._put(site, works, *rows[site].of(np.array(places)))
             except Exception:
                 waiting.clear()  # they would fail again
                 raise
@@ -313,9 +317,9 @@ class Filler:
         try:
             for batch in plan_encoded([work.entries[i] for work, i in entries], token_budget):
                 some = [entries[position] for position in batch]
-                computed = lower.run_encoded([work.entries[i] for work, i in some], layers)
-                for layer, arrays in computed.items():
-                    rows[layer].take(batch, arrays)
+                computed = lower.run_encoded([work.entries[i] for work, i in some], sites)
+                for site, arrays in computed.items():
+                    rows[site].take(batch, arrays)
                 for work, _ in some:
                     work.computed += 1
                 works = dict.fromkeys(work for work, _ in some)
@@ -329,13 +333,13 @@ class Filler:
             if waiting:  # an interrupt may have come while they were put, too
                 put_complete()
 
-    def _put(self, layer: int, works: list[_Work], values: NDArray[np.generic], offsets: NDArray[np.int64]) -> None:
+    def _put(self, site: Site, works: list[_Work], values: NDArray[np.generic], offsets: NDArray[np.int64]) -> None:
         entries = [entry for work in works for entry in work.entries]
         names = ("token_ids", *self._encoder.extras) if self._encoder.has_token_ids else ()
         columns: dict[str, Any] = {name: np.concatenate([getattr(entry, name) for entry in entries]) for name in names}
         try:
             # One call, so that all windows of a document become visible together.
-            self._spaces[layer].put_packed([key for work in works for key in work.keys], values, offsets, **columns)
+            self._spaces[site].put_packed([key for work in works for key in work.keys], values, offsets, **columns)
         except NonFiniteError as error:
             owners = [work.position for work in works for key in work.keys if key.hex() in str(error)]
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error

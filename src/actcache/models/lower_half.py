@@ -1,4 +1,4 @@
-"""Recording: run the lower half of a model and take the rows that go into layer k+1."""
+"""Recording: run a model as far as a site and take the rows there."""
 
 from __future__ import annotations
 
@@ -6,56 +6,59 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from actcache.errors import ModelError, UsageError
+from actcache.errors import ModelError, UnsupportedModelError, UsageError
 from actcache.format.arguments import is_whole
 from actcache.models.families import Family
-from actcache.models.partial_vocabulary import vocabulary_size
-from actcache.models.processing import Features, Made
+from actcache.models.modes import evaluating
+from actcache.models.partial_vocabulary import some_ids, vocabulary_size
+from actcache.models.processing import Features, Made, sample_features, takes_features
+from actcache.models.sites import Site, Where, site_of
 from actcache.models.stubs import rows_in
-from actcache.models.tensors import dtype_name, first_parameter, padded
+from actcache.models.tensors import dtype_name, first_parameter, padded, without_bytes
 from actcache.models.tokenizing import Encoded
 
 TOKEN_BUDGET = 8192  # padded tokens of a batch, where the caller says nothing else
 
 
 class _Reached(Exception):
-    """Ends the forward pass at layer k+1, whose input it carries."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
+    """Ends the forward pass where the last of some sites is reached."""
 
 
 class LowerHalf:
-    """Layers 1..``layer`` of a base model in eval mode, as a function from token ids to rows.
+    """What comes before a site of a base model, in eval mode, as a function from token ids to rows.
 
     It uses the model as it is, with its own forward: weights that change later change the numbers. Not thread-safe.
 
     Args:
+        where: the number of a layer, ``"last"``, the path of a module, or a ``Site``; see ``actcache.models.sites``.
         compute_dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``; None for the dtype of the parameters.
             Where it differs from that, the lower half runs under autocast.
 
+    Attributes:
+        site: where rows are taken. ``"last"`` is the module that gives what the model gives, where there is one.
+
     Raises:
-        LayerError: ``layer`` is not in 1..N-1.
+        LayerError: the model has no such layer or module.
         ModelError: autocast cannot compute in ``compute_dtype``.
         UnsupportedModelError: a document's rows would depend on the others of its batch.
     """
 
     def __init__(
-        self, base_model: PreTrainedModel, family: Family, layer: int, compute_dtype: str | None = None
+        self, base_model: PreTrainedModel, family: Family, where: Where, compute_dtype: str | None = None
     ) -> None:
-        layer = family.check_layer(base_model, layer)
+        site = site_of(base_model, family, where)
         family.check_alone(base_model.config)
-        self.base_model, self.family, self.layer = base_model, family, layer
+        self.base_model, self.family = base_model, family
         self._stack = family.stack_of(base_model)
         self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.parameter_dtype = dtype_name(first_parameter(family.layers_of(base_model)[0]).dtype)
@@ -66,10 +69,9 @@ class LowerHalf:
                 f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load "
                 f"the model with dtype=torch.{self.compute_dtype}"
             )
-
-    @property
-    def hidden_size(self) -> int:
-        return self.family.width_of(self.base_model)
+        if site == Site(""):
+            site = self._last()
+        self.site = site
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +82,7 @@ class LowerHalf:
 
         What is written past autograd's eyes (``parameter.data``, memory shared with NumPy) does not show.
         """
-        parts = self.family.lower_of(self.base_model, self.layer).values()
-        modules = [self.base_model, *(module for part in parts for module in part.modules())]
+        modules = [self.base_model, *(module for part in self._parts(self.site).values() for module in part.modules())]
         return tuple(
             (
                 id(module),
@@ -113,20 +114,22 @@ class LowerHalf:
         Raises:
             ModelError: the lower half is in train mode, so its dropout would be stored.
         """
-        return self.run_at((), token_ids, type_ids)[self.layer]
+        return self.run_at([self.site], token_ids, type_ids)[self.site]
 
     def run_at(
         self,
-        layers: Iterable[int],
+        sites: Iterable[Site],
         token_ids: Sequence[NDArray[np.integer]],
         type_ids: Sequence[NDArray[np.integer]] | None = None,
-    ) -> dict[int, list[NDArray[np.generic]]]:
-        """Return the rows of ``layer`` and of layers below it, by layer, from one forward; else as ``run``."""
-        self._check_evaluating()
+    ) -> dict[Site, list[NDArray[np.generic]]]:
+        """Return the rows at some sites of the model, of one forward that ends at the last of them; else as ``run``."""
+        sites = list(sites)
+        for site in sites:
+            self._check_evaluating(site)
         if not token_ids:
-            return {layer: [] for layer in (*layers, self.layer)}
+            return {site: [] for site in sites}
         if self.family.equal_lengths and len({len(ids) for ids in token_ids}) > 1:
-            return self._run_by_length(list(layers), token_ids, type_ids)
+            return self._run_by_length(sites, token_ids, type_ids)
         lengths = torch.tensor([len(ids) for ids in token_ids], device="cpu")
         padding = getattr(self.base_model.config, "pad_token_id", None) or 0
         if not 0 <= padding < vocabulary_size(self.base_model):
@@ -139,65 +142,85 @@ class LowerHalf:
         }
         if "token_type_ids" in self._takes and type_ids is not None and any(ids.any() for ids in type_ids):
             inputs["token_type_ids"] = padded(type_ids, 0)
-        device = self.device
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        tokens = inputs["attention_mask"].bool()
-        found: dict[int, torch.Tensor] = {}
-        with self._taking({layer for layer in layers if layer != self.layer}, tokens, found):
-            found[self.layer] = self._forward(inputs)[tokens]
+        found = self._forward(inputs, sites, inputs["attention_mask"].bool().to(self.device))
         ends = np.cumsum(lengths.numpy())[:-1]
-        return {layer: list(np.split(_to_numpy(rows), ends)) for layer, rows in found.items()}
+        return {site: list(np.split(_to_numpy(found[site]), ends)) for site in sites}
 
-    def run_encoded(self, entries: Sequence[Made], layers: Iterable[int] = ()) -> dict[int, list[NDArray[np.generic]]]:
-        """Return the rows of some entries, as an encoder made them: by ``run_at`` or ``run_features``."""
+    def _run_by_length(
+        self,
+        sites: list[Site],
+        token_ids: Sequence[NDArray[np.integer]],
+        type_ids: Sequence[NDArray[np.integer]] | None,
+    ) -> dict[Site, list[NDArray[np.generic]]]:
+        """Return the rows of a model whose numbers padding changes: documents of one length at a time."""
+        found: dict[Site, list[Any]] = {site: [None] * len(token_ids) for site in sites}
+        for length in {len(ids): None for ids in token_ids}:
+            places = [i for i, ids in enumerate(token_ids) if len(ids) == length]
+            types = None if type_ids is None else [type_ids[i] for i in places]
+            for site, arrays in self.run_at(sites, [token_ids[i] for i in places], types).items():
+                for i, rows in zip(places, arrays, strict=True):
+                    found[site][i] = rows
+        return found
+
+    def rows_of(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the rows ``[batch, tokens, hidden]`` of a batch of whatever the model takes, by its names."""
+        return self._forward(inputs, [self.site], None)[self.site]
+
+    def run_encoded(
+        self, entries: Sequence[Made], sites: Collection[Site] = ()
+    ) -> dict[Site, list[NDArray[np.generic]]]:
+        """Return the rows of some entries, as an encoder made them, at some sites, by default this one's: by ``run``,
+        ``run_at`` or ``run_features``."""
         if entries and isinstance(entries[0], Features):
-            return self.run_features([one for one in entries if isinstance(one, Features)], layers)
+            return self.run_features([one for one in entries if isinstance(one, Features)], sites)
         texts = [one for one in entries if isinstance(one, Encoded)]
         ids, types = [one.token_ids for one in texts], [one.type_ids for one in texts]
-        others = set(layers) - {self.layer}
-        return self.run_at(others, ids, types) if others else {self.layer: self.run(ids, types)}
+        if list(sites) in ([], [self.site]):
+            return {self.site: self.run(ids, types)}
+        return self.run_at(sites, ids, types)
 
     def run_features(
-        self, features: Sequence[Features], layers: Iterable[int] = ()
-    ) -> dict[int, list[NDArray[np.generic]]]:
-        """Return the rows of images or audio at ``layer`` and at layers below it, by layer, from one forward.
+        self, features: Sequence[Features], sites: Collection[Site] = ()
+    ) -> dict[Site, list[NDArray[np.generic]]]:
+        """Return the rows of images or audio at some sites, by default this one's, from one forward.
 
         Args:
             features: all of one shape, so that nothing is padded. Rows are patches or frames.
 
         Raises:
-            ModelError: see ``run``; or the model does not take such features, or makes fewer or more rows of them.
+            ModelError: see ``run``; or the model makes fewer or more rows of them than they say.
         """
-        self._check_evaluating()
+        sites = sites or [self.site]
+        for site in sites:
+            self._check_evaluating(site)
         if not features:
-            return {layer: [] for layer in (*layers, self.layer)}
-        inputs = self.feature_inputs(*features)
-        found: dict[int, torch.Tensor] = {}
-        with self._taking({layer for layer in layers if layer != self.layer}, None, found):
-            found[self.layer] = self._forward(inputs)
+            return {site: [] for site in sites}
+        found = self._forward(self.feature_inputs(*features), sites, None)
         expected = (len(features), features[0].length)
-        for rows in found.values():
+        for site, rows in found.items():
             if expected[1] and tuple(rows.shape[:2]) != expected:
                 raise ModelError(
-                    f"{type(self.base_model).__name__} makes {list(rows.shape[:2])} rows of {expected[0]} documents of "
-                    f"{expected[1]} rows: what goes into a layer is not [batch, rows, hidden]"
+                    f"{site} of {type(self.base_model).__name__} has {rows.shape[1]} rows of a document, and others "
+                    f"that are recorded with it have {expected[1]}: record it by itself"
                 )
-        return {layer: list(_to_numpy(rows)) for layer, rows in found.items()}
+        return {site: list(_to_numpy(rows)) for site, rows in found.items()}
 
     def count_rows(self, *features: Features) -> int:
-        """Return how many rows a document with such features puts into the layers; their values do not matter.
+        """Return how many rows a document with such features makes at this site; their values do not matter.
 
         Raises:
             ModelError: the model does not take features of that shape.
         """
-        self._check_evaluating()
+        # As many go into the first layer as come out of any.
+        site = self.site if self.site.layer is None else site_of(self.base_model, self.family, 0)
+        self._check_evaluating(site)
         try:
-            hidden = self._forward(self.feature_inputs(*features), 0)
+            rows = self._forward(self.feature_inputs(*features), [site], None)[site]
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             given = f"{features[0].name} {list(features[0].values.shape)}"
             said = str(error).strip().partition("\n")[0]
             raise ModelError(f"{type(self.base_model).__name__} does not take {given}: {said}") from None
-        return int(hidden.shape[1])
+        return int(rows.shape[1])
 
     def feature_inputs(self, *features: Features) -> dict[str, Any]:
         """Return what the model is called with, of features of one shape."""
@@ -209,75 +232,155 @@ class LowerHalf:
             inputs["interpolate_pos_encoding"] = values.shape[-2:] != native
         return inputs
 
-    def _check_evaluating(self) -> None:
-        lower = self.family.lower_of(self.base_model, self.layer)
-        training = [path for path, part in lower.items() if any(module.training for module in part.modules())]
+    def _parts(self, site: Site) -> dict[str, nn.Module]:
+        """Return the modules that run before a site, or more, by path."""
+        if site.layer is None:
+            return {self.family.stack: self._stack}
+        return self.family.lower_of(self.base_model, site.layer)
+
+    def _check_evaluating(self, site: Site) -> None:
+        parts = self._parts(site)
+        training = [path for path, part in parts.items() if any(module.training for module in part.modules())]
         if self.base_model.training or training:
-            where = training[0] if training else "the base model"
+            where = training[0] if training and training[0] else "the base model"
             raise ModelError(
                 f"{where} of {type(self.base_model).__name__} is in train mode, so dropout would be recorded: call "
                 "model.eval() first"
             )
 
-    def _run_by_length(
-        self,
-        layers: list[int],
-        token_ids: Sequence[NDArray[np.integer]],
-        type_ids: Sequence[NDArray[np.integer]] | None,
-    ) -> dict[int, list[NDArray[np.generic]]]:
-        """Return the rows of a model whose numbers padding changes: documents of one length at a time."""
-        found: dict[int, list[Any]] = {layer: [None] * len(token_ids) for layer in (*layers, self.layer)}
-        for length in {len(ids): None for ids in token_ids}:
-            places = [i for i, ids in enumerate(token_ids) if len(ids) == length]
-            types = None if type_ids is None else [type_ids[i] for i in places]
-            for layer, arrays in self.run_at(layers, [token_ids[i] for i in places], types).items():
-                for i, rows in zip(places, arrays, strict=True):
-                    found[layer][i] = rows
+    def _forward(
+        self, inputs: dict[str, Any], sites: Collection[Site], tokens: torch.Tensor | None
+    ) -> dict[Site, torch.Tensor]:
+        """Run the model as far as the last of some sites; return the rows ``[all tokens, width]`` at each.
+
+        ``tokens`` ``[batch, tokens]`` is False where there is padding; with None they are ``[batch, rows, width]``.
+        """
+        inputs = {name: one.to(self.device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+        found: dict[Site, torch.Tensor] = {}
+
+        def reached(site: Site, hidden: Any) -> None:
+            if site not in found:
+                self._check_rows(site, hidden, None if tokens is None else tokens.shape)
+                found[site] = hidden.clone() if tokens is None else hidden[tokens]  # the model may go on in place
+            if len(found) == len(sites):
+                raise _Reached
+
+        with contextlib.ExitStack() as stack:
+            for site in sites:
+                stack.callback(self.hook(site, functools.partial(reached, site)).remove)
+            if any(site.layer is None for site in sites):  # within what was compiled no hook is called
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            with contextlib.suppress(_Reached):
+                self._run_stack(inputs)
+        missed = [str(site.name) for site in sites if site not in found]
+        if missed:
+            raise UnsupportedModelError(
+                f"the forward pass of {type(self.base_model).__name__} never reached {', '.join(missed)}: rows are "
+                "taken where all tokens come by"
+            )
         return found
 
-    @contextlib.contextmanager
-    def _taking(self, layers: set[int], tokens: torch.Tensor | None, found: dict[int, torch.Tensor]) -> Iterator[None]:
-        """Put copies of the rows of some layers into ``found`` when a forward comes to them; of ``tokens`` alone."""
+    def _run_stack(self, inputs: dict[str, Any]) -> Any:
+        # Autocast is always entered: an ambient one would otherwise decide the numbers.
+        with torch.inference_mode(), self._autocast():
+            return self._stack(**inputs, **({"use_cache": False} if "use_cache" in self._takes else {}))
 
-        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layer: int) -> None:
-            hidden = self._input_of(args, kwargs)
-            found[layer] = hidden.clone() if tokens is None else hidden[tokens]
+    def hook(self, site: Site, take: Callable[[Any], object]) -> RemovableHandle:
+        """Have a function called with what a site holds whenever the model comes there."""
+        module = self.base_model.get_submodule(site.module)
 
-        with contextlib.ExitStack() as hooks:
-            for layer in layers:
-                self.family.check_layer(self.base_model, layer)
-                following = self.family.layers_of(self.base_model)[layer]
-                hook = functools.partial(take, layer=layer)
-                hooks.callback(following.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-            yield
+        def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            take(self._oriented(_input_of(args, kwargs)))
 
-    def rows_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the rows ``[batch, tokens, hidden]`` of a batch of whatever the model takes, by its names."""
-        return self._forward(inputs)
+        def gives(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            take(self._oriented(first_tensor(output)))
 
-    def _forward(self, inputs: dict[str, Any], layer: int | None = None) -> torch.Tensor:
-        """Return what goes into the layer after ``layer``, by default this half's own."""
+        if site.side == "input":
+            # Before the model's own hooks there, which replay will run.
+            return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
+        return module.register_forward_hook(gives)
 
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(self._input_of(args, kwargs))
+    def _oriented(self, hidden: Any) -> Any:
+        """Return rows as ``[batch, tokens, width]`` where a model has the tokens first."""
+        transposed = self.family.time_first and isinstance(hidden, torch.Tensor) and hidden.ndim == 3
+        return hidden.transpose(0, 1) if transposed else hidden
 
-        next_layer = self.family.layers_of(self.base_model)[self.layer if layer is None else layer]
-        # Before the model's own hooks there, which replay will run.
-        handle = next_layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-        try:
-            # Autocast is always entered: an ambient one would otherwise decide the numbers.
-            with torch.inference_mode(), self._autocast():
-                self._stack(**inputs, **({"use_cache": False} if "use_cache" in self._takes else {}))
-        except _Reached as reached:
-            return reached.hidden
-        finally:
-            handle.remove()
-        raise ModelError(f"the forward pass of {type(self.base_model).__name__} never reached layer {self.layer + 1}")
+    def _check_rows(self, site: Site, hidden: Any, tokens: Sequence[int] | None) -> None:
+        """Raise where what a site holds is not ``[batch, tokens, width]``; None for any number of rows."""
+        three = isinstance(hidden, torch.Tensor) and hidden.ndim == 3
+        if three and (tokens is None or list(hidden.shape[:2]) == list(tokens)):
+            return
+        is_there = f"a tensor {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else "no tensor"
+        verb = "is given" if site.side == "input" else "gives"
+        raise UnsupportedModelError(
+            f"{site} of {type(self.base_model).__name__} cannot be recorded: it {verb} {is_there}, and not one row a "
+            f"token, {['documents', 'rows'] if tokens is None else list(tokens)} and a width"
+        )
 
-    def _input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """Return the rows ``[batch, tokens, hidden]`` that a layer is called with."""
-        rows = rows_in(args, kwargs)
-        return rows.transpose(0, 1) if self.family.time_first else rows
+    def _some_inputs(self) -> dict[str, Any]:
+        """Return two documents of three tokens, which any model takes, or of what else the model takes."""
+        for name, parameter in self.base_model.named_parameters():
+            if parameter.is_meta:
+                raise without_bytes(name)
+        if takes_features(self.base_model):
+            return self.feature_inputs(*[sample_features(self.base_model)] * 2)
+        ids = torch.from_numpy(some_ids(self.base_model, 3))[None].repeat(2, 1)
+        return {"input_ids": ids.to(self.device), "attention_mask": torch.ones_like(ids, device=self.device)}
+
+    @functools.cached_property
+    def hidden_size(self) -> int:
+        """The width of a row; where the site is no layer, the model is run once for a few tokens.
+
+        Raises:
+            UnsupportedModelError: the module is not called once for all tokens, or has no row for each of them.
+        """
+        if self.site.layer is not None:
+            return self.family.width_of(self.base_model)
+        inputs = self._some_inputs()
+        held: list[Any] = []
+        with (
+            contextlib.ExitStack() as stack,
+            torch.compiler.set_stance("force_eager"),
+            evaluating(self.base_model),
+        ):
+            stack.callback(self.hook(self.site, held.append).remove)
+            self._run_stack(inputs)
+        if len(held) != 1:
+            often = f"{len(held)} times" if held else "not at all"
+            raise UnsupportedModelError(
+                f"{self.site} of {type(self.base_model).__name__} cannot be recorded: a forward pass calls it {often}, "
+                "and rows are taken where all tokens come by once"
+            )
+        self._check_rows(self.site, held[0], inputs["input_ids"].shape if "input_ids" in inputs else None)
+        return int(held[0].shape[-1])
+
+    def _last(self) -> Site:
+        """Return the site of what the model gives: that of the first module whose output it is, else the model's own.
+
+        It is the final norm's, or the last layer's where there is none.
+        """
+        inside = f"{self.family.layers}."
+        given: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+        def note(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(hidden := first_tensor(output), torch.Tensor):
+                given.append((path, hidden, hidden.clone()))
+
+        with (
+            contextlib.ExitStack() as stack,
+            torch.compiler.set_stance("force_eager"),
+            evaluating(self.base_model),
+        ):
+            for path, module in self.base_model.named_modules():
+                within = path.startswith(inside) and "." in path.removeprefix(inside).replace("._orig_mod", "")
+                if not within and not inside.startswith(f"{path}." if path else ""):
+                    stack.callback(module.register_forward_hook(functools.partial(note, path)).remove)
+            last = first_tensor(self._run_stack(self._some_inputs()))
+        for path, hidden, before in given:
+            same = isinstance(last, torch.Tensor) and hidden.data_ptr() == last.data_ptr()
+            if same and before.numel() == last.numel() and torch.equal(before.reshape(last.shape), last):
+                return site_of(self.base_model, self.family, path)
+        return Site(self.family.stack)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         kind = self.device.type
@@ -327,6 +430,21 @@ def check_token_budget(token_budget: Any) -> int:
     if not is_whole(token_budget) or token_budget < 1:
         raise UsageError(f"a token budget of {token_budget!r} computes nothing; it is a whole number, by default 8192")
     return int(token_budget)
+
+
+def first_tensor(value: Any) -> Any:
+    """Return the first tensor of what a module gives, a tuple or a model's output perhaps; None where there is none."""
+    if isinstance(value, torch.Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((one for one in parts if isinstance(one, torch.Tensor)), None)
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return rows_in(args, kwargs)
+    except StopIteration:  # nothing that looks like rows
+        return first_tensor(args) if args else first_tensor(kwargs)
 
 
 def _to_numpy(rows: torch.Tensor) -> NDArray[np.generic]:

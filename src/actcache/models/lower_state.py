@@ -1,14 +1,16 @@
-"""What the forward of a lower half can read, wherever it hangs: what its digest has to cover.
+"""What a forward can read before it comes to a site, wherever it hangs: what its digest has to cover.
 
-Its own parts are looked through: parameters, buffers of both kinds, tensors that are plain attributes, packed
-parameters, extra state. What it reads elsewhere (rotary frequencies beside the layers, a steering vector at the base
-model) is found by running it once. Python numbers and hooks are in no digest; canaries are there for them.
+The parts that come before are looked through: parameters, buffers of both kinds, tensors that are plain attributes,
+packed parameters, extra state. What is read elsewhere (rotary frequencies beside the layers, a steering vector at the
+base model) is found by running the model once. Python numbers and hooks are in no digest; canaries are there for them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,42 +25,75 @@ from actcache.format.recipe import canonical_json
 from actcache.models.families import Family
 from actcache.models.lower_half import LowerHalf
 from actcache.models.modes import evaluating
-from actcache.models.partial_vocabulary import kept_of, vocabulary_size, whole_state
-from actcache.models.processing import sample_features, takes_features
+from actcache.models.partial_vocabulary import some_ids, whole_state
+from actcache.models.processing import Made, sample_features, takes_features
+from actcache.models.sites import Site
 from actcache.models.tensors import without_bytes
+from actcache.models.tokenizing import Encoded
 
 _PROBE_TOKENS = 8
 _ROUNDING = 2.0**-21  # four units in the last place of float32: what another processor's pow() differs by
 
 
-def lower_state(base_model: PreTrainedModel, family: Family, layer: int) -> Iterator[tuple[str, Any]]:
-    """Yield what the embeddings, layers 1..``layer`` and what they read elsewhere hold, by unique names.
+def lower_states(
+    base_model: PreTrainedModel, family: Family, sites: Sequence[Site]
+) -> dict[Site, list[tuple[str, Any]]]:
+    """Return what comes before each of some sites and what that reads elsewhere hold, by unique names.
 
-    The values are what ``weights.leaves`` takes. A tensor that is in no checkpoint and has the value that its module
-    gives it for the model's configuration is left out, for the configuration is part of the identity; so processors
-    whose rounding differs find each other's cache.
+    The values are what ``weights.leaves`` takes. The model is run once, as far as the last of the sites. A tensor that
+    is in no checkpoint and has the value that its module gives it for the model's configuration is left out, for the
+    configuration is part of the identity; so processors whose rounding differs find each other's cache.
+
+    Before the output of one of the layers 1..N-1 come the embeddings and those layers, whatever of them runs. Before
+    any other site comes what has run to its end when the site is reached; of modules that are still running, what hangs
+    at them themselves.
 
     Raises:
-        ModelError: the lower half cannot be run to see what it reads, or holds what changes when it is saved.
+        ModelError: the model cannot be run to see what it reads, or holds what changes when it is saved.
     """
     layers = family.layers_of(base_model)
-    parts = {f"embeddings/{path}": part for path, part in family.beside_of(base_model).items()}
-    parts |= {f"layers/{i + 1}": layers[i] for i in range(layer)}
+    parts = {}
+    for site in sites:
+        if site.layer is not None and 0 < site.layer < len(layers):
+            parts[site] = {f"embeddings/{path}": part for path, part in family.beside_of(base_model).items()}
+            parts[site] |= {f"layers/{i + 1}": layers[i] for i in range(site.layer)}
+            _check_in_place(parts[site])
+    # The run comes before what is held is looked at: some modules bring their weights into their final form when they
+    # are first used.
+    run = _Run(base_model, family, sites)
+    for site in sites:
+        if site not in parts:
+            parts[site] = _ended(base_model, run.before(site))
+            _check_in_place(parts[site])
+    return {site: list(_state(base_model, family, parts[site], run.before(site))) for site in sites}
+
+
+def _ended(base_model: PreTrainedModel, before: _Before) -> dict[str, nn.Module]:
+    """Return the modules that have run to their end, without those that are parts of others of them."""
+    parts: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for path, module in base_model.named_modules():
+        if id(module) not in seen and before.ended(module):
+            parts[f"modules/{path}"] = module
+            seen.update(map(id, module.modules()))
+    return parts
+
+
+def _state(
+    base_model: PreTrainedModel, family: Family, parts: Mapping[str, nn.Module], read: _Before
+) -> Iterator[tuple[str, Any]]:
     own = {id(module) for part in parts.values() for module in part.modules()}
-    _check_in_place(parts)
-    # The run comes first: some modules bring their weights into their final form when they are first used.
-    read = _Reads(base_model, family, layer)
     own_tensors = {id(tensor) for part in parts.values() for module in part.modules() for tensor in _tensors(module)}
     for prefix, part in parts.items():
         for name, value in whole_state(part):
-            yield f"{prefix}/{_plain(name)}", value
+            yield f"{_plain(prefix)}/{_plain(name)}", value
         for path, module in part.named_modules():
             for name, value in _unsaved(module, base_model, family, read):
-                yield f"{prefix}/{_plain(f'{path}.{name}' if path else name)}", value
+                yield f"{_plain(prefix)}/{_plain(f'{path}.{name}' if path else name)}", value
     for path, module in base_model.named_modules():
         if id(module) in own:
             continue
-        if id(module) in read.modules or any(read.has(tensor) for tensor in _tensors(module)):
+        if read.began(module) or any(read.has(tensor) for tensor in _tensors(module)):
             saved: dict[str, Any] = {}
             module._save_to_state_dict(saved, "", keep_vars=False)
             others = {name: value for name, value in saved.items() if not _is_one_of(module, name, own_tensors)}
@@ -86,42 +121,65 @@ def _check_in_place(parts: Mapping[str, nn.Module]) -> None:
                 )
 
 
-class _Reads(TorchFunctionMode):
-    """Which modules (by id) run, and which tensors that were there before are read, when some tokens are computed."""
+class _Run(TorchFunctionMode):
+    """What happens when some tokens are computed: when modules (by id) begin and end, when tensors that were there
+    before are read, and when each site is reached. Times are whole numbers."""
 
-    def __init__(self, base_model: PreTrainedModel, family: Family, layer: int) -> None:
+    def __init__(self, base_model: PreTrainedModel, family: Family, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.modules: set[int] = set()
-        self._ids: set[int] = set()
-        self._memory: dict[tuple[int, int], bool] = {}  # whether what lies there was there before
+        self.now = 0
+        self.began: dict[int, int] = {}
+        self.ended: dict[int, int] = {}
+        self.reached: dict[Site, int] = {}
+        self.ids: dict[int, int] = {}
+        self.memory: dict[tuple[int, int], tuple[int, bool]] = {}  # and whether what lies there was there before
         self._alive: list[torch.Tensor] = []  # so that neither id nor memory is used twice
-        lower = LowerHalf(base_model, family, layer)
-        some: list[Any] = [sample_features(base_model)] if takes_features(base_model) else []
-        ids = _some_ids(base_model)[: family.max_tokens(base_model.config)] if not some else None
-        hooks = [module.register_forward_pre_hook(self._ran) for module in base_model.modules()]
+        lower = LowerHalf(base_model, family, sites[0])
+        some: Sequence[Made]
+        if takes_features(base_model):
+            some = [sample_features(base_model)]
+        else:
+            ids = some_ids(base_model, _PROBE_TOKENS)[: family.max_tokens(base_model.config)].astype(np.int32)
+            some = [Encoded(ids, np.zeros(len(ids), np.int8))]
         try:
-            with evaluating(base_model), torch.compiler.set_stance("force_eager"), self:
-                lower.run([ids]) if ids is not None else lower.run_features(some)
+            with (
+                contextlib.ExitStack() as hooks,
+                evaluating(base_model),
+                torch.compiler.set_stance("force_eager"),
+                self,
+            ):
+                for module in base_model.modules():
+                    hooks.callback(module.register_forward_pre_hook(self._begins).remove)
+                    hooks.callback(module.register_forward_hook(self._ends).remove)
+                for site in sites:
+                    hooks.callback(lower.hook(site, functools.partial(self._reaches, site)).remove)
+                lower.run_encoded(some, sites)
         except NotImplementedError as error:  # torch's word for what is done with a tensor without memory
             for path, module in base_model.named_modules():
                 for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-                    if id(module) in self.modules and tensor is not None and tensor.is_meta:
+                    if id(module) in self.began and tensor is not None and tensor.is_meta:
                         raise without_bytes(f"{path}.{name}") from error
             raise
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def has(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor, or a part of its memory, was read and had been there before the run."""
-        if (here := _memory(tensor)) is None:
-            return id(tensor) in self._ids
-        return any(before and first < here[1] and here[0] < last for (first, last), before in self._memory.items())
+    def before(self, site: Site) -> _Before:
+        return _Before(self, self.reached.get(site, self.now + 1))  # the run ended where the last one was reached
 
-    def _ran(self, module: nn.Module, args: Any) -> None:
-        self.modules.add(id(module))
+    def _tick(self) -> int:
+        self.now += 1
+        return self.now
+
+    def _begins(self, module: nn.Module, args: Any) -> None:
+        self.began.setdefault(id(module), self._tick())
+
+    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.ended.setdefault(id(module), self._tick())
+
+    def _reaches(self, site: Site, hidden: Any) -> None:
+        self.reached.setdefault(site, self._tick())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.now:  # the model does not run yet: somebody asks on which device it is
+            return func(*args, **(kwargs or {}))
         self._note([args, kwargs or {}], there_before=True)
         result = func(*args, **(kwargs or {}))
         self._note(result, there_before=False)
@@ -129,20 +187,32 @@ class _Reads(TorchFunctionMode):
 
     def _note(self, values: Any, *, there_before: bool) -> None:
         for tensor in _in_containers(values):
-            if id(tensor) in self._ids:
+            if id(tensor) in self.ids:
                 continue
-            self._ids.add(id(tensor))
+            self.ids[id(tensor)] = self.now
             self._alive.append(tensor)
             if (memory := _memory(tensor)) is not None:
-                self._memory.setdefault(memory, there_before)
+                self.memory.setdefault(memory, (self.now, there_before))
 
 
-def _some_ids(base_model: PreTrainedModel) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return a few token ids that the model takes."""
-    for module in base_model.modules():
-        if (kept := kept_of(module)) is not None:
-            return kept.ids[:_PROBE_TOKENS].numpy()
-    return np.arange(min(_PROBE_TOKENS, vocabulary_size(base_model)), dtype=np.int64)
+class _Before:
+    """What a run had done when it came to a site."""
+
+    def __init__(self, run: _Run, time: int) -> None:
+        self._run, self._time = run, time
+        self._read = [memory for memory, (when, before) in run.memory.items() if before and when < time]
+
+    def began(self, module: nn.Module) -> bool:
+        return self._run.began.get(id(module), self._time) < self._time
+
+    def ended(self, module: nn.Module) -> bool:
+        return self._run.ended.get(id(module), self._time) < self._time
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor, or a part of its memory, was read and had been there before the run."""
+        if (here := _memory(tensor)) is None:
+            return self._run.ids.get(id(tensor), self._time) < self._time
+        return any(first < here[1] and here[0] < last for first, last in self._read)
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int] | None:
@@ -193,7 +263,9 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _unsaved(module: nn.Module, base_model: PreTrainedModel, family: Family, read: _Reads) -> Iterable[tuple[str, Any]]:
+def _unsaved(
+    module: nn.Module, base_model: PreTrainedModel, family: Family, read: _Before
+) -> Iterable[tuple[str, Any]]:
     """Return what hangs at a module itself and is in no checkpoint, but for what its class makes of configurations.
 
     Attributes count where they are read: a hook may keep there what it saw, a task model what its loss needs.

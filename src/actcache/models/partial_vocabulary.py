@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,6 +58,11 @@ class Whole:
         self._row_bytes = part[:1].numel() * part.element_size()
         self.nbytes = size * self._row_bytes
 
+    @property
+    def memory(self) -> tuple[Any, ...]:
+        """What two of them that hold the same have in common."""
+        return self._part.device, self._part.data_ptr(), self.dtype, self.shape, id(self._rest)
+
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Return a copy of the rows ``first:last`` on the CPU; raises ``ModelError`` where they are not at hand."""
         if self._part.is_meta:
@@ -92,6 +99,14 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     """Return how many token ids a model is given to understand: before any vocabulary pruning."""
     kept = next((kept for module in model.modules() if (kept := kept_of(module)) is not None), None)
     return vocabulary_of(model.config) if kept is None else kept.size
+
+
+def some_ids(model: PreTrainedModel, count: int) -> NDArray[np.int64]:
+    """Return at most so many different token ids that a model takes, also where its vocabulary was pruned."""
+    for module in model.modules():
+        if (kept := kept_of(module)) is not None:
+            return kept.ids[:count].numpy().astype(np.int64)
+    return np.arange(min(count, vocabulary_size(model)), dtype=np.int64)
 
 
 def whole_state(part: nn.Module) -> Iterator[tuple[str, Any]]:

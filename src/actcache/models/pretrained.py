@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,17 +10,18 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from actcache.errors import ModelError
 from actcache.models.families import base_model_of, family_of
-from actcache.models.weights import pretrained_digest, weight_files
+from actcache.models.sites import Where
+from actcache.models.weights import pretrained_digests, weight_files
 
 
 def load_pretrained(
     name_or_path: str | Path,
-    layers: Iterable[int],
+    sites: Sequence[Where],
     device: str | torch.device | None,
     revision: str | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these layers."""
+    """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these sites."""
     name = str(name_or_path)
     try:
         options = {} if dtype is None else {"dtype": dtype}
@@ -30,10 +31,9 @@ def load_pretrained(
         raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
     base = base_model_of(model)
     family = family_of(base)
-    for layer in layers:
-        layer = family.check_layer(base, layer)
-        # The digest stays known within the process, so that a recycler does not compute it again.
-        pretrained_digest(base, family, layer, weight_files(name, revision))
+    if sites:
+        # The digests stay known within the process, so that a recycler does not compute them again.
+        pretrained_digests(base, family, sites, weight_files(name, revision))
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA

@@ -78,9 +78,7 @@ def of_rows(lower: LowerHalf, longest: int | None = None) -> Family:
                 error,
             )
             family = replace(family, equal_lengths=True)
-    logger.info(
-        "rows of %s after layer %d are proved in %.2f s", type(base).__name__, lower.layer, time.monotonic() - start
-    )
+    logger.info("rows of %s at %s are proved in %.2f s", type(base).__name__, lower.site, time.monotonic() - start)
     return family
 
 

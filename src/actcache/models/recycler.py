@@ -1,4 +1,4 @@
-"""The recycler: one pretrained model, cut after one layer, and the space where its activations are kept."""
+"""The recycler: one pretrained model, one site in it, and the space where its activations are kept."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from actcache.errors import DataError, UnsupportedModelError, UsageError, VerificationError
+from actcache.errors import DataError, LayerError, UnsupportedModelError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.media import By
 from actcache.format.ragged import EXTRAS
@@ -33,6 +34,7 @@ from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
+from actcache.models.sites import chosen
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
@@ -47,15 +49,20 @@ from actcache.store.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 
 class Recycler:
-    """Records the activations of a model after one layer, and serves them to reduced models. Not thread-safe.
+    """Records the activations of a model at one site, and serves them to reduced models. Not thread-safe.
 
     Args:
         model: a base or task model of transformers, in eval mode; used as it is, never changed.
         tokenizer: the model's tokenizer; where its documents are images or audio, its image processor or feature
             extractor (docs/documents.md); or a processor that has it. Used as it is, never changed.
-        layer: record the output of this layer, 1-based, 1..N-1.
+        layer: record the output of this layer: 1..N, 0 for what goes into layer 1, a negative number to count from the
+            end, ``"last"`` for what comes after the final norm. Reduced models start from the output of 1..N-1.
+        site: in the place of ``layer``, record what a module gives, or with ``:input`` at the end is given, by its path
+            from the base model: ``"layers.5.mlp"``, ``"layers.5.mlp:input"`` (docs/sites.md).
         store: a ``Store``, or a URL or path of one, which the recycler then opens and closes.
         dtype: how rows are stored: ``float16``, ``float32`` or ``bfloat16``; None for the family's own, which is
             ``bfloat16`` for T5, Llama, Qwen and Gemma, whose activations overflow ``float16``, and else ``float16``.
@@ -89,7 +96,8 @@ class Recycler:
         model: PreTrainedModel,
         tokenizer: Any,
         *,
-        layer: int,
+        layer: int | str | None = None,
+        site: str | None = None,
         store: Store | str | Path,
         dtype: str | None = None,
         compute_dtype: str | None = None,
@@ -103,7 +111,7 @@ class Recycler:
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
-        lower = LowerHalf(base, family, layer, compute_dtype)
+        lower = LowerHalf(base, family, chosen(layer, site), compute_dtype)
         lower.family = family = proof.of_rows(lower)
         encoder: Encoder
         if takes_features(base):
@@ -123,10 +131,11 @@ class Recycler:
             )
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
-            layer=lower.layer,
+            layer=lower.site.layer,
+            site=str(lower.site) if lower.site.layer is None else None,
             hidden_size=lower.hidden_size,
             dtype=dtype or family.dtype,
-            weights=lower_digest(base, family, lower.layer),
+            weights=lower_digest(base, family, lower.site),
             config=family.numbers_of(base.config),
             compute_dtype=lower.compute_dtype,
             tokenizer=encoder.digest(),
@@ -153,7 +162,8 @@ class Recycler:
         cls,
         name_or_path: str | Path,
         *,
-        layer: int,
+        layer: int | str | None = None,
+        site: str | None = None,
         store: Store | str | Path,
         dtype: str | None = None,
         device: str | torch.device | None = None,
@@ -167,8 +177,8 @@ class Recycler:
             revision: of the model on the hub.
             options: the other arguments of ``Recycler``.
         """
-        model, tokenizer = load_pretrained(name_or_path, [layer], device, revision)
-        return cls(model, tokenizer, layer=layer, store=store, dtype=dtype, **options)
+        model, tokenizer = load_pretrained(name_or_path, [chosen(layer, site)], device, revision)
+        return cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
 
     def fill(
         self,
@@ -264,6 +274,18 @@ class Recycler:
         """
         return RowReader(self.space, **self.row_keys(texts), device=device, **options)
 
+    def pooled(self, texts: Iterable[Document] | None = None, how: Any = "mean") -> NDArray[np.float32]:
+        """Return one row a document, ``[documents, hidden]`` float32; see ``Space.pooled``.
+
+        Raises:
+            UsageError: documents are cut into windows, of which several may have a token: pool those of
+                ``space.pooled(recycler.keys(texts))``.
+            MissingEntryError, LowerHalfMismatchError, CanaryError: see ``reader``.
+        """
+        if self.agreement.encoder.windows is not None:
+            raise UsageError("documents are cut into windows here: pool these, by space.pooled(recycler.keys(texts))")
+        return self.space.pooled(self.row_keys(texts).get("keys"), how)
+
     def row_keys(self, texts: Iterable[Document] | None) -> dict[str, Any]:
         """Return the arguments by which a ``RowReader`` is told of documents, and see that they may be served."""
         if texts is None:
@@ -308,17 +330,30 @@ class Recycler:
         cut = encoder.max_length if encoder.too_long == "truncate" else None
         return encode_chats(encoder.tokenizer, documents_in(conversations, field), max_length=cut, **template)
 
-    def reduce(self, task_model: PreTrainedModel) -> PreTrainedModel:
+    @overload
+    def reduce(self, task_model: Model) -> Model: ...
+    @overload
+    def reduce(self, task_model: Any) -> Any: ...
+    def reduce(self, task_model: Any) -> Any:
         """Return a copy of a task model that starts from this space's activations; see ``actcache.models.reduce``.
 
-        It knows the recipe that it belongs to, and is saved with it.
+        It knows the recipe that it belongs to, and is saved with it. A ``SentenceTransformer``, or its ``Transformer``
+        module, becomes one that looks texts up: see ``actcache.models.clients.sentence_transformers``.
 
         Raises:
             LowerHalfMismatchError: the task model's lower half is not the recorded one, or computes other numbers.
         """
+        if type(task_model).__module__.startswith("sentence_transformers."):
+            from actcache.models.clients import sentence_transformers  # who has such a model has the library
+
+            encoder = self.agreement.encoder
+            return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
+        layer = self._layer()
+        base = base_model_of(task_model)
+        family_of(base).check_layer(base, layer)
         check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
-        reduced = replay.reduce(task_model, self.recipe.layer)
+        reduced = replay.reduce(task_model, layer)
         self._check_one_shape(reduced)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
@@ -335,8 +370,22 @@ class Recycler:
                     f"{list(features.shape)} of everything"
                 )
 
-    def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``."""
+    def _source(self) -> Any:
+        from actcache.models.clients.sentence_transformers import Source
+
+        def supply(texts: Sequence[str]) -> None:
+            self._store.check_writable()
+            self._filler.supply(texts, range(len(texts)), TOKEN_BUDGET)
+
+        return Source(self.space, self._store.address, supply if self._store.writable else None)
+
+    def load_reduced(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Return a reduced model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_reduced``. Where
+        that is a ``SentenceTransformer``'s folder, it is one."""
+        if Path(folder, "modules.json").exists():
+            from actcache.models.clients import sentence_transformers
+
+            return sentence_transformers.load(folder, self._source())
         return loading.load_reduced(folder, self.recipe, **options)
 
     def verify(
@@ -413,6 +462,11 @@ class Recycler:
             LowerHalfMismatchError: see ``reduce``.
         """
         kind, documents = Regime.named(regime), listed(texts)
+        if type(task_model).__module__.startswith("sentence_transformers."):
+            from actcache.models.clients import sentence_transformers  # who has such a model has the library
+
+            encoder = self.agreement.encoder
+            return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
         family = check_same_lower_half(task_model, self.recipe)
         encoder = self.agreement.encoder
         equal = not encoder.has_token_ids
@@ -433,7 +487,7 @@ class Recycler:
         dataset = regimes.full_inputs(entries, given, self.agreement.lower, type(task_model))
         model = copy.deepcopy(task_model)
         if kind is Regime.FROZEN:
-            regimes.freeze_lower_half(model, family, self.recipe.layer)
+            regimes.freeze_lower_half(model, family, self._layer())
         return Prepared(model, regimes.TextBatches(dataset, order, torch.device(device)))
 
     def close(self) -> None:
@@ -450,7 +504,16 @@ class Recycler:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Recycler of {self.recipe.model} layer {self.recipe.layer}, space {self.recipe.fingerprint}>"
+        return f"<Recycler of {self.recipe.model} {self.recipe.site_name}, space {self.recipe.fingerprint}>"
+
+    def _layer(self) -> int:
+        """Return the layer after which a reduced model starts."""
+        if self.recipe.layer is None:
+            raise LayerError(
+                f"rows of {self.recipe.site_name} are for reading (recycler.reader(texts)): a reduced model starts "
+                "from the output of a layer. Record one, with Recycler(..., layer=k), for 1 <= k <= N-1"
+            )
+        return self.recipe.layer
 
     def _log_nearest(self) -> None:
         try:

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import UsageError
@@ -98,6 +100,18 @@ class Recyclers(Mapping[int, Recycler]):
         given = None if texts is None else listed(texts)
         told = [recycler.row_keys(given) for recycler in self._recyclers.values()]
         return RowReader([recycler.space for recycler in self._recyclers.values()], **told[0], device=device, **options)
+
+    def pooled(self, texts: Iterable[Document] | None = None, how: Any = "mean") -> NDArray[np.float32]:
+        """Return one row a document and layer, ``[documents, layers, hidden]`` float32, the layers in their order here;
+        else as ``Recycler.pooled``.
+
+        ``MissingEntryError``: a layer lacks a document of the first one.
+        """
+        given = None if texts is None else listed(texts)
+        if given is not None:
+            return np.stack([recycler.pooled(given, how) for recycler in self._recyclers.values()], axis=1)
+        keys = next(iter(self._recyclers.values())).space.key_array()
+        return np.stack([recycler.space.pooled(keys, how) for recycler in self._recyclers.values()], axis=1)
 
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""

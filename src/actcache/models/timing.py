@@ -14,6 +14,7 @@ import torch
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf, plan_batches
 from actcache.models.pretrained import load_pretrained
+from actcache.models.sites import Where
 from actcache.models.tensors import padded
 from actcache.models.tokenizing import DocumentEncoder, check_max_length
 
@@ -37,7 +38,7 @@ def measure(
     name: str | Path,
     texts: Sequence[str],
     *,
-    layer: int,
+    layer: Where,
     device: str | None = None,
     max_length: int | None = None,
     token_budget: int = 4096,

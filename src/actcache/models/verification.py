@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from actcache.entries.entry import Entry
 from actcache.entries.read import read_intact
-from actcache.errors import MissingEntryError, ModelError, UsageError, VerificationError
+from actcache.errors import LayerError, MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
@@ -235,7 +235,7 @@ class _Outputs:
         if task_model.training:
             raise ModelError(f"the {type(task_model).__name__} is in train mode: call model.eval() first")
         self._lower = lower
-        self._full, self._reduced = task_model, reduce(task_model, lower.layer, lower.family).eval()
+        self._full, self._reduced = task_model, reduce(task_model, _layer_of(lower), lower.family).eval()
         self._difference = self._norm = self.largest = 0.0
 
     @property
@@ -265,6 +265,12 @@ class _Outputs:
                 self._difference += float(difference.square().sum())
                 self._norm += float(value.double().square().sum())
                 self.largest = max(self.largest, float(difference.abs().max()))
+
+
+def _layer_of(lower: LowerHalf) -> int:
+    if lower.site.layer is None:
+        raise LayerError(f"rows of {lower.site} are for reading: verify them without a task model")
+    return lower.site.layer
 
 
 def _stored(space: Space, sample: int, rng: np.random.Generator) -> tuple[list[bytes], None]:
@@ -335,7 +341,7 @@ def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Made]) 
     for batch in plan_encoded([inputs[i] for i in possible], TOKEN_BUDGET):
         batch = np.array(possible)[batch]
         some = [inputs[i] for i in batch]
-        computed = lower.run_encoded(some)[lower.layer]
+        computed = lower.run_encoded(some)[lower.site]
         for i, rows in zip(batch, computed, strict=True):
             stored = entries[i].activations
             if stored.shape == rows.shape:

@@ -17,8 +17,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from transformers.utils.hub import cached_file
 from actcache.errors import LowerHalfMismatchError, ModelError
 from actcache.format.recipe import Recipe, canonical_json
 from actcache.models.families import Family, base_model_of, family_of
-from actcache.models.lower_state import lower_state
+from actcache.models.lower_half import LowerHalf
+from actcache.models.lower_state import lower_states
 from actcache.models.partial_vocabulary import Whole
+from actcache.models.sites import Site, Where, site_in
 from actcache.models.tensors import dtype_name, without_bytes
 
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
@@ -49,24 +51,33 @@ Leaf = torch.Tensor | Whole | None | bool | int | float | str
 _digests: dict[str, str] = {}  # quick checksum -> digest, of lower halves seen in this process
 
 
-def lower_digest(base_model: PreTrainedModel, family: Family, layer: int) -> str:
-    """Return the digest of the embeddings and layers 1..``layer``: 64 hexadecimal digits.
+def lower_digest(base_model: PreTrainedModel, family: Family, where: Where) -> str:
+    """Return the digest of what comes before a site (of layer k, embeddings and layers 1..k): 64 hexadecimal digits.
 
     It covers the names (relative to the part or layer), dtypes, shapes and bytes of all that their forward can read:
     parameters and buffers, of modules that were added (adapters) too, packed and quantized weights, tensors that are
     plain attributes, and what it reads beside the layers (rotary frequencies); see ``actcache.models.lower_state``.
-    Upper layers, pooler and heads are not looked at. Of a model whose vocabulary was pruned, it is that of the whole
-    embedding matrix, with the rows that the model holds as they are now. The lower half is run once, for a few tokens.
+    What comes behind, pooler and heads are not looked at. Of a model whose vocabulary was pruned, it is that of the
+    whole embedding matrix, with the rows that the model holds as they are now. The lower half is run once, for a few
+    tokens.
     Hashes in as many threads as there are processors; not thread-safe beside other uses of the model.
 
     Raises:
         ModelError: the weights are not in memory (``meta`` device), the rows that pruning dropped are not at hand, or
             something in the lower half cannot be hashed; it is named.
     """
-    quick = _checksum(base_model, family, layer, xxhash.xxh3_128_digest)
-    if quick not in _digests:
-        _digests[quick] = _checksum(base_model, family, layer, _strong)
-    return _digests[quick]
+    return next(iter(lower_digests(base_model, family, [where]).values()))
+
+
+def lower_digests(base_model: PreTrainedModel, family: Family, places: Sequence[Where]) -> dict[Site, str]:
+    """Return ``lower_digest`` of several sites: the model is run once, what several of them cover is hashed once."""
+    sites = _sites(base_model, family, places)
+    quick = _checksums(base_model, family, sites, xxhash.xxh3_128_digest)
+    unknown = [site for site in sites if quick[site] not in _digests]
+    if unknown:
+        for site, digest in _checksums(base_model, family, unknown, _strong).items():
+            _digests[quick[site]] = digest
+    return {site: _digests[quick[site]] for site in sites}
 
 
 def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
@@ -78,7 +89,7 @@ def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
     """
     base = base_model_of(model)
     family = family_of(base)
-    family.check_layer(base, recipe.layer)
+    site = site_in(base, family, recipe)
     theirs, ours = family.numbers_of(base.config), recipe.config
     different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if different:
@@ -87,33 +98,43 @@ def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
             f"the lower half of this {type(model).__name__} computes other numbers than the recorded one: its "
             f"configuration differs ({fields}). Record its activations with a recycler of its own"
         )
-    if lower_digest(base, family, recipe.layer) != recipe.weights:
+    if lower_digest(base, family, site) != recipe.weights:
         dtype, recorded = dtype_name(base.dtype), recipe.provenance.get("weights_dtype")
         hint = "" if recorded in (None, dtype) else f" (they are {dtype}, load the model with dtype {recorded})"
         raise LowerHalfMismatchError(
-            f"the embeddings or layers 1..{recipe.layer} of this {type(model).__name__} have other weights than those "
+            f"the {_lower_half(recipe)} of this {type(model).__name__} have other weights than those "
             f"that were recorded{hint}: they were fine-tuned, adapted, or are another model's. Keep the lower half "
             "frozen, or record its activations with a recycler of its own"
         )
     return family
 
 
-def pretrained_digest(base_model: PreTrainedModel, family: Family, layer: int, files: list[Path]) -> str:
-    """Return ``lower_digest`` of a model just loaded from ``files``, from a small file of memos where they are known.
+def _lower_half(recipe: Recipe) -> str:
+    if recipe.layer is None:
+        return f"modules before {recipe.site}"
+    return f"embeddings or layers 1..{recipe.layer}" if recipe.layer else "embeddings"
+
+
+def pretrained_digests(
+    base_model: PreTrainedModel, family: Family, places: Sequence[Where], files: list[Path]
+) -> dict[Site, str]:
+    """Return ``lower_digests`` of a model just loaded from ``files``, from a small file of memos where they are known.
 
     Files that changed in size or time are hashed again, and files that were written less than two seconds ago are not
     remembered, for another write could leave their time as it is. A memo that cannot be read or written is ignored.
     """
-    quick = _checksum(base_model, family, layer, xxhash.xxh3_128_digest)
-    name = _memo_name(quick, layer, files)
-    if name is None:
-        return lower_digest(base_model, family, layer)
+    sites = _sites(base_model, family, places)
+    quick = _checksums(base_model, family, sites, xxhash.xxh3_128_digest)
+    names = {site: _memo_name(quick[site], site.name, files) for site in sites}
     memo = _read_memo()
-    if isinstance(known := memo.get(name), str) and len(known) == 64:
-        return _digests.setdefault(quick, known)
-    digest = lower_digest(base_model, family, layer)
-    _write_memo(memo | {name: digest})
-    return digest
+    for site, name in names.items():
+        if name is not None and isinstance(known := memo.get(name), str) and len(known) == 64:
+            _digests.setdefault(quick[site], known)
+    digests = lower_digests(base_model, family, sites)
+    new = {name: digests[site] for site, name in names.items() if name is not None and memo.get(name) != digests[site]}
+    if new:
+        _write_memo(memo | new)
+    return digests
 
 
 def weight_files(name_or_path: str, revision: str | None = None) -> list[Path]:
@@ -132,22 +153,33 @@ def _strong(data: memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=32).digest()
 
 
-def _checksum(
-    base_model: PreTrainedModel, family: Family, layer: int, hash_chunk: Callable[[memoryview], bytes]
-) -> str:
-    found = (leaf for name, value in lower_state(base_model, family, layer) for leaf in leaves(name, value))
-    # Both functions free the GIL while they run.
+def _checksums(
+    base_model: PreTrainedModel, family: Family, sites: Sequence[Site], hash_chunk: Callable[[memoryview], bytes]
+) -> dict[Site, str]:
+    states = lower_states(base_model, family, sites)
+    found = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # both functions free the GIL while they run
+        hashes = _Hashes(hash_chunk, pool)
+        for site, state in states.items():
+            named = (leaf for name, value in state for leaf in leaves(name, value))
+            found[site] = [
+                (canonical_json(_header(name, leaf)).encode(), hashes.of(leaf))
+                for name, leaf in sorted(named, key=lambda item: item[0])
+            ]
+        return {site: _combined(jobs) for site, jobs in found.items()}
+
+
+def _combined(jobs: list[tuple[bytes, list[Future[bytes]]]]) -> str:
     whole = hashlib.blake2b(digest_size=32, person=b"actcache/weights")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            (canonical_json(_header(name, leaf)).encode(), _digests_of(name, leaf, hash_chunk, pool))
-            for name, leaf in sorted(found, key=lambda item: item[0])
-        ]
-        for header, digests in jobs:
-            whole.update(len(header).to_bytes(8, "little") + header)
-            for digest in digests:
-                whole.update(digest)
+    for header, digests in jobs:
+        whole.update(len(header).to_bytes(8, "little") + header)
+        for digest in digests:
+            whole.update(digest.result())
     return whole.hexdigest()
+
+
+def _sites(base_model: PreTrainedModel, family: Family, places: Sequence[Where]) -> list[Site]:
+    return list(dict.fromkeys(LowerHalf(base_model, family, where).site for where in places))
 
 
 def _header(name: str, leaf: Leaf) -> list[Any]:
@@ -156,32 +188,57 @@ def _header(name: str, leaf: Leaf) -> list[Any]:
     return [name, "value", leaf]
 
 
-def _digests_of(
-    name: str, leaf: Leaf, hash_chunk: Callable[[memoryview], bytes], pool: ThreadPoolExecutor
-) -> Iterator[bytes]:
-    if isinstance(leaf, Whole):  # put together where it is hashed, a chunk at a time
-        starts = range(0, leaf.nbytes, _CHUNK)
-        return pool.map(lambda start: hash_chunk(leaf.read(start, start + _CHUNK)), starts)
-    if not isinstance(leaf, torch.Tensor):
-        return iter(())  # it stands in its header
-    flat = leaf.cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
-    data = memoryview(flat.numpy())  # type: ignore[arg-type]
-    chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
-    return map(hash_chunk, chunks) if len(data) <= _SMALL else pool.map(hash_chunk, chunks)
+class _Hashes:
+    """Hashes tensors a chunk at a time, each once while this is there, however often it is asked for."""
+
+    def __init__(self, hash_chunk: Callable[[memoryview], bytes], pool: ThreadPoolExecutor) -> None:
+        self._hash, self._pool = hash_chunk, pool
+        self._known: dict[Any, tuple[Leaf, list[Future[bytes]]]] = {}  # the leaf is held, so that its memory stays its
+
+    def of(self, leaf: Leaf) -> list[Future[bytes]]:
+        """Return the digests of a value's chunks; none where it stands in its header."""
+        if isinstance(leaf, Whole):  # put together where it is hashed, a chunk at a time
+            key: Any = leaf.memory
+        elif isinstance(leaf, torch.Tensor):
+            key = leaf.device, leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride()
+        else:
+            return []
+        if key not in self._known:
+            self._known[key] = leaf, self._begun(leaf)
+        return self._known[key][1]
+
+    def _begun(self, leaf: torch.Tensor | Whole) -> list[Future[bytes]]:
+        if isinstance(leaf, Whole):
+            return [self._pool.submit(self._of_whole, leaf, start) for start in range(0, leaf.nbytes, _CHUNK)]
+        flat = leaf.cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+        data = memoryview(flat.numpy())  # type: ignore[arg-type]
+        chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
+        if len(data) > _SMALL:
+            return [self._pool.submit(self._hash, chunk) for chunk in chunks]
+        return [_done(self._hash(chunk)) for chunk in chunks]
+
+    def _of_whole(self, whole: Whole, start: int) -> bytes:
+        return self._hash(whole.read(start, start + _CHUNK))
+
+
+def _done(digest: bytes) -> Future[bytes]:
+    future: Future[bytes] = Future()
+    future.set_result(digest)
+    return future
 
 
 def _memo_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actcache" / "weights.json"
 
 
-def _memo_name(quick: str, layer: int, files: list[Path]) -> str | None:
+def _memo_name(quick: str, site: int | str, files: list[Path]) -> str | None:
     try:
         stats = [(file, file.stat()) for file in files]
     except OSError:
         return None
     if not stats or any(time.time() - stat.st_mtime < _RACY_SECONDS for _, stat in stats):
         return None
-    what = [_MEMO_VERSION, [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats], layer, quick]
+    what = [_MEMO_VERSION, [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats], site, quick]
     return hashlib.blake2b(canonical_json(what).encode(), digest_size=16).hexdigest()
 
 

@@ -1,7 +1,8 @@
-"""Which rows are left out: by token, by position."""
+"""Which rows are left out: by token, by position, by their norm."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import UsageError
-from actcache.format.arguments import whole_numbers
+from actcache.format.arguments import is_truth, whole_numbers
 
-_KINDS = ("token_ids", "positions")
+_KINDS = ("token_ids", "positions", "norm")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Exclusion:
 
     token_ids: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()  # in their documents; negative ones are counted from the end
+    norm: float | None = None  # above that multiple of the mean norm, at any site
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Exclusion:
@@ -30,22 +32,43 @@ class Exclusion:
             raise UsageError(
                 f"exclude is a mapping like {{'positions': [0]}}, of {', '.join(_KINDS)}, not {given!r:.80}"
             )
-        return cls(**{name: tuple(np.unique(whole_numbers(name, value)).tolist()) for name, value in given.items()})
+        fields: dict[str, Any] = {
+            name: tuple(np.unique(whole_numbers(name, value)).tolist())
+            for name, value in given.items()
+            if name != "norm"
+        }
+        if (norm := given.get("norm")) is not None:
+            if is_truth(norm) or not isinstance(norm, int | float | np.number) or not 0 < norm < math.inf:
+                raise UsageError(f"norm is a number above 0, of which the mean norm is multiplied, not {norm!r:.80}")
+            fields["norm"] = float(norm)
+        return cls(**fields)
 
     @property
     def needs_ids(self) -> bool:
         return bool(self.token_ids)
 
+    @property
+    def by_contents(self) -> bool:
+        """Whether only a look at the rows, or at what stands beside them, says which are left out."""
+        return self.needs_ids or self.norm is not None
+
     def __bool__(self) -> bool:
         return self != Exclusion()
 
     def kept(
-        self, lengths: NDArray[np.int64], positions: NDArray[np.int64], token_ids: NDArray[np.int32] | None
+        self,
+        lengths: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        token_ids: NDArray[np.int32] | None,
+        norms: NDArray[np.floating[Any]] | None = None,
     ) -> NDArray[np.bool_]:
-        """Return which rows are kept, ``[rows]``; ``lengths`` of each one's document."""
+        """Return which rows are kept, ``[rows]``: by the lengths of their documents, their positions there, their
+        tokens, and their norms beside the mean ones (of several sites the largest)."""
         kept = np.ones(len(positions), bool)
         for position in self.positions:
             kept &= positions != (position if position >= 0 else position + lengths)
         if self.token_ids and token_ids is not None:
             kept &= ~np.isin(token_ids, self.token_ids)
+        if self.norm is not None and norms is not None:
+            kept &= norms <= self.norm
         return kept

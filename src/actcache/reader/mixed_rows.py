@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from actcache.errors import MissingEntryError, ShapeError
 from actcache.format import codec
 from actcache.format.keys import key_list
+from actcache.format.moments import row_norms
 from actcache.format.ragged import offsets_of, runs
 from actcache.io import loops
 from actcache.io.buffers import BufferPool
@@ -48,6 +50,7 @@ class RowDocuments:
     keys: NDArray[np.uint8]  # [n, 32]
     lengths: NDArray[np.int64]  # [n]
     has_ids: bool
+    mean_norms: NDArray[np.float64] | None = None  # [sites], where rows are chosen by their norms
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -62,6 +65,13 @@ class RowDocuments:
     def row_bytes(self) -> int:
         """The bytes of a row, of all sites together."""
         return sum(source.recipe.row_bytes for source in self.sources)
+
+    def norms(self, stored: NDArray[np.generic]) -> NDArray[Any] | None:
+        """Return the norms of rows beside the mean ones, ``[n]``, the largest of all sites; None where nobody asks."""
+        if self.mean_norms is None:
+            return None
+        norms = row_norms(stored, self.sources[0].recipe.dtype) / np.where(self.mean_norms > 0, self.mean_norms, 1)
+        return norms.reshape(len(stored), -1).max(axis=1) if self.stacked else norms
 
     def portions(self, members: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Cut documents into portions that are read at once."""
@@ -158,7 +168,7 @@ def _beside(
         ids[places] = read_ids
     if not exclusion:
         return MixedRows(memory, where, positions, ids, memory)
-    kept = exclusion.kept(documents.lengths[where], positions, ids)
+    kept = exclusion.kept(documents.lengths[where], positions, ids, documents.norms(memory))
     count = int(kept.sum())
     # Rows from behind fill the holes: few are moved, and their order is as random as before.
     holes = np.flatnonzero(~kept[:count])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.format import codec
+from actcache.format.moments import Moments
 from actcache.io.buffers import BufferPool
 
 #: What stands beside the rows of a batch, by name, ``[n]``.
@@ -24,6 +25,49 @@ class DeliveredRows:
     rows: Any  # [n, hidden] or [n, sites, hidden]
     beside: Mapping[str, Any]
     ready: Any = None  # the event at which they will be there
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What is taken away from rows, and what the rest is multiplied by: float32, to stand beside a row."""
+
+    shift: NDArray[np.float32] | None
+    scale: NDArray[np.float32]
+
+    @classmethod
+    def by(cls, kind: str | None, moments: Sequence[Moments], *, stacked: bool) -> Normalization | None:
+        """Return how to make rows alike by their statistics at each site; None where nobody asks."""
+        if kind is None:
+            return None
+        if kind == "mean-norm":
+            scales = [np.full(1, np.sqrt(len(one.mean)) / (one.mean_norm or 1.0)) for one in moments]
+            shifts = None
+        else:
+            scales = [1 / np.where(one.std > 0, one.std, 1) for one in moments]
+            shifts = [one.mean for one in moments]
+        scale, shift = (
+            None if some is None else (np.stack(some) if stacked else some[0]).astype(np.float32)
+            for some in (scales, shifts)
+        )
+        assert scale is not None
+        return cls(shift, scale)
+
+    def numpy(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        wide = np.array(rows, np.float32)
+        if self.shift is not None:
+            wide -= self.shift
+        wide *= self.scale
+        return wide
+
+    def on(self, send: Callable[[NDArray[Any]], Any]) -> Callable[[Any], Any]:
+        """Return the same for tensors, where ``send`` brings the constants to their device."""
+        shift, scale = None if self.shift is None else send(self.shift), send(self.scale)
+
+        def apply(rows: Any) -> Any:
+            wide = rows.float()
+            return (wide if shift is None else wide - shift) * scale
+
+        return apply
 
 
 class RowDelivery(ABC):
@@ -47,27 +91,34 @@ class RowDelivery(ABC):
 class HostRows(RowDelivery):
     """NumPy arrays, or, where ``torch`` is the module, tensors of the CPU, over the memory of the mix."""
 
-    def __init__(self, dtype: str, torch: Any, buffers: int) -> None:
+    def __init__(self, dtype: str, torch: Any, buffers: int, normalization: Normalization | None) -> None:
         self.buffers = BufferPool(buffers)
+        self._normalization = normalization
+        self._applied = None if torch is None or normalization is None else normalization.on(torch.from_numpy)
         self._codec, self._torch, self._bits = codec.get(dtype), torch, dtype == "bfloat16"
 
     def deliver(self, parts: Sequence[NDArray[np.generic]], beside: Beside) -> DeliveredRows:
         stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self._torch is None:
-            return DeliveredRows(self._codec.decode(stored), beside)
+            decoded = self._codec.decode(stored)
+            return DeliveredRows(decoded if self._normalization is None else self._normalization.numpy(decoded), beside)
         rows = self._torch.from_numpy(stored)
         rows = rows.view(self._torch.bfloat16) if self._bits else rows
+        if self._applied is not None:
+            rows = self._applied(rows)
         return DeliveredRows(rows, {name: self._torch.from_numpy(array) for name, array in beside.items()})
 
 
 class AcceleratorRows(RowDelivery):
     """Copies from pinned memory, on a stream of their own; see ``accelerator.py``."""
 
-    def __init__(self, dtype: str, device: Any, buffers: int) -> None:
+    def __init__(self, dtype: str, device: Any, buffers: int, normalization: Normalization | None) -> None:
         from actcache.reader.accelerator import PinnedBuffers
 
         self.buffers = PinnedBuffers(buffers, device.allocate)
         self._device, self._bits = device, dtype == "bfloat16"
+        self._normalization = normalization
+        self._applied: Callable[[Any], Any] | None = None  # its constants live on the stream for copies
 
     def deliver(self, parts: Sequence[NDArray[np.generic]], beside: Beside) -> DeliveredRows:
         import torch
@@ -77,6 +128,10 @@ class AcceleratorRows(RowDelivery):
             copies = [device.copy(torch.from_numpy(part)) for part in parts]
             rows = copies[0] if len(copies) == 1 else torch.cat(copies)
             rows = rows.view(torch.bfloat16) if self._bits else rows
+            if self._normalization is not None:
+                if self._applied is None:
+                    self._applied = self._normalization.on(device.send)
+                rows = self._applied(rows)
             sent = {name: device.send(array) for name, array in beside.items()}
             return DeliveredRows(rows, sent, device.event())
 
@@ -92,15 +147,15 @@ class AcceleratorRows(RowDelivery):
         return delivered
 
 
-def row_delivery(dtype: str, device: Any, buffers: int) -> RowDelivery:
+def row_delivery(dtype: str, device: Any, buffers: int, normalization: Normalization | None) -> RowDelivery:
     """Return the delivery to a torch device, from so many buffers of mixes; None for NumPy arrays."""
     if device is None:
-        return HostRows(dtype, None, buffers)
+        return HostRows(dtype, None, buffers, normalization)
     import torch  # only those who name a device need it
 
     device = torch.device(device)
     if device.type == "cpu":
-        return HostRows(dtype, torch, buffers)
+        return HostRows(dtype, torch, buffers, normalization)
     from actcache.reader.streams import async_device
 
-    return AcceleratorRows(dtype, async_device(device), buffers)
+    return AcceleratorRows(dtype, async_device(device), buffers, normalization)

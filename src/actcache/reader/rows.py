@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from actcache.reader.fetch import Source
 from actcache.reader.mixed_rows import MixedRows, RowDocuments, mix
 from actcache.reader.mixing import Mixes, Mixing, documents_mixed
 from actcache.reader.prefetch import Prefetch
-from actcache.reader.row_delivery import DeliveredRows, RowDelivery, row_delivery
+from actcache.reader.row_delivery import DeliveredRows, Normalization, RowDelivery, row_delivery
 from actcache.reader.stats import ReaderStats
 
 _BUFFERS = 3  # one that is delivered, one that is filled, and one that batches still look into
@@ -72,8 +72,12 @@ class RowReader(Iterator[Any]):
         seed: decides, with the number of the epoch, in which order rows come.
         forever: whether one epoch follows another without an end.
         drop_last: whether to leave out batches that are not full.
-        exclude: which rows to leave out: a mapping with ``"token_ids"`` (those of special tokens, say) and
-            ``"positions"`` in their documents (``[0]`` is the first token, ``[-1]`` the last).
+        exclude: which rows to leave out: a mapping with ``"token_ids"`` (those of special tokens, say), ``"positions"``
+            in their documents (``[0]`` is the first token, ``[-1]`` the last), or ``"norm"``: rows whose norm is above
+            that multiple of the mean norm (attention sinks), at any site.
+        normalize: ``"mean-norm"`` scales rows so that their mean norm is the square root of ``hidden``; ``"standard"``
+            takes away the mean and divides by the standard deviation of each dimension. By ``Space.statistics``, of all
+            rows of the space; the batches are float32 then.
         beside: what to deliver beside the rows, of ``"documents"``, ``"positions"`` and ``"token_ids"``: batches are
             then ``RowBatch``, else arrays of rows.
         documents: one number a key, delivered as ``RowBatch.documents``; the key's position by default.
@@ -89,6 +93,8 @@ class RowReader(Iterator[Any]):
         UsageError: an option does not fit; the buffer is smaller than a batch, or a document; nothing is left.
     """
 
+    _normalization: Normalization | None = None
+
     def __init__(
         self,
         sources: Source | Sequence[Source],
@@ -101,6 +107,7 @@ class RowReader(Iterator[Any]):
         forever: bool = False,
         drop_last: bool = False,
         exclude: Mapping[str, Any] | None = None,
+        normalize: str | None = None,
         beside: Sequence[str] = (),
         documents: Any = None,
         device: Any = None,
@@ -115,6 +122,8 @@ class RowReader(Iterator[Any]):
         for name in self._beside:
             check_choice("beside", name, BESIDE)
         self._exclusion = Exclusion.of(exclude)
+        if normalize is not None:
+            check_choice("normalize", normalize, ("mean-norm", "standard"))
         _check_alike(spaces)
         wanted = spaces[0].key_array() if keys is None else key_array(keys)
         numbers = np.arange(len(wanted)) if documents is None else whole_numbers("documents", documents)
@@ -124,6 +133,12 @@ class RowReader(Iterator[Any]):
         self._numbers = numbers[order]
         if not self._documents.has_ids and (self._exclusion.needs_ids or TOKEN_IDS in self._beside):
             raise UsageError("some of these documents were stored without token ids, so no row can be chosen by them")
+        if normalize is not None or self._exclusion.norm is not None:
+            moments = [space.statistics() for space in spaces]
+            if self._exclusion.norm is not None:
+                means = np.array([one.mean_norm for one in moments])
+                self._documents = replace(self._documents, mean_norms=means if stacked else means[0])
+            self._normalization = Normalization.by(normalize, moments, stacked=stacked)
         row_bytes = self._documents.row_bytes
         capacity = nbytes_of("buffer", buffer) // row_bytes
         longest = int(self._documents.lengths.max(initial=0))
@@ -144,7 +159,7 @@ class RowReader(Iterator[Any]):
         self._kept: NDArray[np.int64] | None = None
         if not self._exclusion:
             self._kept = self._documents.lengths
-        elif not self._exclusion.needs_ids:
+        elif not self._exclusion.by_contents:
             self._kept = self._count_kept()
         if not len(wanted) or (self._kept is not None and not self._kept.any()):
             raise UsageError("every row of these documents is left out" if len(wanted) else "there are no documents")
@@ -205,7 +220,7 @@ class RowReader(Iterator[Any]):
     def _to_device(self) -> RowDelivery:
         if self._delivery is None or self._delivery[0] != os.getpid():
             dtype = self._documents.sources[0].recipe.dtype
-            self._delivery = os.getpid(), row_delivery(dtype, self._device, _BUFFERS)
+            self._delivery = os.getpid(), row_delivery(dtype, self._device, _BUFFERS, self._normalization)
         return self._delivery[1]
 
     def close(self) -> None:
@@ -274,11 +289,15 @@ class RowReader(Iterator[Any]):
             lengths = documents.lengths[members]
             starts, of_row = offsets_of(lengths), np.repeat(np.arange(len(members)), lengths)
             ids = None
-            if self._exclusion.needs_ids:
-                ids = np.empty(int(starts[-1]), np.int32)
-                documents.read(0, members, np.empty((len(ids), documents.row_shape[-1]), documents.dtype), ids)
+            norms: NDArray[Any] | None = None
+            if self._exclusion.by_contents:
+                ids = np.empty(int(starts[-1]), np.int32) if documents.has_ids else None
+                rows = np.empty((len(documents.sources), int(starts[-1]), documents.row_shape[-1]), documents.dtype)
+                for site in range(len(rows) if documents.mean_norms is not None else 1):
+                    documents.read(site, members, rows[site], ids)
+                norms = documents.norms(rows.swapaxes(0, 1) if documents.stacked else rows[0])
             positions = np.arange(starts[-1]) - starts[of_row]
-            kept = self._exclusion.kept(lengths[of_row], positions, ids)
+            kept = self._exclusion.kept(lengths[of_row], positions, ids, norms)
             counts.append(np.bincount(of_row[kept], minlength=len(members)))
         return np.concatenate(counts) if counts else np.empty(0, np.int64)
 

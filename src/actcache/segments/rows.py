@@ -24,7 +24,7 @@ from actcache.errors import SegmentGoneError
 from actcache.format.ragged import VALUES, offsets_of
 from actcache.io import loops, memory
 from actcache.io.files import translated
-from actcache.io.loops import Column, Digests
+from actcache.io.loops import Column, Digests, MappedColumn
 from actcache.io.mmap import Arena
 from actcache.segments.segment import Segment
 
@@ -60,6 +60,11 @@ class RowSource(ABC):
     @abstractmethod
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
         """Read a batch into its buffers; return the positions of what is not intact, as ``backend.Snapshot.gather``."""
+
+    def mapped(self, names: Sequence[str]) -> tuple[MappedColumn, ...] | None:
+        """Return what is mapped of some columns; None where they are to be read by ``gather``. The same objects as long
+        as nothing more is mapped."""
+        return None
 
     @abstractmethod
     def will_need(self, plan: RowPlan) -> bool:
@@ -150,6 +155,7 @@ class _Mapped:
     arena: Arena
     firsts: NDArray[np.int64]  # first row of each segment in the arena, by its number; -1 where it is not mapped
     whole: bool  # whether all of these segments are
+    column: MappedColumn
 
     def has(self, numbers: NDArray[np.int64], segments: int) -> bool:
         """Return whether all segments of these numbers, of so many, are mapped."""
@@ -200,7 +206,8 @@ class MappedRows(RowSource):
                         firsts[number] = arena.place(segment.file(column), extent.offset, extent.shape[0])
         finally:  # what is mapped stays so when a later one fails
             if arena is not None:
-                self._columns[column] = _Mapped(arena, firsts, bool((firsts >= 0).all()))
+                described = MappedColumn(arena.row_bytes, arena.rows(), firsts)
+                self._columns[column] = _Mapped(arena, firsts, bool((firsts >= 0).all()), described)
         if arena is None:
             raise KeyError(column)
         return self._columns[column]
@@ -219,6 +226,14 @@ class MappedRows(RowSource):
         bad = loops.gather_if_present(columns, plan.lengths, offsets, digests, at)
         self._cold = bad is None
         return bad if bad is not None else self._read(plan, at, columns, offsets, digests)
+
+    def mapped(self, names: Sequence[str]) -> tuple[MappedColumn, ...] | None:
+        if self._cold:
+            return None
+        found = [self._columns.get(name) for name in names]
+        if any(one is None or not one.arena.is_told for one in found):
+            return None
+        return tuple(one.column for one in found if one is not None)
 
     def _read(
         self,

@@ -9,10 +9,10 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Buffers, EntryLocations, Expected, Snapshot, Usage
+from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
-from actcache.io.loops import Lookup
+from actcache.io.loops import Lookup, MappedColumn, Reading
 from actcache.segments.index import Table
 from actcache.segments.rows import RowPlan, RowSource
 from actcache.segments.segment import Segment
@@ -44,6 +44,9 @@ class SegmentedSnapshot(Snapshot):
         self._rows = rows
         self._dead, self._damaged = dead, dict(damaged)
         self._having: dict[str, NDArray[np.bool_]] = {}  # column -> which segments have it, by number
+        self._have: dict[str, bool | None] = {}  # column -> whether all of them have, or none
+        # Names of columns -> what is mapped of them, and what reads it.
+        self._readings: dict[tuple[str, ...], tuple[tuple[MappedColumn, ...], Reading | None]] = {}
         # By segments' numbers: 16 bytes an entry, of segments with optional arrays that were read.
         self._extras: dict[int, tuple[NDArray[np.int64], NDArray[np.uint64]]] = {}
         self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
@@ -89,8 +92,11 @@ class SegmentedSnapshot(Snapshot):
         having = self._which_have(column)
         return located.found if having.all() else having[located.segment] & located.found
 
-    def all_have(self, column: str) -> bool:
-        return bool(self._which_have(column).all())
+    def have(self, column: str) -> bool | None:
+        if column not in self._have:
+            having = self._which_have(column)
+            self._have[column] = bool(having.any()) if having.all() or not having.any() else None
+        return self._have[column]
 
     def _which_have(self, column: str) -> NDArray[np.bool_]:
         if column not in self._having:
@@ -136,6 +142,19 @@ class SegmentedSnapshot(Snapshot):
         segment = np.where(found, located.segment, located.segment[found][0])
         plan = RowPlan(segment, np.where(found, located.row, 0), located.tokens)
         return self._rows.gather(plan, out, width, expected)
+
+    def read_at_once(
+        self, keys: NDArray[np.uint8], out: Buffers, width: int | None, seed: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        names = tuple(out)
+        columns = self._rows.mapped(names) if all(map(self.have, names)) else None
+        if columns is None:
+            return None
+        known, reading = self._readings.get(names, (None, None))
+        if known is None or any(one is not other for one, other in zip(known, columns, strict=True)):
+            reading = self._lookup.reading(columns, names.index(VALUES))
+            self._readings[names] = columns, reading
+        return None if reading is None else reading.read(keys, list(out.values()), width, seed)
 
     def read_ahead(self, located: EntryLocations) -> bool:
         there = located.found

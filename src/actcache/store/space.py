@@ -25,14 +25,17 @@ from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, Shape
 from actcache.format import checksum, codec
 from actcache.format.arguments import to_buffer, whole
 from actcache.format.keys import Keys, key_array, key_list
+from actcache.format.moments import Moments
 from actcache.format.ragged import offsets_of, runs
 from actcache.format.recipe import Recipe
 from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
+from actcache.reader.pooling import pooled
 from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
 from actcache.store.description import space_blob, write_recipe
 from actcache.store.last_use import LastUse
+from actcache.store.statistics import KeptStatistics
 
 COMPACT_BYTES = 2 << 30
 
@@ -93,6 +96,8 @@ class Space:
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._writable = writable
         self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": segment_seconds}
+        self._statistics = KeptStatistics(driver, recipe, writable=writable)
+        self._known: tuple[weakref.ref[Snapshot], Moments] | None = None  # statistics of a snapshot
         self._used = LastUse(driver, recipe.fingerprint, writable=writable)
         self._closed = False
         self._open()
@@ -230,6 +235,7 @@ class Space:
 
     def _append(self, block: Block) -> None:
         self._driver.append(block)
+        self._statistics.note(block)
         write_recipe(self._store, self.recipe)  # it may have been deleted under us
         self._take_snapshot()  # before the writer forgets the block
 
@@ -269,8 +275,7 @@ class Space:
         ``CorruptEntryError`` names entries that fail their checksums, which ``verify=False`` does not look at.
         """
         wanted = key_array(keys)
-        request = self._request(wanted)
-        packed, corrupt = self._read_all(request, verify=verify)
+        packed, corrupt = self._read_all(self._request(wanted), verify=verify)
         self._refuse_corrupt(wanted, corrupt)
         has = {name: there.tolist() for name, there in packed.has.items()}
         entries: list[Entry | None] = []
@@ -310,8 +315,12 @@ class Space:
             raise ShapeError(f"out must be [rows, {hidden}] or [n, length, {hidden}], not {list(buffer.shape)}")
         if ids is not None and ids.shape != buffer.shape[:-1]:
             raise ShapeError(f"token_ids must be {list(buffer.shape[:-1])} beside this out, not {list(ids.shape)}")
-        request = self._request(wanted)
         width = buffer.shape[1] if buffer.ndim == 3 else None
+        flat_ids = np.empty(buffer.size // hidden, np.int32) if ids is None else ids.reshape(-1)
+        rows = {TOKEN_IDS: flat_ids, VALUES: buffer.reshape(-1, hidden)}  # in the order of the chain of digests
+        if (lengths := self._read_at_once(wanted, rows, width, verify=verify)) is not None:
+            return ReadReport(lengths)
+        request = self._request(wanted)
         longest, total = int(request.lengths.max(initial=0)), int(request.lengths.sum())
         if width is None and total > len(buffer):
             raise ShapeError(f"these entries have {total} rows and out has {len(buffer)}")
@@ -319,12 +328,26 @@ class Space:
             raise ShapeError(
                 f"{len(wanted)} entries of up to {longest} tokens do not fit an out of {list(buffer.shape)}"
             )
-        flat_ids = np.empty(buffer.size // hidden, np.int32) if ids is None else ids.reshape(-1)
         if ids is not None and not request.has(TOKEN_IDS)[request.lengths > 0].all():
             raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
-        rows = {VALUES: buffer.reshape(-1, hidden), TOKEN_IDS: flat_ids}
         self._refuse_corrupt(wanted, request.read(rows, width, verify=verify))
         return ReadReport(request.lengths)
+
+    def _read_at_once(
+        self, keys: NDArray[np.uint8], out: backend.Buffers, width: int | None, *, verify: bool
+    ) -> NDArray[np.int64] | None:
+        """Read what is published, verified and in memory by one call; None where it takes more (see ``Request``)."""
+        self._check_open()
+        if self._writer is not None and len(self._writer):
+            return None  # then the snapshot: a block that is published in between is in it
+        read = self._view().read_at_once(keys, out, width, checksum.chain_seed(self._seed, out) if verify else None)
+        if read is None:
+            return None
+        self._used.note()
+        lengths, corrupt = read
+        if len(corrupt):
+            self._refuse_corrupt(keys, corrupt.tolist())
+        return lengths
 
     def read_ahead(self, keys: Keys) -> bool:
         """Ask the operating system to load these entries soon; returns at once. False where there seemed to be nothing
@@ -340,6 +363,22 @@ class Space:
         """Iterate over rows ``[n, hidden]``, mixed across documents (all of them, if no keys are given); see
         ``actcache.reader.rows.RowReader`` for the options."""
         return RowReader(self, keys, **options)
+
+    def pooled(self, keys: Keys | None = None, how: Any = "mean", *, out: Any = None) -> NDArray[np.float32]:
+        """Return one row a document, ``[documents, hidden]`` float32, in the order of the keys: what a probe or search
+        wants. Documents are read as they lie, some MiB at a time, and nothing else is kept of them.
+
+        Args:
+            keys: of the documents; None for all, in the order of ``key_array``.
+            how: ``"last"`` token, ``"mean"`` or ``"max"`` (by dimension) of all tokens; or a position for all
+                documents, or one each, negative ones counted from the end.
+            out: float32 ``[documents, hidden]`` to write into, a mapped file say; None makes it.
+
+        Raises:
+            MissingEntryError, CorruptEntryError: they name the entries.
+            UsageError, ShapeError: ``how`` is none of these; a document has no such position; ``out`` does not fit.
+        """
+        return pooled(self, self.key_array() if keys is None else key_array(keys), how, out)
 
     def _request(self, keys: NDArray[np.uint8]) -> Request:
         self._check_open()  # before the writer is looked at: a fork has another
@@ -424,6 +463,37 @@ class Space:
         ``Snapshot.whereabouts``."""
         view = self._view()
         return view.whereabouts(view.locate(key_array(keys)))
+
+    @retry_on_stale_snapshot
+    def statistics(self) -> Moments:
+        """Return what all rows are on the whole: how many, mean, variance and maximum by dimension, mean norm.
+
+        They are made while rows are written; rows of which none are kept are read, once. What was put is flushed first.
+        ``CorruptEntryError`` names entries that cannot be counted.
+        """
+        if self._writer is not None and len(self._writer):
+            self.flush()
+        view = self._view()
+        if self._known is None or self._known[0]() is not view:
+            self._known = weakref.ref(view), self._look_at_rows(view)
+        return self._known[1]
+
+    def kept_statistics(self) -> Moments:
+        """Return the statistics of those published rows whose are kept; ``count`` says how many. Reads no rows."""
+        view = self._view()
+        return self._statistics.kept(view.locate(view.keys()).checksums)
+
+    def _look_at_rows(self, view: Snapshot) -> Moments:
+        keys = view.keys()
+        located = view.locate(keys)
+        order = np.lexsort((located.row, located.segment))
+        return self._statistics.of(located.checksums, located.tokens, order, lambda some: self._scan(view, keys[some]))
+
+    def _scan(self, view: Snapshot, keys: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """Return the stored rows of published entries, verified."""
+        packed, corrupt = self._read_all(Request(lambda: view, None, self._seed, keys), verify=True)
+        self._refuse_corrupt(keys, corrupt)
+        return packed.columns[VALUES]
 
     def usage(self) -> backend.Usage:
         """Return how many entries, tokens, bytes and segments are published."""
@@ -590,6 +660,8 @@ class Space:
             self._on_close(self)
             self._snapshot = None
             if not self._forked:
+                self._statistics.keep()
+            if not self._forked:
                 self._driver.close()
 
     def _check_open(self) -> None:
@@ -610,7 +682,7 @@ class Space:
         return self._reopen, (self.recipe,)  # what travels is the store's URL and the recipe, never a handle
 
     def __repr__(self) -> str:
-        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} layer {self.recipe.layer}>"
+        return f"<Space {self.recipe.fingerprint} of {self.recipe.model} {self.recipe.site_name}>"
 
     def _repr_html_(self) -> str:
         recipe, rows = self.recipe, list[tuple[str, object]]()

@@ -89,6 +89,11 @@ class Store:
             raise errors.ClosedError(f"the store {self.url} is closed; open it again with actcache.open")
         return self._driver
 
+    @property
+    def address(self) -> str:
+        """The URL, made absolute: it opens this store from every working directory, and in other processes."""
+        return str(self._reopen[0])
+
     # --- spaces ------------------------------------------------------------------------------------------------------
 
     def space(
@@ -165,10 +170,10 @@ class Store:
         return self.driver.delete_space(fingerprint)
 
     def _explain(self, recipe: Recipe) -> str:
-        lines = [f"{self.url} has no space for {recipe.model} layer {recipe.layer} as {recipe.stored_as}"]
+        lines = [f"{self.url} has no space for {recipe.model} {recipe.site_name} as {recipe.stored_as}"]
         for other, differences in self.nearest(recipe)[:_NEAREST]:
             fields = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in differences.items())
-            lines.append(f"{other.fingerprint} ({other.model} layer {other.layer}) differs in {fields}")
+            lines.append(f"{other.fingerprint} ({other.model} {other.site_name}) differs in {fields}")
         return "; nearest: ".join([lines[0], " | ".join(lines[1:])]) if lines[1:] else f"{lines[0]}, nor any other"
 
     # --- collections -------------------------------------------------------------------------------------------------

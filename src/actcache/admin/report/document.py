@@ -60,7 +60,7 @@ class EntryReport:
     def to_json(self) -> dict[str, Any]:
         return {
             "space": self.recipe.fingerprint,
-            **attributes_as_json(self.recipe, "model", "layer"),
+            **attributes_as_json(self.recipe, "model", "layer", "site"),
             **attributes_as_json(self, "key", "window", "tokens"),
             **attributes_as_json(self.recipe, "hidden_size", "dtype", "stored_as"),
             **attributes_as_json(self, "nbytes", "segment"),

@@ -145,7 +145,7 @@ def _spaces(found: StoreDetail) -> Markup:
         recipe, usage = one.recipe, one.report.usage
         each = number(one.bytes_per_token)
         link = element("a", {"href": f"#{recipe.fingerprint}"}, recipe.fingerprint[:_SHORT])
-        model = (model_name(recipe), str(recipe.layer), recipe.stored_as)
+        model = (model_name(recipe), recipe.site_name.removeprefix("layer "), recipe.stored_as)
         sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), each, f"{usage.segments:,}")
         rows.append((link, *model, *sizes, ago(one.written)))
     ages = _ages([segment for one in found.spaces for segment in one.segments], found.time)
@@ -183,7 +183,7 @@ def _bars(title: str, rows: Sequence[Row], meanings: Markup) -> Markup:
 def _label(one: SpaceDetail) -> str:
     model = model_name(one.recipe)
     model = model if len(model) <= _MODEL else f"{model[: _MODEL - 1]}…"
-    return f"{model} {one.recipe.layer} {one.recipe.stored_as} {one.recipe.fingerprint[:6]}"
+    return f"{model} {one.recipe.site_name} {one.recipe.stored_as} {one.recipe.fingerprint[:6]}"
 
 
 # --- one space --------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _label(one: SpaceDetail) -> str:
 
 def _space(one: SpaceDetail, now: float) -> Markup:
     recipe = one.recipe
-    title = f"{model_name(recipe)}, layer {recipe.layer}, {recipe.stored_as}"
+    title = f"{model_name(recipe)}, {recipe.site_name}, {recipe.stored_as}"
     lengths, sample = one.lengths, one.sample
     described = (
         f"{entries(lengths.entries)} of {lengths.shortest:,} to {lengths.longest:,} tokens: half "

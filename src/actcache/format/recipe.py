@@ -17,7 +17,7 @@ import numpy as np
 
 from actcache.errors import FormatError, RecipeError
 from actcache.format import codec
-from actcache.format.arguments import is_truth, is_whole
+from actcache.format.arguments import dtype_name, is_truth, is_whole
 from actcache.io.notebook import table
 
 #: What a document longer than ``max_length`` becomes.
@@ -100,9 +100,11 @@ class Recipe:
             self.site is None or (isinstance(self.site, str) and _SITE.fullmatch(self.site) is not None),
             f"site {self.site!r:.80} is no path of a module, such as layers.5.mlp or layers.5.mlp:input",
         )
+        for name in ("dtype", "compute_dtype"):
+            object.__setattr__(self, name, dtype_name(getattr(self, name)))
         dtypes = ("dtype", self.dtype, codec.names()), ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         for name, dtype, known in dtypes:
-            good = isinstance(dtype, str) and dtype in known  # NumPy's dtypes equal their names, and are no JSON
+            good = isinstance(dtype, str) and dtype in known
             check(good, f"{name} {dtype!r} is not one of {', '.join(known)}")
         for name, value in (("weights", self.weights), ("tokenizer", self.tokenizer)):
             good = value is None or (isinstance(value, str) and bool(value))

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from actcache.errors import UnsupportedModelError
-from actcache.models.modes import evaluating
+from actcache.models.modes import LeftAsItWas, evaluating
 
 _INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 _BINS = (
@@ -127,7 +127,13 @@ def find_stack(base_model: PreTrainedModel) -> Stack:
         hooks.append(module.register_forward_pre_hook(trace.begin, with_kwargs=True))
         hooks.append(module.register_forward_hook(trace.end))
     try:
-        with evaluating(base_model), torch.no_grad(), torch.compiler.set_stance("force_eager"), lookups:
+        with (
+            LeftAsItWas(base_model),
+            evaluating(base_model),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            lookups,
+        ):
             run(**inputs, **({"use_cache": False} if takes(run, "use_cache") else {}))
     except Exception as error:  # whatever a model's code raises
         what = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -101,6 +101,22 @@ def _state(
                 yield f"beside/{_plain(path)}/{name}", value
 
 
+def covered(base_model: PreTrainedModel, family: Family, site: Site) -> set[int]:
+    """Return the ids of the tensors that ``lower_states`` looks at for a site, or that the configuration stands for."""
+    read = _Run(base_model, family, [site]).before(site)
+    layers = family.layers_of(base_model)
+    parts: list[nn.Module] = []
+    if site.layer is not None and 0 < site.layer < len(layers):
+        parts = [*family.beside_of(base_model).values(), *(layers[i] for i in range(site.layer))]
+    own = {id(module) for part in parts for module in part.modules()}
+    return {
+        id(tensor)
+        for module in base_model.modules()
+        if id(module) in own or read.began(module) or any(read.has(tensor) for tensor in _tensors(module))
+        for tensor in _tensors(module)
+    }
+
+
 def _plain(path: str) -> str:
     """Return a path as it is without ``torch.compile`` around a module."""
     return path.replace("_orig_mod.", "")

@@ -8,6 +8,8 @@ the full model's outputs, rows and gradients. What is not proved is refused, wit
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import math
 import time
@@ -17,16 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ActcacheError, UnsupportedModelError
+from actcache.format.recipe import canonical_json
+from actcache.models import memo
+from actcache.models.canary import TOLERANCE as CANARY_TOLERANCE
+from actcache.models.canary import relative_error
 from actcache.models.discovery import small_inputs, some_tokens, takes
 from actcache.models.families import Family, base_model_of
 from actcache.models.lower_half import LowerHalf
-from actcache.models.modes import evaluating
-from actcache.models.processing import larger, sample_features
+from actcache.models.lower_state import covered
+from actcache.models.modes import LeftAsItWas, evaluating
+from actcache.models.processing import Made, larger, sample_features
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +42,12 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 _LENGTHS = (5, 11, 3, 8)
 _EQUAL = (6, 6, 6)
+_MANY = 96  # documents of eight tokens in one batch
+_LONGEST = 1024  # tokens of the long document where nothing says how long documents may be
+_OPERATIONS = 2 * 10**11  # tokens times weights that a long document may cost on a CPU: a few seconds
+_MEMO, _VERSION = "proofs", 1
+_WAY = ("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size")
+_proofs: dict[str, Any] = {}  # what was proved in this process
 _DECODED = 3  # tokens that an encoder-decoder's decoder is given
 _GRADIENT_NUMBERS = 1 << 20  # of a parameter whose gradients are compared
 
@@ -55,31 +69,89 @@ def of_rows(lower: LowerHalf, longest: int | None = None) -> Family:
         longest: tokens of the longest document that may be recorded.
 
     Raises:
-        UnsupportedModelError: its rows are no function of a document alone.
+        UnsupportedModelError: its rows are no function of a document alone, or of more weights than the digest covers.
     """
     family = lower.family
     if family.found is None or family.found.main_input != "input_ids":
         return family
+    key = _key("rows", lower.base_model, str(lower.site), [lower.compute_dtype, longest])
+    known = _remembered(key)
+    if known is not None:
+        return replace(family, equal_lengths=known["equal_lengths"])
     start = time.monotonic()
     base = lower.base_model
-    tolerance = TOLERANCE[lower.compute_dtype]
-    with evaluating(base), _Unchanged(base):
-        documents = some_tokens(base, _fitting(_LENGTHS, family, base))
-        alone = [lower.run([one])[0] for one in documents]
-        _compare("a document computed twice", alone, [lower.run([one])[0] for one in documents], 0.0, base)
-        error = _largest(alone, lower.run(documents))
-        if not error <= tolerance:
-            equal = some_tokens(base, _fitting(_EQUAL, family, base), seed=1)
-            rows = [lower.run([one])[0] for one in equal]
-            _compare("documents of one length alone and in a batch", rows, lower.run(equal), tolerance, base)
-            logger.info(
-                "padding changes the rows of %s (%.2g): documents of one length are computed together",
-                type(base).__name__,
-                error,
-            )
-            family = replace(family, equal_lengths=True)
-    logger.info("rows of %s at %s are proved in %.2f s", type(base).__name__, lower.site, time.monotonic() - start)
+    with evaluating(base), LeftAsItWas(base) as left:
+        family = _rows_proved(lower, longest)
+    if left.changed:
+        raise UnsupportedModelError(
+            f"running this {type(base).__name__} on a few tokens changes it, so that what it computes depends on what "
+            f"it ran on before: {'; '.join(left.changed[:3])} (it was put back). Configure the model so that it has "
+            "one way of computing"
+        )
+    logger.info("the rows of %s at %s are proved in %.2f s", type(base).__name__, lower.site, time.monotonic() - start)
+    _remember(key, {"equal_lengths": family.equal_lengths})
     return family
+
+
+def _rows_proved(lower: LowerHalf, longest: int | None) -> Family:
+    base, family, tolerance = lower.base_model, lower.family, TOLERANCE[lower.compute_dtype]
+    documents = some_tokens(base, _fitting(_LENGTHS, family, base))
+    long = _long_lengths(lower, longest)
+    # These come first: some models take another way for good once they have met a short document.
+    apart = [some_tokens(base, [length], seed=length)[0] for length in long]
+    apart_alone = [lower.run([one])[0] for one in apart]
+    alone = [lower.run([one])[0] for one in documents]
+    _compare("a document computed twice", alone, [lower.run([one])[0] for one in documents], 0.0, base)
+    error = _largest(alone, lower.run(documents))
+    if not error <= tolerance:
+        equal = some_tokens(base, _fitting(_EQUAL, family, base), seed=1)
+        rows = [lower.run([one])[0] for one in equal]
+        _compare("documents of one length alone and in a batch", rows, lower.run(equal), tolerance, base)
+        logger.info(
+            "padding changes the rows of %s (%.2g): documents of one length are computed together",
+            type(base).__name__,
+            error,
+        )
+        family = lower.family = replace(family, equal_lengths=True)
+    for one, rows in zip(apart, apart_alone, strict=True):
+        together = lower.run([one, documents[0]])
+        what = f"a document of {len(one)} tokens beside one of {len(documents[0])}"
+        _compare(what, [rows, alone[0]], together, tolerance, base, "max_length= may keep documents below that")
+    many = some_tokens(base, _fitting([8] * _MANY, family, base), seed=3)
+    some = [0, _MANY // 2, _MANY - 1]
+    together = lower.run(many)
+    _compare(
+        f"a document among {_MANY}",
+        [lower.run([many[i]])[0] for i in some],
+        [together[i] for i in some],
+        tolerance,
+        base,
+        "has its attention or its experts room for so many tokens a batch?",
+    )
+    with _unusable(base, covered(base, family, lower.site)):
+        _compare("a document without the weights that are in no digest", alone[:1], lower.run(documents[:1]), 0.0, base)
+    return family
+
+
+def in_company(lower: LowerHalf, entries: Sequence[Made], computed: Sequence[Any], seed: int) -> None:
+    """Compare a document of a batch that was computed, chosen at random, with what it is alone.
+
+    Raises:
+        UnsupportedModelError: they differ by more than other kernels explain.
+    """
+    if len(entries) < 2:
+        return
+    shortest = min(range(len(entries)), key=lambda i: entries[i].length)
+    for i in {shortest, int(np.random.default_rng(seed).integers(len(entries)))}:
+        alone = lower.run_encoded([entries[i]])[lower.site][0]
+        error = relative_error(alone, computed[i])
+        if not error <= CANARY_TOLERANCE[lower.compute_dtype]:
+            raise UnsupportedModelError(
+                f"a document of {entries[i].length} rows has others alone than in a batch with {len(entries) - 1} more "
+                f"(relative error {error:.2g}): this {type(lower.base_model).__name__} looks at its batch, so its "
+                "rows cannot be stored. token_budget=1 computes each document alone, max_length= may keep documents "
+                "below the length where another way of computing begins"
+            )
 
 
 def of_replay(task_model: PreTrainedModel, family: Family, layer: int, build: Build) -> Family:
@@ -93,12 +165,14 @@ def of_replay(task_model: PreTrainedModel, family: Family, layer: int, build: Bu
     """
     if family.found is None:
         return family
-    base = base_model_of(task_model)
-    layer = family.check_layer(base, layer)
+    layer = family.check_layer(base_model_of(task_model), layer)
+    key = _key("replay", task_model, layer, [])
+    known = _remembered(key)
+    if known is not None:
+        return way_of(family, known)
     start = time.monotonic()
-    with evaluating(task_model), _Unchanged(task_model):
-        proof = _Replay(task_model, family, layer, build)
-        found = proof.proved()
+    with evaluating(task_model), LeftAsItWas(task_model):
+        found = replace(_Replay(task_model, family, layer, build).proved(), proved=True)
     logger.info(
         "replay of %s from layer %d is proved in %.2f s (%s)",
         type(task_model).__name__,
@@ -106,7 +180,100 @@ def of_replay(task_model: PreTrainedModel, family: Family, layer: int, build: Bu
         time.monotonic() - start,
         _described(found),
     )
-    return replace(found, proved=True)
+    _remember(key, way_in(found))
+    return found
+
+
+def way_in(family: Family) -> dict[str, Any]:
+    """Return how a proved family is replayed, as JSON values; ``way_of`` is the inverse."""
+    return {name: getattr(family, name) for name in _WAY}
+
+
+def way_of(family: Family, way: dict[str, Any]) -> Family:
+    """Return a family that is replayed in a way that was proved before."""
+    values = {name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY}
+    return replace(family, proved=True, **values)
+
+
+def _key(what: str, model: PreTrainedModel, where: int | str, more: list[Any]) -> str | None:
+    """Return the name under which a proof is remembered; None where it is of this very model only."""
+    modules = list(model.modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    if any(getattr(module, name) for module in modules for name in hooks):
+        return None
+    if any("forward" in vars(module) for module in modules):  # somebody has put another in its place
+        return None
+    kinds = [f"{type(module).__module__}.{type(module).__qualname__}" for module in modules]
+    text = canonical_json(
+        [
+            [
+                what,
+                _VERSION,
+                transformers.__version__,
+                torch.__version__,
+                where,
+                str(model.dtype),
+                str(model.device.type),
+            ],
+            str(getattr(model.config, "_attn_implementation", None)),
+            model.config.to_json_string(use_diff=False),
+            kinds,
+            [list(parameter.shape) for parameter in model.parameters()],
+            more,
+        ]
+    )
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _remembered(key: str | None) -> Any:
+    if key is None:
+        return None
+    if key not in _proofs and (known := memo.read(_MEMO).get(key)) is not None:
+        _proofs[key] = known
+    return _proofs.get(key)
+
+
+def _remember(key: str | None, value: Any) -> None:
+    if key is not None:
+        _proofs[key] = value
+        memo.write(_MEMO, memo.read(_MEMO) | {key: value})
+
+
+def _long_lengths(lower: LowerHalf, longest: int | None) -> list[int]:
+    """Return lengths at which a model may compute otherwise: the longest, and what its configuration names."""
+    longest = min(longest or _LONGEST, lower.family.max_tokens(lower.base_model.config) or _LONGEST)
+    numbers = sum(parameter.numel() for parameter in lower.base_model.parameters())
+    affordable = (_OPERATIONS if lower.device.type == "cpu" else 300 * _OPERATIONS) // max(1, numbers)
+    config = lower.base_model.config
+    thresholds = [
+        value + 1
+        for values in (vars(config), getattr(config, "rope_parameters", None) or {})
+        for name, value in values.items()
+        if isinstance(value, int) and any(word in name for word in ("position", "window", "block", "chunk", "length"))
+    ]
+    wanted = {min(longest, affordable), *(n for n in thresholds if n <= min(longest, affordable))}
+    return sorted((n for n in wanted if n > max(_LENGTHS)), reverse=True)[:3]
+
+
+@contextlib.contextmanager
+def _unusable(model: nn.Module, kept: set[int]) -> Iterator[None]:
+    """Let a model's floating point tensors be NaN that are not kept. Takes no memory; they come back at the end."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    plain = tensor is not None and type(tensor) in (torch.Tensor, nn.Parameter)
+                    if tensor is None or not plain or id(tensor) in kept or not tensor.is_floating_point():
+                        continue
+                    before.append((tensors, name, tensor))
+                    nothing = torch.full((), math.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(nothing, requires_grad=False) if is_parameter else nothing
+        yield
+    finally:
+        for tensors, name, tensor in before:
+            tensors[name] = tensor
 
 
 def ways(family: Family) -> Iterator[Family]:
@@ -324,45 +491,21 @@ def _largest(want: Sequence[NDArray[Any]], got: Sequence[NDArray[Any]]) -> float
     return max(relative(torch.tensor(a), torch.tensor(b)) for a, b in zip(want, got, strict=True))
 
 
-def _compare(what: str, want: Sequence[Any], got: Sequence[Any], tolerance: float, base: PreTrainedModel) -> None:
+def _compare(
+    what: str, want: Sequence[Any], got: Sequence[Any], tolerance: float, base: PreTrainedModel, hint: str = ""
+) -> None:
     error = _largest(want, got)
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"the rows of a {type(base).__name__} (model type {base.config.model_type!r}) are no function of a "
             f"document: {what} has rows {error:.2g} apart. They cannot be stored"
+            f"{'; ' + hint if hint else ''}"
         )
 
 
 def _fitting(lengths: Sequence[int], family: Family, base: PreTrainedModel) -> list[int]:
     longest = family.max_tokens(base.config) or max(lengths)
     return [min(length, longest) for length in lengths]
-
-
-class _Unchanged:
-    """Puts back what running a model changes on it, and refuses a model that running changes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.before = {id(module): (module, _scalars(module)) for module in self.model.modules()}
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        changed = []
-        for module, values in self.before.values():
-            for name, value in _scalars(module).items():
-                if name in values and values[name] != value:
-                    changed.append(f"{type(module).__name__}.{name} from {values[name]!r} to {value!r}")
-                    setattr(module, name, values[name])
-        if changed and kind is None:
-            raise UnsupportedModelError(
-                f"running this {type(self.model).__name__} changes it, so that its numbers depend on what it ran on "
-                f"before: {'; '.join(changed[:3])}"
-            )
-
-
-def _scalars(module: nn.Module) -> dict[str, Any]:
-    return {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str) and n != "training"}
 
 
 def _described(way: Family) -> str:

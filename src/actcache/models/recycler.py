@@ -112,7 +112,6 @@ class Recycler:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, chosen(layer, site), compute_dtype)
-        lower.family = family = proof.of_rows(lower)
         encoder: Encoder
         if takes_features(base):
             _check_of_texts(max_length=max_length, extras=tuple(extras), special_tokens=special_tokens)
@@ -129,6 +128,7 @@ class Recycler:
                 vocabulary=vocabulary_size(base),
                 extras=_check_extras(extras),
             )
+        lower.family = family = proof.of_rows(lower, encoder.max_length)
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
             layer=lower.site.layer,

@@ -13,9 +13,7 @@ import dataclasses
 import enum
 import hashlib
 import io
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +30,7 @@ from transformers.utils.hub import cached_file
 
 from actcache.errors import LowerHalfMismatchError, ModelError
 from actcache.format.recipe import Recipe, canonical_json
+from actcache.models import memo
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.lower_state import lower_states
@@ -42,7 +41,7 @@ from actcache.models.tensors import dtype_name, without_bytes
 _CHUNK = 1 << 24  # bytes that one thread hashes at a time; part of the digest's definition
 _SMALL = 1 << 16  # bytes that take less time to hash than to hand to a thread
 _MEMO_VERSION = 3
-_MEMO_ENTRIES = 1000
+_MEMO = "weights"
 _RACY_SECONDS = 2.0
 
 #: What a value in a state dict comes down to: ``None``, truth values, numbers and texts stand for themselves.
@@ -126,14 +125,15 @@ def pretrained_digests(
     sites = _sites(base_model, family, places)
     quick = _checksums(base_model, family, sites, xxhash.xxh3_128_digest)
     names = {site: _memo_name(quick[site], site.name, files) for site in sites}
-    memo = _read_memo()
+    remembered = memo.read(_MEMO)
     for site, name in names.items():
-        if name is not None and isinstance(known := memo.get(name), str) and len(known) == 64:
+        if name is not None and isinstance(known := remembered.get(name), str) and len(known) == 64:
             _digests.setdefault(quick[site], known)
     digests = lower_digests(base_model, family, sites)
-    new = {name: digests[site] for site, name in names.items() if name is not None and memo.get(name) != digests[site]}
+    named = {name: digests[site] for site, name in names.items() if name is not None}
+    new = {name: digest for name, digest in named.items() if remembered.get(name) != digest}
     if new:
-        _write_memo(memo | new)
+        memo.write(_MEMO, remembered | new)
     return digests
 
 
@@ -227,10 +227,6 @@ def _done(digest: bytes) -> Future[bytes]:
     return future
 
 
-def _memo_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actcache" / "weights.json"
-
-
 def _memo_name(quick: str, site: int | str, files: list[Path]) -> str | None:
     try:
         stats = [(file, file.stat()) for file in files]
@@ -240,31 +236,6 @@ def _memo_name(quick: str, site: int | str, files: list[Path]) -> str | None:
         return None
     what = [_MEMO_VERSION, [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats], site, quick]
     return hashlib.blake2b(canonical_json(what).encode(), digest_size=16).hexdigest()
-
-
-def _read_memo() -> dict[str, Any]:
-    try:
-        memo = json.loads(_memo_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home directory
-        return {}
-    return memo if isinstance(memo, dict) else {}
-
-
-def _write_memo(memo: dict[str, Any]) -> None:
-    newest = dict(list(memo.items())[-_MEMO_ENTRIES:])
-    temporary = None
-    try:
-        path = _memo_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".weights-", delete=False
-        ) as file:
-            temporary = file.name
-            json.dump(newest, file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Leaf]]:

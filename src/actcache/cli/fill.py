@@ -91,7 +91,14 @@ def fill(
             help="Record the output of this layer, 1 to N-1; may be repeated: one pass records all, a space each."
         ),
     ],
-    dtype: Annotated[str | None, typer.Option(help="float16, float32 or bfloat16; default: the model's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="How rows are stored: float16, int8, ...; default: the model's.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(min=0, help="Relative error that storing may make, measured on the first documents; else refuse."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Of what: rows, or hidden (the final hidden states).")] = "rows",
     field: options.Field = None,
     id_field: Annotated[str | None, typer.Option(help="The column or field of the documents' ids.")] = None,
     format: options.Format = None,
@@ -157,12 +164,14 @@ def fill(
         _show_forecast(found, as_json)
         return
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
+    if max_error is not None and len(places) > 1:
+        raise UsageError("--max-error is measured by one device: fill some documents with one first, then all")
     if len(places) > 1:
         report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **settings)
     else:
         device = places[0] if places else None
         with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **settings) as recyclers:
-            report = recyclers.fill(texts, **working)
+            report = recyclers.fill(texts, max_error=max_error, metric=metric, **working)
     written = None if report.left_out else collection
     if written is not None and notes is not None:
         with open_store(store) as standing, open_space(standing, report.spaces[layer[0]]) as space:

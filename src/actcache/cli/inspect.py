@@ -161,6 +161,8 @@ def _show_space(detail: reporting.SpaceDetail) -> None:
     say(f"made {ago(detail.made, _UNKNOWN)}{'' if detail.owner is None else f' by {detail.owner}'}{written}")
     say(f"{entries(usage.entries)}, {counted(usage.tokens, 'token')}")
     say(f"{binary(usage.nbytes)}{_compression(detail)}")
+    if detail.errors is not None:
+        say(f"storing changes {detail.errors.told()}")
     _show_lengths(detail.lengths)
     _show_rows(detail)
     _show_segments(detail.segments)

@@ -90,7 +90,7 @@ class Batch(_Batch):
     """Some documents' activations, padded to the longest of them: torch tensors where the reader has a device, else
     NumPy arrays."""
 
-    activations: Any  # [B, L, hidden], in the stored dtype (NumPy: bfloat16 as float32); zeros where the mask is 0
+    activations: Any  # [B, L, hidden], numbers (NumPy: bfloat16 as float32); zeros where the mask is 0
     attention_mask: Any  # [B, L] int64, 1 at tokens, on the right side 0 at padding
     token_ids: Any  # [B, L] int64, 0 at padding; None where entries were stored without them
     lengths: Any  # [B] int64 tokens
@@ -109,7 +109,7 @@ class PackedBatch(_Batch):
     """Some documents' activations one after another, without padding: what attention over variable lengths takes. Torch
     tensors where the reader has a device, else NumPy arrays."""
 
-    activations: Any  # [T, hidden], in the stored dtype (NumPy: bfloat16 as float32)
+    activations: Any  # [T, hidden], numbers (NumPy: bfloat16 as float32)
     offsets: Any  # [B + 1] int32: document i is rows offsets[i]:offsets[i + 1] ("cu_seqlens")
     longest: int  # tokens of the longest document
     token_ids: Any  # [T] int64; None where entries were stored without them

@@ -20,12 +20,13 @@ from actcache.format.keys import Document, Windows
 from actcache.format.media import By
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import loading, proof, replay, verification
+from actcache.models import error_budget, loading, proof, replay, verification
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
 from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
 from actcache.models.documents import Field, documents_in, listed
+from actcache.models.error_budget import Choice
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
@@ -46,6 +47,7 @@ from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
 from actcache.store.document_entries import check_found, find_entries
 from actcache.store.store import Store, open_store
+from actcache.store.stored_errors import StoredErrors
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +190,8 @@ class Recycler:
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
+        max_error: float | None = None,
+        metric: str = "rows",
     ) -> FillReport:
         """Compute and store the documents that are not in the space; durable when it returns.
 
@@ -203,6 +207,10 @@ class Recycler:
             progress: whether to show a bar (a line now and then where stderr is no terminal).
             max_bytes: that the space takes on the medium at most, what was there before included: a number or a size
                 like ``"200GiB"``. From the first document on that does not fit, all that are missing are left out.
+            max_error: relative error that storing may make, measured on the first documents before anything is stored.
+                Without it a codec that scales rows (``int8``, ``float8_e4m3``) is measured all the same, once, and what
+                was found is kept with the space (``measured``).
+            metric: of what: ``rows``, or ``hidden``, the final hidden states.
 
         Raises:
             UsageError: ``texts`` are none: one text, a table, a file, ..., or an iterator that gives nothing.
@@ -210,10 +218,84 @@ class Recycler:
             NonFiniteError, CodecOverflowError: a document's rows do not fit the stored dtype; it names its position.
             LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
             ModelError: the model is in train mode.
+            ErrorBudgetError: storing changes ``metric`` by more than ``max_error``.
             CanaryError: the lower half computes other numbers than those of the space (a hook, an adapter, ...).
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
-        return self._filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
+        self._store.check_writable()
+        texts = error_budget.measured(documents_in(texts, field), [self.agreement], max_error, metric)
+        return self._filler.fill(texts, token_budget, progress, max_bytes)
+
+    @property
+    def measured(self) -> StoredErrors | None:
+        """What storing does to the numbers, as it was measured when the space was filled; None where it was not."""
+        return StoredErrors.read(self.space)
+
+    def measure(
+        self,
+        texts: Iterable[Document],
+        *,
+        field: Field | None = None,
+        task_model: PreTrainedModel | None = None,
+        sample: int = error_budget.SAMPLE,
+    ) -> StoredErrors:
+        """Measure on the first documents what storing does to rows, to the final hidden states, and to the outputs of a
+        task model where one is given; keep that with the space, and return it.
+
+        Raises:
+            UsageError: there are no documents.
+            NonFiniteError, CodecOverflowError: rows do not fit the stored dtype.
+            LowerHalfMismatchError: the task model's lower half is not the one that was recorded.
+        """
+        if task_model is not None:
+            check_same_lower_half(task_model, self.recipe)
+        lower, encoder = self.agreement.lower, self.agreement.encoder
+        texts = documents_in(texts, field)
+        meter = error_budget.ErrorMeter(lower, encoder, texts, task_model=task_model, sample=sample)
+        found = meter.measure(self.recipe.dtype, self.recipe.via)
+        found.write(self.space)
+        return found
+
+    def choose(
+        self,
+        texts: Iterable[Document],
+        *,
+        max_error: float,
+        metric: str = "hidden",
+        layers: Sequence[int | str] | None = None,
+        dtypes: Sequence[str] = error_budget.CANDIDATES,
+        field: Field | None = None,
+        task_model: PreTrainedModel | None = None,
+        sample: int = error_budget.SAMPLE,
+    ) -> Choice:
+        """Try codecs, and layers, on a sample; return the cheapest within a budget: that of the fewest bytes, and of
+        layers with as many the highest, which leaves the least to run. Nothing is stored.
+
+        What a higher layer takes from a task that is trained above it, no sample of texts says: name the ``layers``
+        that suit the task (``actcache.models.training`` compares them).
+
+        Args:
+            texts: the first of them are the sample.
+            max_error: relative error that storing may make.
+            metric: of what: ``rows``, ``hidden`` (the final hidden states), or ``logits`` (of a ``task_model``).
+            layers: to try; None for this recycler's.
+            dtypes: codecs to try.
+
+        Raises:
+            ErrorBudgetError: none of them is within the budget.
+            UsageError: there are no documents, or the metric cannot be measured.
+            LayerError, RecipeError: there is no such layer, or codec.
+        """
+        if task_model is not None:
+            check_same_lower_half(task_model, self.recipe)
+        own, encoder = self.agreement.lower, self.agreement.encoder
+        some = list(itertools.islice(documents_in(texts, field), sample))
+        meters: dict[int | str, error_budget.ErrorMeter] = {}
+        for layer in layers or [own.site.name]:
+            lower = own if layer == own.site.name else LowerHalf(own.base_model, own.family, layer, own.compute_dtype)
+            meters[layer] = error_budget.ErrorMeter(lower, encoder, some, task_model=task_model, sample=sample)
+        hidden = self.recipe.hidden_size
+        return error_budget.choose(meters, dtypes, hidden, max_error=max_error, metric=metric)
 
     def reader(
         self,

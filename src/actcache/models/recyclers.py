@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import UsageError
 from actcache.format.arguments import whole_numbers
 from actcache.format.keys import Document
+from actcache.models import error_budget
 from actcache.models.documents import Field, documents_in, listed
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET
@@ -83,13 +84,18 @@ class Recyclers(Mapping[int, Recycler]):
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
+        max_error: float | None = None,
+        metric: str = "rows",
     ) -> FillReport:
         """Compute each document once, as far as the deepest layer that lacks it, and store it at each layer that does.
 
         Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked, and ``max_bytes`` is for all
-        layers together.
+        layers together; ``max_error`` is for each of them.
         """
-        return self.filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
+        agreements = [recycler.agreement for recycler in self._recyclers.values()]
+        self._store.check_writable()
+        texts = error_budget.measured(documents_in(texts, field), agreements, max_error, metric)
+        return self.filler.fill(texts, token_budget, progress, max_bytes)
 
     def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
         """Return batches of rows ``[n, layers, hidden]``, mixed across documents and aligned row by row, the layers in

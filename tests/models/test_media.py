@@ -298,6 +298,14 @@ def test_bad_images_are_named_and_lose_nothing(recycler, tmp_path):
     np.testing.assert_array_equal(rows[0], recycler.space.get(recycler.keys([grey.convert("RGB")]))[0].activations)
 
 
+def test_a_codec_with_scales_stores_them_and_bounds_are_for_texts():
+    with actcache.Recycler(task_model("vit"), processor("vit"), layer=2, store="ram:int8", dtype="int8") as recycler:
+        assert recycler.fill(pictures(), progress=False).computed == 12
+        assert recycler.verify(texts=pictures()).ok
+        with pytest.raises(UsageError, match="without max_error"):
+            recycler.fill(pictures(), progress=False, max_error=0.1)
+
+
 @pytest.mark.parametrize("kind", ["whisper", "ast", "wav2vec2"])
 def test_bad_audio_is_named(kind, recycler):
     samples = sounds()[0][0]

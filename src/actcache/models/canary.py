@@ -187,6 +187,10 @@ def _ids(these: Sequence[Made]) -> NDArray[np.int32]:
 
 def _rows(lower: LowerHalf, some: Sequence[Made]) -> list[NDArray[np.float32]]:
     """Return the rows that are kept of documents that are computed together."""
+    texts = [one for one in some if isinstance(one, Encoded)]
+    if texts:
+        computed = lower.run_last(_LAST, [one.token_ids for one in texts], [one.type_ids for one in texts])
+        return [rows.astype(np.float32) for rows in computed]
     result: list[Any] = [None] * len(some)
     for batch in plan_encoded(some, _TOGETHER):
         for i, rows in zip(batch, lower.run_encoded([some[i] for i in batch])[lower.site], strict=True):

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from actcache.errors import DataError, LayerError, UnsupportedModelError, UsageError, VerificationError
+from actcache.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.media import By
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
 from actcache.models import error_budget, loading, proof, replay, verification
+from actcache.models.after_encoder import starts_at
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
 from actcache.models.chats import Chats, encode_chats
@@ -35,7 +36,7 @@ from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.sites import chosen
+from actcache.models.sites import Site, chosen
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
@@ -110,6 +111,7 @@ class Recycler:
         key_by: By = "content",
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
+        _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
@@ -137,7 +139,7 @@ class Recycler:
             site=str(lower.site) if lower.site.layer is None else None,
             hidden_size=lower.hidden_size,
             dtype=dtype or family.dtype,
-            weights=lower_digest(base, family, lower.site),
+            weights=lower_digest(base, family, lower.site) if _digests is None else _digests[lower.site],
             config=family.numbers_of(base.config),
             compute_dtype=lower.compute_dtype,
             tokenizer=encoder.digest(),
@@ -152,7 +154,8 @@ class Recycler:
             self.space = self._store.space(self.recipe)
             self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
             self._filler = Filler(self._store, [self.agreement])
-            self.agreement.when_opened()
+            if _digests is None:
+                self.agreement.when_opened()
         except BaseException:
             self.close()
             raise
@@ -174,11 +177,15 @@ class Recycler:
     ) -> Recycler:
         """Load base model and tokenizer (or raise ``ModelError``), and return their recycler.
 
+        Several layers or sites at once are for ``Recyclers.from_pretrained(..., layers=..., sites=...)``.
+
         Args:
             device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
             revision: of the model on the hub.
             options: the other arguments of ``Recycler``.
         """
+        if several := [name for name in ("layers", "sites") if name in options]:
+            raise UsageError(f"{several[0]} are for actcache.Recyclers.from_pretrained: one pass records all of them")
         model, tokenizer = load_pretrained(name_or_path, [chosen(layer, site)], device, revision)
         return cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
 
@@ -432,9 +439,7 @@ class Recycler:
             if not isinstance(encoder, DocumentEncoder):
                 raise UsageError(f"a {type(task_model).__name__} reads texts, and {self.recipe.model} reads none")
             return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
-        layer = self._layer()
-        base = base_model_of(task_model)
-        family_of(base).check_layer(base, layer)
+        layer = self._start(task_model)
         check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
         reduced = replay.reduce(task_model, layer)
@@ -566,7 +571,7 @@ class Recycler:
         dataset = regimes.full_inputs(entries, given, self.agreement.lower, type(task_model))
         model = copy.deepcopy(task_model)
         if kind is Regime.FROZEN:
-            regimes.freeze_lower_half(model, family, self._layer())
+            regimes.freeze_lower_half(model, family, self._start(task_model))
         return Prepared(model, regimes.TextBatches(dataset, order, torch.device(device)))
 
     def close(self) -> None:
@@ -585,14 +590,9 @@ class Recycler:
     def __repr__(self) -> str:
         return f"<Recycler of {self.recipe.model} {self.recipe.site_name}, space {self.recipe.fingerprint}>"
 
-    def _layer(self) -> int:
-        """Return the layer after which a reduced model starts."""
-        if self.recipe.layer is None:
-            raise LayerError(
-                f"rows of {self.recipe.site_name} are for reading (recycler.reader(texts)): a reduced model starts "
-                "from the output of a layer. Record one, with Recycler(..., layer=k), for 1 <= k <= N-1"
-            )
-        return self.recipe.layer
+    def _start(self, task_model: PreTrainedModel) -> int | str:
+        """Return where a reduced model starts, as ``models.reduce`` takes it."""
+        return starts_at(self.recipe, task_model)
 
     def _log_nearest(self) -> None:
         try:

@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 
 from actcache.entries.entry import Entry
 from actcache.entries.read import read_intact
-from actcache.errors import LayerError, MissingEntryError, ModelError, UsageError, VerificationError
+from actcache.errors import MissingEntryError, ModelError, UsageError, VerificationError
 from actcache.format import codec
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
+from actcache.format.recipe import Recipe
 from actcache.io.notebook import Shown
+from actcache.models.after_encoder import starts_at
 from actcache.models.canary import TOLERANCE, Encoder, relative_error
 from actcache.models.documents import listed
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_encoded
@@ -93,7 +95,7 @@ def verify(
     check_sample(sample)
     rng = np.random.default_rng(whole("seed", seed, 0))
     keys, encoded = _stored(space, sample, rng) if texts is None else _of_texts(space, encoder, sample, texts, rng)
-    outputs = None if task_model is None else _Outputs(task_model, lower)
+    outputs = None if task_model is None else _Outputs(task_model, lower, space.recipe)
     comparison = _Comparison(space, lower, encoder, outputs)
     with_ids = encoded is None or isinstance(encoder, DocumentEncoder)
     for start in range(0, len(keys), _CHUNK):
@@ -234,11 +236,11 @@ class _Comparison:
 class _Outputs:
     """Compares what a full task model makes of token ids with what its reduced model makes of stored rows."""
 
-    def __init__(self, task_model: PreTrainedModel, lower: LowerHalf) -> None:
+    def __init__(self, task_model: PreTrainedModel, lower: LowerHalf, recipe: Recipe) -> None:
         if task_model.training:
             raise ModelError(f"the {type(task_model).__name__} is in train mode: call model.eval() first")
         self._lower = lower
-        self._full, self._reduced = task_model, reduce(task_model, _layer_of(lower), lower.family).eval()
+        self._full, self._reduced = task_model, reduce(task_model, starts_at(recipe, task_model), lower.family).eval()
         self._difference = self._norm = self.largest = 0.0
 
     @property
@@ -268,12 +270,6 @@ class _Outputs:
                 self._difference += float(difference.square().sum())
                 self._norm += float(value.double().square().sum())
                 self.largest = max(self.largest, float(difference.abs().max()))
-
-
-def _layer_of(lower: LowerHalf) -> int:
-    if lower.site.layer is None:
-        raise LayerError(f"rows of {lower.site} are for reading: verify them without a task model")
-    return lower.site.layer
 
 
 def _stored(space: Space, sample: int, rng: np.random.Generator) -> tuple[list[bytes], None]:

@@ -361,3 +361,23 @@ def test_images_of_several_sizes_share_no_batch(recycler):
     assert all(batch.attention_mask.all() for reader in dealt for batch in reader)
     with pytest.raises(ModelError, match="pixel_values"):
         reduced(pixel_values=made("dinov2", given[:1])[0])
+
+
+def test_training_never_skips_the_layer_that_puts_the_rows_in():
+    """wav2vec2 skips each layer with a probability; without the rows its outputs would be of nothing."""
+    model = task_model("wav2vec2").eval()
+    base = base_model_of(model)
+    base.config.layerdrop = 1.0  # all of them, whenever it trains
+    reduced = actcache.models.reduce(model, LAYER)
+    given = sounds()[:1]
+    rows = torch.tensor(np.stack(hooked("wav2vec2", model, given)))
+    expected = reduced(activations=rows).logits
+    for module in reduced.modules():  # trains, but for dropout
+        module.training = not isinstance(module, torch.nn.Dropout)
+        for name in ("dropout_p", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    for name in ("hidden_dropout", "activation_dropout", "attention_dropout", "final_dropout"):
+        setattr(base_model_of(reduced).config, name, 0.0)
+    torch.testing.assert_close(reduced(activations=rows).logits, expected, atol=1e-5, rtol=1e-5)
+    assert base.config.layerdrop == 1.0  # the task model is untouched

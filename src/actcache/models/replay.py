@@ -128,6 +128,7 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
         reduced.__dict__["actcache_guard"] = saving.guard_in(task_model, family)
         return reduced
     inner = base_model_of(reduced)
+    _keep_all_layers(inner, family)
     if family.first_layer_runs:
         first = family.layers_of(inner)[0]
         first.register_forward_hook(
@@ -143,6 +144,17 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
         if isinstance(head, nn.Module):
             head.register_forward_hook(NoAnswersAtPadding(injected))
     return reduced
+
+
+def _keep_all_layers(base: PreTrainedModel, family: Family) -> None:
+    """Have training skip none of the layers: among them is the one that puts the rows in (wav2vec2 skips one in ten)."""
+    of_layers = base.get_submodule(family.layers.rpartition(".")[0])
+    owners = [of_layers, *([config] if (config := getattr(of_layers, "config", None)) is not None else [])]
+    for owner in owners:
+        for name in [name for name in vars(owner) if name.endswith("layerdrop") and not name.startswith("decoder")]:
+            if getattr(owner, name):
+                logger.info("%s=%s is 0 in the reduced model: no layer is skipped", name, getattr(owner, name))
+                setattr(owner, name, 0.0)
 
 
 def _stubs_of(

@@ -160,7 +160,7 @@ def test_speculators_there_and_back(store: Any, samples: DraftSamples, tmp_path:
 
 def test_specforge(samples: DraftSamples, tmp_path: Path) -> None:
     norm = torch.nn.LayerNorm(HIDDEN, dtype=torch.bfloat16)
-    assert exchange.export_specforge(samples, IDS, MASKS, tmp_path / "out", norm=norm) == COUNT
+    assert exchange.export_specforge(samples, IDS, tmp_path / "out", loss_masks=MASKS, norm=norm) == COUNT
     for i, file in enumerate(sorted((tmp_path / "out").iterdir())):
         raw = torch.load(file, weights_only=True)
         assert file.suffix == ".ckpt"
@@ -170,9 +170,11 @@ def test_specforge(samples: DraftSamples, tmp_path: Path) -> None:
         assert torch.equal(raw["hidden_state"], norm(ROWS[i][:, 3])[None])
         assert file.stat().st_size < 8 * ROWS[i].numel() + 8000  # no more of the storage than its rows
     with pytest.raises(UsageError, match="give it as norm="):
-        exchange.export_specforge(samples, IDS, MASKS, tmp_path / "other")
+        exchange.export_specforge(samples, IDS, tmp_path / "other", loss_masks=MASKS)
     with pytest.raises(ShapeError, match="loss masks"):
-        exchange.export_specforge(samples, IDS, MASKS[:-1], tmp_path / "other", norm=norm)
+        exchange.export_specforge(samples, IDS, tmp_path / "other", loss_masks=MASKS[:-1], norm=norm)
+    with pytest.raises(UsageError, match="without a loss mask"):
+        exchange.export_specforge(samples, IDS, tmp_path / "other", norm=norm)
 
 
 def dumped(folder: Path, name: str = "a.pt", **changes: Any) -> Path:
@@ -197,7 +199,9 @@ def test_model_optimizer_after_the_norm(store: Any, tmp_path: Path) -> None:
     with DraftSamples.find(store, layers) as found:
         assert torch.equal(found.get(IDS[0]), ROWS[0])
         assert not found.prenorm
-        assert exchange.export_specforge(found, IDS[:1], MASKS[:1], tmp_path / "out") == 1
+        assert exchange.export_specforge(found, IDS[:1], tmp_path / "out") == 1
+        (file,) = (tmp_path / "out").iterdir()
+        assert torch.load(file, weights_only=True)["loss_mask"].tolist() == MASKS[0].astype(int).tolist()
         with pytest.raises(UsageError, match="before the model's final norm"):
             exchange.export_speculators(found, IDS[:1], tmp_path / "other")
     with pytest.raises(FormatError, match="by its number"):
@@ -212,8 +216,12 @@ class Executed:
 def test_model_optimizer(store: Any, tmp_path: Path) -> None:
     done = exchange.import_model_optimizer(store, dumped(tmp_path / "in"), LAYERS, model="tiny")
     assert (done.samples, done.stored) == (1, 1)
-    assert [mask.tolist() for mask in done.loss_masks.values()] == [MASKS[0].tolist()]
+    dumped(tmp_path / "in", "b.pt", input_ids=torch.tensor([3, 1, 2]), loss_mask=None)
+    done = exchange.import_model_optimizer(store, tmp_path / "in", LAYERS, model="tiny")
+    assert (done.samples, done.stored, done.loss_masks) == (2, 1, 1)
     with DraftSamples.find(store, LAYERS) as found:
+        assert found.loss_mask(IDS[0]).tolist() == MASKS[0].tolist()
+        assert found.loss_mask([3, 1, 2]) is None
         assert torch.equal(found.get(IDS[0]), ROWS[0])
 
 

@@ -37,7 +37,7 @@ class ImportedSamples:
     samples: int  # files
     stored: int  # of them, those that were new in any layer
     spaces: list[str]  # fingerprints, in the order of the layers
-    loss_masks: dict[bytes, NDArray[np.bool_]]  # of the files that have one, by the sample's key
+    loss_masks: int  # samples of which a file says what they are trained on: ``DraftSamples.loss_mask``
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,24 @@ def export_speculators(
 def export_specforge(
     samples: DraftSamples,
     token_ids: Sequence[Any],
-    loss_masks: Sequence[Any],
     folder: str | Path,
     *,
+    loss_masks: Sequence[Any] | None = None,
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Write SpecForge's offline features, a ``.ckpt`` a sample, which sort in the data set's order; return how many.
 
     Args:
-        token_ids, loss_masks: ``[tokens]`` of each sample.
+        token_ids: ``[tokens]`` of each sample.
         folder: new; it is SpecForge's ``hidden_states_path``.
+        loss_masks: ``[tokens]`` of each sample, 1 at what it is trained on; None for those that were stored.
         norm: the model's final norm, where the last rows are those before it: SpecForge's head takes rows after it.
 
     Raises:
         UsageError: the folder stands already; there is no norm where one is needed, or one where none is.
         ShapeError: samples and masks are not of one length.
+        UsageError: a sample's mask was not stored; the files before it stay.
         MissingEntryError, CorruptEntryError: a sample is absent or damaged; the files before it stay.
     """
     if samples.prenorm != (norm is not None):
@@ -138,18 +140,22 @@ def export_specforge(
             "SpecForge's head takes rows after the model's final norm: "
             + ("give it as norm=model.model.norm" if samples.prenorm else "these are, so leave norm out")
         )
-    masks = [np.asarray(mask).astype(np.int64) for mask in loss_masks]
-    if len(masks) != len(token_ids) or any(len(m) != len(ids) for m, ids in zip(masks, token_ids, strict=True)):
-        raise ShapeError(f"{len(token_ids)} samples and {len(masks)} loss masks: give each one number a token")
+    if loss_masks is not None:
+        lengths = [len(mask) for mask in loss_masks]
+        if lengths != [len(ids) for ids in token_ids]:
+            raise ShapeError(f"{len(token_ids)} samples and {len(lengths)} loss masks: give each one number a token")
 
     def write(number: int, ids: NDArray[np.int64], rows: torch.Tensor) -> None:
         last = rows[:, -1]
         if norm is not None:
             with torch.no_grad():
                 last = norm(last)
+        mask = samples.loss_mask(ids) if loss_masks is None else np.asarray(loss_masks[number])
+        if mask is None:
+            raise UsageError(f"sample {number} was stored without a loss mask: give loss_masks")
         features = {
             "input_ids": torch.from_numpy(ids),
-            "loss_mask": torch.from_numpy(masks[number]),
+            "loss_mask": torch.from_numpy(mask.astype(np.int64)),
             "hidden_state": last[None].contiguous(),
             "aux_hidden_state": rows[:, :-1].flatten(1)[None].contiguous(),
         }
@@ -184,7 +190,7 @@ def _stored(
     source: str,
     progress: Progress | None,
 ) -> ImportedSamples:
-    samples, stored, masks = None, 0, dict[bytes, NDArray[np.bool_]]()
+    samples, stored, masks = None, 0, 0
     try:
         for begin in range(0, len(files), _AT_ONCE):
             some = []
@@ -192,8 +198,6 @@ def _stored(
                 sample = read(path)
                 if sample.hidden_states.shape[1] != len(layers):
                     raise ShapeError(f"{path} has {sample.hidden_states.shape[1]} layers, and {len(layers)} are named")
-                if sample.loss_mask is not None:
-                    masks[document_key(sample.token_ids)] = sample.loss_mask
                 if samples is None:
                     dtype, hidden = stored_dtype(sample.hidden_states), sample.hidden_states.shape[2]
                     samples = DraftSamples.create(
@@ -203,7 +207,12 @@ def _stored(
                     raise ShapeError(f"{path} has rows of {sample.hidden_states.dtype}, and the first file of others")
                 some.append(sample)
             assert samples is not None
-            stored += samples.put([one.token_ids for one in some], [one.hidden_states for one in some])
+            masked = [one for one in some if one.loss_mask is not None]
+            for part in (masked, [one for one in some if one.loss_mask is None]):
+                given: Any = [one.loss_mask for one in part] if part is masked else None
+                ids, rows = [one.token_ids for one in part], [one.hidden_states for one in part]
+                stored += samples.put(ids, rows, loss_masks=given)
+            masks += len(masked)
             if progress is not None:
                 progress("import", begin + len(some), len(files))
     finally:

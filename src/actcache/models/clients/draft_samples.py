@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actcache.errors import ShapeError, SpaceNotFoundError, UsageError
 from actcache.format.arguments import is_whole
@@ -24,6 +25,9 @@ from actcache.store.store import Store
 #: A layer by its number (its output; the last one's is before the final norm), or a module's output by its path in the
 #: base model (``"norm"``: after the final norm).
 Layer = int | str
+
+#: Under which name the last layer's space keeps what a sample is trained on, token by token.
+LOSS_MASK = "loss_mask"
 
 _LOOKED_AT = 1000  # keys, to see whether spaces have documents in common
 
@@ -137,10 +141,27 @@ class DraftSamples:
             layers.append(rows.bfloat16() if space.recipe.dtype == "bfloat16" else rows)
         return torch.stack(layers, dim=1)
 
-    def put(self, token_ids: Sequence[Any], hidden_states: Sequence[Any], *, overwrite: bool = False) -> int:
+    def loss_mask(self, token_ids: Any) -> NDArray[np.bool_] | None:
+        """Return which of a sample's tokens are trained on, ``[tokens]``; None where that was not stored.
+
+        ``CorruptEntryError``: it fails its checksum.
+        """
+        read = self.spaces[-1].read_columns([document_key(np.asarray(token_ids))])
+        there = read.lengths[0] > 0 and LOSS_MASK in read.arrays
+        return read.arrays[LOSS_MASK].astype(bool) if there else None
+
+    def put(
+        self,
+        token_ids: Sequence[Any],
+        hidden_states: Sequence[Any],
+        *,
+        loss_masks: Sequence[Any] | None = None,
+        overwrite: bool = False,
+    ) -> int:
         """Store samples: ``[tokens]`` whole numbers and ``[tokens, layers, hidden]`` rows of each, on any device.
 
-        Returns how many were new in any layer; they are durable after ``flush``.
+        ``loss_masks`` are truth values of the tokens, ``[tokens]`` each, and a column of the last layer's space.
+        Returns how many samples were new in any layer; they are durable after ``flush``.
 
         Raises:
             ShapeError, NonFiniteError, StoreError: as ``Space.put``. A layer may then have samples that others lack;
@@ -158,7 +179,11 @@ class DraftSamples:
         new = 0
         for number, space in enumerate(self.spaces):
             layer = [rows[i][:, number] for i in which.values()]
-            new = max(new, space.put([*which], layer, [ids[i] for i in which.values()], overwrite=overwrite))
+            columns = None
+            if loss_masks is not None and space is self.spaces[-1]:
+                columns = {LOSS_MASK: [np.asarray(loss_masks[i]).astype(bool) for i in which.values()]}
+            kept = [ids[i] for i in which.values()]
+            new = max(new, space.put([*which], layer, kept, columns=columns, overwrite=overwrite))
         return new
 
     def flush(self) -> None:

@@ -147,7 +147,12 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
 
 
 def _keep_all_layers(base: PreTrainedModel, family: Family) -> None:
-    """Have training skip none of the layers: among them is the one that puts the rows in (wav2vec2 skips one in ten)."""
+    """Have training skip none of the layers: among them is the one that puts the rows in (wav2vec2 skips one in ten).
+
+    What training masks of features before the first layer (SpecAugment) has no features here.
+    """
+    if getattr(base.config, "apply_spec_augment", False):
+        base.config.apply_spec_augment = False
     of_layers = base.get_submodule(family.layers.rpartition(".")[0])
     owners = [of_layers, *([config] if (config := getattr(of_layers, "config", None)) is not None else [])]
     for owner in owners:

@@ -136,7 +136,7 @@ class LMDBSnapshot(Snapshot):
                 raise FormatError(f"{self._environment.data} holds arrays that this release does not know")
             nbytes = np.where(columns == kind, self._shapes.places(located.tokens, kind)["end"], nbytes)
         payload = words[first + _PAYLOAD_WORD]
-        good = payload < len(memory) if self._shapes.compressed else payload == 0
+        good: NDArray[np.bool_] = payload < len(memory) if self._shapes.compressed else payload == 0
         nbytes = nbytes + np.where(good, payload, 0).astype(np.int64)
         count = flags >> 32  # pages of the value
         good &= (

@@ -106,7 +106,7 @@ def _measured(
     sample = texts[:: -(-len(texts) // _SAMPLE)]
     timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
     tokens = round(sum(timing.lengths) / len(sample) * len(texts))
-    known = {"layer": layer, "device": device, "max_length": max_length}
+    known: dict[str, Any] = {"layer": layer, "device": device, "max_length": max_length}
     errors = errors_by_codec(model, sample, dtypes=planning.CODECS, **known)
     return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size), errors
 

@@ -291,7 +291,7 @@ class _Rejoined(Iterable[Document]):
         return itertools.chain(self._first, self._rest)
 
     def __length_hint__(self) -> int:
-        return self._length if self._length >= 0 else NotImplemented  # type: ignore[return-value]
+        return self._length if self._length >= 0 else NotImplemented
 
 
 def _peeked(texts: Iterable[Document], count: int) -> tuple[list[Document], Iterable[Document]]:

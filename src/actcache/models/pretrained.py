@@ -34,7 +34,7 @@ def load_pretrained(
     try:
         options = {} if dtype is None else {"dtype": dtype}
         model = AutoModel.from_pretrained(name, revision=revision, **options).eval()
-        kind = AutoTokenizer
+        kind: Any = AutoTokenizer
         if takes_features(model):
             kind = AutoImageProcessor if model.main_input_name == "pixel_values" else AutoFeatureExtractor
         tokenizer = kind.from_pretrained(name, revision=revision)

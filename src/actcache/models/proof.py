@@ -113,10 +113,10 @@ def _rows_proved(lower: LowerHalf, longest: int | None) -> Family:
             error,
         )
         family = lower.family = replace(family, equal_lengths=True)
-    for one, rows in zip(apart, apart_alone, strict=True):
+    for one, of_one in zip(apart, apart_alone, strict=True):
         together = lower.run([one, documents[0]])
         what = f"a document of {len(one)} tokens beside one of {len(documents[0])}"
-        _compare(what, [rows, alone[0]], together, tolerance, base, "max_length= may keep documents below that")
+        _compare(what, [of_one, alone[0]], together, tolerance, base, "max_length= may keep documents below that")
     many = some_tokens(base, _fitting([8] * _MANY, family, base), seed=3)
     some = [0, _MANY // 2, _MANY - 1]
     together = lower.run(many)
@@ -191,7 +191,7 @@ def way_in(family: Family) -> dict[str, Any]:
 
 def way_of(family: Family, way: dict[str, Any]) -> Family:
     """Return a family that is replayed in a way that was proved before."""
-    values = {name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY}
+    values: dict[str, Any] = {name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY}
     return replace(family, proved=True, **values)
 
 
@@ -267,7 +267,7 @@ def _unusable(model: nn.Module, kept: set[int]) -> Iterator[None]:
                     if tensor is None or not plain or id(tensor) in kept or not tensor.is_floating_point():
                         continue
                     before.append((tensors, name, tensor))
-                    nothing = torch.full((), math.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+                    nothing: Any = torch.full((), math.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     tensors[name] = nn.Parameter(nothing, requires_grad=False) if is_parameter else nothing
         yield

@@ -156,7 +156,7 @@ class Merger:
 
         origins, extra = _origins(group, standing)
         values = Pieces(np.dtype(dtype), (int(rows.tokens.sum()), *trailing), make)
-        ragged = {self._name: values, **self._small}
+        ragged: dict[str, Any] = {self._name: values, **self._small}
         bounds = offsets_of(rows.tokens) if self._name == PAYLOAD else None
         self.block = Block(keys, offsets_of(located.tokens), located.checksums, ragged, extra, origins, bounds)
 
@@ -174,7 +174,8 @@ class Merger:
             rows = located
             if self._name == PAYLOAD:
                 rows = written.frames(located)
-                same = same and np.array_equal(offsets_of(rows.tokens), self.block.payload_offsets)
+                bounds = self.block.payload_offsets
+                same = same and bounds is not None and np.array_equal(offsets_of(rows.tokens), bounds)
             if not same or list(map(_digest, self._pieces(written, rows))) != self._digests:
                 raise FormatError(f"{segment.files.where} is not what was read; its sources stay")
         finally:

@@ -63,7 +63,7 @@ test-quantized: $(READY)
 CLIENTS := $(VENV)/clients
 $(CLIENTS)/%/bin/python: $(READY)
 	rm -rf $(CLIENTS)/$* && $(BIN)/python -m venv $(CLIENTS)/$*
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		>$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth
 
 $(CLIENTS)/.sae: $(CLIENTS)/sae/bin/python

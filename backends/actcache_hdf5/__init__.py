@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 from h5py import h5d, h5p, h5s, h5t
 
-from actcache.backend import VALUES, Block, Extent, Layout, SegmentFiles, SegmentFormat
+from actcache.backend import Block, Extent, Layout, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError
 from actcache.format.ragged import Column, pieces
 from actcache.io.files import write_flowing
@@ -40,16 +40,17 @@ class HDF5Format(SegmentFormat):
 
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
         arrays = block.arrays()
+        first = next(iter(arrays))  # by far the largest
         with _Output(path) as output:
             with output.failures_kept(), h5py.File(output, "w", **_LAYOUT) as file:
                 offsets = {name: _allocate(file, name, array) for name, array in arrays.items()}
                 for name, array in arrays.items():
-                    if name != VALUES:
+                    if name != first:
                         file[name][...] = array
                 for name, text in metadata.items():
                     file.attrs.create(name, text.encode(), dtype=h5py.string_dtype(length=max(1, len(text.encode()))))
-            output.seek(offsets[VALUES])
-            for piece in pieces(arrays[VALUES]):
+            output.seek(offsets[first])
+            for piece in pieces(arrays[first]):
                 write_flowing(output.fileno(), piece)
 
     def layout(self, files: SegmentFiles) -> Layout:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from actcache.backend import Columns
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
+from actcache.format.ragged import EXTRAS, PAYLOAD, TOKEN_IDS, VALUES
 
 FORMAT_VERSION = 1
 PAGE_HEADER = 16  # bytes that LMDB puts before a value that has pages of its own
@@ -59,7 +59,8 @@ HEADER = np.dtype(
         ("key", "u1", KEY_BYTES),
         ("checksum", "<u8"),
         ("extra", "<u8"),
-        ("zeros", "u1", 32),
+        ("payload", "<u8"),  # bytes of the entry's frames; 0 where its rows are not compressed
+        ("zeros", "u1", 24),
     ]
 )
 _STATE = struct.Struct("<4sI7QQ")
@@ -135,28 +136,39 @@ def bits(names: Sequence[str] | Mapping[str, object]) -> int:
 
 
 class Shapes:
-    """Where each array of an entry lies in its value. Immutable."""
+    """Where each array of an entry lies in its value. Immutable.
+
+    Where rows are compressed, their frames come last: how long they are, only the entry's header says.
+    """
 
     def __init__(self, columns: Columns) -> None:
+        self.compressed = PAYLOAD in columns
+        self.item = np.dtype(columns[VALUES][0]).itemsize
         self.row_bytes = {
             name: np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=np.int64))
             for name, (dtype, trailing) in columns.items()
         }
 
     def places(self, tokens: NDArray[np.int64], columns: int) -> dict[str, NDArray[np.int64]]:
-        """Return where arrays begin after the page's first byte, by name and for each entry, and their ``"end"``.
+        """Return where arrays begin after the page's first byte, by name and for each entry, and their ``"end"``;
+        without frames.
 
-        Every array after the rows begins at a multiple of 8.
+        Every array after the first begins at a multiple of 8.
         """
         places: dict[str, NDArray[np.int64]] = {}
         position = np.full(len(tokens), ROWS_AT, np.int64)
-        for number, name in enumerate(COLUMNS):
-            if columns >> number & 1:
-                position = (position + 7) & ~7
-                places[name] = position
+        for name in self.order(columns):
+            position = (position + 7) & ~7
+            places[name] = position
+            if name != VALUES or not self.compressed:
                 position = position + tokens * self.row_bytes[name]
         places["end"] = position
         return places
+
+    def order(self, columns: int) -> list[str]:
+        """Return the names of an entry's arrays in the order in which they lie."""
+        names = [name for number, name in enumerate(COLUMNS) if columns >> number & 1]
+        return [*names[1:], VALUES] if self.compressed and names[:1] == [VALUES] else names
 
     def nbytes(self, tokens: int, columns: int) -> int:
         """Return the bytes of an entry's arrays, without header and padding."""

@@ -24,7 +24,7 @@ from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, O
 from actcache_lmdb.shared_environments import release, retain
 
 _MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each
-_EXTRA_WORD = (PAGE_HEADER + dict(HEADER.fields or {})["extra"][1]) // 8  # of an entry's pages
+_EXTRA_WORD, _PAYLOAD_WORD = ((PAGE_HEADER + dict(HEADER.fields or {})[n][1]) // 8 for n in ("extra", "payload"))
 _BITS = 8  # of ``EntryLocations.row``, below the entry's number: its columns
 
 
@@ -135,8 +135,11 @@ class LMDBSnapshot(Snapshot):
             if kind >> len(COLUMNS):
                 raise FormatError(f"{self._environment.data} holds arrays that this release does not know")
             nbytes = np.where(columns == kind, self._shapes.places(located.tokens, kind)["end"], nbytes)
+        payload = words[first + _PAYLOAD_WORD]
+        good = payload < len(memory) if self._shapes.compressed else payload == 0
+        nbytes = nbytes + np.where(good, payload, 0).astype(np.int64)
         count = flags >> 32  # pages of the value
-        good: NDArray[np.bool_] = (
+        good &= (
             inside
             & (number == pages)
             & (flags >> 16 & 0xFFFF == OVERFLOW)
@@ -167,9 +170,17 @@ class LMDBSnapshot(Snapshot):
                 begins = first.copy()
                 for kind in np.unique(kinds[found]).tolist():
                     begins += np.where(kinds == kind, self._shapes.places(located.tokens, kind)[name], 0)
-                columns.append(Column(buffer.strides[0], buffer, memory, begins))
+                column = Column(buffer.strides[0], buffer, memory, begins)
+                if name == VALUES and self._shapes.compressed:
+                    column = column._replace(sizes=self._payload(memory, first), item=self._shapes.item)
+                columns.append(column)
             digests = None if expected is None else expected.digests(list(out))
             return loops.gather(columns, located.tokens, offsets_of(located.tokens, width), digests)
+
+    def _payload(self, memory: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bytes of entries' frames, which begin with the pages at these bytes."""
+        words = memory[: len(memory) & ~7].view("<u8")
+        return words[first // 8 + _PAYLOAD_WORD].astype(np.int64)
 
     def read_ahead(self, located: EntryLocations) -> bool:
         if not hasattr(os, "posix_fadvise"):

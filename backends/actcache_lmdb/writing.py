@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lmdb
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from actcache.backend import Block
 from actcache.errors import ShapeError
+from actcache.format import frames
 from actcache.format.keys import KEY_BYTES, key_order
-from actcache.format.ragged import Pieces, pieces, runs
+from actcache.format.ragged import PAYLOAD, VALUES, Pieces, pieces, runs
 from actcache.io import loops
 from actcache_lmdb import record
 from actcache_lmdb.environment import pages_of
@@ -36,16 +38,24 @@ class BlockRecords:
     """
 
     def __init__(self, block: Block, shapes: record.Shapes, page_size: int) -> None:
-        self._order = [name for name in record.COLUMNS if name in block.columns]
+        self._shapes = shapes
         self.columns = record.bits(block.columns)
         self.tokens = np.diff(block.offsets)
+        self._order = shapes.order(self.columns)
+        self._offsets, self._row_bytes = block.offsets, shapes.row_bytes
+        self._payload = np.zeros(len(block), np.int64)
+        if shapes.compressed:
+            block = frames.compressed(block)
+            assert block.payload_offsets is not None
+            self._payload_offsets, self._payload = block.payload_offsets, np.diff(block.payload_offsets)
+            block = replace(block, columns={VALUES: block.columns[PAYLOAD], **block.columns})
         data = {name: b"".join(pieces(column)) for name, column in block.columns.items() if isinstance(column, Pieces)}
         self._data = {
             name: memoryview(data[name]) if name in data else next(pieces(block.columns[name])) for name in self._order
         }
-        self._offsets, self._row_bytes = block.offsets, shapes.row_bytes
-        self.nbytes = sum(len(part) for part in self._data.values())
+        self.nbytes = shapes.nbytes(int(self.tokens.sum()), self.columns)
         self._places = shapes.places(self.tokens, self.columns)
+        self._places["end"] = self._places["end"] + self._payload
         if len(block) and int(self._places["end"].max()) > _LARGEST:
             most = int(self._places["end"].max())
             raise ShapeError(f"an entry of {most} bytes is too large for lmdb, which takes 4 GiB: cut it up")
@@ -64,6 +74,7 @@ class BlockRecords:
         headers = np.zeros(len(self.records), record.HEADER)
         headers["magic"], headers["version"], headers["sequence"] = record.ENTRY_MAGIC, record.FORMAT_VERSION, sequence
         headers["key"] = self.records["key"]
+        headers["payload"] = self._payload
         for name in ("id", "tokens", "columns", "checksum", "extra"):
             headers[name] = self.records["head"][name]
         self._headers = headers
@@ -98,7 +109,10 @@ class BlockRecords:
             else:
                 after = begins + self._sizes[part]
             data = np.frombuffer(self._data[name], np.uint8)
-            _copy(data, self._offsets[:-1][part] * row_bytes, self.tokens[part] * row_bytes, out, before, after)
+            first, nbytes = self._offsets[:-1][part] * row_bytes, self.tokens[part] * row_bytes
+            if name == VALUES and self._shapes.compressed:
+                first, nbytes = self._payload_offsets[:-1][part], self._payload[part]
+            _copy(data, first, nbytes, out, before, after)
             before = after
 
 

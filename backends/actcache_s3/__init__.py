@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from actcache.backend import VALUES, Block, Layout, SegmentFiles, SegmentFormat
+from actcache.backend import Block, Layout, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError
 from actcache.format import safetensors
 from actcache.format.ragged import pieces
@@ -20,7 +20,7 @@ _MOST_HEADER = 1 << 20
 #: What is looked for first stands first; two numbers a row (spans) just before the rows, on a multiple of eight.
 _ORDER = (
     *("offsets", "checksums", "extra_checksums", "origins_checksum", "keys", "origin", "origin_entries"),
-    *("token_ids", "word_ids", "spans"),
+    *("payload_offsets", "token_ids", "word_ids", "spans"),
 )
 
 
@@ -32,9 +32,10 @@ class SafetensorsFormat(SegmentFormat):
 
     def write(self, path: Path, block: Block, metadata: Mapping[str, str]) -> None:
         arrays = block.arrays()
+        rows = next(iter(arrays))
         first = {name: arrays[name] for name in _ORDER if name in arrays}
         lead = sum(column.nbytes for column in first.values())
-        arrays = first | {VALUES: arrays[VALUES]} | dict(arrays)
+        arrays = first | {rows: arrays[rows]} | dict(arrays)
         described = [(name, column.dtype, tuple(column.shape)) for name, column in arrays.items()]
         with open(path, "xb") as file:
             file.write(safetensors.header(described, metadata, align=_PAGE, lead=lead))

@@ -26,7 +26,7 @@ def docstrings(most: int) -> tuple[list[str], list[int]]:
     return texts, [found[text] for text in texts]
 
 
-def arguments(about: str, documents: int = 400) -> argparse.Namespace:
+def arguments(about: str, documents: int = 240) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", help="name or folder; the packaged all-MiniLM-L6-v2 by default")
     parser.add_argument("--documents", type=int, default=documents)

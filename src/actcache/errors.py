@@ -181,6 +181,10 @@ class WorkerError(ModelError):
     """A process that computes for this one died, or failed with an error of another library."""
 
 
+class ErrorBudgetError(ModelError):
+    """Storing as asked would change the numbers by more than is allowed."""
+
+
 class VerificationError(ModelError):
     """Recomputed documents differ from the stored ones by more than the tolerance. ``report`` says by how much."""
 

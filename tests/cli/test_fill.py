@@ -204,7 +204,11 @@ def test_the_command_says_what_is_left_out_and_keeps_no_half_collection(tiny, co
     ("options", "code", "said"),
     [
         (["--layer", 1, "--layer", 1], 2, "different numbers"),
-        (["--layer", 1, "--layer", 4], 2, "one of 1..3"),
+        (["--layer", 1, "--layer", 5], 2, "has layers 1..4"),
+        (["--layer", "x"], 2, "a module is a --site"),
+        (["--layers", "all,1"], 2, "leave the others out"),
+        (["--site", "nowhere"], 2, "no module 'nowhere'"),
+        ([], 2, "which --layer"),
         (["--layer", 1, "--max-bytes", "much"], 2, "--max-bytes"),
         (["--layer", 1, "--devices", "nowhere"], 5, "nowhere"),
         (["--layer", 1, "--devices", "cpu,nowhere"], 2, "'nowhere' is no device"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+import actcache
 from actcache.cli import COMMANDS
+from actcache.cli.common import _Console
 from actcache.cli.reference import reference_text
 from tests.cli.running import cachectl
-from tests.support import ROOT
+from tests.support import ROOT, ids, key, recipe, rows
 
 
 def test_the_reference_is_up_to_date():
@@ -22,6 +26,8 @@ def test_every_command_describes_itself(command):
     assert f"Example: cachectl {name} " in shown.out
     assert "--json" in shown.out
     assert shown.out == cachectl(name, "-h").out
+    options = [line for line in shown.out.splitlines() if " --" in line and "--help" not in line]
+    assert not [line for line in options if re.search(r"<(list|str|int|path|bool)", line)], "types of Python's"
     assert name in cachectl("--help").out
 
 
@@ -41,3 +47,22 @@ def test_usage_errors_name_the_help():
     assert "--help" in cachectl("ls").refused(2)
     assert "--help" in cachectl("ls", "x", "--nonsense").refused(2)
     assert "--help" in cachectl("nonsense").refused(2)
+
+
+def test_the_version():
+    assert cachectl("--version").out == f"cachectl {actcache.__version__}\n"
+
+
+def test_inspect_fits_into_80_columns(tmp_path, monkeypatch):
+    """And neither numbers nor the model's name are lost."""
+    monkeypatch.setattr("actcache.cli.inspect.console", lambda: _Console(width=80))
+    made = recipe(model="sentence-transformers/all-MiniLM-L6-v2-of-a-long-name", layer=11)
+    with actcache.open(tmp_path / "store") as store, store.space(made) as space:
+        space.put([key(i) for i in range(1200)], [rows(1)] * 1200, [ids(1)] * 1200)
+    lines = cachectl("inspect", str(tmp_path / "store")).out.splitlines()
+    summary = "".join(line.replace(" ", "") for line in lines[:9])
+    assert "1,200" in summary
+    assert f"{1200 * len(rows(1)):,}" in summary
+    assert "all-MiniLM" in summary
+    assert "…" not in summary
+    assert max(map(len, lines[:9])) <= 80

@@ -19,6 +19,7 @@ NOT_IN_SHELL = (
     "flush again once the store is back",  # commands close their spaces, and then it is another error
     "recycler.",  # of recyclers that were made with a model of the user's own
     "space.delete(error.report.failed)",
+    "a reader reads ahead by a thread of its own",  # commands make no DataLoader
 )
 
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import actcache
 from actcache.errors import ActcacheError, DocumentError, KeyFormatError, RecipeError, UsageError
@@ -14,9 +15,13 @@ from tests.support import key, make_store, recipe, rows
 
 
 def test_a_dtype_is_a_name():
-    """NumPy's dtypes are equal to their names; in an identity they would be none."""
+    """NumPy's and torch's dtypes are taken by their names; in an identity they would be none."""
     for name in ("dtype", "compute_dtype"):
-        for value in (np.dtype("float16"), np.float16, None):
+        for value in (np.dtype("float16"), np.float16, torch.float16):
+            made = recipe(**{name: value})
+            assert made.identity()[name] == "float16"
+            assert type(getattr(made, name)) is str
+        for value in (None, np.dtype("int64"), np.float128, torch.int8, 16, float):
             with pytest.raises(RecipeError, match=f"^{name} .* is not one of"):
                 recipe(**{name: value})
         assert recipe(**{name: np.str_("float16")}).fingerprint == recipe(**{name: "float16"}).fingerprint

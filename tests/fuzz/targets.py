@@ -18,21 +18,26 @@ from actcache.admin.exchange import export_space, import_file
 from actcache.entries.entry import columns_of
 from actcache.errors import ActcacheError, DataError
 from actcache.format.keys import join_keys
+from actcache.format.ragged import PAYLOAD, VALUES
 from actcache.format.recipe import Recipe
+from actcache.io import loops
 from actcache.io.loops import Lookup
 from actcache.segments import registry, tombstones
 from actcache.segments.index import Table
 from actcache.segments.places import marker
 from actcache.segments.places.local_place import LocalSegment
+from actcache.segments.rows import ReadRows, RowPlan
 from actcache.segments.segment import Segment
 from actcache.store.collection import Collection
-from tests.support import compact, ids, key, put, recipe, rows
+from actcache.store.stored_errors import StoredErrors
+from tests.support import HIDDEN, compact, ids, key, put, recipe, rows
 from tests.support.backends import KINDS
 
 #: What ``tombstone.loads`` documents; its caller turns them into a ``FormatError``.
 _JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 COLUMNS = columns_of(recipe())
+CODECS = ("int8", "float16+zstd")  #: of further spaces in the store whose files are the seeds
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ def stores(name: str) -> Path:
             space.put([key(7)], [rows(7)], [ids(7)], spans=spans)
             space.flush()
             space.delete([key(1)])
+        for dtype in CODECS:
+            with store.space(recipe(dtype=dtype)) as space:
+                put(space, range(4))
         store.put_collection("named", [key(1), key(2)], ["one", "two"])
         store.put_collection("plain", [key(3)])
     return root
@@ -121,6 +129,58 @@ def one_file(backend: str) -> Target:
         look_through(backend, path, next((name for name in names() if name.encode() in data), names()[0]))
 
     return Target(parse, seeds)
+
+
+def compressed_segment() -> Target:
+    """A segment of a compressed space: its frames, and where they lie."""
+    one = recipe(dtype="float16+zstd")
+    columns = {**columns_of(one), PAYLOAD: ("|u1", ())}
+
+    @functools.cache
+    def files() -> list[Path]:
+        return sorted((stores("safetensors") / "spaces" / one.fingerprint / "segments").iterdir())
+
+    def parse(data: bytes) -> None:
+        path = work() / "segment-compressed"
+        path.write_bytes(data)
+        format = registry.load("safetensors")
+        segment = Segment.open(format, LocalSegment(path), files()[0].stem, one.fingerprint, columns)  # type: ignore[arg-type]
+        if segment.tokens > 1 << 16:  # whoever reads it asks for memory: what it may say is bounded by its frames
+            return
+        source = ReadRows([segment])
+        try:
+            offsets = segment.offsets()
+            plan = RowPlan(np.zeros(segment.entries, np.int64), offsets[:-1], np.diff(offsets))
+            source.gather(plan, {VALUES: np.empty((segment.tokens, HIDDEN), np.float16)}, None, None)
+        finally:
+            source.close()
+
+    return Target(parse, lambda: [path.read_bytes() for path in files()])
+
+
+def frames() -> Target:
+    """Frames of zstd as they lie in a payload, decompressed by the compiled loops."""
+    given = rows(3).astype(np.float16)
+
+    def parse(data: bytes) -> None:
+        out, memory = np.full((len(given) + 1, HIDDEN), 7, np.float16), np.frombuffer(data, np.uint8)
+        lengths, begins = np.array([len(given)]), np.zeros(1, np.int64)
+        column = loops.Column(2 * HIDDEN, out, memory, begins, None, None, np.array([len(data)]), 2)
+        if len(loops.gather([column], lengths, np.array([0, len(given)]))):
+            raise DataError("corrupt")
+        assert (out[-1] == 7).all()
+
+    return Target(parse, lambda: [loops.frames_of(given, np.array([0, given.nbytes]), 2)[0].tobytes()])
+
+
+def stored_errors() -> Target:
+    """What a space says of what storing did."""
+    good = {"format_version": 1, "dtype": "int8", "documents": 3, "tokens": 9, "bits": 8.1, "rows": 0.01, "worst": 0.02}
+
+    def parse(data: bytes) -> None:
+        StoredErrors.read(SimpleNamespace(blob=lambda name: data, recipe=recipe()))  # type: ignore[arg-type]
+
+    return Target(parse, lambda: [json.dumps(good).encode()])
 
 
 def zarr_folder() -> Target:
@@ -194,7 +254,7 @@ def the_recipe() -> Target:
         finally:
             opened._driver = driver
 
-    return Target(parse, lambda: bytes_of("hdf5", "spaces/*/recipe.json"), (ActcacheError,))
+    return Target(parse, lambda: bytes_of("hdf5", f"spaces/{recipe().fingerprint}/recipe.json"), (ActcacheError,))
 
 
 def export_file() -> Target:
@@ -247,6 +307,9 @@ def lmdb_state() -> Target:
 TARGETS: dict[str, Callable[[], Target]] = {
     "hdf5": lambda: one_file("hdf5"),
     "safetensors": lambda: one_file("safetensors"),
+    "compressed": compressed_segment,
+    "frames": frames,
+    "errors": stored_errors,
     "zarr": zarr_folder,
     "index": index,
     "tombstone": lambda: Target(tombstones.loads, lambda: bytes_of("hdf5", "spaces/*/tombstones/*.json"), _JSON),
@@ -259,7 +322,8 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "lmdb-meta": lmdb_meta,
     "lmdb-state": lmdb_state,
 }
-_NEEDS = {"safetensors": "safetensors", "zarr": "zarr", "lmdb-meta": "lmdb", "lmdb-state": "lmdb"}
+_NEEDS = {"safetensors": "safetensors", "compressed": "safetensors", "zarr": "zarr"}
+_NEEDS |= {"lmdb-meta": "lmdb", "lmdb-state": "lmdb"}
 
 
 def available(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Makes the golden stores of format version 1 anew, all that are installed or those that are named.
+"""Makes the golden stores of format versions 1 and 2 anew, all that are installed or those that are named.
 
     python -m tests.golden.make [backend ...]
 
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import actcache
 from tests.golden.reader import digests
@@ -26,9 +27,18 @@ HERE = Path(__file__).parent
 
 def stored(number, version, dtype):
     """A document as it is stored."""
-    values = rows(number, version)  # small integers: exact in every dtype
+    values = rows(number, version)  # small integers: exact in every float dtype
+    dtype = dtype.removesuffix("+zstd")
     if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
+    if dtype == "int8":
+        scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+        scales = (scales.view(np.uint32) + 0xFF & 0xFFFFFF00).view(np.float32)
+        return np.hstack([np.rint(values / scales).astype(np.int8).view(np.uint8), scales.view(np.uint8)])
+    if dtype == "float8_e4m3":
+        scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(448)
+        codes = torch.from_numpy(values / scales).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return np.hstack([codes, scales.view(np.uint8)])
     return values.astype(dtype)
 
 
@@ -75,6 +85,42 @@ def fill(store, dtype):
     return held
 
 
+def fill_a_little(store, dtype):
+    """A segment with all kinds of entries, compacted; and one more. Return what is then served."""
+    held = {}
+    with store.space(recipe(dtype=dtype)) as space:
+        put(space, range(6))
+        space.put([key(20)], [rows(20)])  # without token ids
+        extras = extras_of(21)
+        space.put([key(21)], [rows(21)], [ids(21)], **{name: [array] for name, array in extras.items()})
+        space.flush()
+        space.delete([key(4)])
+        compact(space)
+        put(space, [6, 2], version=1, overwrite=True)
+        space.flush()
+    for n, version in ((0, 0), (1, 0), (2, 1), (3, 0), (5, 0), (6, 1), (20, 0), (21, 0)):
+        held[key(n)] = {"values": stored(n, version, dtype)}
+        if n != 20:
+            held[key(n)]["token_ids"] = ids(n, version).astype(np.int32)
+    held[key(21)] |= extras
+    return held
+
+
+CODECS = ("int8", "float8_e4m3", "float16+zstd", "bfloat16+zstd", "int8+zstd")
+
+
+def make_codecs(name):
+    """The store of format version 2: beside a space of version 1, one of each codec."""
+    folder = HERE / name / "codecs"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    spaces = {}
+    with actcache.open(KINDS[name].url(folder / "store")) as store:
+        for dtype in ("float32", *CODECS):
+            spaces[recipe(dtype=dtype).fingerprint] = digests(fill_a_little(store, dtype))
+    finish(folder, {"spaces": spaces, "collections": {}})
+
+
 def make(name):
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -87,6 +133,11 @@ def make(name):
         store.put_collection("plain", keys[:2])
     hexed = [k.hex() for k in keys]
     held = {"spaces": spaces, "collections": {"named": [hexed, named], "plain": [hexed[:2], None]}}
+    finish(folder, held)
+    make_codecs(name)
+
+
+def finish(folder, held):
     (folder / "holds.json").write_text(json.dumps(held, indent=1) + "\n")
     shutil.rmtree(folder / "store/tmp", ignore_errors=True)
     for name in ("lock.mdb", "used.json"):  # mean nothing when nobody has the space open, nor ever looked at it
@@ -101,6 +152,8 @@ def files(root):
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or [kind.name for kind in KINDS.values() if kind.installed]:
-        make(chosen)
+    only_codecs = "--codecs" in sys.argv
+    named = [one for one in sys.argv[1:] if one != "--codecs"]
+    for chosen in named or [kind.name for kind in KINDS.values() if kind.installed]:
+        (make_codecs if only_codecs else make)(chosen)
         print(chosen, sum(path.stat().st_size for path in (HERE / chosen).rglob("*")), "bytes")

@@ -3,7 +3,7 @@
     python tests/golden/reader.py <store> [dump]
 
 Prints, as JSON, fingerprint -> key -> array -> [dtype, shape, SHA-256 of its bytes] of every entry that is served, and
-the collections. Imports the storage libraries, NumPy and xxhash alone.
+the collections. Imports the storage libraries, NumPy, xxhash and, for compressed spaces, zstandard alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ FIXED = {
     "origin_entries",
     "sources",
     "origins_checksum",
+    "payload_offsets",
 }
 P = [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5]
 
@@ -68,8 +69,9 @@ def read_store(root):
     spaces = {}
     for folder in sorted((root / "spaces").iterdir()):
         description = json.loads((folder / "recipe.json").read_text())
-        assert description["format_version"] == 1
         identity = description["identity"]
+        of_before = {identity["dtype"], *identity.get("via", [])} <= {"float32", "float16", "bfloat16"}
+        assert description["format_version"] == (1 if of_before else 2)
         person = b"actcache/recipe"
         assert hashlib.blake2b(canonical(identity), digest_size=16, person=person).hexdigest() == folder.name
         if marker["backend"] == "lmdb":
@@ -105,7 +107,11 @@ def read_segments(folder, identity, suffix, read):
             origin = (
                 (origins[arrays["origin"][i]], int(arrays["origin_entries"][i])) if "origin" in arrays else (name, i)
             )
-            entry = {n: a[offsets[i] : offsets[i + 1]] for n, a in arrays.items() if n not in FIXED}
+            entry = {n: a[offsets[i] : offsets[i + 1]] for n, a in arrays.items() if n not in {*FIXED, "payload"}}
+            if "payload" in arrays:
+                begin, end = arrays["payload_offsets"][i : i + 2].tolist()
+                frames, tokens = arrays["payload"][begin:end].tobytes(), offsets[i + 1] - offsets[i]
+                entry["values"] = decompressed(frames, tokens, identity)
             extra = int(arrays["extra_checksums"][i]) if "extra_checksums" in arrays else None
             check(folder.name, identity, key, entry, int(arrays["checksums"][i]), extra)
             if origin not in dead and origin >= origins_of.get(key, ("", 0)):  # the copy of the last origin is served
@@ -113,12 +119,33 @@ def read_segments(folder, identity, suffix, read):
     return held
 
 
+def form(identity):
+    """Return the dtype of a space's stored rows, and how many items each has."""
+    dtype, hidden = STORED[identity["dtype"].removesuffix("+zstd")], identity["hidden_size"]
+    return dtype, hidden + 4 if dtype == "|u1" else hidden  # the codes, and the scale as float32
+
+
+def decompressed(frames, tokens, identity):
+    """Return an entry's rows from its frames: one for the first bytes of all numbers, one for the second ones, ..."""
+    import zstandard
+
+    dtype, width = form(identity)
+    planes = []
+    for _ in range(np.dtype(dtype).itemsize):
+        assert zstandard.frame_content_size(frames) == tokens * width
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+        planes.append(np.frombuffer(decoder.decompress(frames), np.uint8))
+        frames = decoder.unused_data
+    assert not frames
+    return np.stack(planes, axis=1).reshape(-1).view(dtype).reshape(tokens, width)
+
+
 def names(array):
     """Return names of segments from their 14 bytes each."""
     return [f"{(text := row.tobytes().hex())[:12]}-{text[12:]}" for row in array]
 
 
-STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|u1", "float8_e4m3": "|u1"}
 COLUMNS = {
     "values": None,
     "token_ids": ("<i4", ()),
@@ -148,7 +175,7 @@ def read_lmdb(folder, identity):
                     continue
                 value = txn.get(number.to_bytes(8, "big"), db=entries)
                 assert struct.unpack_from("<4sIQII", value) == (b"ACTE", 1, number, tokens, columns)
-                entry = ragged(value, tokens, columns, STORED[identity["dtype"]], identity["hidden_size"])
+                entry = ragged(value, tokens, columns, identity)
                 has_extras = not {"spans", "word_ids", "type_ids"}.isdisjoint(entry)
                 check(folder.name, identity, key, entry, checksum, extra if has_extras else None)
                 held[key] = entry
@@ -163,15 +190,21 @@ def head_check(key, head):
     return total % 2**64
 
 
-def ragged(value, tokens, columns, dtype, hidden):
+def ragged(value, tokens, columns, identity):
     arrays, at = {}, 112
+    dtype, width = form(identity)
+    payload = struct.unpack_from("<Q", value, 80)[0]
+    assert bool(payload) == identity["dtype"].endswith("+zstd")
     for bit, (name, described) in enumerate(COLUMNS.items()):
-        if columns >> bit & 1:
-            kind, trailing = described or (dtype, (hidden,))
+        if columns >> bit & 1 and not (payload and name == "values"):
+            kind, trailing = described or (dtype, (width,))
             at = -(-at // 8) * 8
             array = np.frombuffer(value, kind, tokens * int(np.prod(trailing)), at).reshape(tokens, *trailing)
             arrays[name] = array
             at += array.nbytes
+    if payload:  # behind all others
+        at = -(-at // 8) * 8
+        arrays["values"] = decompressed(bytes(value[at : at + payload]), tokens, identity)
     return arrays
 
 

@@ -375,7 +375,8 @@ print(loops.missing)
 def test_the_structures_are_those_of_the_library():
     """A field that one side lacks would shift all behind it."""
     assert loops._library.act_sizes
-    kinds = (loops._Table, loops._Lookup, loops._Column, loops._Batch, loops._Reading, loops._Scatter)
+    kinds = (loops._Table, loops._Lookup, loops._Column, loops._Batch, loops._Reading)
+    kinds += (loops._Scatter, loops._Conversion, loops._Framing)
     sizes = (ctypes.c_int64 * len(kinds))()
     loops._library.act_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(kind) for kind in kinds]

@@ -108,6 +108,8 @@ def test_what_is_refused(model: PreTrainedModel, tokenizer: Any, tmp_path: Path,
 
     def spoiled(self: LowerHalf, *args: Any) -> Any:
         found: Any = original(self, *args)
+        if self._company is not None:  # the canaries
+            return found
         return {site: [rows * np.nan for rows in found[site]] if len(found) > 1 else found[site] for site in found}
 
     with monkeypatch.context() as patch:

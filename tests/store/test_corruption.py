@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import actcache
-from tests.support import check, compact, damage, key, put, recipe, run
+from tests.support import check, compact, damage, key, put, recipe, run, stored_as
 from tests.support.backends import each
 
 pytestmark = pytest.mark.processes
@@ -45,6 +45,22 @@ def examine(kind, golden, work, first, last):
     code = "import sys; from tests.support.damage import main; main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))"
     out = run(code, kind.name, golden, work, first, last, timeout=60 + last - first)
     return Counter(json.loads(out.splitlines()[-1]))
+
+
+@pytest.mark.timeout(250)
+@each(everyday=("safetensors", "lmdb"))
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [
+        ("int8+zstd", 15),
+        *(pytest.param(dtype, 150, marks=pytest.mark.long) for dtype in ("int8", "float16+zstd", "int8+zstd")),
+    ],
+)
+def test_damages_of_codecs(kind, work, dtype, count):
+    with stored_as(dtype):
+        damage.make(kind, work / "whole")
+        counts = examine(kind, work / "whole", work / "work", 0, count)
+    assert counts["right"] > count * len(kind.options) * 8
 
 
 @pytest.mark.timeout(250)

@@ -24,7 +24,7 @@ import pytest
 
 import actcache
 from actcache.segments.segment import is_name
-from tests.support import MEMORY_FOLDER, PYTHONPATH, ROOT, check, ids, key, put, recipe, rows, run
+from tests.support import MEMORY_FOLDER, PYTHONPATH, ROOT, check, ids, key, put, recipe, rows, run, stored_as
 from tests.support.backends import Kind, each
 
 pytestmark = pytest.mark.processes
@@ -212,12 +212,26 @@ def test_killed_writers(kind, in_memory, count):
     crashes.finish()
 
 
+@pytest.mark.timeout(240)
+@each(everyday=("lmdb",))
+@pytest.mark.parametrize(
+    "dtype", ["int8+zstd", *(pytest.param(one, marks=pytest.mark.long) for one in ("int8", "float16+zstd"))]
+)
+def test_killed_writers_of_codecs(kind, in_memory, dtype):
+    with stored_as(dtype):
+        crashes = Crashes(kind, in_memory / "store", 4)
+        crashes.rounds(5)
+        assert crashes.heard["done"] > 5
+        crashes.finish()
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @each()
-@pytest.mark.parametrize("seed", [2, 3])
-def test_killed_writers_two_hundred_times(kind, tmp_path, seed):
-    crashes = Crashes(kind, tmp_path / "store", seed)
-    crashes.rounds(200)
-    assert crashes.heard["done"] > 300
-    crashes.finish()
+@pytest.mark.parametrize(("seed", "dtype"), [(2, "float32"), (3, "float32"), (5, "int8+zstd")])
+def test_killed_writers_two_hundred_times(kind, tmp_path, seed, dtype):
+    with stored_as(dtype):
+        crashes = Crashes(kind, tmp_path / "store", seed)
+        crashes.rounds(200)
+        assert crashes.heard["done"] > 300
+        crashes.finish()

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import actcache
 from actcache.testing.memory import backend as memory
-from tests.support import ids, key, put, recipe, rows
+from tests.support import ids, key, put, recipe, rows, stored_as
 from tests.support.backends import KINDS
 
 pytestmark = pytest.mark.processes
@@ -187,8 +187,26 @@ def test_any_sequence_of_operations(name):
     run(name, 5, 25)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("hdf5", "int8"), ("safetensors", "float16+zstd"), ("lmdb", "int8+zstd")),
+        *(
+            pytest.param(name, dtype, marks=pytest.mark.long)
+            for name in KINDS
+            for dtype in ("int8", "float16+zstd", "int8+zstd")
+        ),
+    ],
+)
+def test_any_sequence_of_operations_on_codecs(name, dtype):
+    with stored_as(dtype):
+        run(name, 2, 25)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["ram", *KINDS])
-def test_many_sequences_of_operations(name):
-    run(name, 1000, 50)
+@pytest.mark.parametrize("dtype", ["float32", "int8", "float32+zstd", "int8+zstd"])
+def test_many_sequences_of_operations(name, dtype):
+    with stored_as(dtype):
+        run(name, 1000 if dtype == "float32" else 250, 50)

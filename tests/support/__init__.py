@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,24 @@ ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
+#: How ``recipe`` stores rows: a test that is run for several codecs sets it (``stored_as``), for its processes, too.
+DTYPE = "ACTCACHE_TEST_DTYPE"
+
+
 def recipe(**changes: Any) -> actcache.Recipe:
-    return actcache.Recipe(**{"model": "tests", "layer": 1, "hidden_size": HIDDEN, "dtype": "float32", **changes})
+    dtype = os.environ.get(DTYPE, "float32")
+    return actcache.Recipe(**{"model": "tests", "layer": 1, "hidden_size": HIDDEN, "dtype": dtype, **changes})
+
+
+@contextmanager
+def stored_as(dtype: str) -> Iterator[None]:
+    """Have ``recipe`` be of this codec, and ``rows`` exact in it, here and in processes that are started here."""
+    before = os.environ.get(DTYPE)
+    os.environ[DTYPE] = dtype
+    try:
+        yield
+    finally:
+        os.environ.pop(DTYPE) if before is None else os.environ.update({DTYPE: before})
 
 
 def key(number: int) -> bytes:
@@ -37,9 +55,12 @@ def length(number: int, version: int = 0) -> int:
 
 
 def rows(number: int, version: int = 0) -> np.ndarray:
-    """The activations of a document: small integers, exact in every codec."""
+    """The activations of a document: small integers, exact in float16 and bfloat16; and in what ``stored_as`` says."""
     rng = np.random.default_rng([number, version])
-    return rng.integers(-100, 100, (length(number, version), HIDDEN)).astype(np.float32)
+    made = rng.integers(-100, 100, (length(number, version), HIDDEN)).astype(np.float32)
+    if os.environ.get(DTYPE, "").startswith("int8"):
+        made[:, 0] = 127  # so that the scale is 1
+    return made
 
 
 def ids(number: int, version: int = 0) -> np.ndarray:

@@ -194,7 +194,7 @@ def read(url: str, what: str, counts: Counter, *, same_alone: bool, **options) -
             out = np.empty((26, max(1, int(lengths.max())), rows(0).shape[1]), np.float32)
             refused: set[bytes] = set()
             try:
-                space.read_into([key(n) for n in numbers], out)
+                space.read_into([key(n) for n in numbers], out, dtype="float32")
             except CorruptEntryError as error:
                 refused = set(error.keys)
             assert refused == corrupt or not same_alone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,11 @@ from actcache.format.arguments import nbytes_of as size_of
 from actcache.format.keys import Windows
 from actcache.models.budget import RESERVE, taken
 from actcache.models.documents import chunked, document_keys, streamed
+from actcache.models.families import base_model_of, family_of
+from actcache.models.lower_half import LowerHalf
 from actcache.models.pretrained import load_pretrained
 from actcache.models.recycler import Recycler
-from actcache.models.recyclers import checked_layers
+from actcache.models.sites import depth_of, expanded, several
 from actcache.models.timing import measure
 from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
@@ -32,9 +34,9 @@ class Forecast:
     """What a fill would do."""
 
     documents: int  # given, each counted once
-    present: int  # of those, stored already, at all the layers
+    present: int  # of those, stored already, at all the sites
     tokens: int  # about, of the others; of windows, without what they share
-    nbytes: int  # about, that the others take, at all the layers where they are missing
+    nbytes: int  # about, that the others take, at all the sites where they are missing
     seconds: float  # about, by computing some of them here; tokenizing and writing are not counted
     fits: int | None = None  # about how many of the others a bound on the bytes has room for; None without one
 
@@ -44,8 +46,10 @@ class _Lookup:
     """What of a corpus is there, and what is missing."""
 
     documents: int = 0
-    lacking: Counter[int] = field(default_factory=Counter)  # documents by layer
-    deepest: Counter[int] = field(default_factory=Counter)  # documents by the deepest layer where they are missing
+    lacking: Counter[str] = field(default_factory=Counter)  # documents by site
+    deepest: Counter[int] = field(
+        default_factory=Counter
+    )  # documents by the layers below the last site that lacks them
     sample: list[str] = field(default_factory=list)  # of those that are missing
 
     @property
@@ -58,7 +62,8 @@ def forecast(
     texts: Iterable[str],
     model: str,
     *,
-    layers: Sequence[int],
+    layers: Sequence[int | str] | str = (),
+    sites: Sequence[str] = (),
     dtype: str | None = None,
     devices: Sequence[str | None] = (None,),
     max_length: int | None = None,
@@ -70,56 +75,64 @@ def forecast(
     The texts are streamed; a key of each is held. The time is divided by the number of different ``devices``: processes
     on the CPU share its cores.
     """
-    layers = checked_layers(layers)
+    given = several(layers, sites)
     documents = streamed(texts)
     limit = None if max_bytes is None else size_of("max_bytes", max_bytes)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long}
     spec = too_long if isinstance(too_long, Windows) else None
     with ExitStack() as stack:
-        spaces: dict[int, Space] = {}
+        loaded = load_pretrained(model, [], devices[0], None)
+        base = base_model_of(loaded[0])
+        family = family_of(base)
+        halves = {str(half.site): half for half in (LowerHalf(base, family, w) for w in expanded(base, family, given))}
+        depths = {name: depth_of(base, family, half.site) for name, half in halves.items()}
+        spaces: dict[str, Space] = {}
         used = 0
         opened = None
         with suppress(StoreNotFoundError):
             opened = stack.enter_context(open_store(store, mode="r"))
         if opened is not None:
-            loaded = load_pretrained(model, layers, devices[0], None)
-            for layer in layers:
+            for name in halves:
                 with suppress(SpaceNotFoundError):
-                    spaces[layer] = stack.enter_context(Recycler(*loaded, layer=layer, store=opened, **options)).space
+                    spaces[name] = stack.enter_context(Recycler(*loaded, site=name, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        found = _look_up(documents, layers, spaces, spec)
+        found = _look_up(documents, depths, spaces, spec)
     if not found.missing:
         return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
     last = max(found.deepest)
+    deepest = next(half.site for name, half in halves.items() if depths[name] == last)
     longest = max_length if spec is None else None
-    timing = measure(model, found.sample, layer=last, device=devices[0], max_length=longest)
+    timing = measure(model, found.sample, layer=deepest, device=devices[0], max_length=longest)
     length = sum(timing.lengths) / len(timing.lengths)
-    sizes = [CorpusSize(count, round(count * length)) for count in found.lacking.values()]
-    nbytes = sum(nbytes_of(size, timing.hidden_size, dtype or timing.dtype) for size in sizes)
+    sizes = {name: CorpusSize(count, round(count * length)) for name, count in found.lacking.items()}
+    kind = dtype or timing.dtype
+    nbytes = sum(nbytes_of(size, halves[name].hidden_size, kind) for name, size in sizes.items())
     # Layers cost about the same each.
-    layers_of_tokens = sum(count * length * layer for layer, count in found.deepest.items())
-    seconds = layers_of_tokens * timing.lower / last / len(set(devices))
+    layers_of_tokens = sum(count * length * (depth or 1) for depth, count in found.deepest.items())
+    seconds = layers_of_tokens * timing.lower / (last or 1) / len(set(devices))
     room = None if limit is None else max(0, limit - RESERVE - used)
     fits = None if room is None else min(found.missing, room * found.missing // nbytes)
     present = found.documents - found.missing
     return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
 
 
-def _look_up(texts: Iterator[str], layers: Sequence[int], spaces: dict[int, Space], spec: Windows | None) -> _Lookup:
+def _look_up(
+    texts: Iterator[str], depths: Mapping[str, int], spaces: Mapping[str, Space], spec: Windows | None
+) -> _Lookup:
     found = _Lookup()
     seen: set[bytes] = set()
     chance = random.Random(0)
     for first, chunk in chunked(texts, _CHUNK):
         new = {key: text for text, key in zip(chunk, document_keys(chunk, first), strict=True) if key not in seen}
         seen.update(new)
-        missing: dict[bytes, int] = {}  # the deepest layer
-        for layer in layers:
-            there = find_entries(spaces[layer], list(new), spec) if layer in spaces else [[]] * len(new)
+        missing: dict[bytes, int] = {}  # how deep
+        for name, depth in depths.items():
+            there = find_entries(spaces[name], list(new), spec) if name in spaces else [[]] * len(new)
             lacking = [key for key, entries in zip(new, there, strict=True) if not entries]
-            found.lacking[layer] += len(lacking)
-            missing.update({key: max(layer, missing.get(key, 0)) for key in lacking})
-        for key, layer in missing.items():
-            found.deepest[layer] += 1
+            found.lacking[name] += len(lacking)
+            missing.update({key: max(depth, missing.get(key, 0)) for key in lacking})
+        for key, depth in missing.items():
+            found.deepest[depth] += 1
             if len(found.sample) < _SAMPLE:
                 found.sample.append(new[key])
             elif (place := chance.randrange(found.missing)) < _SAMPLE:  # each has the same chance to be in the sample

@@ -25,12 +25,14 @@ from actcache.format.keys import key_array, key_list
 from actcache.format.ragged import offsets_of, runs
 from actcache.format.recipe import Recipe
 from actcache.segments import registry
+from actcache.store import stored_errors
 from actcache.store.collection import Collection
 from actcache.store.space import Space
 from actcache.store.store import Store
 
 _PIECE_BYTES = 32 << 20  # of rows that are read by one call
 _COLUMNS = (TOKEN_IDS, *sorted(EXTRAS))
+ERRORS = stored_errors.BLOB_NAME
 _NOT_COPIED = {"recipe.json", "used.json", "pinned.json"}  # the target's space has its own
 
 #: Keys, ``[n, 32]``, and the names of the optional arrays that all their entries have.
@@ -86,6 +88,7 @@ def migrate(
     *,
     prefixes: Sequence[str] = (),
     dtype: str | None = None,
+    force: bool = False,
     segment_bytes: int = SEGMENT_BYTES,
     progress: Progress | None = None,
 ) -> Migration:
@@ -97,15 +100,22 @@ def migrate(
         source: opened with ``mode="r"``, better, though nothing is written to it either way.
         dtype: how the target stores rows; None keeps each space's own. Another dtype is another recipe, and not always
             that of rows which were computed for it: see ``Recipe.stored_again``.
+        force: whether rows that a codec has scaled before (``int8``, ...) may be stored as yet another lossy one.
         segment_bytes: of the target, see ``Store.space``.
 
     Raises:
-        UsageError: a prefix fits no space, or two spaces would become one (see ``collisions``): nothing was copied; a
-            row is too large for the dtype: what was copied before stays.
+        UsageError: a prefix fits no space, or two spaces would become one (see ``collisions``), or lossy rows would
+            become lossy ones once more: nothing was copied; a row is too large for the dtype: what was copied before
+            stays.
         StoreError: disk full, network, ...: likewise.
     """
     for collision in collisions(source, target.url, prefixes=prefixes, dtype=dtype):
         raise UsageError(f"{collision}: name one of them in prefixes, and give the other another target")
+
+    if dtype is not None and not force:
+        for fingerprint in select_spaces(source, prefixes):
+            with suppress(DataError):
+                _check_loss(source.recipe(fingerprint), dtype)
 
     def copy(space: Space) -> SpaceMigration:
         with target.space(_recipe_for(space.recipe, dtype), segment_bytes=segment_bytes) as other:
@@ -145,6 +155,17 @@ def collisions(
     ]
 
 
+def _check_loss(recipe: Recipe | None, dtype: str) -> None:
+    """Refuse to lose digits twice: a codec that scales rows takes those that were computed, not another one's."""
+    if recipe is None or codec.base(dtype) == codec.base(recipe.dtype) or codec.get(dtype).rounds_alone:
+        return
+    if lossy := [one for one in (*recipe.via, recipe.dtype) if not codec.get(one).rounds_alone]:
+        raise UsageError(
+            f"space {recipe.fingerprint[:12]} is {recipe.stored_as}, and {dtype} would take digits from what "
+            f"{lossy[-1]} has left: migrate a space of floats, or force it (--force)"
+        )
+
+
 def _location(url: str | Path) -> str:
     return registry.parse(str(registry.resolve(url)))[1]
 
@@ -156,7 +177,8 @@ def _recipe_for(recipe: Recipe, dtype: str | None) -> Recipe:
 def _copy_blobs(store: Store, source: Space, target: Space) -> None:
     for path in store.driver.blobs(f"spaces/{source.recipe.fingerprint}"):
         name = path.rpartition("/")[2]
-        data = source.blob(name) if name not in _NOT_COPIED else None
+        foreign = name == ERRORS and source.recipe != target.recipe  # measured for another codec
+        data = source.blob(name) if name not in _NOT_COPIED and not foreign else None
         if data is not None:
             target.put_blob(name, data)
 
@@ -354,7 +376,7 @@ class _PartReader:
     def _convert(self, keys: NDArray[np.uint8], packed: PackedEntries, out: NDArray[Any]) -> None:
         """Convert rows to the target's dtype, entry by entry, so that an error names the document."""
         rows = packed.columns[VALUES]
-        if self._from.name == self._to.name:
+        if self._from.form == self._to.form:
             out[:] = rows
             return
         rows = self._from.decode(rows)

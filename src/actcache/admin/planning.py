@@ -10,12 +10,16 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from actcache.errors import UsageError
 from actcache.format import codec
 from actcache.io.files import translated
+from actcache.store.stored_errors import StoredErrors
 
 GIB = 1 << 30
 HOUR = 3600.0
@@ -95,7 +99,8 @@ class Estimate:
 
 def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str) -> int:
     """Return about what a corpus's entries take, token ids and what is beside them included."""
-    row = codec.get(dtype).stored.itemsize * hidden_size
+    kind = codec.get(dtype)
+    row = kind.stored.itemsize * kind.width(hidden_size)
     return corpus.tokens * (row + _TOKEN_ID_BYTES) + corpus.documents * _SMALL_BYTES
 
 
@@ -130,6 +135,69 @@ def months_between(saved: float, device_hour: float, nbytes: float, gib_month: f
     """
     storage = nbytes / GIB * gib_month
     return saved / HOUR * device_hour / storage if storage else math.inf
+
+
+#: The codecs that a plan compares.
+CODECS = ("float32", "float16", "bfloat16", "int8", "float8_e4m3")
+_DECODED_BYTES = 2 << 20  # of rows, by one thread, from and to the processor's caches
+
+
+@dataclass(frozen=True)
+class CodecEstimate:
+    """What a cache takes and gives with one codec."""
+
+    dtype: str
+    estimate: Estimate
+    read: float  # bytes of computed rows (float32) a second that the disk gives when they are stored so
+    decode: float  # stored bytes a second that one thread makes float32 of
+    rows_error: float | None  # relative, of a sample; None where nothing was measured
+    hidden_error: float | None  # of the final hidden states
+    refused: bool  # whether it refuses rows of the sample
+
+
+def by_codec(
+    corpus: CorpusSize,
+    model: ModelCosts,
+    disk: Disk,
+    errors: Mapping[str, StoredErrors | None],
+    *,
+    devices: int = 1,
+    prices: Prices | None = None,
+) -> list[CodecEstimate]:
+    """Say for each of ``CODECS`` what a cache takes and gives, and how fast it is decoded on this machine.
+
+    ``errors``: what was measured of each; None for those that refuse rows of the sample.
+    """
+    found = []
+    for dtype in CODECS:
+        known = errors.get(dtype)
+        kind = codec.get(dtype)
+        row_bytes = kind.stored.itemsize * kind.width(model.hidden_size)
+        found.append(
+            CodecEstimate(
+                dtype,
+                estimate(corpus, model, dtype, disk, devices=devices, prices=prices),
+                disk.read * 4 * model.hidden_size / row_bytes,
+                decode_speed(dtype, model.hidden_size),
+                None if known is None else known.rows,
+                None if known is None else known.hidden,
+                dtype in errors and known is None,
+            )
+        )
+    return found
+
+
+def decode_speed(dtype: str, hidden_size: int) -> float:
+    """Return how many stored bytes a second one thread makes float32 of."""
+    kind = codec.get(dtype)
+    count = max(1, _DECODED_BYTES // (kind.stored.itemsize * kind.width(hidden_size)))
+    stored = kind.stored_rows(np.random.default_rng(0).standard_normal((count, hidden_size), np.float32))
+    out, best = np.empty((count, hidden_size), np.float32), math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        codec.decode_as(kind, stored, "float32", out)
+        best = min(best, time.perf_counter() - began)
+    return stored.nbytes / best
 
 
 def measure_disk(folder: Path, nbytes: int = 256 << 20) -> Disk:

@@ -10,9 +10,11 @@ import contextlib
 import logging
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
+import actcache
 from actcache.cli import (
     bench,
     compact,
@@ -31,6 +33,7 @@ from actcache.cli import (
     verify,
 )
 from actcache.cli.common import ExitCode
+from actcache.cli.options import name_values
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
 
 EXIT_CODES = " ".join((__doc__ or "").partition("\n\n")[2].split())
@@ -48,11 +51,22 @@ COMMANDS = (
     *(export.export, export.import_, prune.prune, pin.pin, pin.unpin, plan.plan, bench.bench, doctor.doctor),
 )
 for _command in COMMANDS:
+    name_values(_command)
     app.command()(_command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cachectl {actcache.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Keeps the commands' names also where there is only one."""
 
 

@@ -51,7 +51,7 @@ def bench(
     ] = "1GiB",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; intervals mean little with fewer than 9.")] = 15,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Also draw it: a .png, .svg or .pdf file (needs actcache[plots]).")
+        Path | None, typer.Option("--plot", help="Also draw it: a .png, .svg or .pdf file (needs the extra plots).")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch folder where it is.")] = False,
     as_json: options.Json = False,

@@ -86,12 +86,29 @@ def fill(
     ],
     model: Annotated[str, typer.Option(help="Model id or folder.")],
     layer: Annotated[
-        list[int],
+        list[str] | None,
         typer.Option(
-            help="Record the output of this layer, 1 to N-1; may be repeated: one pass records all, a space each."
+            "--layer",
+            "--layers",
+            help="Record the output of this layer: 1 to N, 0 for what goes into layer 1, -1 for N, last for what comes "
+            "after the final norm. Several (3,6,last), all, or the option again: one pass records all, a space each.",
         ),
-    ],
-    dtype: Annotated[str | None, typer.Option(help="float16, float32 or bfloat16; default: the model's.")] = None,
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Record the output of this module (layers.5.mlp), or what it is given (layers.5.mlp:input); may be "
+            "repeated."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="How rows are stored: float16, int8, ...; default: the model's.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(min=0, help="Relative error that storing may make, measured on the first documents; else refuse."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Of what: rows, or hidden (the final hidden states).")] = "rows",
     field: options.Field = None,
     id_field: Annotated[str | None, typer.Option(help="The column or field of the documents' ids.")] = None,
     format: options.Format = None,
@@ -146,6 +163,9 @@ def fill(
     places = [] if devices is None else [name.strip() for name in devices.split(",")]
     if len(places) > 1:
         parallel.check_devices(places)
+    where: dict[str, Any] = {"layers": _layers(layer or []), "sites": site or []}
+    if not (layer or site):
+        raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
     settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
     documents = corpus.read(source, field, id_field, format)
     notes = None if collection is None else _Notes()
@@ -153,19 +173,21 @@ def fill(
     count = corpus.count(source, field, format)
     texts = _Streamed(streamed) if count is None else _Counted(streamed, count)
     if dry_run:
-        found = forecast(store, texts, model, layers=layer, devices=places or [None], max_bytes=limit, **settings)
+        found = forecast(store, texts, model, **where, devices=places or [None], max_bytes=limit, **settings)
         _show_forecast(found, as_json)
         return
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
+    if max_error is not None and len(places) > 1:
+        raise UsageError("--max-error is measured by one device: fill some documents with one first, then all")
     if len(places) > 1:
-        report = parallel.fill(texts, model, devices=places, store=store, layers=layer, **working, **settings)
+        report = parallel.fill(texts, model, devices=places, store=store, **where, **working, **settings)
     else:
         device = places[0] if places else None
-        with Recyclers.from_pretrained(model, layers=layer, store=store, device=device, **settings) as recyclers:
-            report = recyclers.fill(texts, **working)
+        with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
+            report = recyclers.fill(texts, max_error=max_error, metric=metric, **working)
     written = None if report.left_out else collection
     if written is not None and notes is not None:
-        with open_store(store) as standing, open_space(standing, report.spaces[layer[0]]) as space:
+        with open_store(store) as standing, open_space(standing, next(iter(report.spaces.values()))) as space:
             notes.put(standing, space, written, windows)
     _tell(report, written, as_json)
     if report.left_out:
@@ -174,6 +196,24 @@ def fill(
             f"{counted(report.left_out, 'document')} of {report.documents:,} left out: no more fit within "
             f"--max-bytes {max_bytes}; run it again with more bytes to go on.{unwritten}"
         )
+
+
+def _layers(given: list[str]) -> list[int | str] | str:
+    """Return the layers that were asked for, as ``Recyclers`` takes them."""
+    words = [word.strip() for text in given for word in text.split(",")]
+    if "all" in words:
+        if len(words) > 1:
+            raise UsageError("--layers all is all of them, 0 to N: leave the others out")
+        return "all"
+    found: list[int | str] = []
+    for word in words:
+        try:
+            found.append(word if word == "last" else int(word))
+        except ValueError:
+            raise UsageError(
+                f"--layer {word!r} is none: layers are numbers, last, or all; a module is a --site"
+            ) from None
+    return found
 
 
 def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows | None:

@@ -110,21 +110,18 @@ def _show_store(store: str, found: StoreReport, as_json: bool) -> None:
 
 
 def _summary(store: str, reports: list[SpaceReport]) -> Table:
-    summary = Table(title=f"{store}: {counted(len(reports), 'space')}")
-    for name in ("space", "model", "layer", "dtype"):
-        summary.add_column(name, no_wrap=name != "model")
-    for name in ("entries", "tokens", "bytes", "segments", "damaged"):
-        summary.add_column(name, justify="right", no_wrap=True)
+    """Return a table that fits into 80 columns: what is damaged has a column where something is."""
+    damaged = any(report.damaged for report in reports)
+    numbers = ("entries", "tokens", "bytes", "segments", *(["damaged"] if damaged else []))
+    summary = table(f"{store}: {counted(len(reports), 'space')}", ("space", "model", "layer", "dtype"), numbers)
+    for name in ("model", "layer", "dtype"):  # long ones go on in another line; numbers are never cut
+        column = next(column for column in summary.columns if column.header == name)
+        column.no_wrap, column.overflow = False, "fold"
     for report in reports:
         recipe, usage = report.recipe, report.usage
-        words = (
-            recipe.fingerprint[:SHORT],
-            model_name(recipe),
-            recipe.site_name.removeprefix("layer "),
-            recipe.stored_as,
-        )
-        sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes))
-        summary.add_row(*words, *sizes, f"{usage.segments:,}", f"{len(report.damaged):,}")
+        words = (recipe.fingerprint[:SHORT], model_name(recipe), recipe.site_name.removeprefix("layer "))
+        sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), f"{usage.segments:,}")
+        summary.add_row(*words, recipe.stored_as, *sizes, *([f"{len(report.damaged):,}"] if damaged else []))
     return summary
 
 
@@ -161,6 +158,8 @@ def _show_space(detail: reporting.SpaceDetail) -> None:
     say(f"made {ago(detail.made, _UNKNOWN)}{'' if detail.owner is None else f' by {detail.owner}'}{written}")
     say(f"{entries(usage.entries)}, {counted(usage.tokens, 'token')}")
     say(f"{binary(usage.nbytes)}{_compression(detail)}")
+    if detail.errors is not None:
+        say(f"storing changes {detail.errors.told()}")
     _show_lengths(detail.lengths)
     _show_rows(detail)
     _show_segments(detail.segments)

@@ -25,8 +25,14 @@ def migrate(
     ],
     space: options.Spaces = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Store rows as float16, float32 or bfloat16; by default as the source does.")
+        str | None,
+        typer.Option(
+            help="Store rows as float16, int8, int8+zstd, ... (docs/codecs.md); by default as the source does."
+        ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Let a codec that scales rows take what another such one has left of them.")
+    ] = False,
     segment_bytes: Annotated[
         str, typer.Option(help="Bytes of rows of a segment; two are in memory. What is published survives a kill.")
     ] = f"{SEGMENT_BYTES >> 20}MiB",
@@ -51,7 +57,9 @@ def migrate(
         for collision in migration.collisions(old, target, prefixes=prefixes, dtype=dtype):
             raise UsageError(f"{collision}: choose one with --space, and migrate the other to another TARGET")
         with open_store(target, mode="a") as new, Meter("migrate", "entries", show=not quiet) as meter:
-            done = migration.migrate(old, new, prefixes=prefixes, dtype=dtype, segment_bytes=nbytes, progress=meter)
+            done = migration.migrate(
+                old, new, prefixes=prefixes, dtype=dtype, force=force, segment_bytes=nbytes, progress=meter
+            )
     if as_json:
         spaces = [fields_as_json(one, "equal") for one in done.spaces]
         print_json({"source": source, "target": target, **fields_as_json(done, "equal"), "spaces": spaces})

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from actcache.cli.corpus import Kind
 
@@ -29,3 +35,36 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def plain(kind: Any) -> Any:
+    """Return a type without ``| None``."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+    return kind
+
+
+def is_list(kind: Any) -> bool:
+    return typing.get_origin(plain(kind)) is list
+
+
+def value_name(kind: Any) -> str:
+    """Return what help calls the value of an option of some type; empty for a switch."""
+    one = plain(kind)
+    one = typing.get_args(one)[0] if is_list(one) else one
+    if one is bool:
+        return ""
+    if isinstance(one, type) and issubclass(one, enum.Enum):
+        return "|".join(member.value for member in one)
+    return {int: "NUMBER", float: "NUMBER", Path: "PATH"}.get(one, "TEXT")
+
+
+def name_values(command: Callable[..., None]) -> None:
+    """Have a command's help show values by people's words, where typer would show types of Python's."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    command.__annotations__ = hints  # evaluated once, so that typer sees the same objects
+    for hint in hints.values():
+        kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        for info in notes:
+            if isinstance(info, OptionInfo) and info.metavar is None:
+                info.metavar = value_name(kind)

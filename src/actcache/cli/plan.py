@@ -14,6 +14,7 @@ from actcache.cli import corpus, options
 from actcache.cli.common import console, print_json, say, table
 from actcache.errors import UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
+from actcache.store.stored_errors import StoredErrors
 
 _SAMPLE = 5000  # documents whose lengths are looked at
 _MONTHS = {"cloud": ".2f", "paper_cloud": ".2f", "local": ".1f", "paper_local": ".1f"}
@@ -30,7 +31,7 @@ def plan(
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Such devices that compute at the same time.")] = 1,
-    dtype: Annotated[str, typer.Option(help="How rows are stored: float16, float32 or bfloat16.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="How rows are stored: float16, int8, ...")] = "float16",
     folder: Annotated[Path, typer.Option(help="Whose disk is measured.")] = Path("."),
     documents: Annotated[int | None, typer.Option(min=1, help="Without a corpus: how many documents ...")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="... of so many tokens each.")] = None,
@@ -62,13 +63,13 @@ def plan(
     if source is not None:
         if model is None or layer is None:
             raise UsageError("with a corpus, say which --model and --layer; without, give --documents, --tokens, ...")
-        load, costs = _measured(source, field, format, model, layer, device, max_length)
+        load, costs, errors = _measured(source, field, format, model, layer, device, max_length)
     else:
         if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
             raise UsageError(
                 "give a corpus with --model and --layer, or --documents, --tokens, --hidden, --full-ms and --upper-ms"
             )
-        load = CorpusSize(documents, documents * tokens)
+        load, errors = CorpusSize(documents, documents * tokens), {}
         costs = ModelCosts(full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden)
     if read is not None and write is not None:
         disk = Disk(float(nbytes_of("--read", read)), float(nbytes_of("--write", write)))
@@ -77,11 +78,14 @@ def plan(
     else:
         raise UsageError("--read and --write go together")
     found = planning.estimate(load, costs, dtype, disk, devices=devices, prices=prices)
+    codecs = planning.by_codec(load, costs, disk, dict(errors), devices=devices, prices=prices)
     if as_json:
         inputs = {"corpus": load, "model": costs, "disk": disk, "devices": devices, "dtype": dtype}
-        print_json({**inputs, **fields_as_json(found, "break_even", "verdict")})
+        rows = [fields_as_json(one) for one in codecs]
+        print_json({**inputs, **fields_as_json(found, "break_even", "verdict"), "codecs": rows})
         return
     _show(load, costs, disk, found)
+    _show_codecs(codecs)
 
 
 def _measured(
@@ -92,8 +96,9 @@ def _measured(
     layer: int,
     device: str | None,
     max_length: int | None,
-) -> tuple[CorpusSize, ModelCosts]:
+) -> tuple[CorpusSize, ModelCosts, dict[str, StoredErrors | None]]:
     with requires_extra("models", "measuring needs torch and transformers"):
+        from actcache.models.error_budget import errors_by_codec
         from actcache.models.timing import measure
     texts = [document.text for document in corpus.read(source, field, format=format)]
     if not texts:
@@ -101,7 +106,9 @@ def _measured(
     sample = texts[:: -(-len(texts) // _SAMPLE)]
     timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
     tokens = round(sum(timing.lengths) / len(sample) * len(texts))
-    return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size)
+    known = {"layer": layer, "device": device, "max_length": max_length}
+    errors = errors_by_codec(model, sample, dtypes=planning.CODECS, **known)
+    return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size), errors
 
 
 def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:
@@ -111,6 +118,25 @@ def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> N
     say(f"needs {binary(found.nbytes)}; filled in {span(found.fill)}")
     say(f"one pass: {span(found.recompute)} computed, {span(found.replay)} from the cache")
     say(found.verdict)
+
+
+def _show_codecs(codecs: list[planning.CodecEstimate]) -> None:
+    shown = table(
+        "codecs", ("codec",), ("bytes", "rows off by", "hidden states", "decode", "filled in", "a pass", "pays")
+    )
+    for one in codecs:
+        rows, hidden = one.rows_error, one.hidden_error
+        shown.add_row(
+            one.dtype,
+            binary(one.estimate.nbytes),
+            "refused" if one.refused else "" if rows is None else f"{rows:.1e}",
+            "" if hidden is None else f"{hidden:.1e}",
+            f"{binary(one.decode)}/s",
+            span(one.estimate.fill),
+            span(one.estimate.replay),
+            "never" if one.estimate.break_even is None else f"from pass {one.estimate.break_even} on",
+        )
+    console().print(shown)
 
 
 def _show_paper(as_json: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from typer.models import ArgumentInfo, OptionInfo
 
 from actcache.cli import COMMANDS, EXIT_CODES
+from actcache.cli.options import is_list, value_name
 
 _HEAD = """# cachectl
 
@@ -55,12 +55,12 @@ def _section(command: Callable[..., None]) -> str:
     for name, info, kind, default in _parameters(command):
         if isinstance(info, ArgumentInfo):
             shown = info.metavar or name.upper()
-            shown += "..." if _is_list(kind) else ""
+            shown += "..." if is_list(kind) else ""
             usage.append(shown if default is inspect.Parameter.empty else f"[{shown}]")
             arguments.append(f"| `{shown}` | | {info.help or ''} |\n")
         else:
             names = ", ".join(f"`{one}`" for one in _names(name, info))
-            options.append(f"| {names}{_type(kind)} | {_default(default)} | {info.help or ''} |\n")
+            options.append(f"| {names}{_value(kind)} | {_default(default)} | {info.help or ''} |\n")
     table = "".join(["| argument, option | default | |\n| --- | --- | --- |\n", *arguments, *options])
     name = command.__name__
     return (
@@ -84,25 +84,9 @@ def _names(name: str, info: OptionInfo) -> list[str]:
     return [*first, *(info.param_decls or ())] or [f"--{name.replace('_', '-')}"]
 
 
-def _plain(kind: Any) -> Any:
-    """Return a type without ``| None``."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
-    return kind
-
-
-def _is_list(kind: Any) -> bool:
-    return typing.get_origin(_plain(kind)) is list
-
-
-def _type(kind: Any) -> str:
-    plain = _plain(kind)
-    plain = typing.get_args(plain)[0] if _is_list(plain) else plain
-    if plain is bool:
-        return ""
-    if isinstance(plain, type) and issubclass(plain, enum.Enum):
-        return f" {'&#124;'.join(one.value for one in plain)}"
-    return f" {({int: 'INTEGER', float: 'FLOAT', Path: 'PATH'}).get(plain, 'TEXT')}"
+def _value(kind: Any) -> str:
+    name = value_name(kind).replace("|", "&#124;")
+    return f" {name}" if name else ""
 
 
 def _default(default: Any) -> str:

@@ -16,6 +16,7 @@ class _Batch:
     """What both layouts have: which entries they hold, and ways to a device."""
 
     key_array: NDArray[np.uint8]
+    activations: Any
 
     def __len__(self) -> int:
         return len(self.key_array)
@@ -37,6 +38,15 @@ class _Batch:
         """Return the batch with its tensors in pinned memory, as ``torch.Tensor.pin_memory`` does; NumPy arrays become
         tensors."""
         return self._each(lambda tensor: tensor.pin_memory() if device is None else tensor.pin_memory(device))
+
+    def __repr__(self) -> str:
+        def shown(value: Any) -> str:
+            return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+        arrays = ("activations", "token_ids", "labels")
+        told = [f"{name} {shown(getattr(self, name))}" for name in arrays if getattr(self, name, None) is not None]
+        where = "NumPy" if isinstance(self.activations, np.ndarray) else self.activations.device
+        return f"<{type(self).__name__} of {len(self)} entries, {where}: {', '.join(told)}>"
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
         import torch  # who asks for tensors has it
@@ -73,12 +83,14 @@ class Inputs(dict[str, Any]):
             return default
 
 
-@dataclass(eq=False)  # not frozen: Lightning sets fields of a copy where it converts the batches of a precision
+@dataclass(
+    eq=False, repr=False
+)  # not frozen: Lightning sets fields of a copy where it converts the batches of a precision
 class Batch(_Batch):
     """Some documents' activations, padded to the longest of them: torch tensors where the reader has a device, else
     NumPy arrays."""
 
-    activations: Any  # [B, L, hidden], in the stored dtype (NumPy: bfloat16 as float32); zeros where the mask is 0
+    activations: Any  # [B, L, hidden], numbers (NumPy: bfloat16 as float32); zeros where the mask is 0
     attention_mask: Any  # [B, L] int64, 1 at tokens, on the right side 0 at padding
     token_ids: Any  # [B, L] int64, 0 at padding; None where entries were stored without them
     lengths: Any  # [B] int64 tokens
@@ -92,12 +104,12 @@ class Batch(_Batch):
         return Inputs((name, value) for name, value in named if value is not None)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PackedBatch(_Batch):
     """Some documents' activations one after another, without padding: what attention over variable lengths takes. Torch
     tensors where the reader has a device, else NumPy arrays."""
 
-    activations: Any  # [T, hidden], in the stored dtype (NumPy: bfloat16 as float32)
+    activations: Any  # [T, hidden], numbers (NumPy: bfloat16 as float32)
     offsets: Any  # [B + 1] int32: document i is rows offsets[i]:offsets[i + 1] ("cu_seqlens")
     longest: int  # tokens of the longest document
     token_ids: Any  # [T] int64; None where entries were stored without them

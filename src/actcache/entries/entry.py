@@ -16,7 +16,8 @@ from actcache.format.recipe import Recipe
 
 @dataclass(frozen=True)
 class Entry:
-    """One document's activations, ``[tokens, hidden]``; bfloat16 entries as float32, others in the stored dtype.
+    """One document's activations, ``[tokens, hidden]``; in the stored dtype where NumPy has it and it is one of floats,
+    else as float32.
 
     The arrays are views into the memory of the whole ``get``.
     """
@@ -53,4 +54,5 @@ class PackedEntries(ReadReport):
 
 def columns_of(recipe: Recipe) -> Columns:
     """Return dtype and trailing shape of each ragged array of a recipe's space."""
-    return {VALUES: (codec.get(recipe.dtype).stored.str, (recipe.hidden_size,)), TOKEN_IDS: ("<i4", ()), **EXTRAS}
+    kind = codec.get(recipe.dtype)
+    return {VALUES: (kind.stored.str, (kind.width(recipe.hidden_size),)), TOKEN_IDS: ("<i4", ()), **EXTRAS}

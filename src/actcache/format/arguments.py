@@ -23,6 +23,14 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool | np.timedelta64)
 
 
+def dtype_name(value: Any) -> Any:
+    """Return the name of a dtype of NumPy or torch as recipes have it (``float16``); other values as they are."""
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return np.dtype(value).name
+    text = str(value)
+    return text.removeprefix("torch.") if text.startswith("torch.") and type(value).__name__ == "dtype" else value
+
+
 def whole(name: str, value: Any, least: int) -> int:
     """Return a whole number as Python's own, which prints and is digested in one way; ``UsageError`` where it is none,
     or below ``least``."""

@@ -1,107 +1,48 @@
-"""Codecs: how rows of activations become stored bytes and come back, and what they were rounded to on the way.
+"""Codecs by their names, and what rows were rounded to on the way to how they are stored.
 
-A codec turns one document's ``[tokens, hidden]`` rows into an array of the same shape in the stored dtype, and back. It
-never stores an infinity or a NaN. NumPy has no bfloat16: its rows are kept as their bits in uint16.
+A codec (``codecs/interface.py``) turns one document's ``[tokens, hidden]`` rows into rows of the stored dtype, and
+back. Other packages bring theirs by an entry point of the group ``actcache.codecs``: its name is the codec's, and it
+names a ``Codec``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CodecOverflowError, NonFiniteError, RecipeError
-from actcache.io import loops
+from actcache.errors import RecipeError
+from actcache.format.codecs import floats, scaled
+from actcache.format.codecs.interface import Codec as Codec
+from actcache.format.codecs.interface import Wrapped
+
+GROUP = "actcache.codecs"
+FLOATS = ("float16", "float32", "bfloat16")  #: what numbers are delivered as
+
+_CODECS: dict[str, Codec] = {
+    one.name: one for one in (floats.FLOAT16, floats.FLOAT32, floats.BFLOAT16, scaled.INT8, scaled.FLOAT8_E4M3)
+}
+
+
+COMPRESSED = "+zstd"  #: what follows the name of a codec whose stored rows are compressed
 
 
 @dataclass(frozen=True)
-class Codec:
-    """One way to store rows. ``encode`` and ``decode`` are pure and thread-safe."""
-
-    name: str
-    stored: np.dtype[np.generic]  # dtype of the stored rows
-    delivered: np.dtype[np.generic]  # dtype of the rows that ``decode`` returns
-
-    def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
-        """Write ``rows`` into ``out``, both ``[tokens, hidden]``, ``out`` in the stored dtype.
-
-        Args:
-            rows: floating point, or already in the stored dtype.
-            what: how an error names the document.
-
-        Raises:
-            NonFiniteError: ``rows`` holds NaN or infinity.
-            CodecOverflowError: a finite value is too large for the stored dtype.
-        """
-        finite = loops.round_to_float16(rows, out)
-        if finite is None:
-            with np.errstate(over="ignore"):
-                np.copyto(out, rows, casting="unsafe")
-            finite = _all_finite(out)
-        if not finite:
-            self._refuse(rows, np.isfinite(out), what)
-
-    def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:
-        """Return what ``encode`` would write, raising as it does: ``rows`` itself where that is what they are, else a
-        new array."""
-        if rows.dtype == self.stored == self.delivered and rows.flags.c_contiguous:
-            if not _all_finite(rows):
-                self._refuse(rows, np.isfinite(rows), what)
-            return rows
-        out = np.empty(rows.shape, self.stored)
-        self.encode(rows, out, what=what)
-        return out
-
-    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return stored rows as floating point; the same array where the stored dtype is one."""
-        return stored
-
-    def _refuse(self, rows: NDArray[np.generic], finite: NDArray[np.bool_], what: str) -> NoReturn:
-        token, column = np.argwhere(~finite)[0].tolist()
-        value = float(rows[token, column])
-        where = f"{what} holds {value:g} at token {token}, column {column}"
-        if np.isfinite(value):
-            raise CodecOverflowError(
-                f"{where}, too large for {self.name}: store it as bfloat16 or float32 (another recipe, another space)"
-            )
-        raise NonFiniteError(f"{where}: the model computed no number there; nothing of this call was stored")
-
-
-class _Bfloat16(Codec):
-    """The upper 16 bits of a float32, rounded to nearest even."""
-
-    def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
-        with np.errstate(over="ignore"):
-            wide = np.ascontiguousarray(rows, np.float32)
-        bits = wide.view(np.uint32)
-        np.copyto(out, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16, casting="unsafe")
-        # exponent all ones: infinity, NaN, or a float32 that rounded up to infinity
-        finite = np.isfinite(wide) & ((out.view(np.uint16) & 0x7F80) != 0x7F80)
-        if not finite.all():
-            self._refuse(rows, finite, what)
-
-    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-
-
-@dataclass(frozen=True)
-class _ByWayOf(Codec):
+class _ByWayOf(Wrapped):
     """A codec whose rows are rounded to others' dtypes first, so that they are like those that were stored so once."""
 
-    end: Codec
     before: tuple[Codec, ...]
 
     def encode(self, rows: NDArray[np.generic], out: NDArray[np.generic], *, what: str = "the document") -> None:
-        self.end.encode(self._rounded(rows, what), out, what=what)
+        self.base.encode(self._rounded(rows, what), out, what=what)
 
     def stored_rows(self, rows: NDArray[np.generic], *, what: str = "the document") -> NDArray[np.generic]:
-        return self.end.stored_rows(self._rounded(rows, what), what=what)
-
-    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.generic]:
-        return self.end.decode(stored)
+        return self.base.stored_rows(self._rounded(rows, what), what=what)
 
     def _rounded(self, rows: NDArray[np.generic], what: str) -> NDArray[np.generic]:
         for codec in self.before:
@@ -109,39 +50,73 @@ class _ByWayOf(Codec):
         return rows
 
 
-def _all_finite(rows: NDArray[np.generic]) -> bool:
-    """Return whether there is no NaN or infinity. NumPy's own test of float16 converts each number: 15 times slower."""
-    if rows.dtype == np.float16 and rows.size and rows.dtype.isnative and rows.flags.c_contiguous:
-        # Positive ones are those from 0x7C00 on, as signed numbers; negative ones from 0xFC00 on, as unsigned ones.
-        return bool(rows.view(np.int16).max() < 0x7C00) and bool(rows.view(np.uint16).max() < 0xFC00)
-    return bool(np.isfinite(rows).all())
+class _Compressed(Wrapped):
+    """A codec whose stored rows lie in the files of a space as frames of zstd; see docs/format.md."""
 
-
-_CODECS = {
-    name: kind(name, np.dtype(stored), np.dtype(delivered))
-    for kind, name, stored, delivered in (
-        (Codec, "float16", "<f2", "<f2"),
-        (Codec, "float32", "<f4", "<f4"),
-        (_Bfloat16, "bfloat16", "<u2", "<f4"),
-    )
-}
+    compressed = True
 
 
 def names() -> list[str]:
-    """Return the names of the codecs."""
-    return list(_CODECS)
+    """Return the names of the codecs that come with this package, and of those that others have brought. Each can be
+    followed by ``COMPRESSED``."""
+    return [*_CODECS, *_plugged_in()]
+
+
+@cache
+def _plugged_in() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in _CODECS}
+
+
+def base(name: str) -> str:
+    """Return the name of a codec without what says that its rows are compressed."""
+    return name.removesuffix(COMPRESSED)
+
+
+def is_name(name: object) -> bool:
+    """Return whether there is a codec of that name."""
+    return isinstance(name, str) and base(name) in names()
 
 
 def get(name: str, via: Sequence[str] = ()) -> Codec:
-    """Return the codec of that name, ``RecipeError`` where there is none; rows are rounded to the dtypes of the codecs
-    in ``via`` first, one after the other."""
+    """Return the codec of that name; rows are rounded to the dtypes of those in ``via`` first, one after the other.
+
+    ``RecipeError``: there is none, or what a package names as one is none.
+    """
     if via:
         end = get(name)
         return _ByWayOf(end.name, end.stored, end.delivered, end, tuple(get(one) for one in via))
-    try:
-        return _CODECS[name]
-    except KeyError:
-        raise RecipeError(f"there is no codec {name!r}; there are {', '.join(_CODECS)}") from None
+    if name.endswith(COMPRESSED):
+        rows = get(base(name))
+        return _Compressed(name, rows.stored, rows.delivered, rows)
+    if (found := _CODECS.get(name)) is not None:
+        return found
+    if (point := _plugged_in().get(name)) is None:
+        raise RecipeError(f"there is no codec {name!r}; there are {', '.join(names())}, each with {COMPRESSED} or not")
+    made = point.load()
+    if not isinstance(made, Codec) or made.name != name:
+        raise RecipeError(f"{point.value} is no codec of the name {name!r}, as which a package brings it")
+    return made
+
+
+def decode_as(codec: Codec, stored: NDArray[Any], dtype: str, out: NDArray[Any]) -> None:
+    """Write the numbers of stored rows, ``[..., width]``, into ``out``, ``[..., hidden]``, as another float dtype:
+    one of ``FLOATS`` (bfloat16: its bits, uint16).
+
+    ``CodecOverflowError``: one is too large for it.
+    """
+    if codec.decode_into(stored, out, dtype):
+        return
+    rows = codec.decode(stored)
+    get(dtype).encode(rows.reshape(-1, rows.shape[-1]), out.reshape(-1, out.shape[-1]), what="an entry")
+
+
+def relative_bound(codec: Codec, rows: NDArray[Any]) -> float:
+    """Return the largest relative error (L2) that storing ``[tokens, hidden]`` rows so can make: of all of them
+    together, or of the median row, whichever is larger."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    bounds = codec.bound(codec.stored_rows(rows))
+    of_rows = bounds / np.where(norms > 0, norms, 1.0)
+    return max(float(np.linalg.norm(bounds) / (np.linalg.norm(norms) or 1.0)), float(np.median(of_rows)))
 
 
 # --- what rows were rounded to before they came to be stored as they are ----------------------------------------------
@@ -155,21 +130,27 @@ def traces(dtypes: Sequence[str], compute_dtype: str) -> tuple[str, ...]:
 
     Two ways give the same numbers exactly when they have the same traces and the same end
     (tests/format/test_rounding.py tries all ways of four steps; a number that does not fit a dtype is refused on the
-    way). That follows from three facts:
+    way). That follows from four facts:
 
     * float32 holds every number of a smaller dtype, and every one that was computed in a smaller one.
     * Rows that were rounded to a dtype before are not changed by it: those of float16 that were rounded to bfloat16, or
       the other way round, have few enough digits for both, and are in the range of both.
     * bfloat16 is made of float64 by way of float32.
+    * A codec that scales rows as a whole leaves a trace each time, and none of what was before it goes without one.
 
-    ``dtypes`` are names of codecs in the order in which the rows are stored as them, the end last.
+    ``dtypes`` are names of codecs (compressed or not) in the order in which the rows are stored as them, the end last.
     """
-    rounded: list[str] = []
-    for dtype in dtypes:
-        if dtype in rounded or (dtype == "float32" and (rounded or compute_dtype != "float64")):
+    kept: list[str] = []
+    first = 0  # of those that a number was rounded to alone since rows were scaled
+    for dtype in map(base, dtypes):
+        if not get(dtype).rounds_alone:
+            kept.append(dtype)
+            first = len(kept)
+        elif dtype in kept[first:] or (dtype == "float32" and (kept or compute_dtype != "float64")):
             continue
-        rounded = [dtype] if (rounded, dtype) == (["float32"], "bfloat16") else [*rounded, dtype]
-    return tuple(rounded[:-1] if rounded[-1:] == [dtypes[-1]] else rounded)
+        else:
+            kept = [dtype] if (kept, dtype) == (["float32"], "bfloat16") else [*kept, dtype]
+    return tuple(kept[:-1] if kept[-1:] == [base(dtypes[-1])] else kept)
 
 
 _EXTENDED = ("longdouble", "float96", "float128")  # NumPy's names for what C has beyond float64

@@ -69,11 +69,12 @@ class Moments:
         """Look at rows in the stored form of a recipe's ``dtype``, ``[n, ...]``."""
         if not len(stored):
             return cls.none(hidden)
-        decode = codec.get(dtype).decode
+        kind = codec.get(dtype)
+        decode = kind.decode
         pivot = np.ascontiguousarray(decode(stored[:1])[0], np.float32)
         sums, squares, norms = np.zeros(hidden), np.zeros(hidden), np.zeros(1)
         most = np.full(hidden, -np.inf, np.float32)
-        if not loops.moments(stored, dtype, pivot, sums, squares, most, norms):
+        if not loops.moments(stored, kind.form, pivot, sums, squares, most, norms):
             for begin in range(0, len(stored), _PIECE):
                 rows = np.ascontiguousarray(decode(stored[begin : begin + _PIECE]), np.float32)
                 if loops.moments(rows, "float32", pivot, sums, squares, most, norms):

@@ -20,6 +20,8 @@ from actcache.errors import FormatError
 
 VALUES = "values"
 TOKEN_IDS = "token_ids"
+PAYLOAD = "payload"  # what a segment has instead of values where they are compressed: the entries' frames
+PAYLOAD_OFFSETS = "payload_offsets"
 CHUNK_BYTES = 1 << 20  # of rows that are read, then checked (docs/decisions/0002)
 
 #: The optional ragged arrays: name -> (dtype, trailing shape). Labels cannot be aligned without them.
@@ -118,15 +120,17 @@ class Block:
     """Entries in stored form.
 
     ``checksums`` binds values, token ids and key (``actcache.format.checksum``); ``extra_checksums`` the optional
-    arrays, and is None where there are none. Only ``values`` may be ``Pieces``.
+    arrays, and is None where there are none. Only the first column may be ``Pieces``: ``values``, or ``payload`` where
+    they are compressed (``actcache.format.frames``), as they are in the files of a space whose columns have one.
     """
 
     keys: NDArray[np.uint8]  # [n, 32]
     offsets: NDArray[np.int64]  # [n + 1]
     checksums: NDArray[np.uint64]  # [n]
-    columns: Mapping[str, Column]  # always with ``values`` [T, hidden] in the stored dtype
+    columns: Mapping[str, Column]  # always with ``values`` [T, width] in the stored dtype, or ``payload`` [P]
     extra_checksums: NDArray[np.uint64] | None = None
     origins: Origins | None = None  # None where the entries are written for the first time
+    payload_offsets: NDArray[np.int64] | None = None  # [n + 1] where each entry's frame begins in ``payload``
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -136,9 +140,10 @@ class Block:
         return int(self.offsets[-1])
 
     def arrays(self) -> dict[str, Column]:
-        """Return all arrays by their stored names, ``values`` first."""
+        """Return all arrays by their stored names, ``values`` (or ``payload``) first."""
+        first = VALUES if self.payload_offsets is None else PAYLOAD
         arrays: dict[str, Column] = {
-            VALUES: self.columns[VALUES],
+            first: self.columns[first],
             "offsets": self.offsets,
             "keys": self.keys,
             "checksums": self.checksums,
@@ -147,7 +152,9 @@ class Block:
             arrays |= self.origins.arrays()
         if self.extra_checksums is not None:
             arrays["extra_checksums"] = self.extra_checksums
-        return arrays | {name: column for name, column in self.columns.items() if name != VALUES}
+        if self.payload_offsets is not None:
+            arrays[PAYLOAD_OFFSETS] = self.payload_offsets
+        return arrays | {name: column for name, column in self.columns.items() if name != first}
 
 
 def offsets_of(lengths: NDArray[np.integer[Any]], width: int | None = None) -> NDArray[np.int64]:

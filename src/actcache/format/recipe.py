@@ -17,7 +17,7 @@ import numpy as np
 
 from actcache.errors import FormatError, RecipeError
 from actcache.format import codec
-from actcache.format.arguments import is_truth, is_whole
+from actcache.format.arguments import dtype_name, is_truth, is_whole
 from actcache.io.notebook import table
 
 #: What a document longer than ``max_length`` becomes.
@@ -25,6 +25,7 @@ TOO_LONG = ("refuse", "truncate", "windows")
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
+_MOST_STEPS = 8  # of a lineage
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _SITE = re.compile(r"[^\s.:]+(\.[^\s.:]+)*(:input)?")
 
@@ -48,7 +49,8 @@ class Recipe:
         site: in the place of ``layer``, the module whose output, or with ``:input`` at the end whose input, the entries
             are: ``layers.5.mlp``, ``layers.5.mlp:input``. The path begins at the base model.
         hidden_size: columns of an entry.
-        dtype: how rows are stored, the name of a codec: ``float16``, ``float32`` or ``bfloat16``.
+        dtype: how rows are stored, the name of a codec: ``float16``, ``float32``, ``bfloat16``, ``int8``, ... (see
+            docs/codecs.md).
         weights: digest of the weights of all that comes before the rows; None where it is not known.
         config: the model's configuration values that change the lower half's numbers.
         compute_dtype: what the lower half computes in.
@@ -100,10 +102,13 @@ class Recipe:
             self.site is None or (isinstance(self.site, str) and _SITE.fullmatch(self.site) is not None),
             f"site {self.site!r:.80} is no path of a module, such as layers.5.mlp or layers.5.mlp:input",
         )
-        dtypes = ("dtype", self.dtype, codec.names()), ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        for name, dtype, known in dtypes:
-            good = isinstance(dtype, str) and dtype in known  # NumPy's dtypes equal their names, and are no JSON
-            check(good, f"{name} {dtype!r} is not one of {', '.join(known)}")
+        for name in ("dtype", "compute_dtype"):
+            object.__setattr__(self, name, dtype_name(getattr(self, name)))
+        known = f"{', '.join(codec.names())}, or one of these and {codec.COMPRESSED}"
+        check(codec.is_name(self.dtype), f"dtype {self.dtype!r} is not one of {known}")
+        good = isinstance(self.compute_dtype, str) and self.compute_dtype in COMPUTE_DTYPES
+        check(good, f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+        codec.get(self.dtype).width(self.hidden_size)
         for name, value in (("weights", self.weights), ("tokenizer", self.tokenizer)):
             good = value is None or (isinstance(value, str) and bool(value))
             check(good, f"{name} is a digest or None, not {value!r}")
@@ -116,7 +121,7 @@ class Recipe:
         check(self.too_long in TOO_LONG, f"too_long {self.too_long!r} is not one of {', '.join(TOO_LONG)}")
         check(
             isinstance(self.via, list | tuple)
-            and len(self.via) <= len(codec.names())  # each at most once
+            and len(self.via) <= _MOST_STEPS
             and all(name in codec.names() for name in self.via),
             f"via holds names of dtypes ({', '.join(codec.names())}), not {self.via!r:.80}",
         )
@@ -179,14 +184,23 @@ class Recipe:
     @property
     def row_bytes(self) -> int:
         """The bytes of one token's row, as stored."""
-        return codec.get(self.dtype).stored.itemsize * self.hidden_size
+        kind = codec.get(self.dtype)
+        return kind.stored.itemsize * kind.width(self.hidden_size)
+
+    @property
+    def format_version(self) -> int:
+        """The version of the format that tells of such entries: 1 where releases of before codecs read them."""
+        return 1 if {self.dtype, *self.via} <= {"float16", "float32", "bfloat16"} else 2
 
     def stored_again(self, dtype: str) -> Recipe:
         """Return the recipe of this one's rows stored again, as another dtype; ``RecipeError`` where there is none.
 
         It is that of rows that were stored so at once only where the numbers are the same: float32 to float16 or
-        bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before.
+        bfloat16, and back to the dtype that they came from. Else it says in ``via`` what they were before. Compression
+        changes no number.
         """
+        if codec.base(dtype) == codec.base(self.dtype):
+            return replace(self, dtype=dtype)
         return replace(self, dtype=dtype, via=codec.traces((*self.via, self.dtype, dtype), self.compute_dtype))
 
     def facts(self) -> list[tuple[str, object]]:

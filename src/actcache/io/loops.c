@@ -36,7 +36,26 @@ static digest_function digest_of; /* XXH3_64bits_withSeed */
 
 PUBLIC void act_set_digest(digest_function function) { digest_of = function; }
 
-PUBLIC int32_t act_version(void) { return 4; }
+/* What of libzstd is used, as the zstandard package exports it; NULL where there is none. */
+typedef struct {
+    void *(*new_decoder)(void);
+    size_t (*free_decoder)(void *decoder);
+    size_t (*decode)(void *decoder, void *out, size_t room, const void *frame, size_t size);
+    unsigned long long (*content_size)(const void *frame, size_t size);
+    size_t (*frame_size)(const void *frame, size_t size);
+    unsigned (*is_error)(size_t code);
+    void *(*new_encoder)(void);
+    size_t (*free_encoder)(void *encoder);
+    size_t (*encode)(void *encoder, void *out, size_t room, const void *data, size_t size);
+    size_t (*set)(void *encoder, int parameter, int value);
+    size_t (*bound)(size_t size);
+} zstd_functions;
+
+static zstd_functions zstd;
+
+PUBLIC void act_set_zstd(const zstd_functions *functions) { zstd = *functions; }
+
+PUBLIC int32_t act_version(void) { return 6; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -52,7 +71,7 @@ typedef struct job {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t arrived = PTHREAD_COND_INITIALIZER, ended = PTHREAD_COND_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static pthread_key_t scratch_key; /* has the scratch memory of a thread freed when the thread ends */
+static pthread_key_t scratch_key; /* has what belongs to a thread freed when the thread ends */
 static job *jobs;
 static int helpers;
 
@@ -64,8 +83,10 @@ static void after_fork(void) { /* the child has one thread, whoever held the loc
     helpers = 0;
 }
 
+static void free_own(void *own);
+
 static void prepare(void) {
-    pthread_key_create(&scratch_key, free);
+    pthread_key_create(&scratch_key, free_own);
     pthread_atfork(NULL, NULL, after_fork);
 }
 
@@ -301,6 +322,8 @@ typedef struct {
     const int32_t *files;  /* [count] descriptors, for what is not in memory; NULL: none */
     const int64_t *places; /* [count] where its rows begin in its file */
     uint8_t *out;          /* of the whole batch; NULL: rows in memory are digested where they are */
+    const int64_t *sizes;  /* [count] bytes of each entry's frames of zstd, of which its rows are made; NULL: plain rows */
+    int64_t item;          /* bytes of a number: a frame has all first ones of an entry, the next all second ones, ... */
 } column;
 
 typedef struct {
@@ -339,15 +362,44 @@ static uint64_t first_seed(const batch *this, int64_t i) {
     return mixed;
 }
 
+/* What a thread keeps between entries: memory, and what zstd needs. */
+typedef struct {
+    uint8_t *pages; /* of direct reads */
+    uint8_t *memory[2];
+    size_t sizes[2];
+    void *decoder, *encoder;
+} thread_own;
+
+static void free_own(void *given) {
+    thread_own *own = given;
+    free(own->pages);
+    for (int n = 0; n < 2; n++) free(own->memory[n]);
+    if (own->decoder != NULL) zstd.free_decoder(own->decoder);
+    if (own->encoder != NULL) zstd.free_encoder(own->encoder);
+    free(own);
+}
+
+static thread_own *get_own(void) {
+    thread_own *own = pthread_getspecific(scratch_key);
+    if (own == NULL && (own = calloc(1, sizeof *own)) != NULL) pthread_setspecific(scratch_key, own);
+    return own;
+}
+
 static uint8_t *scratch(void) {
-    uint8_t *memory = pthread_getspecific(scratch_key);
-    if (memory == NULL) {
-        void *made;
-        if (posix_memalign(&made, PAGE, PIECE + 2 * PAGE) != 0) return NULL;
-        memory = made;
-        pthread_setspecific(scratch_key, memory);
+    thread_own *own = get_own();
+    void *made;
+    if (own == NULL) return NULL;
+    if (own->pages == NULL && posix_memalign(&made, PAGE, PIECE + 2 * PAGE) == 0) own->pages = made;
+    return own->pages;
+}
+
+static uint8_t *memory_of(thread_own *own, int which, size_t nbytes) {
+    if (own->sizes[which] < nbytes) {
+        free(own->memory[which]);
+        own->memory[which] = malloc(nbytes);
+        own->sizes[which] = own->memory[which] == NULL ? 0 : nbytes;
     }
-    return memory;
+    return own->memory[which];
 }
 
 /* Read bytes of a file; direct reads bring whole pages, of which a copy is made. */
@@ -433,6 +485,101 @@ static void stream(uint8_t *out, const uint8_t *rows, int64_t nbytes) { memcpy(o
 static void stream_zeros(uint8_t *out, int64_t nbytes) { memset(out, 0, (size_t)nbytes); }
 static void streamed(void) {}
 #endif
+/* --- frames of zstd ---------------------------------------------------------------------------------------------------- */
+
+/* Put the bytes of numbers back: plane after plane becomes number after number. */
+static void unshuffle(const uint8_t *planes, uint8_t *out, int64_t count, int64_t item) {
+    int64_t i = 0;
+#if defined(__x86_64__)
+    if (item == 2) {
+        for (; i + 16 <= count; i += 16) {
+            __m128i low = _mm_loadu_si128((const __m128i *)(planes + i));
+            __m128i high = _mm_loadu_si128((const __m128i *)(planes + count + i));
+            _mm_storeu_si128((__m128i *)(out + 2 * i), _mm_unpacklo_epi8(low, high));
+            _mm_storeu_si128((__m128i *)(out + 2 * i + 16), _mm_unpackhi_epi8(low, high));
+        }
+    } else if (item == 4) {
+        for (; i + 16 <= count; i += 16) {
+            __m128i plane[4];
+            for (int n = 0; n < 4; n++) plane[n] = _mm_loadu_si128((const __m128i *)(planes + n * count + i));
+            __m128i a = _mm_unpacklo_epi8(plane[0], plane[1]), b = _mm_unpackhi_epi8(plane[0], plane[1]);
+            __m128i c = _mm_unpacklo_epi8(plane[2], plane[3]), d = _mm_unpackhi_epi8(plane[2], plane[3]);
+            _mm_storeu_si128((__m128i *)(out + 4 * i), _mm_unpacklo_epi16(a, c));
+            _mm_storeu_si128((__m128i *)(out + 4 * i + 16), _mm_unpackhi_epi16(a, c));
+            _mm_storeu_si128((__m128i *)(out + 4 * i + 32), _mm_unpacklo_epi16(b, d));
+            _mm_storeu_si128((__m128i *)(out + 4 * i + 48), _mm_unpackhi_epi16(b, d));
+        }
+    }
+#endif
+    for (; i < count; i++)
+        for (int64_t n = 0; n < item; n++) out[i * item + n] = planes[n * count + i];
+}
+
+static void shuffle(const uint8_t *data, uint8_t *planes, int64_t count, int64_t item) {
+    int64_t i = 0;
+#if defined(__x86_64__)
+    if (item == 2) {
+        const __m128i low_bytes = _mm_set1_epi16(0xFF);
+        for (; i + 16 <= count; i += 16) {
+            __m128i a = _mm_loadu_si128((const __m128i *)(data + 2 * i));
+            __m128i b = _mm_loadu_si128((const __m128i *)(data + 2 * i + 16));
+            __m128i low = _mm_packus_epi16(_mm_and_si128(a, low_bytes), _mm_and_si128(b, low_bytes));
+            _mm_storeu_si128((__m128i *)(planes + i), low);
+            _mm_storeu_si128((__m128i *)(planes + count + i), _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+        }
+    }
+#endif
+    for (; i < count; i++)
+        for (int64_t n = 0; n < item; n++) planes[n * count + i] = data[i * item + n];
+}
+
+/* Make the bytes of an entry's rows of its frames. What a frame says of its size is looked at before it is believed. */
+static int decode_frames(thread_own *own, const uint8_t *frame, int64_t size, uint8_t *out, int64_t nbytes,
+                         int64_t item) {
+    uint8_t *planes = out;
+    size_t left = (size_t)size, count = (size_t)(nbytes / item);
+    if (own->decoder == NULL && (own->decoder = zstd.new_decoder()) == NULL) return FAILED;
+    if (item > 1 && (planes = memory_of(own, 0, (size_t)nbytes)) == NULL) return FAILED;
+    for (int64_t n = 0; n < item; n++) {
+        size_t taken = zstd.frame_size(frame, left);
+        if (zstd.is_error(taken) || taken > left || zstd.content_size(frame, taken) != count) return CORRUPT;
+        size_t made = zstd.decode(own->decoder, planes + (size_t)n * count, count, frame, taken);
+        if (zstd.is_error(made) || made != count) return CORRUPT;
+        frame += taken;
+        left -= taken;
+    }
+    if (left > 0) return CORRUPT;
+    if (item > 1) unshuffle(planes, out, (int64_t)count, item);
+    return INTACT;
+}
+
+static int64_t frames_bound(int64_t nbytes, int64_t item) {
+    return item * (int64_t)zstd.bound((size_t)(nbytes / item));
+}
+
+static int bring_frame(batch *this, const column *of, int64_t i, uint8_t *out, int64_t nbytes) {
+    int64_t size = of->sizes[i];
+    const uint8_t *frame = NULL;
+    thread_own *own = get_own();
+    if (zstd.decode == NULL || out == NULL || of->item < 1 || nbytes % of->item) return OUTSIDE;
+    if (size <= 0 || size > frames_bound(nbytes, of->item)) return CORRUPT; /* no writer makes them larger */
+    if (of->base != NULL) {
+        int64_t begin = of->begins[i];
+        if (begin < 0 || size > of->size || begin > of->size - size) return OUTSIDE;
+        frame = of->base + begin;
+    }
+    if (own != NULL && of->files != NULL && (frame == NULL || !is_resident(frame, size))) {
+        uint8_t *memory = memory_of(own, 1, (size_t)size);
+        int state = memory == NULL ? FAILED : read_file(of->files[i], of->places[i], size, memory, this->direct, &this->error);
+        if (memory != NULL && state != INTACT) return state;
+        frame = memory;
+    }
+    int state = own == NULL || (frame == NULL && of->files != NULL) ? FAILED
+                : frame == NULL                                     ? OUTSIDE
+                                                                    : decode_frames(own, frame, size, out, nbytes, of->item);
+    if (state == FAILED) atomic_store(&this->error, ENOMEM);
+    return state;
+}
 
 static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows) {
     int64_t nbytes;
@@ -440,6 +587,11 @@ static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows)
     if (this->lengths[i] > this->ends[i] - this->starts[i]) return OUTSIDE; /* no room for it */
     uint8_t *out = of->out == NULL ? NULL : of->out + this->starts[i] * of->row_bytes;
     const uint8_t *mapped = NULL;
+    if (of->sizes != NULL) {
+        int state = bring_frame(this, of, i, out, nbytes);
+        *rows = state == INTACT ? out : NULL;
+        return state;
+    }
     if (of->base != NULL) {
         int64_t begin = of->begins[i];
         if (begin < 0 || nbytes > of->size || begin > of->size - nbytes) return OUTSIDE;
@@ -470,6 +622,7 @@ static int gather_one(batch *this, int64_t i) {
         if (this->lengths[i] > 0 && state != OUTSIDE && state != SHORT && state != FAILED) {
             int brought = bring(this, of, i, &rows);
             if (brought != INTACT) state = brought;
+            if (brought == CORRUPT) continue; /* a frame, in whose rows there is nothing to digest */
         }
         if (of->out != NULL && state != OUTSIDE) { /* padding */
             int64_t end = this->starts[i] + this->lengths[i];
@@ -508,16 +661,19 @@ static void gather_part(void *context, int64_t part) {
     if (this->streams) streamed();
 }
 
+static int64_t bytes_of(const column *of, const int64_t *lengths, int64_t i) {
+    return of->sizes != NULL ? of->sizes[i] : lengths[i] * of->row_bytes;
+}
+
 /* Return how many of ``pages`` addresses, evenly spread over the rows of entries, are not in memory. */
-static int64_t absent_pages(const uint8_t *base, int64_t size, int64_t count, const int64_t *begins,
-                            const int64_t *lengths, int64_t row_bytes, int64_t total, int64_t pages) {
+static int64_t absent_pages(const column *of, int64_t count, const int64_t *lengths, int64_t total, int64_t pages) {
     int64_t absent = 0, entry = 0, before = 0;
     for (int64_t n = 0; n < pages && total > 0; n++) {
         int64_t at = pages == 1 ? 0 : (int64_t)((double)(total - 1) * (double)n / (double)(pages - 1));
-        while (entry < count && at >= before + lengths[entry] * row_bytes) before += lengths[entry++] * row_bytes;
+        while (entry < count && at >= before + bytes_of(of, lengths, entry)) before += bytes_of(of, lengths, entry++);
         if (entry == count) break;
-        int64_t place = begins[entry] + (at - before);
-        if (place >= 0 && place < size) absent += !is_resident(base + place, 1);
+        int64_t place = of->begins[entry] + (at - before);
+        if (place >= 0 && place < of->size) absent += !is_resident(of->base + place, 1);
     }
     return absent;
 }
@@ -526,12 +682,13 @@ static int64_t absent_pages(const uint8_t *base, int64_t size, int64_t count, co
 
 /* Return whether some rows seem not to be in memory: ``most`` pages are looked at, fewer of a small batch. */
 static int seems_absent(const column *of, int64_t count, const int64_t *lengths, int64_t most) {
-    int64_t rows = 0, total;
-    for (int64_t i = 0; i < count; i++) rows += lengths[i];
-    if (of->base == NULL || __builtin_mul_overflow(rows, of->row_bytes, &total)) return 0;
+    int64_t rows = 0, total = 0;
+    if (of->base == NULL) return 0;
+    for (int64_t i = 0; i < count; i++) rows += of->sizes != NULL ? of->sizes[i] : lengths[i];
+    if (__builtin_mul_overflow(rows, of->sizes != NULL ? 1 : of->row_bytes, &total)) return 0;
     int64_t pages = 1 + total / BYTES_A_LOOK;
     if (pages > most) pages = most;
-    return absent_pages(of->base, of->size, count, of->begins, lengths, of->row_bytes, total, pages) > 0;
+    return absent_pages(of, count, lengths, total, pages) > 0;
 }
 
 PUBLIC int32_t act_seems_absent(const column *of, int64_t count, const int64_t *lengths, int64_t most) {
@@ -622,7 +779,7 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
             if (of->firsts[segment[i]] < 0) return NOT_MAPPED;
             begins[i] = (of->firsts[segment[i]] + row[i]) * of->row_bytes;
         }
-        columns[c] = (column){of->row_bytes, of->base, of->size, begins, NULL, NULL, of->out};
+        columns[c] = (column){of->row_bytes, of->base, of->size, begins, NULL, NULL, of->out, NULL, 1};
     }
     memset(this->state, INTACT, (size_t)n);
     batch rows = {.count = n, .lengths = tokens, .starts = starts, .ends = ends, .columns = this->columns,
@@ -717,6 +874,369 @@ PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
     return -1;
 }
 #endif
+
+/* --- frames of zstd that are written ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t count;
+    const uint8_t *data;  /* the rows of all entries */
+    const int64_t *edges; /* [count + 1] where each begins in it, in bytes, and the end */
+    int64_t item;
+    int64_t room;         /* bytes of each entry's place in ``out``; the bound of the largest one */
+    uint8_t *out;         /* [count, room] */
+    int64_t *sizes;       /* [count] of each entry's frames; 0 where none could be made */
+    _Atomic int32_t failed;
+} framing;
+
+/* Numbers repeat nothing that is worth a look: with matches, frames are larger and take twice as long to decode. */
+static void *new_huffman_encoder(void) {
+    const int level = 100, literals = 1002; /* ZSTD_c_compressionLevel, ZSTD_c_literalCompressionMode */
+    void *encoder = zstd.new_encoder();
+    if (encoder != NULL) {
+        zstd.set(encoder, level, -1000);
+        zstd.set(encoder, literals, 1); /* ZSTD_lcm_huffman; where it is not known, as that level does */
+    }
+    return encoder;
+}
+
+static void frame_part(void *context, int64_t i) {
+    framing *this = context;
+    thread_own *own = get_own();
+    int64_t nbytes = this->edges[i + 1] - this->edges[i];
+    const uint8_t *data = this->data + this->edges[i];
+    this->sizes[i] = 0;
+    if (own != NULL && own->encoder == NULL) own->encoder = new_huffman_encoder();
+    uint8_t *planes = own == NULL || this->item == 1 ? NULL : memory_of(own, 0, (size_t)nbytes);
+    if (own == NULL || own->encoder == NULL || (this->item > 1 && planes == NULL)) {
+        atomic_store(&this->failed, 1);
+        return;
+    }
+    if (this->item > 1) {
+        shuffle(data, planes, nbytes / this->item, this->item);
+        data = planes;
+    }
+    size_t count = (size_t)(nbytes / this->item), end = 0;
+    for (int64_t n = 0; n < this->item; n++) {
+        uint8_t *out = this->out + i * this->room + end;
+        size_t size = zstd.encode(own->encoder, out, (size_t)this->room - end, data + (size_t)n * count, count);
+        if (zstd.is_error(size)) {
+            atomic_store(&this->failed, 1);
+            return;
+        }
+        end += size;
+    }
+    this->sizes[i] = (int64_t)end;
+}
+
+/* Make frames of each entry's rows; return whether all of them could be made. */
+PUBLIC int32_t act_frame(framing *this, int32_t threads) {
+    pthread_once(&once, prepare);
+    share(frame_part, this, this->count, threads);
+    return !this->failed;
+}
+
+/* --- rows of codes with a scale a token ------------------------------------------------------------------------------- */
+
+/* A stored row is a code of one byte for each number, then the row's scale as a float: number = code * scale. */
+typedef struct {
+    int64_t rows, hidden;
+    int32_t code; /* one of: */
+    int32_t form; /* of the numbers, one of: */
+    uint8_t *stored; /* [rows, hidden + 4] */
+    void *numbers;   /* [rows, hidden] */
+    _Atomic int64_t bad; /* rows with an infinity or a NaN, given or made */
+} conversion;
+
+enum { INT8, E4M3 };
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+
+#define SCALE_BYTES 4
+#define SMALLEST_SCALE 1.17549435e-38f /* rows of zeros have a scale, too */
+#define SMALLEST_SCALE_E4M3 1e-12f     /* as vLLM's hs-connectors */
+#define LARGEST_INT8 127.0f
+#define LARGEST_E4M3 448.0f
+
+static uint32_t bits_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return bits;
+}
+
+static float float_of(uint32_t bits) {
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+static int is_odd(float number) { return (bits_of(number) & 0x7F800000u) == 0x7F800000u; }
+
+/* Return the scale of a row whose largest number is given. That of int8 has 16 digits, rounded up: 127 times it is a
+ * float, so rows that were stored so before are not changed by it. That of e4m3 is vLLM's. */
+static float scale_for(int32_t code, float largest) {
+    if (code == E4M3) {
+        float scale = largest / LARGEST_E4M3;
+        return scale < SMALLEST_SCALE_E4M3 ? SMALLEST_SCALE_E4M3 : scale;
+    }
+    float scale = float_of((bits_of(largest / LARGEST_INT8) + 0xFFu) & ~0xFFu);
+    return scale < SMALLEST_SCALE ? SMALLEST_SCALE : scale;
+}
+
+/* Round to nearest, ties to even, a number that is no larger than 2 to the power of 22. */
+static float to_whole(float number) {
+    float far = number < 0 ? -8388608.0f : 8388608.0f;
+    return number + far - far;
+}
+
+static uint8_t code_for(int32_t code, float scaled) {
+    if (code == INT8) {
+        float whole = to_whole(scaled);
+        return (uint8_t)(int8_t)(whole > 127.0f ? 127.0f : whole < -127.0f ? -127.0f : whole);
+    }
+    uint32_t bits = bits_of(scaled), sign = bits >> 24 & 0x80, size = bits & 0x7FFFFFFFu;
+    if (size < 0x3C800000u) return (uint8_t)(sign | (uint32_t)to_whole(float_of(size) * 512.0f)); /* below 2^-6 */
+    return (uint8_t)(sign | (((size + 0x7FFFFu + (size >> 20 & 1)) >> 20) - 960u));
+}
+
+static float number_of(int32_t code, uint8_t stored) {
+    if (code == INT8) return (float)(int8_t)stored;
+    uint32_t size = stored & 0x7Fu, sign = (uint32_t)(stored & 0x80u) << 24;
+    if (size == 0x7F) return float_of(sign | 0x7FC00000u);
+    if (size < 8) return stored & 0x80 ? -(float)size / 512.0f : (float)size / 512.0f;
+    return float_of(sign | ((size + 960u) << 20));
+}
+
+static uint16_t half_of(float number) { /* to nearest, ties to even */
+    uint32_t bits = bits_of(number), sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
+    if (size >= 0x7F800000u) return (uint16_t)(sign | 0x7C00u | (size > 0x7F800000u ? 0x200u : 0));
+    if (size >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u);
+    if (size < 0x38800000u) return (uint16_t)(sign | (uint32_t)to_whole(float_of(size) * 16777216.0f));
+    return (uint16_t)(sign | ((size + 0xFFFu + (size >> 13 & 1) - 0x38000000u) >> 13));
+}
+
+static uint16_t bfloat_of(float number) {
+    uint32_t bits = bits_of(number);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+}
+
+/* Widen some numbers of a row; return whether one of them is an infinity or a NaN. */
+static int widen_some(int32_t code, int32_t form, const uint8_t *stored, float scale, void *out, int64_t first,
+                      int64_t last) {
+    int odd = 0;
+    for (int64_t i = first; i < last; i++) {
+        float number = number_of(code, stored[i]) * scale;
+        if (form == FLOAT32) {
+            ((float *)out)[i] = number;
+            odd |= is_odd(number);
+        } else if (form == FLOAT16) {
+            ((uint16_t *)out)[i] = half_of(number);
+            odd |= (((uint16_t *)out)[i] & 0x7C00) == 0x7C00;
+        } else {
+            ((uint16_t *)out)[i] = bfloat_of(number);
+            odd |= (((uint16_t *)out)[i] & 0x7F80) == 0x7F80;
+        }
+    }
+    return odd;
+}
+
+static void narrow_some(int32_t code, const float *numbers, float scale, uint8_t *out, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) out[i] = code_for(code, numbers[i] / scale);
+}
+
+static float largest_of(const float *numbers, int64_t first, int64_t last, float largest, int *odd) {
+    for (int64_t i = first; i < last; i++) {
+        float size = float_of(bits_of(numbers[i]) & 0x7FFFFFFFu);
+        *odd |= is_odd(size);
+        if (size > largest) largest = size;
+    }
+    return largest;
+}
+
+#if defined(__x86_64__)
+#define VECTORS __attribute__((target("avx2,f16c")))
+#define INLINE VECTORS static inline __attribute__((always_inline))
+
+static int has_vectors(void) { /* 2: AVX2 and F16C */
+    static _Atomic int known;
+    int found = atomic_load(&known);
+    if (found == 0) {
+        unsigned a, b, c, d;
+        found = has_f16c() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 5) ? 2 : 1;
+        atomic_store(&known, found);
+    }
+    return found == 2;
+}
+
+INLINE __m128i sixteen_bits_of(__m256i wide) { /* of each of 8 numbers the lower 16, where the others are zeros */
+    __m256i packed = _mm256_packus_epi32(wide, wide);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+
+INLINE void store_eight(__m256 eight, int32_t form, void *out, int64_t i) {
+    if (form == FLOAT32) {
+        _mm256_storeu_ps((float *)out + i, eight);
+    } else if (form == FLOAT16) {
+        _mm_storeu_si128((__m128i *)((uint16_t *)out + i), _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+        __m256i bits = _mm256_castps_si256(eight);
+        __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        bits = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF)));
+        _mm_storeu_si128((__m128i *)((uint16_t *)out + i), sixteen_bits_of(_mm256_srli_epi32(bits, 16)));
+    }
+}
+
+INLINE int64_t widen_vectors(int32_t code, int32_t form, const uint8_t *stored, float scale, void *out, int64_t hidden,
+                             int *odd) {
+    const __m256 by = _mm256_set1_ps(code == INT8 ? scale : scale * 256.0f);
+    __m256i unusual = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 16 <= hidden; i += 16) {
+        __m128i codes = _mm_loadu_si128((const __m128i *)(stored + i));
+        __m256 low, high;
+        if (code == INT8) {
+            low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+            high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes)));
+        } else { /* with its bits in the places of a half's it is 256 times as small; the scale makes up for that */
+            __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+            __m256i size = _mm256_and_si256(bits, _mm256_set1_epi16(0x3F80));
+            unusual = _mm256_or_si256(unusual, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3F80)));
+            bits = _mm256_andnot_si256(_mm256_set1_epi16(0x4000), bits);
+            low = _mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+            high = _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+        }
+        store_eight(_mm256_mul_ps(low, by), form, out, i);
+        store_eight(_mm256_mul_ps(high, by), form, out, i + 8);
+    }
+    *odd |= _mm256_movemask_epi8(unusual) != 0;
+    return i;
+}
+
+#define WIDEN(name, code, form)                                                                                        \
+    VECTORS static int64_t name(const uint8_t *stored, float scale, void *out, int64_t hidden, int *odd) {             \
+        return widen_vectors(code, form, stored, scale, out, hidden, odd);                                             \
+    }
+WIDEN(int8_to_float, INT8, FLOAT32)
+WIDEN(int8_to_half, INT8, FLOAT16)
+WIDEN(int8_to_bfloat, INT8, BFLOAT16)
+WIDEN(e4m3_to_float, E4M3, FLOAT32)
+WIDEN(e4m3_to_half, E4M3, FLOAT16)
+WIDEN(e4m3_to_bfloat, E4M3, BFLOAT16)
+
+typedef int64_t (*widening)(const uint8_t *stored, float scale, void *out, int64_t hidden, int *odd);
+static const widening widenings[2][3] = {{int8_to_float, int8_to_half, int8_to_bfloat},
+                                         {e4m3_to_float, e4m3_to_half, e4m3_to_bfloat}};
+
+VECTORS static int64_t largest_vectors(const float *numbers, int64_t hidden, float *largest, int *odd) {
+    const __m256i sizes = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i most = _mm256_setzero_si256(); /* sizes of floats are in the order of their bits */
+    int64_t i = 0;
+    for (; i + 8 <= hidden; i += 8)
+        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(numbers + i)), sizes));
+    int32_t all[8];
+    _mm256_storeu_si256((__m256i *)all, most);
+    for (int n = 0; n < 8; n++) {
+        *odd |= is_odd(float_of((uint32_t)all[n]));
+        if (float_of((uint32_t)all[n]) > *largest) *largest = float_of((uint32_t)all[n]);
+    }
+    return i;
+}
+
+VECTORS static int64_t narrow_vectors(int32_t code, const float *numbers, float scale, uint8_t *out, int64_t hidden) {
+    const __m256 by = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 8 <= hidden; i += 8) {
+        __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(numbers + i), by);
+        __m256i codes;
+        if (code == INT8) {
+            codes = _mm256_cvtps_epi32(scaled);
+            codes = _mm256_max_epi32(_mm256_min_epi32(codes, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
+            codes = _mm256_and_si256(codes, _mm256_set1_epi32(0xFF));
+        } else {
+            __m256i bits = _mm256_castps_si256(scaled), size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+            __m256i even = _mm256_and_si256(_mm256_srli_epi32(size, 20), _mm256_set1_epi32(1));
+            __m256i usual = _mm256_add_epi32(size, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFFF)));
+            usual = _mm256_sub_epi32(_mm256_srli_epi32(usual, 20), _mm256_set1_epi32(960));
+            __m256 small = _mm256_mul_ps(_mm256_castsi256_ps(size), _mm256_set1_ps(512.0f));
+            __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3C800000), size);
+            codes = _mm256_blendv_epi8(usual, _mm256_cvtps_epi32(small), is_small);
+            __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
+            codes = _mm256_or_si256(codes, sign);
+        }
+        __m128i words = sixteen_bits_of(codes);
+        _mm_storel_epi64((__m128i *)(out + i), _mm_packus_epi16(words, words));
+    }
+    return i;
+}
+#endif
+
+/* Rows that a thread takes at a time. */
+static int64_t rows_of_part(const conversion *this) { return 1 + PART / (this->hidden + 1); }
+
+static void widen_part(void *context, int64_t part) {
+    conversion *this = context;
+    int64_t first = part * rows_of_part(this), last = first + rows_of_part(this), bad = 0;
+    int64_t size = this->form == FLOAT32 ? 4 : 2;
+    if (last > this->rows) last = this->rows;
+    for (int64_t row = first; row < last; row++) {
+        const uint8_t *stored = this->stored + row * (this->hidden + SCALE_BYTES);
+        uint8_t *out = (uint8_t *)this->numbers + row * this->hidden * size;
+        float scale;
+        int64_t done = 0;
+        memcpy(&scale, stored + this->hidden, SCALE_BYTES);
+        int odd = is_odd(scale);
+#if defined(__x86_64__)
+        float most = scale * (this->code == INT8 ? 128.0f : LARGEST_E4M3);
+        int in_range = this->form == FLOAT16 ? most < 65504.0f : !is_odd(most); /* else it is looked at one by one */
+        if (in_range && has_vectors()) done = widenings[this->code][this->form](stored, scale, out, this->hidden, &odd);
+        if (odd) done = 0;
+#endif
+        bad += widen_some(this->code, this->form, stored, scale, out, done, this->hidden) | odd;
+    }
+    if (bad) atomic_fetch_add(&this->bad, bad);
+}
+
+static void narrow_part(void *context, int64_t part) {
+    conversion *this = context;
+    int64_t first = part * rows_of_part(this), last = first + rows_of_part(this), bad = 0;
+    if (last > this->rows) last = this->rows;
+    for (int64_t row = first; row < last; row++) {
+        const float *numbers = (const float *)this->numbers + row * this->hidden;
+        uint8_t *out = this->stored + row * (this->hidden + SCALE_BYTES);
+        float largest = 0;
+        int odd = 0;
+        int64_t done = 0;
+#if defined(__x86_64__)
+        if (has_vectors()) done = largest_vectors(numbers, this->hidden, &largest, &odd);
+#endif
+        largest = largest_of(numbers, done, this->hidden, largest, &odd);
+        float scale = odd ? 0 : scale_for(this->code, largest);
+        if (odd || is_odd(scale * (this->code == INT8 ? LARGEST_INT8 : LARGEST_E4M3))) {
+            bad++;
+            continue;
+        }
+        done = 0;
+#if defined(__x86_64__)
+        if (has_vectors()) done = narrow_vectors(this->code, numbers, scale, out, this->hidden);
+#endif
+        narrow_some(this->code, numbers, scale, out, done, this->hidden);
+        memcpy(out + this->hidden, &scale, SCALE_BYTES);
+    }
+    if (bad) atomic_fetch_add(&this->bad, bad);
+}
+
+static int64_t convert(conversion *this, void (*run)(void *, int64_t), int32_t threads) {
+    int64_t nbytes = this->rows * this->hidden;
+    pthread_once(&once, prepare);
+    if (threads > 1 + nbytes / SHARE) threads = (int32_t)(1 + nbytes / SHARE);
+    share(run, this, (this->rows + rows_of_part(this) - 1) / rows_of_part(this), threads);
+    return this->bad;
+}
+
+/* Make numbers of stored rows; return how many rows have one that is an infinity or a NaN. */
+PUBLIC int64_t act_widen(conversion *this, int32_t threads) { return convert(this, widen_part, threads); }
+
+/* Make stored rows of floats; return how many rows hold an infinity or a NaN, of which nothing is made. */
+PUBLIC int64_t act_narrow(conversion *this, int32_t threads) { return convert(this, narrow_part, threads); }
 
 /* --- statistics of rows ------------------------------------------------------------------------------------------------- */
 
@@ -825,7 +1345,7 @@ PUBLIC int32_t act_moments(const uint8_t *rows, int32_t kind, int64_t count, int
 
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
-    const int64_t all[] = {sizeof(table), sizeof(lookup),  sizeof(column),
-                           sizeof(batch), sizeof(reading), sizeof(scatter)};
+    const int64_t all[] = {sizeof(table),   sizeof(lookup),     sizeof(column), sizeof(batch), sizeof(reading),
+                           sizeof(scatter), sizeof(conversion), sizeof(framing)};
     memcpy(sizes, all, sizeof all);
 }

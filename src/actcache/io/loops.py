@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 4
+_VERSION = 6
 _FAILED = 4  # the state of an entry whose file could not be read
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 
@@ -97,6 +98,8 @@ class Column(NamedTuple):
     begins: NDArray[np.int64] | None = None  # [n] where each entry's rows begin in it, in bytes
     files: NDArray[np.int32] | None = None  # [n] descriptors
     places: NDArray[np.int64] | None = None  # [n] where its rows begin in its file, in bytes
+    sizes: NDArray[np.int64] | None = None  # [n] bytes of each entry's frames of zstd, which make its rows; None: rows
+    item: int = 1  # bytes of a number: an entry's first frame has all first ones, the next all second ones, ...
 
 
 class MappedColumn(NamedTuple):
@@ -167,6 +170,8 @@ class _Column(ctypes.Structure):
         ("files", _P),
         ("places", _P),
         ("out", _P),
+        ("sizes", _P),
+        ("item", _I64),
     ]
 
 
@@ -195,6 +200,31 @@ class _Batch(ctypes.Structure):
         ("streams", _I32),
         ("bad", _I64),
         ("error", _I32),
+    ]
+
+
+class _Framing(ctypes.Structure):
+    _fields_ = [
+        ("count", _I64),
+        ("data", _P),
+        ("edges", _P),
+        ("item", _I64),
+        ("room", _I64),
+        ("out", _P),
+        ("sizes", _P),
+        ("failed", _I32),
+    ]
+
+
+class _Conversion(ctypes.Structure):
+    _fields_ = [
+        ("rows", _I64),
+        ("hidden", _I64),
+        ("code", _I32),
+        ("form", _I32),
+        ("stored", _P),
+        ("numbers", _P),
+        ("bad", _I64),
     ]
 
 
@@ -265,6 +295,10 @@ def _load() -> tuple[Any, str]:
     library.act_moments.restype = _I32
     library.act_moments.argtypes = (_P, _I32, _I64, _I64, *(_P,) * 6)
     library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
+    library.act_frame.restype, library.act_frame.argtypes = _I32, (_P, _I32)
+    library.act_set_zstd.restype, library.act_set_zstd.argtypes = None, (_P,)
+    library.act_widen.restype, library.act_widen.argtypes = _I64, (_P, _I32)
+    library.act_narrow.restype, library.act_narrow.argtypes = _I64, (_P, _I32)
     library.act_set_digest.restype, library.act_set_digest.argtypes = None, (_P,)
     library.act_set_digest(ctypes.cast(digest, _P))
     return library, ""
@@ -448,7 +482,7 @@ def _gather(
     count = len(lengths)
     starts, ends = (offsets[:-1], offsets[1:]) if offsets.ndim == 1 else offsets
     state = np.zeros(count, np.uint8)
-    if _library is None:
+    if _library is None or (any(column.sizes is not None for column in columns) and not zstd_is_compiled()):
         numpy_loops.gather(columns, lengths, starts, ends, digests, direct, state)
         return np.flatnonzero(state)
     described = (_Column * len(columns))(*map(_described, columns))
@@ -474,11 +508,10 @@ def _gather(
 
 
 def _described(column: Column) -> _Column:
-    row_bytes, out, memory, begins, files, places = column
+    row_bytes, out, memory, begins, files, places, sizes, item = column
     size = 0 if memory is None else memory.nbytes
-    return _Column(
-        row_bytes, _address(memory), size, _address(begins), _address(files), _address(places), _address(out)
-    )
+    addresses = _address(memory), size, _address(begins), _address(files), _address(places), _address(out)
+    return _Column(row_bytes, *addresses, _address(sizes), item)
 
 
 def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) -> bool:
@@ -550,3 +583,95 @@ def round_to_float16(rows: NDArray[Any], out: NDArray[Any]) -> bool | None:
         return None
     finite: int = _library.act_halves(_address(rows), _address(out), out.size)
     return None if finite < 0 else bool(finite)
+
+
+CODES = ("int8", "float8_e4m3")  #: kinds of codes of one byte
+FORMS = ("float32", "float16", "bfloat16")  #: that numbers of codes can take; bfloat16 as its bits, uint16
+SCALE_BYTES = 4
+
+
+def widen(stored: NDArray[np.uint8], code: str, out: NDArray[Any], form: str, threads: int | None = None) -> int:
+    """Make numbers of rows of codes; return how many rows have one that is an infinity or a NaN.
+
+    Args:
+        stored: ``[n, hidden + 4]``, C-contiguous: codes of one byte, one of ``CODES``, then the row's scale as float32.
+        out: ``[n, hidden]``, C-contiguous, in one of ``FORMS``.
+        threads: that share the work, ``THREADS`` if not given.
+    """
+    if not _fit_to_convert(stored, out, "float32" if form == "float32" else "float16"):
+        raise TypeError(f"{stored.dtype} {stored.shape} is not widened into {out.dtype} {out.shape}")
+    if _library is None:
+        return numpy_loops.widen(stored, code, out, form)
+    call = _Conversion(*out.shape, CODES.index(code), FORMS.index(form), _address(stored), _address(out))
+    bad: int = _library.act_widen(ctypes.byref(call), threads or THREADS)
+    return bad
+
+
+def narrow(rows: NDArray[np.float32], out: NDArray[np.uint8], code: str, threads: int | None = None) -> int:
+    """Make rows of codes of rows of float32; return how many have a number that is none, or too large to come back.
+    Of these nothing is made. Shapes are those of ``widen``."""
+    if not _fit_to_convert(out, rows, "float32"):
+        raise TypeError(f"{rows.dtype} {rows.shape} is not narrowed into {out.dtype} {out.shape}")
+    if _library is None:
+        return numpy_loops.narrow(rows, out, code)
+    call = _Conversion(*rows.shape, CODES.index(code), 0, _address(out), _address(rows))
+    bad: int = _library.act_narrow(ctypes.byref(call), threads or THREADS)
+    return bad
+
+
+def _fit_to_convert(stored: NDArray[Any], numbers: NDArray[Any], size: str) -> bool:
+    same = stored.dtype == np.uint8 and numbers.dtype.itemsize == np.dtype(size).itemsize and numbers.ndim == 2
+    same = same and stored.shape == (len(numbers), numbers.shape[1] + SCALE_BYTES)
+    return bool(same and stored.flags.c_contiguous and numbers.flags.c_contiguous and numbers.flags.aligned)
+
+
+# --- frames of zstd ---------------------------------------------------------------------------------------------------
+
+_ZSTD = (  # what ``zstd_functions`` of loops.c has, in its order
+    *("createDCtx", "freeDCtx", "decompressDCtx", "getFrameContentSize", "findFrameCompressedSize"),
+    *("isError", "createCCtx", "freeCCtx", "compress2", "CCtx_setParameter"),
+    "compressBound",
+)
+_zstd_is_compiled: bool | None = None  # None: nobody has looked
+
+
+def zstd_is_compiled() -> bool:
+    """Return whether the compiled loops make and read frames of zstd: with libzstd as the zstandard package exports it.
+    ``MissingExtraError`` where that package is not there."""
+    global _zstd_is_compiled
+    if _zstd_is_compiled is None:
+        numpy_loops.zstandard()  # says what to install
+        _zstd_is_compiled = _library is not None and _give_zstd(_library)
+    return _zstd_is_compiled
+
+
+def _give_zstd(library: Any) -> bool:
+    found = find_spec("zstandard._cffi")  # of its two extensions the one that exports libzstd's functions
+    try:
+        exported = ctypes.CDLL(found.origin if found is not None and found.origin else "")
+        functions = [getattr(exported, f"ZSTD_{name}") for name in _ZSTD]
+    except (OSError, AttributeError):
+        return False
+    library.act_set_zstd((_P * len(functions))(*(ctypes.cast(function, _P) for function in functions)))
+    return True
+
+
+def frames_of(rows: NDArray[Any], begins: NDArray[np.int64], item: int) -> list[NDArray[np.uint8]]:
+    """Return the frames of zstd of each entry, one after another, views of one array.
+
+    Args:
+        rows: C-contiguous.
+        begins: ``[n + 1]`` where each entry begins in it, in bytes, and the end; each has one byte or more.
+        item: bytes of a number: a frame gets all first ones of an entry, the next all second ones, ...
+    """
+    data = rows.reshape(-1).view(np.uint8)
+    if not zstd_is_compiled():
+        return numpy_loops.frames_of(data, begins, item)
+    nbytes = int(np.diff(begins).max(initial=0))
+    room = nbytes + nbytes // 128 + 512 * item  # more than the bound of libzstd
+    out, sizes = np.empty((len(begins) - 1, room), np.uint8), np.zeros(len(begins) - 1, np.int64)
+    call = _Framing(len(sizes), _address(data), _address(begins), item, room, _address(out), _address(sizes), 0)
+    assert _library is not None
+    if not _library.act_frame(ctypes.byref(call), THREADS):
+        raise MemoryError("zstd could not compress: there is no memory left")
+    return [out[i, :size] for i, size in enumerate(sizes.tolist())]

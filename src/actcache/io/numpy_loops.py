@@ -5,6 +5,7 @@ The functions take what those of ``actcache.io.loops`` take.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from actcache.errors import requires_extra
 
 _PRIMES = np.array(
     [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
@@ -100,7 +103,8 @@ def gather(
                 state[i] = _OUTSIDE
                 continue
             if length and not state[i]:
-                state[i] = _bring(column, memory, own, i, nbytes, direct)
+                bring = _bring if column.sizes is None else _bring_frame
+                state[i] = bring(column, memory, own, i, nbytes, direct)
             if length and not state[i]:
                 rows.append(own if memory is None or own is not None else memory[int(column.begins[i]) :][:nbytes])
             if out is not None:
@@ -122,6 +126,30 @@ def _bring(column: Any, memory: Any, out: Any, i: int, nbytes: int, direct: bool
     if out is not None:
         out[:] = memory[begin : begin + nbytes]
     return _INTACT
+
+
+def _bring_frame(column: Any, memory: Any, out: Any, i: int, nbytes: int, direct: bool) -> int:
+    """Make rows of an entry's frames; what one says of its size is looked at before it is believed."""
+    size, item = int(column.sizes[i]), column.item
+    if out is None or nbytes % item:
+        return _OUTSIDE
+    if not 0 < size <= nbytes + nbytes // 128 + 512 * item:
+        return _CORRUPT
+    frames = np.empty(size, np.uint8)
+    state = _bring(column._replace(sizes=None), memory, frames, i, size, direct)
+    if state:
+        return state
+    module, left = zstandard(), frames.tobytes()
+    for plane in out.reshape(-1, item).T:
+        try:
+            if module.frame_content_size(left) != len(plane):
+                return _CORRUPT
+            decoder = module.ZstdDecompressor().decompressobj()
+            plane[:] = np.frombuffer(decoder.decompress(left), np.uint8)
+        except (module.ZstdError, ValueError):
+            return _CORRUPT
+        left = decoder.unused_data
+    return _CORRUPT if left else _INTACT
 
 
 def _read(file: int, place: int, out: NDArray[np.uint8], direct: bool) -> int:
@@ -173,3 +201,76 @@ def _compare(digests: Any, rows: list[Any], i: int, length: int) -> int:
             state = _CORRUPT if digest != int(expected[i]) else state
             digest = int(expected[i])
     return state
+
+
+# --- rows of codes with a scale a token -------------------------------------------------------------------------------
+
+_SMALLEST_SCALE = {"int8": np.finfo(np.float32).tiny, "float8_e4m3": np.float32(1e-12)}
+_LARGEST = {"int8": np.float32(127), "float8_e4m3": np.float32(448)}
+
+
+def e4m3_numbers() -> NDArray[np.float32]:
+    """Return the numbers of all 256 codes: sign, 4 bits of exponent, 3 of mantissa; no infinities, two NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = np.where(exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
+    size[code & 127 == 127] = np.nan
+    numbers: NDArray[np.float32] = np.where(code & 128, -size, size).astype(np.float32)
+    return numbers
+
+
+def widen(stored: NDArray[np.uint8], code: str, out: NDArray[Any], form: str) -> int:
+    hidden = out.shape[1]
+    codes, scales = stored[:, :hidden], stored[:, hidden:].copy().view("<f4")
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = (codes.view(np.int8).astype(np.float32) if code == "int8" else e4m3_numbers()[codes]) * scales
+        if form == "bfloat16":
+            bits = rows.view(np.uint32)
+            out.view(np.uint16)[:] = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+            finite = np.isfinite(rows) & ((out.view(np.uint16) & 0x7F80) != 0x7F80)
+        else:
+            out[:] = rows
+            finite = np.isfinite(out)
+    return int((~finite.all(axis=1) | ~np.isfinite(scales[:, 0])).sum())
+
+
+def narrow(rows: NDArray[np.float32], out: NDArray[np.uint8], code: str) -> int:
+    hidden, most = rows.shape[1], _LARGEST[code]
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
+        scales = largest / most
+        if code == "int8":  # 16 digits, rounded up
+            scales = ((scales.view(np.uint32) + np.uint32(0xFF)) & np.uint32(0xFFFFFF00)).view(np.float32)
+        scales = np.maximum(scales, _SMALLEST_SCALE[code])
+        good = np.isfinite(rows).all(axis=1) & np.isfinite(scales * most)[:, 0]
+        scaled = rows[good] / scales[good]
+    if code == "int8":
+        codes = np.clip(np.rint(scaled), -127, 127).astype(np.int8).view(np.uint8)
+    else:
+        bits = scaled.view(np.uint32)
+        size = bits & np.uint32(0x7FFFFFFF)
+        usual = ((size + np.uint32(0x7FFFF) + (size >> 20 & 1)) >> 20) - np.uint32(960)
+        small = np.rint(np.minimum(size.view(np.float32), 1) * np.float32(512)).astype(np.uint32)
+        codes = (np.where(size < 0x3C800000, small, usual) | (bits >> 24 & 0x80)).astype(np.uint8)
+    out[good, :hidden] = codes
+    out[good, hidden:] = scales[good].astype("<f4").view(np.uint8)
+    return int((~good).sum())
+
+
+# --- frames of zstd ---------------------------------------------------------------------------------------------------
+
+
+def zstandard() -> Any:
+    """Return the package; ``MissingExtraError`` where it is not there."""
+    with requires_extra("zstd", "reading and writing compressed spaces"):
+        import zstandard as module
+    return module
+
+
+def frames_of(data: NDArray[np.uint8], begins: NDArray[np.int64], item: int) -> list[NDArray[np.uint8]]:
+    encoder = zstandard().ZstdCompressor(level=1)
+    frames = []
+    for begin, end in itertools.pairwise(begins.tolist()):
+        planes = np.ascontiguousarray(data[begin:end].reshape(-1, item).T)
+        frames.append(np.frombuffer(b"".join(encoder.compress(plane) for plane in planes), np.uint8))
+    return frames

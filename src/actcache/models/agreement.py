@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from actcache.errors import CanaryError, LowerHalfMismatchError, UsageError
 from actcache.models import canary
 from actcache.models.families import base_model_of, family_of
-from actcache.models.lower_half import LowerHalf
+from actcache.models.lower_half import LowerHalf, together
 from actcache.models.modes import evaluating
 from actcache.models.provenance import setup_of
 from actcache.models.sites import site_in
 from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
-from actcache.models.weights import check_same_lower_half
+from actcache.models.weights import check_same_lower_half, check_same_lower_halves
 from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 
@@ -57,8 +57,11 @@ class Agreement:
                 self.of_present(documents)
 
     def before_adding(self) -> None:
-        """Compare the weights and the canaries, which ``canary.make`` makes where there are none; raises as both do."""
-        check_same_lower_half(self.lower.base_model, self.space.recipe)
+        """Compare the weights and the canaries; see the function."""
+        before_adding([self])
+
+    def compare_canaries(self) -> None:
+        """Compare the canaries, which ``canary.make`` makes where there are none; raises as both do."""
         if self.enabled or self.space.blob(canary.BLOB_NAME) is None:
             self._compare_canaries(create=True)
 
@@ -126,3 +129,21 @@ class Agreement:
                 f"{self.space!r} has no canaries, and {len(report.failed)} of {report.documents} entries are not what "
                 "this model computes from their token ids: another model recorded them. Use another store"
             )
+
+
+def when_opened(agreements: Sequence[Agreement]) -> None:
+    """Compare the canaries of several sites of one model, computed by the same passes; raises ``CanaryError``."""
+    with together([one.lower for one in agreements]):
+        for one in agreements:
+            one.when_opened()
+
+
+def before_adding(agreements: Sequence[Agreement]) -> None:
+    """Compare the weights and the canaries of several sites of one model, hashed once and computed by the same passes.
+
+    Canaries are made where there are none. Raises as ``check_same_lower_half`` and ``canary.make`` do.
+    """
+    check_same_lower_halves(agreements[0].lower.base_model, [one.space.recipe for one in agreements])
+    with together([one.lower for one in agreements]):
+        for one in agreements:
+            one.compare_canaries()

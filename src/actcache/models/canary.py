@@ -154,8 +154,8 @@ def _spread_ids(encoder: DocumentEncoder) -> NDArray[np.int64]:
 
 def _rows(lower: LowerHalf, some: Sequence[Encoded]) -> list[NDArray[np.float32]]:
     """Return the rows that are kept of documents that are computed together."""
-    computed = lower.run([one.token_ids for one in some], [one.type_ids for one in some])
-    return [rows.astype(np.float32)[-_LAST:] for rows in computed]
+    computed = lower.run_last(_LAST, [one.token_ids for one in some], [one.type_ids for one in some])
+    return [rows.astype(np.float32) for rows in computed]
 
 
 def _errors(expected: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]) -> list[float]:

@@ -147,7 +147,7 @@ class Family:
         beside = self.beside_of(base_model) | self.alias_of(base_model)
         return beside | {f"{self.layers}.{i}": layers[i] for i in range(layer)}
 
-    def check_layer(self, base_model: nn.Module, layer: int) -> int:
+    def check_layer(self, base_model: nn.Module, layer: int | str) -> int:
         """Return a layer as Python's own number; raises ``LayerError`` where it is not in 1..N-1."""
         count = len(self.layers_of(base_model))
         if not is_whole(layer) or not 1 <= layer <= count - 1:

@@ -19,7 +19,7 @@ from actcache.format.ragged import offsets_of
 from actcache.io.buffers import BufferPool
 from actcache.io.notebook import Shown
 from actcache.models import proof
-from actcache.models.agreement import Agreement
+from actcache.models.agreement import Agreement, before_adding
 from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import check_texts, chunked, document_keys, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_batches
@@ -173,8 +173,7 @@ class Filler:
         return None if max_bytes is None else ByteBudget(max_bytes, self._store, spaces, shared, number)
 
     def _check(self) -> None:
-        for agreement in self._agreements:
-            agreement.before_adding()
+        before_adding(self._agreements)
         self._marks = self._marked()
 
     def _marked(self) -> object:

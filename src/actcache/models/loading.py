@@ -21,6 +21,7 @@ from actcache.format.recipe import Recipe
 from actcache.models.families import Family, base_model_of, family_of, way_of
 from actcache.models.replay import reduce
 from actcache.models.saving import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
+from actcache.models.sites import LAST
 from actcache.models.stubs import EmbeddingStub
 from actcache.models.tensors import first_parameter, set_parameter
 from actcache.models.training.adapters import AdapterSpec, insert_adapters
@@ -73,7 +74,7 @@ def load_reduced(
         full.tie_weights()
         way = what.get("way")  # what was proved when it was reduced; these weights prove nothing yet
         family = None if way is None else way_of(family_of(base_model_of(full)), way)
-        reduced = reduce(full, int(what["layer"]), family)
+        reduced = reduce(full, what["layer"] if what["layer"] == LAST else int(what["layer"]), family)
         if what["adapters"] is not None:
             insert_adapters(reduced, AdapterSpec.from_json(what["adapters"]))
         for first, *others in what["tied"]:
@@ -103,6 +104,8 @@ def _cast_as(reduced: PreTrainedModel, saved: Mapping[str, torch.dtype]) -> None
         if name in saved:
             tensor.data = tensor.data.to(saved[name])
     # The stub of the embeddings goes with the first layer behind it, whatever dtype the head has.
+    if reduced.__dict__["actcache_layer"] == LAST:
+        return
     family: Family = reduced.__dict__["actcache_family"]
     like = first_parameter(family.layers_of(base_model_of(reduced))[reduced.__dict__["actcache_layer"]])
     for module in reduced.modules():

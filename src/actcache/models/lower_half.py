@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class LowerHalf:
         if site == Site(""):
             site = self._last()
         self.site = site
+        self._company: _Company | None = None  # while it computes together with others of the model
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +115,14 @@ class LowerHalf:
             ModelError: the lower half is in train mode, so its dropout would be stored.
         """
         return self.run_at([self.site], token_ids, type_ids)[self.site]
+
+    def run_last(
+        self, rows: int, token_ids: Sequence[NDArray[np.integer]], type_ids: Sequence[NDArray[np.integer]]
+    ) -> list[NDArray[np.generic]]:
+        """Return so many rows of each document at most, the last ones; else as ``run``, or see ``together``."""
+        if self._company is not None:
+            return self._company.last(self, rows, token_ids, type_ids)
+        return [array[-rows:] for array in self.run(token_ids, type_ids)]
 
     def run_at(
         self,
@@ -320,6 +329,40 @@ class LowerHalf:
         if self.compute_dtype == self.parameter_dtype:
             return torch.autocast(kind, enabled=False)
         return torch.autocast(kind, dtype=getattr(torch, self.compute_dtype))
+
+
+class _Company:
+    """Lower halves of one model, and what was computed for all of them at once."""
+
+    def __init__(self, halves: Sequence[LowerHalf]) -> None:
+        self._sites = list(dict.fromkeys(half.site for half in halves))
+        self._known: dict[object, dict[Site, list[NDArray[np.generic]]]] = {}
+
+    def last(
+        self, half: LowerHalf, rows: int, token_ids: Sequence[NDArray[Any]], type_ids: Sequence[NDArray[Any]]
+    ) -> list[NDArray[np.generic]]:
+        key = rows, *((ids.tobytes(), types.tobytes()) for ids, types in zip(token_ids, type_ids, strict=True))
+        if key not in self._known:
+            found = half.run_at(self._sites, token_ids, type_ids)
+            # Copies, or all of the rows would stay in memory.
+            self._known[key] = {site: [array[-rows:].copy() for array in found[site]] for site in self._sites}
+        return self._known[key][half.site]
+
+
+@contextlib.contextmanager
+def together(halves: Sequence[LowerHalf]) -> Iterator[None]:
+    """Have lower halves of one model share forward passes: what ``run_last`` computes for one it computes for all.
+
+    What was computed is kept until the end, so the model must not change meanwhile.
+    """
+    company = _Company(halves)
+    try:
+        for half in halves:
+            half._company = company
+        yield
+    finally:
+        for half in halves:
+            half._company = None
 
 
 def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int) -> list[NDArray[np.int64]]:

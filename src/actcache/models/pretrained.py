@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from actcache.errors import ModelError
 from actcache.models.families import base_model_of, family_of
-from actcache.models.sites import Where
+from actcache.models.sites import Where, expanded
 from actcache.models.weights import pretrained_digests, weight_files
 
 
@@ -33,7 +33,7 @@ def load_pretrained(
     family = family_of(base)
     if sites:
         # The digests stay known within the process, so that a recycler does not compute them again.
-        pretrained_digests(base, family, sites, weight_files(name, revision))
+        pretrained_digests(base, family, expanded(base, family, sites), weight_files(name, revision))
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA

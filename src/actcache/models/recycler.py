@@ -15,22 +15,24 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.errors import DataError, LayerError, UsageError, VerificationError
+from actcache.errors import DataError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import loading, proof, replay, verification
+from actcache.models import error_budget, loading, proof, replay, verification
+from actcache.models.after_encoder import starts_at
 from actcache.models.agreement import Agreement
 from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
 from actcache.models.documents import Field, document_keys, documents_in, listed
+from actcache.models.error_budget import Choice
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.provenance import origin, revision_of, setup_of
-from actcache.models.sites import chosen
+from actcache.models.sites import Site, chosen
 from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
@@ -42,6 +44,7 @@ from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
 from actcache.store.document_entries import check_found, find_entries
 from actcache.store.store import Store, open_store
+from actcache.store.stored_errors import StoredErrors
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +102,7 @@ class Recycler:
         extras: Sequence[str] = (),
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
+        _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
@@ -118,7 +122,7 @@ class Recycler:
             site=str(lower.site) if lower.site.layer is None else None,
             hidden_size=lower.hidden_size,
             dtype=dtype or family.dtype,
-            weights=lower_digest(base, family, lower.site),
+            weights=lower_digest(base, family, lower.site) if _digests is None else _digests[lower.site],
             config=family.numbers_of(base.config),
             compute_dtype=lower.compute_dtype,
             tokenizer=tokenizer_digest(tokenizer),
@@ -133,7 +137,8 @@ class Recycler:
             self.space = self._store.space(self.recipe)
             self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
             self._filler = Filler(self._store, [self.agreement])
-            self.agreement.when_opened()
+            if _digests is None:
+                self.agreement.when_opened()
         except BaseException:
             self.close()
             raise
@@ -155,11 +160,15 @@ class Recycler:
     ) -> Recycler:
         """Load base model and tokenizer (or raise ``ModelError``), and return their recycler.
 
+        Several layers or sites at once are for ``Recyclers.from_pretrained(..., layers=..., sites=...)``.
+
         Args:
             device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
             revision: of the model on the hub.
             options: the other arguments of ``Recycler``.
         """
+        if several := [name for name in ("layers", "sites") if name in options]:
+            raise UsageError(f"{several[0]} are for actcache.Recyclers.from_pretrained: one pass records all of them")
         model, tokenizer = load_pretrained(name_or_path, [chosen(layer, site)], device, revision)
         return cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
 
@@ -171,6 +180,8 @@ class Recycler:
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
+        max_error: float | None = None,
+        metric: str = "rows",
     ) -> FillReport:
         """Compute and store the documents that are not in the space; durable when it returns.
 
@@ -186,6 +197,10 @@ class Recycler:
             progress: whether to show a bar (a line now and then where stderr is no terminal).
             max_bytes: that the space takes on the medium at most, what was there before included: a number or a size
                 like ``"200GiB"``. From the first document on that does not fit, all that are missing are left out.
+            max_error: relative error that storing may make, measured on the first documents before anything is stored.
+                Without it a codec that scales rows (``int8``, ``float8_e4m3``) is measured all the same, once, and what
+                was found is kept with the space (``measured``).
+            metric: of what: ``rows``, or ``hidden``, the final hidden states.
 
         Raises:
             UsageError: ``texts`` are none: one text, a table, a file, ..., or an iterator that gives nothing.
@@ -193,10 +208,84 @@ class Recycler:
             NonFiniteError, CodecOverflowError: a document's rows do not fit the stored dtype; it names its position.
             LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
             ModelError: the model is in train mode.
+            ErrorBudgetError: storing changes ``metric`` by more than ``max_error``.
             CanaryError: the lower half computes other numbers than those of the space (a hook, an adapter, ...).
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
-        return self._filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
+        self._store.check_writable()
+        texts = error_budget.measured(documents_in(texts, field), [self.agreement], max_error, metric)
+        return self._filler.fill(texts, token_budget, progress, max_bytes)
+
+    @property
+    def measured(self) -> StoredErrors | None:
+        """What storing does to the numbers, as it was measured when the space was filled; None where it was not."""
+        return StoredErrors.read(self.space)
+
+    def measure(
+        self,
+        texts: Iterable[Document],
+        *,
+        field: Field | None = None,
+        task_model: PreTrainedModel | None = None,
+        sample: int = error_budget.SAMPLE,
+    ) -> StoredErrors:
+        """Measure on the first documents what storing does to rows, to the final hidden states, and to the outputs of a
+        task model where one is given; keep that with the space, and return it.
+
+        Raises:
+            UsageError: there are no documents.
+            NonFiniteError, CodecOverflowError: rows do not fit the stored dtype.
+            LowerHalfMismatchError: the task model's lower half is not the one that was recorded.
+        """
+        if task_model is not None:
+            check_same_lower_half(task_model, self.recipe)
+        lower, encoder = self.agreement.lower, self.agreement.encoder
+        texts = documents_in(texts, field)
+        meter = error_budget.ErrorMeter(lower, encoder, texts, task_model=task_model, sample=sample)
+        found = meter.measure(self.recipe.dtype, self.recipe.via)
+        found.write(self.space)
+        return found
+
+    def choose(
+        self,
+        texts: Iterable[Document],
+        *,
+        max_error: float,
+        metric: str = "hidden",
+        layers: Sequence[int | str] | None = None,
+        dtypes: Sequence[str] = error_budget.CANDIDATES,
+        field: Field | None = None,
+        task_model: PreTrainedModel | None = None,
+        sample: int = error_budget.SAMPLE,
+    ) -> Choice:
+        """Try codecs, and layers, on a sample; return the cheapest within a budget: that of the fewest bytes, and of
+        layers with as many the highest, which leaves the least to run. Nothing is stored.
+
+        What a higher layer takes from a task that is trained above it, no sample of texts says: name the ``layers``
+        that suit the task (``actcache.models.training`` compares them).
+
+        Args:
+            texts: the first of them are the sample.
+            max_error: relative error that storing may make.
+            metric: of what: ``rows``, ``hidden`` (the final hidden states), or ``logits`` (of a ``task_model``).
+            layers: to try; None for this recycler's.
+            dtypes: codecs to try.
+
+        Raises:
+            ErrorBudgetError: none of them is within the budget.
+            UsageError: there are no documents, or the metric cannot be measured.
+            LayerError, RecipeError: there is no such layer, or codec.
+        """
+        if task_model is not None:
+            check_same_lower_half(task_model, self.recipe)
+        own, encoder = self.agreement.lower, self.agreement.encoder
+        some = list(itertools.islice(documents_in(texts, field), sample))
+        meters: dict[int | str, error_budget.ErrorMeter] = {}
+        for layer in layers or [own.site.name]:
+            lower = own if layer == own.site.name else LowerHalf(own.base_model, own.family, layer, own.compute_dtype)
+            meters[layer] = error_budget.ErrorMeter(lower, encoder, some, task_model=task_model, sample=sample)
+        hidden = self.recipe.hidden_size
+        return error_budget.choose(meters, dtypes, hidden, max_error=max_error, metric=metric)
 
     def reader(
         self,
@@ -326,9 +415,7 @@ class Recycler:
 
             encoder = self.agreement.encoder
             return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
-        layer = self._layer()
-        base = base_model_of(task_model)
-        family_of(base).check_layer(base, layer)
+        layer = self._start(task_model)
         check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
         reduced = replay.reduce(task_model, layer)
@@ -451,7 +538,7 @@ class Recycler:
         dataset = regimes.TokenDataset(entries, given, padding, type(task_model))
         model = copy.deepcopy(task_model)
         if kind is Regime.FROZEN:
-            regimes.freeze_lower_half(model, family, self._layer())
+            regimes.freeze_lower_half(model, family, self._start(task_model))
         return Prepared(model, regimes.TextBatches(dataset, order, torch.device(device)))
 
     def close(self) -> None:
@@ -470,14 +557,9 @@ class Recycler:
     def __repr__(self) -> str:
         return f"<Recycler of {self.recipe.model} {self.recipe.site_name}, space {self.recipe.fingerprint}>"
 
-    def _layer(self) -> int:
-        """Return the layer after which a reduced model starts."""
-        if self.recipe.layer is None:
-            raise LayerError(
-                f"rows of {self.recipe.site_name} are for reading (recycler.reader(texts)): a reduced model starts "
-                "from the output of a layer. Record one, with Recycler(..., layer=k), for 1 <= k <= N-1"
-            )
-        return self.recipe.layer
+    def _start(self, task_model: PreTrainedModel) -> int | str:
+        """Return where a reduced model starts, as ``models.reduce`` takes it."""
+        return starts_at(self.recipe, task_model)
 
     def _log_nearest(self) -> None:
         try:

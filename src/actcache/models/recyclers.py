@@ -1,4 +1,4 @@
-"""Several layers of one model, recorded in one pass: to learn which layer suits a task."""
+"""Several sites of one model, recorded in one pass: to learn which layer suits a task, or to read all of them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,38 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.errors import UsageError
-from actcache.format.arguments import whole_numbers
 from actcache.format.keys import Document
+from actcache.models import error_budget
+from actcache.models.agreement import when_opened
 from actcache.models.documents import Field, documents_in, listed
+from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
-from actcache.models.lower_half import TOKEN_BUDGET
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.pretrained import load_pretrained
 from actcache.models.recycler import Recycler
+from actcache.models.sites import Site, expanded, several
+from actcache.models.weights import lower_digests
 from actcache.reader.rows import RowReader
 from actcache.store.store import Store, open_store
 
 
-class Recyclers(Mapping[int, Recycler]):
-    """The recyclers of one model by layer; each layer is a space of its own. Not thread-safe.
+class Recyclers(Mapping[int | str, Recycler]):
+    """The recyclers of one model by site; each site is a space of its own. Not thread-safe.
 
-    A space that was filled this way is the one that a ``Recycler`` of that layer finds, and the other way round.
+    Keys are the layers and sites as they were given; two that are one place have one recycler. A space that was filled
+    this way is the one that a ``Recycler`` of that site finds, and the other way round.
 
     Args:
-        layers: 1-based, in any order; a list, range or array. A ``UsageError`` where there are none, or one twice.
+        layers: in any order; a list, range or array of numbers, ``"last"`` among them perhaps, or ``"all"`` for 0..N.
+        sites: paths of modules, as ``Recycler`` takes them.
         store: a ``Store``, or a URL or path of one, which this then opens and closes.
         options: the other arguments of ``Recycler``.
 
     Attributes:
         filler: fills all of them; for ``actcache.models.parallel``.
+
+    Raises:
+        UsageError: there are neither layers nor sites, or one twice. Else as ``Recycler``.
     """
 
     def __init__(
@@ -43,37 +51,51 @@ class Recyclers(Mapping[int, Recycler]):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        layers: Sequence[int],
+        layers: Sequence[int | str] | str = (),
+        sites: Sequence[str] = (),
         store: Store | str | Path,
         **options: Any,
     ) -> None:
-        layers = checked_layers(layers)
+        given = several(layers, sites)
+        base = base_model_of(model)
+        family = family_of(base)
+        places = {str(where) if isinstance(where, Site) else where: where for where in expanded(base, family, given)}
+        found = {name: LowerHalf(base, family, where).site for name, where in places.items()}
+        digests = lower_digests(base, family, list(found.values()))
         self._store = store if isinstance(store, Store) else open_store(store)
         self._owns_store = self._store is not store
-        self._recyclers: dict[int, Recycler] = {}
+        made: dict[Site, Recycler] = {}
+        self._recyclers: dict[int | str, Recycler] = {}
         try:
-            for layer in layers:
-                self._recyclers[layer] = Recycler(model, tokenizer, layer=layer, store=self._store, **options)
+            for name, site in found.items():
+                if site not in made:
+                    place: dict[str, Any] = {"layer": site.layer} if site.layer is not None else {"site": str(site)}
+                    made[site] = Recycler(model, tokenizer, **place, store=self._store, _digests=digests, **options)
+                self._recyclers[name] = made[site]
+            agreements = [recycler.agreement for recycler in made.values()]
+            when_opened(agreements)
         except BaseException:
+            for recycler in made.values():
+                recycler.close()
             self.close()
             raise
-        self.filler = Filler(self._store, [recycler.agreement for recycler in self._recyclers.values()])
+        self.filler = Filler(self._store, agreements)
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | Path,
         *,
-        layers: Sequence[int],
+        layers: Sequence[int | str] | str = (),
+        sites: Sequence[str] = (),
         store: Store | str | Path,
         device: str | torch.device | None = None,
         revision: str | None = None,
         **options: Any,
     ) -> Recyclers:
         """Load base model and tokenizer, and return their recyclers; see ``Recycler.from_pretrained``."""
-        layers = checked_layers(layers)
-        model, tokenizer = load_pretrained(name_or_path, layers, device, revision)
-        return cls(model, tokenizer, layers=layers, store=store, **options)
+        model, tokenizer = load_pretrained(name_or_path, several(layers, sites), device, revision)
+        return cls(model, tokenizer, layers=layers, sites=sites, store=store, **options)
 
     def fill(
         self,
@@ -83,13 +105,18 @@ class Recyclers(Mapping[int, Recycler]):
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
+        max_error: float | None = None,
+        metric: str = "rows",
     ) -> FillReport:
-        """Compute each document once, as far as the deepest layer that lacks it, and store it at each layer that does.
+        """Compute each document once, as far as the deepest site that lacks it, and store it at each site that does.
 
-        Else as ``Recycler.fill``; ``computed`` counts the documents that any layer lacked, and ``max_bytes`` is for all
-        layers together.
+        Else as ``Recycler.fill``; ``computed`` counts the documents that any site lacked, and ``max_bytes`` is for all
+        sites together; ``max_error`` is for each of them.
         """
-        return self.filler.fill(documents_in(texts, field), token_budget, progress, max_bytes)
+        agreements = [recycler.agreement for recycler in dict.fromkeys(self._recyclers.values())]
+        self._store.check_writable()
+        texts = error_budget.measured(documents_in(texts, field), agreements, max_error, metric)
+        return self.filler.fill(texts, token_budget, progress, max_bytes)
 
     def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
         """Return batches of rows ``[n, layers, hidden]``, mixed across documents and aligned row by row, the layers in
@@ -121,10 +148,10 @@ class Recyclers(Mapping[int, Recycler]):
             for recycler in self._recyclers.values():
                 stack.callback(recycler.close)
 
-    def __getitem__(self, layer: int) -> Recycler:
-        return self._recyclers[layer]
+    def __getitem__(self, where: int | str) -> Recycler:
+        return self._recyclers[where]
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | str]:
         return iter(self._recyclers)
 
     def __len__(self) -> int:
@@ -137,12 +164,4 @@ class Recyclers(Mapping[int, Recycler]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Recyclers of layers {', '.join(map(str, self))}>"
-
-
-def checked_layers(layers: Sequence[int]) -> list[int]:
-    """Return layers as Python's own numbers; raises ``UsageError`` where there are none, or one twice or no number."""
-    numbers: list[int] = whole_numbers("layers", layers).tolist()
-    if not numbers or len(set(numbers)) != len(numbers):
-        raise UsageError(f"layers are different numbers, such as [3, 6], not {layers!r}")
-    return numbers
+        return f"<Recyclers of {', '.join(map(str, self))}>"

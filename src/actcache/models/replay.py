@@ -20,9 +20,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, ShapeError, UnsupportedModelError, UsageError
-from actcache.models import proof, saving
+from actcache.models import after_encoder, proof, saving
+from actcache.models.after_encoder import encoder_stub
 from actcache.models.answers import as_positions, takes_answers
 from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.sites import LAST
 from actcache.models.stubs import (
     BiasPassThrough,
     ConvolutionStub,
@@ -51,7 +53,7 @@ _DROPPED = (
 _IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
 
 
-def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None) -> PreTrainedModel:
+def reduce(task_model: PreTrainedModel, layer: int | str, family: Family | None = None) -> PreTrainedModel:
     """Return a copy of a task model that starts at layer ``layer + 1`` from stored rows. The task model is untouched.
 
     The copy has the task model's own outputs. Its ``forward`` takes ``activations`` [batch, tokens, hidden] in any
@@ -68,17 +70,21 @@ def reduce(task_model: PreTrainedModel, layer: int, family: Family | None = None
     use are there, but frozen.
 
     Args:
-        layer: the rows are the output of this layer, 1-based.
+        layer: the rows are the output of this layer, 1..N-1; or ``"last"``, of an encoder-decoder: they are what the
+            encoder gives.
 
     Raises:
-        LayerError: ``layer`` is not in 1..N-1.
+        LayerError: ``layer`` is none of these: rows that are taken elsewhere are for reading.
         UnsupportedModelError: the model's family is not known, or it is a BERT-like model configured as a decoder.
     """
     base = base_model_of(task_model)
     family = family or family_of(base)
+    if isinstance(layer, str) and layer == LAST:
+        return _copied(task_model, family, LAST, {})
+    layer = family.check_layer(base, layer)
     if not family.proved:
         family = proof.of_replay(task_model, family, layer, _shared_copy)
-    reduced = _copied(task_model, family, family.check_layer(base, layer), {})
+    reduced = _copied(task_model, family, layer, {})
     lower = family.lower_of(base, layer)
     notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
     if notes:
@@ -92,7 +98,7 @@ def _shared_copy(task_model: PreTrainedModel, family: Family, layer: int) -> Pre
     return _copied(task_model, family, layer, {id(tensor): tensor for tensor in tensors})
 
 
-def _copied(task_model: PreTrainedModel, family: Family, layer: int, memo: dict[int, Any]) -> PreTrainedModel:
+def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo: dict[int, Any]) -> PreTrainedModel:
     base = base_model_of(task_model)
     if isinstance(task_model, ReducedModel):
         raise ModelError("the model is a reduced one already; reduce the task model")
@@ -103,7 +109,12 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int, memo: dict[
         )
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
     injected = InjectedRows()
-    reduced = copy.deepcopy(task_model, {**memo, **_stubs_of(task_model, base, family, layer, injected)})
+    stubs = (
+        encoder_stub(task_model, family, injected)
+        if isinstance(layer, str)
+        else _stubs_of(task_model, base, family, layer, injected)
+    )
+    reduced = copy.deepcopy(task_model, {**memo, **stubs})
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
     reduced.__dict__["actcache_family"], reduced.__dict__["actcache_layer"] = family, layer
@@ -111,6 +122,9 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int, memo: dict[
     for module in reduced.modules():
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False  # it would hold nothing of the lower half
+    if isinstance(layer, str):
+        reduced.__dict__["actcache_guard"] = saving.guard_in(task_model, family)
+        return reduced
     inner = base_model_of(reduced)
     if family.first_layer_runs:
         first = family.layers_of(inner)[0]
@@ -165,6 +179,8 @@ class ReducedModel:
     main_input_name = "token_ids"
 
     def _replay(self: Any, forward: Any, activations: Any, token_ids: Any, attention_mask: Any, kwargs: Any) -> Any:
+        if self.actcache_layer == LAST:
+            return after_encoder.replay(self, forward, activations, token_ids, attention_mask, kwargs)
         injected: InjectedRows = self.actcache_injected
         family: Family = self.actcache_family
         text = family.found is None or family.found.main_input == "input_ids"
@@ -241,11 +257,19 @@ class ReducedModel:
         """Refuse: a reduced model is no repository of the hub."""
         raise ModelError("push the full model instead: reduced.merge_into(full_model).push_to_hub(...)")
 
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ModelError(
-            "a reduced model cannot generate: new tokens have no stored activations. Put its weights back into the "
-            "full task model, and generate with that"
-        )
+    def generate(
+        self, activations: Any = None, token_ids: Any = None, attention_mask: Any = None, **options: Any
+    ) -> Any:
+        """Generate from prompts that are stored, of an encoder-decoder, as the full model does from their tokens.
+
+        Args:
+            activations, token_ids, attention_mask: of the prompts, as of ``forward``.
+            options: transformers' own.
+
+        Raises:
+            ModelError: it is a decoder alone, whose new tokens need what the lower layers made of those before.
+        """
+        return after_encoder.generate(self, activations, token_ids, attention_mask, options)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # the class has no importable name

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError
-from actcache.models.families import base_model_of, way_in
+from actcache.models.families import Family, base_model_of, way_in
+from actcache.models.sites import LAST
 from actcache.models.tensors import dtype_name, set_parameter, unshared
 from actcache.models.training.adapters import insert_adapters, spec_of
 from actcache.models.weights import check_same_lower_half
@@ -97,7 +98,7 @@ def merge(reduced: Any, full_model: Model) -> Model:
         check_same_lower_half(full_model, recipe)
     family, layer = reduced.actcache_family, reduced.actcache_layer
     base = base_model_of(full_model)
-    lower = family.lower_of(base, layer)
+    lower = {family.stack: family.stack_of(base)} if layer == LAST else family.lower_of(base, layer)
     spec, there = spec_of(reduced), spec_of(full_model)
     if there is not None and there != spec:
         raise ModelError(f"the full model has other adapters ({there}) than the reduced one ({spec})")
@@ -152,6 +153,9 @@ def _copy(
 
 def guard_of(reduced: Any) -> str:
     """Return the name of a matrix in the first layer, which is not the reduced model's; see the module."""
+    if reduced.actcache_layer == LAST:
+        guard: str = reduced.actcache_guard
+        return guard
     family, base = reduced.actcache_family, base_model_of(reduced)
     layers = family.layers_of(base)
     path = next(path for path, module in reduced.named_modules() if module is layers)
@@ -159,6 +163,13 @@ def guard_of(reduced: Any) -> str:
     there = reduced.state_dict()
     numbers = [i for i in range(reduced.actcache_layer) if f"{path}.{i}.{matrix}" not in there]
     return f"{path}.{numbers[0]}.{matrix}" if numbers else f"{path}.0.actcache_guard"  # a first layer may be kept
+
+
+def guard_in(task_model: PreTrainedModel, family: Family) -> str:
+    """Return the name of a matrix in the first layer of a full model."""
+    first = family.layers_of(base_model_of(task_model))[0]
+    path = next(path for path, module in task_model.named_modules() if module is first)
+    return next(f"{path}.{name}" for name, weight in first.named_parameters() if weight.ndim == 2)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

@@ -8,18 +8,20 @@ the output of the last one, before the final norm. Any other site is a module by
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import LayerError, UsageError
-from actcache.format.arguments import is_whole
+from actcache.format.arguments import is_whole, whole_numbers
 from actcache.format.recipe import Recipe
 from actcache.models.families import Family
 
 LAST = "last"  # what the model gives: after the final norm, where there is one
+ALL = "all"  # each of the layers 0..N
 
 _INPUT = ":input"
 _OUTPUT = ":output"
@@ -78,6 +80,52 @@ def site_of(base_model: PreTrainedModel, family: Family, where: Where) -> Site:
         if (found := _of_layer(family, count, number)).module == module:
             return found
     return Site(module, "input" if side == "input" else "output")
+
+
+def expanded(base_model: PreTrainedModel, family: Family, places: Iterable[Where]) -> list[Where]:
+    """Return what ``several`` returned with each layer in the place of ``"all"``."""
+    layers: list[Where] = list(range(len(family.layers_of(base_model)) + 1))
+    return [one for where in places for one in (layers if where == ALL else [where])]
+
+
+def several(layers: Any, sites: Any = ()) -> list[Where]:
+    """Return the places that a caller gave as ``layers`` and ``sites``, in that order.
+
+    Layers are whole numbers and ``"last"``, or ``"all"`` in the place of them; sites are texts.
+
+    Raises:
+        UsageError: there are none, or one twice, or one is none.
+    """
+    if isinstance(sites, str) or not all(isinstance(site, str) for site in sites):
+        raise UsageError(f"sites are paths of modules, such as ['layers.5.mlp'], not {sites!r:.80}")
+    if isinstance(layers, str) and layers == ALL:
+        numbers: list[Where] = [ALL]
+    else:
+        given = [] if layers is None else layers
+        words = (
+            [] if isinstance(given, str) or not hasattr(given, "__iter__") else [w for w in given if isinstance(w, str)]
+        )
+        if words and set(words) <= {LAST}:
+            numbers = [one if isinstance(one, str) else int(whole_numbers("layers", [one])[0]) for one in given]
+        else:
+            numbers = [*whole_numbers("layers", given).tolist()]
+    places = [*numbers, *sites]
+    if not places or len(set(places)) != len(places):
+        raise UsageError(
+            f"layers are different numbers, such as [3, 6], 'last' among them, or 'all'; not {layers!r:.80}"
+            + (f" with sites {list(sites)!r:.80}" if sites else "")
+        )
+    return places
+
+
+def depth_of(base_model: PreTrainedModel, family: Family, site: Site) -> int:
+    """Return about how many layers run before a site."""
+    count = len(family.layers_of(base_model))
+    if site.layer is not None:
+        return site.layer
+    inside = site.module.removeprefix(f"{family.layers}.")
+    number = inside.partition(".")[0]
+    return min(int(number) + 1, count) if inside != site.module and number.isdecimal() else count
 
 
 def chosen(layer: int | str | None, site: str | None) -> int | str:

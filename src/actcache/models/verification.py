@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ from transformers import PreTrainedModel
 
 from actcache.entries.entry import Entry
 from actcache.entries.read import read_intact
-from actcache.errors import LayerError, MissingEntryError, ModelError, UsageError, VerificationError
+from actcache.errors import MissingEntryError, ModelError, UsageError, VerificationError
+from actcache.format import codec
 from actcache.format.arguments import is_whole, whole
 from actcache.format.keys import Document, key_list
 from actcache.format.ragged import TOKEN_IDS
+from actcache.format.recipe import Recipe
 from actcache.io.notebook import Shown
+from actcache.models.after_encoder import starts_at
 from actcache.models.canary import TOLERANCE, relative_error
 from actcache.models.documents import document_keys, listed
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
@@ -32,9 +36,8 @@ from actcache.store.document_entries import check_found, find_entries
 from actcache.store.space import Space
 
 # The relative error (L2) that storing adds: a codec's unit roundoff, which no single number exceeds (but for values
-# below float16's normal range, which weigh nothing in the whole). Others: a whole number of 255 steps, with headroom.
+# below float16's normal range, which weigh nothing in the whole). Other codecs say it of each entry.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-_COARSEST = 2e-2
 
 # How much larger an error of outputs may be than one of rows. Measured on MiniLM (layers 1, 3 and 5, float16 and
 # bfloat16 entries, a random head): 0.7 to 1.8 times the worst entry's, which itself is half of what is allowed. Wrong
@@ -91,7 +94,7 @@ def verify(
     check_sample(sample)
     rng = np.random.default_rng(whole("seed", seed, 0))
     keys, encoded = _stored(space, sample, rng) if texts is None else _of_texts(space, encoder, sample, texts, rng)
-    outputs = None if task_model is None else _Outputs(task_model, lower)
+    outputs = None if task_model is None else _Outputs(task_model, lower, space.recipe)
     comparison = _Comparison(space, lower, encoder, outputs)
     for start in range(0, len(keys), _CHUNK):
         some = slice(start, start + _CHUNK)
@@ -175,8 +178,10 @@ class _Comparison:
         typed = "token_type_ids" in encoder.tokenizer.model_input_names
         self._separator = encoder.tokenizer.sep_token_id if typed else None
         # Storing adds the rounding of each dtype that rows were rounded to.
-        rounding = sum(ROUNDING.get(dtype, _COARSEST) for dtype in {*space.recipe.via, space.recipe.dtype})
-        self._tolerance = TOLERANCE[lower.compute_dtype] + rounding
+        dtypes = {codec.base(dtype) for dtype in (*space.recipe.via, space.recipe.dtype)}
+        self._tolerance = TOLERANCE[lower.compute_dtype] + sum(ROUNDING.get(dtype, 0.0) for dtype in dtypes)
+        self._lossy = [codec.get(dtype) for dtype in sorted(dtypes - ROUNDING.keys())]
+        self._most_allowed = self._tolerance
         self._errors: list[float] = []
         self._failed: list[bytes] = []
         self._largest = 0.0
@@ -184,46 +189,47 @@ class _Comparison:
     def add(self, keys: list[bytes], entries: list[Entry], encoded: list[Encoded] | None) -> None:
         """Compare some entries with what their texts make, or, with None, with what their own token ids do."""
         inputs = [_input(entry) for entry in entries] if encoded is None else encoded
-        found = _errors(self._lower, entries, inputs)
+        found = _errors(self._lower, entries, inputs, self._lossy)
         if encoded is None and self._separator is not None:
             self._as_pairs(entries, inputs, found)
-        for key, entry, given, (error, difference) in zip(keys, entries, inputs, found, strict=True):
+        for key, entry, given, (error, difference, lost) in zip(keys, entries, inputs, found, strict=True):
             self._errors.append(error)
+            self._most_allowed = max(self._most_allowed, self._tolerance + lost)
             self._largest = max(self._largest, difference)
             same = np.array_equal(_input(entry).token_ids, given.token_ids)
-            if not (same and error <= self._tolerance):  # NaN does not agree
+            if not (same and error <= self._tolerance + lost):  # NaN does not agree
                 self._failed.append(key)
             elif self._outputs is not None:
                 self._outputs.compare(entry, given)
 
-    def _as_pairs(self, entries: list[Entry], inputs: list[Encoded], found: list[tuple[float, float]]) -> None:
+    def _as_pairs(self, entries: list[Entry], inputs: list[Encoded], found: list[_Error]) -> None:
         """Take wrong entries for documents of two texts, whose type ids were not stored; keep what is right."""
         for i, given in enumerate(inputs):
             ends = np.flatnonzero(given.token_ids == self._separator)
-            if found[i][0] <= self._tolerance or len(ends) < 2 or "type_ids" in entries[i].extras:
+            if found[i].is_within(self._tolerance) or len(ends) < 2 or "type_ids" in entries[i].extras:
                 continue
             paired = replace(given, type_ids=(np.arange(len(given.token_ids)) > ends[0]).astype(np.int8))
-            again = _errors(self._lower, [entries[i]], [paired])[0]
-            if again[0] <= self._tolerance:
+            again = _errors(self._lower, [entries[i]], [paired], self._lossy)[0]
+            if again.is_within(self._tolerance):
                 found[i], inputs[i] = again, paired
 
     def report(self) -> Verification:
         """Return what was found."""
         worst = float(np.max(self._errors)) if self._errors else 0.0  # max() would pass over a NaN
-        report = Verification(len(self._errors), worst, self._largest, self._tolerance, self._failed)
+        report = Verification(len(self._errors), worst, self._largest, self._most_allowed, self._failed)
         if (outputs := self._outputs) is None:
             return report
-        allowed = AMPLIFICATION * self._tolerance
+        allowed = AMPLIFICATION * self._most_allowed
         return replace(report, output_error=outputs.error, output_largest=outputs.largest, output_tolerance=allowed)
 
 
 class _Outputs:
     """Compares what a full task model makes of token ids with what its reduced model makes of stored rows."""
 
-    def __init__(self, task_model: PreTrainedModel, lower: LowerHalf) -> None:
+    def __init__(self, task_model: PreTrainedModel, lower: LowerHalf, recipe: Recipe) -> None:
         if task_model.training:
             raise ModelError(f"the {type(task_model).__name__} is in train mode: call model.eval() first")
-        self._full, self._reduced = task_model, reduce(task_model, _layer_of(lower), lower.family).eval()
+        self._full, self._reduced = task_model, reduce(task_model, starts_at(recipe, task_model), lower.family).eval()
         self._difference = self._norm = self.largest = 0.0
 
     @property
@@ -248,12 +254,6 @@ class _Outputs:
                 self._difference += float(difference.square().sum())
                 self._norm += float(value.double().square().sum())
                 self.largest = max(self.largest, float(difference.abs().max()))
-
-
-def _layer_of(lower: LowerHalf) -> int:
-    if lower.site.layer is None:
-        raise LayerError(f"rows of {lower.site} are for reading: verify them without a task model")
-    return lower.site.layer
 
 
 def _stored(space: Space, sample: int, rng: np.random.Generator) -> tuple[list[bytes], None]:
@@ -308,9 +308,22 @@ def _input(entry: Entry) -> Encoded:
     return Encoded(ids, np.zeros(len(ids), np.int8) if types is None else types.astype(np.int8))
 
 
-def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded]) -> list[tuple[float, float]]:
-    """Return each entry's relative error and largest absolute difference."""
-    result = [(math.inf, math.inf)] * len(entries)
+class _Error(NamedTuple):
+    """How far an entry is from what was computed."""
+
+    relative: float
+    largest: float  # absolute difference
+    lost: float  # relative error that its codecs may have made of it
+
+    def is_within(self, tolerance: float) -> bool:
+        return self.relative <= tolerance + self.lost
+
+
+def _errors(
+    lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded], lossy: Sequence[codec.Codec]
+) -> list[_Error]:
+    """Return how far each entry is from what the lower half computes; ``lossy``: codecs that rows went through."""
+    result = [_Error(math.inf, math.inf, 0.0)] * len(entries)
     possible = [i for i, given in enumerate(inputs) if computable(lower, given)]
     for batch in plan_batches([len(inputs[i].token_ids) for i in possible], TOKEN_BUDGET):
         batch = np.array(possible)[batch]
@@ -319,7 +332,9 @@ def _errors(lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded
         for i, rows in zip(batch, computed, strict=True):
             stored = entries[i].activations
             if stored.shape == rows.shape:
-                result[i] = relative_error(rows, stored), float(np.abs(stored.astype(np.float64) - rows).max())
+                largest = float(np.abs(stored.astype(np.float64) - rows).max())
+                lost = sum(codec.relative_bound(kind, rows) for kind in lossy)
+                result[i] = _Error(relative_error(rows, stored), largest, lost)
     return result
 
 

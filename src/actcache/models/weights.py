@@ -84,12 +84,26 @@ def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
 
     Raises:
         LowerHalfMismatchError: weights or configuration of the lower half are others; it names the fields.
-        LayerError, UnsupportedModelError: the model cannot be cut at the recipe's layer.
+        LayerError, UnsupportedModelError: the model has no such layer or module as the recipe's.
     """
+    return check_same_lower_halves(model, [recipe])
+
+
+def check_same_lower_halves(model: PreTrainedModel, recipes: Sequence[Recipe]) -> Family:
+    """Return the family of a model that has the lower halves of some recipes; else as ``check_same_lower_half``."""
     base = base_model_of(model)
     family = family_of(base)
-    site = site_in(base, family, recipe)
-    theirs, ours = family.numbers_of(base.config), recipe.config
+    sites = [site_in(base, family, recipe) for recipe in recipes]
+    for recipe in recipes:
+        _check_numbers(model, family.numbers_of(base.config), recipe)
+    digests = lower_digests(base, family, sites)
+    for site, recipe in zip(sites, recipes, strict=True):
+        _check_weights(model, digests[site], recipe)
+    return family
+
+
+def _check_numbers(model: PreTrainedModel, theirs: Mapping[str, Any], recipe: Recipe) -> None:
+    ours = recipe.config
     different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if different:
         fields = "; ".join(f"{name}: {theirs.get(name)!r}, recorded {ours.get(name)!r}" for name in different)
@@ -97,15 +111,17 @@ def check_same_lower_half(model: PreTrainedModel, recipe: Recipe) -> Family:
             f"the lower half of this {type(model).__name__} computes other numbers than the recorded one: its "
             f"configuration differs ({fields}). Record its activations with a recycler of its own"
         )
-    if lower_digest(base, family, site) != recipe.weights:
-        dtype, recorded = dtype_name(base.dtype), recipe.provenance.get("weights_dtype")
+
+
+def _check_weights(model: PreTrainedModel, digest: str, recipe: Recipe) -> None:
+    if digest != recipe.weights:
+        dtype, recorded = dtype_name(base_model_of(model).dtype), recipe.provenance.get("weights_dtype")
         hint = "" if recorded in (None, dtype) else f" (they are {dtype}, load the model with dtype {recorded})"
         raise LowerHalfMismatchError(
             f"the {_lower_half(recipe)} of this {type(model).__name__} have other weights than those "
             f"that were recorded{hint}: they were fine-tuned, adapted, or are another model's. Keep the lower half "
             "frozen, or record its activations with a recycler of its own"
         )
-    return family
 
 
 def _lower_half(recipe: Recipe) -> str:

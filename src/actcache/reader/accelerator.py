@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from actcache.entries.batch import Batch, PackedBatch
+from actcache.format import codec
 from actcache.format.ragged import offsets_of, row_indices
 from actcache.io.buffers import BufferPool
 from actcache.reader.delivery import BatchMembers, Delivered, Delivery
@@ -87,13 +88,19 @@ class PinnedBuffers(BufferPool):
 
 
 class AcceleratorDelivery(Delivery):
-    """See the module. Rows are always read packed, and padded on the device where ``packed`` is not wanted."""
+    """See the module. Rows are always read packed, and padded on the device where ``packed`` is not wanted.
 
-    def __init__(self, dtype: str, device: AsyncDevice, *, packed: bool, depth: int) -> None:
+    ``dtype`` is the recipe's, ``deliver`` that of the numbers; None for the codec's own.
+    """
+
+    def __init__(
+        self, dtype: str, device: AsyncDevice, *, packed: bool, depth: int, deliver: str | None = None
+    ) -> None:
         super().__init__()
         self.packed, self.padded = True, not packed
         self.buffers: PinnedBuffers = PinnedBuffers(depth + 2, device.allocate)
-        self._bfloat16 = dtype == "bfloat16"
+        self._kind = codec.get(dtype)
+        self._deliver = None if deliver is None else getattr(torch, deliver)
         self._device = device
         self._timed: deque[tuple[Event, Event, Event]] = deque()  # copying begins, ends; the batch is there
 
@@ -108,8 +115,9 @@ class AcceleratorDelivery(Delivery):
                 raise
             copied, queued = device.event(), time.perf_counter()
             self.buffers.give_back(read.values, copied)
-            if self._bfloat16:
-                rows = rows.view(torch.bfloat16)
+            rows = self._kind.decode_tensor(torch, rows)
+            if self._deliver is not None:
+                rows = rows.to(self._deliver)
             given = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
             small = {name: None if array is None else device.send(array) for name, array in given.items()}
             ids = None if read.token_ids is None else device.send(read.token_ids).long()

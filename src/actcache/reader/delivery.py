@@ -69,14 +69,19 @@ class Delivery(ABC):
 class HostDelivery(Delivery):
     """NumPy arrays, or, where ``torch`` is the module, tensors of the CPU over the same memory.
 
-    ``dtype`` is the recipe's, ``depth`` how many batches are read ahead.
+    Args:
+        dtype: the recipe's.
+        depth: how many batches are read ahead.
+        deliver: the dtype of the numbers; None for the codec's own.
     """
 
-    def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int) -> None:
+    def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int, deliver: str | None = None) -> None:
         super().__init__()
         self.packed, self.padded = packed, not packed
-        self.buffers = BufferPool(depth + 3)  # those that wait, the one being read, the consumer's, and the one before
-        self._dtype = dtype
+        most = depth + 3  # those that wait, the one being read, the consumer's, and the one before
+        self.buffers = BufferPool(most)
+        self._numbers_in = BufferPool(most)
+        self._kind, self._deliver = codec.get(dtype), deliver or delivered_by(dtype, numpy=torch is None)
         self._torch = torch
 
     def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
@@ -87,7 +92,7 @@ class HostDelivery(Delivery):
 
     def _made(self, read: HostBatch, members: BatchMembers) -> Batch | PackedBatch:
         ids = None if read.token_ids is None else read.token_ids.astype(np.int64)
-        values: Any = read.values if self._torch is not None else codec.get(self._dtype).decode(read.values)
+        values: Any = self._numbers(read.values)
         common = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
         if self.packed:
             offsets, longest = offsets_of(read.lengths).astype(np.int32), int(read.lengths.max(initial=0))
@@ -98,5 +103,20 @@ class HostDelivery(Delivery):
         if self._torch is None:
             return batch
         batch = batch.to("cpu")
-        bits = self._dtype == "bfloat16"
+        bits = self._deliver == "bfloat16"
         return replace(batch, activations=batch.activations.view(self._torch.bfloat16)) if bits else batch
+
+    def _numbers(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """Return stored rows as they are delivered; bfloat16 as its bits."""
+        if self._deliver == self._kind.form:
+            return stored
+        shape = (*stored.shape[:-1], self._kind.hidden(stored.shape[-1]))
+        out = self._numbers_in.take(shape, codec.get(self._deliver).stored)
+        codec.decode_as(self._kind, stored, self._deliver, out)
+        return out
+
+
+def delivered_by(dtype: str, *, numpy: bool) -> str:
+    """Return the name of the dtype that rows of a codec are delivered as where nobody asks for another one."""
+    kind = codec.get(dtype)
+    return kind.form if kind.form in codec.FLOATS and not (numpy and kind.form == "bfloat16") else kind.delivered.name

@@ -37,9 +37,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class HostBatch:
-    """What was read, in the stored dtype. Absent entries have length 0."""
+    """What was read, in stored form. Absent entries have length 0."""
 
-    values: NDArray[Any]  # [B, L, hidden], or packed [T, hidden]
+    values: NDArray[Any]  # [B, L, width], or packed [T, width]; see ``Codec.width``
     token_ids: NDArray[np.int32] | None  # [B, L] or [T]
     lengths: NDArray[np.int64]  # [B]
 
@@ -90,7 +90,8 @@ def _fetch(source: Source, keys: NDArray[np.uint8], buffers: BufferPool, info: E
     recipe, lengths = source.recipe, info.lengths
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
     shape = (total,) if packed else (len(keys), longest)
-    values = buffers.take((*shape, recipe.hidden_size), codec.get(recipe.dtype).stored)
+    kind = codec.get(recipe.dtype)
+    values = buffers.take((*shape, kind.width(recipe.hidden_size)), kind.stored)
     ids = np.empty(shape, np.int32) if info.complete or info.has_ids.all() else None
     # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
     try:

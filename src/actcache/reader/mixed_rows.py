@@ -31,7 +31,7 @@ _AHEAD = 2  # portions whose rows the operating system is asked for before they 
 class MixedRows:
     """The rows of a mix that are not left out, in random order, ``[count]`` each."""
 
-    values: NDArray[np.generic]  # [count, hidden], of several sites [count, sites, hidden], in the stored dtype
+    values: NDArray[np.generic]  # [count, width], of several sites [count, sites, width], in stored form
     documents: NDArray[np.int64]  # positions in the reader's order of documents
     positions: NDArray[np.int64]  # in their documents
     token_ids: NDArray[np.int32] | None
@@ -58,8 +58,9 @@ class RowDocuments:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        hidden = self.sources[0].recipe.hidden_size
-        return (len(self.sources), hidden) if self.stacked else (hidden,)
+        recipe = self.sources[0].recipe
+        width = codec.get(recipe.dtype).width(recipe.hidden_size)
+        return (len(self.sources), width) if self.stacked else (width,)
 
     @property
     def row_bytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actcache.errors import ShapeError, UsageError
+from actcache.format import codec
 from actcache.format.arguments import check_choice, nbytes_of, whole, whole_numbers
 from actcache.format.keys import Keys, key_array
 from actcache.reader.caches.local_cache import LocalCache
@@ -47,6 +48,8 @@ class Reader:
         documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
         layout: ``"padded"`` (``Batch``) or ``"packed"`` (``PackedBatch``).
         device: a torch device for the batches; None for NumPy arrays.
+        dtype: of the activations as they are delivered: ``float32``, ``float16`` or ``bfloat16`` (which takes a
+            device); None for the one that they are stored in, where that is one of these, else ``float32``.
         on_missing: ``"raise"`` or ``"skip"`` documents that are absent when the reader is made; a recycler's reader
             can also ``"compute"`` them. One that is deleted later is a ``MissingEntryError`` when its turn comes.
         depth: batches that are read ahead; 0 reads each when it is asked for, without a thread.
@@ -83,6 +86,7 @@ class Reader:
         documents: Any = None,
         layout: str = "padded",
         device: Any = None,
+        dtype: str | None = None,
         on_missing: str = "raise",
         depth: int = 2,
         ram_cache: int | str = 0,
@@ -95,6 +99,10 @@ class Reader:
         depth = whole("depth", depth, 0)
         self._order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
         check_choice("layout", layout, ("padded", "packed"))
+        if dtype is not None:
+            check_choice("dtype", dtype, codec.FLOATS)
+            if dtype == "bfloat16" and device is None:
+                raise UsageError("NumPy has no bfloat16: name a device ('cpu'), or ask for float32")
         check_choice("on_missing", on_missing, ("raise", "skip", "compute") if miss_computer else ("raise", "skip"))
         wanted = key_array(keys)
         stats = ReaderStats()
@@ -130,7 +138,7 @@ class Reader:
             miss_computer=miss_computer if on_missing == "compute" else None,
             stats=stats,
         )
-        self._layout, self._device, self._on_stats = layout, device, on_stats
+        self._layout, self._device, self._dtype, self._on_stats = layout, device, dtype, on_stats
         self._delivery: tuple[int, Delivery] | None = None
         self._digest = self._order.digest(self._work.keys, lengths[found])
         self._cursor = Cursor(self._order, lengths[found], *ranks_of(ranks, self._digest))
@@ -145,8 +153,9 @@ class Reader:
     def _to_device(self) -> Delivery:
         """Return the way to the device, whose buffers all iterations share; made anew in a fork's child."""
         if self._delivery is None or self._delivery[0] != os.getpid():
-            dtype, packed = self._work.source.recipe.dtype, self._layout == "packed"
-            self._delivery = os.getpid(), _delivery(dtype, self._device, packed=packed, depth=self._work.depth)
+            stored, packed = self._work.source.recipe.dtype, self._layout == "packed"
+            options: dict[str, Any] = {"packed": packed, "depth": self._work.depth, "deliver": self._dtype}
+            self._delivery = os.getpid(), _delivery(stored, self._device, **options)
         return self._delivery[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,16 +225,16 @@ class Reader:
         self._cursor.load(epoch, consumed)
 
 
-def _delivery(dtype: str, device: Any, *, packed: bool, depth: int) -> Delivery:
+def _delivery(dtype: str, device: Any, **options: Any) -> Delivery:
     """Return the delivery to a device; None for NumPy arrays."""
     if device is None:
-        return HostDelivery(dtype, None, packed=packed, depth=depth)
+        return HostDelivery(dtype, None, **options)
     import torch  # only those who name a device need it
 
     device = torch.device(device)
     if device.type == "cpu":
-        return HostDelivery(dtype, torch, packed=packed, depth=depth)
+        return HostDelivery(dtype, torch, **options)
     from actcache.reader.accelerator import AcceleratorDelivery
     from actcache.reader.streams import async_device
 
-    return AcceleratorDelivery(dtype, async_device(device), packed=packed, depth=depth)
+    return AcceleratorDelivery(dtype, async_device(device), **options)

@@ -95,15 +95,17 @@ class HostRows(RowDelivery):
         self.buffers = BufferPool(buffers)
         self._normalization = normalization
         self._applied = None if torch is None or normalization is None else normalization.on(torch.from_numpy)
-        self._codec, self._torch, self._bits = codec.get(dtype), torch, dtype == "bfloat16"
+        self._codec, self._torch = codec.get(dtype), torch
 
     def deliver(self, parts: Sequence[NDArray[np.generic]], beside: Beside) -> DeliveredRows:
         stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self._torch is None:
             decoded = self._codec.decode(stored)
             return DeliveredRows(decoded if self._normalization is None else self._normalization.numpy(decoded), beside)
-        rows = self._torch.from_numpy(stored)
-        rows = rows.view(self._torch.bfloat16) if self._bits else rows
+        if self._codec.form in codec.FLOATS:
+            rows = self._codec.decode_tensor(self._torch, self._torch.from_numpy(stored))
+        else:  # on the host the compiled loops are faster
+            rows = self._torch.from_numpy(self._codec.decode(stored))
         if self._applied is not None:
             rows = self._applied(rows)
         return DeliveredRows(rows, {name: self._torch.from_numpy(array) for name, array in beside.items()})
@@ -116,7 +118,7 @@ class AcceleratorRows(RowDelivery):
         from actcache.reader.accelerator import PinnedBuffers
 
         self.buffers = PinnedBuffers(buffers, device.allocate)
-        self._device, self._bits = device, dtype == "bfloat16"
+        self._device, self._codec = device, codec.get(dtype)
         self._normalization = normalization
         self._applied: Callable[[Any], Any] | None = None  # its constants live on the stream for copies
 
@@ -127,7 +129,7 @@ class AcceleratorRows(RowDelivery):
         with device.copying():
             copies = [device.copy(torch.from_numpy(part)) for part in parts]
             rows = copies[0] if len(copies) == 1 else torch.cat(copies)
-            rows = rows.view(torch.bfloat16) if self._bits else rows
+            rows = self._codec.decode_tensor(torch, rows)
             if self._normalization is not None:
                 if self._applied is None:
                     self._applied = self._normalization.on(device.send)

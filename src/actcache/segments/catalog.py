@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import Block, Columns, SegmentFiles, SegmentFormat
+from actcache.backend import VALUES, Block, Columns, SegmentFiles, SegmentFormat
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
+from actcache.format import frames
+from actcache.format.ragged import PAYLOAD
 from actcache.io.files import translated
 from actcache.segments.index import Table
 from actcache.segments.places.local_place import LocalSegment
@@ -214,6 +216,8 @@ class Catalog:
         ``verify`` looks at the segment before anybody else can, and raises what it has against it.
         """
         name = next_name(self._names())
+        if PAYLOAD in self.columns and VALUES in block.columns:
+            block = frames.compressed(block)
 
         def write(path: Path) -> None:
             self._format.write(path, block, metadata(name, self._fingerprint))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Columns, Compaction, EntryLocations
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import Origins, Pieces, offsets_of, runs
+from actcache.format.ragged import PAYLOAD, Origins, Pieces, offsets_of, runs
 from actcache.segments.catalog import Catalog
 from actcache.segments.index import Table
 from actcache.segments.places.place import Place
@@ -54,7 +54,7 @@ class LiveSegment:
 
     @property
     def nbytes(self) -> int:
-        return self.tokens * self.segment.extents[VALUES].row_bytes
+        return self.segment.rows.nbytes * self.tokens // max(1, self.segment.tokens)
 
     @property
     def waste(self) -> float:
@@ -142,35 +142,42 @@ class Merger:
         self._small = {
             name: self._rows(snapshot, located, name) for name in sorted(group[0].segment.columns() - {VALUES})
         }
-        tokens, (dtype, trailing) = int(located.tokens.sum()), columns[VALUES]
+        # Frames are moved as they are.
+        self._name = group[0].segment.rows_name
+        rows = snapshot.frames(located) if self._name == PAYLOAD else located
+        dtype, trailing = columns[self._name]
 
         def make() -> Iterator[NDArray[np.generic]]:
             self._digests.clear()
-            for rows in self._pieces(snapshot, located):
-                self._digests.append(_digest(rows))
-                yield rows
+            for piece in self._pieces(snapshot, rows):
+                self._digests.append(_digest(piece))
+                yield piece
 
         origins, extra = _origins(group, standing)
-        values = Pieces(np.dtype(dtype), (tokens, *trailing), make)
-        self.block = Block(
-            keys, offsets_of(located.tokens), located.checksums, {VALUES: values, **self._small}, extra, origins
-        )
+        values = Pieces(np.dtype(dtype), (int(rows.tokens.sum()), *trailing), make)
+        ragged = {self._name: values, **self._small}
+        bounds = offsets_of(rows.tokens) if self._name == PAYLOAD else None
+        self.block = Block(keys, offsets_of(located.tokens), located.checksums, ragged, extra, origins, bounds)
 
     def verify(self, segment: Segment) -> None:
         """Raise ``FormatError`` unless what was written is exactly what was read, and in good time."""
-        rows = ReadRows([segment])
+        source = ReadRows([segment])
         try:
-            written = SegmentedSnapshot([segment], [Table.of_segments([segment])], [_FIRST], {}, rows, {})
+            written = SegmentedSnapshot([segment], [Table.of_segments([segment])], [_FIRST], {}, source, {})
             located = written.locate(self.block.keys)
             starts = self.block.offsets[:-1]
             same = bool((located.row == starts).all() and (located.checksums == self.block.checksums).all())
             same = same and all(
                 np.array_equal(self._rows(written, located, name), rows) for name, rows in self._small.items()
             )
-            if not same or list(map(_digest, self._pieces(written, located))) != self._digests:
+            rows = located
+            if self._name == PAYLOAD:
+                rows = written.frames(located)
+                same = same and np.array_equal(offsets_of(rows.tokens), self.block.payload_offsets)
+            if not same or list(map(_digest, self._pieces(written, rows))) != self._digests:
                 raise FormatError(f"{segment.files.where} is not what was read; its sources stay")
         finally:
-            rows.close()
+            source.close()
         if time.monotonic() - self._began > SECONDS:
             raise FormatError(f"{segment.files.where} took longer than {SECONDS:.0f} s; its sources stay")
 
@@ -182,10 +189,10 @@ class Merger:
         return rows
 
     def _pieces(self, snapshot: SegmentedSnapshot, located: EntryLocations) -> Iterator[NDArray[np.generic]]:
-        dtype, trailing = self._columns[VALUES]
+        dtype, trailing = self._columns[self._name]
         sizes = located.tokens * np.dtype(dtype).itemsize * int(np.prod(trailing))
         for run in runs(sizes, _PIECE_BYTES):
-            rows = self._rows(snapshot, located[run], VALUES)
+            rows = self._rows(snapshot, located[run], self._name)
             yield rows
             self._moved(rows.nbytes)
 

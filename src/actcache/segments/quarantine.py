@@ -11,13 +11,15 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.backend import EntryLocations
 from actcache.errors import DataError, FormatVersionError
 from actcache.format import safetensors
-from actcache.format.ragged import offsets_of
+from actcache.format.ragged import PAYLOAD, PAYLOAD_OFFSETS, offsets_of
 from actcache.segments.catalog import Catalog
 from actcache.segments.compaction import live_segments, merge
 from actcache.segments.places.place import unique_names
 from actcache.segments.segment import next_name
+from actcache.segments.snapshot import SegmentedSnapshot
 
 
 def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
@@ -36,6 +38,9 @@ def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
         arrays: dict[str, NDArray[np.generic]] = {"keys": keys, "offsets": offsets, "checksums": located.checksums}
         bounds = offsets.tolist()
         for name, (dtype, trailing) in catalog.columns.items():
+            if name == PAYLOAD:  # frames that make no rows, perhaps
+                arrays |= _frames(snapshot, located)
+                continue
             rows = np.zeros((bounds[-1], *trailing), dtype)
             for i in np.flatnonzero(snapshot.has(name, located)).tolist():
                 arrays[name] = rows
@@ -49,6 +54,20 @@ def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
         name = next_name(unique_names(catalog.place, folder, ".safetensors"))
         catalog.place.publish_bytes(f"{folder}/{name}.safetensors", data, replace=True)
         return catalog.delete(keys)
+
+
+def _frames(snapshot: SegmentedSnapshot, located: EntryLocations) -> dict[str, NDArray[np.generic]]:
+    """Return the frames of entries, as they are found; none of those that cannot be read."""
+    found = [np.empty(0, np.uint8)]
+    sizes = np.zeros(len(located.tokens), np.int64)
+    for i in range(len(sizes)):
+        with suppress(DataError):
+            where = snapshot.frames(located[i : i + 1])
+            own = np.zeros(int(where.tokens[0]), np.uint8)
+            if not len(snapshot.gather(where, {PAYLOAD: own}, None, None)):
+                found.append(own)
+                sizes[i] = len(own)
+    return {PAYLOAD: np.concatenate(found), PAYLOAD_OFFSETS: offsets_of(sizes)}
 
 
 def examine(catalog: Catalog) -> dict[str, str]:

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import Buffers, Expected
-from actcache.errors import SegmentGoneError
-from actcache.format.ragged import VALUES, offsets_of
+from actcache.errors import FormatError, SegmentGoneError
+from actcache.format.ragged import PAYLOAD, VALUES, offsets_of
 from actcache.io import loops, memory
 from actcache.io.files import translated
 from actcache.io.loops import Column, Digests, MappedColumn
@@ -54,8 +54,51 @@ class RowPlan:
     lengths: NDArray[np.int64]  # 0 where it is absent; it stands under some segment's number all the same
 
 
+class Frames:
+    """Where the frames of entries of compressed segments lie, by the segments' numbers. Thread-safe.
+
+    What is read of a segment stays in memory: 16 bytes an entry.
+    """
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._known: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def plan(self, plan: RowPlan) -> RowPlan:
+        """Return where the frames of a batch's entries are: bytes of ``payload``, in the place of rows.
+
+        Raises:
+            SegmentGoneError, FormatError: a segment is gone, or damaged.
+        """
+        starts, sizes = np.zeros(len(plan.starts), np.int64), np.zeros(len(plan.starts), np.int64)
+        for number in np.unique(plan.segments).tolist():
+            which = np.flatnonzero((plan.segments == number) & (plan.lengths > 0))
+            offsets, bounds = self._of(number)
+            entry = np.searchsorted(offsets, plan.starts[which])
+            good = (entry < len(offsets) - 1) & (offsets[np.minimum(entry, len(offsets) - 1)] == plan.starts[which])
+            if not good.all():
+                row = plan.starts[which][~good][0]
+                raise FormatError(f"{self._segments[number].files.where} has no entry that begins at row {row}")
+            starts[which], sizes[which] = bounds[entry], bounds[entry + 1] - bounds[entry]
+        return RowPlan(plan.segments, starts, sizes)
+
+    def _of(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if (found := self._known.get(number)) is None:
+            segment = self._segments[number]
+            with reading(segment.files.where):
+                found = self._known[number] = segment.offsets(), segment.payload_offsets()
+        return found
+
+    def column(self, plan: RowPlan, name: str) -> tuple[str, RowPlan]:
+        """Return the array of the files that has the rows of a ragged array, or their frames, and where."""
+        compressed = name == VALUES and bool(len(plan.segments)) and self._segments[plan.segments[0]].compressed
+        return (PAYLOAD, self.plan(plan)) if compressed else (name, plan)
+
+
 class RowSource(ABC):
     """Reads rows of segments, which are named by their number in the space. Thread-safe."""
+
+    frames: Frames
 
     @abstractmethod
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
@@ -135,7 +178,14 @@ def _read_column(
     """Add to a column where its rows lie in files: each entry in that of the segment at ``of_entry``."""
     files = np.array(descriptors, np.int32)[of_entry]
     begins = np.array([segment.extents[column].offset for segment in segments], np.int64)[of_entry]
-    return mapped._replace(files=files, places=begins + plan.starts * mapped.row_bytes)
+    row_bytes = segments[0].extents[column].row_bytes
+    return mapped._replace(files=files, places=begins + plan.starts * row_bytes)
+
+
+def of_frames(column: Column, places: RowPlan) -> Column:
+    """Return a column whose rows come from frames."""
+    assert column.out is not None
+    return column._replace(row_bytes=column.out.strides[0], sizes=places.lengths, item=column.out.itemsize)
 
 
 @contextmanager
@@ -174,6 +224,7 @@ class MappedRows(RowSource):
 
     def __init__(self, segments: list[Segment]) -> None:
         self._segments = segments  # grows; the number of a segment is its position
+        self.frames = Frames(segments)
         self._columns: dict[str, _Mapped] = {}  # replaced, never changed
         self._lock = threading.Lock()
         self._files = OpenFiles()
@@ -213,19 +264,21 @@ class MappedRows(RowSource):
         return self._columns[column]
 
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
-        columns, at, told = [], -1, False
+        columns, at, told, rows = [], -1, False, (VALUES, plan)
         for name, buffer in out.items():
-            arena, begins = self._mapped(name, plan)
-            columns.append(Column(arena.row_bytes, buffer, arena.rows(), begins))
-            if name == VALUES:
-                at, told = len(columns) - 1, arena.is_told
+            array, places = self.frames.column(plan, name)
+            arena, begins = self._mapped(array, places)
+            column = Column(arena.row_bytes, buffer, arena.rows(), begins)
+            columns.append(column if array == name else of_frames(column, places))
+            if name in (VALUES, PAYLOAD):
+                at, told, rows = len(columns) - 1, arena.is_told, (array, places)
         offsets = offsets_of(plan.lengths, width)
         digests = None if expected is None else expected.digests(list(out))
         if not told:  # only of a mapping that the kernel tells of is it known what is in memory
             return loops.gather(columns, plan.lengths, offsets, digests)
         bad = loops.gather_if_present(columns, plan.lengths, offsets, digests, at)
         self._cold = bad is None
-        return bad if bad is not None else self._read(plan, at, columns, offsets, digests)
+        return bad if bad is not None else self._read(plan, at, rows, columns, offsets, digests)
 
     def mapped(self, names: Sequence[str]) -> tuple[MappedColumn, ...] | None:
         if self._cold:
@@ -239,22 +292,27 @@ class MappedRows(RowSource):
         self,
         plan: RowPlan,
         at: int,
+        rows: tuple[str, RowPlan],
         columns: list[Column],
         offsets: NDArray[np.int64],
         digests: Digests | None,
     ) -> NDArray[np.int64]:
-        """Gather, and read activations, the column at ``at``, where they are not in memory."""
+        """Gather, and read activations, the column at ``at``, where they are not in memory.
+
+        ``rows``: the array that has them, or their frames, and where these are in it.
+        """
         numbers, of_entry = np.unique(plan.segments, return_inverse=True)
         if len(numbers) > self._files.most:
             return loops.gather(columns, plan.lengths, offsets, digests)
         segments = [self._segments[number] for number in numbers.tolist()]
-        direct = self._direct_flag(int(plan.lengths.sum()) * columns[at].row_bytes)
+        array, places = rows
+        direct = self._direct_flag(int(places.lengths.sum()) * segments[0].extents[array].row_bytes)
         with ExitStack() as stack:
             try:
-                descriptors = stack.enter_context(_descriptors(self._files, segments, VALUES, direct))
+                descriptors = stack.enter_context(_descriptors(self._files, segments, array, direct))
             except SegmentGoneError:  # what is mapped is still there without its name
                 return loops.gather(columns, plan.lengths, offsets, digests)
-            columns[at] = _read_column(segments, descriptors, of_entry, plan, VALUES, columns[at])
+            columns[at] = _read_column(segments, descriptors, of_entry, places, array, columns[at])
             with _failures(segments, of_entry):
                 return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH, direct=direct != 0)
 
@@ -273,17 +331,18 @@ class MappedRows(RowSource):
         """Return the flag of direct reads where the page cache cannot hold the space, and what may go through it even
         so: who reads a few documents of a large space again and again is to find them in memory."""
         room = memory.available()
-        if 2 * sum(segment.extents[VALUES].nbytes for segment in self._segments[:]) <= room or not self._segments:
+        if 2 * sum(segment.rows.nbytes for segment in self._segments[:]) <= room or not self._segments:
             return 0, 0
         direct = getattr(os, "O_DIRECT", 0)
         try:
-            os.close(self._files.descriptor(self._segments[-1].file(VALUES), direct))
+            os.close(self._files.descriptor(self._segments[-1].file(self._segments[-1].rows_name), direct))
         except OSError:  # this file system takes none
             direct = 0
         return direct, room // _SHARE
 
     def will_need(self, plan: RowPlan) -> bool:
-        arena, begins = self._mapped(VALUES, plan)
+        array, plan = self.frames.column(plan, VALUES)
+        arena, begins = self._mapped(array, plan)
         # Where what was read last was in memory, this will be, too, or nearly.
         looks = loops.LOOKS if self._cold else _LOOKS_WHEN_WARM
         mapped = Column(arena.row_bytes, memory=arena.rows(), begins=begins)
@@ -311,6 +370,7 @@ class ReadRows(RowSource):
 
     def __init__(self, segments: list[Segment], most_files: int = _MOST_FILES) -> None:
         self._segments = segments
+        self.frames = Frames(segments)
         self._files = OpenFiles(most_files)
         self._most = most_files
 
@@ -345,9 +405,11 @@ class ReadRows(RowSource):
         with ExitStack() as stack:
             columns = []
             for name, buffer in out.items():
-                descriptors = stack.enter_context(_descriptors(self._files, segments, name))
+                array, places = self.frames.column(plan, name)
+                descriptors = stack.enter_context(_descriptors(self._files, segments, array))
                 column = Column(buffer.strides[0], buffer)
-                columns.append(_read_column(segments, descriptors, of_entry, plan, name, column))
+                column = column if array == name else of_frames(column, places)
+                columns.append(_read_column(segments, descriptors, of_entry, places, array, column))
             with _failures(segments, of_entry):
                 return loops.gather(columns, plan.lengths, offsets, digests, threads=_DEPTH)
 

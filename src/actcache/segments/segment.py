@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from actcache.backend import Columns, Extent, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError, FormatVersionError
+from actcache.format import frames
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import VALUES, Origins, check_offsets, names_from_array
+from actcache.format.ragged import PAYLOAD, PAYLOAD_OFFSETS, VALUES, Origins, check_offsets, names_from_array
 
 VERSION = 1
 
@@ -32,9 +34,11 @@ _FIXED: Columns = {
     "origin_entries": ("<u4", ()),
     "sources": ("|u1", (14,)),
     "origins_checksum": ("<u8", ()),
+    PAYLOAD_OFFSETS: ("<i8", ()),
 }
 _ORIGINS = frozenset({"origins", "origin", "origin_entries", "sources", "origins_checksum"})
 _NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}")
+_MOST_EXPANSION = 15  # a block of zstd makes 128 KiB of four bytes, at most: a power of two
 _LAST_SEQUENCE = (1 << 48) - 1
 
 
@@ -64,18 +68,30 @@ class Segment:
     extents: Mapping[str, Extent]
     nbytes: int = field(compare=False)
     sources: tuple[str, ...] = ()  # names of the segments that it replaces
+    tokens: int = 0
+
+    @property
+    def compressed(self) -> bool:
+        return PAYLOAD in self.extents
 
     @property
     def entries(self) -> int:
         return self.extents["keys"].shape[0]
 
     @property
-    def tokens(self) -> int:
-        return self.extents[VALUES].shape[0]
+    def rows_name(self) -> str:
+        """The array that has the entries' rows, or their frames."""
+        return PAYLOAD if self.compressed else VALUES
+
+    @property
+    def rows(self) -> Extent:
+        """Where that lies."""
+        return self.extents[self.rows_name]
 
     def columns(self) -> frozenset[str]:
-        """Return the names of the ragged arrays."""
-        return frozenset(self.extents) - frozenset(_FIXED)
+        """Return the names of the ragged arrays that its entries have."""
+        names = frozenset(self.extents) - frozenset(_FIXED)
+        return (names - {PAYLOAD}) | {VALUES} if self.compressed else names
 
     def file(self, array: str) -> Path:
         """Return the local file that has an array."""
@@ -101,6 +117,12 @@ class Segment:
         check_offsets(offsets, self.entries, self.tokens, self.files.where)
         return offsets
 
+    def payload_offsets(self) -> NDArray[np.int64]:
+        """Return where the frames of a compressed segment begin, and the end, checked against what there is."""
+        offsets = self.read(PAYLOAD_OFFSETS)
+        frames.check_offsets(offsets, self.entries, self.extents[PAYLOAD].shape[0], self.files.where)
+        return offsets
+
     def origins(self) -> Origins:
         """Return where the entries come from: from here, unless this is a compacted segment."""
         if "origins" not in self.extents:
@@ -118,6 +140,8 @@ class Segment:
         """Return what the index needs to find the arrays without opening the segment."""
         extents = {name: [e.path, e.offset, e.dtype, list(e.shape)] for name, e in self.extents.items()}
         described = {"name": self.name, "nbytes": self.nbytes, "extents": extents}
+        if self.compressed:
+            described["tokens"] = self.tokens
         return described | ({"sources": list(self.sources)} if self.sources else {})
 
     @classmethod
@@ -129,13 +153,16 @@ class Segment:
                 for name, (path, offset, dtype, shape) in value["extents"].items()
             }
             name, nbytes, sources = str(value["name"]), int(value["nbytes"]), tuple(value.get("sources", ()))
+            tokens = (
+                int(value["tokens"]) if PAYLOAD in extents else extents[VALUES].shape[0] if VALUES in extents else 0
+            )
             if not all(isinstance(known, str) and is_name(known) for known in (name, *sources)):
                 raise ValueError("names that are none")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"the index describes a segment wrongly: {error}") from None
         files = access(name)
-        _check(files.where, extents, columns)
-        return cls(files, name, extents, nbytes, sources)
+        _check(files.where, extents, columns, tokens)
+        return cls(files, name, extents, nbytes, sources, tokens)
 
     @classmethod
     def open(cls, format: SegmentFormat, files: SegmentFiles, name: str, space: str, columns: Columns) -> Segment:
@@ -148,8 +175,9 @@ class Segment:
         """
         layout = format.layout(files)
         _check_metadata(files.where, layout.metadata, name, space)
-        _check(files.where, layout.extents, columns)
-        segment = cls(files, name, layout.extents, 0)
+        tokens = _tokens(files, layout.extents)
+        _check(files.where, layout.extents, columns, tokens)
+        segment = cls(files, name, layout.extents, 0, (), tokens)
         segment = replace(segment, nbytes=segment.measure())
         if "sources" in layout.extents:
             segment = replace(segment, sources=names_from_array(segment.read("sources")))
@@ -192,22 +220,47 @@ def _check_metadata(where: str, found: Mapping[str, str], name: str, space: str)
             )
 
 
-def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
+def _tokens(files: SegmentFiles, extents: Mapping[str, Extent]) -> int:
+    """Return the rows of a segment's entries: of a compressed one, what its last offset says."""
+    if VALUES in extents:
+        return extents[VALUES].shape[0] if extents[VALUES].shape else 0
+    offsets = extents.get("offsets")
+    if offsets is None or offsets.dtype != "<i8" or len(offsets.shape) != 1 or not offsets.shape[0]:
+        return 0  # which is refused
+    last = files.read(offsets.path, offsets.offset + offsets.nbytes - 8, 8)
+    return int.from_bytes(last, "little", signed=True)
+
+
+def _row_bytes(columns: Columns) -> int:
+    dtype, trailing = columns[VALUES]
+    return np.dtype(dtype).itemsize * math.prod(trailing)
+
+
+def _check(where: str, extents: Mapping[str, Extent], columns: Columns, rows: int) -> None:
     """Refuse arrays that a segment of this space cannot have."""
     known = {**_FIXED, **columns}
-    missing = {"offsets", "keys", "checksums", VALUES} - extents.keys()
+    if compressed := PAYLOAD in columns:
+        del known[VALUES]
+    else:
+        del known[PAYLOAD_OFFSETS]
+    missing = {"offsets", "keys", "checksums", *((PAYLOAD, PAYLOAD_OFFSETS) if compressed else (VALUES,))}
+    missing -= extents.keys()
     if not _ORIGINS.isdisjoint(extents):
         missing |= _ORIGINS - extents.keys()
     if missing:
         raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
-    entries, tokens = extents["keys"].shape[:1], extents[VALUES].shape[:1]
+    entries, tokens = extents["keys"].shape[:1], (rows,)
+    if compressed and rows * _row_bytes(columns) > extents[PAYLOAD].nbytes << _MOST_EXPANSION:
+        raise FormatError(f"{where} says that it has {rows} rows, more than its frames can make")
     for name, extent in extents.items():
         if name not in known:
             raise FormatError(f"{where} has an array {name!r} that this release does not know")
         dtype, trailing = known[name]
         length = entries if name in _FIXED else tokens
-        if name == "offsets":
+        if name in ("offsets", PAYLOAD_OFFSETS):
             length = (entries[0] + 1,) if entries else ()
+        elif name == PAYLOAD:
+            length = extent.shape[:1]
         elif name in ("origins", "sources", "origins_checksum"):
             length = (1,) if name == "origins_checksum" else extent.shape[:1]
         if extent.dtype != dtype or extent.shape != (*length, *trailing) or len(length) != 1:
@@ -216,5 +269,5 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns) -> None:
                 f"not {dtype} {[*length, *trailing]}"
             )
         parts = Path(extent.path).parts
-        if extent.offset < 0 or min(extent.shape) < 0 or Path(extent.path).is_absolute() or ".." in parts:
+        if extent.offset < 0 or rows < 0 or min(extent.shape) < 0 or Path(extent.path).is_absolute() or ".." in parts:
             raise FormatError(f"{where} says that {name} lies outside of it")

@@ -100,7 +100,10 @@ class SegmentedSnapshot(Snapshot):
 
     def _which_have(self, column: str) -> NDArray[np.bool_]:
         if column not in self._having:
-            self._having[column] = np.array([column in segment.extents for segment in self._segments], bool)
+            self._having[column] = np.array(
+                [column in segment.extents or (column == VALUES and segment.compressed) for segment in self._segments],
+                bool,
+            )
         return self._having[column]
 
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
@@ -127,6 +130,12 @@ class SegmentedSnapshot(Snapshot):
             except FileNotFoundError:
                 raise SegmentGoneError(f"{segment.files.where} is gone; refresh the space") from None
         return found
+
+    def frames(self, located: EntryLocations) -> EntryLocations:
+        """Return where the frames of entries of compressed segments lie, which are all there: as entries of as many
+        rows as a frame has bytes, whose ragged array is ``payload``."""
+        plan = self._rows.frames.plan(RowPlan(located.segment, located.row, located.tokens))
+        return EntryLocations(plan.lengths, located.checksums, located.segment, plan.starts)
 
     def gather(
         self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None

@@ -8,7 +8,7 @@ from actcache.backend import StoreDriver
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.recipe import Recipe
 
-SPACE_VERSION = 1
+SPACE_VERSION = 2  # the newest; a recipe says which one it takes
 
 
 def space_blob(fingerprint: str, name: str) -> str:
@@ -24,7 +24,7 @@ def write_recipe(driver: StoreDriver, recipe: Recipe) -> bool:
     name = space_blob(recipe.fingerprint, "recipe.json")
     if driver.read_blob(name) is not None:
         return False
-    text = json.dumps({"format_version": SPACE_VERSION, **recipe.to_json()}, indent=1)
+    text = json.dumps({"format_version": recipe.format_version, **recipe.to_json()}, indent=1)
     return driver.write_blob(name, text.encode() + b"\n", replace=False)
 
 

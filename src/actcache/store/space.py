@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +21,14 @@ from actcache.entries.entry import Entry, PackedEntries, ReadReport
 from actcache.entries.incoming import Incoming, Lists, Packed, check_digits, check_distinct
 from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import Writer
-from actcache.errors import ClosedError, CorruptEntryError, ReadOnlyError, ShapeError, UsageError
+from actcache.errors import ClosedError, CorruptEntryError, FormatError, ReadOnlyError, ShapeError, UsageError
 from actcache.format import checksum, codec
-from actcache.format.arguments import to_buffer, whole
+from actcache.format.arguments import check_choice, to_buffer, whole
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.moments import Moments
-from actcache.format.ragged import offsets_of, runs
+from actcache.format.ragged import PAYLOAD, offsets_of, row_indices, runs
 from actcache.format.recipe import Recipe
+from actcache.io import loops
 from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
 from actcache.reader.pooling import pooled
@@ -91,8 +92,11 @@ class Space:
         self.created = created  #: whether this call created it
         self._store = driver
         self._reopen, self._on_close = reopen, on_close
-        self._codec = codec.get(recipe.dtype, recipe.via)
+        if codec.get(recipe.dtype).compressed:
+            loops.zstd_is_compiled()  # says what to install, where it takes something
+        self._codec, self._put_as = codec.get(recipe.dtype), codec.get(recipe.dtype, recipe.via)
         self._columns = entry.columns_of(recipe)
+        self._given = {**self._columns, VALUES: ("", (recipe.hidden_size,))}  # as callers give them
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._writable = writable
         self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": segment_seconds}
@@ -104,7 +108,8 @@ class Space:
         _SPACES.add(self)
 
     def _open(self) -> None:
-        self._driver = self._store.space(self.recipe.fingerprint, self._columns)
+        compressed = {PAYLOAD: ("|u1", ())} if self._codec.compressed else {}
+        self._driver = self._store.space(self.recipe.fingerprint, {**self._columns, **compressed})
         self._write_lock = threading.RLock()
         self._snapshot_lock = threading.Lock()
         self._writer: Writer | None = None
@@ -159,7 +164,7 @@ class Space:
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
         lists = Lists({VALUES: arrays} | {name: rows for name, rows in given.items() if rows is not None})
         check_digits({f"array {i}": array for i, array in enumerate(lists.lists[VALUES])}, self.recipe)
-        return self._put(keys, lists, self._codec, overwrite=overwrite)
+        return self._put(keys, lists, self._put_as, overwrite=overwrite)
 
     def put_packed(
         self,
@@ -195,19 +200,41 @@ class Space:
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
         check_digits({VALUES: values}, self.recipe)
         packed = Packed({VALUES: values} | {name: rows for name, rows in given.items() if rows is not None}, offsets)
-        return self._put(keys, packed, self._codec, overwrite=overwrite)
+        return self._put(keys, packed, self._put_as, overwrite=overwrite)
 
-    def put_stored(self, keys: Keys, arrays: Sequence[Any], **others: Sequence[Any]) -> int:
-        """Store entries that come from a space of this recipe, as ``get`` returns them; what is there is skipped.
+    def put_stored(self, keys: Keys, columns: Mapping[str, NDArray[Any]], offsets: NDArray[np.int64]) -> int:
+        """Store entries that come from a space of this recipe, in stored form; what is there is skipped. ``put`` would
+        round the rows once more to what the recipe says.
 
-        As ``put``, which would round the rows to the dtypes of the recipe's lineage (``Recipe.via``) again, and so
-        refuse what bfloat16 has rounded up out of float16's range. ``ShapeError`` also for dtypes other than ``get``'s.
+        Args:
+            keys: each once.
+            columns: the ragged arrays by name, ``values`` among them, as ``read_packed`` returns them.
+            offsets: ``[n + 1]``, as those of ``put_packed``.
+
+        Raises:
+            ShapeError: an array is of another shape or dtype than this space stores.
+            FormatError: rows hold what no writer stores.
         """
-        stored = codec.get(self.recipe.dtype)
-        for i, array in enumerate(arrays):
-            if (given := getattr(array, "dtype", None)) != stored.delivered:
-                raise ShapeError(f"array {i} holds {given}, and get returns {stored.delivered}: use put")
-        return self._put(keys, Lists({VALUES: arrays, **others}), stored, overwrite=False)
+        names, writer = key_array(keys), self._writing()
+        check_distinct(names)
+        for name, array in columns.items():
+            dtype, trailing = self._columns[name]
+            if array.dtype.str != dtype or array.shape != (offsets[-1], *trailing):
+                wanted = f"{np.dtype(dtype)} {[int(offsets[-1]), *trailing]}"
+                raise ShapeError(f"{name} is {array.dtype} {list(array.shape)}, and the space stores {wanted}: use put")
+        if len(self._codec.stray(columns[VALUES])) or not np.isfinite(self._codec.decode(columns[VALUES])).all():
+            raise FormatError("these rows hold infinity, NaN, or a scale that is none: no writer stores such rows")
+        with self._write_lock:
+            fresh = np.flatnonzero(~self.contains(names))
+            lengths = np.diff(offsets)[fresh]
+            rows = row_indices(offsets[:-1][fresh], lengths, None)
+
+            def fill(out: Mapping[str, NDArray[Any]]) -> None:
+                for name, buffer in out.items():
+                    buffer[:] = columns[name][rows]
+
+            writer.add(names[fresh], lengths, frozenset(columns), fill)
+        return len(fresh)
 
     def put_block(self, block: Block) -> None:
         """Publish entries that are in stored form already, as one segment; durable when this returns.
@@ -229,7 +256,7 @@ class Space:
             fresh = np.flatnonzero(wanted)
             if not len(fresh):
                 return 0
-            lengths, encode = given.encoding(fresh, names, self._columns, stored_as)
+            lengths, encode = given.encoding(fresh, names, self._given, stored_as)
             writer.add(names[fresh], lengths, given.columns, encode)
         return len(fresh)
 
@@ -269,21 +296,37 @@ class Space:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     @retry_on_stale_snapshot
-    def get(self, keys: Keys, *, verify: bool = True) -> list[Entry | None]:
+    def get(self, keys: Keys, *, dtype: str | None = None, verify: bool = True) -> list[Entry | None]:
         """Return the entries of the keys, in their order; None where there is none.
 
-        ``CorruptEntryError`` names entries that fail their checksums, which ``verify=False`` does not look at.
+        Args:
+            dtype: of the activations: ``float32``, ``float16``; None for the stored one where NumPy has it and it is a
+                float, else float32.
+            verify: whether to check the entries' checksums.
+
+        Raises:
+            CorruptEntryError: it names entries that fail their checksums.
+            CodecOverflowError: a number is too large for float16.
         """
+        if dtype is not None:
+            check_choice("dtype", dtype, ("float32", "float16"))
         wanted = key_array(keys)
         packed, corrupt = self._read_all(self._request(wanted), verify=verify)
         self._refuse_corrupt(wanted, corrupt)
+        rows = self._numbers(packed.columns[VALUES], dtype)
         has = {name: there.tolist() for name, there in packed.has.items()}
         entries: list[Entry | None] = []
         for i, (begin, end) in enumerate(itertools.pairwise(packed.offsets.tolist())):
             others = {name: packed.columns[name][begin:end] for name, there in has.items() if there[i]}
-            rows, ids = self._codec.decode(packed.columns[VALUES][begin:end]), others.pop(TOKEN_IDS, None)
-            entries.append(Entry(rows, ids, others) if end > begin else None)
+            entries.append(Entry(rows[begin:end], others.pop(TOKEN_IDS, None), others) if end > begin else None)
         return entries
+
+    def _numbers(self, stored: NDArray[Any], dtype: str | None) -> NDArray[Any]:
+        if dtype is None or dtype == self._codec.form:
+            return self._codec.decode(stored)
+        out = np.empty((len(stored), self.recipe.hidden_size), dtype)
+        codec.decode_as(self._codec, stored, dtype, out)
+        return out
 
     @retry_on_stale_snapshot
     def read_packed(self, keys: Keys) -> PackedEntries:
@@ -294,31 +337,42 @@ class Space:
         return packed
 
     @retry_on_stale_snapshot
-    def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None, verify: bool = True) -> ReadReport:
-        """Read rows in the stored dtype straight into the caller's buffer.
+    def read_into(
+        self, keys: Keys, out: Any, *, token_ids: Any = None, dtype: str | None = None, verify: bool = True
+    ) -> ReadReport:
+        """Read rows straight into the caller's buffer, in stored form or as numbers of any float dtype.
 
         Args:
             out: NumPy array or CPU tensor, C-contiguous: ``[rows, hidden]`` to have the entries packed one after
                 another (absent ones take no rows), or ``[n, length, hidden]`` to have each padded with zeros.
             token_ids: int32, ``[rows]`` or ``[n, length]``: filled alike.
+            dtype: of ``out``: ``float32``, ``float16`` or ``bfloat16`` (NumPy: its bits, uint16); None for stored form,
+                whose rows have other columns than ``hidden`` where they are codes with scales (docs/codecs.md).
             verify: whether to check the entries' checksums.
 
         Raises:
             ShapeError: a buffer is too small or of the wrong dtype. Nothing was read.
-            CorruptEntryError: it names the entries; the rows of all others are in place.
+            CorruptEntryError: it names the entries; the rows of all others are in place (of stored form).
+            CodecOverflowError: a number is too large for ``dtype``.
         """
         wanted = key_array(keys)
-        buffer = to_buffer(out, self._codec.stored, "out")
+        if dtype is not None:
+            check_choice("dtype", dtype, codec.FLOATS)
+        as_stored = dtype is None or dtype == self._codec.form
+        buffer = to_buffer(out, self._codec.stored if as_stored else codec.get(str(dtype)).stored, "out")
         ids = None if token_ids is None else to_buffer(token_ids, np.dtype(np.int32), "token_ids")
-        hidden = self.recipe.hidden_size
-        if buffer.ndim not in (2, 3) or buffer.shape[-1] != hidden:
-            raise ShapeError(f"out must be [rows, {hidden}] or [n, length, {hidden}], not {list(buffer.shape)}")
+        stored_width = self._columns[VALUES][1][0]
+        columns = stored_width if as_stored else self.recipe.hidden_size
+        if buffer.ndim not in (2, 3) or buffer.shape[-1] != columns:
+            raise ShapeError(f"out must be [rows, {columns}] or [n, length, {columns}], not {list(buffer.shape)}")
         if ids is not None and ids.shape != buffer.shape[:-1]:
             raise ShapeError(f"token_ids must be {list(buffer.shape[:-1])} beside this out, not {list(ids.shape)}")
         width = buffer.shape[1] if buffer.ndim == 3 else None
-        flat_ids = np.empty(buffer.size // hidden, np.int32) if ids is None else ids.reshape(-1)
-        rows = {TOKEN_IDS: flat_ids, VALUES: buffer.reshape(-1, hidden)}  # in the order of the chain of digests
-        if (lengths := self._read_at_once(wanted, rows, width, verify=verify)) is not None:
+        flat = buffer.reshape(-1, columns)
+        flat_ids = np.empty(len(flat), np.int32) if ids is None else ids.reshape(-1)
+        rows = {TOKEN_IDS: flat_ids, VALUES: flat}  # in the order of the chain of digests
+        if as_stored and (lengths := self._read_at_once(wanted, rows, width, verify=verify)) is not None:
+            self._refuse_corrupt(wanted, self._stray(lengths, flat, width))
             return ReadReport(lengths)
         request = self._request(wanted)
         longest, total = int(request.lengths.max(initial=0)), int(request.lengths.sum())
@@ -328,10 +382,27 @@ class Space:
             raise ShapeError(
                 f"{len(wanted)} entries of up to {longest} tokens do not fit an out of {list(buffer.shape)}"
             )
+        count = total if width is None else len(wanted) * width
+        stored = flat if as_stored else np.empty((count, stored_width), self._codec.stored)
         if ids is not None and not request.has(TOKEN_IDS)[request.lengths > 0].all():
             raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
-        self._refuse_corrupt(wanted, request.read(rows, width, verify=verify))
+        self._refuse_corrupt(wanted, self._read(request, {VALUES: stored, TOKEN_IDS: flat_ids}, width, verify=verify))
+        if not as_stored:
+            codec.decode_as(self._codec, stored, str(dtype), flat[:count])
         return ReadReport(request.lengths)
+
+    def _read(self, request: Request, out: dict[str, NDArray[Any]], width: int | None, *, verify: bool) -> list[int]:
+        """Read entries; return the positions of those that are corrupt, or hold what no writer stores."""
+        corrupt = request.read(out, width, verify=verify)
+        return sorted({*corrupt, *self._stray(request.lengths, out.get(VALUES), width)})
+
+    def _stray(self, lengths: NDArray[np.int64], rows: NDArray[Any] | None, width: int | None) -> list[int]:
+        """Return the positions of entries that hold what no writer stores, of packed or padded stored rows."""
+        if rows is None:
+            return []
+        starts = offsets_of(lengths, width)
+        stray = self._codec.stray(rows[: starts[-1]])
+        return (np.searchsorted(starts, stray, "right") - 1).tolist() if len(stray) else []
 
     def _read_at_once(
         self, keys: NDArray[np.uint8], out: backend.Buffers, width: int | None, *, verify: bool
@@ -392,7 +463,7 @@ class Space:
         columns = {name: column for name, column in self._columns.items() if name == VALUES or name in has}
         total = int(request.lengths.sum())
         out = {name: np.empty((total, *trailing), dtype) for name, (dtype, trailing) in columns.items()}
-        corrupt = request.read(out, None, verify=verify)
+        corrupt = self._read(request, out, None, verify=verify)
         return PackedEntries(request.lengths, out, has), corrupt
 
     def _refuse_corrupt(self, keys: NDArray[np.uint8], corrupt: list[int]) -> None:

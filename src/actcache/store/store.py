@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from actcache import errors
 from actcache.backend import StoreDriver
 from actcache.entries.writer import SEGMENT_BYTES, SEGMENT_SECONDS
-from actcache.format.arguments import whole
+from actcache.format.arguments import dtype_name, whole
 from actcache.format.recipe import Recipe, is_fingerprint
 from actcache.io.notebook import table
 from actcache.segments import registry
@@ -131,6 +132,51 @@ class Store:
         )
         self._spaces.append(space)
         return space
+
+    def spaces(self, **fields: Any) -> list[Space]:
+        """Open the spaces of recipes that have these fields (``model="bert-base-uncased", layer=6``), all without any,
+        in the order of their fingerprints. Raises as ``recipe``; ``UsageError`` for what is no field of a recipe."""
+        known = {field.name for field in dataclasses.fields(Recipe)}
+        if unknown := fields.keys() - known:
+            names = ", ".join(sorted(unknown))
+            raise errors.UsageError(f"recipes have no field {names}; they have {', '.join(sorted(known))}")
+        fields = {name: dtype_name(value) if "dtype" in name else value for name, value in fields.items()}
+        return [
+            self.space(recipe)
+            for recipe in self.recipes()
+            if all(getattr(recipe, name) == value for name, value in fields.items())
+        ]
+
+    def __getitem__(self, prefix: str) -> Space:
+        """Open the space whose fingerprint begins so.
+
+        Raises:
+            SpaceNotFoundError: there is none, or its description is gone.
+            UsageError: several begin so, or it is no text.
+        """
+        if not isinstance(prefix, str) or not prefix:
+            raise errors.UsageError(
+                f"store[...] takes the beginning of a fingerprint, such as '6241', not {prefix!r:.40}"
+            )
+        names = self.fingerprints()
+        found = [name for name in names if name.startswith(prefix.lower())]
+        if len(found) > 1:
+            raise errors.UsageError(f"{prefix!r} begins {len(found)} spaces' fingerprints: {', '.join(found)}")
+        recipe = self.recipe(found[0]) if found else None
+        if recipe is None:
+            raise errors.SpaceNotFoundError(f"{self.url} has no space {prefix!r}; it has {', '.join(names) or 'none'}")
+        return self.space(recipe)
+
+    def __iter__(self) -> Iterator[Space]:
+        """Open one space after another, in the order of their fingerprints."""
+        return (self.space(recipe) for recipe in self.recipes())
+
+    def __len__(self) -> int:
+        """Return how many spaces there are."""
+        return len(self.fingerprints())
+
+    def __bool__(self) -> bool:
+        return True  # a store without spaces is one
 
     def fingerprints(self) -> list[str]:
         """Return the names of all spaces, sorted; of those whose description cannot be read, too."""
@@ -255,7 +301,7 @@ class Store:
         return _opened_elsewhere, self._reopen
 
     def __repr__(self) -> str:
-        return f"<Store {self.url}>"
+        return f"<Store {self.url}>" if self._driver is not None else f"<Store {self.url}, closed>"
 
     def _repr_html_(self) -> str:
         if self._driver is None:

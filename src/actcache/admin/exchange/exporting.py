@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, SINKS, VERSION, VERSION_NAME
+from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, SINKS, VERSION_NAME
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
 from actcache.errors import DataError, ShapeError, UsageError, requires_extra
@@ -94,7 +94,7 @@ def _write_arrays(
         ("keys", np.dtype(np.uint8), (len(keys), 32)),
         *((name, np.dtype(of[name][0]), (int(starts[-1]), *of[name][1])) for name in columns),
     ]
-    metadata = {VERSION_NAME: VERSION, RECIPE_NAME: json.dumps(recipe.to_json())}
+    metadata = {VERSION_NAME: str(recipe.format_version), RECIPE_NAME: json.dumps(recipe.to_json())}
     seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
     with SINKS[suffix](path, described, metadata) as sink:
         sink.write("offsets", starts)

@@ -24,7 +24,7 @@ from actcache.format import safetensors
 from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
 from actcache.format.safetensors import Described
 
-VERSION = "1"
+VERSIONS = ("1", "2")  # see ``Recipe.format_version``
 VERSION_NAME, RECIPE_NAME = "actcache_export", "recipe"
 
 PARQUET = ".parquet"  # how the names of files end that hold no activations

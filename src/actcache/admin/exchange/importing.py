@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.admin.exchange import files
-from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, VERSION, VERSION_NAME
+from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, VERSION_NAME, VERSIONS
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
-from actcache.errors import FormatError, UsageError
-from actcache.format import checksum, codec, safetensors
+from actcache.errors import FormatError, FormatVersionError, UsageError
+from actcache.format import checksum, safetensors
 from actcache.format.keys import key_list
-from actcache.format.ragged import EXTRAS, VALUES, check_offsets, runs
+from actcache.format.ragged import EXTRAS, VALUES, check_offsets, offsets_of, row_indices, runs
 from actcache.format.recipe import Recipe
 from actcache.store.store import Store
 
@@ -61,7 +61,6 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
     """
     file = _checked(path, *_arrays_of(path))
     recipe, lengths, begins = file.recipe, np.diff(file.offsets), file.offsets[:-1]
-    stored = codec.get(recipe.dtype)
     seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
     corrupt, count = list[bytes](), 0
     with ExitStack() as stack:
@@ -73,16 +72,13 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
             if extra_sums is not None and file.extra_checksums is not None:
                 right &= extra_sums == file.extra_checksums[run]
             corrupt += key_list(file.keys[run][~right])
-            which = (run.start + np.flatnonzero(right)).tolist()
-            if space is None and which:
+            which = run.start + np.flatnonzero(right)
+            if space is None and len(which):
                 space = stack.enter_context(store.space(recipe))
-            arrays: dict[str, Any] = {
-                name: [np.array(column[file.offsets[i] : file.offsets[i + 1]]) for i in which]
-                for name, column in file.columns.items()
-            }
-            rows = [stored.decode(array) for array in arrays.pop(VALUES)]
             if space is not None:
-                count += space.put_stored(file.keys[which], rows, **arrays)
+                rows = row_indices(begins[which], lengths[which], None)
+                some = {name: column[rows] for name, column in file.columns.items()}
+                count += space.put_stored(file.keys[which], some, offsets_of(lengths[which]))
             if progress is not None:
                 progress("import", run.stop, len(file.keys))
         if space is not None:
@@ -111,8 +107,11 @@ def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]
 
 
 def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> _File:
+    version = metadata.get(VERSION_NAME, "")
+    if version.isdigit() and len(version) < 9 and int(version) > int(VERSIONS[-1]):
+        raise FormatVersionError(f"{path} has version {version}, newer than this release: upgrade actcache")
     try:
-        if metadata[VERSION_NAME] != VERSION:
+        if metadata[VERSION_NAME] not in VERSIONS:
             raise ValueError(f"it is of version {metadata[VERSION_NAME]!r}")
         recipe = Recipe.from_json(json.loads(metadata[RECIPE_NAME]))
         of = columns_of(recipe)

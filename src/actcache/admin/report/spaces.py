@@ -25,6 +25,7 @@ from actcache.format.recipe import Recipe
 from actcache.store.footprint import Footprint, age_of_last_write, footprint_of, segments_in
 from actcache.store.space import Space
 from actcache.store.store import Store
+from actcache.store.stored_errors import StoredErrors
 
 #: Entries that are read where nobody says how many.
 SAMPLE = 200
@@ -227,6 +228,7 @@ class SpaceDetail:
     lengths: Lengths
     segments: list[SegmentReport]
     sample: Sample
+    errors: StoredErrors | None  # what storing does to the numbers, as it was measured when the space was filled
     rows: Moments  # statistics of the rows whose are kept
 
     @property
@@ -262,7 +264,7 @@ class SpaceDetail:
             **attributes_as_json(self, "made", "owner", "written", *sizes),
             "statistics": self.rows.to_json(),
             "segment_list": as_json(self.segments),
-            **attributes_as_json(self, "sample", "intact"),
+            **attributes_as_json(self, "sample", "errors", "intact"),
         }
 
 
@@ -317,6 +319,7 @@ def store_detail(
             lengths=Lengths.of(space.lengths(keys)),
             segments=segments_of(space, files, damaged, keys),
             sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
+            errors=StoredErrors.read(space),
             rows=space.kept_statistics(),
         )
 

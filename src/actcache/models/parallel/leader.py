@@ -26,7 +26,7 @@ from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
 from actcache.models.parallel import worker
 from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
 from actcache.models.progress import FillProgress
-from actcache.models.recyclers import checked_layers
+from actcache.models.sites import several
 from actcache.segments.registry import resolve
 from actcache.store.store import open_store
 
@@ -41,7 +41,8 @@ def fill(
     *,
     devices: Sequence[str],
     store: str | Path,
-    layers: Sequence[int],
+    layers: Sequence[int | str] | str = (),
+    sites: Sequence[str] = (),
     token_budget: int = TOKEN_BUDGET,
     progress: bool = True,
     max_bytes: int | str | None = None,
@@ -68,10 +69,19 @@ def fill(
             ``lost`` says how many entries that was.
     """
     check_texts(texts)
-    layers, token_budget = checked_layers(layers), check_token_budget(token_budget)
+    several(layers, sites)
+    token_budget = check_token_budget(token_budget)
     check_devices(devices)
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
-    job = Job(resolve(store), str(model), tuple(layers), token_budget, limit, options)
+    job = Job(
+        resolve(store),
+        str(model),
+        layers if isinstance(layers, str) else list(layers),
+        list(sites),
+        token_budget,
+        limit,
+        options,
+    )
     start = time.monotonic()
     partitioner = Partitioner(texts, len(devices))
     with (

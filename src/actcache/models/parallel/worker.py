@@ -31,7 +31,8 @@ class Job:
 
     store: str | Path  # that means the same from everywhere
     model: str
-    layers: tuple[int, ...]
+    layers: list[int | str] | str
+    sites: list[str]
     token_budget: int
     max_bytes: int | None
     options: dict[str, Any] = field(default_factory=dict)  # of ``Recyclers``
@@ -152,7 +153,7 @@ def _result(
 
     try:
         with Recyclers.from_pretrained(
-            job.model, layers=job.layers, store=job.store, device=device, **job.options
+            job.model, layers=job.layers, sites=job.sites, store=job.store, device=device, **job.options
         ) as recyclers:
             channel.send(Ready(tuple(recycler.recipe.fingerprint for recycler in recyclers.values())))
             report = recyclers.filler.fill_parts(

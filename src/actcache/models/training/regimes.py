@@ -51,9 +51,11 @@ class Regime(enum.StrEnum):
             raise UsageError(f"there is no regime {name!r}; there are {', '.join(cls)}") from None
 
 
-def freeze_lower_half(model: PreTrainedModel, family: Family, layer: int) -> None:
+def freeze_lower_half(model: PreTrainedModel, family: Family, layer: int | str) -> None:
     """Have a task model's lower half compute without gradients and, as when it is recorded, without dropout."""
-    for part in family.lower_of(base_model_of(model), layer).values():
+    base = base_model_of(model)
+    parts = [family.stack_of(base)] if isinstance(layer, str) else family.lower_of(base, layer).values()
+    for part in parts:
         part.requires_grad_(False)
         part.register_forward_pre_hook(_stay_evaluating)
 

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from actcache.errors import UsageError
-from actcache.format import codec
 from actcache.format.arguments import to_numpy, whole, whole_numbers
 from actcache.format.keys import Document
 from actcache.models.documents import listed
@@ -178,7 +177,7 @@ class _Inputs:
 
 def _sizes(recycler: CachedLayer, documents: Sequence[Document]) -> tuple[int, int]:
     """Return the bytes of a token's row and of all rows of these documents."""
-    each = recycler.recipe.hidden_size * codec.get(recycler.recipe.dtype).stored.itemsize
+    each = recycler.recipe.row_bytes
     keys = list(dict.fromkeys(recycler.keys(documents)))
     return each, each * int(recycler.space.lengths(keys).sum())
 

@@ -53,7 +53,8 @@ class LocalCache(Wrapper):
         self._stats = stats or ReaderStats()
         recipe = source.recipe
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
-        self._stored = codec.get(recipe.dtype).stored
+        kind = codec.get(recipe.dtype)
+        self._form = kind.width(recipe.hidden_size), kind.stored  # of a row
         self._closed = False
         self._begin()
         self._open()
@@ -175,7 +176,8 @@ class LocalCache(Wrapper):
             self._stats.local_documents += int(hits.sum())
 
     def _buffers(self, lengths: NDArray[np.int64], ids: Ids) -> tuple[NDArray[Any], Ids]:
-        values = np.empty((int(lengths.sum()), self.recipe.hidden_size), self._stored)
+        width, dtype = self._form
+        values = np.empty((int(lengths.sum()), width), dtype)
         return values, None if ids is None else np.empty(len(values), np.int32)
 
     def _keep(

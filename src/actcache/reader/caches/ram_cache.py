@@ -35,10 +35,10 @@ class RamCache(Wrapper):
         self._source, self._nbytes, self._stats = source, nbytes, stats or ReaderStats()
         self._lock = ProcessLock()
         recipe = source.recipe
-        stored = codec.get(recipe.dtype).stored
-        most = max(0, nbytes // (stored.itemsize * recipe.hidden_size))
+        kind = codec.get(recipe.dtype)
+        most = max(0, nbytes // recipe.row_bytes)
         # Memory that was never touched costs nothing. Row 0 stands for padding.
-        self._rows: NDArray[Any] = np.zeros((most + 1, recipe.hidden_size), stored)
+        self._rows: NDArray[Any] = np.zeros((most + 1, kind.width(recipe.hidden_size)), kind.stored)
         self._ids = np.zeros(most + 1, np.int32)
         self._end = 1
         # Key -> first row, rows, whether the token ids are held, too. In one value: an interrupt leaves all or nothing.
@@ -47,7 +47,7 @@ class RamCache(Wrapper):
     @property
     def held(self) -> int:
         """Bytes of activations that are in memory."""
-        return (self._end - 1) * self._rows.itemsize * self.recipe.hidden_size
+        return (self._end - 1) * self.recipe.row_bytes
 
     def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
         has = self._source.has(column, keys)

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from actcache.backend import Buffers, Expected
 from actcache.errors import ClosedError, FormatError, SegmentGoneError
-from actcache.format.ragged import VALUES, chunks, offsets_of
+from actcache.format.ragged import PAYLOAD, VALUES, chunks, offsets_of
+from actcache.io import loops
+from actcache.io.loops import Column
 from actcache.io.workers import ProcessLock, Workers
 from actcache.segments.places.objects.blocks import BLOCK, CACHE_BYTES, CachedBlocks
 from actcache.segments.places.objects.client import Data, ObjectNotFoundError
 from actcache.segments.places.objects.session import Session
-from actcache.segments.rows import RowPlan, RowSource
+from actcache.segments.rows import Frames, RowPlan, RowSource, of_frames
 from actcache.segments.segment import Segment
 
 _GAP = 64 << 10  # bytes that are read along rather than asked around
@@ -91,15 +93,28 @@ class FetchedRows(RowSource):
 
     def __init__(self, session: Session, blocks: CachedBlocks, segments: list[Segment], locate: Locate) -> None:
         self._session, self._blocks, self._segments, self._locate = session, blocks, segments, locate
+        self.frames = Frames(segments)
         self._ahead: OrderedDict[tuple[int, str, bytes], _Fetches] = OrderedDict()
         self._lock = ProcessLock()
         self._workers = Workers()
 
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
-        reads = [self._prepare(name, plan, buffer, width) for name, buffer in out.items()]
+        reads, bad = [], np.empty(0, np.int64)
+        frames: Column | None = None  # whose rows come from what is fetched
+        for name, buffer in out.items():
+            array, places = self.frames.column(plan, name)
+            if array != name:
+                begins = offsets_of(places.lengths)
+                fetched = np.empty(int(begins[-1]), np.uint8)
+                frames = of_frames(Column(buffer.strides[0], buffer, fetched, begins[:-1]), places)
+                reads.append(self._prepare(array, places, fetched, None))
+            else:
+                reads.append(self._prepare(name, plan, buffer, width))
         self._workers.run_chunks(reads, chunks(plan.lengths, width, out))
+        if frames is not None:
+            bad = loops.gather([frames], plan.lengths, offsets_of(plan.lengths, width))
         # A pass of its own: what comes over a network never comes faster than it is digested.
-        return np.empty(0, np.int64) if expected is None else expected.wrong(out, plan.lengths, width)
+        return bad if expected is None else np.union1d(bad, expected.wrong(out, plan.lengths, width))
 
     def _prepare(self, column: str, plan: RowPlan, out: NDArray[np.generic], width: int | None) -> Read:
         """Have the rows of a column fetched; return what brings those of entries first..last-1 into the buffer."""
@@ -120,18 +135,19 @@ class FetchedRows(RowSource):
         begins = offsets + plan.starts * row_bytes
         # Token ids lie some hundred bytes an entry, far apart in a shuffled batch: whole blocks of them are kept.
         total = sum(s.extents[column].nbytes for s in self._segments[:] if column in s.extents)
-        small = row_bytes <= _SMALL and total <= CACHE_BYTES // 2
+        small = column != PAYLOAD and row_bytes <= _SMALL and total <= CACHE_BYTES // 2
         ranges = coalesce(plan.segments, begins, begins + plan.lengths * row_bytes, gap=BLOCK if small else _GAP)
         return ranges, begins, row_bytes, small
 
     def will_need(self, plan: RowPlan) -> bool:
         """Fetch the rows of a batch that will be read soon; the one that was announced first is given up for it."""
-        ranges, _, _, small = self._ranges(VALUES, plan)
-        name = os.getpid(), VALUES, ranges.digest()
+        array, places = self.frames.column(plan, VALUES)
+        ranges, _, _, small = self._ranges(array, places)
+        name = os.getpid(), array, ranges.digest()
         with self._lock:
             if name in self._ahead:
                 return True
-            self._ahead[name] = _Fetches(self, VALUES, ranges, small)
+            self._ahead[name] = _Fetches(self, array, ranges, small)
             while len(self._ahead) > _MOST_AHEAD:
                 self._ahead.popitem(last=False)
         return True

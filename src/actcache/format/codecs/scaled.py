@@ -1,0 +1,98 @@
+"""Codes of one byte with a scale a token: ``int8`` and ``float8_e4m3``.
+
+A stored row is the codes of its numbers, one byte each, then the row's scale as float32: a number is its code times the
+scale. So a row needs nothing but itself: one read brings it, one checksum covers it, one copy moves it. The codes of
+float8_e4m3 and their scales are those of vLLM's ``hs_connectors.fp8_utils``, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import CodecOverflowError, FormatError
+from actcache.format.codecs.interface import Codec
+from actcache.io import loops
+
+
+class Scaled(Codec):
+    """See the module; ``name`` is one of ``loops.CODES``."""
+
+    rounds_alone = False
+
+    def width(self, hidden: int) -> int:
+        return hidden + loops.SCALE_BYTES
+
+    def hidden(self, width: int) -> int:
+        return width - loops.SCALE_BYTES
+
+    def encode(self, rows: NDArray[np.generic], out: NDArray[Any], *, what: str = "the document") -> None:
+        with np.errstate(over="ignore"):
+            wide = np.ascontiguousarray(rows, np.float32)
+        if loops.narrow(wide, out, self.name):
+            self._refuse(rows, wide, what)
+
+    def _refuse(self, rows: NDArray[Any], wide: NDArray[np.float32], what: str) -> None:
+        finite = np.isfinite(wide)
+        if finite.all():  # the largest number times 1.00002 is none any more
+            token, column = np.unravel_index(int(np.abs(wide).argmax()), wide.shape)
+            raise CodecOverflowError(
+                f"{what} holds {float(wide[token, column]):g} at token {token}, column {column}, too large for "
+                f"{self.name}: store it as float32 (another recipe, another space)"
+            )
+        self.refuse(rows, finite, what)
+
+    def decode(self, stored: NDArray[Any]) -> NDArray[Any]:
+        out = np.empty((*stored.shape[:-1], self.hidden(stored.shape[-1])), np.float32)
+        self.decode_into(stored, out, "float32")
+        return out
+
+    def decode_into(self, stored: NDArray[Any], out: NDArray[Any], dtype: str) -> bool:
+        if dtype not in loops.FORMS:
+            return False
+        flat = np.ascontiguousarray(stored).reshape(-1, stored.shape[-1])
+        if loops.widen(flat, self.name, out.reshape(-1, out.shape[-1]), dtype):
+            if len(bad := self.stray(flat)):
+                raise FormatError(f"row {bad[0]} of these {self.name} rows has no scale that a writer makes")
+            raise self._too_large(flat, dtype)
+        return True
+
+    def _too_large(self, flat: NDArray[Any], dtype: str) -> Exception:
+        wide = np.empty((len(flat), self.hidden(flat.shape[1])), np.float32)
+        if loops.widen(flat, self.name, wide, "float32"):
+            return FormatError(f"these {self.name} rows hold codes that are no numbers")
+        most = float(np.abs(wide).max())
+        return CodecOverflowError(f"these rows hold {most:g}, too large for {dtype}: ask for float32 or bfloat16")
+
+    def bound(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        hidden = self.hidden(stored.shape[1])
+        codes, scales = stored[:, :hidden], stored[:, hidden:].copy().view("<f4").astype(np.float64)[:, 0]
+        if self.name == "int8":
+            steps = np.full(len(stored), np.sqrt(hidden))
+        else:  # of each code's exponent, 3 digits behind the first
+            steps = np.linalg.norm(np.ldexp(1.0, np.maximum(codes >> 3 & 15, 1).astype(np.int64) - 10), axis=1)
+        # Half a step; and a number is a quotient, times the scale again, each rounded to float32.
+        return steps / 2 * scales * (1 + 2.0**-10)
+
+    def decode_tensor(self, torch: Any, stored: Any) -> Any:
+        hidden = self.hidden(stored.shape[-1])
+        codes = stored[..., :hidden].view(torch.int8 if self.name == "int8" else torch.float8_e4m3fn)
+        scales = stored[..., hidden:].contiguous().view(torch.float32)
+        return codes.float().mul_(scales)
+
+    def stray(self, stored: NDArray[Any]) -> NDArray[np.int64]:
+        if not len(stored):
+            return np.empty(0, np.int64)
+        hidden = self.hidden(stored.shape[1])
+        scales = np.ndarray(len(stored), "<f4", stored, hidden, (stored.strides[0],))  # where they are, unaligned
+        if scales.min() > 0 and scales.max() < np.inf:  # false of NaN
+            return np.empty(0, np.int64)
+        bad = ~((scales > 0) & (scales < np.inf))
+        bad[bad] = stored[bad].any(axis=1)  # a row of padding is all zeros
+        return np.flatnonzero(bad)
+
+
+INT8 = Scaled("int8", np.dtype("|u1"), np.dtype("<f4"))
+FLOAT8_E4M3 = Scaled("float8_e4m3", np.dtype("|u1"), np.dtype("<f4"))

@@ -366,7 +366,12 @@ def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         given.setdefault("use_cache", False)
     with torch.no_grad():
         output = model(**given)
-    return {n: v for n, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    found = {}
+    for name, value in output.items():
+        several = value if isinstance(value, tuple) and "past" not in name else (value,)
+        found |= {f"{name}.{i}": one for i, one in enumerate(several) if isinstance(one, torch.Tensor)}
+    # What a sound's convolutions give is of the lower half: a reduced model has that of the input it is given.
+    return {n: v for n, v in found.items() if v.is_floating_point() and not n.startswith("extract_features")}
 
 
 def cuts(model: Any, documents: list[dict[str, Any]]) -> list[dict[str, Any]]:

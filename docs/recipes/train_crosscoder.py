@@ -29,7 +29,7 @@ with actcache.Recyclers.from_pretrained(
     given.model, layers=layers, store=given.store, max_length=128, too_long="truncate"
 ) as recyclers:
     recyclers.fill(texts, progress=False)
-    rows = recyclers.rows(texts, batch_size=512, forever=True, device="cpu")  # [n, layers, hidden], aligned row by row
+    rows = recyclers.rows(texts, batch_size=256, forever=True, device="cpu")  # [n, layers, hidden], aligned row by row
     first = next(rows).float()
     scale = first.std(dim=(0, 2), keepdim=True)  # layers' rows are of unlike size
     torch.manual_seed(0)

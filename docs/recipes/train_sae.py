@@ -30,13 +30,13 @@ with actcache.Recycler.from_pretrained(
 ) as recycler:
     recycler.fill(texts, progress=False)
     special = recycler.agreement.encoder.tokenizer.all_special_ids
-    rows = recycler.rows(texts, batch_size=512, exclude={"token_ids": special}, forever=True, device="cpu")
+    rows = recycler.rows(texts, batch_size=256, exclude={"token_ids": special}, forever=True, device="cpu")
     print(f"a batch has rows of {rows.documents_mixed:.0f} documents")
     torch.manual_seed(0)
     first = next(rows).float()
     sae = TopK(first.shape[1], 2 * first.shape[1], 16, first.mean(0))
     optimizer = torch.optim.Adam(sae.parameters(), 1e-3)
-    for step in range(150):
+    for step in range(100):
         batch = next(rows).float()
         error = (sae(batch) - batch).pow(2).sum(1).mean()
         error.backward()

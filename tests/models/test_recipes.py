@@ -21,7 +21,7 @@ SAYS = {
     "probe_layers": "layer 3: accuracy",
     "train_crosscoder": "features write to both",
     "train_eagle3": "epoch 3: loss",
-    "train_sae": "step 150: explained variance",
+    "train_sae": "step 100: explained variance",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedModel
 
-from actcache.errors import LayerError, UnsupportedModelError
+import actcache
+from actcache import Recycler, Recyclers
+from actcache.errors import LayerError, UnsupportedModelError, UsageError
 from actcache.models.families import Family, family_of, numbers
 from actcache.models.lower_half import LowerHalf
 from actcache.models.sites import Site, site_of
@@ -148,6 +151,78 @@ def test_rows_are_what_a_hook_sees(name: str) -> None:
     for site in sites:
         for ids, rows in zip(documents, padded[site], strict=True):
             np.testing.assert_allclose(rows, plain(model, site, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_fill_records_what_hooks_see(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    kind, _, attention, mlp = MODELS[name]
+    model = kind.make(AutoModel, vocab_size=30522)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, 30000, length) for length in (7, 1, 12)]
+    with Recyclers(
+        model,
+        tokenizer,
+        layers=[0, 2, LAYERS, "last"],
+        sites=[attention, mlp],
+        store=tmp_path / "store",
+        dtype="float32",
+    ) as recyclers:
+        report = recyclers.fill(documents, token_budget=1, progress=False)  # a document a batch
+        assert (report.computed, len(recyclers)) == (3, 6)
+        assert len(report.spaces) == (5 if name == "bert" else 6)  # which has no final norm
+        assert recyclers.fill(documents, progress=False).computed == 0
+        for recycler in recyclers.values():
+            site = recycler.agreement.lower.site
+            for ids, entry in zip(documents, recycler.space.get(recycler.keys(documents)), strict=True):
+                np.testing.assert_array_equal(entry.activations, plain(model, site, ids))
+            assert recycler.verify().ok
+        recyclers[mlp].space.delete(recyclers[mlp].keys(documents[:1]))
+        assert recyclers.fill(documents, progress=False).computed == 1
+    store = actcache.open(tmp_path / "store")
+    with Recycler(model, tokenizer, site=mlp, store=store, dtype="float32") as alone:
+        assert not alone.space.created
+        batch = next(iter(alone.reader(documents, batch_size=3)))
+        assert batch.activations.shape == (3, 12, alone.recipe.hidden_size)
+    store.close()
+
+
+def test_canaries_of_all_sites_are_computed_by_one_pass(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = KINDS["bert"].make(AutoModel, vocab_size=30522)
+    passes: list[int] = []
+    original = LowerHalf._forward
+
+    def counted(self: LowerHalf, inputs: Any, *rest: Any) -> Any:
+        passes.append(len(inputs["input_ids"]))
+        return original(self, inputs, *rest)
+
+    monkeypatch.setattr(LowerHalf, "_forward", counted)
+    counts = []
+    for number, layers in enumerate(([2], "all")):
+        for _ in range(2):  # canaries are made, and then compared
+            passes.clear()
+            with Recyclers(model, tokenizer, layers=layers, store=tmp_path / str(number)) as recyclers:
+                recyclers.fill([np.arange(3, 9)], progress=False)
+            counts.append(len(passes))
+    one_made, one_compared, all_made, all_compared = counts
+    assert all_made - one_made < 5  # not five times as many
+    # And three of the documents at hand are computed again for each space.
+    assert all_compared - one_compared <= 8
+
+
+def test_widths_and_several_places_at_once(tokenizer: Any, tmp_path: Path) -> None:
+    model = KINDS["bert"].make(AutoModel, vocab_size=30522)
+    sites = ["encoder.layer.1.intermediate", "encoder.layer.1.output:input"]
+    with Recyclers(model, tokenizer, layers="all", sites=sites, store=tmp_path / "store") as recyclers:
+        assert list(recyclers) == [0, 1, 2, 3, 4, *sites]
+        assert [recyclers[site].recipe.hidden_size for site in sites] == [48, 48]
+        recyclers.fill([np.arange(3, 9)], progress=False)
+        assert recyclers[sites[0]].recipe.fingerprint != recyclers[sites[1]].recipe.fingerprint
+    with pytest.raises(UsageError, match=r"Recyclers\.from_pretrained"):
+        Recycler.from_pretrained("anything", layers="all", store=tmp_path / "store")
+    with pytest.raises(UnsupportedModelError, match="pooler"):
+        Recyclers(model, tokenizer, sites=["pooler"], store=tmp_path / "store")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -310,7 +310,7 @@ class Store:
         for fingerprint in self.fingerprints():
             try:
                 recipe = self.recipe(fingerprint)
-                about = f"{recipe.model}, layer {recipe.layer}, {recipe.stored_as}" if recipe else "being made"
+                about = f"{recipe.model}, {recipe.site_name}, {recipe.stored_as}" if recipe else "being made"
             except errors.ActcacheError as error:
                 about = str(error)
             rows.append((fingerprint, about))

@@ -12,6 +12,7 @@ from actcache import errors
 from actcache.entries.batch import Batch
 from actcache.entries.entry import Entry, ReadReport
 from actcache.format.keys import Windows, document_key, windows
+from actcache.format.media import Audio, Image
 from actcache.format.recipe import Recipe
 from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audio",
     "Batch",
     "Collection",
     "Entry",
+    "Image",
     "ReadReport",
     "Reader",
     "Recipe",

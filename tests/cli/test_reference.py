@@ -26,7 +26,7 @@ def test_every_command_describes_itself(command):
     assert f"Example: cachectl {name} " in shown.out
     assert "--json" in shown.out
     assert shown.out == cachectl(name, "-h").out
-    options = [line for line in shown.out.splitlines() if " --" in line and "--help" not in line]
+    options = [line for line in shown.out.splitlines() if line.lstrip("│* ").startswith("--") and "--help" not in line]
     assert not [line for line in options if re.search(r"<(list|str|int|path|bool)", line)], "types of Python's"
     assert name in cachectl("--help").out
 

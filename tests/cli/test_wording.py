@@ -7,12 +7,13 @@ import re
 
 import pytest
 
+import actcache
 from actcache.cli.shell import SHELL_WORDS, in_shell
 from tests.cli.running import cachectl
 from tests.support import ROOT
 
 SOURCE = ROOT / "src" / "actcache"
-PYTHON = re.compile(r"mode='|flush again|\b(?:space|recycler|store|reader)\.\w+\(|\bopen_store\b")
+PYTHON = re.compile(r"mode='|flush again|too_long=\"|\b(?:space|recycler|store|reader)\.\w+\(|\bopen_store\b")
 #: Errors that no command can come upon.
 NOT_IN_SHELL = (
     "was opened with mode='r'",  # commands write to no store that they opened so
@@ -70,3 +71,17 @@ def test_a_store_that_is_not_there(given, tmp_path, monkeypatch):
     assert ended.code == 3
     assert f"there is no store at {tmp_path / 'nope'}; cachectl fill makes one" in ended.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_and_a_corpus_that_changed_places(tmp_path):
+    with actcache.open(tmp_path / "store"):
+        (tmp_path / "corpus.txt").write_text("one\n")
+    given = str(tmp_path / "corpus.txt"), str(tmp_path / "store")
+    said = cachectl("fill", *given, "--model", "m", "--layer", "3").refused(2)
+    assert said.endswith(f"the store comes first: cachectl fill {given[1]} {given[0]}")
+
+
+def test_what_to_do_with_long_documents_has_words_for_the_shell():
+    text = 'give too_long="truncate" or too_long=actcache.windows(max_length, stride), or leave it out'
+    assert text.removeprefix("give ") in (SOURCE / "models" / "tokenizing.py").read_text()
+    assert in_shell(text) == "give --too-long truncate or --too-long windows, or leave it out"

@@ -86,7 +86,7 @@ def test_what_was_measured_is_shown_and_a_damaged_note_is_refused(made, tmp_path
     with made("int8") as recycler:
         recycler.fill(TEXTS, progress=False)
         found, space = recycler.measured, recycler.space
-        shown = cachectl("inspect", tmp_path / "store", space.recipe.fingerprint[:8])
+        shown = cachectl("inspect", tmp_path / "store", "--space", space.recipe.fingerprint[:8])
         assert f"storing changes rows by {found.rows:.2g}" in shown.out
         space.put_blob("errors.json", b'{"format_version": 1, "rows": "many"}', replace=True)
         with pytest.raises(FormatError, match=r"errors.json .* is damaged"):

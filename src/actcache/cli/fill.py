@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from actcache.cli.common import quieten_transformers, say
 from actcache.errors import DocumentError, OutOfSpaceError, UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
 from actcache.format.keys import Windows, document_key
+from actcache.segments.places import marker
 from actcache.store.document_entries import check_found, find_entries
 from actcache.store.space import Space
 from actcache.store.store import Store, open_store
@@ -156,6 +158,8 @@ def fill(
 
         quieten_transformers()
     windows = _windows(too_long, max_length, stride)
+    if Path(store).is_file() and (Path(source) / marker.NAME).is_file():
+        raise UsageError(f"the store comes first: cachectl fill {source} {store}")
     if collection is not None:
         Store.collection_blob(collection)  # a name that is none is refused before the work, not after it
     corpus.check(source, field, id_field, format)  # likewise a file that is not there

@@ -1,7 +1,7 @@
 """Keys: the name of a document, or of a window of it, is a digest of its kind and content.
 
-Format version 1. Each kind has its own domain, so that no text, pair, word list or id sequence shares a key with
-another kind's, and every part is length-prefixed, so that ``("ab", "c")`` and ``("a", "bc")`` differ.
+Format version 1. Each kind has its own domain, so that no text, pair, word list, id sequence, image or audio shares a
+key with another kind's, and every part is length-prefixed, so that ``("ab", "c")`` and ``("a", "bc")`` differ.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,17 @@ class Array(Protocol):
     def __dlpack__(self) -> Any: ...
 
 
-#: What a document can be: a text, a pair of texts (tuple), words (list or array of texts), or token ids (sequence,
-#: array or tensor of whole numbers).
-Document = str | tuple[str, str] | Sequence[str] | Sequence[int] | NDArray[Any] | Array
+class Medium(Protocol):
+    """A document that is no text and knows its own key: an image or audio (``actcache.format.media``)."""
+
+    what: str  # "an image"
+
+    def key(self) -> bytes: ...
+
+
+#: What a document can be: a text, a pair of texts (tuple), words (list or array of texts), token ids (sequence, array
+#: or tensor of whole numbers), an image or audio.
+Document = str | tuple[str, str] | Sequence[str] | Sequence[int] | NDArray[Any] | Array | Medium
 
 #: The one type that each kind of document has: a text, a pair, words, token ids (int64).
 NormalDocument = str | tuple[str, str] | list[str] | NDArray[np.int64]
@@ -55,11 +63,14 @@ def document_key(document: Document) -> bytes:
 
     Args:
         document: a text (``str``, without Unicode normalization), a pair of texts (``tuple`` of two ``str``), words
-            (``list`` or array of ``str``), or token ids (a sequence, array or tensor of whole numbers in [0, 2**63)).
+            (``list`` or array of ``str``), token ids (a sequence, array or tensor of whole numbers in [0, 2**63)), an
+            ``actcache.Image`` or an ``actcache.Audio``.
 
     Raises:
-        DocumentError: the document is empty, or of no such kind.
+        DocumentError: the document is empty, or of no such kind; or it is an image or audio that cannot be read.
     """
+    if is_medium(document):
+        return document.key()
     normal = normal_form(document)
     if isinstance(normal, str):
         return _digest("text", [normal.encode()])
@@ -68,9 +79,37 @@ def document_key(document: Document) -> bytes:
     return _digest("pair" if isinstance(normal, tuple) else "words", [part.encode() for part in normal])
 
 
+def is_medium(document: object) -> TypeGuard[Medium]:
+    """Return whether a document is an image or audio, of those that know their keys."""
+    return isinstance(getattr(type(document), "what", None), str) and hasattr(document, "key")
+
+
+def image_key(mode: str, width: int, height: int, pixels: bytes) -> bytes:
+    """Return the key of a decoded image: Pillow's name of its mode (``"RGB"``), its size, and its rows of pixels from
+    the top, each from the left, the bands of a pixel one after another."""
+    return _digest("image", [mode.encode(), np.array([width, height], "<i8").tobytes(), pixels])
+
+
+def audio_key(rate: int, samples: NDArray[np.float32]) -> bytes:
+    """Return the key of decoded audio: samples a second, and the samples ``[n]``."""
+    return _digest("audio", [np.array(rate, "<i8").tobytes(), samples.astype("<f4", copy=False).tobytes()])
+
+
+def image_file_key(content: bytes) -> bytes:
+    """Return the key of an image by the bytes of its file."""
+    return _digest("imgfile", [content])
+
+
+def audio_file_key(content: bytes) -> bytes:
+    """Return the key of audio by the bytes of its file."""
+    return _digest("audfile", [content])
+
+
 def normal_form(document: Any) -> NormalDocument:
     """Return a document as the one type that its kind has: ``str``, ``tuple``, ``list`` or an int64 array. Raises as
     ``document_key``."""
+    if is_medium(document):
+        raise DocumentError(f"the document is {document.what}, which has no text form: a model of texts reads texts")
     if hasattr(document, "as_py"):  # a value of an Arrow column
         document = document.as_py()
     if isinstance(document, str):

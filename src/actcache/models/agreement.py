@@ -16,7 +16,6 @@ from actcache.models.lower_half import LowerHalf, together
 from actcache.models.modes import evaluating
 from actcache.models.provenance import setup_of
 from actcache.models.sites import site_in
-from actcache.models.tokenizing import DocumentEncoder
 from actcache.models.verification import disagreeing, verify_stored
 from actcache.models.weights import check_same_lower_half, check_same_lower_halves
 from actcache.store.document_entries import find_entries
@@ -34,7 +33,7 @@ class Agreement:
     Where it is not ``enabled``, it looks at the weights only, and computes no canaries and documents again.
     """
 
-    def __init__(self, space: Space, encoder: DocumentEncoder, lower: LowerHalf, *, enabled: bool = True) -> None:
+    def __init__(self, space: Space, encoder: canary.Encoder, lower: LowerHalf, *, enabled: bool = True) -> None:
         self.space, self.encoder, self.lower, self.enabled = space, encoder, lower, enabled
         self._setup = setup_of(lower)
         self._canaries: bytes | None = None  # the space's, where they agree

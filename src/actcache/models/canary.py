@@ -3,7 +3,7 @@
 Identity covers what has bytes (``actcache.models.lower_state``). What has none only running can see: hooks, an
 adapter's scale, a number that a module's forward reads, kernels, libraries. So a recycler computes the canaries before
 it serves from a space or adds to it. They are four texts, and one long document of their tokens for what shows at a
-distance.
+distance; of models of images or audio, three that are made of whole numbers (``MediaEncoder.canaries``).
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import logging
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import CanaryError, FormatError, NonFiniteError, UnsupportedModelError
-from actcache.models.lower_half import LowerHalf
+from actcache.models.lower_half import LowerHalf, plan_encoded
+from actcache.models.processing import Features, Made, MediaEncoder
 from actcache.models.tokenizing import DocumentEncoder, Encoded
+
+#: What turns documents into what a model takes.
+Encoder = DocumentEncoder | MediaEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,8 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2
 _LONGEST = 1024  # tokens of the long canary, where the model takes as many
 _LAST = 128  # rows of a canary are kept at most, the last ones: they depend on all before them
 _FEW = 32  # different tokens in all texts: fewer say little
+_MEDIA = 3  # images or audio, where these are a model's documents
+_TOGETHER = 1 << 20  # padded tokens of a batch: all of them
 _SHORT = 8  # tokens of a document that is computed beside the canaries to see whether company matters
 _MAX_BLOB = 64 << 20
 # Columns that are small beside others carry more of the rounding; measured in bfloat16, up to 1.2 times as much in
@@ -55,7 +62,7 @@ _MAX_BLOB = 64 << 20
 _SMALL_COLUMNS = 4.0
 
 
-def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str]) -> bytes:
+def make(encoder: Encoder, lower: LowerHalf, provenance: Mapping[str, str]) -> bytes:
     """Compute the canaries, each alone, and return them as one blob: token ids, float32 rows, and where from.
 
     Raises:
@@ -63,15 +70,14 @@ def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, st
         UnsupportedModelError: their rows are others when they are computed as one batch.
         ModelError: the lower half is in train mode.
     """
-    these = documents(encoder)
+    these = _documents(encoder)
     alone = [rows for document in these for rows in _rows(lower, [document])]
     if not all(np.isfinite(rows).all() for rows in alone):
         raise NonFiniteError(
             f"this {type(lower.base_model).__name__} makes infinity or NaN of the canaries in {lower.compute_dtype}, "
             "and so it may of documents: compute in another dtype (bfloat16, float32)"
         )
-    short = Encoded(these[-1].token_ids[:_SHORT], these[-1].type_ids[:_SHORT])
-    for error in _errors([*alone, *_rows(lower, [short])], _rows(lower, [*these, short])):
+    for error in _errors(*_in_company(lower, these, alone)):
         if not error <= TOLERANCE[lower.compute_dtype]:
             raise UnsupportedModelError(
                 f"this {type(lower.base_model).__name__} computes a document by the others of its batch: the same "
@@ -79,19 +85,31 @@ def make(encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, st
                 f"that other kernels explain in {lower.compute_dtype}. Such rows cannot be stored. Are its activations "
                 "quantized, or has its attention or its experts room for so many tokens a batch?"
             )
-    what = json.dumps({"texts": TEXTS, "provenance": dict(provenance)}).encode()
+    what = json.dumps({"texts": _texts(encoder), "provenance": dict(provenance)}).encode()
     out = io.BytesIO()
     np.savez(
         out,
-        token_ids=np.concatenate([one.token_ids for one in these]),
-        lengths=np.array([len(one.token_ids) for one in these], np.int64),
+        token_ids=_ids(these),
+        lengths=np.array([one.length for one in these], np.int64),
         rows=np.concatenate(alone),
         what=np.frombuffer(what, np.uint8),
     )
     return out.getvalue()
 
 
-def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: Mapping[str, str]) -> float:
+def _in_company(
+    lower: LowerHalf, these: Sequence[Made], alone: list[NDArray[np.float32]]
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    """Return rows of documents that were each computed alone, and the same computed in a batch with others."""
+    texts = [one for one in these if isinstance(one, Encoded)]
+    if texts:
+        short = Encoded(texts[-1].token_ids[:_SHORT], texts[-1].type_ids[:_SHORT])
+        return [*alone, *_rows(lower, [short])], _rows(lower, [*texts, short])
+    others = [replace(one, values=-2 * one.values) for one in these if isinstance(one, Features)]
+    return alone, [_rows(lower, [one, other])[0] for one, other in zip(these, others, strict=True)]
+
+
+def check(blob: bytes, encoder: Encoder, lower: LowerHalf, provenance: Mapping[str, str]) -> float:
     """Compute the canaries with this model and compare them with stored ones; return the largest relative error.
 
     Raises:
@@ -99,16 +117,18 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
         FormatError: the blob is no such thing.
         ModelError: the lower half is in train mode.
     """
-    stored_ids, stored_lengths, stored_rows, theirs = _read(blob, lower.hidden_size)
+    stored_ids, stored_lengths, stored_rows, theirs = _read(blob, lower.hidden_size, _texts(encoder))
     changed = [name for name in sorted(theirs.keys() | provenance.keys()) if theirs.get(name) != provenance.get(name)]
     where = "; ".join(f"{name}: {theirs.get(name)!r} then, {provenance.get(name)!r} now" for name in changed) or (
         "nothing that is recorded: is it a hook, an adapter, an attribute of a module that was changed after loading?"
     )
-    these = documents(encoder)
-    ids = np.concatenate([one.token_ids for one in these])
-    lengths = np.array([len(one.token_ids) for one in these], np.int64)
+    these = _documents(encoder)
+    ids = _ids(these)
+    lengths = np.array([one.length for one in these], np.int64)
     if not (np.array_equal(stored_ids, ids) and np.array_equal(stored_lengths, lengths)):
-        raise CanaryError(f"the space's canary texts make other tokens here, though its recipe is the same ({where})")
+        raise CanaryError(
+            f"the space's canaries make other tokens or rows here, though its recipe is the same ({where})"
+        )
     computed = [*_rows(lower, these[:-1]), *_rows(lower, these[-1:])]  # little padding
     ends = np.cumsum([len(rows) for rows in computed])[:-1]
     error = max(_errors(np.split(stored_rows, ends), computed))
@@ -126,7 +146,11 @@ def check(blob: bytes, encoder: DocumentEncoder, lower: LowerHalf, provenance: M
 
 def token_ids(blob: bytes, hidden_size: int) -> NDArray[np.int32]:
     """Return the ids of all stored canaries' tokens, one after another; raises ``FormatError`` as ``check`` does."""
-    return _read(blob, hidden_size)[0]
+    return _read(blob, hidden_size, TEXTS)[0]
+
+
+def _documents(encoder: Encoder) -> Sequence[Made]:
+    return encoder.canary_features() if isinstance(encoder, MediaEncoder) else documents(encoder)
 
 
 def documents(encoder: DocumentEncoder) -> list[Encoded]:
@@ -152,10 +176,26 @@ def _spread_ids(encoder: DocumentEncoder) -> NDArray[np.int64]:
     return plain if len(plain) else ids
 
 
-def _rows(lower: LowerHalf, some: Sequence[Encoded]) -> list[NDArray[np.float32]]:
+def _texts(encoder: Encoder) -> Sequence[str]:
+    """Return the documents as a blob names them; what is no text has its number."""
+    return TEXTS if isinstance(encoder, DocumentEncoder) else [f"{encoder.name} {i}" for i in range(_MEDIA)]
+
+
+def _ids(these: Sequence[Made]) -> NDArray[np.int32]:
+    return np.concatenate([np.empty(0, np.int32), *(one.token_ids for one in these if isinstance(one, Encoded))])
+
+
+def _rows(lower: LowerHalf, some: Sequence[Made]) -> list[NDArray[np.float32]]:
     """Return the rows that are kept of documents that are computed together."""
-    computed = lower.run_last(_LAST, [one.token_ids for one in some], [one.type_ids for one in some])
-    return [rows.astype(np.float32) for rows in computed]
+    texts = [one for one in some if isinstance(one, Encoded)]
+    if texts:
+        computed = lower.run_last(_LAST, [one.token_ids for one in texts], [one.type_ids for one in texts])
+        return [rows.astype(np.float32) for rows in computed]
+    result: list[Any] = [None] * len(some)
+    for batch in plan_encoded(some, _TOGETHER):
+        for i, rows in zip(batch, lower.run_encoded([some[i] for i in batch])[lower.site], strict=True):
+            result[i] = rows.astype(np.float32)[-_LAST:]
+    return result
 
 
 def _errors(expected: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]) -> list[float]:
@@ -164,7 +204,9 @@ def _errors(expected: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.
     return [relative_error(there, here, columns) for there, here in zip(expected, found, strict=True)]
 
 
-def _read(blob: bytes, hidden_size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], dict[str, str]]:
+def _read(
+    blob: bytes, hidden_size: int, expected: Sequence[str]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], dict[str, str]]:
     def refuse(why: object) -> FormatError:
         return FormatError(
             f"the space's {BLOB_NAME} is damaged or foreign ({why}): delete it, and the next fill makes it"
@@ -185,11 +227,11 @@ def _read(blob: bytes, hidden_size: int) -> tuple[NDArray[Any], NDArray[Any], ND
         and lengths.dtype == np.int64
         and rows.dtype == np.float32
         and ids.ndim == 1
-        and lengths.shape == (len(TEXTS) + 1,)
+        and lengths.shape == ((len(TEXTS) + 1,) if expected is TEXTS else (len(expected),))
         and bool((lengths > 0).all())
-        and int(lengths.sum()) == len(ids)
+        and len(ids) == (int(lengths.sum()) if expected is TEXTS else 0)
         and rows.shape == (int(np.minimum(lengths, _LAST).sum()), hidden_size)
-        and texts == list(TEXTS)
+        and texts == list(expected)
         and isinstance(provenance, dict)
     )
     if not good:

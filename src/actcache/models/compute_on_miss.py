@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.format.keys import Document
+from actcache.models.canary import Encoder
 from actcache.models.filling import Filler
 from actcache.models.lower_half import TOKEN_BUDGET
-from actcache.models.tokenizing import DocumentEncoder
+from actcache.models.processing import Made
 from actcache.reader.epoch import MissComputer
 from actcache.reader.labels import of_entries
 from actcache.reader.reader import Reader
@@ -32,7 +33,7 @@ class ComputeOnMiss:
     """
 
     def __init__(
-        self, space: Space, filler: Filler, encoder: DocumentEncoder, texts: Sequence[Document], keys: list[bytes]
+        self, space: Space, filler: Filler, encoder: Encoder, texts: Sequence[Document], keys: list[bytes]
     ) -> None:
         self._space, self._filler, self._encoder, self._texts = space, filler, encoder, texts
         self._lengths: dict[int, list[int]] = {}  # of the windows of missing documents, tokenized to count them
@@ -50,8 +51,8 @@ class ComputeOnMiss:
 
     def _tokenized(self, documents: list[int]) -> dict[int, list[int]]:
         """Return the tokens of each entry of some documents."""
-        encoded = self._encoder.encode([self._texts[i] for i in documents], documents)
-        return {i: [len(one.token_ids) for one in entries] for i, entries in zip(documents, encoded, strict=True)}
+        encoded: Sequence[Sequence[Made]] = self._encoder.encode([self._texts[i] for i in documents], documents)
+        return {i: [one.length for one in entries] for i, entries in zip(documents, encoded, strict=True)}
 
     def lengths(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many tokens some of the entries have."""

@@ -31,6 +31,7 @@ from actcache.errors import (
 from actcache.format import codec
 from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
+from actcache.models.canary import Encoder
 from actcache.models.documents import check_texts
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
@@ -80,13 +81,18 @@ class ErrorMeter:
     def __init__(
         self,
         lower: LowerHalf,
-        encoder: DocumentEncoder,
+        encoder: Encoder,
         texts: Iterable[Document],
         *,
         task_model: PreTrainedModel | None = None,
         sample: int = SAMPLE,
         compared: int = SAMPLE,
     ) -> None:
+        if not isinstance(encoder, DocumentEncoder):
+            raise UsageError(
+                "what storing does to outputs is measured on texts alone: for images and audio choose a dtype without "
+                "max_error"
+            )
         documents = [text for _, text in zip(range(sample), texts, strict=False)]
         if not documents:
             raise UsageError("no texts were given, so there is nothing to measure")
@@ -250,7 +256,11 @@ def measured(
         UsageError: there is no such metric, or it cannot be measured.
     """
     check_metric(metric)
-    due = [one for one in agreements if max_error is not None or _unmeasured(one.space)]
+    due = [
+        one
+        for one in agreements
+        if max_error is not None or (isinstance(one.encoder, DocumentEncoder) and _unmeasured(one.space))
+    ]
     if not due:
         return texts
     check_texts(texts)

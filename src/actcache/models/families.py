@@ -82,6 +82,7 @@ class Family:
     )
     equal_lengths: bool = False  # padding changes the numbers: batches hold documents of one length
     right_padding: bool = False  # padding on the left changes the numbers
+    one_size: bool = False  # upper layers depend on the size of images or sounds: it has to be the native one
     proved: bool = False  # replay was proved for the model at hand
     pads: bool = True  # whether ``pad_token_id`` may change the numbers of tokens
 
@@ -129,6 +130,8 @@ class Family:
 
         Beside a decoder that has the same matrix they are none.
         """
+        if isinstance(base_model, PreTrainedModel) and base_model.main_input_name != "input_ids":
+            return {}  # a decoder's, which no image or audio goes through
         try:
             words = base_model.get_input_embeddings() if isinstance(base_model, PreTrainedModel) else None
         except (NotImplementedError, AttributeError):  # of what takes no words
@@ -218,7 +221,7 @@ class Family:
 
 
 #: Fields that say how a model is replayed, which is for the proof to say.
-_WAY = ("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers")
+_WAY = ("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size")
 
 
 def way_in(family: Family) -> dict[str, Any]:
@@ -244,6 +247,11 @@ def register_family(family: Family) -> None:
     """
     for model_type in family.model_types:
         _FAMILIES[model_type] = family
+
+
+def is_registered(model_type: str) -> bool:
+    """Return whether the table has a family for a model type; others are found by running the model."""
+    return model_type in _FAMILIES
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:

@@ -21,15 +21,16 @@ from actcache.io.notebook import Shown
 from actcache.models import proof
 from actcache.models.agreement import Agreement, before_adding
 from actcache.models.budget import ByteBudget, Shared, most_bytes
-from actcache.models.documents import check_texts, chunked, document_keys, streamed
-from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_batches
+from actcache.models.documents import check_texts, chunked, streamed
+from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
+from actcache.models.processing import Made
 from actcache.models.progress import FillProgress
 from actcache.models.sites import Site
-from actcache.models.tokenizing import Encoded
+from actcache.models.tokenizing import DocumentEncoder
 from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.store import Store
 
-CHUNK = 2048  # documents that are looked up, tokenized and sorted by length at a time
+CHUNK = DocumentEncoder.chunk  # documents that are looked up, tokenized and sorted by length at a time
 _GROUP = 8  # batches whose rows are held before they are put
 _PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
 
@@ -58,13 +59,13 @@ class _Work:
     position: int  # in the texts
     document: bytes  # its key
     keys: list[bytes]  # of its entries
-    entries: list[Encoded]
+    entries: Sequence[Made]
     sites: tuple[Site, ...]  # where it is missing
     computed: int = 0  # how many of its entries
 
     @property
     def tokens(self) -> int:
-        return sum(len(entry.token_ids) for entry in self.entries)
+        return sum(entry.length for entry in self.entries)
 
 
 class _Rows:
@@ -138,7 +139,7 @@ class Filler:
         """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
         check_texts(texts)
         budget = self._prepared(max_bytes)
-        chunks = chunked(streamed(texts), CHUNK)
+        chunks = chunked(streamed(texts), self._encoder.chunk)
         parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
         total = length_hint(texts, -1)
         with FillProgress(None if total < 0 else total, show=progress) as bar:
@@ -190,8 +191,8 @@ class Filler:
         for space in self._spaces.values():
             space.merge_tiers(budget is None)
         try:
-            for positions, chunk in parts:
-                keys = document_keys(chunk, positions[0] if chunk else 0)
+            for positions, chunk in _cut(parts, self._encoder.chunk):
+                keys = self._encoder.keys(chunk, positions[0] if chunk else 0)
                 absent = self._absent(keys)
                 documents += len(chunk)
                 if not compared and (known := [key for key in dict.fromkeys(keys) if key not in absent]):
@@ -241,12 +242,12 @@ class Filler:
 
     def _most_bytes(self, work: _Work) -> int:
         recipes, extras = [self._spaces[site].recipe for site in work.sites], self._encoder.extras
-        return sum(most_bytes(recipe, extras, len(one.token_ids)) for recipe in recipes for one in work.entries)
+        return sum(most_bytes(recipe, extras, one.length) for recipe in recipes for one in work.entries)
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
         chunk = list(texts)
-        keys = document_keys(chunk, positions[0] if chunk else 0)
+        keys = self._encoder.keys(chunk, positions[0] if chunk else 0)
         memory = {site: BufferPool(1) for site in self._spaces}
         for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
             self._record(group, token_budget, lambda some: None, memory)
@@ -267,7 +268,8 @@ class Filler:
         first = {key: i for i, key in reversed([*enumerate(keys)])}  # of one given twice, the first
         places = [first[key] for key in absent]
         spec = self._encoder.windows
-        encoded = self._encoder.encode([chunk[i] for i in places], [positions[i] for i in places])
+        some = [chunk[i] for i in places], [positions[i] for i in places]
+        encoded: Sequence[Sequence[Made]] = self._encoder.encode(*some)
         return [
             _Work(positions[i], key, entry_keys(key, len(entries), spec), entries, tuple(sites))
             for i, (key, sites), entries in zip(places, absent.items(), encoded, strict=True)
@@ -287,7 +289,7 @@ class Filler:
         other's.
         """
         entries = [(work, i) for work in group for i in range(len(work.entries))]
-        lengths = [len(work.entries[i].token_ids) for work, i in entries]
+        lengths = [work.entries[i].length for work, i in entries]
         sites = list(dict.fromkeys(site for work in group for site in work.sites))
         lower = self._lowers[sites[0]]
         if self._marked() != self._marks:
@@ -314,14 +316,13 @@ class Filler:
         put = now = self._now()
         compared = False
         try:
-            for batch in plan_batches(lengths, token_budget):
+            for batch in plan_encoded([work.entries[i] for work, i in entries], token_budget):
                 some = [entries[position] for position in batch]
                 inputs = [work.entries[i] for work, i in some]
-                ids, types = [one.token_ids for one in inputs], [one.type_ids for one in inputs]
-                computed = lower.run_at(sites, ids, types) if len(sites) > 1 else {sites[0]: lower.run(ids, types)}
+                computed = lower.run_encoded(inputs, sites)
                 if not compared and lower.family.found is not None:  # what no table names may look at its batch
                     compared = True
-                    proof.in_company(lower, ids, types, computed[lower.site], seed=len(entries))
+                    proof.in_company(lower, inputs, computed[lower.site], seed=len(entries))
                 for site, arrays in computed.items():
                     rows[site].take(batch, arrays)
                 for work, _ in some:
@@ -339,10 +340,8 @@ class Filler:
 
     def _put(self, site: Site, works: list[_Work], values: NDArray[np.generic], offsets: NDArray[np.int64]) -> None:
         entries = [entry for work in works for entry in work.entries]
-        columns: dict[str, Any] = {
-            name: np.concatenate([getattr(entry, name) for entry in entries])
-            for name in ("token_ids", *self._encoder.extras)
-        }
+        names = ("token_ids", *self._encoder.extras) if self._encoder.has_token_ids else ()
+        columns: dict[str, Any] = {name: np.concatenate([getattr(entry, name) for entry in entries]) for name in names}
         try:
             # One call, so that all windows of a document become visible together.
             self._spaces[site].put_packed([key for work in works for key in work.keys], values, offsets, **columns)
@@ -351,11 +350,18 @@ class Filler:
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
 
 
+def _cut(parts: Iterable[Part], most: int) -> Iterator[Part]:
+    """Cut parts into such of ``most`` documents."""
+    for positions, chunk in parts:
+        for start in range(0, len(chunk), most) or (0,):
+            yield positions[start : start + most], chunk[start : start + most]
+
+
 def _groups(work: list[_Work], tokens: int) -> Iterator[list[_Work]]:
     """Cut work, longest first, into groups of about so many tokens: what is held in memory before it is put."""
     group: list[_Work] = []
     held = 0
-    for one in sorted(work, key=lambda one: -len(one.entries[0].token_ids)):
+    for one in sorted(work, key=lambda one: -one.entries[0].length):
         group.append(one)
         held += one.tokens
         if held >= tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -18,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from actcache.errors import FormatError, LowerHalfMismatchError, ModelError, UsageError
 from actcache.format.recipe import Recipe
-from actcache.models.families import Family, base_model_of, family_of, way_of
+from actcache.models.families import Family, base_model_of, family_of, is_registered, way_of
 from actcache.models.replay import reduce
 from actcache.models.saving import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
 from actcache.models.sites import LAST
@@ -68,10 +69,11 @@ def load_reduced(
         state = load_file(path / WEIGHTS_NAME)
         config = kind.config_class.from_dict(what["config"])  # type: ignore[union-attr]
         config.tie_word_embeddings = True  # as it may have been: by ties it is seen which embeddings a decoder has
-        # The lower half is about to be dropped, and the rest to be loaded.
-        with torch.random.fork_rng(devices=[]), no_init_weights():
+        # The lower half is about to be dropped, and the rest to be loaded; but a proof has to run it.
+        initialized = no_init_weights() if is_registered(config.model_type) else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), initialized:
             full = kind._from_config(config, dtype=_main_dtype(state) if wanted == "auto" else wanted, **options)
-        full.tie_weights()
+        full.eval().tie_weights()
         way = what.get("way")  # what was proved when it was reduced; these weights prove nothing yet
         family = None if way is None else way_of(family_of(base_model_of(full)), way)
         reduced = reduce(full, what["layer"] if what["layer"] == LAST else int(what["layer"]), family)

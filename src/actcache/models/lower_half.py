@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError, UsageError
 from actcache.format.arguments import is_whole
-from actcache.models.discovery import small_inputs
 from actcache.models.families import Family
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import some_ids, vocabulary_size
+from actcache.models.processing import Features, Made, sample_features, takes_features
 from actcache.models.sites import Site, Where, site_of
 from actcache.models.stubs import rows_in
 from actcache.models.tensors import dtype_name, first_parameter, padded, without_bytes
+from actcache.models.tokenizing import Encoded
 
 TOKEN_BUDGET = 8192  # padded tokens of a batch, where the caller says nothing else
 
@@ -170,9 +171,75 @@ class LowerHalf:
                     found[site][i] = rows
         return found
 
-    def rows_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def rows_of(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the rows ``[batch, tokens, hidden]`` of a batch of whatever the model takes, by its names."""
         return self._forward(inputs, [self.site], None)[self.site]
+
+    def run_encoded(
+        self, entries: Sequence[Made], sites: Collection[Site] = ()
+    ) -> dict[Site, list[NDArray[np.generic]]]:
+        """Return the rows of some entries, as an encoder made them, at some sites, by default this one's: by ``run``,
+        ``run_at`` or ``run_features``."""
+        if entries and isinstance(entries[0], Features):
+            return self.run_features([one for one in entries if isinstance(one, Features)], sites)
+        texts = [one for one in entries if isinstance(one, Encoded)]
+        ids, types = [one.token_ids for one in texts], [one.type_ids for one in texts]
+        if list(sites) in ([], [self.site]):
+            return {self.site: self.run(ids, types)}
+        return self.run_at(sites, ids, types)
+
+    def run_features(
+        self, features: Sequence[Features], sites: Collection[Site] = ()
+    ) -> dict[Site, list[NDArray[np.generic]]]:
+        """Return the rows of images or audio at some sites, by default this one's, from one forward.
+
+        Args:
+            features: all of one shape, so that nothing is padded. Rows are patches or frames.
+
+        Raises:
+            ModelError: see ``run``; or the model makes fewer or more rows of them than they say.
+        """
+        sites = sites or [self.site]
+        for site in sites:
+            self._check_evaluating(site)
+        if not features:
+            return {site: [] for site in sites}
+        found = self._forward(self.feature_inputs(*features), sites, None)
+        expected = (len(features), features[0].length)
+        for site, rows in found.items():
+            if expected[1] and tuple(rows.shape[:2]) != expected:
+                raise ModelError(
+                    f"{site} of {type(self.base_model).__name__} has {rows.shape[1]} rows of a document, and others "
+                    f"that are recorded with it have {expected[1]}: record it by itself"
+                )
+        return {site: list(_to_numpy(rows)) for site, rows in found.items()}
+
+    def count_rows(self, *features: Features) -> int:
+        """Return how many rows a document with such features makes at this site; their values do not matter.
+
+        Raises:
+            ModelError: the model does not take features of that shape.
+        """
+        # As many go into the first layer as come out of any.
+        site = self.site if self.site.layer is None else site_of(self.base_model, self.family, 0)
+        self._check_evaluating(site)
+        try:
+            rows = self._forward(self.feature_inputs(*features), [site], None)[site]
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            given = f"{features[0].name} {list(features[0].values.shape)}"
+            said = str(error).strip().partition("\n")[0]
+            raise ModelError(f"{type(self.base_model).__name__} does not take {given}: {said}") from None
+        return int(rows.shape[1])
+
+    def feature_inputs(self, *features: Features) -> dict[str, Any]:
+        """Return what the model is called with, of features of one shape."""
+        name, values = features[0].name, np.stack([one.values for one in features])
+        inputs: dict[str, Any] = {name: torch.from_numpy(values).to(self.device, getattr(torch, self.parameter_dtype))}
+        if "interpolate_pos_encoding" in self._takes:
+            size = getattr(self.base_model.config, "image_size", None)
+            native = tuple(size) if isinstance(size, list | tuple) else (size, size)
+            inputs["interpolate_pos_encoding"] = values.shape[-2:] != native
+        return inputs
 
     def _parts(self, site: Site) -> dict[str, nn.Module]:
         """Return the modules that run before a site, or more, by path."""
@@ -191,13 +258,13 @@ class LowerHalf:
             )
 
     def _forward(
-        self, inputs: dict[str, torch.Tensor], sites: Collection[Site], tokens: torch.Tensor | None
+        self, inputs: dict[str, Any], sites: Collection[Site], tokens: torch.Tensor | None
     ) -> dict[Site, torch.Tensor]:
         """Run the model as far as the last of some sites; return the rows ``[all tokens, width]`` at each.
 
         ``tokens`` ``[batch, tokens]`` is False where there is padding; with None they are ``[batch, rows, width]``.
         """
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        inputs = {name: one.to(self.device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
         found: dict[Site, torch.Tensor] = {}
 
         def reached(site: Site, hidden: Any) -> None:
@@ -222,7 +289,7 @@ class LowerHalf:
             )
         return found
 
-    def _run_stack(self, inputs: dict[str, torch.Tensor]) -> Any:
+    def _run_stack(self, inputs: dict[str, Any]) -> Any:
         # Autocast is always entered: an ambient one would otherwise decide the numbers.
         with torch.inference_mode(), self._autocast():
             return self._stack(**inputs, **({"use_cache": False} if "use_cache" in self._takes else {}))
@@ -259,13 +326,13 @@ class LowerHalf:
             f"token, {['documents', 'rows'] if tokens is None else list(tokens)} and a width"
         )
 
-    def _some_inputs(self) -> dict[str, torch.Tensor]:
+    def _some_inputs(self) -> dict[str, Any]:
         """Return two documents of three tokens, which any model takes, or of what else the model takes."""
         for name, parameter in self.base_model.named_parameters():
             if parameter.is_meta:
                 raise without_bytes(name)
-        if self.family.found is not None and self.family.found.main_input != "input_ids":
-            return small_inputs(self._stack)
+        if takes_features(self.base_model):
+            return self.feature_inputs(*[sample_features(self.base_model)] * 2)
         ids = torch.from_numpy(some_ids(self.base_model, 3))[None].repeat(2, 1)
         return {"input_ids": ids.to(self.device), "attention_mask": torch.ones_like(ids, device=self.device)}
 
@@ -385,6 +452,19 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.integer], token_budget: int
         count = max(1, token_budget // max(1, int(tokens[order[start]])))
         batches.append(order[start : start + count])
         start += count
+    return batches
+
+
+def plan_encoded(entries: Sequence[Made], token_budget: int) -> list[NDArray[np.int64]]:
+    """Cut entries into batches as ``plan_batches`` does; features of one shape alone share a batch."""
+    shapes: dict[tuple[int, ...] | None, list[int]] = {}
+    for i, entry in enumerate(entries):
+        shapes.setdefault(entry.values.shape if isinstance(entry, Features) else None, []).append(i)
+    batches = []
+    for members in shapes.values():
+        positions = np.array(members, np.int64)
+        lengths = [entries[i].length for i in members]
+        batches += [positions[batch] for batch in plan_batches(lengths, token_budget)]
     return batches
 
 

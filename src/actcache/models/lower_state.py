@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -25,8 +26,10 @@ from actcache.models.families import Family
 from actcache.models.lower_half import LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import some_ids, whole_state
+from actcache.models.processing import Made, sample_features, takes_features
 from actcache.models.sites import Site
 from actcache.models.tensors import without_bytes
+from actcache.models.tokenizing import Encoded
 
 _PROBE_TOKENS = 8
 _ROUNDING = 2.0**-21  # four units in the last place of float32: what another processor's pow() differs by
@@ -148,7 +151,12 @@ class _Run(TorchFunctionMode):
         self.memory: dict[tuple[int, int], tuple[int, bool]] = {}  # and whether what lies there was there before
         self._alive: list[torch.Tensor] = []  # so that neither id nor memory is used twice
         lower = LowerHalf(base_model, family, sites[0])
-        ids = some_ids(base_model, _PROBE_TOKENS)[: family.max_tokens(base_model.config)]
+        some: Sequence[Made]
+        if takes_features(base_model):
+            some = [sample_features(base_model)]
+        else:
+            ids = some_ids(base_model, _PROBE_TOKENS)[: family.max_tokens(base_model.config)].astype(np.int32)
+            some = [Encoded(ids, np.zeros(len(ids), np.int8))]
         try:
             with (
                 contextlib.ExitStack() as hooks,
@@ -161,7 +169,7 @@ class _Run(TorchFunctionMode):
                     hooks.callback(module.register_forward_hook(self._ends).remove)
                 for site in sites:
                     hooks.callback(lower.hook(site, functools.partial(self._reaches, site)).remove)
-                lower.run_at(sites, [ids])
+                lower.run_encoded(some, sites)
         except NotImplementedError as error:  # torch's word for what is done with a tensor without memory
             for path, module in base_model.named_modules():
                 for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):

@@ -34,6 +34,7 @@ from actcache.models.families import Family, base_model_of, way_in, way_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.lower_state import covered
 from actcache.models.modes import LeftAsItWas, evaluating
+from actcache.models.processing import Made, larger, sample_features
 
 logger = logging.getLogger(__name__)
 
@@ -131,21 +132,21 @@ def _rows_proved(lower: LowerHalf, longest: int | None) -> Family:
     return family
 
 
-def in_company(lower: LowerHalf, ids: Sequence[Any], types: Sequence[Any], computed: Sequence[Any], seed: int) -> None:
+def in_company(lower: LowerHalf, entries: Sequence[Made], computed: Sequence[Any], seed: int) -> None:
     """Compare a document of a batch that was computed, chosen at random, with what it is alone.
 
     Raises:
         UnsupportedModelError: they differ by more than other kernels explain.
     """
-    if len(ids) < 2:
+    if len(entries) < 2:
         return
-    shortest = min(range(len(ids)), key=lambda i: len(ids[i]))
-    for i in {shortest, int(np.random.default_rng(seed).integers(len(ids)))}:
-        alone = lower.run([ids[i]], [types[i]])[0]
+    shortest = min(range(len(entries)), key=lambda i: entries[i].length)
+    for i in {shortest, int(np.random.default_rng(seed).integers(len(entries)))}:
+        alone = lower.run_encoded([entries[i]])[lower.site][0]
         error = relative_error(alone, computed[i])
         if not error <= CANARY_TOLERANCE[lower.compute_dtype]:
             raise UnsupportedModelError(
-                f"a document of {len(ids[i])} tokens has other rows alone than in a batch with {len(ids) - 1} others "
+                f"a document of {entries[i].length} rows has others alone than in a batch with {len(entries) - 1} more "
                 f"(relative error {error:.2g}): this {type(lower.base_model).__name__} looks at its batch, so its "
                 "rows cannot be stored. token_budget=1 computes each document alone, max_length= may keep documents "
                 "below the length where another way of computing begins"
@@ -268,7 +269,9 @@ def ways(family: Family) -> Iterator[Family]:
     found = family.found
     assert found is not None
     before = found.before
-    stubs = [found.fillable, tuple(path for path in found.fillable if path in found.words), ()]
+    # What stands for images or sounds can return anything of a known shape; ids are embedded in one step.
+    all_before = () if found.main_input == "input_ids" else (found.before,)
+    stubs = [*all_before, found.fillable, tuple(path for path in found.fillable if path in found.words), ()]
     for first_layer_runs in (False, True):
         for stubbed in dict.fromkeys(stubs):
             if first_layer_runs and (found.arity or 1) < 2:
@@ -302,7 +305,9 @@ class _Replay:
                     if str(error) not in reasons:
                         reasons.append(str(error))
                     continue
-                if equal or not self.text:
+                if not self.text:
+                    return self._of_sizes(way)
+                if equal:
                     return way
                 try:
                     self._try(way, reference, "left")
@@ -326,12 +331,21 @@ class _Replay:
     def _reference(self, equal: bool) -> list[_Alone]:
         """Compute what each document is alone."""
         if not self.text:
-            return [self._of_other_input()]
+            return [self._of_other_input(small_inputs(self.lower._stack))]
         lengths = _fitting(_EQUAL if equal else _LENGTHS, self.family, self.base)
         return [self._alone(ids) for ids in some_tokens(self.base, lengths, seed=2)]
 
-    def _of_other_input(self) -> _Alone:
-        inputs = small_inputs(self.lower._stack)
+    def _of_sizes(self, way: Family) -> Family:
+        """Return a way with whether it holds for images or sounds of another size, too."""
+        other = larger(sample_features(self.base))
+        try:
+            reference = [self._of_other_input(self.lower.feature_inputs(other, other))]
+            self._try(way, reference, "right")
+        except (_NotProved, *_RAISED):  # by the full model, which takes one size
+            return replace(way, one_size=True)
+        return way
+
+    def _of_other_input(self, inputs: dict[str, Any]) -> _Alone:
         rows = self.lower.rows_of(inputs).clone()
         outputs, last = self._outputs(self.model, inputs)
         return _Alone(np.zeros(0, np.int64), rows, outputs, last, inputs)

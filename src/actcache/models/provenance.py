@@ -26,6 +26,7 @@ def setup_of(lower: LowerHalf) -> dict[str, str]:
         hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
     return {
         **{name: _version(name) for name in _LIBRARIES},
+        **({"pillow": _version("pillow")} if lower.base_model.main_input_name == "pixel_values" else {}),
         "python": platform.python_version(),
         "device": f"{device.type} {hardware}".strip(),
         "attention": str(getattr(lower.base_model.config, "_attn_implementation", "")),

@@ -13,27 +13,31 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from actcache.errors import DataError, UsageError, VerificationError
+from actcache.errors import DataError, UnsupportedModelError, UsageError, VerificationError
 from actcache.format.keys import Document, Windows
+from actcache.format.media import By
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
 from actcache.models import error_budget, loading, proof, replay, verification
 from actcache.models.after_encoder import starts_at
 from actcache.models.agreement import Agreement
+from actcache.models.canary import Encoder
 from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
-from actcache.models.documents import Field, document_keys, documents_in, listed
+from actcache.models.documents import Field, documents_in, listed
 from actcache.models.error_budget import Choice
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
+from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
+from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.sites import Site, chosen
-from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length, tokenizer_digest
+from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
 from actcache.models.verification import Verification
@@ -55,7 +59,9 @@ class Recycler:
     """Records the activations of a model at one site, and serves them to reduced models. Not thread-safe.
 
     Args:
-        model, tokenizer: a base or task model of transformers, in eval mode; both are used as they are, never changed.
+        model: a base or task model of transformers, in eval mode; used as it is, never changed.
+        tokenizer: the model's tokenizer; where its documents are images or audio, its image processor or feature
+            extractor (docs/documents.md); or a processor that has it. Used as it is, never changed.
         layer: record the output of this layer: 1..N, 0 for what goes into layer 1, a negative number to count from the
             end, ``"last"`` for what comes after the final norm. Reduced models start from the output of 1..N-1.
         site: in the place of ``layer``, record what a module gives, or with ``:input`` at the end is given, by its path
@@ -69,6 +75,8 @@ class Recycler:
         too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, or cut all into
             ``actcache.windows(max_length, stride)``.
         special_tokens: whether texts get the tokenizer's special tokens.
+        key_by: what the keys of images and audio are made from: ``"content"``, what is decoded, or ``"bytes"``, the
+            bytes of their files. ``actcache.Image`` and ``actcache.Audio`` say it for themselves.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is stored beside the token ids.
         provenance: the caller's own notes, recorded with a space that this creates.
         check_canaries: whether the space's canaries (five small documents) are computed and compared here and before
@@ -89,7 +97,7 @@ class Recycler:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         *,
         layer: int | str | None = None,
         site: str | None = None,
@@ -100,6 +108,7 @@ class Recycler:
         too_long: TooLong = "refuse",
         special_tokens: bool = True,
         extras: Sequence[str] = (),
+        key_by: By = "content",
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
         _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
@@ -107,14 +116,22 @@ class Recycler:
         base = base_model_of(model)
         family = family_of(base)
         lower = LowerHalf(base, family, chosen(layer, site), compute_dtype)
-        encoder = DocumentEncoder(
-            tokenizer,
-            check_max_length(max_length, tokenizer, family.max_tokens(base.config)),
-            too_long,
-            special_tokens,
-            vocabulary=vocabulary_size(base),
-            extras=_check_extras(extras),
-        )
+        encoder: Encoder
+        if takes_features(base):
+            _check_of_texts(max_length=max_length, extras=tuple(extras), special_tokens=special_tokens)
+            with evaluating(base):
+                encoder = MediaEncoder(tokenizer, base, lower.count_rows, key_by=key_by, too_long=too_long)
+        else:
+            if key_by != "content":
+                raise UsageError("key_by is for images and audio: a text's key is of its characters")
+            encoder = DocumentEncoder(
+                processor_of(tokenizer, base),
+                check_max_length(max_length, processor_of(tokenizer, base), family.max_tokens(base.config)),
+                too_long,
+                special_tokens,
+                vocabulary=vocabulary_size(base),
+                extras=_check_extras(extras),
+            )
         lower.family = family = proof.of_rows(lower, encoder.max_length)
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
@@ -125,7 +142,7 @@ class Recycler:
             weights=lower_digest(base, family, lower.site) if _digests is None else _digests[lower.site],
             config=family.numbers_of(base.config),
             compute_dtype=lower.compute_dtype,
-            tokenizer=tokenizer_digest(tokenizer),
+            tokenizer=encoder.digest(),
             special_tokens=encoder.special_tokens,
             max_length=encoder.max_length,
             too_long="windows" if isinstance(too_long, Windows) else too_long,
@@ -301,7 +318,8 @@ class Recycler:
         """Return a reader of these documents' entries; see ``actcache.Reader`` for the other options.
 
         Where documents are cut into windows, each window is an entry of the batches: it has its document's label, and
-        ``Batch.documents`` says whose it is, as a position in ``texts``.
+        ``Batch.documents`` says whose it is, as a position in ``texts``. Images and audio that make different numbers
+        of rows share no batch, for their models have no padding (``equal_lengths``).
 
         Args:
             field: of a data set or table, as ``fill`` takes it.
@@ -315,9 +333,11 @@ class Recycler:
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
         documents_given = listed(documents_in(texts, field))
-        keys = document_keys(documents_given)
+        keys = self.agreement.encoder.keys(documents_given)
         self.agreement.before_serving(keys)
         options |= {"batch_size": batch_size, "device": device}
+        if not self.agreement.encoder.has_token_ids and options.get("layout") != "packed":
+            options.setdefault("equal_lengths", True)
         if on_missing == "compute":
             self._store.check_writable()
             misses = ComputeOnMiss(self.space, self._filler, self.agreement.encoder, documents_given, keys)
@@ -360,7 +380,7 @@ class Recycler:
         if texts is None:
             self.agreement.before_serving([])
             return {}
-        keys = document_keys(listed(texts))
+        keys = self.agreement.encoder.keys(listed(texts))
         self.agreement.before_serving(keys)
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
         check_found(keys, found)
@@ -373,7 +393,7 @@ class Recycler:
         Where documents are cut into windows, those are their windows' keys; raises ``MissingEntryError`` where not all
         are in the space.
         """
-        keys = document_keys(listed(documents_in(texts, field)))
+        keys = self.agreement.encoder.keys(listed(documents_in(texts, field)))
         if self.agreement.encoder.windows is None:
             return keys
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
@@ -394,6 +414,8 @@ class Recycler:
             DocumentError, UsageError: see ``models.chats.encode_chats``.
         """
         encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder):
+            raise UsageError(f"conversations are text, and {self.recipe.model} reads none")
         cut = encoder.max_length if encoder.too_long == "truncate" else None
         return encode_chats(encoder.tokenizer, documents_in(conversations, field), max_length=cut, **template)
 
@@ -414,13 +436,28 @@ class Recycler:
             from actcache.models.clients import sentence_transformers  # who has such a model has the library
 
             encoder = self.agreement.encoder
+            if not isinstance(encoder, DocumentEncoder):
+                raise UsageError(f"a {type(task_model).__name__} reads texts, and {self.recipe.model} reads none")
             return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
         layer = self._start(task_model)
         check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
         reduced = replay.reduce(task_model, layer)
+        self._check_one_shape(reduced)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
+
+    def _check_one_shape(self, reduced: Any) -> None:
+        """Refuse images or sounds of several shapes where the upper layers depend on them, for rows do not tell it."""
+        encoder, features = self.agreement.encoder, reduced.actcache_features
+        if isinstance(encoder, MediaEncoder) and features.rows is not None:
+            shapes = {one.values.shape for one in encoder.canary_features()}
+            if shapes != {features.shape}:
+                raise UnsupportedModelError(
+                    f"the upper layers of a {type(reduced).__name__} depend on the size of what the lower ones read, "
+                    f"and its processor makes {', '.join(map(str, sorted(shapes)))}: give one that makes "
+                    f"{list(features.shape)} of everything"
+                )
 
     def _source(self) -> Any:
         from actcache.models.clients.sentence_transformers import Source
@@ -514,13 +551,10 @@ class Recycler:
             LowerHalfMismatchError: see ``reduce``.
         """
         kind, documents = Regime.named(regime), listed(texts)
-        if type(task_model).__module__.startswith("sentence_transformers."):
-            from actcache.models.clients import sentence_transformers  # who has such a model has the library
-
-            encoder = self.agreement.encoder
-            return sentence_transformers.reduce(task_model, encoder, self._source(), self.reduce)
         family = check_same_lower_half(task_model, self.recipe)
-        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        encoder = self.agreement.encoder
+        equal = not encoder.has_token_ids
+        order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last, equal_lengths=equal)
         if kind in (Regime.RECYCLE, Regime.SAVE_AND_RECYCLE):
             reader = self.reader(
                 documents,
@@ -530,12 +564,11 @@ class Recycler:
                 **{**vars(order), **reading},
             )
             return Prepared(self.reduce(task_model), regimes.StoredBatches(reader, type(task_model)))
-        encoded = self.agreement.encoder.encode(documents)
+        encoded: Sequence[Sequence[Made]] = encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
         given = None if labels is None else of_entries(labels, owners, len(documents))
-        padding = int(self.agreement.lower.base_model.config.pad_token_id or 0)
         entries = [window for windows in encoded for window in windows]
-        dataset = regimes.TokenDataset(entries, given, padding, type(task_model))
+        dataset = regimes.full_inputs(entries, given, self.agreement.lower, type(task_model))
         model = copy.deepcopy(task_model)
         if kind is Regime.FROZEN:
             regimes.freeze_lower_half(model, family, self._start(task_model))
@@ -572,6 +605,14 @@ class Recycler:
             differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())
             nearest_is = "created an empty space; the nearest is %s (%s), which differs in %s"
             logger.info(nearest_is, other.fingerprint, other.model, differ)
+
+
+def _check_of_texts(*, max_length: int | None, extras: tuple[str, ...], special_tokens: bool) -> None:
+    """Refuse options that images and audio have no use for."""
+    given = {"max_length": max_length is not None, "extras": bool(extras), "special_tokens": special_tokens is not True}
+    wrong = [name for name, is_given in given.items() if is_given]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)} is for texts: images and audio have neither tokens nor words")
 
 
 def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:

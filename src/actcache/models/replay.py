@@ -24,6 +24,8 @@ from actcache.models import after_encoder, proof, saving
 from actcache.models.after_encoder import encoder_stub
 from actcache.models.answers import as_positions, takes_answers
 from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.feature_stubs import FeatureReplay, check_lengths, feature_stubs
+from actcache.models.processing import FEATURE_NAMES, takes_features
 from actcache.models.sites import LAST
 from actcache.models.stubs import (
     BiasPassThrough,
@@ -109,16 +111,16 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
         )
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
     injected = InjectedRows()
-    stubs = (
-        encoder_stub(task_model, family, injected)
-        if isinstance(layer, str)
-        else _stubs_of(task_model, base, family, layer, injected)
-    )
+    features = None
+    if isinstance(layer, str):
+        stubs = encoder_stub(task_model, family, injected)
+    else:
+        stubs, features = _stubs_of(task_model, base, family, layer, injected)
     reduced = copy.deepcopy(task_model, {**memo, **stubs})
     task_class: Any = type(task_model)
     reduced.__class__ = _reduced_class(task_class)
     reduced.__dict__["actcache_family"], reduced.__dict__["actcache_layer"] = family, layer
-    reduced.__dict__["actcache_injected"] = injected
+    reduced.__dict__["actcache_injected"], reduced.__dict__["actcache_features"] = injected, features
     for module in reduced.modules():
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False  # it would hold nothing of the lower half
@@ -145,8 +147,8 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
 
 def _stubs_of(
     task_model: PreTrainedModel, base: PreTrainedModel, family: Family, layer: int, injected: InjectedRows
-) -> dict[int, Any]:
-    """Return what stands for each part of the lower half, by the part's id."""
+) -> tuple[dict[int, Any], FeatureReplay | None]:
+    """Return what stands for each part of the lower half, by the part's id; and how a model that takes no text runs."""
     layers = family.layers_of(base)
     like = first_parameter(layers[layer])
     matrix = None
@@ -155,11 +157,13 @@ def _stubs_of(
         path = next(path for path, module in base.named_modules() if module is words)
         matrix = path.rpartition(".")[2], copy.deepcopy(words).requires_grad_(False)
     width = family.width_of(base)
-    shape_of = injected if family.found is not None and family.found.main_input != "input_ids" else None
-    stubs: dict[int, Any] = {
-        id(module): EmbeddingStub(width, like, matrix, shape_of) for module in family.embeddings_of(base).values()
-    }
-    stubs |= {id(module): EmbeddingStub(width, like) for module in family.alias_of(base).values()}
+    stubs: dict[int, Any] = {}
+    features = None
+    if takes_features(base):
+        stubs, features = feature_stubs(base, family, layer, like, injected)
+    else:
+        stubs = {id(module): EmbeddingStub(width, like, matrix) for module in family.embeddings_of(base).values()}
+        stubs |= {id(module): EmbeddingStub(width, like) for module in family.alias_of(base).values()}
     stubs |= {id(module): ConvolutionStub() for module in family.convolution_of(base).values()}
     for i in range(1 if family.first_layer_runs else 0, layer):
         takes = injected if i == layer - 1 else None
@@ -170,7 +174,7 @@ def _stubs_of(
             if family.relative_bias is None
             else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
-    return stubs
+    return stubs, features
 
 
 class ReducedModel:
@@ -183,15 +187,19 @@ class ReducedModel:
             return after_encoder.replay(self, forward, activations, token_ids, attention_mask, kwargs)
         injected: InjectedRows = self.actcache_injected
         family: Family = self.actcache_family
-        text = family.found is None or family.found.main_input == "input_ids"
-        if not text:
+        features: FeatureReplay | None = self.actcache_features
+        if features is not None:
             token_ids = activations
-        _check_inputs(activations, token_ids, attention_mask, family.width_of(base_model_of(self)), text)
+        _check_inputs(activations, token_ids, attention_mask, family.width_of(base_model_of(self)), features is None)
         _check_options(self, kwargs)
+        if features is not None:
+            check_lengths(activations, attention_mask, features)
+            kwargs |= features.inputs(activations)
+            attention_mask = None  # all are of one length
         _check_padding(self, family, attention_mask)
         if attention_mask is not None:
             padding = getattr(self.config, "pad_token_id", None)
-            if padding is not None and text:  # heads of decoders look for the last token that is another
+            if padding is not None:  # heads of decoders look for the last token that is another
                 token_ids = token_ids.masked_fill(attention_mask == 0, padding)
             if family.positions_in_layers and (
                 family.found is None or _takes_positions(self.actcache_task_class)
@@ -199,12 +207,8 @@ class ReducedModel:
                 kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         # A multiple choice model flattens [batch, choices, tokens] to [batch * choices, tokens] before its base model.
         before = injected.put(activations.flatten(0, -3), attention_mask)
-        if text:
-            kwargs["input_ids"] = token_ids
-        else:
-            main_input_for(self, family, activations, kwargs)
-        if attention_mask is not None or text:
-            kwargs["attention_mask"] = attention_mask
+        if features is None:
+            kwargs |= {"input_ids": token_ids, "attention_mask": attention_mask}
         try:
             output = forward(**kwargs)
         finally:
@@ -300,7 +304,11 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
     reduced = type(
         f"Reduced{task_class.__name__}",
         (ReducedModel, task_class),
-        {"forward": forward, "actcache_task_class": task_class},
+        {
+            "forward": forward,
+            "actcache_task_class": task_class,
+            "main_input_name": "activations" if task_class.main_input_name in FEATURE_NAMES else "token_ids",
+        },
     )
     # transformers finds what a base model can record (output_hidden_states) by its class's qualified name
     reduced.__module__, reduced.__qualname__ = task_class.__module__, task_class.__qualname__
@@ -311,15 +319,6 @@ def _new_reduced(task_class: Any) -> PreTrainedModel:
     cls = _reduced_class(task_class)
     reduced: PreTrainedModel = cls.__new__(cls)
     return reduced
-
-
-def main_input_for(model: Any, family: Family, activations: torch.Tensor, kwargs: dict[str, Any]) -> None:
-    """Put zeros in the place of a model's pixels or sounds where they are not given and have one shape."""
-    assert family.found is not None
-    name = family.found.main_input
-    if kwargs.get(name) is None:
-        like = first_parameter(model)
-        kwargs[name] = like.new_zeros((activations.flatten(0, -3).shape[0], *family.found.input_shape))
 
 
 @functools.cache
@@ -346,9 +345,9 @@ def _check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_
         missing = "activations" if activations is None else "token_ids"
         raise ModelError(
             f"a reduced model needs {missing}: call it with **batch.model_inputs() of a reader's batch (and not with "
-            "input_ids, which its lower half would read)"
+            "input_ids or pixel_values, which its lower half would read)"
         )
-    if not isinstance(activations, torch.Tensor) or not isinstance(token_ids, torch.Tensor):
+    if not isinstance(activations, torch.Tensor) or not isinstance(token_ids, torch.Tensor | None):
         raise ShapeError("activations and token_ids must be torch tensors: give the reader a device")
     if activations.ndim < 3 or activations.shape[-1] != hidden_size:
         raise ShapeError(

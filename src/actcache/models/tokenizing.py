@@ -18,6 +18,7 @@ from actcache.errors import DocumentError, DocumentTooLongError, ModelError, Rec
 from actcache.format.arguments import is_whole, truth, whole
 from actcache.format.keys import Document, Windows, normal_form
 from actcache.format.recipe import canonical_json
+from actcache.models.documents import document_keys
 
 TooLong = Literal["refuse", "truncate"] | Windows
 
@@ -36,6 +37,11 @@ class Encoded:
     type_ids: NDArray[np.int8]
     spans: NDArray[np.int32] | None = None  # [tokens, 2] characters [start, end) within its text (or word)
     word_ids: NDArray[np.int32] | None = None  # -1 for special tokens
+
+    @property
+    def length(self) -> int:
+        """Rows that the model makes of it."""
+        return len(self.token_ids)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,6 +160,17 @@ class DocumentEncoder:
             raise RecipeError(
                 f"{type(tokenizer).__name__} is slow and knows no windows, spans or word ids: load the fast tokenizer"
             )
+
+    has_token_ids = True
+    chunk = 2048  #: documents that are looked up, tokenized and sorted by length at a time
+
+    def digest(self) -> str:
+        """Return the digest of what decides the token ids."""
+        return tokenizer_digest(self.tokenizer)
+
+    def keys(self, documents: Sequence[Document], first: int = 0) -> list[bytes]:
+        """Return the documents' keys; a ``DocumentError`` names the position, from ``first``, of one that has none."""
+        return document_keys(documents, first)
 
     @functools.cached_property
     def truncating(self) -> DocumentEncoder:

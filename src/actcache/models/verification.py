@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from actcache.format.ragged import TOKEN_IDS
 from actcache.format.recipe import Recipe
 from actcache.io.notebook import Shown
 from actcache.models.after_encoder import starts_at
-from actcache.models.canary import TOLERANCE, relative_error
-from actcache.models.documents import document_keys, listed
-from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
+from actcache.models.canary import TOLERANCE, Encoder, relative_error
+from actcache.models.documents import listed
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_encoded
 from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.processing import Features, Made
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.store.document_entries import check_found, find_entries
@@ -83,7 +84,7 @@ class Verification(Shown):
 def verify(
     space: Space,
     lower: LowerHalf,
-    encoder: DocumentEncoder,
+    encoder: Encoder,
     *,
     sample: int,
     texts: Iterable[Document] | None,
@@ -96,16 +97,21 @@ def verify(
     keys, encoded = _stored(space, sample, rng) if texts is None else _of_texts(space, encoder, sample, texts, rng)
     outputs = None if task_model is None else _Outputs(task_model, lower, space.recipe)
     comparison = _Comparison(space, lower, encoder, outputs)
+    with_ids = encoded is None or isinstance(encoder, DocumentEncoder)
     for start in range(0, len(keys), _CHUNK):
         some = slice(start, start + _CHUNK)
-        comparison.add(keys[some], _entries(space, keys[some]), None if encoded is None else encoded[some])
+        comparison.add(
+            keys[some],
+            _entries(space, keys[some], encoder, with_ids=with_ids),
+            None if encoded is None else encoded[some],
+        )
     return comparison.report()
 
 
 def verify_stored(
     space: Space,
     lower: LowerHalf,
-    encoder: DocumentEncoder,
+    encoder: Encoder,
     *,
     sample: int,
     seed: int | None = None,
@@ -126,7 +132,7 @@ def verify_stored(
     keys = space.key_array()
     there = keys[space.has(TOKEN_IDS, keys)]
     if len(keys) and not len(there):
-        raise UsageError("entries were stored without token ids, so they cannot be computed again: put them anew")
+        raise _without_ids(encoder)
     rng = np.random.default_rng(None if seed is None else whole("seed", seed, 0))
     chosen = key_list(there[_some(len(there), sample, rng)])
     comparison = _Comparison(space, lower, encoder, None)
@@ -154,11 +160,13 @@ def intact_entries(space: Space, keys: list[bytes], corrupt: list[bytes]) -> dic
     return {key: entry for key, entry in entries if entry is not None and entry.token_ids is not None}
 
 
-def disagreeing(space: Space, lower: LowerHalf, encoder: DocumentEncoder, keys: list[bytes]) -> list[bytes]:
+def disagreeing(space: Space, lower: LowerHalf, encoder: Encoder, keys: list[bytes]) -> list[bytes]:
     """Return those of some entries that are not what the lower half makes of the token ids beside them.
 
     Absent and corrupt ones and those without token ids are passed over; so are two texts that nothing tells apart.
     """
+    if not isinstance(encoder, DocumentEncoder):
+        return []
     found = intact_entries(space, keys, [])
     typed = "token_type_ids" in encoder.tokenizer.model_input_names
     if typed and not encoder.special_tokens:
@@ -172,11 +180,12 @@ def disagreeing(space: Space, lower: LowerHalf, encoder: DocumentEncoder, keys: 
 class _Comparison:
     """Collects how far entries are from what a lower half computes."""
 
-    def __init__(self, space: Space, lower: LowerHalf, encoder: DocumentEncoder, outputs: _Outputs | None) -> None:
+    def __init__(self, space: Space, lower: LowerHalf, encoder: Encoder, outputs: _Outputs | None) -> None:
         self._lower, self._outputs = lower, outputs
         # The token that ends each of two texts, where these have type ids.
-        typed = "token_type_ids" in encoder.tokenizer.model_input_names
-        self._separator = encoder.tokenizer.sep_token_id if typed else None
+        self._separator = None
+        if isinstance(encoder, DocumentEncoder) and "token_type_ids" in encoder.tokenizer.model_input_names:
+            self._separator = encoder.tokenizer.sep_token_id
         # Storing adds the rounding of each dtype that rows were rounded to.
         dtypes = {codec.base(dtype) for dtype in (*space.recipe.via, space.recipe.dtype)}
         self._tolerance = TOLERANCE[lower.compute_dtype] + sum(ROUNDING.get(dtype, 0.0) for dtype in dtypes)
@@ -186,17 +195,18 @@ class _Comparison:
         self._failed: list[bytes] = []
         self._largest = 0.0
 
-    def add(self, keys: list[bytes], entries: list[Entry], encoded: list[Encoded] | None) -> None:
+    def add(self, keys: list[bytes], entries: list[Entry], encoded: Sequence[Made] | None) -> None:
         """Compare some entries with what their texts make, or, with None, with what their own token ids do."""
-        inputs = [_input(entry) for entry in entries] if encoded is None else encoded
+        own = [_input(entry) for entry in entries] if encoded is None else []
+        inputs: Sequence[Made] = own if encoded is None else encoded
         found = _errors(self._lower, entries, inputs, self._lossy)
         if encoded is None and self._separator is not None:
-            self._as_pairs(entries, inputs, found)
+            self._as_pairs(entries, own, found)
         for key, entry, given, (error, difference, lost) in zip(keys, entries, inputs, found, strict=True):
             self._errors.append(error)
             self._most_allowed = max(self._most_allowed, self._tolerance + lost)
             self._largest = max(self._largest, difference)
-            same = np.array_equal(_input(entry).token_ids, given.token_ids)
+            same = isinstance(given, Features) or np.array_equal(_input(entry).token_ids, given.token_ids)
             if not (same and error <= self._tolerance + lost):  # NaN does not agree
                 self._failed.append(key)
             elif self._outputs is not None:
@@ -229,6 +239,7 @@ class _Outputs:
     def __init__(self, task_model: PreTrainedModel, lower: LowerHalf, recipe: Recipe) -> None:
         if task_model.training:
             raise ModelError(f"the {type(task_model).__name__} is in train mode: call model.eval() first")
+        self._lower = lower
         self._full, self._reduced = task_model, reduce(task_model, starts_at(recipe, task_model), lower.family).eval()
         self._difference = self._norm = self.largest = 0.0
 
@@ -238,16 +249,21 @@ class _Outputs:
         return math.sqrt(self._difference) / (math.sqrt(self._norm) or 1.0)
 
     @torch.inference_mode()
-    def compare(self, entry: Entry, given: Encoded) -> None:
+    def compare(self, entry: Entry, given: Made) -> None:
         """Run one document alone through both."""
         device = self._full.device
+        rows = torch.from_numpy(np.array(entry.activations))[None].to(device)
+        if isinstance(given, Features):
+            self._add(self._full(**self._lower.feature_inputs(given)), self._reduced(activations=rows))
+            return
         ids = torch.from_numpy(given.token_ids.astype(np.int64))[None].to(device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if given.type_ids.any():
             inputs["token_type_ids"] = torch.from_numpy(given.type_ids.astype(np.int64))[None].to(device)
-        rows = torch.from_numpy(np.array(entry.activations))[None].to(device)
-        full = self._full(**inputs)
         reduced = self._reduced(activations=rows, token_ids=ids, attention_mask=inputs["attention_mask"])
+        self._add(self._full(**inputs), reduced)
+
+    def _add(self, full: Any, reduced: Any) -> None:
         for name, value in full.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 difference = (reduced[name] - value).double()
@@ -270,18 +286,18 @@ def _some(count: int, sample: int, rng: np.random.Generator) -> NDArray[np.int64
 
 
 def _of_texts(
-    space: Space, encoder: DocumentEncoder, sample: int, texts: Iterable[Document], rng: np.random.Generator
-) -> tuple[list[bytes], list[Encoded]]:
+    space: Space, encoder: Encoder, sample: int, texts: Iterable[Document], rng: np.random.Generator
+) -> tuple[list[bytes], list[Made]]:
     """Return the keys of some texts' entries, and what the texts make."""
     documents = listed(texts)
     if not documents:
         raise UsageError("no texts were given, so there is nothing to verify")
     positions = _some(len(documents), sample, rng).tolist()
     chosen = [documents[i] for i in positions]
-    keys = document_keys(chosen)
+    keys = encoder.keys(chosen)
     found = find_entries(space, keys, encoder.windows)
     check_found(keys, found)
-    encoded = encoder.encode(chosen, positions)
+    encoded: Sequence[Sequence[Made]] = encoder.encode(chosen, positions)
     for position, entries, windows in zip(positions, found, encoded, strict=True):
         if len(entries) != len(windows):
             raise VerificationError(
@@ -291,15 +307,24 @@ def _of_texts(
     return list(itertools.chain.from_iterable(found)), list(itertools.chain.from_iterable(encoded))
 
 
-def _entries(space: Space, keys: list[bytes]) -> list[Entry]:
+def _entries(space: Space, keys: list[bytes], encoder: Encoder, *, with_ids: bool) -> list[Entry]:
     found = space.get(keys)
     missing = [key for key, entry in zip(keys, found, strict=True) if entry is None]
     if missing:
         raise MissingEntryError(f"{len(missing)} entries were deleted while they were verified: verify again", missing)
     entries = [entry for entry in found if entry is not None]
-    if any(entry.token_ids is None for entry in entries):
-        raise UsageError("entries were stored without token ids, so they cannot be computed again: put them anew")
+    if with_ids and any(entry.token_ids is None for entry in entries):
+        raise _without_ids(encoder)
     return entries
+
+
+def _without_ids(encoder: Encoder) -> UsageError:
+    if isinstance(encoder, DocumentEncoder):
+        return UsageError("entries were stored without token ids, so they cannot be computed again: put them anew")
+    return UsageError(
+        f"entries of {'images' if encoder.images else 'audio'} hold nothing that they could be computed again from: "
+        "give the documents themselves, recycler.verify(texts=documents)"
+    )
 
 
 def _input(entry: Entry) -> Encoded:
@@ -320,15 +345,15 @@ class _Error(NamedTuple):
 
 
 def _errors(
-    lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Encoded], lossy: Sequence[codec.Codec]
+    lower: LowerHalf, entries: Sequence[Entry], inputs: Sequence[Made], lossy: Sequence[codec.Codec]
 ) -> list[_Error]:
     """Return how far each entry is from what the lower half computes; ``lossy``: codecs that rows went through."""
     result = [_Error(math.inf, math.inf, 0.0)] * len(entries)
     possible = [i for i, given in enumerate(inputs) if computable(lower, given)]
-    for batch in plan_batches([len(inputs[i].token_ids) for i in possible], TOKEN_BUDGET):
+    for batch in plan_encoded([inputs[i] for i in possible], TOKEN_BUDGET):
         batch = np.array(possible)[batch]
         some = [inputs[i] for i in batch]
-        computed = lower.run([given.token_ids for given in some], [given.type_ids for given in some])
+        computed = lower.run_encoded(some)[lower.site]
         for i, rows in zip(batch, computed, strict=True):
             stored = entries[i].activations
             if stored.shape == rows.shape:
@@ -338,8 +363,10 @@ def _errors(
     return result
 
 
-def computable(lower: LowerHalf, given: Encoded) -> bool:
+def computable(lower: LowerHalf, given: Made) -> bool:
     """Return whether the model takes these numbers; what somebody else put may be anything."""
+    if isinstance(given, Features):
+        return True  # they come from the caller's own document
     config = lower.base_model.config
     longest, kinds = lower.family.max_tokens(config), getattr(config, "type_vocab_size", None)
     return (

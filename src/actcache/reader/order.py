@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,12 @@ class Order:
     bucket: bool = False  # whether documents of like length share batches
     seed: int = 0
     drop_last: bool = False  # whether a last round that is not full is left out
+    # Whether documents of different lengths share no batch. Not printed where it is not so, for the digest's sake.
+    equal_lengths: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         # As Python's own: the digest of an order is made from how it prints.
-        for name in ("shuffle", "bucket", "drop_last"):
+        for name in ("shuffle", "bucket", "drop_last", "equal_lengths"):
             object.__setattr__(self, name, truth(name, getattr(self, name)))
         for name, least in (("batch_size", 1), ("seed", 0), ("max_tokens", 1)):
             if name != "max_tokens" or self.max_tokens is not None:
@@ -42,7 +44,9 @@ class Order:
         """Return what identifies the order that documents of these keys and lengths come in, in all epochs."""
         digest = hashlib.blake2b(repr(self).encode(), digest_size=16, person=b"actcache/reader")
         digest.update(np.ascontiguousarray(keys).data)
-        if self.bucket or self.max_tokens:
+        if self.equal_lengths:
+            digest.update(b"equal lengths")
+        if self.bucket or self.max_tokens or self.equal_lengths:
             digest.update(np.ascontiguousarray(lengths).data)
         return digest.hexdigest()
 
@@ -51,6 +55,8 @@ class Order:
         count = len(lengths)
         rng = np.random.default_rng([self.seed, epoch])
         sequence = rng.permutation(count) if self.shuffle else np.arange(count)
+        if self.equal_lengths:
+            return self._by_length(sequence, lengths, rng)
         if not self.bucket:
             return EpochOrder(sequence, self._cut(lengths[sequence]), self)
         # Sorted inside of pools (without shuffling, as a whole); then the batches of all pools change places.
@@ -62,6 +68,25 @@ class Order:
             full = [batch for batch in batches if self.max_tokens or len(batch) == self.batch_size]
             rest = [batch for batch in batches if not (self.max_tokens or len(batch) == self.batch_size)]
             batches = [full[i] for i in rng.permutation(len(full))] + rest
+        sequence = np.concatenate([np.empty(0, np.int64), *batches])
+        return EpochOrder(sequence, np.cumsum([0, *map(len, batches)]), self)
+
+    def _by_length(
+        self, sequence: NDArray[np.int64], lengths: NDArray[np.int64], rng: np.random.Generator
+    ) -> EpochOrder:
+        """Return batches of documents of one length each; those that are not full come last."""
+        order = sequence[np.argsort(lengths[sequence], kind="stable")]
+        ends = np.flatnonzero(np.diff(lengths[order])) + 1
+        batches = [
+            group[begin:end]
+            for group in np.split(order, ends)
+            for begin, end in itertools.pairwise(self._cut(lengths[group]))
+        ]
+        full = [batch for batch in batches if self.max_tokens or len(batch) == self.batch_size]
+        rest = [batch for batch in batches if not (self.max_tokens or len(batch) == self.batch_size)]
+        if self.shuffle:
+            full = [full[i] for i in rng.permutation(len(full))]
+        batches = full + rest
         sequence = np.concatenate([np.empty(0, np.int64), *batches])
         return EpochOrder(sequence, np.cumsum([0, *map(len, batches)]), self)
 

@@ -43,6 +43,8 @@ class Reader:
         shuffle: whether each epoch has a random order, decided by ``seed`` and the number of the epoch.
         bucket: whether documents of like length share a batch, for less padding; with ``shuffle`` still at random.
         drop_last: whether to leave out an epoch's last batch where it is not full.
+        equal_lengths: whether documents of different lengths share no batch, for models that know no padding. Batches
+            that are not full come last.
         labels: one label a key (numbers, or arrays of one shape), or a list of one array a key, with one number a token
             (padded with -100, or packed like the rows). Whole numbers and truth values are delivered as int64.
         documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
@@ -82,6 +84,7 @@ class Reader:
         bucket: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        equal_lengths: bool = False,
         labels: Any = None,
         documents: Any = None,
         layout: str = "padded",
@@ -97,7 +100,7 @@ class Reader:
         miss_computer: MissComputer | None = None,
     ) -> None:
         depth = whole("depth", depth, 0)
-        self._order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last)
+        self._order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last, equal_lengths)
         check_choice("layout", layout, ("padded", "packed"))
         if dtype is not None:
             check_choice("dtype", dtype, codec.FLOATS)
@@ -123,7 +126,7 @@ class Reader:
         if on_missing == "raise":
             check_present(wanted, found)
         elif on_missing == "compute":
-            if not found.all() and (bucket or max_tokens):
+            if not found.all() and (bucket or max_tokens or equal_lengths):
                 assert miss_computer is not None
                 lengths[~found] = miss_computer.lengths(np.flatnonzero(~found))
             found[:] = True
@@ -141,7 +144,13 @@ class Reader:
         self._layout, self._device, self._dtype, self._on_stats = layout, device, dtype, on_stats
         self._delivery: tuple[int, Delivery] | None = None
         self._digest = self._order.digest(self._work.keys, lengths[found])
-        self._cursor = Cursor(self._order, lengths[found], *ranks_of(ranks, self._digest))
+        rank, world = ranks_of(ranks, self._digest)
+        if self._order.equal_lengths and world > 1 and not drop_last and len(set(lengths[found].tolist())) > 1:
+            raise UsageError(
+                "documents of several lengths cannot be dealt out evenly to several ranks in batches of one length: "
+                "give drop_last=True"
+            )
+        self._cursor = Cursor(self._order, lengths[found], rank, world)
 
     def __len__(self) -> int:
         """Return the number of batches that a whole epoch has on this rank (with ``max_tokens``, the coming one)."""

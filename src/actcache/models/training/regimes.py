@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +19,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from actcache.errors import UsageError
+from actcache.errors import ShapeError, UsageError
 from actcache.format.arguments import whole
 from actcache.models.answers import with_the_heads_names
 from actcache.models.families import Family, base_model_of
+from actcache.models.lower_half import LowerHalf
+from actcache.models.processing import Features, Made
 from actcache.models.tensors import padded
 from actcache.models.tokenizing import Encoded
 from actcache.reader.checks import ranks_of
@@ -130,10 +132,80 @@ class TokenDataset(Dataset[TokenItem]):
         return with_the_heads_names(inputs, self._task_class)
 
 
+class FeatureItem(Mapping[str, Any]):
+    """One document of a ``FeatureDataset``: its features, under the name of the model's argument."""
+
+    def __init__(self, position: int, features: Features) -> None:
+        self.position, self._features = position, features
+
+    def __getitem__(self, name: str) -> Any:
+        if name != self._features.name:
+            raise KeyError(name)
+        return torch.from_numpy(self._features.values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self._features.name,))
+
+    def __len__(self) -> int:
+        return 1
+
+
+class FeatureDataset(Dataset[FeatureItem]):
+    """Features of images or audio, for a full model, else as ``TokenDataset``; ``make`` puts those of one shape into a
+    batch."""
+
+    def __init__(
+        self,
+        features: Sequence[Features],
+        labels: Any,
+        make: Callable[..., dict[str, Any]],
+        task_class: type[PreTrainedModel],
+    ) -> None:
+        self._features, self._make, self._task_class = list(features), make, task_class
+        self.lengths: NDArray[np.int64] = np.array([one.length for one in self._features], np.int64)
+        self._labels = None if labels is None else labels_of(labels, self.lengths)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, position: int) -> FeatureItem:
+        position = range(len(self))[operator.index(position)]
+        return FeatureItem(position, self._features[position])
+
+    def collate(self, items: Sequence[FeatureItem]) -> Inputs:
+        """Return a full model's inputs, of items of one shape."""
+        return self.inputs([item.position for item in items])
+
+    def inputs(self, positions: Sequence[int]) -> Inputs:
+        """Return a full model's inputs for the documents at some positions, of one shape."""
+        which = np.asarray(positions, np.int64)
+        shapes = {self._features[i].values.shape for i in which}
+        if len(shapes) > 1:
+            raise ShapeError(
+                f"documents of {len(shapes)} shapes are in one batch, which no model takes: sort them by it"
+            )
+        inputs = self._make(*(self._features[i] for i in which))
+        if self._labels is not None:
+            inputs["labels"] = torch.from_numpy(self._labels.of_batch(which, self.lengths[which], None))
+        return with_the_heads_names(inputs, self._task_class)
+
+
+def full_inputs(
+    entries: Sequence[Made], labels: Any, lower: LowerHalf, task_class: type[PreTrainedModel]
+) -> TokenDataset | FeatureDataset:
+    """Return the data set of a full model's inputs."""
+    features = [one for one in entries if isinstance(one, Features)]
+    if features:
+        return FeatureDataset(features, labels, lower.feature_inputs, task_class)
+    padding = int(getattr(lower.base_model.config, "pad_token_id", None) or 0)
+    texts = [one for one in entries if isinstance(one, Encoded)]
+    return TokenDataset(texts, labels, padding, task_class)
+
+
 class TextBatches:
     """Batches for a full model, in the order of a reader's. Not thread-safe."""
 
-    def __init__(self, documents: TokenDataset, order: Order, device: Any) -> None:
+    def __init__(self, documents: TokenDataset | FeatureDataset, order: Order, device: Any) -> None:
         self._documents, self._order, self._device = documents, order, device
         self._rank, self._world = ranks_of(None, repr(order))
         self._epoch = 0
@@ -148,9 +220,9 @@ class TextBatches:
     def __iter__(self) -> Iterator[Inputs]:
         batches = (self._documents.inputs(which.tolist()) for which in self._positions())
         self._epoch += 1
-        return ({name: tensor.to(self._device) for name, tensor in inputs.items()} for inputs in batches)
+        return ({name: _moved(value, self._device) for name, value in inputs.items()} for inputs in batches)
 
-    def dataset(self) -> TokenDataset:
+    def dataset(self) -> TokenDataset | FeatureDataset:
         """Return the same documents as a map-style data set."""
         return self._documents
 
@@ -158,6 +230,10 @@ class TextBatches:
         """Return the positions of the documents of each of this rank's batches."""
         plan = self._order.of_epoch(self._documents.lengths, self._epoch)
         return [plan.sequence[slice(*batches[self._rank])] for batches in plan.rounds(self._world)]
+
+
+def _moved(value: Any, device: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 class StoredBatches:

@@ -90,7 +90,7 @@ def test_room_that_only_a_real_batch_uses_up_is_caught_before_anything_is_stored
     model.layers[0].register_forward_hook(Capacity(2000))
     texts = [f"text {i:06}" for i in range(400)]  # of eleven tokens
     with Recycler(model, word_tokenizer(), layer=2, store=f"hdf5:{tmp_path / 'store'}") as recycler:
-        with pytest.raises(UnsupportedModelError, match="other rows alone"):
+        with pytest.raises(UnsupportedModelError, match="looks at its batch"):
             recycler.fill(texts, progress=False)
         assert len(recycler.space) == 0
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from actcache.backend import Columns
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import EXTRAS, PAYLOAD, TOKEN_IDS, VALUES
+from actcache.format.ragged import EXTRAS, OWN, PAYLOAD, TOKEN_IDS, VALUES
 
 FORMAT_VERSION = 1
 PAGE_HEADER = 16  # bytes that LMDB puts before a value that has pages of its own
@@ -32,7 +32,7 @@ OVERFLOW = 0x04  # LMDB's flag of such pages
 ENTRY_MAGIC = 0x45544341  # "ACTE"
 
 #: Ragged arrays by their bit in ``columns``.
-COLUMNS = (VALUES, TOKEN_IDS, *EXTRAS)
+COLUMNS = (VALUES, TOKEN_IDS, *EXTRAS, OWN)
 
 HEAD = np.dtype(
     [
@@ -136,7 +136,7 @@ def bits(names: Sequence[str] | Mapping[str, object]) -> int:
 
 
 class Shapes:
-    """Where each array of an entry lies in its value. Immutable.
+    """Where each array of an entry lies in its value. The caller's own columns may be declared later.
 
     Where rows are compressed, their frames come last: how long they are, only the entry's header says.
     """
@@ -144,10 +144,18 @@ class Shapes:
     def __init__(self, columns: Columns) -> None:
         self.compressed = PAYLOAD in columns
         self.item = np.dtype(columns[VALUES][0]).itemsize
-        self.row_bytes = {
-            name: np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=np.int64))
-            for name, (dtype, trailing) in columns.items()
-        }
+        self._columns, self._counted, self._row_bytes = columns, 0, dict[str, int]()
+
+    @property
+    def row_bytes(self) -> Mapping[str, int]:
+        """The bytes of a row of each array; of one that nobody has declared, 0."""
+        if self._counted != len(self._columns):
+            self._counted = len(self._columns)
+            self._row_bytes = {OWN: 0} | {
+                name: np.dtype(dtype).itemsize * int(np.prod(trailing, dtype=np.int64))
+                for name, (dtype, trailing) in self._columns.items()
+            }
+        return self._row_bytes
 
     def places(self, tokens: NDArray[np.int64], columns: int) -> dict[str, NDArray[np.int64]]:
         """Return where arrays begin after the page's first byte, by name and for each entry, and their ``"end"``;

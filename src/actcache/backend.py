@@ -28,12 +28,14 @@ from numpy.typing import NDArray
 # Of what is stored, the contracts name these; so backends find them here.
 from actcache.format.checksum import Expected as Expected
 from actcache.format.ragged import EXTRAS as EXTRAS
+from actcache.format.ragged import OWN as OWN
 from actcache.format.ragged import TOKEN_IDS as TOKEN_IDS
 from actcache.format.ragged import VALUES as VALUES
 from actcache.format.ragged import Block as Block
 from actcache.format.ragged import Extent as Extent
 
-#: The dtype and trailing shape that each ragged array of a space has, by name.
+#: The dtype and trailing shape that each ragged array of a space has, by name. ``OWN`` comes when it is declared, while
+#: the space is open; no entry has it before.
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 
 # --- segment formats: how a library lays one immutable block out in files ---------------------------------------------
@@ -152,6 +154,10 @@ class Snapshot(ABC):
         """Return whether every entry of the space has that ragged array, or none; None where only some have it, or that
         is not known at once."""
         return None
+
+    def may_have(self, column: str) -> bool:
+        """Return False where no entry of the space has that ragged array, as far as that is known at once."""
+        return True
 
     @abstractmethod
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:

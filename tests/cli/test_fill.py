@@ -278,3 +278,18 @@ def test_a_corpus_of_no_documents(tiny, tmp_path):
         for more in ([], ["--dry-run"]):
             done = cachectl("fill", tmp_path / "s", tmp_path / source, *options, *field, *more)
             assert (done.code, done.out[:12]) == (0, "0 documents:"), done.err
+
+
+def test_sites_are_filled_shown_verified_exported_and_pruned(tiny, corpus, tmp_path):
+    store, wide = tmp_path / "s", "encoder.layer.1.intermediate"
+    where = ["--model", tiny, "--field", "body", "--layers", "0,last", "--site", wide]
+    report = cachectl("fill", store, corpus, *where, "--json").json()
+    assert list(report["spaces"]) == ["0", "4", wide]
+    assert cachectl("fill", store, corpus, *where, "--json").json()["computed"] == 0
+    spaces = {one["site"] or one["layer"]: one for one in cachectl("ls", store, "--json").json()["spaces"]}
+    assert set(spaces) == {0, 4, wide}
+    assert wide in cachectl("ls", store).out
+    assert cachectl("verify", store, "--recompute", 20, "--model", tiny).code == 0
+    assert cachectl("export", store, tmp_path / "out.safetensors", "--space", spaces[wide]["fingerprint"]).code == 0
+    plan = cachectl("prune", store, "--where", f"site={wide}", "--dry-run", "--idle", "0", "--json").json()["plan"]
+    assert [one["fingerprint"] for one in plan["removals"]] == [spaces[wide]["fingerprint"]]

@@ -146,14 +146,61 @@ def finish(folder, held):
     (folder / "files.json").write_text(json.dumps(files(folder / "store"), indent=1) + "\n")
 
 
+def own_of(number):
+    """Columns of the caller's own."""
+    count = len(rows(number))
+    rng = np.random.default_rng([number, 7])
+    return {
+        "labels": rng.integers(-100, 30000, count),
+        "loss_mask": rng.random(count) < 0.5,
+        "weights": rng.random((count, 2)).astype(np.float32),
+        "words": np.array([f"w{i}" for i in range(count)], "U4"),
+    }
+
+
+def make_columns(name):
+    """A store with columns of the caller's own: of some entries, beside others, in a compacted segment."""
+    folder = HERE / "columns" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    held = {}
+
+    def puts(space, numbers, **options):
+        own = {column: [own_of(n)[column] for n in numbers] for column in own_of(numbers[0])}
+        put(space, numbers, columns=own, **options)
+        space.flush()
+        for n in numbers:
+            more = {f"columns.{column}": array for column, array in own_of(n).items()}
+            held[key(n)] = {"values": stored(n, 0, "float32"), "token_ids": ids(n).astype(np.int32), **more}
+
+    with actcache.open(KINDS[name].url(folder / "store")) as store, store.space(recipe()) as space:
+        put(space, [1, 2])
+        for n in (1, 2):
+            held[key(n)] = {"values": stored(n, 0, "float32"), "token_ids": ids(n).astype(np.int32)}
+        puts(space, [3, 4, 5])
+        puts(space, [6, 7])
+        space.delete([key(4)])
+        del held[key(4)]
+        compact(space)
+        puts(space, [21], **{name: [array] for name, array in extras_of(21).items()})
+        held[key(21)] |= extras_of(21)
+        puts(space, [8])
+    spaces = {recipe().fingerprint: digests(held)}
+    (folder / "holds.json").write_text(json.dumps({"spaces": spaces, "collections": {}}, indent=1) + "\n")
+    shutil.rmtree(folder / "store/tmp", ignore_errors=True)
+    for path in (*folder.rglob("lock.mdb"), *folder.rglob("used.json")):
+        path.unlink()
+    (folder / "files.json").write_text(json.dumps(files(folder / "store"), indent=1) + "\n")
+
+
 def files(root):
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 if __name__ == "__main__":
-    only_codecs = "--codecs" in sys.argv
-    named = [one for one in sys.argv[1:] if one != "--codecs"]
+    only_codecs, only_columns = "--codecs" in sys.argv, "--columns" in sys.argv
+    named = [one for one in sys.argv[1:] if not one.startswith("--")]
     for chosen in named or [kind.name for kind in KINDS.values() if kind.installed]:
-        (make_codecs if only_codecs else make)(chosen)
+        (make_codecs if only_codecs else make_columns if only_columns else make)(chosen)
         print(chosen, sum(path.stat().st_size for path in (HERE / chosen).rglob("*")), "bytes")

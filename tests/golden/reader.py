@@ -78,6 +78,10 @@ def read_store(root):
             spaces[folder.name] = read_lmdb(folder, identity)
         else:
             spaces[folder.name] = read_segments(folder, identity, *SEGMENTS[marker["backend"]])
+        for entry in spaces[folder.name].values():
+            if "columns" in entry:
+                records = entry.pop("columns").view(record(folder))[:, 0]
+                entry |= {f"columns.{name}": np.ascontiguousarray(records[name]) for name in records.dtype.names}
     return spaces
 
 
@@ -152,12 +156,16 @@ COLUMNS = {
     "spans": ("<i4", (2,)),
     "word_ids": ("<i4", ()),
     "type_ids": ("i1", ()),
+    "columns": "declared",
 }
 
 
 def read_lmdb(folder, identity):
     import lmdb
 
+    schema = record(folder)
+    if schema is not None:
+        COLUMNS["columns"] = ("u1", (schema.itemsize,))
     newest = max(path for path in (folder / "lmdb").iterdir() if path.name.isdigit())
     held = {}
     with lmdb.open(str(newest), readonly=True, lock=False, max_dbs=4) as env:
@@ -176,10 +184,22 @@ def read_lmdb(folder, identity):
                 value = txn.get(number.to_bytes(8, "big"), db=entries)
                 assert struct.unpack_from("<4sIQII", value) == (b"ACTE", 1, number, tokens, columns)
                 entry = ragged(value, tokens, columns, identity)
-                has_extras = not {"spans", "word_ids", "type_ids"}.isdisjoint(entry)
+                has_extras = not {"spans", "word_ids", "type_ids", "columns"}.isdisjoint(entry)
                 check(folder.name, identity, key, entry, checksum, extra if has_extras else None)
                 held[key] = entry
     return held
+
+
+def record(folder):
+    """Return the record of the caller's own columns of a space, None where it has none."""
+    path = folder / "columns.json"
+    if not path.exists():
+        return None
+    value = json.loads(path.read_text())
+    text = json.dumps(value["columns"], separators=(",", ":"))
+    assert value["format_version"] == 1
+    assert value["checksum"] == xxhash.xxh3_64_hexdigest(text.encode())
+    return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in value["columns"]])
 
 
 def head_check(key, head):
@@ -218,7 +238,7 @@ def check(fingerprint, identity, key, entry, checksum, extra_checksum):
     c = xxhash.xxh3_64_intdigest(entry["values"].tobytes(), c)
     assert c == checksum
     if extra_checksum is not None:
-        for extra in ("spans", "type_ids", "word_ids"):
+        for extra in ("columns", "spans", "type_ids", "word_ids"):
             if extra in entry:
                 c = xxhash.xxh3_64_intdigest(entry[extra].tobytes(), c)
         assert c == extra_checksum

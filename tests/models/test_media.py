@@ -209,6 +209,16 @@ def test_arrays_and_columns_of_a_data_set():
         assert batch.labels.tolist() == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize("kind", ["vit", "whisper"])
+def test_a_folder_is_loaded_with_its_processor(kind, tmp_path):
+    base_model_of(task_model(kind)).save_pretrained(tmp_path / "model")
+    processor(kind).save_pretrained(tmp_path / "model")
+    if kind == "whisper":
+        transformers.WhisperModel(task_model(kind).config).save_pretrained(tmp_path / "model")
+    with actcache.Recycler.from_pretrained(tmp_path / "model", layer=2, store="ram:loaded", device="cpu") as recycler:
+        assert recycler.fill(documents(kind), progress=False).computed == len(documents(kind))
+
+
 def test_several_layers_in_one_pass():
     with actcache.Recyclers(task_model("whisper"), processor("whisper"), layers=[1, 3], store="ram:two") as both:
         both.fill(sounds(), progress=False)

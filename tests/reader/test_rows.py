@@ -359,7 +359,7 @@ def test_what_does_not_fit_is_refused(space):
         ({"buffer": 10 * ROW, "batch_size": 12}, UsageError, "buffer holds 10 rows of 32 bytes, and a batch has 12"),
         ({"buffer": 8 * ROW, "batch_size": 2}, UsageError, "a document has 9"),
         ({"batch_size": 0}, UsageError, "batch_size"),
-        ({"beside": "colour"}, UsageError, "beside"),
+        ({"beside": "colour"}, UsageError, "there is no column 'colour'"),
         ({"exclude": {"colour": 1}}, UsageError, "exclude is a mapping"),
         ({"exclude": {"norm": 0}}, UsageError, "norm is a number above 0"),
         ({"exclude": {"norm": True}}, UsageError, "norm is a number above 0"),

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.admin.inspection import Progress, each_space, select_spaces, step_of
-from actcache.backend import EXTRAS, TOKEN_IDS, VALUES, Block
+from actcache.backend import EXTRAS, OWN, TOKEN_IDS, VALUES, Block
 from actcache.entries.entry import PackedEntries, columns_of
 from actcache.entries.read import read_intact
 from actcache.entries.writer import SEGMENT_BYTES
@@ -31,7 +31,7 @@ from actcache.store.space import Space
 from actcache.store.store import Store
 
 _PIECE_BYTES = 32 << 20  # of rows that are read by one call
-_COLUMNS = (TOKEN_IDS, *sorted(EXTRAS))
+_COLUMNS = (TOKEN_IDS, *sorted((*EXTRAS, OWN)))
 ERRORS = stored_errors.BLOB_NAME
 _NOT_COPIED = {"recipe.json", "used.json", "pinned.json"}  # the target's space has its own
 
@@ -246,6 +246,15 @@ class _SpaceCopy:
             damaged=self._source.damaged(),
         )
 
+    def _declare_columns(self) -> None:
+        """Have the target's own columns be the source's; ``UsageError`` where it has others."""
+        schema = self._source.schema
+        if schema is not None and (found := self._target.declare(schema)) != schema:
+            raise UsageError(
+                f"the target has other columns of its own ({', '.join(found.names)}) than the source "
+                f"({', '.join(schema.names)}): migrate to a store of its own"
+            )
+
     def _read_back(self, keys: NDArray[np.uint8]) -> list[bytes]:
         """Return which entries of the target fail their checksums when they are read."""
         return self._target.corrupt_among(keys[self._target.contains(keys)], self._tell_checked)[0]
@@ -255,6 +264,7 @@ class _SpaceCopy:
     ) -> list[bytes]:
         """Read entries, publish those that the target has not, read these back; return the keys of what fails that."""
         waiting, done = iter(self._parts.select(keys)), 0
+        self._declare_columns()
         checks: list[Future[tuple[list[bytes], int]]] = []
         with (
             ThreadPoolExecutor(1, thread_name_prefix="actcache-migrate") as reading,
@@ -320,7 +330,7 @@ class _Part:
         return replace(self, keys=keys, lengths=lengths, columns=columns, demanded=demanded)
 
     def block(self) -> Block:
-        more = np.ascontiguousarray(self.demanded[:, 2]) if self.columns.keys() & EXTRAS.keys() else None
+        more = np.ascontiguousarray(self.demanded[:, 2]) if self.columns.keys() - {VALUES, TOKEN_IDS} else None
         sums = np.ascontiguousarray(self.demanded[:, 1])
         return Block(self.keys, offsets_of(self.lengths), sums, self.columns, more)
 
@@ -333,7 +343,7 @@ class _PartReader:
         self._source = source
         self._segment_bytes = segment_bytes
         self._from, self._to = codec.get(source.recipe.dtype), codec.get(recipe.dtype)
-        self._columns, self._row_bytes = columns_of(recipe), recipe.row_bytes
+        self._columns, self._row_bytes = {**source.ragged, **columns_of(recipe)}, recipe.row_bytes
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
 
     def select(self, keys: NDArray[np.uint8]) -> list[Selection]:

@@ -22,6 +22,7 @@ from actcache.models.agreement import Agreement
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
+from actcache.models.processing import takes_features
 from actcache.models.sites import site_in, where_of
 from actcache.models.tokenizing import DocumentEncoder, Encoded, TooLong, tokenizer_digest
 from actcache.models.verification import Verification, check_sample, computable, verify_stored
@@ -84,6 +85,11 @@ class RecordedModels:
             )
         name = self._model or recipe.model
         model, tokenizer = self._load(name, recipe)
+        if takes_features(model):
+            raise ModelError(
+                "its documents are images or audio, and entries hold nothing that these could be computed again from: "
+                "give the documents themselves in Python, recycler.verify(texts=documents)"
+            )
         family = check_same_lower_half(model, recipe)
         if tokenizer_digest(tokenizer) != recipe.tokenizer:
             raise ModelError(

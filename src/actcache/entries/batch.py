@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -57,6 +57,9 @@ class _Batch:
                 value = torch.from_numpy(value)
             if isinstance(value, torch.Tensor):
                 changed[name] = change(value)
+            if name == "columns":
+                tensors = {one: torch.as_tensor(array) for one, array in value.items()}
+                changed[name] = {one: change(tensor) for one, tensor in tensors.items()}
         return replace(self, **changed)  # type: ignore[type-var]
 
 
@@ -97,6 +100,7 @@ class Batch(_Batch):
     key_array: NDArray[np.uint8]  # [B, 32], of the entries
     documents: Any  # [B] int64 positions in what the reader was given
     labels: Any = None  # [B, ...], or of tokens [B, L] with -100 at padding; None where the reader was given none
+    columns: dict[str, Any] = field(default_factory=dict)  # [B, L, ...] of the caller's own, asked for; 0 at padding
 
     def model_inputs(self) -> Inputs:
         """Return the keyword arguments of a reduced model's ``forward``."""
@@ -117,6 +121,7 @@ class PackedBatch(_Batch):
     key_array: NDArray[np.uint8]  # [B, 32], of the entries
     documents: Any  # [B] int64 positions in what the reader was given
     labels: Any = None  # [B, ...], or of tokens [T]; None where the reader was given none
+    columns: dict[str, Any] = field(default_factory=dict)  # [T, ...] of the caller's own, asked for
 
 
 @dataclass(eq=False)
@@ -128,6 +133,7 @@ class RowBatch:
     documents: Any = None  # [n] int64 positions in what the reader was given, or its numbers
     positions: Any = None  # [n] int64 positions of the tokens in their documents
     token_ids: Any = None  # [n] int64
+    columns: dict[str, Any] = field(default_factory=dict)  # [n, ...] of the caller's own
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -25,6 +25,7 @@ class Entry:
     activations: NDArray[Any]
     token_ids: NDArray[np.int32] | None = None  # [tokens]
     extras: dict[str, NDArray[Any]] = field(default_factory=dict)  # spans, word_ids, type_ids where they were stored
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)  # the caller's own, [tokens, ...] each
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class ReadReport:
     def offsets(self) -> NDArray[np.int64]:
         """``[n + 1]``: where each entry's rows begin in a packed buffer."""
         return offsets_of(self.lengths)
+
+
+@dataclass(frozen=True)
+class OwnColumns(ReadReport):
+    """The caller's own columns of some entries, packed, ``[T, ...]`` each; of length 0 are entries that have none."""
+
+    arrays: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, VALUES, Columns
+from actcache.backend import EXTRAS, OWN, VALUES, Columns
 from actcache.errors import KeyFormatError, ShapeError, UsageError
 from actcache.format import codec
 from actcache.format.arguments import to_numpy, whole_numbers
@@ -99,6 +99,10 @@ class Lists(Incoming):
         self.lists = {name: _listed(name, given) for name, given in arrays.items()}
         self.columns = frozenset(arrays)
 
+    def beside(self, name: str, given: Any) -> Lists:
+        """Return the same with one more ragged array."""
+        return Lists({**self.lists, name: given})
+
     def check(self, count: int) -> None:
         for name, arrays in self.lists.items():
             if len(arrays) != count:
@@ -138,6 +142,10 @@ class Packed(Incoming):
         except UsageError as error:
             raise ShapeError(str(error)) from None
 
+    def beside(self, name: str, given: Any) -> Packed:
+        """Return the same with one more ragged array."""
+        return Packed({**self.arrays, name: given}, self.offsets)
+
     def check(self, count: int) -> None:
         values, offsets = self.arrays[VALUES], self.offsets
         if values.ndim != 2:
@@ -152,7 +160,7 @@ class Packed(Incoming):
             raise ShapeError("offsets must rise: each is where one entry ends and the next one begins")
         for name, array in self.arrays.items():
             expected = [len(values), *(EXTRAS[name][1] if name in EXTRAS else ())]
-            if name != VALUES and list(array.shape) != expected:
+            if name not in (VALUES, OWN) and list(array.shape) != expected:
                 raise ShapeError(f"{name} must be {expected}, not {list(array.shape)}")
 
     def rows(self, i: int) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import EXTRAS, VALUES, EntryLocations, Expected, Snapshot
+from actcache.backend import VALUES, EntryLocations, Expected, Snapshot
 from actcache.entries.writer import Rows, Writer
 from actcache.errors import CorruptEntryError, FormatError, SegmentGoneError
-from actcache.format.checksum import ORDER
+from actcache.format.checksum import CHAINED, ORDER
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.ragged import offsets_of, row_indices
 
@@ -112,6 +112,15 @@ class Request:
         checksums[list(self._pending)] = 0
         return checksums
 
+    def part(self, members: slice | NDArray[np.int64]) -> Request:
+        """Return the request of some of the entries, by their positions."""
+        part = copy.copy(self)
+        part._keys, part.located, part.lengths = self._keys[members], self.located[members], self.lengths[members]
+        if self._pending:
+            numbers = np.arange(len(self._keys))[members].tolist()
+            part._pending = {new: self._pending[i] for new, i in enumerate(numbers) if i in self._pending}
+        return part
+
     def has(self, column: str) -> NDArray[np.bool_]:
         """Return which entries have a ragged array, ``[n]``."""
         all_have = self._snapshot.have(column)
@@ -131,7 +140,8 @@ class Request:
         Args:
             out: name of a ragged array -> buffer in the stored dtype, ``[rows, ...]``; kept where an entry has none.
             width: None for packed rows, else the rows that each entry takes up.
-            verify: whether to compare checksums, which takes ``values`` and, where any entry has them, ``token_ids``.
+            verify: whether to compare checksums: that of ``values`` takes ``token_ids``, too, where any entry has them,
+                that of the optional arrays all of these, and no ``values``.
         """
         out = {name: out[name] for name in ORDER if name in out}
         optional = [name for name in out if name != VALUES]
@@ -144,7 +154,7 @@ class Request:
             return self._read_by_kind(kinds, out, width, starts, verify)
         corrupt: list[int] = []
         for first, last in itertools.pairwise(edges):
-            alike = self if last - first == count else self._part(slice(first, last))
+            alike = self if last - first == count else self.part(slice(first, last))
             lacking = _lacking(int(kinds[first]), optional)
             here = {n: buffer[starts[first] : starts[last]] for n, buffer in out.items() if n not in lacking}
             corrupt += [first + i for i in alike._read_alike(here, width, verify)]
@@ -163,15 +173,6 @@ class Request:
             kinds[pending] = ~kinds[pending]
         return kinds
 
-    def _part(self, members: slice | NDArray[np.int64]) -> Request:
-        """Return the request of some of the entries."""
-        part = copy.copy(self)
-        part._keys, part.located, part.lengths = self._keys[members], self.located[members], self.lengths[members]
-        if self._pending:
-            numbers = np.arange(len(self._keys))[members].tolist()
-            part._pending = {new: self._pending[i] for new, i in enumerate(numbers) if i in self._pending}
-        return part
-
     def _read_by_kind(
         self,
         kinds: NDArray[np.int64],
@@ -186,7 +187,7 @@ class Request:
         optional = [name for name in out if name != VALUES]
         for kind in np.unique(kinds):
             members = np.flatnonzero(kinds == kind)
-            alike, lacking = self._part(members), _lacking(int(kind), optional)
+            alike, lacking = self.part(members), _lacking(int(kind), optional)
             rows = row_indices(starts[members], alike.lengths, None)
             here = {n: np.empty((len(rows), *b.shape[1:]), b.dtype) for n, b in out.items() if n not in lacking}
             corrupt += members[alike._read_alike(here, None, verify)].tolist()
@@ -214,7 +215,7 @@ class Request:
             corrupt = []
             for i, (begin, end) in enumerate(itertools.pairwise(starts)):
                 alone = {name: buffer[begin:end] for name, buffer in out.items()}
-                if self._part(slice(i, i + 1))._read_alike(alone, width, verify):
+                if self.part(slice(i, i + 1))._read_alike(alone, width, verify):
                     corrupt.append(i)
             return corrupt
 
@@ -232,7 +233,7 @@ class Request:
     def _gather(self, out: Rows, width: int | None, verify: bool) -> list[int]:
         located, expected = self.located, None
         if verify:
-            extra = self._snapshot.extra_checksums(located) if not EXTRAS.keys().isdisjoint(out) else None
+            extra = self._snapshot.extra_checksums(located) if not out.keys() <= set(CHAINED) else None
             expected = Expected(self._seed, self._keys, located.checksums, extra)
         corrupt: list[int] = self._snapshot.gather(located, out, width, expected).tolist()
         return corrupt

@@ -15,15 +15,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of
+from actcache.format.ragged import EXTRAS, OWN, TOKEN_IDS, VALUES, offsets_of
 from actcache.io import loops
 from actcache.io.loops import Column, Digests
 
 _HAS_TOKEN_IDS = 0x5851F42D4C957F2D
 
-#: The ragged arrays in the order of their chains: those of ``EXTRAS`` have a checksum of their own.
+#: The ragged arrays in the order of their chains: the others have a checksum of their own.
 CHAINED = (TOKEN_IDS, VALUES)
-ORDER = (*CHAINED, *sorted(EXTRAS))
+ORDER = (*CHAINED, *sorted((*EXTRAS, OWN)))
 
 
 def space_seed(fingerprint: str, dtype: str, hidden_size: int) -> int:

@@ -20,6 +20,7 @@ from actcache.errors import FormatError
 
 VALUES = "values"
 TOKEN_IDS = "token_ids"
+OWN = "columns"  # the caller's own, as records of bytes (``format.columns``)
 PAYLOAD = "payload"  # what a segment has instead of values where they are compressed: the entries' frames
 PAYLOAD_OFFSETS = "payload_offsets"
 CHUNK_BYTES = 1 << 20  # of rows that are read, then checked (docs/decisions/0002)

@@ -632,8 +632,8 @@ static int gather_one(batch *this, int64_t i) {
         }
         if (!this->digests || rows == NULL) continue;
         if (c == this->chained) { /* the second chain begins with the digest that the first one should have */
-            if (this->sums != NULL) this->sums[i] = digest;
-            if (this->expected != NULL && digest != this->expected[i]) state = CORRUPT;
+            if (this->sums != NULL && c > 0) this->sums[i] = digest;
+            if (this->expected != NULL && c > 0 && digest != this->expected[i]) state = CORRUPT;
             if (this->expected != NULL) digest = this->expected[i];
         }
         digest = digest_of(rows, (size_t)(this->lengths[i] * of->row_bytes), digest);
@@ -798,8 +798,11 @@ typedef struct {
     int64_t room;          /* rows of the buffer */
     uint8_t *out;
     int64_t part;            /* rows that a thread takes at a time */
+    int32_t streams;         /* whether to copy past the processor's caches */
     _Atomic int64_t outside; /* places that the buffer does not have */
 } scatter;
+
+static void plain(uint8_t *out, const uint8_t *rows, int64_t nbytes) { memcpy(out, rows, (size_t)nbytes); }
 
 static void scatter_part(void *context, int64_t part) {
     scatter *this = context;
@@ -811,14 +814,17 @@ static void scatter_part(void *context, int64_t part) {
             atomic_fetch_add(&this->outside, 1);
             continue;
         }
-        memcpy(this->out + place * this->row_bytes, this->rows + i * this->row_bytes, (size_t)this->row_bytes);
+        (this->streams ? stream : plain)(this->out + place * this->row_bytes, this->rows + i * this->row_bytes,
+                                         this->row_bytes);
     }
+    if (this->streams) streamed();
 }
 
 /* Copy row i to row places[i] of a buffer; return how many places it does not have. */
 PUBLIC int64_t act_scatter(scatter *this, int32_t threads) {
     int64_t nbytes = this->count * this->row_bytes;
     pthread_once(&once, prepare);
+    this->streams = this->row_bytes >= 64 && this->room * this->row_bytes >= STREAM;
     this->part = PART / (this->row_bytes > 0 ? this->row_bytes : 1) + 1;
     if (threads > 1 + nbytes / SHARE) threads = (int32_t)(1 + nbytes / SHARE);
     share(scatter_part, this, (this->count + this->part - 1) / this->part, threads);

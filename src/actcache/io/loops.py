@@ -267,6 +267,7 @@ class _Scatter(ctypes.Structure):
         ("room", _I64),
         ("out", _P),
         ("part", _I64),
+        ("streams", _I32),
         ("outside", _I64),
     ]
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from actcache.errors import ModelError
 from actcache.models.families import base_model_of, family_of
+from actcache.models.processing import takes_features
 from actcache.models.sites import Where, expanded
 from actcache.models.weights import pretrained_digests, weight_files
 
@@ -20,13 +28,16 @@ def load_pretrained(
     device: str | torch.device | None,
     revision: str | None,
     dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Any]:
     """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these sites."""
     name = str(name_or_path)
     try:
         options = {} if dtype is None else {"dtype": dtype}
         model = AutoModel.from_pretrained(name, revision=revision, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        kind = AutoTokenizer
+        if takes_features(model):
+            kind = AutoImageProcessor if model.main_input_name == "pixel_values" else AutoFeatureExtractor
+        tokenizer = kind.from_pretrained(name, revision=revision)
     except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
         raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
     base = base_model_of(model)

@@ -119,7 +119,10 @@ class AcceleratorDelivery(Delivery):
             if self._deliver is not None:
                 rows = rows.to(self._deliver)
             given = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
-            small = {name: None if array is None else device.send(array) for name, array in given.items()}
+            small: dict[str, Any] = {
+                name: None if array is None else device.send(array) for name, array in given.items()
+            }
+            small["columns"] = {name: device.send(array) for name, array in members.columns.items()}
             ids = None if read.token_ids is None else device.send(read.token_ids).long()
             batch: Batch | PackedBatch
             if self.padded:
@@ -148,8 +151,9 @@ class AcceleratorDelivery(Delivery):
         stream = self._device.consumer()
         self._device.wait(stream, delivered.ready)
         for value in vars(delivered.batch).values():
-            if isinstance(value, torch.Tensor):
-                self._device.record(value, stream)
+            for tensor in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    self._device.record(tensor, stream)
         return delivered.batch
 
     def _pad(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from actcache.entries.batch import Batch, PackedBatch
 from actcache.format import codec
-from actcache.format.ragged import offsets_of
+from actcache.format.ragged import offsets_of, row_indices
 from actcache.io.buffers import BufferPool
 from actcache.reader.fetch import HostBatch
 
@@ -25,6 +25,7 @@ class BatchMembers:
     keys: NDArray[np.uint8]  # [B, 32]
     documents: NDArray[np.int64]  # [B]
     labels: NDArray[Any] | None
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)  # packed, or padded where the delivery is
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Delivered:
 
     batch: Batch | PackedBatch
     ready: Any = None  # the event at which it will be there
+
+
+def padded(packed: NDArray[Any], lengths: NDArray[np.int64], width: int | None) -> NDArray[Any]:
+    """Return packed rows ``[T, ...]`` of entries of these lengths, padded with zeros to ``[B, width, ...]`` where there
+    is a ``width``."""
+    if width is None:
+        return packed
+    made = np.zeros((len(lengths) * width, *packed.shape[1:]), packed.dtype)
+    made[row_indices(np.arange(len(lengths)) * width, lengths, None)] = packed
+    return made.reshape(len(lengths), width, *packed.shape[1:])
 
 
 class Delivery(ABC):
@@ -93,7 +104,8 @@ class HostDelivery(Delivery):
     def _made(self, read: HostBatch, members: BatchMembers) -> Batch | PackedBatch:
         ids = None if read.token_ids is None else read.token_ids.astype(np.int64)
         values: Any = self._numbers(read.values)
-        common = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
+        common: dict[str, Any] = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
+        common |= {"columns": members.columns}
         if self.packed:
             offsets, longest = offsets_of(read.lengths).astype(np.int32), int(read.lengths.max(initial=0))
             batch: Batch | PackedBatch = PackedBatch(values, offsets, longest, ids, key_array=members.keys, **common)

@@ -6,23 +6,24 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.errors import CorruptEntryError, MissingEntryError
+from actcache.errors import CorruptEntryError, MissingEntryError, ShapeError
 from actcache.format.keys import key_list
 from actcache.io.workers import ProcessLock
 from actcache.reader.cursor import Cursor
-from actcache.reader.delivery import BatchMembers, Delivered, Delivery
-from actcache.reader.fetch import EntryInfo, Source, fetch
+from actcache.reader.delivery import BatchMembers, Delivered, Delivery, padded
+from actcache.reader.fetch import EntryInfo, HostBatch, OwnSource, Source, fetch
 from actcache.reader.labels import Labels
 from actcache.reader.prefetch import Prefetch
 from actcache.reader.stats import ReaderStats
 
 _AHEAD = 2  # batches whose rows the operating system is asked for before they are read
 _MOST_SILENT = 16  # batches that are read without an announcement, at most
+_TRIES = 5  # each finds what a batch is by then
 _COUNTING = ProcessLock()  # several iterations of one reader count together
 
 
@@ -48,6 +49,7 @@ class Work:
     depth: int
     miss_computer: MissComputer | None
     stats: ReaderStats = field(default_factory=ReaderStats)
+    columns: tuple[str, ...] = ()  # of the caller's own, that are delivered
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,11 @@ def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> De
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
     start, keys, stats = time.perf_counter(), work.keys[members], work.stats
-    read = fetch(work.source, keys, delivery.buffers, packed=delivery.packed, info=work.info[members])
+    own: dict[str, NDArray[Any]] = {}
+    if work.columns:
+        read, own = _with_columns(work, delivery, members)
+    else:
+        read = fetch(work.source, keys, delivery.buffers, packed=delivery.packed, info=work.info[members])
     done = time.perf_counter()
     try:
         if not read.lengths.all():
@@ -213,10 +219,11 @@ def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> De
             )
         width = int(read.lengths.max(initial=0)) if delivery.padded else None
         labels = None if work.labels is None else work.labels.of_batch(members, read.lengths, width)
+        columns = {name: padded(own[name], read.lengths, width) for name in work.columns}
     except BaseException:
         delivery.buffers.give_back(read.values, None)
         raise
-    delivered = delivery.deliver(read, BatchMembers(keys, work.documents[members], labels))
+    delivered = delivery.deliver(read, BatchMembers(keys, work.documents[members], labels, columns))
     tokens = int(read.lengths.sum())
     with _COUNTING:
         stats.read_seconds += done - start
@@ -226,6 +233,25 @@ def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> De
         stats.tokens += tokens
         stats.nbytes += tokens * read.values.itemsize * read.values.shape[-1]
     return delivered
+
+
+def _with_columns(
+    work: Work, delivery: Delivery, members: NDArray[np.int64]
+) -> tuple[HostBatch, dict[str, NDArray[Any]]]:
+    """Return the rows of some documents and their own columns, packed, of one state of the space."""
+    keys, source = work.keys[members], cast(OwnSource, work.source)
+    for _ in range(_TRIES):
+        before = source.checksums(keys)
+        read = fetch(source, keys, delivery.buffers, packed=delivery.packed, info=work.info[members])
+        try:
+            found = source.read_columns(keys)
+            if (found.lengths == read.lengths).all() and (before == source.checksums(keys)).all():
+                return read, found.arrays
+        except BaseException:
+            delivery.buffers.give_back(read.values, None)
+            raise
+        delivery.buffers.give_back(read.values, None)
+    raise ShapeError("documents of this batch were replaced by ones without columns: put them again with theirs")
 
 
 def count_spent(stats: ReaderStats, delivery: Delivery) -> None:

@@ -1,4 +1,4 @@
-"""Which rows are left out: by token, by position, by their norm."""
+"""Which rows are left out: by token, by position, by a column of the caller's own, by their norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from actcache.errors import UsageError
 from actcache.format.arguments import is_truth, whole_numbers
 
-_KINDS = ("token_ids", "positions", "norm")
+_KINDS = ("token_ids", "positions", "mask", "norm")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Exclusion:
 
     token_ids: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()  # in their documents; negative ones are counted from the end
+    mask: str | None = None  # a column of the caller's own: where it is 0
     norm: float | None = None  # above that multiple of the mean norm, at any site
 
     @classmethod
@@ -35,8 +36,12 @@ class Exclusion:
         fields: dict[str, Any] = {
             name: tuple(np.unique(whole_numbers(name, value)).tolist())
             for name, value in given.items()
-            if name != "norm"
+            if name not in ("mask", "norm")
         }
+        if (mask := given.get("mask")) is not None:
+            if not isinstance(mask, str):
+                raise UsageError(f"mask is the name of a column, not {mask!r:.80}")
+            fields["mask"] = mask
         if (norm := given.get("norm")) is not None:
             if is_truth(norm) or not isinstance(norm, int | float | np.number) or not 0 < norm < math.inf:
                 raise UsageError(f"norm is a number above 0, of which the mean norm is multiplied, not {norm!r:.80}")
@@ -50,7 +55,7 @@ class Exclusion:
     @property
     def by_contents(self) -> bool:
         """Whether only a look at the rows, or at what stands beside them, says which are left out."""
-        return self.needs_ids or self.norm is not None
+        return self.needs_ids or self.mask is not None or self.norm is not None
 
     def __bool__(self) -> bool:
         return self != Exclusion()
@@ -61,9 +66,10 @@ class Exclusion:
         positions: NDArray[np.int64],
         token_ids: NDArray[np.int32] | None,
         norms: NDArray[np.floating[Any]] | None = None,
+        mask: NDArray[Any] | None = None,
     ) -> NDArray[np.bool_]:
         """Return which rows are kept, ``[rows]``: by the lengths of their documents, their positions there, their
-        tokens, and their norms beside the mean ones (of several sites the largest)."""
+        tokens, their norms beside the mean ones (of several sites the largest), and the mask column."""
         kept = np.ones(len(positions), bool)
         for position in self.positions:
             kept &= positions != (position if position >= 0 else position + lengths)
@@ -71,4 +77,6 @@ class Exclusion:
             kept &= ~np.isin(token_ids, self.token_ids)
         if self.norm is not None and norms is not None:
             kept &= norms <= self.norm
+        if self.mask is not None and mask is not None:
+            kept &= mask.astype(bool)
         return kept

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.backend import TOKEN_IDS
+from actcache.entries.entry import OwnColumns
 from actcache.errors import ShapeError
 from actcache.format import codec
+from actcache.format.columns import Schema
 from actcache.format.keys import Keys
 from actcache.format.recipe import Recipe
 from actcache.io.buffers import BufferPool
@@ -33,6 +35,15 @@ class Source(Protocol):
     def read_ahead(self, keys: Keys) -> bool: ...
 
     def read_into(self, keys: Keys, out: Any, *, token_ids: Any = None) -> Any: ...
+
+
+class OwnSource(Source, Protocol):
+    """A source that gives columns of the caller's own, too."""
+
+    @property
+    def schema(self) -> Schema | None: ...
+
+    def read_columns(self, keys: Keys) -> OwnColumns: ...
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from actcache.format.ragged import offsets_of, runs
 from actcache.io import loops
 from actcache.io.buffers import BufferPool
 from actcache.reader.exclusion import Exclusion
-from actcache.reader.fetch import Source
+from actcache.reader.fetch import OwnSource
 from actcache.reader.mixing import Mixes
 from actcache.reader.stats import ReaderStats
 
 _PORTION_BYTES = 4 << 20  # read at once, then mixed while they are in the processor's cache
+_MOST_SILENT = 16  # portions that are read without an announcement, at most
 _AHEAD = 2  # portions whose rows the operating system is asked for before they are read
 
 
@@ -35,6 +36,7 @@ class MixedRows:
     documents: NDArray[np.int64]  # positions in the reader's order of documents
     positions: NDArray[np.int64]  # in their documents
     token_ids: NDArray[np.int32] | None
+    own: dict[str, NDArray[Any]]  # columns of the caller's own
     memory: NDArray[np.generic]  # that ``values`` are in, as the pool gave it
 
     def __len__(self) -> int:
@@ -45,11 +47,12 @@ class MixedRows:
 class RowDocuments:
     """What rows are read of: documents in the order in which they lie, at one site or several."""
 
-    sources: Sequence[Source]
+    sources: Sequence[OwnSource]
     stacked: bool  # whether rows have an axis of sites
     keys: NDArray[np.uint8]  # [n, 32]
     lengths: NDArray[np.int64]  # [n]
     has_ids: bool
+    own: tuple[str, ...] = ()  # columns of the caller's own that are read along, of the first site
     mean_norms: NDArray[np.float64] | None = None  # [sites], where rows are chosen by their norms
 
     @property
@@ -78,6 +81,14 @@ class RowDocuments:
         """Cut documents into portions that are read at once."""
         for run in runs(self.lengths[members] * self.row_bytes, _PORTION_BYTES):
             yield members[run]
+
+    def read_own(self, members: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return the columns of the caller's own of some documents, packed."""
+        found = self.sources[0].read_columns(self.keys[members])
+        if (found.lengths != self.lengths[members]).any():
+            changed = self.keys[members][found.lengths != self.lengths[members]][0].tobytes().hex()
+            raise ShapeError(f"document {changed} was replaced by one without these columns: ask for rows anew")
+        return {name: found.arrays[name] for name in self.own}
 
     def read(
         self, site: int, members: NDArray[np.int64], out: NDArray[np.generic], ids: NDArray[np.int32] | None
@@ -123,21 +134,28 @@ def mix(
         read_ids = np.empty(total, np.int32) if documents.has_ids else None
         portions = list(documents.portions(members))
         bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
+        own: list[dict[str, NDArray[Any]]] = []
         staging = np.empty((int(np.diff(bounds).max()), hidden), documents.dtype)
-        for ahead in portions[:_AHEAD]:
-            _announce(documents, ahead)
+        asked, silent, next_asked = 0, 0, 0
         for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
-            if i + _AHEAD < len(portions):
-                _announce(documents, portions[i + _AHEAD])
+            while asked < min(i + 1 + _AHEAD, len(portions)):
+                # As long as all is in memory, fewer and fewer portions are announced.
+                if asked >= next_asked:
+                    silent = 0 if _announce(documents, portions[asked]) else min(silent + 1, _MOST_SILENT)
+                    next_asked = asked + 1 + silent
+                asked += 1
             for site in range(sites):
                 rows = staging[: end - begin]
                 documents.read(site, portions[i], rows, None if read_ids is None else read_ids[begin:end])
                 where = places[begin:end] if sites == 1 else places[begin:end] * sites + site
                 loops.scatter(rows, where, flat)
+            if documents.own:
+                own.append(documents.read_own(portions[i]))
     except BaseException:
         buffers.give_back(memory, None)
         raise
-    mixed = _beside(documents, members, places, read_ids, memory, exclusion)
+    joined = {name: np.concatenate([one[name] for one in own]) for name in documents.own}
+    mixed = _beside(documents, members, places, read_ids, joined, memory, exclusion)
     stats.read_seconds += time.perf_counter() - start
     stats.documents += len(members)
     stats.tokens += total
@@ -145,9 +163,9 @@ def mix(
     return mixed
 
 
-def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> None:
-    for source in documents.sources:
-        source.read_ahead(documents.keys[members])
+def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> bool:
+    """Ask for what is read soon; return whether there seemed to be anything to ask for."""
+    return bool(sum(source.read_ahead(documents.keys[members]) for source in documents.sources))
 
 
 def _beside(
@@ -155,6 +173,7 @@ def _beside(
     members: NDArray[np.int64],
     places: NDArray[np.int64],
     read_ids: NDArray[np.int32] | None,
+    read_own: dict[str, NDArray[Any]],
     memory: NDArray[np.generic],
     exclusion: Exclusion,
 ) -> MixedRows:
@@ -167,13 +186,19 @@ def _beside(
     if read_ids is not None:
         ids = np.empty_like(read_ids)
         ids[places] = read_ids
+    own = {name: np.empty_like(array) for name, array in read_own.items()}
+    for name, array in read_own.items():
+        own[name][places] = array
     if not exclusion:
-        return MixedRows(memory, where, positions, ids, memory)
-    kept = exclusion.kept(documents.lengths[where], positions, ids, documents.norms(memory))
+        return MixedRows(memory, where, positions, ids, own, memory)
+    mask = None if exclusion.mask is None else own[exclusion.mask]
+    kept = exclusion.kept(documents.lengths[where], positions, ids, documents.norms(memory), mask)
     count = int(kept.sum())
     # Rows from behind fill the holes: few are moved, and their order is as random as before.
     holes = np.flatnonzero(~kept[:count])
     behind = count + np.flatnonzero(kept[count:])
-    for array in (memory, where, positions, *(() if ids is None else (ids,))):
+    for array in (memory, where, positions, *(() if ids is None else (ids,)), *own.values()):
         array[holes] = array[behind]
-    return MixedRows(memory[:count], where[:count], positions[:count], None if ids is None else ids[:count], memory)
+    own = {name: array[:count] for name, array in own.items()}
+    ids = None if ids is None else ids[:count]
+    return MixedRows(memory[:count], where[:count], positions[:count], ids, own, memory)

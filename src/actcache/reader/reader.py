@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from actcache.format.arguments import check_choice, nbytes_of, whole, whole_numb
 from actcache.format.keys import Keys, key_array
 from actcache.reader.caches.local_cache import LocalCache
 from actcache.reader.caches.ram_cache import RamCache
-from actcache.reader.checks import check_present, ranks_of
+from actcache.reader.checks import check_own, check_present, ranks_of
 from actcache.reader.cursor import Cursor
 from actcache.reader.delivery import Delivery, HostDelivery
 from actcache.reader.epoch import Epoch, MissComputer, Work, count_spent
-from actcache.reader.fetch import EntryInfo, Source
+from actcache.reader.fetch import EntryInfo, OwnSource, Source
 from actcache.reader.labels import labels_of
 from actcache.reader.order import Order
 from actcache.reader.stats import ReaderStats
@@ -47,6 +47,8 @@ class Reader:
             that are not full come last.
         labels: one label a key (numbers, or arrays of one shape), or a list of one array a key, with one number a token
             (padded with -100, or packed like the rows). Whole numbers and truth values are delivered as int64.
+        columns: names of columns of the caller's own that are delivered as ``Batch.columns``; every document has them.
+            Not with the two caches.
         documents: one position a key, delivered as ``Batch.documents``; the key's own position by default.
         layout: ``"padded"`` (``Batch``) or ``"packed"`` (``PackedBatch``).
         device: a torch device for the batches; None for NumPy arrays.
@@ -86,6 +88,7 @@ class Reader:
         drop_last: bool = False,
         equal_lengths: bool = False,
         labels: Any = None,
+        columns: Sequence[str] = (),
         documents: Any = None,
         layout: str = "padded",
         device: Any = None,
@@ -108,6 +111,11 @@ class Reader:
                 raise UsageError("NumPy has no bfloat16: name a device ('cpu'), or ask for float32")
         check_choice("on_missing", on_missing, ("raise", "skip", "compute") if miss_computer else ("raise", "skip"))
         wanted = key_array(keys)
+        own = (columns,) if isinstance(columns, str) else tuple(columns)
+        if own:
+            if ram_cache or local_cache is not None or on_missing == "compute":
+                raise UsageError("columns come with neither ram_cache, local_cache nor on_missing='compute'")
+            check_own(cast(OwnSource, space), wanted, own, tensors=device is not None)
         stats = ReaderStats()
         if local_bytes and local_cache is None:
             raise UsageError("local_bytes bounds a local cache: name its folder, too, as local_cache")
@@ -140,6 +148,7 @@ class Reader:
             depth=depth,
             miss_computer=miss_computer if on_missing == "compute" else None,
             stats=stats,
+            columns=own,
         )
         self._layout, self._device, self._dtype, self._on_stats = layout, device, dtype, on_stats
         self._delivery: tuple[int, Delivery] | None = None

@@ -20,10 +20,10 @@ from actcache.errors import MissingEntryError, ShapeError, UsageError
 from actcache.format.arguments import check_choice, nbytes_of, truth, whole, whole_numbers
 from actcache.format.keys import Keys, key_array
 from actcache.format.ragged import offsets_of
-from actcache.reader.checks import check_present, ranks_of
+from actcache.reader.checks import check_own, check_present, ranks_of
 from actcache.reader.dealing import Deal, Span, counted, cut, remaining
 from actcache.reader.exclusion import Exclusion
-from actcache.reader.fetch import Source
+from actcache.reader.fetch import OwnSource
 from actcache.reader.mixed_rows import MixedRows, RowDocuments, mix
 from actcache.reader.mixing import Mixes, Mixing, documents_mixed
 from actcache.reader.prefetch import Prefetch
@@ -73,13 +73,14 @@ class RowReader(Iterator[Any]):
         forever: whether one epoch follows another without an end.
         drop_last: whether to leave out batches that are not full.
         exclude: which rows to leave out: a mapping with ``"token_ids"`` (those of special tokens, say), ``"positions"``
-            in their documents (``[0]`` is the first token, ``[-1]`` the last), or ``"norm"``: rows whose norm is above
+            in their documents (``[0]`` is the first token, ``[-1]`` the last), ``"mask"``, the name of a column of the
+            caller's own (of the first space) that is 0 at rows to leave out, or ``"norm"``: rows whose norm is above
             that multiple of the mean norm (attention sinks), at any site.
         normalize: ``"mean-norm"`` scales rows so that their mean norm is the square root of ``hidden``; ``"standard"``
             takes away the mean and divides by the standard deviation of each dimension. By ``Space.statistics``, of all
             rows of the space; the batches are float32 then.
-        beside: what to deliver beside the rows, of ``"documents"``, ``"positions"`` and ``"token_ids"``: batches are
-            then ``RowBatch``, else arrays of rows.
+        beside: what to deliver beside the rows, of ``"documents"``, ``"positions"``, ``"token_ids"`` and columns of the
+            caller's own (of the first space): batches are then ``RowBatch``, else arrays of rows.
         documents: one number a key, delivered as ``RowBatch.documents``; the key's position by default.
         device: a torch device for the batches; None for NumPy arrays.
         depth: batches that are delivered ahead; 0 makes each when it is asked for. Another mix is read ahead in any
@@ -97,7 +98,7 @@ class RowReader(Iterator[Any]):
 
     def __init__(
         self,
-        sources: Source | Sequence[Source],
+        sources: OwnSource | Sequence[OwnSource],
         keys: Keys | None = None,
         *,
         batch_size: int = 4096,
@@ -119,8 +120,6 @@ class RowReader(Iterator[Any]):
         self._batch_size, self._depth = whole("batch_size", batch_size, 1), whole("depth", depth, 0)
         self._forever, self._drop_last = truth("forever", forever), truth("drop_last", drop_last)
         self._beside = (beside,) if isinstance(beside, str) else tuple(beside)
-        for name in self._beside:
-            check_choice("beside", name, BESIDE)
         self._exclusion = Exclusion.of(exclude)
         if normalize is not None:
             check_choice("normalize", normalize, ("mean-norm", "standard"))
@@ -131,6 +130,11 @@ class RowReader(Iterator[Any]):
             raise ShapeError(f"{len(wanted)} keys and documents of shape {list(numbers.shape)}: give each a number")
         self._documents, order = _documents(spaces, wanted, stacked=stacked)
         self._numbers = numbers[order]
+        own = [name for name in self._beside if name not in BESIDE]
+        own += [self._exclusion.mask] if self._exclusion.mask is not None else []
+        if own:
+            check_own(spaces[0], wanted, own, mask=self._exclusion.mask, tensors=device is not None)
+            self._documents = replace(self._documents, own=tuple(dict.fromkeys(own)))
         if not self._documents.has_ids and (self._exclusion.needs_ids or TOKEN_IDS in self._beside):
             raise UsageError("some of these documents were stored without token ids, so no row can be chosen by them")
         if normalize is not None or self._exclusion.norm is not None:
@@ -202,7 +206,11 @@ class RowReader(Iterator[Any]):
         stats.batches += 1
         arrived = self._to_device().arrive(item.batch)
         self._stepping = time.perf_counter()
-        return RowBatch(arrived.rows, **arrived.beside) if self._beside else arrived.rows
+        if not self._beside:
+            return arrived.rows
+        fields = {name: value for name, value in arrived.beside.items() if name in BESIDE}
+        own = {name: value for name, value in arrived.beside.items() if name not in BESIDE}
+        return RowBatch(arrived.rows, **fields, columns=own)
 
     def _begin(self) -> Prefetch[_Item] | Generator[_Item]:
         produce = _Producer(self, self._to_device()).produce(self._place)
@@ -290,14 +298,17 @@ class RowReader(Iterator[Any]):
             starts, of_row = offsets_of(lengths), np.repeat(np.arange(len(members)), lengths)
             ids = None
             norms: NDArray[Any] | None = None
-            if self._exclusion.by_contents:
+            mask: NDArray[Any] | None = None
+            if self._exclusion.mask is not None:
+                mask = documents.read_own(members)[self._exclusion.mask]
+            if self._exclusion.needs_ids or documents.mean_norms is not None:
                 ids = np.empty(int(starts[-1]), np.int32) if documents.has_ids else None
                 rows = np.empty((len(documents.sources), int(starts[-1]), documents.row_shape[-1]), documents.dtype)
                 for site in range(len(rows) if documents.mean_norms is not None else 1):
                     documents.read(site, members, rows[site], ids)
                 norms = documents.norms(rows.swapaxes(0, 1) if documents.stacked else rows[0])
             positions = np.arange(starts[-1]) - starts[of_row]
-            kept = self._exclusion.kept(lengths[of_row], positions, ids, norms)
+            kept = self._exclusion.kept(lengths[of_row], positions, ids, norms, mask)
             counts.append(np.bincount(of_row[kept], minlength=len(members)))
         return np.concatenate(counts) if counts else np.empty(0, np.int64)
 
@@ -420,7 +431,9 @@ class _Producer:
         for name in self._beside:
             arrays = [_beside_of(mixed, name)[part] for mixed, part in parts]
             joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-            beside[name] = self._numbers[joined] if name == "documents" else joined.astype(np.int64)
+            beside[name] = joined
+            if name in BESIDE:
+                beside[name] = self._numbers[joined] if name == "documents" else joined.astype(np.int64)
         delivered = self._delivery.deliver([mixed.values[part] for mixed, part in parts], beside)
         for mixed, _ in parts[:-1]:
             self._delivery.done(mixed.memory)
@@ -429,11 +442,11 @@ class _Producer:
 
 
 def _beside_of(mixed: MixedRows, name: str) -> NDArray[Any]:
-    array: NDArray[Any] = getattr(mixed, name)
+    array: NDArray[Any] = getattr(mixed, name) if name in BESIDE else mixed.own[name]
     return array
 
 
-def _check_alike(spaces: Sequence[Source]) -> None:
+def _check_alike(spaces: Sequence[OwnSource]) -> None:
     """Refuse spaces whose rows cannot stand in one array."""
     if not spaces:
         raise UsageError("give one space or more")

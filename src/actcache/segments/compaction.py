@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Columns, Compaction, EntryLocations
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import PAYLOAD, Origins, Pieces, offsets_of, runs
+from actcache.format.ragged import OWN, PAYLOAD, Origins, Pieces, offsets_of, runs
 from actcache.segments.catalog import Catalog
 from actcache.segments.index import Table
 from actcache.segments.places.place import Place
@@ -134,7 +134,8 @@ class Merger:
     ) -> None:
         self._began = time.monotonic()
         self._moved = moved
-        self._columns = columns
+        own = {name: (e.dtype, e.shape[1:]) for name, e in group[0].segment.extents.items() if name == OWN}
+        self._columns = {**columns, **own}
         self._digests: list[int] = []  # of the pieces of the rows
         fields = ("tokens", "checksums", "segment", "row")
         located = EntryLocations(*(np.concatenate([getattr(live.located, name) for live in group]) for name in fields))

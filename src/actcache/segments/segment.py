@@ -17,7 +17,7 @@ from actcache.backend import Columns, Extent, SegmentFiles, SegmentFormat
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format import frames
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import PAYLOAD, PAYLOAD_OFFSETS, VALUES, Origins, check_offsets, names_from_array
+from actcache.format.ragged import OWN, PAYLOAD, PAYLOAD_OFFSETS, VALUES, Origins, check_offsets, names_from_array
 
 VERSION = 1
 
@@ -250,6 +250,8 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns, rows: in
     if missing:
         raise FormatError(f"{where} is no segment: it has no {', '.join(sorted(missing))}")
     entries, tokens = extents["keys"].shape[:1], (rows,)
+    if OWN in extents and OWN not in known:  # the width is known to whoever declared it, meanwhile
+        known[OWN] = ("|u1", extents[OWN].shape[1:2])
     if compressed and rows * _row_bytes(columns) > extents[PAYLOAD].nbytes << _MOST_EXPANSION:
         raise FormatError(f"{where} says that it has {rows} rows, more than its frames can make")
     for name, extent in extents.items():

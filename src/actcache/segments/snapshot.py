@@ -106,6 +106,9 @@ class SegmentedSnapshot(Snapshot):
             )
         return self._having[column]
 
+    def may_have(self, column: str) -> bool:
+        return bool(self._which_have(column).any())
+
     def extra_checksums(self, located: EntryLocations) -> NDArray[np.uint64]:
         sums = np.zeros(len(located.tokens), np.uint64)
         having = np.flatnonzero(self.has("extra_checksums", located))

@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import backend
-from actcache.backend import TOKEN_IDS, VALUES, Block, Snapshot, StoreDriver
+from actcache.backend import EXTRAS, OWN, TOKEN_IDS, VALUES, Block, Snapshot, StoreDriver
 from actcache.entries import entry
-from actcache.entries.entry import Entry, PackedEntries, ReadReport
+from actcache.entries.entry import Entry, OwnColumns, PackedEntries, ReadReport
 from actcache.entries.incoming import Incoming, Lists, Packed, check_digits, check_distinct
 from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import Writer
 from actcache.errors import ClosedError, CorruptEntryError, FormatError, ReadOnlyError, ShapeError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.arguments import check_choice, to_buffer, whole
+from actcache.format.columns import BLOB, Schema, as_arrays
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.moments import Moments
 from actcache.format.ragged import PAYLOAD, offsets_of, row_indices, runs
@@ -95,7 +96,7 @@ class Space:
         if codec.get(recipe.dtype).compressed:
             loops.zstd_is_compiled()  # says what to install, where it takes something
         self._codec, self._put_as = codec.get(recipe.dtype), codec.get(recipe.dtype, recipe.via)
-        self._columns = entry.columns_of(recipe)
+        self._columns = dict(entry.columns_of(recipe))
         self._given = {**self._columns, VALUES: ("", (recipe.hidden_size,))}  # as callers give them
         self._seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
         self._writable = writable
@@ -108,21 +109,27 @@ class Space:
         _SPACES.add(self)
 
     def _open(self) -> None:
+        self._schema: Schema | None = None  # of the caller's own columns
+        self._columns.pop(OWN, None)
         compressed = {PAYLOAD: ("|u1", ())} if self._codec.compressed else {}
-        self._driver = self._store.space(self.recipe.fingerprint, {**self._columns, **compressed})
+        self._stored = {**self._columns, **compressed}  # which the driver looks into: a schema may come
+        self._driver = self._store.space(self.recipe.fingerprint, self._stored)
         self._write_lock = threading.RLock()
         self._snapshot_lock = threading.Lock()
         self._writer: Writer | None = None
         if self._writable:
             self._writer = Writer(self._append, self._columns, self._seed, **self._segments)
         self._snapshot: Snapshot | None = self._driver.snapshot()
+        self._look_at_schema(self._snapshot)
         self._lookups = LookupCache()
         self._forked = False
 
     def _take_snapshot(self) -> None:
         # One after the other: the older of two would hide what the writer has published and forgotten meanwhile.
         with self._snapshot_lock:
-            self._snapshot = self._driver.snapshot()
+            snapshot = self._driver.snapshot()
+            self._look_at_schema(snapshot)
+            self._snapshot = snapshot
 
     def after_fork(self) -> None:
         """Have a fork's child open everything anew: the parent's threads, locks and pending entries are not its."""
@@ -140,6 +147,7 @@ class Space:
         spans: Sequence[Any] | None = None,
         word_ids: Sequence[Any] | None = None,
         type_ids: Sequence[Any] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
         overwrite: bool = False,
     ) -> int:
         """Store entries: all that are new, or, where anything is wrong with one of them, none.
@@ -150,6 +158,8 @@ class Space:
                 rows were computed in.
             token_ids: one ``[tokens]`` array a key.
             spans, word_ids, type_ids: optional arrays, ``[tokens, 2]``, ``[tokens]`` and ``[tokens]``.
+            columns: arrays of the caller's own, by name: one ``[tokens, ...]`` array a key, of any dtype of fixed size.
+                A space has one set of them, that of the first entries that have any.
             overwrite: whether to replace what is there; else keys that are present are skipped.
 
         Returns:
@@ -159,11 +169,14 @@ class Space:
             KeyFormatError: a key is none, or stands twice.
             ShapeError: numbers of arrays, shapes or dtypes do not fit the recipe (``entries.incoming.check_digits``).
             NonFiniteError, CodecOverflowError: an array holds NaN or infinity, or a value too large for the codec.
+            UsageError: other columns than this space has; a column's name is taken, or its dtype an object.
             StoreError: read-only, disk full, ...
         """
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
         lists = Lists({VALUES: arrays} | {name: rows for name, rows in given.items() if rows is not None})
         check_digits({f"array {i}": array for i, array in enumerate(lists.lists[VALUES])}, self.recipe)
+        if columns is not None:
+            lists = lists.beside(OWN, self._own_lists(key_array(keys), lists.lists[VALUES], columns))
         return self._put(keys, lists, self._put_as, overwrite=overwrite)
 
     def put_packed(
@@ -176,6 +189,7 @@ class Space:
         spans: Any = None,
         word_ids: Any = None,
         type_ids: Any = None,
+        columns: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> int:
         """Store entries whose rows follow one another in one array: all that are new, or, where anything is wrong with
@@ -188,6 +202,7 @@ class Space:
             offsets: ``[n + 1]`` whole numbers from 0 to T: entry i has rows ``offsets[i]:offsets[i + 1]``, one or more.
             token_ids: ``[T]``.
             spans, word_ids, type_ids: optional arrays, ``[T, 2]``, ``[T]`` and ``[T]``.
+            columns: arrays of the caller's own, by name, ``[T, ...]``; see ``put``.
             overwrite: whether to replace what is there; else keys that are present are skipped.
 
         Returns:
@@ -200,6 +215,8 @@ class Space:
         given = {TOKEN_IDS: token_ids, "spans": spans, "word_ids": word_ids, "type_ids": type_ids}
         check_digits({VALUES: values}, self.recipe)
         packed = Packed({VALUES: values} | {name: rows for name, rows in given.items() if rows is not None}, offsets)
+        if columns is not None:
+            packed = packed.beside(OWN, self._own_records(as_arrays(columns), len(packed.arrays[VALUES])))
         return self._put(keys, packed, self._put_as, overwrite=overwrite)
 
     def put_stored(self, keys: Keys, columns: Mapping[str, NDArray[Any]], offsets: NDArray[np.int64]) -> int:
@@ -235,6 +252,99 @@ class Space:
 
             writer.add(names[fresh], lengths, frozenset(columns), fill)
         return len(fresh)
+
+    # --- the caller's own columns ------------------------------------------------------------------------------------
+
+    @property
+    def schema(self) -> Schema | None:
+        """The caller's own columns; None where no entry has any."""
+        return self._schema
+
+    @property
+    def ragged(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and trailing shape of each ragged array that an entry may have."""
+        return dict(self._columns)
+
+    def _look_at_schema(self, snapshot: Snapshot) -> None:
+        if self._schema is None and snapshot.may_have(OWN):
+            name = space_blob(self.recipe.fingerprint, BLOB)
+            if (data := self._store.read_blob(name)) is not None:
+                self._use(Schema.loads(data, name))
+
+    def _use(self, schema: Schema) -> Schema:
+        for forms in (self._columns, self._given, self._stored):
+            forms[OWN] = ("|u1", (schema.width,))
+        self._schema = schema
+        return schema
+
+    def declare(self, schema: Schema) -> Schema:
+        """Have the space's own columns be these, durably; return what they are: those of whoever came first."""
+        self._writing()
+        if self._schema is None:
+            name = space_blob(self.recipe.fingerprint, BLOB)
+            self._store.write_blob(name, schema.dumps(), replace=False)
+            data = self._store.read_blob(name)
+            self._use(schema if data is None else Schema.loads(data, name))
+        assert self._schema is not None
+        return self._schema
+
+    def _own_records(self, arrays: Mapping[str, NDArray[Any]], tokens: int) -> NDArray[np.uint8]:
+        """Return the caller's own columns as records, declaring them where they are right and nobody has."""
+        if self._schema is None:
+            schema = Schema.of(arrays)
+            records = schema.pack(arrays, tokens)
+            if self.declare(schema) == schema:
+                return records
+        assert self._schema is not None
+        return self._schema.pack(arrays, tokens)
+
+    def _own_lists(
+        self, keys: NDArray[np.uint8], rows: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> list[NDArray[np.uint8]]:
+        """Return the records of each entry."""
+        if not isinstance(columns, Mapping) or not columns:
+            raise UsageError(f"columns are a mapping of names to lists of arrays, not {columns!r:.80}")
+        lists = Lists(columns).lists
+        for name, given in lists.items():
+            if len(given) != len(rows):
+                raise ShapeError(f"{len(rows)} arrays and {len(given)} of column {name}: give one a key")
+        entries = [as_arrays({name: given[i] for name, given in lists.items()}) for i in range(len(rows))]
+        tokens = [np.shape(one)[0] if np.ndim(one) else 0 for one in rows]
+        names = [f"document {key.tobytes().hex()}" for key in keys]
+        schema = self._schema
+        if schema is None and entries:
+            schema = Schema.of(entries[0])
+            for arrays, count, what in zip(entries, tokens, names, strict=False):
+                schema.pack(arrays, count, what)
+            schema = self.declare(schema)
+        return [
+            schema.pack(arrays, count, what)  # type: ignore[union-attr]
+            for arrays, count, what in zip(entries, tokens, names, strict=False)
+        ]
+
+    @retry_on_stale_snapshot
+    def read_columns(self, keys: Keys) -> OwnColumns:
+        """Return the caller's own columns of the entries, packed, verified; their rows are not read.
+
+        ``CorruptEntryError`` names entries that fail the checksum of their optional arrays.
+        """
+        wanted = key_array(keys)
+        request = self._request(wanted)
+        if self._schema is None:
+            return OwnColumns(np.zeros(len(wanted), np.int64), {})
+        having = np.flatnonzero(request.has(OWN) & (request.lengths > 0))
+        lengths = np.zeros(len(wanted), np.int64)
+        lengths[having] = request.lengths[having]
+        some = request.part(having)
+        out = {}
+        for name in (*EXTRAS, OWN):  # one checksum is over all of them
+            if some.has(name).any():
+                dtype, trailing = self._columns[name]
+                out[name] = np.empty((int(some.lengths.sum()), *trailing), dtype)
+        if OWN not in out:
+            return OwnColumns(lengths, self._schema.unpack(np.empty((0, self._schema.width), np.uint8)))
+        self._refuse_corrupt(wanted[having], some.read(out, None, verify=True))
+        return OwnColumns(lengths, self._schema.unpack(out[OWN]))
 
     def put_block(self, block: Block) -> None:
         """Publish entries that are in stored form already, as one segment; durable when this returns.
@@ -318,7 +428,9 @@ class Space:
         entries: list[Entry | None] = []
         for i, (begin, end) in enumerate(itertools.pairwise(packed.offsets.tolist())):
             others = {name: packed.columns[name][begin:end] for name, there in has.items() if there[i]}
-            entries.append(Entry(rows[begin:end], others.pop(TOKEN_IDS, None), others) if end > begin else None)
+            own = others.pop(OWN, None)
+            mine = {} if own is None or self._schema is None else self._schema.unpack(own)
+            entries.append(Entry(rows[begin:end], others.pop(TOKEN_IDS, None), others, mine) if end > begin else None)
         return entries
 
     def _numbers(self, stored: NDArray[Any], dtype: str | None) -> NDArray[Any]:
@@ -482,7 +594,10 @@ class Space:
         return self._request(key_array(keys)).lengths
 
     def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
-        """Return which entries have a ragged array (``token_ids``, ``spans``, ``word_ids``, ``type_ids``), ``[n]``."""
+        """Return which entries have a ragged array (``token_ids``, ``spans``, ``word_ids``, ``type_ids``), or a column
+        of the caller's own, ``[n]``."""
+        if self._schema is not None and column in self._schema.names:
+            column = OWN
         return self._request(key_array(keys)).has(column)
 
     def checksums(self, keys: Keys) -> NDArray[np.uint64]:

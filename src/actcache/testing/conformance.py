@@ -244,6 +244,56 @@ class BackendConformance:
                 for name, array in entry.extras.items():
                     np.testing.assert_array_equal(array, extras[name][i])
 
+    def test_columns_of_the_callers_own(self, url: str, space: actcache.Space) -> None:
+        """Some entries have them, some have other optional arrays besides, some none; whoever has the space open sees
+        what others declare."""
+        count = 9
+        rows = [self.documents.rows(n) for n in range(count)]
+        keys = [self.documents.key(n) for n in range(count)]
+        rng = np.random.default_rng(0)
+        columns: dict[str, list[NDArray[Any]]] = {
+            "loss_mask": [rng.random(len(r)) < 0.5 for r in rows],
+            "weights": [rng.standard_normal((len(r), 3)) for r in rows],
+            "labels": [rng.integers(-100, 30000, len(r)) for r in rows],
+            "words": [np.array([f"w{i}" for i in range(len(r))], "U7") for r in rows],
+        }
+        other = self.reopened(url)
+        space.put(keys[:2], rows[:2])
+        space.put(keys[2:5], rows[2:5], columns={name: given[2:5] for name, given in columns.items()})
+        spans = [np.arange(2 * len(r)).reshape(-1, 2) for r in rows]
+        packed = {name: np.concatenate(given[5:8]) for name, given in columns.items()}
+        offsets = np.cumsum([0, *(len(r) for r in rows[5:8])])
+        ids = np.concatenate([self.documents.ids(n) for n in range(5, 8)])
+        space.put_packed(
+            keys[5:8], np.concatenate(rows[5:8]), offsets, ids, spans=np.concatenate(spans[5:8]), columns=packed
+        )
+        for flushed in (False, True):
+            if flushed:
+                space.flush()
+                other.refresh()
+            for one in (space, other, self.reopened(url)) if flushed else (space,):
+                np.testing.assert_array_equal(one.has("loss_mask", keys), [1 < n < 8 for n in range(count)])
+                for i in (5, 2, 0, 4, 1, 3, 7):
+                    entry = one.get([keys[i], self.documents.key(77), keys[(i + 3) % count]])[0]
+                    assert entry is not None
+                    np.testing.assert_array_equal(entry.activations, rows[i])
+                    assert set(entry.columns) == (set(columns) if i > 1 else set())
+                    assert set(entry.extras) == ({"spans"} if i > 4 else set())
+                    for name, array in entry.columns.items():
+                        np.testing.assert_array_equal(array, columns[name][i])
+                        assert array.dtype == columns[name][i].dtype
+                wanted = [7, 0, 8, 3, 2]
+                own = one.read_columns([keys[i] for i in wanted])
+                assert own.lengths.tolist() == [len(rows[i]) if 1 < i < 8 else 0 for i in wanted]
+                for name, given in columns.items():
+                    np.testing.assert_array_equal(own.arrays[name], np.concatenate([given[i] for i in (7, 3, 2)]))
+        space.compact(waste=0.0, grace=0.0)
+        entry = self.reopened(url).get(keys[6:7])[0]
+        assert entry is not None
+        for name, array in entry.columns.items():
+            np.testing.assert_array_equal(array, columns[name][6])
+        assert space.verify().intact
+
     @pytest.mark.parametrize(
         ("dtype", "relative"),
         [

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, SINKS, VERSION_NAME
+from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, SCHEMA_NAME, SINKS, VERSION_NAME
 from actcache.admin.inspection import Progress
-from actcache.entries.entry import columns_of
 from actcache.errors import DataError, ShapeError, UsageError, requires_extra
 from actcache.format import checksum
 from actcache.format.keys import Keys, key_array, key_list
-from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES, offsets_of, runs
+from actcache.format.ragged import OWN, TOKEN_IDS, VALUES, offsets_of, runs
 from actcache.format.safetensors import Described
 from actcache.io.newfile import check_new, new_file
 from actcache.reader.checks import check_present
@@ -84,9 +83,9 @@ def _write_arrays(
     lengths = space.lengths(keys)
     having = {name: int(space.has(name, keys).sum()) if len(keys) else 0 for name in OPTIONAL}
     columns = [VALUES, *(name for name, count in having.items() if count == len(keys) > 0)]
-    extras = [name for name in columns if name in EXTRAS]
+    extras = [name for name in columns if name not in (VALUES, TOKEN_IDS)]
     starts = offsets_of(lengths)
-    recipe, of = space.recipe, columns_of(space.recipe)
+    recipe, of = space.recipe, space.ragged
     described: list[Described] = [
         ("offsets", np.dtype(np.int64), (len(keys) + 1,)),
         ("checksums", np.dtype(np.uint64), (len(keys),)),
@@ -95,6 +94,8 @@ def _write_arrays(
         *((name, np.dtype(of[name][0]), (int(starts[-1]), *of[name][1])) for name in columns),
     ]
     metadata = {VERSION_NAME: str(recipe.format_version), RECIPE_NAME: json.dumps(recipe.to_json())}
+    if OWN in columns and space.schema is not None:
+        metadata[SCHEMA_NAME] = space.schema.dumps().decode()
     seed = checksum.space_seed(recipe.fingerprint, recipe.dtype, recipe.hidden_size)
     with SINKS[suffix](path, described, metadata) as sink:
         sink.write("offsets", starts)

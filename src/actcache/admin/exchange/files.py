@@ -21,17 +21,18 @@ from numpy.typing import NDArray
 
 from actcache.errors import DataError, FormatError
 from actcache.format import safetensors
-from actcache.format.ragged import EXTRAS, TOKEN_IDS, VALUES
+from actcache.format.ragged import EXTRAS, OWN, TOKEN_IDS, VALUES
 from actcache.format.safetensors import Described
 
 VERSIONS = ("1", "2")  # see ``Recipe.format_version``
 VERSION_NAME, RECIPE_NAME = "actcache_export", "recipe"
+SCHEMA_NAME = "schema"  # of the caller's own columns, where there are any
 
 PARQUET = ".parquet"  # how the names of files end that hold no activations
 PART_BYTES = 16 << 20  # of rows that are read at a time
 
 #: The ragged arrays besides ``values``.
-OPTIONAL = (TOKEN_IDS, *sorted(EXTRAS))
+OPTIONAL = (TOKEN_IDS, *sorted((*EXTRAS, OWN)))
 
 
 # --- writing, piece by piece, rows of all arrays in turn --------------------------------------------------------------

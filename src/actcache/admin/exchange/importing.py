@@ -13,14 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.admin.exchange import files
-from actcache.admin.exchange.files import OPTIONAL, PARQUET, PART_BYTES, RECIPE_NAME, VERSION_NAME, VERSIONS
+from actcache.admin.exchange.files import (
+    OPTIONAL,
+    PARQUET,
+    PART_BYTES,
+    RECIPE_NAME,
+    SCHEMA_NAME,
+    VERSION_NAME,
+    VERSIONS,
+)
 from actcache.admin.inspection import Progress
 from actcache.entries.entry import columns_of
 from actcache.errors import FormatError, FormatVersionError, UsageError
 from actcache.format import checksum, safetensors
+from actcache.format.columns import Schema
 from actcache.format.keys import key_list
-from actcache.format.ragged import EXTRAS, VALUES, check_offsets, offsets_of, row_indices, runs
+from actcache.format.ragged import OWN, TOKEN_IDS, VALUES, check_offsets, offsets_of, row_indices, runs
 from actcache.format.recipe import Recipe
+from actcache.store.space import Space
 from actcache.store.store import Store
 
 _MAX_RECIPE = 1 << 20  # bytes
@@ -46,6 +56,7 @@ class _File:
     checksums: NDArray[np.uint64]  # [n]
     extra_checksums: NDArray[np.uint64] | None  # [n]
     columns: dict[str, NDArray[Any]]  # the ragged arrays, mapped
+    schema: Schema | None  # of the caller's own columns
 
 
 def import_file(store: Store, path: Path, *, progress: Progress | None = None) -> Imported:
@@ -75,7 +86,8 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
             which = run.start + np.flatnonzero(right)
             if space is None and len(which):
                 space = stack.enter_context(store.space(recipe))
-            if space is not None:
+            if space is not None and len(which):
+                _declare(space, file.schema, path)
                 rows = row_indices(begins[which], lengths[which], None)
                 some = {name: column[rows] for name, column in file.columns.items()}
                 count += space.put_stored(file.keys[which], some, offsets_of(lengths[which]))
@@ -84,6 +96,15 @@ def import_file(store: Store, path: Path, *, progress: Progress | None = None) -
         if space is not None:
             space.flush()
     return Imported(recipe.fingerprint, len(file.keys), count, corrupt)
+
+
+def _declare(space: Space, schema: Schema | None, path: Path) -> None:
+    """Have the space's own columns be those of the file."""
+    if schema is not None and (found := space.declare(schema)) != schema:
+        theirs, ours = ", ".join(schema.names), ", ".join(found.names)
+        raise UsageError(
+            f"{path} has other columns of its own ({theirs}) than the space ({ours}): import it into another store"
+        )
 
 
 def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]]]:
@@ -98,8 +119,10 @@ def _arrays_of(path: Path) -> tuple[Mapping[str, str], Mapping[str, NDArray[Any]
     except FileNotFoundError:
         raise UsageError(f"cannot read {path}: there is no such file") from None
     metadata = {}
-    for name in (VERSION_NAME, RECIPE_NAME):
+    for name in (VERSION_NAME, RECIPE_NAME, SCHEMA_NAME):
         text = arrays.pop(name, None)
+        if text is None and name == SCHEMA_NAME:
+            continue
         if text is None or text.dtype != np.uint8 or text.ndim != 1 or len(text) > _MAX_RECIPE:
             raise FormatError(f"{path} was not written by cachectl export: it has no {name}")
         metadata[name] = text.tobytes().decode(errors="replace")
@@ -116,7 +139,11 @@ def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArr
         recipe = Recipe.from_json(json.loads(metadata[RECIPE_NAME]))
         of = columns_of(recipe)
         columns = [VALUES, *(name for name in OPTIONAL if name in arrays)]
-        extras = any(name in EXTRAS for name in columns)
+        extras = any(name not in (VALUES, TOKEN_IDS) for name in columns)
+        schema = None
+        if OWN in columns:
+            schema = Schema.loads(metadata[SCHEMA_NAME].encode(), str(path))
+            of = {**of, OWN: ("|u1", (schema.width,))}
         count, rows = len(arrays["keys"]), len(arrays[VALUES])
         expected: dict[str, tuple[str, tuple[int, ...]]] = {
             "keys": ("|u1", (count, 32)),
@@ -138,4 +165,4 @@ def _checked(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, NDArr
     check_offsets(offsets, len(keys), rows, str(path))
     extra_sums = np.array(arrays["extra_checksums"]) if extras else None
     ragged = {name: arrays[name] for name in columns}
-    return _File(recipe, keys, offsets, np.array(arrays["checksums"]), extra_sums, ragged)
+    return _File(recipe, keys, offsets, np.array(arrays["checksums"]), extra_sums, ragged, schema)

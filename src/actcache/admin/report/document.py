@@ -15,8 +15,7 @@ from actcache.admin.display import attributes_as_json, fields_as_json
 from actcache.admin.inspection import each_space, select_spaces
 from actcache.admin.report.spaces import stem_of
 from actcache.admin.report.statistics import Numbers, Statistics
-from actcache.backend import EXTRAS, TOKEN_IDS, StoredFile
-from actcache.entries.entry import columns_of
+from actcache.backend import VALUES, StoredFile
 from actcache.entries.read import read_intact
 from actcache.errors import MissingEntryError, UsageError
 from actcache.format.keys import KEY_BYTES, Windows, document_key, key_list
@@ -55,7 +54,7 @@ class EntryReport:
     intact: bool
     statistics: Statistics | None = None
     token_ids: list[int] | None = None
-    extras: dict[str, list[Any]] | None = None  # spans, word_ids, type_ids: those that were stored
+    extras: dict[str, list[Any]] | None = None  # spans, word_ids, type_ids, the caller's own: those that were stored
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -169,8 +168,8 @@ def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Windo
     listed = {stem_of(name): name for name in segments_in(files, space.recipe.fingerprint)}
     stem = names[int(which[0])] if which[0] >= 0 else None
     tokens, checksum, _ = space.stored_checksums([key])[0].tolist()
-    columns = columns_of(space.recipe)
-    more = [columns[name] for name in (TOKEN_IDS, *EXTRAS) if space.has(name, [key])[0]]
+    columns = space.ragged
+    more = [columns[name] for name in columns if name != VALUES and space.has(name, [key])[0]]
     row_bytes = space.recipe.row_bytes + sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in more)
     where = None if stem is None else listed.get(stem, stem)
     report = EntryReport(space.recipe, key, window, tokens, tokens * row_bytes, where, checksum, intact=False)
@@ -184,5 +183,5 @@ def _entry(space: Space, files: dict[str, StoredFile], key: bytes, window: Windo
         intact=True,
         statistics=numbers.statistics(),
         token_ids=None if entry.token_ids is None else entry.token_ids.tolist(),
-        extras={name: rows.tolist() for name, rows in entry.extras.items()},
+        extras={name: rows.tolist() for name, rows in (entry.extras | entry.columns).items()},
     )

@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id",), 1),
     **dict.fromkeys(("eos_token_id",), 2),
 }
+_LATENT = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 _MARK = "coverage of "  # begins a line of a child's output that is a result
 _TIMM = ("timm_backbone", "timm_wrapper")
 
@@ -220,16 +222,23 @@ def examined(model_type: str) -> dict[str, Any]:
         "exact": False,
         "cuts": [],
     }
-    try:
-        model = tiny(model_type)
-        result["kind"] = kind_of(model)
-        if result["kind"] is None:
-            raise ValueError(f"takes {getattr(model, 'main_input_name', None)}")
-        documents = inputs_of(model)
-        _runs(model, documents)
-    except Exception as error:
-        result["why"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    for sizes in variants():
+        try:
+            model = tiny(model_type, sizes)
+            result["kind"] = kind_of(model)
+            if result["kind"] is None:
+                raise ValueError(f"takes {getattr(model, 'main_input_name', None)}")
+            documents = inputs_of(model)
+            _runs(model, documents)
+            break
+        except TimeoutError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            result.setdefault("why", what)
+    else:
         return result
+    result.pop("why", None)
     result["built"] = True
     result["cuts"] = cuts(model, documents)
     result["served"] = all("why" not in cut for cut in result["cuts"])
@@ -238,12 +247,23 @@ def examined(model_type: str) -> dict[str, Any]:
     return result
 
 
-def tiny(model_type: str) -> Any:
+def variants() -> Iterator[dict[str, Any]]:
+    """Yield sizes to try, for configurations in which some do not go together."""
+    yield SIZES
+    yield {name: value for name, value in SIZES.items() if name not in ("head_dim", *_LATENT)}
+    wide = {name: 256 if value == _WIDTH else 2 if value == _HEADS else value for name, value in SIZES.items()}
+    yield {name: value for name, value in wide.items() if name not in ("head_dim", "d_kv", "d_head", *_LATENT)}
+    few = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    yield {name: SIZES[name] for name in (*few, "intermediate_size", "initializer_range", "pad_token_id")}
+    yield {**SIZES, "num_heads": 8, "n_mamba_heads": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_num_heads": 8}
+
+
+def tiny(model_type: str, sizes: dict[str, Any]) -> Any:
     """Return a tiny random model of a type, in eval mode."""
     import torch
     from transformers import AutoConfig, AutoModel
 
-    config = tiny_config(type(AutoConfig.for_model(model_type)))
+    config = tiny_config(type(AutoConfig.for_model(model_type)), sizes)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModel.from_config(config).parameters())
     if size > MOST_PARAMETERS:
@@ -257,18 +277,16 @@ def tiny(model_type: str) -> Any:
     return model.float()
 
 
-def tiny_config(cls: Any, depth: int = 0) -> Any:
+def tiny_config(cls: Any, sizes: dict[str, Any], depth: int = 0) -> Any:
     """Return a configuration with small sizes, and so its parts."""
     default = cls()
     names = set(vars(default)) | set(getattr(cls, "attribute_map", {}))
-    options = {
-        name: value for name, value in SIZES.items() if name in names and _alike(getattr(default, name, None), value)
-    }
+    options = {name: value for name, value in sizes.items() if name in names and _alike(vars(default).get(name), value)}
     for name, part in (getattr(cls, "sub_configs", None) or {}).items():
         there = getattr(default, name, None)
         kind = type(there) if hasattr(there, "to_dict") else part
         if depth < 3 and hasattr(there, "to_dict") and hasattr(kind, "model_type"):
-            options[name] = tiny_config(kind, depth + 1)
+            options[name] = tiny_config(kind, sizes, depth + 1)
     for attempt in (options, {name: value for name, value in options.items() if name != "head_dim"}):
         try:
             return cls(**attempt)
@@ -344,9 +362,16 @@ def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     names = inspect.signature(model.forward).parameters
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
         given.setdefault("decoder_input_ids", torch.full((next(iter(inputs.values())).shape[0], 3), 5))
+    if "use_cache" in names:
+        given.setdefault("use_cache", False)
     with torch.no_grad():
         output = model(**given)
-    return {n: v for n, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    found = {}
+    for name, value in output.items():
+        several = value if isinstance(value, tuple) and "past" not in name else (value,)
+        found |= {f"{name}.{i}": one for i, one in enumerate(several) if isinstance(one, torch.Tensor)}
+    # What a sound's convolutions give is of the lower half: a reduced model has that of the input it is given.
+    return {n: v for n, v in found.items() if v.is_floating_point() and not n.startswith("extract_features")}
 
 
 def cuts(model: Any, documents: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import actcache
 from actcache.admin import report
 from actcache.admin.report.statistics import Numbers
 from actcache.errors import UsageError
-from actcache.format import codec
+from actcache.format.codecs import floats
 from tests.cli.inspected import COUNT, NAME, damage, filled, strict
 from tests.cli.running import cachectl
 from tests.support import compact, key, make_store, put, recipe, rows, segment_files
@@ -125,7 +125,7 @@ def test_what_is_corrupt_is_named_and_left_out(store):
 
 
 def test_what_is_no_number_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(codec, "_all_finite", lambda rows: True)
+    monkeypatch.setattr(floats, "_all_finite", lambda rows: True)
     values = np.ones((5, 8), np.float32)
     values[0, :3], values[1, 0], values[2, 0], values[3] = np.nan, np.inf, -np.inf, 0
     with actcache.open(tmp_path / "store") as opened, opened.space(recipe()) as space:

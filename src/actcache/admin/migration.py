@@ -112,10 +112,10 @@ def migrate(
     for collision in collisions(source, target.url, prefixes=prefixes, dtype=dtype):
         raise UsageError(f"{collision}: name one of them in prefixes, and give the other another target")
 
-    if dtype is not None and not force:
+    if codec.is_name(dtype) and not force:
         for fingerprint in select_spaces(source, prefixes):
             with suppress(DataError):
-                _check_loss(source.recipe(fingerprint), dtype)
+                _check_loss(source.recipe(fingerprint), str(dtype))
 
     def copy(space: Space) -> SpaceMigration:
         with target.space(_recipe_for(space.recipe, dtype), segment_bytes=segment_bytes) as other:

@@ -14,7 +14,7 @@ import json
 import sys
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,10 @@ class Family:
         """Whether layers take ``[tokens, batch, hidden]``."""
         return self.found is not None and self.found.time_first
 
-    def layers_of(self, base_model: nn.Module) -> nn.ModuleList:
+    def layers_of(self, base_model: nn.Module) -> nn.ModuleList | nn.Sequential:
         """Return a base model's layers; raises ``UnsupportedModelError`` where they are no ``ModuleList``."""
         layers = self._find(base_model, self.layers + "?")
-        if not isinstance(layers, nn.ModuleList):
+        if not isinstance(layers, nn.ModuleList) and not (self.found and isinstance(layers, nn.Sequential)):
             raise UnsupportedModelError(
                 f"family {self.name!r} looks for the layers of a {type(base_model).__name__} at {self.layers!r}; there "
                 "is no list of layers"
@@ -132,7 +132,10 @@ class Family:
         """
         if isinstance(base_model, PreTrainedModel) and base_model.main_input_name != "input_ids":
             return {}  # a decoder's, which no image or audio goes through
-        words = base_model.get_input_embeddings() if isinstance(base_model, PreTrainedModel) else None
+        try:
+            words = base_model.get_input_embeddings() if isinstance(base_model, PreTrainedModel) else None
+        except (NotImplementedError, AttributeError):  # of what takes no words
+            return {}
         lower = {id(module) for part in self.embeddings_of(base_model).values() for module in part.modules()}
         users = {
             path: module
@@ -215,6 +218,21 @@ class Family:
             raise UnsupportedModelError(
                 f"family {self.name!r} looks for a part of a {type(base_model).__name__} at {path!r}; there is none"
             ) from None
+
+
+#: Fields that say how a model is replayed, which is for the proof to say.
+_WAY = ("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size")
+
+
+def way_in(family: Family) -> dict[str, Any]:
+    """Return how a proved family is replayed, as JSON values; ``way_of`` is the inverse."""
+    return {name: getattr(family, name) for name in _WAY}
+
+
+def way_of(family: Family, way: dict[str, Any]) -> Family:
+    """Return a family that is replayed in a way that was proved before."""
+    values: dict[str, Any] = {name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY}
+    return replace(family, proved=True, **values)
 
 
 _FAMILIES: dict[str, Family] = {}

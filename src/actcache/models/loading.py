@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from actcache.errors import FormatError, LowerHalfMismatchError, ModelError, UsageError
 from actcache.format.recipe import Recipe
-from actcache.models.families import Family, base_model_of, is_registered
+from actcache.models.families import Family, base_model_of, family_of, is_registered, way_of
 from actcache.models.replay import reduce
 from actcache.models.saving import DESCRIPTION_NAME, VERSION, WEIGHTS_NAME
 from actcache.models.sites import LAST
@@ -74,7 +74,9 @@ def load_reduced(
         with torch.random.fork_rng(devices=[]), initialized:
             full = kind._from_config(config, dtype=_main_dtype(state) if wanted == "auto" else wanted, **options)
         full.eval().tie_weights()
-        reduced = reduce(full, what["layer"] if what["layer"] == LAST else int(what["layer"]))
+        way = what.get("way")  # what was proved when it was reduced; these weights prove nothing yet
+        family = None if way is None else way_of(family_of(base_model_of(full)), way)
+        reduced = reduce(full, what["layer"] if what["layer"] == LAST else int(what["layer"]), family)
         if what["adapters"] is not None:
             insert_adapters(reduced, AdapterSpec.from_json(what["adapters"]))
         for first, *others in what["tied"]:

@@ -30,7 +30,7 @@ from actcache.models import memo
 from actcache.models.canary import TOLERANCE as CANARY_TOLERANCE
 from actcache.models.canary import relative_error
 from actcache.models.discovery import small_inputs, some_tokens, takes
-from actcache.models.families import Family, base_model_of
+from actcache.models.families import Family, base_model_of, way_in, way_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.lower_state import covered
 from actcache.models.modes import LeftAsItWas, evaluating
@@ -46,7 +46,6 @@ _MANY = 96  # documents of eight tokens in one batch
 _LONGEST = 1024  # tokens of the long document where nothing says how long documents may be
 _OPERATIONS = 2 * 10**11  # tokens times weights that a long document may cost on a CPU: a few seconds
 _MEMO, _VERSION = "proofs", 1
-_WAY = ("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size")
 _proofs: dict[str, Any] = {}  # what was proved in this process
 _DECODED = 3  # tokens that an encoder-decoder's decoder is given
 _GRADIENT_NUMBERS = 1 << 20  # of a parameter whose gradients are compared
@@ -184,17 +183,6 @@ def of_replay(task_model: PreTrainedModel, family: Family, layer: int, build: Bu
     return found
 
 
-def way_in(family: Family) -> dict[str, Any]:
-    """Return how a proved family is replayed, as JSON values; ``way_of`` is the inverse."""
-    return {name: getattr(family, name) for name in _WAY}
-
-
-def way_of(family: Family, way: dict[str, Any]) -> Family:
-    """Return a family that is replayed in a way that was proved before."""
-    values: dict[str, Any] = {name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY}
-    return replace(family, proved=True, **values)
-
-
 def _key(what: str, model: PreTrainedModel, where: int | str, more: list[Any]) -> str | None:
     """Return the name under which a proof is remembered; None where it is of this very model only."""
     modules = list(model.modules())
@@ -267,7 +255,8 @@ def _unusable(model: nn.Module, kept: set[int]) -> Iterator[None]:
                     if tensor is None or not plain or id(tensor) in kept or not tensor.is_floating_point():
                         continue
                     before.append((tensors, name, tensor))
-                    nothing: Any = torch.full((), math.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+                    nan = torch.full((), math.nan, dtype=tensor.dtype, device=tensor.device)
+                    nothing: Any = nan.expand(tensor.shape)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     tensors[name] = nn.Parameter(nothing, requires_grad=False) if is_parameter else nothing
         yield

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError
-from actcache.models.families import Family, base_model_of
+from actcache.models.families import Family, base_model_of, way_in
 from actcache.models.sites import LAST
 from actcache.models.tensors import dtype_name, set_parameter, unshared
 from actcache.models.training.adapters import insert_adapters, spec_of
@@ -52,6 +52,7 @@ def save(
         "task_class": task_class_of(reduced).__name__,
         "config": {**config, "architectures": [task_class_of(reduced).__name__]},
         "layer": reduced.actcache_layer,
+        "way": None if reduced.actcache_family.found is None else way_in(reduced.actcache_family),
         "recipe": None if recipe is None else recipe.to_json(),
         "adapters": None if spec is None else asdict(spec),
         "tied": _tied(reduced),
@@ -159,7 +160,9 @@ def guard_of(reduced: Any) -> str:
     layers = family.layers_of(base)
     path = next(path for path, module in reduced.named_modules() if module is layers)
     matrix = next(name for name, weight in layers[reduced.actcache_layer].named_parameters() if weight.ndim == 2)
-    return f"{path}.0.{matrix}"
+    there = reduced.state_dict()
+    numbers = [i for i in range(reduced.actcache_layer) if f"{path}.{i}.{matrix}" not in there]
+    return f"{path}.{numbers[0]}.{matrix}" if numbers else f"{path}.0.actcache_guard"  # a first layer may be kept
 
 
 def guard_in(task_model: PreTrainedModel, family: Family) -> str:

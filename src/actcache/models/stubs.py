@@ -112,7 +112,13 @@ class EmbeddingStub(nn.Module):
         except AttributeError:
             if name in ("word_embeddings", "tok_embeddings"):  # where get_input_embeddings() looks
                 return self
+            if name == "weight":  # of which models ask the device and the dtype
+                return self.zero
             raise
+
+
+#: Attributes of a layer that are not its stand-in's.
+_OWN = ("training", "gradient_checkpointing", "tuple_arity", "injected", "time_first", "beside")
 
 
 class PassThrough(nn.Module):
@@ -135,7 +141,8 @@ class PassThrough(nn.Module):
         super().__init__()
         self.tuple_arity, self.injected, self.time_first, self.beside = tuple_arity, injected, time_first, beside
         for name, value in vars(layer).items():
-            if isinstance(value, str | int) and name not in ("training", "gradient_checkpointing"):
+            plain = isinstance(value, str | int | float | list | tuple | dict | None) or hasattr(value, "to_dict")
+            if plain and not name.startswith("_") and name not in _OWN:
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from actcache.backend import GRACE_SECONDS, VALUES, Block, BytesDone, Columns, Compaction, EntryLocations
 from actcache.errors import DataError, FormatError, SegmentGoneError, StoreError
 from actcache.format.keys import KEY_BYTES
-from actcache.format.ragged import OWN, PAYLOAD, Origins, Pieces, offsets_of, runs
+from actcache.format.ragged import OWN, PAYLOAD, Column, Origins, Pieces, offsets_of, runs
 from actcache.segments.catalog import Catalog
 from actcache.segments.index import Table
 from actcache.segments.places.place import Place
@@ -156,7 +156,7 @@ class Merger:
 
         origins, extra = _origins(group, standing)
         values = Pieces(np.dtype(dtype), (int(rows.tokens.sum()), *trailing), make)
-        ragged: dict[str, Any] = {self._name: values, **self._small}
+        ragged: dict[str, Column] = {self._name: values, **self._small}
         bounds = offsets_of(rows.tokens) if self._name == PAYLOAD else None
         self.block = Block(keys, offsets_of(located.tokens), located.checksums, ragged, extra, origins, bounds)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -32,10 +34,16 @@ settings.register_profile("long", max_examples=2000, deadline=None)
 settings.load_profile("everyday")
 
 
+LISTED = (Path(__file__).parent / "long_run.txt").read_text(encoding="utf-8").splitlines()
+REPEATED = re.compile("|".join(["(?!)", *(line for line in LISTED if line and not line.startswith("#"))]))
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a class that names its ``everyday`` tests, all others are for the long run."""
+    """Of a class that names its ``everyday`` tests, all others are for the long run; so is what long_run.txt lists."""
     for item in items:
+        if REPEATED.match(item.nodeid.removeprefix("tests/")):
+            item.add_marker(pytest.mark.long)
         everyday = getattr(getattr(item, "cls", None), "everyday", None)
         if everyday is not None and item.originalname not in everyday:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.long)

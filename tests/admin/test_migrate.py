@@ -279,7 +279,7 @@ def test_the_command(sources, tmp_path):
     assert done["spaces"][[s["source"] for s in done["spaces"]].index(recipe().fingerprint)]["digest"] in text
     assert "no store" in cachectl("migrate", tmp_path / "none", tmp_path / "made").refused(3)
     assert not (tmp_path / "made").exists()
-    assert "dtype" in cachectl("migrate", url, tmp_path / "new", "--dtype", "int3").refused(2)
+    assert "no codec 'int3'" in cachectl("migrate", url, tmp_path / "new", "--dtype", "int3").refused(2)
     with pytest.raises(UsageError), actcache.open(url, "r") as store:
         migrate(store, store, prefixes=["nothing"])
 

@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_an_exit_code(corpus, fill, tmp_path):
     assert "no store" in refused(cachectl("inspect", notes), 3)
     assert "upgrade actcache" in refused(cachectl("inspect", newer), 4)
     assert "installed are" in refused(cachectl("inspect", "tape:./x"), 2)
-    assert "1..3" in refused(fill(tmp_path / "s", corpus, "--layer", 6), 2)
+    assert "layers 1..4" in refused(fill(tmp_path / "s", corpus, "--layer", 6), 2)
     assert "float16" in refused(fill(tmp_path / "s", corpus, "--dtype", "float12"), 2)
     assert "cannot read" in refused(fill(tmp_path / "s", tmp_path / "absent.txt"), 2)
     assert "'body'" in refused(fill(tmp_path / "s", "-", "--field", "body", text='{"text": "a"}\n'), 2)

@@ -91,8 +91,10 @@ def test_a_space_that_cannot_be_read_hides_nothing_else(wrong, store, tmp_path):
     assert (tree.code, f"space {bad[:12]}  unreadable" in tree.out) == (0, True)
 
 
-@pytest.mark.parametrize("field", ["hidden_size", "max_length", "layer"])
-@pytest.mark.parametrize("value", [2**31, 10**30, 0, -1])
+SIZES = [(field, value) for field in ("hidden_size", "max_length", "layer") for value in (2**31, 10**30, 0, -1)]
+
+
+@pytest.mark.parametrize(("field", "value"), [size for size in SIZES if size != ("layer", 0)])  # which there is
 def test_a_recipe_with_impossible_sizes_is_named(field, value, store):
     path = store / "spaces" / NAME / "recipe.json"
     description = json.loads(path.read_text())
@@ -100,7 +102,7 @@ def test_a_recipe_with_impossible_sizes_is_named(field, value, store):
     path.write_text(json.dumps(description))
     for command in (["inspect"], ["inspect", "--space", NAME], ["ls", "--tree"], ["verify"]):
         result = cachectl(command[0], store, *command[1:], "--json")
-        assert "no whole number from 1" in strict(result)["unreadable"][NAME]
+        assert f"no whole number from {0 if field == 'layer' else 1}" in strict(result)["unreadable"][NAME]
     assert "1 cannot be read" in cachectl("inspect", store, "--text", "a").refused(3)
 
 

@@ -276,22 +276,6 @@ def test_what_cannot_be_is_refused() -> None:
     model.config._attn_implementation_internal = "paged|sdpa"
     with pytest.raises(UnsupportedModelError, match="paged"):
         LowerHalf(model, family_of(model), LAYER)
-    both = transformers.AutoModel.from_config(
-        transformers.Gemma3Config(
-            text_config=dict(KINDS["gemma3"].options),
-            vision_config={
-                "hidden_size": 8,
-                "intermediate_size": 8,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 1,
-                "image_size": 4,
-                "patch_size": 2,
-            },
-            mm_tokens_per_image=1,
-        )
-    )
-    with pytest.raises(UnsupportedModelError, match="'gemma3'"):
-        reduce(both, 1)
 
 
 def test_hidden_states_keep_their_numbers_in_every_family() -> None:

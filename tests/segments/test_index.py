@@ -37,7 +37,7 @@ def a_segment(name: str, tokens: int) -> Segment:
         "offsets": Extent("", 0, "<i8", (2,)),
         "checksums": Extent("", 0, "<u8", (1,)),
     }
-    return Segment(nowhere(name), name, extents, 1)
+    return Segment(nowhere(name), name, extents, 1, tokens=tokens)
 
 
 def nowhere(name: str) -> LocalSegment:

@@ -61,7 +61,10 @@ class KeptStatistics:
         """Look at entries that were just published, while their rows are in memory."""
         rows = block.columns[VALUES]
         if isinstance(rows, np.ndarray):
-            part = Part(block.checksums.copy(), self._moments(rows))
+            try:
+                part = Part(block.checksums.copy(), self._moments(rows))
+            except FormatError:  # rows that no codec of ours made: whoever reads them is told
+                return
             with self._lock:
                 self._held.append(part)
                 full = len(self._held) >= _MOST_HELD

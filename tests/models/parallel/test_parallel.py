@@ -336,7 +336,7 @@ def test_a_worker_reports_what_it_cannot_do(tiny, tmp_path, monkeypatch):  # noq
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     ours, theirs = multiprocessing.Pipe()
-    job = Job(str(tmp_path / "s"), str(tmp_path / "none"), (1,), 1024, None)
+    job = Job(str(tmp_path / "s"), str(tmp_path / "none"), [1], [], 1024, None)
     said = worker._result(theirs, job, "cpu", 0, threads, None, worker._Stop())
     assert isinstance(said, Failed)
     assert said.kind is ModelError

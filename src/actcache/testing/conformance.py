@@ -1,4 +1,4 @@
-"""The suite that every backend has to pass, a third party's too.
+"""The suite that every backend has to pass, a third party's too::
 
     class TestMine(BackendConformance):
         @pytest.fixture

@@ -11,17 +11,16 @@ such a buffer, as the reader says and as was counted. The target is a ratio of 0
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from actcache.admin.benchmark.corpus import SHAPES, Documents, Shape, StoredCorpus
+from actcache.admin.benchmark.corpus import Documents, Shape, StoredCorpus
 from actcache.admin.benchmark.rounds import Spread, take_turns
 from actcache.store.space import Space
+from bench import each_store
 from bench.caches import drop_caches
 from bench.report import Cell, Report
 
@@ -29,26 +28,11 @@ TARGET = 0.8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="paper,short", help="paper (60-512 tokens x 768), short (8-48 x 384)")
-    parser.add_argument("--backends", default="hdf5", help="hdf5, zarr, lmdb, safetensors")
+    parser = each_store.arguments(__doc__)
     parser.add_argument("--mode", default="warm", choices=("warm", "cold"))
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the corpus")
     parser.add_argument("--buffers", default="64MiB,256MiB", help="bytes of rows that are mixed at once")
     parser.add_argument("--batch", type=int, default=4096, help="rows of a batch")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dir", type=Path, help="where to put the corpus (removed afterwards)")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
-    report = Report()
-    for shape in (SHAPES[name] for name in options.shape.split(",")):
-        for backend in options.backends.split(","):
-            folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))
-            try:
-                compare(shape, backend, folder, options, report)
-            finally:
-                shutil.rmtree(folder)
-    report.save(options.json)
+    each_store.run(parser.parse_args(), compare)
 
 
 def compare(shape: Shape, backend: str, folder: Path, options: argparse.Namespace, report: Report) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 import actcache
 from actcache.admin.benchmark.rounds import Spread
+from actcache.io import loops
 from actcache.io.workers import available_cpus
 
 Cell = str | float | Spread | None
@@ -33,6 +34,8 @@ class Report:
         self._tables: list[dict[str, Any]] = []
         if self._load > 0.5:
             self.console.print(f"this machine is busy: its load was {self._load:.1f} before this benchmark began")
+        if loops.missing:
+            self.console.print(f"NumPy stands in for the compiled loops, ten times as slow: {loops.missing}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], decimals: int = 2) -> None:
         """Print one table; the first column names the row, None stands for nothing."""

@@ -1,9 +1,11 @@
-"""The index of a space: a table of entries sorted by key, searched for a whole batch in one native call.
+"""The index of a space: tables of entries sorted by key, searched for a whole batch in one native call.
 
 A table covers some segments. On disk it is a safetensors file that is mapped, not read: ten million entries open in
 milliseconds and cost no memory of their own. It can be rebuilt from the segments at any time, so it is never trusted: a
 wrong row or length is out of bounds or fails the entry's checksum, and a wrong key is a miss. The numbers of entries,
 by which tombstones name them, have a checksum of their own: a wrong one would bring back what was deleted.
+
+One file covers everything, or several do together, each of which says which ones it stands in for (``IndexFiles``).
 """
 
 from __future__ import annotations
@@ -57,6 +59,9 @@ class Table:
     row: NDArray[np.int64]
     tokens: NDArray[np.uint32]
     checksum: NDArray[np.uint64]
+    #: Names of the index files that this one makes unnecessary, and when that was, in seconds since 1970 by the clock
+    #: of its writer; None for one that covers all that there was, and makes all older ones unnecessary.
+    replaces: Mapping[str, float] | None = None
 
     def __len__(self) -> int:
         return len(self.prefix)
@@ -106,16 +111,18 @@ class Table:
 
     @classmethod
     def merged(cls, tables: Sequence[Table], keep: frozenset[str]) -> Table:
-        """Join tables, leaving out segments whose names are not in ``keep``."""
+        """Join tables, leaving out segments whose names are not in ``keep``; what stands in several is taken once."""
         segments: list[Segment] = []
+        wanted = set(keep)
         parts = []
         for table in tables:
-            kept = np.array([segment.name in keep for segment in table.segments], bool)
+            kept = np.array([segment.name in wanted for segment in table.segments], bool)
             which = kept[table.segment] if not kept.all() else slice(None)
             arrays = {name: array[which] for name, array in table._arrays().items()}
             arrays["segment"] = (len(segments) + np.cumsum(kept) - 1).astype(np.uint32)[arrays["segment"]]
             parts.append(cls(table.segments, table.origins, **arrays))
-            segments += [segment for segment in table.segments if segment.name in keep]
+            segments += [segment for segment in table.segments if segment.name in wanted]
+            wanted.difference_update(segment.name for segment in table.segments)
         return cls._sorted(tuple(segments), parts)
 
     @classmethod
@@ -144,7 +151,11 @@ class Table:
         arrays = self._arrays()
         described = {"segments": [segment.to_json() for segment in self.segments], "origins": self.origins}
         texts = {name: json.dumps(value, separators=(",", ":")) for name, value in described.items()}
-        safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": _checksum(texts, arrays)})
+        metadata = {"actcache_index": VERSION, **texts, "checksum": _checksum(texts, arrays)}
+        if self.replaces is not None:
+            text = json.dumps(dict(self.replaces), separators=(",", ":"))
+            metadata |= {"replaces": text, "replaces_checksum": xxhash.xxh3_64_hexdigest(text.encode())}
+        safetensors.write(path, arrays, metadata)
 
     @classmethod
     def open(cls, path: Path, access: Access, columns: Columns) -> Table:
@@ -165,7 +176,8 @@ class Table:
             origins = tuple(json.loads(metadata["origins"]))
             if not all(isinstance(origin, str) and is_name(origin) for origin in origins):
                 raise ValueError("origins that are no segments")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            replaces = _replaced(metadata)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path} is damaged: {error}") from None
         count = arrays["entry"].size
         for name, (dtype, trailing) in _ARRAYS.items():
@@ -175,7 +187,19 @@ class Table:
         for name, known in (("segment", len(segments)), ("origin", len(origins))):
             if count and int(arrays[name].max()) >= known:
                 raise FormatError(f"{path} is damaged: it counts more segments than it describes")
-        return cls(segments, origins, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
+        return cls(segments, origins, **{name: arrays[name] for name in _ARRAYS}, replaces=replaces)  # type: ignore[arg-type]
+
+
+def _replaced(metadata: Mapping[str, str]) -> dict[str, float] | None:
+    """Return which index files another one says that it replaces, None where it says nothing of that."""
+    if "replaces" not in metadata:
+        return None
+    if metadata["replaces_checksum"] != xxhash.xxh3_64_hexdigest(metadata["replaces"].encode()):
+        raise ValueError("what it says of other index files fails its checksum")
+    replaces = {str(name): float(when) for name, when in json.loads(metadata["replaces"]).items()}
+    if not all(map(is_name, replaces)):
+        raise ValueError("it replaces files that are no index")
+    return replaces
 
 
 def _checksum(texts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]) -> str:

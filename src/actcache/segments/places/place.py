@@ -24,6 +24,8 @@ class Place(ABC):
     """
 
     where: str  # the root, for messages
+    #: Whether it costs requests to look into a segment: an index file is then published along with each.
+    indexes_each: bool = False
 
     @abstractmethod
     def make(self) -> None:
@@ -47,6 +49,10 @@ class Place(ABC):
 
         Returns False where the name stands already and ``replace`` is False; it is left as it is.
         """
+
+    def publish_along(self, name: str, write: Callable[[Path], object]) -> None:
+        """Publish what tells of what was published just now: without another look whether the store stands."""
+        self.publish(name, write, replace=True)
 
     @abstractmethod
     def publish_bytes(self, name: str, data: bytes, *, replace: bool) -> bool:
@@ -73,6 +79,10 @@ class Place(ABC):
     @abstractmethod
     def segment(self, name: str) -> SegmentFiles:
         """Return access to a segment's files; nothing is read yet."""
+
+    def lost(self, folder: str) -> frozenset[str]:
+        """Return the names in a folder of segments that were found to be gone while they were read, each once."""
+        return frozenset()
 
     @abstractmethod
     def local_copy(self, name: str) -> Path:

@@ -47,6 +47,8 @@ class ObjectPlace(Place):
     those of docs/object-stores.md. Raises ``BackendError`` where the URL names no bucket, or an option is not known.
     """
 
+    indexes_each = True
+
     def __init__(self, url: str, commit: str, options: Mapping[str, Any]) -> None:
         target = opt.target(url, options)
         self.where = target.url
@@ -189,6 +191,9 @@ class ObjectPlace(Place):
     def rows(self, segments: list[Segment]) -> RowSource:
         return FetchedRows(self._session, self._blocks, segments, self._key_of)
 
+    def lost(self, folder: str) -> frozenset[str]:
+        return frozenset(name.rpartition("/")[2] for name in self._blocks.take_lost(f"{folder}/"))
+
     def _key_of(self, segment: Segment, file: str) -> str:
         name = segment.files.where.removeprefix(f"{self.where}/")
         return f"{name}/{file}" if file else name
@@ -233,6 +238,8 @@ class ObjectPlace(Place):
                 return 0
             if name.startswith("tombstones/"):
                 return 3
+            if name.startswith("index/"):  # else it would name what is not there any more
+                return 1
             return 1 if self._commit and key.endswith(f"/{self._commit}") else 2
 
         for now in range(4):

@@ -1,8 +1,8 @@
 """Requests, bytes and seconds that a space of many segments costs, which ``bench.objects --segments`` prints.
 
-The segments are put there directly, as their writers would have left them: a batch of entries of one token each. The
-listed states are: ``no index``, as the segments of a writer of before, who was killed; ``flushed``, what writers that
-flush a segment at a time leave when they are killed; ``indexed``, after a writer has closed the space.
+``flushed``: what writers that flush a segment at a time leave when they are killed: as many index files as there can
+be, made by the code that makes them; the rows of their segments are left away, which nothing here reads. ``no index``:
+segments alone, as a killed writer of a release before left them; their objects are put there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,14 +24,18 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 import actcache
-from actcache.backend import Block
+from actcache.backend import Block, SegmentFormat
+from actcache.format.keys import split_keys
 from actcache.format.ragged import offsets_of
+from actcache.segments.index import Table
+from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.client import Body, Client, Data, Head, Listing, Upload
 from actcache.segments.registry import load
 from actcache.segments.segment import metadata
 
 _PAGE = 1000  # names of one request for a listing
+_MOST_PUT = 1000  # segments whose objects are put there
 RECIPE = actcache.Recipe(model="bench", layer=1, hidden_size=4, dtype="float16")
 
 
@@ -145,29 +150,55 @@ def segment_name(number: int) -> str:
     return f"{number + 1:012x}-{uuid.UUID(int=number + 1).hex[-16:]}"
 
 
+def segment_file(folder: str, number: int, keys: NDArray[np.uint8]) -> Path:
+    """Write a segment's file."""
+    path = Path(folder) / f"{number}.safetensors"
+    format = load("safetensors")
+    assert isinstance(format, SegmentFormat)
+    format.write(path, block(keys), metadata(segment_name(number), RECIPE.fingerprint))
+    return path
+
+
 def put_segments(url: str, count: int, entries: int) -> None:
     """Put segments into the store's space, without telling anybody."""
-    actcache.open(url).space(RECIPE).close()
-    client, format = opt.target(url, {}).connect(), load("safetensors")
-    folder = f"spaces/{RECIPE.fingerprint}/segments"
+    client = opt.target(url, {}).connect()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(16) as pool:
         waiting = []
         for number in range(count):
-            name, path = segment_name(number), Path(made) / f"{number}"
-            written = block(rng.integers(0, 256, (entries, 32), np.uint8))
-            format.write(path, written, metadata(name, RECIPE.fingerprint))  # type: ignore[union-attr]
-            waiting.append(
-                pool.submit(client.put, f"{folder}/{name}.safetensors", path.read_bytes(), name, create=False)
-            )
+            path = segment_file(made, number, rng.integers(0, 256, (entries, 32), np.uint8))
+            name = segment_name(number)
+            key = f"spaces/{RECIPE.fingerprint}/segments/{name}.safetensors"
+            waiting.append(pool.submit(client.put, key, path.read_bytes(), name, create=False))
             path.unlink()
         for future in waiting:
             future.result()
     client.close()
 
 
-def measure(costs: Costs, url: str, segments: int, state: str, entries: int) -> None:
-    """Open the space to read, look some keys up, look again, and flush one more segment to it."""
+def put_index_files(space: Any, count: int, entries: int) -> None:
+    """Publish as many index files of so many segments as there can be: each a quarter of the one before."""
+    catalog = space._driver.catalog
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as made:
+        path = segment_file(made, 0, np.zeros((entries, 32), np.uint8))
+        template = catalog.open_segment(segment_name(0), LocalSegment(path))
+    sizes = [4**level for level in range(20) if (4 ** (level + 1) - 1) // 3 <= count]
+    sizes[-1] += count - sum(sizes)
+    for some in reversed(sizes):
+        done = sum(size for size in sizes if size > some)
+        names = [segment_name(number) for number in range(done, done + some)]
+        segments = tuple(replace(template, name=name, files=catalog._files_of(name)) for name in names)
+        prefix, rest = split_keys(rng.integers(0, 256, (some * entries, 32), np.uint8))
+        number = np.repeat(np.arange(some, dtype=np.uint32), entries)
+        entry = np.tile(np.arange(entries, dtype=np.uint32), some)
+        ones, row = np.ones(len(entry), np.uint32), entry.astype(np.int64)
+        table = Table(segments, tuple(names), prefix, rest, number, number, entry, row, ones, prefix)
+        catalog._index_also(Table.merged([table], frozenset(names)))
+
+
+def measure(costs: Costs, url: str, segments: int, state: str) -> None:
+    """Open the space to read, look some keys up, and look again."""
     rng = np.random.default_rng(segments)
     with costs.step(segments, state, "open to read"):
         store = actcache.open(url, "r")
@@ -187,6 +218,7 @@ def flush(costs: Costs, url: str, segments: int, state: str, entries: int) -> No
     rows: Any = [np.ones((1, RECIPE.hidden_size), np.float16)] * entries
     for step in ("first flush", "second flush"):
         keys = [actcache.document_key(f"{uuid.uuid4()}") for _ in range(entries)]
+        space.contains(keys)  # what is looked up first brings the index
         with costs.step(segments, state, step):
             space.put(keys, rows)
             space.flush()
@@ -199,10 +231,13 @@ def report(console: Console, bucket: str, counts: Sequence[int], entries: int) -
     costs = Costs(f"a space of many segments, {entries:,} entries each")
     with counted():
         for count in counts:
-            url = f"s3://{bucket}/many-{count}-{uuid.uuid4().hex[:8]}"
-            put_segments(url, count, entries)
-            measure(costs, url, count, "no index", entries)
-            flush(costs, url, count, "no index", entries)
-            measure(costs, url, count, "indexed", entries)
-            flush(costs, url, count, "indexed", entries)
+            for state in ("flushed", "no index") if count <= _MOST_PUT else ("flushed",):
+                url = f"s3://{bucket}/many-{count}-{uuid.uuid4().hex[:8]}"
+                with actcache.open(url) as store, store.space(RECIPE) as space:
+                    if state == "flushed":
+                        put_index_files(space, count, entries)
+                if state == "no index":
+                    put_segments(url, count, entries)
+                measure(costs, url, count, state)
+                flush(costs, url, count, state, entries)
     costs.show(console)

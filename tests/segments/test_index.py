@@ -252,6 +252,8 @@ def _with_metadata(path, good, **changes):
         else:
             header["__metadata__"][name] = value
     data = (header["__metadata__"]["segments"] + header["__metadata__"]["origins"]).encode()
+    texts = data + header["__metadata__"].get("replaces", "").encode()
+    header["__metadata__"]["texts_checksum"] = xxhash.xxh3_64_hexdigest(texts)
     for name in ("segment", "origin", "entry"):
         begin, end = header[name]["data_offsets"]
         data += good[8 + length + begin : 8 + length + end]

@@ -8,6 +8,7 @@ There, too, whatever deletes, moves or removes something goes by a listing, so t
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -109,13 +110,23 @@ class Catalog:
                 for table in tables
             ]
             dead = self.tombstones.deleted()
-            return SegmentedSnapshot(list(self.segments), tables, numbers, dead, self._rows, damaged)
+            again = functools.partial(self.snapshot, exact=exact)
+            return SegmentedSnapshot(list(self.segments), tables, numbers, dead, self._rows, damaged, again)
 
     def _look(self, exact: bool) -> tuple[tuple[list[str], dict[str, str], set[str]], bool]:
         """Find and cover the segments; what vanished meanwhile was replaced by one that the look may have missed."""
         names, listed = self._find(exact)
         damaged, gone = self._cover(names, listed)
-        return (names, damaged, gone), not gone
+        return (names, damaged, gone), not gone and (not exact or self._bring())
+
+    def _bring(self) -> bool:
+        """Have the arrays of the index here, as everything will be looked at; return whether they could be had."""
+        try:
+            for table in self._tables():
+                table.bring()
+        except SegmentGoneError:  # another writer has taken a file in meanwhile
+            return False
+        return True
 
     def _find(self, exact: bool) -> tuple[list[str], bool]:
         """Look at the index, and return the names of all segments and whether they were listed."""
@@ -288,8 +299,7 @@ class Catalog:
         fresh = [table, self._recent] if self._indexed else [table]
         try:
             merged = Table.merged(fresh, self._worth_naming(fresh))
-            smaller = self._index.smaller(merged)
-            tables = [merged, *smaller.values()]
+            smaller, tables = steady(lambda: self._taken_in(merged))
             merged = Table.merged(tables, self._worth_naming(tables))
             if merged.segments:
                 self._index.add(merged, smaller)
@@ -298,6 +308,19 @@ class Catalog:
             if self._journaled:
                 raise
             logger.warning("could not write the index of %s: %s", self.where, error)
+
+    def _taken_in(self, table: Table) -> tuple[tuple[dict[str, Table], list[Table]], bool]:
+        """Return the index files that a new one takes in, and all tables that it joins; whether they are all there."""
+        smaller = self._index.smaller(table)
+        tables = [table]
+        for other in smaller.values():
+            try:
+                other.bring()
+                tables.append(other)
+            except SegmentGoneError:  # another writer has taken it in meanwhile
+                self._index.refresh()
+                return ({}, [table]), False
+        return (smaller, tables), True
 
     def _worth_naming(self, tables: Collection[Table]) -> frozenset[str]:
         """Return which segments of some tables an index goes on naming.

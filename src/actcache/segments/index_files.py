@@ -16,7 +16,8 @@ from dataclasses import replace
 
 from actcache.backend import Columns
 from actcache.errors import FormatError, FormatVersionError
-from actcache.segments.index import Table
+from actcache.format import safetensors
+from actcache.segments.index import RemoteTable, Table, is_of_before
 from actcache.segments.places.place import Place, steady, unique_names
 from actcache.segments.segment import Access, next_name
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 _RATIO = 3
 _LEAST_BYTES = 64 << 10  # smaller files are taken in as if they had so many
 _SEGMENT_BYTES = 700  # of the description of a segment
+_AT_ONCE = 4 << 20  # bytes of a file that come with one request
+_MOST_HEADER = 64 << 20
 #: How long a file that was taken in stays, for readers that have listed it.
 _GRACE_SECONDS = 300.0
 
@@ -71,7 +74,9 @@ class IndexFiles:
                 continue
             table = known.get(name) or self._ignored.get(name)
             try:
-                table = table or Table.open(self._place.local_copy(self.path(name)), self._access, self._columns)
+                table = self._open(name) if table is None else table
+                if isinstance(table, RemoteTable) and table.damaged:
+                    raise FormatError(f"{self.path(name)} is damaged")
             except FileNotFoundError:  # another process has replaced it since it was listed
                 return ({**known, **found}, False), False
             except FormatError as error:
@@ -87,6 +92,31 @@ class IndexFiles:
         self.damaged &= self._listed - replaced
         whole = not self._ignored and not self._unread & self._listed - replaced
         return ({name: table for name, table in found.items() if name not in replaced}, whole), True
+
+    def _open(self, name: str) -> Table:
+        """Open an index file: map it, or read it at once where it is small; else its arrays come when they are needed.
+
+        Raises as ``Table.open``.
+        """
+        path = self.path(name)
+        where = f"{self._place.where}/{path}"
+        begins = self._place.beginning(path, _AT_ONCE)
+        if begins is None:
+            return Table.open(self._place.local_copy(path), self._access, self._columns)
+        data, size = begins
+        if len(data) == size:
+            return Table.loads(data, where, self._access, self._columns)
+        try:
+            length = safetensors.LENGTH_BYTES + safetensors.header_length(data, size, _MOST_HEADER)
+            if length > len(data):
+                data = (self._place.beginning(path, length) or begins)[0]
+            metadata, extents = safetensors.parse_header(data[safetensors.LENGTH_BYTES : length], size)
+        except ValueError as error:
+            raise FormatError(f"{where} is truncated or no index: {error}") from None
+        if is_of_before(metadata):
+            return Table.open(self._place.local_copy(path), self._access, self._columns)
+        shapes = {name: extent.shape for name, extent in extents.items()}
+        return RemoteTable(metadata, shapes, where, self._access, self._columns, lambda: self._place.local_copy(path))
 
     def covered(self) -> frozenset[str]:
         """Return the names of the segments that the files describe."""

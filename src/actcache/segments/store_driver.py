@@ -75,7 +75,7 @@ class StandingPlace(Place):
 
     make, names, read, sync_names, age = map(_passed, ("make", "names", "read", "sync_names", "age"))
     segment, local_copy, rows, listing, close = map(_passed, ("segment", "local_copy", "rows", "listing", "close"))
-    lost, publish_along = map(_passed, ("lost", "publish_along"))
+    lost, publish_along, beginning = map(_passed, ("lost", "publish_along", "beginning"))
     publish, publish_bytes, remove = map(_checked, ("publish", "publish_bytes", "remove"))
     move, remove_folder, sweep = map(_checked, ("move", "remove_folder", "sweep"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import uuid
 from collections import Counter
 from contextlib import suppress
@@ -154,6 +155,12 @@ def through(monkeypatch):
     return place
 
 
+@pytest.fixture
+def remote(monkeypatch):
+    """Have the arrays of every index file come when they are needed, as those of a large one do."""
+    monkeypatch.setattr(index_files, "_AT_ONCE", 512)
+
+
 def write(url, numbers, **options):
     with actcache.open(url) as store, store.space(recipe()) as space:
         put(space, numbers, **options)
@@ -211,7 +218,7 @@ def test_index_files_that_were_taken_in_go_after_a_while(plain_url, monkeypatch)
 # --- who sees what ---------------------------------------------------------------------------------------------------
 
 
-def test_two_writers_that_take_in_the_same_files(url):
+def test_two_writers_that_take_in_the_same_files(url, remote):
     """Both know the same files, and publish before they look again."""
     with actcache.open(url) as one, actcache.open(url) as other:
         first, second = one.space(recipe()), other.space(recipe())
@@ -239,7 +246,7 @@ def test_two_writers_that_take_in_the_same_files(url):
 
 
 @pytest.mark.parametrize("lag", [1, 3])
-def test_listings_that_lag(plain_url, through, lag):
+def test_listings_that_lag(plain_url, through, lag, remote):
     """Who has put something sees it; others later; and no index file loses what its writer could not see."""
     lagging = through(Lagging(lag))
     versions = {}
@@ -341,7 +348,9 @@ def one_of_both(space, before, then):
         pytest.param("zarr:", 2, marks=pytest.mark.long),
     ],
 )
-def test_a_writer_that_is_killed_at_any_write(format, step, after, through):
+@pytest.mark.parametrize("nbytes", [512, pytest.param(4 << 20, marks=pytest.mark.long)])
+def test_a_writer_that_is_killed_at_any_write(format, step, nbytes, after, through, monkeypatch):
+    monkeypatch.setattr(index_files, "_AT_ONCE", nbytes)
     at = 1  # the first one makes the store
     finished = False
     while not finished:
@@ -384,6 +393,53 @@ def test_a_flush_whose_index_file_fails_has_not_happened(plain_url, through):
             space.flush()
         reader.refresh()
         check(reader, {0: 0, 1: 0, 2: 0, 7: 0}, range(8))
+
+
+# --- large index files -----------------------------------------------------------------------------------------------
+
+
+def test_the_arrays_of_a_large_index_file_come_with_the_first_look_up(plain_url, through, remote):
+    for number in range(4):
+        write(plain_url, [number])
+    counting = through(Counting())
+    with actcache.open(plain_url, "r") as store, store.space(recipe()) as space:
+        opening = [name for what, name in counting.names if what == "get" and "/index/" in name]
+        counting.names.clear()
+        check(space, dict.fromkeys(range(4), 0), range(6))
+        looking = [name for what, name in counting.names if what == "get" and "/index/" in name]
+        assert len(opening) == 2 * len(set(opening)) == 2 * len(set(looking))  # the header is longer than asked for
+        counting.names.clear()
+        check(space, dict.fromkeys(range(4), 0), range(6))
+        assert not [name for _, name in counting.names if "/index/" in name]
+
+
+def test_a_large_index_file_that_is_taken_in_before_it_is_read(plain_url, remote, monkeypatch):
+    monkeypatch.setattr(index_files, "_GRACE_SECONDS", -1.0)
+    write(plain_url, range(3))
+    with actcache.open(plain_url, "r") as store, store.space(recipe()) as reader:
+        with actcache.open(plain_url) as other, other.space(recipe()) as writer:
+            write(plain_url, [3])  # and has removed the file that both know
+            put(writer, [4])
+            writer.flush()
+            check(writer, dict.fromkeys(range(5), 0), range(6))
+        check(reader, dict.fromkeys(range(5), 0), range(6))
+    held(plain_url, dict.fromkeys(range(5), 0), range(6))
+
+
+@pytest.mark.parametrize("array", ["entry", "segment", "origin"])
+def test_a_large_index_file_whose_arrays_are_damaged(plain_url, remote, array):
+    """It is seen when they come; the segments tell what it cannot."""
+    write(plain_url, range(3))
+    fs, root = files_of(plain_url)
+    (name,) = index_names(plain_url)
+    data = bytearray(fs.cat_file(f"{root}/{name}"))
+    (length,) = struct.unpack("<Q", data[:8])
+    begin = json.loads(data[8 : 8 + length])[array]["data_offsets"][0]
+    data[8 + length + begin] ^= 1
+    fs.pipe_file(f"{root}/{name}", bytes(data))
+    held(plain_url, dict.fromkeys(range(3), 0), range(5))
+    write(plain_url, [3])
+    held(plain_url, dict.fromkeys(range(4), 0), range(5))
 
 
 # --- damage, and other releases --------------------------------------------------------------------------------------

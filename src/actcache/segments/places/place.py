@@ -84,6 +84,11 @@ class Place(ABC):
         """Return the names in a folder of segments that were found to be gone while they were read, each once."""
         return frozenset()
 
+    def beginning(self, name: str, nbytes: int) -> tuple[bytes, int] | None:
+        """Return the first bytes of a file that never changes, as many as there are, and its size; None where it costs
+        nothing to map all of it. Raises ``FileNotFoundError`` where it is gone."""
+        return None
+
     @abstractmethod
     def local_copy(self, name: str) -> Path:
         """Return the path of a file that can be mapped: the file itself, or a copy that is removed with this object.

@@ -198,6 +198,13 @@ class ObjectPlace(Place):
         name = segment.files.where.removeprefix(f"{self.where}/")
         return f"{name}/{file}" if file else name
 
+    def beginning(self, name: str, nbytes: int) -> tuple[bytes, int] | None:
+        try:
+            body = self._session.client().get(name, 0, nbytes)
+        except ObjectNotFoundError:
+            raise FileNotFoundError(f"{self.where}/{name}") from None
+        return bytes(body.data), body.size
+
     def local_copy(self, name: str) -> Path:
         with self._lock:
             path = self._copies.get(name) if self._pid == os.getpid() else None

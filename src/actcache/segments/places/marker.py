@@ -63,6 +63,8 @@ def claim(place: Place, backend: str, *, create: bool) -> Marker:
         created = NAME in names  # by another process, a moment ago
         if strangers and not created:
             raise NotAStoreError(f"{place.where} holds other files ({strangers[0]}, ...) and no {NAME}: it is no store")
+        if not created:
+            place.check_bucket()
         if not created and not create:
             raise StoreNotFoundError(f"there is no store at {place.where}; open it with mode='a' to create one")
         if not created:

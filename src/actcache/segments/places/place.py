@@ -31,6 +31,9 @@ class Place(ABC):
     def make(self) -> None:
         """Make the root where a place has one that can be absent. Publishing makes none."""
 
+    def check_bucket(self) -> None:  # noqa: B027 (a folder is made where there is none)
+        """Raise ``StoreNotFoundError`` where there is nothing that a store could be made in."""
+
     def check(self) -> None:  # noqa: B027 (a place of its own has nothing to compare with)
         """Raise ``StoreGoneError`` where the store that was opened here is not here any more."""
 

@@ -7,6 +7,7 @@ upload, or objects without their commit, and neither is listed.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -26,13 +27,15 @@ from actcache.io.files import translated
 from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.blocks import CachedBlocks, ObjectSegment
-from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError
+from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError, UnsupportedError
 from actcache.segments.places.objects.fetched_rows import FetchedRows
 from actcache.segments.places.objects.session import Session
 from actcache.segments.places.objects.transfers import download, upload, upload_bytes
 from actcache.segments.places.place import Place
 from actcache.segments.rows import RowSource
 from actcache.segments.segment import Segment, is_name
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,6 +64,9 @@ class ObjectPlace(Place):
 
     def make(self) -> None:
         """Nothing to do: a prefix is there as soon as something lies under it."""
+
+    def check_bucket(self) -> None:
+        self._session.client().check_bucket()
 
     # --- names -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +267,14 @@ class ObjectPlace(Place):
     def sweep(self, older_than: float) -> int:
         client = self._session.client()
         swept = _sweep_local(older_than)
-        stale = [found for found in client.uploads() if found.age >= older_than] if client.multipart else []
+        stale = []
+        if client.multipart:
+            try:
+                stale = [found for found in client.uploads() if found.age >= older_than]
+            except UnsupportedError as error:  # the rest is swept nevertheless
+                logger.warning(
+                    "unfinished uploads stay where they are: %s; a lifecycle rule of the bucket helps", error
+                )
         for found in stale:
             client.abort(found.key, found.id)
         uncommitted = self._uncommitted(older_than) if self._commit else []

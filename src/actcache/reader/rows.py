@@ -411,7 +411,14 @@ class _Producer:
 
         def submit(span: Span) -> Future[MixedRows]:
             return pool.submit(
-                mix, self._documents, mixes, span.mix, self._exclusion, self._delivery.buffers, self._stats
+                mix,
+                self._documents,
+                mixes,
+                span.mix,
+                self._exclusion,
+                self._beside,
+                self._delivery.buffers,
+                self._stats,
             )
 
         coming = [submit(span) for span in spans[:1]]
@@ -429,7 +436,7 @@ class _Producer:
         start = time.perf_counter()
         beside: dict[str, NDArray[Any]] = {}
         for name in self._beside:
-            arrays = [_beside_of(mixed, name)[part] for mixed, part in parts]
+            arrays = [mixed.beside[name][part] for mixed, part in parts]
             joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             beside[name] = joined
             if name in BESIDE:
@@ -439,11 +446,6 @@ class _Producer:
             self._delivery.done(mixed.memory)
         self._stats.deliver_seconds += time.perf_counter() - start
         return _Item(delivered, place)
-
-
-def _beside_of(mixed: MixedRows, name: str) -> NDArray[Any]:
-    array: NDArray[Any] = getattr(mixed, name) if name in BESIDE else mixed.own[name]
-    return array
 
 
 def _check_alike(spaces: Sequence[OwnSource]) -> None:

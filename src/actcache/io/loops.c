@@ -29,6 +29,8 @@
 #define PART (64 << 10)   /* bytes of rows that a thread takes at a time */
 #define SHARE (1 << 20)   /* bytes in memory for which one more thread is worth waking: a sleeping core takes its time */
 #define SMALL 64          /* bytes of a row below which it is not copied past the caches */
+#define LONG (48 << 10)    /* bytes of an entry from which on it is digested before it is copied past the caches: a loop
+                              that only reads is faster than one that does both, and the copy then finds them there */
 #define STREAM (8 << 20)  /* bytes of a batch that is copied past the caches: more than a core's share of them */
 #define MOST_HELPERS 63
 
@@ -601,44 +603,51 @@ static int put_on_targets(const batch *this, const column *of, int64_t i, const 
     return INTACT;
 }
 
-/* Bring the rows of an entry to where they belong, and say where they can be digested. */
-static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows) {
+/* Copy the rows of an entry to where they belong. */
+static int put(const batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    if (of->targets != NULL) return put_on_targets(this, of, i, rows);
+    uint8_t *out = of->out + this->starts[i] * of->row_bytes;
+    int64_t nbytes = this->lengths[i] * of->row_bytes;
+    if (this->streams)
+        stream(out, rows, nbytes);
+    else
+        memcpy(out, rows, (size_t)nbytes);
+    return INTACT;
+}
+
+/* Find the rows of an entry, or have them read; say where they are, and whether they are still to be ``put``. */
+static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows, int *to_put) {
     int64_t nbytes;
     if (__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes)) return OUTSIDE;
     if (this->lengths[i] > this->ends[i] - this->starts[i]) return OUTSIDE; /* no room for it */
-    int targeted = of->targets != NULL && of->out != NULL;
-    uint8_t *out = of->out == NULL || targeted ? NULL : of->out + this->starts[i] * of->row_bytes;
     const uint8_t *mapped = NULL;
+    *to_put = of->out != NULL;
     if (of->base != NULL && of->sizes == NULL) {
         int64_t begin = of->begins[i];
         if (begin < 0 || nbytes > of->size || begin > of->size - nbytes) return OUTSIDE;
         mapped = of->base + begin;
     }
     int is_read = of->files != NULL && of->sizes == NULL && (mapped == NULL || !is_resident(mapped, nbytes));
-    if (targeted && (is_read || of->sizes != NULL)) { /* by way of memory of this thread's */
+    if (!is_read && of->sizes == NULL) {
+        *rows = mapped;
+        return mapped == NULL ? OUTSIDE : INTACT;
+    }
+    if (of->out == NULL) return OUTSIDE;
+    uint8_t *out = NULL;
+    *to_put = of->targets != NULL;
+    if (*to_put) { /* by way of memory of this thread's */
         thread_own *own = get_own();
         if (own == NULL || (out = memory_of(own, 2, (size_t)nbytes)) == NULL) {
             atomic_store(&this->error, ENOMEM);
             return FAILED;
         }
-    }
-    int state = INTACT;
-    *rows = out;
-    if (of->sizes != NULL) {
-        state = bring_frame(this, of, i, out, nbytes);
-        if (state != INTACT) *rows = NULL;
-    } else if (is_read) {
-        state = out == NULL ? OUTSIDE : read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error);
-    } else if (mapped == NULL) {
-        state = OUTSIDE;
     } else {
-        if (out == NULL || this->streams) *rows = mapped; /* what was copied past the caches is not read again */
-        if (out != NULL && this->streams)
-            stream(out, mapped, nbytes);
-        else if (out != NULL)
-            memcpy(out, mapped, (size_t)nbytes);
+        out = of->out + this->starts[i] * of->row_bytes;
     }
-    return state == INTACT && targeted ? put_on_targets(this, of, i, *rows) : state;
+    int state = is_read ? read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error)
+                        : bring_frame(this, of, i, out, nbytes);
+    if (state == INTACT) *rows = out;
+    return state;
 }
 
 static void zeros(uint8_t *out, int64_t nbytes) { memset(out, 0, (size_t)nbytes); }
@@ -649,10 +658,21 @@ static int gather_one(batch *this, int64_t i) {
     for (int64_t c = 0; c < this->columns; c++) {
         const column *of = this->column + c;
         const uint8_t *rows = NULL;
+        int64_t nbytes;
+        int to_put = 0;
+        (void)__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes); /* ``bring`` refuses what overflows */
         if (this->lengths[i] > 0 && (state == INTACT || state == CORRUPT)) {
-            int brought = bring(this, of, i, &rows);
+            int brought = bring(this, of, i, &rows, &to_put);
             if (brought != INTACT) state = brought;
             if (brought == CORRUPT) continue; /* a frame, in whose rows there is nothing to digest */
+            if (brought != INTACT) to_put = 0;
+        }
+        int later = this->digests && this->streams && nbytes >= LONG;
+        if (to_put && !later) {
+            int there = put(this, of, i, rows);
+            if (there != INTACT) state = there;
+            /* What is in the caches now is digested: the copy, unless it went past them. */
+            if (!this->streams && of->targets == NULL) rows = of->out + this->starts[i] * of->row_bytes;
         }
         if (of->out != NULL && of->targets == NULL && state != OUTSIDE) { /* padding */
             int64_t end = this->starts[i] + this->lengths[i];
@@ -666,7 +686,11 @@ static int gather_one(batch *this, int64_t i) {
             if (this->expected != NULL && c > 0 && digest != this->expected[i]) state = CORRUPT;
             if (this->expected != NULL) digest = this->expected[i];
         }
-        digest = digest_of(rows, (size_t)(this->lengths[i] * of->row_bytes), digest);
+        digest = digest_of(rows, (size_t)nbytes, digest);
+        if (to_put && later) {
+            int there = put(this, of, i, rows);
+            if (there != INTACT) state = there;
+        }
     }
     if (!this->digests || this->lengths[i] == 0 || (state != INTACT && state != CORRUPT)) return state;
     if (this->chained < this->columns) {
@@ -824,6 +848,22 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
                   .seed = this->seed, .expected = find.checksums, .state = this->state, .looks = this->looks,
                   .looked = this->looked};
     return act_gather(&rows, threads);
+}
+
+/* --- mixing -------------------------------------------------------------------------------------------------------------- */
+
+/* Shuffle the numbers 0 ... count - 1: each order is as likely, but for one in 2 to the power of 64 / count. The numbers
+ * drawn are splitmix64's, so that the order is a function of the seed. */
+PUBLIC void act_permute(int64_t *out, int64_t count, uint64_t seed) {
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t drawn = seed += 0x9E3779B97F4A7C15u;
+        drawn = (drawn ^ drawn >> 30) * 0xBF58476D1CE4E5B9u;
+        drawn = (drawn ^ drawn >> 27) * 0x94D049BB133111EBu;
+        drawn ^= drawn >> 31;
+        int64_t other = (int64_t)(uint64_t)((unsigned __int128)drawn * (uint64_t)(i + 1) >> 64);
+        out[i] = out[other];
+        out[other] = i;
+    }
 }
 
 /* --- conversion of what is written ------------------------------------------------------------------------------------- */

@@ -293,6 +293,7 @@ def _load() -> tuple[Any, str]:
     library.act_gather.restype, library.act_gather.argtypes = _I64, (_P, _I32)
     library.act_read.restype, library.act_read.argtypes = _I64, (_P, _I32)
     library.act_seems_absent.restype, library.act_seems_absent.argtypes = _I32, (_P, _I64, _P, _I64)
+    library.act_permute.restype, library.act_permute.argtypes = None, (_P, _I64, _U64)
     library.act_moments.restype = _I32
     library.act_moments.argtypes = (_P, _I32, _I64, _I64, *(_P,) * 6)
     library.act_halves.restype, library.act_halves.argtypes = _I32, (_P, _P, _I64)
@@ -568,6 +569,16 @@ def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) 
     if _library is None:
         return False
     return bool(_library.act_seems_absent(ctypes.byref(_described(column)), len(lengths), _address(lengths), most))
+
+
+def permutation(count: int, seed: int) -> NDArray[np.int64]:
+    """Return the numbers below ``count`` in random order, a function of ``seed`` (64 bits), three times as fast as
+    NumPy's generators do."""
+    if _library is None:
+        return numpy_loops.permutation(count, seed)
+    out = np.zeros(count, np.int64)
+    _library.act_permute(_address(out), count, seed)
+    return out
 
 
 _KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}

@@ -215,6 +215,22 @@ def _compare(digests: Any, rows: list[Any], i: int, length: int) -> int:
     return state
 
 
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+_64_BITS = 2**64 - 1
+
+
+def permutation(count: int, seed: int) -> NDArray[np.int64]:
+    order = [0] * count
+    for i in range(count):
+        seed = seed + 0x9E3779B97F4A7C15 & _64_BITS
+        drawn = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+        drawn = (drawn ^ drawn >> 27) * 0x94D049BB133111EB & _64_BITS
+        other = (drawn ^ drawn >> 31) * (i + 1) >> 64
+        order[i], order[other] = order[other], i
+    return np.array(order, np.int64)
+
+
 # --- rows of codes with a scale a token -------------------------------------------------------------------------------
 
 _SMALLEST_SCALE = {"int8": np.finfo(np.float32).tiny, "float8_e4m3": np.float32(1e-12)}

@@ -171,7 +171,7 @@ class RowReader(Iterator[Any]):
     def _order_digest(self) -> str:
         mixing = self._mixing
         options = (self._batch_size, mixing.capacity, mixing.stretch, mixing.seed, self._drop_last, self._exclusion)
-        digest = hashlib.blake2b(repr(options).encode(), digest_size=16, person=b"actcache/rows")
+        digest = hashlib.blake2b(repr(options).encode(), digest_size=16, person=b"actcache/rows/2")
         digest.update(np.ascontiguousarray(self._documents.keys).data)
         digest.update(np.ascontiguousarray(self._documents.lengths).data)
         return digest.hexdigest()

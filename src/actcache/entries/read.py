@@ -166,7 +166,9 @@ class Request:
         targets = targets[: int(self.lengths.sum())]
         if self._kinds([name for name in out if name != VALUES]) is None:
             try:
-                return self._located(lambda expected: self._snapshot.scatter(self.located, out, targets, expected), out, verify)
+                return self._located(
+                    lambda expected: self._snapshot.scatter(self.located, out, targets, expected), out, verify
+                )
             except SegmentGoneError:
                 raise
             except FormatError:

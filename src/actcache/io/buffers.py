@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-
 _LINE = 64  # bytes of a line of the processor's cache: rows that fill whole ones are written without reading them
 
 

@@ -33,7 +33,10 @@ from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
 _VERSION = 7
-_FAILED, _NOWHERE = 4, 5  # the states of an entry whose file could not be read, and of one whose target is beyond its buffer
+_FAILED, _NOWHERE = (
+    4,
+    5,
+)  # the states of an entry whose file could not be read, and of one whose target is beyond its buffer
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 
 
@@ -322,10 +325,10 @@ def _address(array: NDArray[Any] | None) -> int | None:
 _Byte = ctypes.c_char
 
 
-def _begin(out: NDArray[Any]) -> int | None:
+def _begin(out: NDArray[Any] | None) -> int | None:
     """Return where a buffer begins, whose rows may lie apart."""
-    if out.flags.c_contiguous:
-        return _address(out)
+    if out is None:
+        return None
     address: int = out.__array_interface__["data"][0]
     return address
 
@@ -427,15 +430,18 @@ class Reading:
         work = np.empty((6 + self._columns, count), np.int64)
         state = np.empty(count, np.uint8)
         call.count, call.keys, call.work, call.state = count, _address(keys), _address(work), _address(state)
-        call.width, call.room = -1 if width is None else width, min(map(len, out if targets is None else [targets]))
+        call.width, call.room = -1 if width is None else width, min(map(len, out))
         if targets is not None:
-            call.targets = _address(_checked(targets))
+            call.room, call.targets = len(targets), _address(_checked(targets))
         if seed is not None:
             call.digests, call.seed = 1, seed
         for place, buffer in zip(call.column, out, strict=False):
-            if targets is not None and row_bytes(buffer) != place.row_bytes:
-                return None  # as it is said by whoever reads step by step
-            place.out, place.apart, place.rows = _begin(buffer), buffer.strides[0], len(buffer)
+            if targets is None:
+                place.out = _address(buffer)
+            elif row_bytes(buffer) != place.row_bytes:
+                return None  # as whoever reads step by step will say
+            else:
+                place.out, place.apart, place.rows = _begin(buffer), buffer.strides[0], len(buffer)
         bad = _library.act_read(ctypes.byref(call), THREADS)
         if bad < 0:
             return None
@@ -513,9 +519,9 @@ def _gather(
         raise TypeError(f"lengths and offsets are int64, not {lengths.dtype} and {offsets.dtype}")
     count = len(lengths)
     starts, ends = (offsets[:-1], offsets[1:]) if offsets.ndim == 1 else offsets
-    rows = int(ends.max(initial=0))
-    if any(column.targets is not None and len(column.targets) < rows for column in columns):
-        raise TypeError(f"{rows} rows have fewer targets")
+    for column in columns:
+        if column.targets is not None and len(column.targets) < ends.max(initial=0):
+            raise TypeError(f"{ends.max()} rows have fewer targets: {len(column.targets)}")
     state = np.zeros(count, np.uint8)
     if _library is None or (any(column.sizes is not None for column in columns) and not zstd_is_compiled()):
         numpy_loops.gather(columns, lengths, starts, ends, digests, direct, state)
@@ -545,8 +551,9 @@ def _gather(
 def _described(column: Column) -> _Column:
     size_of_row, out, memory, begins, files, places, sizes, item, targets = column
     size = 0 if memory is None else memory.nbytes
-    addresses = _address(memory), size, _address(begins), _address(files), _address(places)
-    described = _Column(size_of_row, *addresses, None if out is None else _begin(out), _address(sizes), item)
+    first = _address(out) if targets is None else _begin(out)
+    addresses = _address(memory), size, _address(begins), _address(files), _address(places), first
+    described = _Column(size_of_row, *addresses, _address(sizes), item)
     if targets is not None and out is not None:
         if row_bytes(out) != size_of_row or (len(out) > 1 and out.strides[0] < size_of_row):
             raise TypeError(f"rows of {size_of_row} bytes do not fit {out.dtype} {list(out.shape)}")

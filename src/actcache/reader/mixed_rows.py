@@ -37,9 +37,18 @@ class MixedRows:
     #: ``positions`` in their documents, ``token_ids``, and columns of the caller's own.
     beside: dict[str, NDArray[Any]]
     memory: NDArray[np.generic]  # that ``values`` are in, as the pool gave it
+    head: int  # rows of it before them, which are free
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def behind(self, rows: NDArray[np.generic], count: int) -> NDArray[np.generic] | None:
+        """Return ``rows`` and the first ``count`` of these behind them as one array, where there is room for it: once
+        a mix, at most."""
+        if len(rows) > self.head:
+            return None
+        self.memory[self.head - len(rows) : self.head] = rows
+        return self.memory[self.head - len(rows) : self.head + count]
 
 
 @dataclass(frozen=True)
@@ -140,16 +149,21 @@ def mix(
     exclusion: Exclusion,
     wanted: Container[str],
     buffers: BufferPool,
+    head: int,
     stats: ReaderStats,
 ) -> MixedRows:
-    """Read and mix the rows of a mix, with what is wanted beside them; raises as ``RowDocuments.scatter``."""
+    """Read and mix the rows of a mix, with what is wanted beside them; raises as ``RowDocuments.scatter``.
+
+    ``head``: rows for which there is to be room before them.
+    """
     start = time.perf_counter()
     members = mixes.documents(number)
     total, sites = int(documents.lengths[members].sum()), len(documents.sources)
     places = mixes.places(number, total)
-    memory = buffers.take((total, *documents.row_shape), documents.dtype)
+    memory = buffers.take((head + total, *documents.row_shape), documents.dtype)
     try:
-        of_sites = [memory[:, site] for site in range(sites)] if documents.stacked else [memory]
+        values = memory[head:]
+        of_sites = [values[:, site] for site in range(sites)] if documents.stacked else [values]
         ids = np.empty(total, np.int32) if exclusion.needs_ids or TOKEN_IDS in wanted else None
         portions = list(documents.portions(members))
         bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
@@ -175,11 +189,11 @@ def mix(
         beside[name] = np.empty_like(array)
         beside[name][places] = array
     beside |= _whereabouts(documents, members, places, exclusion, wanted)
-    mixed = _without(exclusion, documents, MixedRows(memory, beside, memory))
+    mixed = _without(exclusion, documents, MixedRows(values, beside, memory, head))
     stats.read_seconds += time.perf_counter() - start
     stats.documents += len(members)
     stats.tokens += total
-    stats.nbytes += memory.nbytes
+    stats.nbytes += values.nbytes
     return mixed
 
 
@@ -210,18 +224,19 @@ def _without(exclusion: Exclusion, documents: RowDocuments, mixed: MixedRows) ->
     """Return mixed rows without those that are left out."""
     if not exclusion:
         return mixed
-    beside, memory = mixed.beside, mixed.memory
+    beside, values = mixed.beside, mixed.values
     kept = exclusion.kept(
         documents.lengths[beside["documents"]],
         beside["positions"],
         beside.get(TOKEN_IDS),
-        documents.norms(memory),
+        documents.norms(values),
         None if exclusion.mask is None else beside[exclusion.mask],
     )
     count = int(kept.sum())
     # Rows from behind fill the holes: few are moved, and their order is as random as before.
     holes = np.flatnonzero(~kept[:count])
     behind = count + np.flatnonzero(kept[count:])
-    for array in (memory, *beside.values()):
+    for array in (values, *beside.values()):
         array[holes] = array[behind]
-    return MixedRows(memory[:count], {name: array[:count] for name, array in beside.items()}, memory)
+    some = {name: array[:count] for name, array in beside.items()}
+    return MixedRows(values[:count], some, mixed.memory, mixed.head)

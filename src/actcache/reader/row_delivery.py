@@ -14,8 +14,6 @@ from actcache.format import codec
 from actcache.format.moments import Moments
 from actcache.io.buffers import BufferPool
 
-_JOINED = 3  # buffers for batches of two mixes: fresh memory costs more than filling it
-
 #: What stands beside the rows of a batch, by name, ``[n]``.
 Beside = Mapping[str, NDArray[Any]]
 
@@ -76,6 +74,7 @@ class RowDelivery(ABC):
     """Makes batches of mixed rows. ``deliver`` is called by the thread that reads, ``arrive`` by the consumer's."""
 
     buffers: BufferPool  # host buffers for mixes
+    joins = False  # whether several runs of rows are delivered as fast as one
 
     @abstractmethod
     def deliver(self, parts: Sequence[NDArray[np.generic]], beside: Beside) -> DeliveredRows:
@@ -94,13 +93,13 @@ class HostRows(RowDelivery):
     """NumPy arrays, or, where ``torch`` is the module, tensors of the CPU, over the memory of the mix."""
 
     def __init__(self, dtype: str, torch: Any, buffers: int, normalization: Normalization | None) -> None:
-        self.buffers, self._joined = BufferPool(buffers), BufferPool(_JOINED)
+        self.buffers = BufferPool(buffers)
         self._normalization = normalization
         self._applied = None if torch is None or normalization is None else normalization.on(torch.from_numpy)
         self._codec, self._torch = codec.get(dtype), torch
 
     def deliver(self, parts: Sequence[NDArray[np.generic]], beside: Beside) -> DeliveredRows:
-        stored = parts[0] if len(parts) == 1 else self._join(parts)
+        stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self._torch is None:
             decoded = self._codec.decode(stored)
             return DeliveredRows(decoded if self._normalization is None else self._normalization.numpy(decoded), beside)
@@ -113,15 +112,10 @@ class HostRows(RowDelivery):
         return DeliveredRows(rows, {name: self._torch.from_numpy(array) for name, array in beside.items()})
 
 
-    def _join(self, parts: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-        """Return the end of a mix and the beginning of the next one as one array."""
-        shape = (sum(map(len, parts)), *parts[0].shape[1:])
-        joined: NDArray[np.generic] = np.concatenate(parts, out=self._joined.take(shape, parts[0].dtype))
-        return joined
-
-
 class AcceleratorRows(RowDelivery):
     """Copies from pinned memory, on a stream of their own; see ``accelerator.py``."""
+
+    joins = True
 
     def __init__(self, dtype: str, device: Any, buffers: int, normalization: Normalization | None) -> None:
         from actcache.reader.accelerator import PinnedBuffers

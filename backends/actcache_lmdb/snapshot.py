@@ -12,7 +12,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Snapshot, Usage
+from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Placing, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.format.ragged import offsets_of
 from actcache.io import loops
@@ -158,12 +158,12 @@ class LMDBSnapshot(Snapshot):
             return EmptySnapshot().gather(located, out, width, expected)
         return self._bring(located, out, offsets_of(located.tokens, width), expected, None)
 
-    def scatter(
-        self, located: EntryLocations, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
+    def place(
+        self, located: EntryLocations, out: Buffers, placing: Placing, expected: Expected | None
     ) -> NDArray[np.int64]:
         if not located.tokens.any():
             return np.empty(0, np.int64)
-        return self._bring(located, out, offsets_of(located.tokens), expected, targets)
+        return self._bring(located, out, offsets_of(located.tokens), expected, placing)
 
     def _bring(
         self,
@@ -171,7 +171,7 @@ class LMDBSnapshot(Snapshot):
         out: Buffers,
         offsets: NDArray[np.int64],
         expected: Expected | None,
-        targets: NDArray[np.int64] | None,
+        placing: Placing | None,
     ) -> NDArray[np.int64]:
         count = len(located.tokens)
         found = np.flatnonzero(located.tokens)
@@ -187,7 +187,8 @@ class LMDBSnapshot(Snapshot):
                 begins = first.copy()
                 for kind in np.unique(kinds[found]).tolist():
                     begins += np.where(kinds == kind, self._shapes.places(located.tokens, kind)[name], 0)
-                column = Column(loops.row_bytes(buffer), buffer, memory, begins, targets=targets)
+                of = placing if name == VALUES else None
+                column = Column(loops.stored_row(buffer, of)[0], buffer, memory, begins, placing=of)
                 if name == VALUES and self._shapes.compressed:
                     column = column._replace(sizes=self._payload(memory, first), item=self._shapes.item)
                 columns.append(column)

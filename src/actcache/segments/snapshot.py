@@ -9,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Snapshot, Usage
+from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Placing, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
 from actcache.io.loops import Lookup, MappedColumn, Reading
@@ -150,13 +150,13 @@ class SegmentedSnapshot(Snapshot):
             return np.empty(0, np.int64)
         return self._rows.gather(_plan(located, found), out, width, expected)
 
-    def scatter(
-        self, located: EntryLocations, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
+    def place(
+        self, located: EntryLocations, out: Buffers, placing: Placing, expected: Expected | None
     ) -> NDArray[np.int64]:
         found = located.found
         if not found.any():
             return np.empty(0, np.int64)
-        return self._rows.scatter(_plan(located, found), out, targets, expected)
+        return self._rows.place(_plan(located, found), out, placing, expected)
 
     def read_at_once(
         self,
@@ -164,7 +164,7 @@ class SegmentedSnapshot(Snapshot):
         out: Buffers,
         width: int | None,
         seed: int | None,
-        targets: NDArray[np.int64] | None = None,
+        placing: Placing | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         names = tuple(out)
         columns = self._rows.mapped(names) if all(map(self.have, names)) else None
@@ -174,7 +174,8 @@ class SegmentedSnapshot(Snapshot):
         if known is None or any(one is not other for one, other in zip(known, columns, strict=True)):
             reading = self._lookup.reading(columns, names.index(VALUES))
             self._readings[names] = columns, reading
-        return None if reading is None else reading.read(keys, list(out.values()), width, seed, targets)
+        ways = None if placing is None else [placing if name == VALUES else None for name in names]
+        return None if reading is None else reading.read(keys, list(out.values()), width, seed, ways)
 
     def read_ahead(self, located: EntryLocations) -> bool:
         there = located.found

@@ -31,7 +31,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 6
+_VERSION = 7
 _FAILED = 4  # the state of an entry whose file could not be read
 _MOST_THREADS = 8  # copies and digests are bound by the memory's bandwidth, which a few cores use up
 

@@ -28,6 +28,9 @@
 #define PIECE (1 << 20)   /* bytes of one read */
 #define PART (64 << 10)   /* bytes of rows that a thread takes at a time */
 #define SHARE (1 << 20)   /* bytes in memory for which one more thread is worth waking: a sleeping core takes its time */
+#define SMALL 64          /* bytes of a row below which it is not copied past the caches */
+#define LONG (48 << 10)    /* bytes of an entry from which on it is digested before it is copied past the caches: a loop
+                              that only reads is faster than one that does both, and the copy then finds them there */
 #define STREAM (8 << 20)  /* bytes of a batch that is copied past the caches: more than a core's share of them */
 #define MOST_HELPERS 63
 
@@ -55,7 +58,7 @@ static zstd_functions zstd;
 
 PUBLIC void act_set_zstd(const zstd_functions *functions) { zstd = *functions; }
 
-PUBLIC int32_t act_version(void) { return 7; }
+PUBLIC int32_t act_version(void) { return 8; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -324,6 +327,8 @@ typedef struct {
     uint8_t *out;          /* of the whole batch; NULL: rows in memory are digested where they are */
     const int64_t *sizes;  /* [count] bytes of each entry's frames of zstd, of which its rows are made; NULL: plain rows */
     int64_t item;          /* bytes of a number: a frame has all first ones of an entry, the next all second ones, ... */
+    const int64_t *targets; /* row of the buffer that each row of the batch goes to; NULL: where its entry's place is */
+    int64_t apart, room;    /* with targets: bytes from one row of the buffer to the next, and how many rows it has */
 } column;
 
 typedef struct {
@@ -349,7 +354,7 @@ typedef struct {
     _Atomic int32_t error; /* errno of a read that failed */
 } batch;
 
-enum { INTACT, CORRUPT, OUTSIDE, SHORT, FAILED };
+enum { INTACT, CORRUPT, OUTSIDE, SHORT, FAILED, NOWHERE /* its target is beyond the buffer */ };
 
 static const uint64_t primes[5] = {0x9E3779B185EBCA87u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u, 0x85EBCA77C2B2AE63u,
                                    0x27D4EB2F165667C5u};
@@ -365,15 +370,15 @@ static uint64_t first_seed(const batch *this, int64_t i) {
 /* What a thread keeps between entries: memory, and what zstd needs. */
 typedef struct {
     uint8_t *pages; /* of direct reads */
-    uint8_t *memory[2];
-    size_t sizes[2];
+    uint8_t *memory[3]; /* planes of numbers, frames, rows on their way to their places */
+    size_t sizes[3];
     void *decoder, *encoder;
 } thread_own;
 
 static void free_own(void *given) {
     thread_own *own = given;
     free(own->pages);
-    for (int n = 0; n < 2; n++) free(own->memory[n]);
+    for (int n = 0; n < 3; n++) free(own->memory[n]);
     if (own->decoder != NULL) zstd.free_decoder(own->decoder);
     if (own->encoder != NULL) zstd.free_encoder(own->encoder);
     free(own);
@@ -581,34 +586,68 @@ static int bring_frame(batch *this, const column *of, int64_t i, uint8_t *out, i
     return state;
 }
 
-static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows) {
+/* Copy the rows of an entry to their targets, one by one. */
+static int put_on_targets(const batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    const int64_t *targets = of->targets + this->starts[i];
+    int streams = this->streams && of->row_bytes >= SMALL;
+    for (int64_t n = 0; n < this->lengths[i]; n++, rows += of->row_bytes) {
+        if (targets[n] < 0 || targets[n] >= of->room) return NOWHERE;
+        uint8_t *out = of->out + targets[n] * of->apart;
+        if (streams)
+            stream(out, rows, of->row_bytes);
+        else if (of->row_bytes == sizeof(int32_t)) /* token ids */
+            memcpy(out, rows, sizeof(int32_t));
+        else
+            memcpy(out, rows, (size_t)of->row_bytes);
+    }
+    return INTACT;
+}
+
+/* Copy the rows of an entry to where they belong. */
+static int put(const batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    if (of->targets != NULL) return put_on_targets(this, of, i, rows);
+    uint8_t *out = of->out + this->starts[i] * of->row_bytes;
+    int64_t nbytes = this->lengths[i] * of->row_bytes;
+    if (this->streams)
+        stream(out, rows, nbytes);
+    else
+        memcpy(out, rows, (size_t)nbytes);
+    return INTACT;
+}
+
+/* Find the rows of an entry, or have them read; say where they are, and whether they are still to be ``put``. */
+static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows, int *to_put) {
     int64_t nbytes;
     if (__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes)) return OUTSIDE;
     if (this->lengths[i] > this->ends[i] - this->starts[i]) return OUTSIDE; /* no room for it */
-    uint8_t *out = of->out == NULL ? NULL : of->out + this->starts[i] * of->row_bytes;
     const uint8_t *mapped = NULL;
-    if (of->sizes != NULL) {
-        int state = bring_frame(this, of, i, out, nbytes);
-        *rows = state == INTACT ? out : NULL;
-        return state;
-    }
-    if (of->base != NULL) {
+    *to_put = of->out != NULL;
+    if (of->base != NULL && of->sizes == NULL) {
         int64_t begin = of->begins[i];
         if (begin < 0 || nbytes > of->size || begin > of->size - nbytes) return OUTSIDE;
         mapped = of->base + begin;
     }
-    *rows = out;
-    if (of->files != NULL && (mapped == NULL || !is_resident(mapped, nbytes))) {
-        if (out == NULL) return OUTSIDE;
-        return read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error);
+    int is_read = of->files != NULL && of->sizes == NULL && (mapped == NULL || !is_resident(mapped, nbytes));
+    if (!is_read && of->sizes == NULL) {
+        *rows = mapped;
+        return mapped == NULL ? OUTSIDE : INTACT;
     }
-    if (mapped == NULL) return OUTSIDE;
-    if (out == NULL || this->streams) *rows = mapped; /* what was copied past the caches is not read again */
-    if (out != NULL && this->streams)
-        stream(out, mapped, nbytes);
-    else if (out != NULL)
-        memcpy(out, mapped, (size_t)nbytes);
-    return INTACT;
+    if (of->out == NULL) return OUTSIDE;
+    uint8_t *out = NULL;
+    *to_put = of->targets != NULL;
+    if (*to_put) { /* by way of memory of this thread's */
+        thread_own *own = get_own();
+        if (own == NULL || (out = memory_of(own, 2, (size_t)nbytes)) == NULL) {
+            atomic_store(&this->error, ENOMEM);
+            return FAILED;
+        }
+    } else {
+        out = of->out + this->starts[i] * of->row_bytes;
+    }
+    int state = is_read ? read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error)
+                        : bring_frame(this, of, i, out, nbytes);
+    if (state == INTACT) *rows = out;
+    return state;
 }
 
 static void zeros(uint8_t *out, int64_t nbytes) { memset(out, 0, (size_t)nbytes); }
@@ -619,12 +658,23 @@ static int gather_one(batch *this, int64_t i) {
     for (int64_t c = 0; c < this->columns; c++) {
         const column *of = this->column + c;
         const uint8_t *rows = NULL;
-        if (this->lengths[i] > 0 && state != OUTSIDE && state != SHORT && state != FAILED) {
-            int brought = bring(this, of, i, &rows);
+        int64_t nbytes;
+        int to_put = 0;
+        (void)__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes); /* ``bring`` refuses what overflows */
+        if (this->lengths[i] > 0 && (state == INTACT || state == CORRUPT)) {
+            int brought = bring(this, of, i, &rows, &to_put);
             if (brought != INTACT) state = brought;
             if (brought == CORRUPT) continue; /* a frame, in whose rows there is nothing to digest */
+            if (brought != INTACT) to_put = 0;
         }
-        if (of->out != NULL && state != OUTSIDE) { /* padding */
+        int later = this->digests && this->streams && nbytes >= LONG;
+        if (to_put && !later) {
+            int there = put(this, of, i, rows);
+            if (there != INTACT) state = there;
+            /* What is in the caches now is digested: the copy, unless it went past them. */
+            if (!this->streams && of->targets == NULL) rows = of->out + this->starts[i] * of->row_bytes;
+        }
+        if (of->out != NULL && of->targets == NULL && state != OUTSIDE) { /* padding */
             int64_t end = this->starts[i] + this->lengths[i];
             if (end < this->ends[i])
                 (this->streams ? stream_zeros : zeros)(of->out + end * of->row_bytes,
@@ -636,9 +686,13 @@ static int gather_one(batch *this, int64_t i) {
             if (this->expected != NULL && c > 0 && digest != this->expected[i]) state = CORRUPT;
             if (this->expected != NULL) digest = this->expected[i];
         }
-        digest = digest_of(rows, (size_t)(this->lengths[i] * of->row_bytes), digest);
+        digest = digest_of(rows, (size_t)nbytes, digest);
+        if (to_put && later) {
+            int there = put(this, of, i, rows);
+            if (there != INTACT) state = there;
+        }
     }
-    if (!this->digests || this->lengths[i] == 0 || state == OUTSIDE || state == SHORT || state == FAILED) return state;
+    if (!this->digests || this->lengths[i] == 0 || (state != INTACT && state != CORRUPT)) return state;
     if (this->chained < this->columns) {
         if (this->more != NULL) this->more[i] = digest;
         if (this->expected_more != NULL && digest != this->expected_more[i]) state = CORRUPT;
@@ -705,6 +759,10 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     for (int64_t i = 0; i < this->count; i++) rows += this->ends[i] - this->starts[i];
     nbytes *= rows;
     this->streams = nbytes >= STREAM;
+    for (int64_t c = 0; c < this->columns; c++) { /* the buffer of a mix is filled by several batches */
+        const column *of = this->column + c;
+        if (of->targets != NULL) this->streams |= of->room * of->row_bytes >= STREAM;
+    }
     if (this->part <= 0) this->part = this->count * PART / (nbytes > 0 ? nbytes : 1);
     if (this->part <= 0) this->part = 1;
     int reads = 0;
@@ -725,6 +783,7 @@ typedef struct {
     int64_t size;
     const int64_t *firsts; /* [segments] the first row of each in it, negative where it is not mapped */
     uint8_t *out;
+    int64_t apart, rows; /* with targets: bytes from one row of the buffer to the next, and how many rows it has */
 } mapped_column;
 
 typedef struct {
@@ -740,7 +799,8 @@ typedef struct {
     int64_t count;
     const uint8_t *keys;
     int64_t width; /* rows of each entry's place, negative: packed */
-    int64_t room;  /* rows of the buffers */
+    int64_t room;  /* rows of the buffers, or how many targets there are */
+    const int64_t *targets; /* row of the buffers that each row goes to, packed; NULL: one after another */
     int32_t digests;
     uint64_t seed;
     int64_t *work; /* [6 + columns, count]: tokens, checksums, segment, row, starts, ends, begins; the first is the answer */
@@ -779,7 +839,8 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
             if (of->firsts[segment[i]] < 0) return NOT_MAPPED;
             begins[i] = (of->firsts[segment[i]] + row[i]) * of->row_bytes;
         }
-        columns[c] = (column){of->row_bytes, of->base, of->size, begins, NULL, NULL, of->out, NULL, 1};
+        columns[c] = (column){.row_bytes = of->row_bytes, .base = of->base, .size = of->size, .begins = begins,
+                              .out = of->out, .item = 1, .targets = this->targets, .apart = of->apart, .room = of->rows};
     }
     memset(this->state, INTACT, (size_t)n);
     batch rows = {.count = n, .lengths = tokens, .starts = starts, .ends = ends, .columns = this->columns,
@@ -789,46 +850,20 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
     return act_gather(&rows, threads);
 }
 
-/* --- mixing: rows to places all over a buffer ---------------------------------------------------------------------------- */
+/* --- mixing -------------------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    int64_t count, row_bytes;
-    const uint8_t *rows;   /* [count] */
-    const int64_t *places; /* [count] rows of the buffer, each once */
-    int64_t room;          /* rows of the buffer */
-    uint8_t *out;
-    int64_t part;            /* rows that a thread takes at a time */
-    int32_t streams;         /* whether to copy past the processor's caches */
-    _Atomic int64_t outside; /* places that the buffer does not have */
-} scatter;
-
-static void plain(uint8_t *out, const uint8_t *rows, int64_t nbytes) { memcpy(out, rows, (size_t)nbytes); }
-
-static void scatter_part(void *context, int64_t part) {
-    scatter *this = context;
-    int64_t last = (part + 1) * this->part;
-    if (last > this->count) last = this->count;
-    for (int64_t i = part * this->part; i < last; i++) {
-        int64_t place = this->places[i];
-        if (place < 0 || place >= this->room) {
-            atomic_fetch_add(&this->outside, 1);
-            continue;
-        }
-        (this->streams ? stream : plain)(this->out + place * this->row_bytes, this->rows + i * this->row_bytes,
-                                         this->row_bytes);
+/* Shuffle the numbers 0 ... count - 1: each order is as likely, but for one in 2 to the power of 64 / count. The numbers
+ * drawn are splitmix64's, so that the order is a function of the seed. */
+PUBLIC void act_permute(int64_t *out, int64_t count, uint64_t seed) {
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t drawn = seed += 0x9E3779B97F4A7C15u;
+        drawn = (drawn ^ drawn >> 30) * 0xBF58476D1CE4E5B9u;
+        drawn = (drawn ^ drawn >> 27) * 0x94D049BB133111EBu;
+        drawn ^= drawn >> 31;
+        int64_t other = (int64_t)(uint64_t)((unsigned __int128)drawn * (uint64_t)(i + 1) >> 64);
+        out[i] = out[other];
+        out[other] = i;
     }
-    if (this->streams) streamed();
-}
-
-/* Copy row i to row places[i] of a buffer; return how many places it does not have. */
-PUBLIC int64_t act_scatter(scatter *this, int32_t threads) {
-    int64_t nbytes = this->count * this->row_bytes;
-    pthread_once(&once, prepare);
-    this->streams = this->row_bytes >= 64 && this->room * this->row_bytes >= STREAM;
-    this->part = PART / (this->row_bytes > 0 ? this->row_bytes : 1) + 1;
-    if (threads > 1 + nbytes / SHARE) threads = (int32_t)(1 + nbytes / SHARE);
-    share(scatter_part, this, (this->count + this->part - 1) / this->part, threads);
-    return this->outside;
 }
 
 /* --- conversion of what is written ------------------------------------------------------------------------------------- */
@@ -1500,6 +1535,6 @@ PUBLIC int32_t act_moments(const uint8_t *rows, int32_t kind, int64_t count, int
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
     const int64_t all[] = {sizeof(table),   sizeof(lookup),     sizeof(column), sizeof(batch), sizeof(reading),
-                           sizeof(scatter), sizeof(conversion), sizeof(framing)};
+                           sizeof(conversion), sizeof(framing)};
     memcpy(sizes, all, sizeof all);
 }

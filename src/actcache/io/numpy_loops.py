@@ -20,7 +20,7 @@ _PRIMES = np.array(
     [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
 )
 _PAGE = 4096
-_INTACT, _CORRUPT, _OUTSIDE, _SHORT = range(4)
+_INTACT, _CORRUPT, _OUTSIDE, _SHORT, _FAILED, _NOWHERE = range(6)
 
 
 # --- looking up -------------------------------------------------------------------------------------------------------
@@ -93,24 +93,35 @@ def gather(
     state: NDArray[np.uint8],
 ) -> None:
     data = [None if column.memory is None else _bytes(column.memory) for column in columns]
-    outs = [None if column.out is None else _bytes(column.out) for column in columns]
+    outs = [None if column.out is None or column.targets is not None else _bytes(column.out) for column in columns]
     for i, length in enumerate(lengths.tolist()):
         rows = []
         for column, memory, out in zip(columns, data, outs, strict=True):
             nbytes, begin = length * column.row_bytes, int(starts[i]) * column.row_bytes
             own = None if out is None else out[begin : begin + nbytes]
+            if column.targets is not None and column.out is not None:
+                own = np.empty(nbytes, np.uint8)
             if length > ends[i] - starts[i]:
                 state[i] = _OUTSIDE
                 continue
             if length and not state[i]:
                 bring = _bring if column.sizes is None else _bring_frame
                 state[i] = bring(column, memory, own, i, nbytes, direct)
+            if length and not state[i] and column.targets is not None and own is not None:
+                state[i] = _put(column.out, column.targets[starts[i] :][:length], own)
             if length and not state[i]:
                 rows.append(own if memory is None or own is not None else memory[int(column.begins[i]) :][:nbytes])
             if out is not None:
                 out[begin + nbytes : int(ends[i]) * column.row_bytes] = 0
         if digests is not None and length and not state[i]:
             state[i] = _compare(digests, rows, i, length)
+
+
+def _put(out: NDArray[Any], targets: NDArray[np.int64], rows: NDArray[np.uint8]) -> int:
+    if targets.min() < 0 or targets.max() >= len(out):
+        return _NOWHERE
+    out[targets] = rows.view(out.dtype).reshape(-1, *out.shape[1:])
+    return _INTACT
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -202,6 +213,22 @@ def _compare(digests: Any, rows: list[Any], i: int, length: int) -> int:
             state = _CORRUPT if digest != int(expected[i]) else state
             digest = int(expected[i])
     return state
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+_64_BITS = 2**64 - 1
+
+
+def permutation(count: int, seed: int) -> NDArray[np.int64]:
+    order = [0] * count
+    for i in range(count):
+        seed = seed + 0x9E3779B97F4A7C15 & _64_BITS
+        drawn = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+        drawn = (drawn ^ drawn >> 27) * 0x94D049BB133111EB & _64_BITS
+        other = (drawn ^ drawn >> 31) * (i + 1) >> 64
+        order[i], order[other] = order[other], i
+    return np.array(order, np.int64)
 
 
 # --- rows of codes with a scale a token -------------------------------------------------------------------------------

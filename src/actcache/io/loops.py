@@ -32,7 +32,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 8
+_VERSION = 9
 _FAILED, _NOWHERE = (
     4,
     5,

@@ -154,10 +154,27 @@ class LMDBSnapshot(Snapshot):
     def gather(
         self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
     ) -> NDArray[np.int64]:
+        if not located.tokens.any():
+            return EmptySnapshot().gather(located, out, width, expected)
+        return self._bring(located, out, offsets_of(located.tokens, width), expected, None)
+
+    def scatter(
+        self, located: EntryLocations, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
+    ) -> NDArray[np.int64]:
+        if not located.tokens.any():
+            return np.empty(0, np.int64)
+        return self._bring(located, out, offsets_of(located.tokens), expected, targets)
+
+    def _bring(
+        self,
+        located: EntryLocations,
+        out: Buffers,
+        offsets: NDArray[np.int64],
+        expected: Expected | None,
+        targets: NDArray[np.int64] | None,
+    ) -> NDArray[np.int64]:
         count = len(located.tokens)
         found = np.flatnonzero(located.tokens)
-        if not len(found):
-            return EmptySnapshot().gather(located, out, width, expected)
         for name in out:
             if not self.has(name, located)[found].all():
                 raise KeyError(name)
@@ -170,12 +187,12 @@ class LMDBSnapshot(Snapshot):
                 begins = first.copy()
                 for kind in np.unique(kinds[found]).tolist():
                     begins += np.where(kinds == kind, self._shapes.places(located.tokens, kind)[name], 0)
-                column = Column(buffer.strides[0], buffer, memory, begins)
+                column = Column(loops.row_bytes(buffer), buffer, memory, begins, targets=targets)
                 if name == VALUES and self._shapes.compressed:
                     column = column._replace(sizes=self._payload(memory, first), item=self._shapes.item)
                 columns.append(column)
             digests = None if expected is None else expected.digests(list(out))
-            return loops.gather(columns, located.tokens, offsets_of(located.tokens, width), digests)
+            return loops.gather(columns, located.tokens, offsets, digests)
 
     def _payload(self, memory: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the bytes of entries' frames, which begin with the pages at these bytes."""

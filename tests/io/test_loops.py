@@ -376,7 +376,7 @@ def test_the_structures_are_those_of_the_library():
     """A field that one side lacks would shift all behind it."""
     assert loops._library.act_sizes
     kinds = (loops._Table, loops._Lookup, loops._Column, loops._Batch, loops._Reading)
-    kinds += (loops._Scatter, loops._Conversion, loops._Framing)
+    kinds += (loops._Conversion, loops._Framing)
     sizes = (ctypes.c_int64 * len(kinds))()
     loops._library.act_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(kind) for kind in kinds]
@@ -468,26 +468,107 @@ def test_a_batch_that_is_copied_past_the_caches(row_bytes, shifted, padded):
 # --- mixing -----------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@given(st.integers(0, 400), st.sampled_from([(), (3,), (2, 700)]), st.integers(0, 50))
-def test_rows_are_scattered(compiled, count, trailing, more):
-    rng = np.random.default_rng(count)
-    rows = rng.integers(0, 1000, (count, *trailing)).astype(np.int32)
-    places = rng.permutation(count + more)[:count]
-    out = np.full((count + more, *trailing), -1, np.int32)
-    loops.scatter(rows, places, out)
-    np.testing.assert_array_equal(out[places], rows)
-    assert (np.delete(out, places, axis=0) == -1).all()
+@given(
+    batches(),
+    st.sampled_from(["memory", "files", "direct", "both"]),
+    st.integers(0, 9),
+    st.sampled_from([1, 3]),
+    st.integers(0, 3),
+)
+def test_what_is_scattered_is_what_is_gathered_and_put_there(tmp_path_factory, batch, way, more, apart, damaged):
+    """Rows of several sites lie apart; digests are those of the entries, wherever their rows go."""
+    lengths, _, row_bytes, begins = batch
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    rng, total = np.random.default_rng(7), int(offsets[-1])
+    stored = rng.integers(0, 256, 60 * row_bytes + 8).astype(np.uint8)
+    path = tmp_path_factory.getbasetemp() / f"scattered-{row_bytes}"
+    path.write_bytes(stored.tobytes())
+    try:
+        file = os.open(path, os.O_RDONLY | (os.O_DIRECT if way == "direct" else 0))
+    except OSError:  # no direct reads here
+        file, way = os.open(path, os.O_RDONLY), "files"
+    memory = None if way in ("files", "direct") else stored
+    files = None if way == "memory" else np.full(len(lengths), file, np.int32)
+    keys = rng.integers(0, 256, (len(lengths), 32)).astype(np.uint8)
+    packed = np.empty((total, row_bytes), np.uint8)
+    sums = np.zeros(len(lengths), np.uint64)
+    plain = Column(row_bytes, packed, stored, begins)
+    assert not len(loops.gather([plain], lengths, offsets, Digests(1, 3, keys, sums=sums)))
+    wrong = np.flatnonzero(lengths)[:damaged]
+    sums[wrong] ^= np.uint64(1)
+    targets = rng.permutation(total + more)[:total]
+    column = Column(row_bytes, None, memory, begins, files, begins, targets=targets)
+    for call in (lambda run: run(), by_numpy):
+        buffer = np.full((total + more, apart, row_bytes), 9, np.uint8)
+        out = buffer[:, apart // 2]
+        bad = call(
+            lambda out=out: loops.gather(
+                [column._replace(out=out)],
+                *(lengths, offsets, Digests(1, 3, keys, expected=sums)),
+                direct=way == "direct",
+            )
+        )
+        assert bad.tolist() == wrong.tolist()
+        np.testing.assert_array_equal(out[targets], packed)
+        buffer[targets, apart // 2] = 9
+        assert (buffer == 9).all()
+    os.close(file)
+
+
+@pytest.mark.parametrize("row_bytes", [1536, 768, 100, 4])
+def test_rows_that_are_scattered_past_the_caches(row_bytes):
+    """A buffer that the caches cannot hold; entries that are digested before they are copied, and after."""
+    rng = np.random.default_rng(6)
+    lengths = rng.integers(1, (100 << 10) // row_bytes, 40)
+    offsets = np.r_[0, np.cumsum(lengths)]
+    memory = rng.integers(0, 256, (lengths.max() + 50) * row_bytes).astype(np.uint8)
+    begins = rng.integers(0, 50, 40) * row_bytes
+    room = max(int(offsets[-1]), (9 << 20) // row_bytes)
+    outs = [np.full((room, row_bytes), 7, np.uint8) for _ in range(2)]
+    keys, sums = rng.integers(0, 256, (40, 32)).astype(np.uint8), [np.empty(40, np.uint64) for _ in range(2)]
+    targets = rng.permutation(room)[: offsets[-1]]
+    columns = [Column(row_bytes, out, memory, begins, targets=targets) for out in outs]
+    loops.gather([columns[0]], lengths, offsets, Digests(1, 3, keys, sums=sums[0]))
+    by_numpy(lambda: loops.gather([columns[1]], lengths, offsets, Digests(1, 3, keys, sums=sums[1])))
+    np.testing.assert_array_equal(*outs)
+    np.testing.assert_array_equal(*sums)
 
 
 @BOTH
-def test_rows_are_scattered_nowhere_else(compiled):
-    out = np.zeros((4, 2), np.int32)
-    for places in ([0, 4], [2**62, 1], [-9, 1]):
-        with pytest.raises(IndexError):
-            loops.scatter(np.ones((2, 2), np.int32), np.array(places), out)
-    with pytest.raises(TypeError):
-        loops.scatter(np.ones((2, 3), np.int32), np.array([0, 1]), out)
+@pytest.mark.parametrize("targets", [[0, 4, 1], [2**62, 1, 0], [0, 1, -1]])
+def test_rows_are_scattered_nowhere_else(compiled, targets):
+    memory, out = np.arange(6, dtype=np.int32).reshape(3, 2), np.full((6, 2), 9, np.int32)
+    column = Column(8, out[:4], memory, np.array([0, 8]), targets=np.array(targets))
+    with pytest.raises(IndexError):
+        loops.gather([column], np.array([1, 2]), np.array([0, 1, 3]))
+    assert (out[4:] == 9).all()
+
+
+def test_targets_that_do_not_fit():
+    memory, out = np.arange(6, dtype=np.int32).reshape(3, 2), np.zeros((4, 2), np.int32)
+    lengths, offsets = np.array([1, 2]), np.array([0, 1, 3])
+    for row_bytes, targets, message in (
+        (8, np.array([0, 1]), "fewer targets"),
+        (8, np.array([0, 1, 2], np.int32), "int64"),
+        (12, np.array([0, 1, 2]), "do not fit"),
+    ):
+        column = Column(row_bytes, out, memory, np.array([0, 8]), targets=targets)
+        with pytest.raises(TypeError, match=message):
+            loops.gather([column], lengths, offsets)
+
+
+@given(st.integers(0, 300), st.integers(0, 2**64 - 1))
+def test_the_shuffle_is_numpys(count, seed):
+    order = loops.permutation(count, seed)
+    np.testing.assert_array_equal(order, by_numpy(lambda: loops.permutation(count, seed)))
+    assert sorted(order.tolist()) == list(range(count))
+
+
+def test_each_order_is_as_likely():
+    drawn = np.array([loops.permutation(4, seed * 7919) for seed in range(6000)])
+    orders, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert ((counts - 250) ** 2 / 250).sum() < 60  # chi squared of 23 degrees: once in 30,000
 
 
 # --- how many threads -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -165,6 +165,22 @@ def offsets_of(lengths: NDArray[np.integer[Any]], width: int | None = None) -> N
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+T = TypeVar("T")
+
+
+def scattered(
+    out: Mapping[str, NDArray[np.generic]],
+    targets: NDArray[np.int64],
+    read: Callable[[Mapping[str, NDArray[np.generic]]], T],
+) -> T:
+    """Have packed rows read into buffers of their own, then put row j of them into row ``targets[j]`` of ``out``."""
+    packed = {name: np.empty((len(targets), *buffer.shape[1:]), buffer.dtype) for name, buffer in out.items()}
+    result = read(packed)
+    for name, rows in packed.items():
+        out[name][targets] = rows
+    return result
 
 
 def runs(sizes: NDArray[np.integer[Any]], most: int) -> Iterator[slice]:

@@ -144,19 +144,27 @@ class SegmentedSnapshot(Snapshot):
         self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
     ) -> NDArray[np.int64]:
         found = located.found
-        if found.all() and len(found):
-            return self._rows.gather(RowPlan(located.segment, located.row, located.tokens), out, width, expected)
         if not found.any():
             for buffer in out.values():
                 buffer[: len(found) * (width or 0)] = 0
             return np.empty(0, np.int64)
-        # An absent entry stands under some segment's number; none of its rows are read.
-        segment = np.where(found, located.segment, located.segment[found][0])
-        plan = RowPlan(segment, np.where(found, located.row, 0), located.tokens)
-        return self._rows.gather(plan, out, width, expected)
+        return self._rows.gather(_plan(located, found), out, width, expected)
+
+    def scatter(
+        self, located: EntryLocations, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
+    ) -> NDArray[np.int64]:
+        found = located.found
+        if not found.any():
+            return np.empty(0, np.int64)
+        return self._rows.scatter(_plan(located, found), out, targets, expected)
 
     def read_at_once(
-        self, keys: NDArray[np.uint8], out: Buffers, width: int | None, seed: int | None
+        self,
+        keys: NDArray[np.uint8],
+        out: Buffers,
+        width: int | None,
+        seed: int | None,
+        targets: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         names = tuple(out)
         columns = self._rows.mapped(names) if all(map(self.have, names)) else None
@@ -166,7 +174,7 @@ class SegmentedSnapshot(Snapshot):
         if known is None or any(one is not other for one, other in zip(known, columns, strict=True)):
             reading = self._lookup.reading(columns, names.index(VALUES))
             self._readings[names] = columns, reading
-        return None if reading is None else reading.read(keys, list(out.values()), width, seed)
+        return None if reading is None else reading.read(keys, list(out.values()), width, seed, targets)
 
     def read_ahead(self, located: EntryLocations) -> bool:
         there = located.found
@@ -198,6 +206,14 @@ class SegmentedSnapshot(Snapshot):
 
     def whereabouts(self, located: EntryLocations) -> tuple[list[str], NDArray[np.int64]]:
         return [segment.name for segment in self._segments], np.where(located.found, located.segment, -1)
+
+
+def _plan(located: EntryLocations, found: NDArray[np.bool_]) -> RowPlan:
+    if found.all():
+        return RowPlan(located.segment, located.row, located.tokens)
+    # An absent entry stands under some segment's number; none of its rows are read.
+    segment = np.where(found, located.segment, located.segment[found][0])
+    return RowPlan(segment, np.where(found, located.row, 0), located.tokens)
 
 
 def _alive(table: Table, numbers: NDArray[np.int64], dead: Mapping[str, Collection[int]]) -> NDArray[np.bool_] | None:

@@ -503,6 +503,52 @@ class Space:
             codec.decode_as(self._codec, stored, str(dtype), flat[:count])
         return ReadReport(request.lengths)
 
+    @retry_on_stale_snapshot
+    def scatter_into(
+        self,
+        keys: Keys,
+        out: NDArray[Any],
+        targets: NDArray[np.int64],
+        *,
+        token_ids: NDArray[np.int32] | None = None,
+    ) -> ReadReport:
+        """Read rows in stored form to places all over the caller's buffer: row j of all that is read, one entry after
+        another, becomes ``out[targets[j]]``. So rows are mixed by the one copy that brings them.
+
+        Args:
+            out: ``[room, ...]`` in the stored dtype, rows as wide as they are stored, each contiguous; they may lie
+                apart (``array[:, 3]``).
+            targets: int64 ``[rows]``, each number once.
+            token_ids: int32 ``[room]``, filled alike.
+
+        Raises:
+            ShapeError: a buffer is of another dtype or width, or there are more or fewer targets than rows. What is in
+                the buffers means nothing.
+            IndexError: ``out`` has no such row.
+            CorruptEntryError: it names the entries; the rows of all others are in place.
+        """
+        wanted, width = key_array(keys), self._columns[VALUES][1][0]
+        if out.dtype != self._codec.stored or out.shape[1:] != (width,) or out.strides[-1] != out.itemsize:
+            raise ShapeError(f"out must be {self._codec.stored} [room, {width}], not {out.dtype} {list(out.shape)}")
+        rows: dict[str, NDArray[Any]] = {TOKEN_IDS: np.empty(len(out), np.int32)} if token_ids is None else {}
+        if token_ids is not None:
+            rows[TOKEN_IDS] = to_buffer(token_ids, np.dtype(np.int32), "token_ids")
+            if len(token_ids) != len(out):
+                raise ShapeError(f"token_ids must be [{len(out)}] beside this out, not {list(token_ids.shape)}")
+        rows[VALUES] = out
+        if (lengths := self._read_at_once(wanted, rows, None, targets, verify=True)) is None:
+            request = self._request(wanted)
+            lengths = request.lengths
+            _check_targets(lengths, targets)
+            if token_ids is not None and not request.has(TOKEN_IDS)[lengths > 0].all():
+                raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
+            self._refuse_corrupt(wanted, request.scatter(rows, targets, verify=True))
+        else:
+            _check_targets(lengths, targets)
+        if self._codec.form not in codec.FLOATS:
+            self._refuse_corrupt(wanted, self._stray(lengths, out[targets], None))
+        return ReadReport(lengths)
+
     def _read(self, request: Request, out: dict[str, NDArray[Any]], width: int | None, *, verify: bool) -> list[int]:
         """Read entries; return the positions of those that are corrupt, or hold what no writer stores."""
         corrupt = request.read(out, width, verify=verify)
@@ -517,13 +563,20 @@ class Space:
         return (np.searchsorted(starts, stray, "right") - 1).tolist() if len(stray) else []
 
     def _read_at_once(
-        self, keys: NDArray[np.uint8], out: backend.Buffers, width: int | None, *, verify: bool
+        self,
+        keys: NDArray[np.uint8],
+        out: backend.Buffers,
+        width: int | None,
+        targets: NDArray[np.int64] | None = None,
+        *,
+        verify: bool,
     ) -> NDArray[np.int64] | None:
         """Read what is published, verified and in memory by one call; None where it takes more (see ``Request``)."""
         self._check_open()
         if self._writer is not None and len(self._writer):
             return None  # then the snapshot: a block that is published in between is in it
-        read = self._view().read_at_once(keys, out, width, checksum.chain_seed(self._seed, out) if verify else None)
+        seed = checksum.chain_seed(self._seed, out) if verify else None
+        read = self._view().read_at_once(keys, out, width, seed, targets)
         if read is None:
             return None
         self._used.note()
@@ -877,6 +930,11 @@ class Space:
             counts = ("entries", "tokens", "nbytes", "segments")
             rows = [(f"published {name}", getattr(usage, name)) for name in counts]
         return table(f"Space {recipe.fingerprint}" + " (closed)" * self._closed, [*recipe.facts(), *rows])
+
+
+def _check_targets(lengths: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+    if (rows := int(lengths.sum())) != len(targets):
+        raise ShapeError(f"these entries have {rows} rows, and there are {len(targets)} targets")
 
 
 def _after_fork() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from actcache.errors import UsageError
 from actcache.format.keys import join_keys
-from actcache.io import loops
+from actcache.io import loops, numpy_loops
 from actcache.io.loops import Column, Digests, Lookup, LookupTable, Pooled, Scattered
 from tests.support.waiting import DEADLINE
 
@@ -442,6 +442,48 @@ def test_entries_that_are_intact_and_not_by_one_call():
     assert reading.read(keys[order], [out], 6, 3)[1].tolist() == [2]
     assert reading.read(keys[order], [out], 6, 4)[1].tolist() == [0, 1, 2, 3]
     assert lookup.reading([loops.MappedColumn(24, memory, np.zeros(0, np.int64))], looked=0) is None
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_entries_that_begin_with_pages(damage):
+    """Rows, then token ids at the next multiple of 8, on pages of 512 bytes, which the table counts."""
+    rng, count = np.random.default_rng(2), 20
+    lengths = rng.integers(1, 30, count)
+    keys = rng.integers(0, 256, (count, 32)).astype(np.uint8)
+    keys = keys[np.lexsort(keys.view(">u8").T[::-1])]
+    pages = (4 + 3 * rng.permutation(count)).astype(np.int64)
+    memory = rng.integers(0, 256, 512 * (pages.max() + 3)).astype(np.uint8)
+    sums, rows, ids = np.zeros(count, np.uint64), [], []
+    for i, (page, tokens) in enumerate(zip(pages.tolist(), lengths.tolist(), strict=True)):
+        begin = 512 * page + 32
+        rows.append(memory[begin : begin + 20 * tokens].reshape(-1, 20).copy())
+        begin += (20 * tokens + 7) // 8 * 8
+        ids.append(memory[begin : begin + 4 * tokens].view("<i4").copy())
+        seed = numpy_loops.first_seeds(5, keys[i : i + 1], lengths[i : i + 1])[0]
+        sums[i] = chain(int(seed), ids[-1], rows[-1])
+    zeros, prefix = np.zeros(1, np.int64), keys[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
+    table = LookupTable(
+        *(prefix, np.ascontiguousarray(keys[:, 8:]), None, None, lengths.astype(np.uint32), pages, sums),
+        *(None, zeros, zeros),
+    )
+    if damage:
+        memory[512 * pages[3] + 33] ^= 1
+        pages[5] = 2**39  # far beyond the memory
+    lookup = Lookup([table], np.array([2**40]), zeros)
+    located = lookup.locate(keys)
+    for one, other in zip(located, by_numpy(lambda: lookup.locate(keys)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    described = ((4, 20), (20, 0))
+    columns = [loops.MappedColumn(size, memory, zeros, 512, 32, before) for size, before in described]
+    order = rng.permutation(count)
+    total = int(lengths.sum())
+    out = [np.zeros(total, np.int32), np.zeros((total, 20), np.uint8)]
+    tokens, bad = lookup.reading(columns, None).read(keys[order], out, None, 5)
+    np.testing.assert_array_equal(tokens, lengths[order])
+    assert bad.tolist() == sorted(np.flatnonzero(np.isin(order, [3, 5] if damage else [])))
+    good = np.repeat(~np.isin(order, [3, 5] if damage else []), lengths[order])
+    np.testing.assert_array_equal(out[0][good], np.concatenate([ids[i] for i in order])[good])
+    np.testing.assert_array_equal(out[1][good], np.concatenate([rows[i] for i in order])[good])
 
 
 @pytest.mark.parametrize("row_bytes", [768, 100, 3])

@@ -165,9 +165,9 @@ class Request:
         out = {name: out[name] for name in ORDER if name in out}
         if self._kinds([name for name in out if name != VALUES]) is None:
             try:
-                return self._located(
-                    lambda expected: self._snapshot.place(self.located, out, placing, expected), out, verify
-                )
+                expected = self._expected(out, verify)
+                corrupt: list[int] = self._snapshot.place(self.located, out, placing, expected).tolist()
+                return corrupt
             except SegmentGoneError:
                 raise
             except FormatError:
@@ -245,19 +245,14 @@ class Request:
         return []
 
     def _gather(self, out: Rows, width: int | None, verify: bool) -> list[int]:
-        located = self.located
-        return self._located(lambda expected: self._snapshot.gather(located, out, width, expected), out, verify)
-
-    def _located(
-        self, read: Callable[[Expected | None], NDArray[np.int64]], out: Mapping[str, Any], verify: bool
-    ) -> list[int]:
-        """Read published entries, told what their digests have to be; return the positions of bad ones."""
-        expected = None
-        if verify:
-            extra = self._snapshot.extra_checksums(self.located) if not out.keys() <= set(CHAINED) else None
-            expected = Expected(self._seed, self._keys, self.located.checksums, extra)
-        corrupt: list[int] = read(expected).tolist()
+        corrupt: list[int] = self._snapshot.gather(self.located, out, width, self._expected(out, verify)).tolist()
         return corrupt
+
+    def _expected(self, out: Mapping[str, Any], verify: bool) -> Expected | None:
+        if not verify:
+            return None
+        extra = self._snapshot.extra_checksums(self.located) if not out.keys() <= set(CHAINED) else None
+        return Expected(self._seed, self._keys, self.located.checksums, extra)
 
 
 def _lacking(kind: int, columns: list[str]) -> list[str]:

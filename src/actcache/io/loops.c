@@ -58,7 +58,7 @@ static zstd_functions zstd;
 
 PUBLIC void act_set_zstd(const zstd_functions *functions) { zstd = *functions; }
 
-PUBLIC int32_t act_version(void) { return 9; }
+PUBLIC int32_t act_version(void) { return 10; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -166,7 +166,8 @@ typedef struct {
     int64_t size;
     const uint64_t *prefix; /* [size] ascending: the first 8 bytes of the keys, as numbers */
     const uint8_t *rest;    /* [size, 24] the others */
-    const uint32_t *segment, *origin, *tokens;
+    const uint32_t *segment, *origin; /* or NULL: all are the first one's */
+    const uint32_t *tokens;
     const int64_t *row;
     const uint64_t *checksum;
     const uint8_t *alive; /* [size], or NULL: all are */
@@ -243,8 +244,8 @@ typedef struct {
 static void prefetch_entry(const table *of, int64_t position) {
     if (position >= of->size) return;
     __builtin_prefetch(of->rest + position * (KEY_BYTES - 8));
-    __builtin_prefetch(of->segment + position);
-    __builtin_prefetch(of->origin + position);
+    if (of->segment != NULL) __builtin_prefetch(of->segment + position);
+    if (of->origin != NULL) __builtin_prefetch(of->origin + position);
     __builtin_prefetch(of->tokens + position);
     __builtin_prefetch(of->row + position);
     __builtin_prefetch(of->checksum + position);
@@ -261,8 +262,8 @@ static void look_at(lookup *this, int64_t i, const table *of, int64_t position, 
             break;
     }
     if (position >= of->size || of->prefix[position] != prefix) return;
-    int64_t segment = of->segment[position], origin = of->origin[position], row = of->row[position];
-    int64_t tokens = of->tokens[position];
+    int64_t segment = of->segment == NULL ? 0 : of->segment[position], row = of->row[position];
+    int64_t origin = of->origin == NULL ? 0 : of->origin[position], tokens = of->tokens[position];
     int64_t number = segment < of->segments ? of->numbers[segment] : -1;
     if (number < 0 || number >= this->segments || origin >= of->origins || row < 0 || tokens <= 0 ||
         row > this->limits[number] - tokens) {
@@ -937,6 +938,9 @@ typedef struct {
     const uint8_t *base; /* mapped memory */
     int64_t size;
     const int64_t *firsts; /* [segments] the first row of each in it, negative where it is not mapped */
+    int64_t unit;          /* bytes of what rows of the tables count: rows of this column, or pages */
+    int64_t at, before;    /* where an entry's rows begin after that: a byte, and bytes for each of its tokens, then the
+                              next multiple of 8; both are 0 where rows are counted */
     uint8_t *out;
     int32_t way, form; /* these, and what follows, as of a column */
     const int64_t *targets;
@@ -993,7 +997,7 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
                 continue;
             }
             if (of->firsts[segment[i]] < 0) return NOT_MAPPED;
-            begins[i] = (of->firsts[segment[i]] + row[i]) * of->row_bytes;
+            begins[i] = (of->firsts[segment[i]] + row[i]) * of->unit + ((of->at + tokens[i] * of->before + 7) & ~7);
         }
         columns[c] = (column){.row_bytes = of->row_bytes, .base = of->base, .size = of->size, .begins = begins,
                               .out = of->out, .item = 1, .way = of->way, .form = of->form,

@@ -32,7 +32,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 9
+_VERSION = 10
 _FAILED, _NOWHERE = (
     4,
     5,
@@ -70,8 +70,8 @@ class LookupTable(NamedTuple):
 
     prefix: NDArray[np.uint64]  # [size] ascending
     rest: NDArray[np.uint8]  # [size, 24]
-    segment: NDArray[np.uint32]  # [size]
-    origin: NDArray[np.uint32]  # [size]
+    segment: NDArray[np.uint32] | None  # [size]; None: all are in the first one
+    origin: NDArray[np.uint32] | None  # [size]; None: all are of the first one
     tokens: NDArray[np.uint32]  # [size]
     row: NDArray[np.int64]  # [size]
     checksum: NDArray[np.uint64]  # [size]
@@ -132,11 +132,18 @@ class Column(NamedTuple):
 
 
 class MappedColumn(NamedTuple):
-    """One ragged array of all segments of a space, in mapped memory."""
+    """One ragged array of all segments of a space, in mapped memory.
+
+    Where the tables count pages instead of rows (``unit`` bytes each), an entry's rows begin ``at`` bytes behind where
+    its first page does, and ``before`` bytes for each of its tokens, at the next multiple of 8.
+    """
 
     row_bytes: int
     memory: NDArray[Any]
     firsts: NDArray[np.int64]  # [segments] the first row of each in it, by its number; -1 where it is not mapped
+    unit: int | None = None  # None: rows
+    at: int = 0
+    before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +278,9 @@ class _MappedColumn(ctypes.Structure):
         ("base", _P),
         ("size", _I64),
         ("firsts", _P),
+        ("unit", _I64),
+        ("at", _I64),
+        ("before", _I64),
         ("out", _P),
         ("way", _I32),
         ("form", _I32),
@@ -410,14 +420,15 @@ class Lookup:
         tokens, checksums, segment, row = made
         return Found(tokens, checksums.view(np.uint64), segment, row, call.outside)
 
-    def reading(self, columns: Sequence[MappedColumn], looked: int) -> Reading | None:
+    def reading(self, columns: Sequence[MappedColumn], looked: int | None) -> Reading | None:
         """Return what reads batches of these columns, which are the first chain of digests, by one call; None where
         nothing can. The rows of the column at ``looked`` are looked at first (see ``seems_absent``)."""
         if _library is None or not 0 < len(columns) <= _READ_COLUMNS:
             return None
         if any(len(column.firsts) < len(self._limits) for column in columns):
             return None  # not all segments are mapped yet
-        return Reading(self, _Reading(*self._fixed, len(columns), looks=LOOKS, looked=looked), columns)
+        looks = {} if looked is None else {"looks": LOOKS, "looked": looked}
+        return Reading(self, _Reading(*self._fixed, len(columns), **looks), columns)
 
 
 class Reading:
@@ -425,13 +436,10 @@ class Reading:
 
     def __init__(self, lookup: Lookup, described: _Reading, columns: Sequence[MappedColumn]) -> None:
         self._alive = lookup, columns
-        for place, (row_bytes, memory, firsts) in zip(described.column, columns, strict=False):
-            place.row_bytes, place.base, place.size, place.firsts = (
-                row_bytes,
-                _address(memory),
-                memory.nbytes,
-                _address(firsts),
-            )
+        for place, column in zip(described.column, columns, strict=False):
+            place.row_bytes, place.base, place.size = column.row_bytes, _begin(column.memory), column.memory.nbytes
+            place.firsts, place.at, place.before = _address(column.firsts), column.at, column.before
+            place.unit = column.row_bytes if column.unit is None else column.unit
         self._columns = len(columns)
         self._described = bytes(described)
 
@@ -605,7 +613,9 @@ def _described(column: Column, count: int) -> _Column:
     size = 0 if memory is None else memory.nbytes
     addresses = _address(memory), size, _address(begins), _address(files), _address(places)
     described = _Column(size_of_row, *addresses, None, _address(sizes), item)
-    if out is not None:
+    if placing is None:
+        described.out = _address(out)
+    elif out is not None:
         _put_down(described, out, placing, size_of_row, count)
     return described
 

@@ -63,7 +63,10 @@ def locate(
         position = find(table, prefix, rest, table.alive)
         which = np.flatnonzero(position >= 0)
         position = position[which]
-        of, origin = table.segment[position].astype(np.int64), table.origin[position].astype(np.int64)
+        of, origin = (
+            np.zeros(len(position), np.int64) if array is None else array[position].astype(np.int64)
+            for array in (table.segment, table.origin)
+        )
         begin, length = table.row[position], table.tokens[position].astype(np.int64)
         inside = (of < len(table.numbers)) & (origin < len(table.ranks)) & (begin >= 0) & (length > 0)
         number = np.full(len(of), -1, np.int64)

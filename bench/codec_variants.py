@@ -1,6 +1,8 @@
 """Ways to store rows that were measured and left out, in NumPy: what they make of rows, and the bits they take.
 
-Each is a function from rows ``[tokens, hidden]`` to what would be read back, and bits a number.
+Each is a function from rows ``[tokens, hidden]`` to what would be read back, and bits a number. Two are limits: the
+best 256 numbers for each row, which are not counted; and normal noise of the size that eight bits a number leave at
+least of a normal source, by rate-distortion theory.
 """
 
 from __future__ import annotations
@@ -62,12 +64,36 @@ def _hadamard(size: int) -> Rows:
     return (matrix / np.sqrt(size)).astype(np.float32)
 
 
+def best_levels(rows: Rows, *, levels: int = 256, rounds: int = 12) -> tuple[Rows, float]:
+    """Each row's own best numbers (Lloyd's algorithm), from its quantiles on."""
+    found = np.empty_like(rows)
+    for row, out in zip(rows, found, strict=True):
+        numbers = np.unique(np.quantile(row, (np.arange(levels) + 0.5) / levels))
+        for _ in range(rounds):
+            which = np.searchsorted((numbers[1:] + numbers[:-1]) / 2, row)
+            counts = np.bincount(which, minlength=len(numbers))
+            sums = np.bincount(which, row, len(numbers))
+            numbers = (sums / np.maximum(counts, 1))[counts > 0]
+        out[:] = numbers[np.searchsorted((numbers[1:] + numbers[:-1]) / 2, row)]
+    return found, np.log2(levels)
+
+
+def noise(rows: Rows, *, bits: int = 8) -> tuple[Rows, float]:
+    """Normal noise of 2 to the power of -bits of each row's norm."""
+    made = np.random.default_rng(len(rows)).standard_normal(rows.shape, np.float32)
+    sizes = np.linalg.norm(rows, axis=1, keepdims=True) / np.linalg.norm(made, axis=1, keepdims=True)
+    return rows + made * sizes * np.float32(2.0**-bits), bits
+
+
 _INT8 = functools.partial(by_groups, levels=127, bits=8, scale_bits=32)
 VARIANTS: Mapping[str, Variant] = {
+    "int8, absmax": functools.partial(_INT8, group=1 << 20),
     "int8, groups of 128": functools.partial(_INT8, group=128),
     "int8, groups of 32": functools.partial(_INT8, group=32, scale_bits=16),
     "int8, 4 outliers apart": functools.partial(outliers_apart, levels=127, bits=8, kept=4),
     "int8, rotated": functools.partial(rotated, then=functools.partial(_INT8, group=1 << 20)),
+    "limit: noise of 8 bits": noise,
+    "limit: 256 numbers a row": best_levels,
     "int4, groups of 32": functools.partial(by_groups, levels=7, group=32, bits=4, scale_bits=16),
     "int4, groups of 32, rotated": functools.partial(
         rotated, then=functools.partial(by_groups, levels=7, group=32, bits=4, scale_bits=16)

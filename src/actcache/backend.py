@@ -33,6 +33,8 @@ from actcache.format.ragged import TOKEN_IDS as TOKEN_IDS
 from actcache.format.ragged import VALUES as VALUES
 from actcache.format.ragged import Block as Block
 from actcache.format.ragged import Extent as Extent
+from actcache.format.ragged import placed
+from actcache.io.loops import Placing as Placing
 
 #: The dtype and trailing shape that each ragged array of a space has, by name. ``OWN`` comes when it is declared, while
 #: the space is open; no entry has it before.
@@ -181,14 +183,33 @@ class Snapshot(ABC):
             KeyError: an entry has no array of that name.
         """
 
+    def place(
+        self, located: EntryLocations, out: Buffers, placing: Placing, expected: Expected | None
+    ) -> NDArray[np.int64]:
+        """Read rows as ``gather`` does, but activations not one after another; returns and raises what that does.
+
+        Where a backend has nothing faster, they are read packed first.
+
+        Args:
+            out: the buffer of ``values`` may have rows that lie apart, each contiguous; the others are packed.
+            placing: how the rows of ``values`` get into their buffer.
+        """
+        return placed(out, {VALUES: placing}, located.tokens, lambda rows: self.gather(located, rows, None, expected))
+
     def read_at_once(
-        self, keys: NDArray[np.uint8], out: Buffers, width: int | None, seed: int | None
+        self,
+        keys: NDArray[np.uint8],
+        out: Buffers,
+        width: int | None,
+        seed: int | None,
+        placing: Placing | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """Look up ``[n, 32]`` keys and read their rows as ``gather`` does, in one go; a backend that cannot has none.
 
         Args:
             seed: of the digests that entries are compared with (``format.checksum.chain_seed``); None: nothing is
                 verified.
+            placing: how the rows of ``values`` get into their buffer, as of ``place``; None: one after another.
 
         Returns:
             The tokens of each entry, ``[n]``, 0 where it is absent, and the positions of bad ones. None where

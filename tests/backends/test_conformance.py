@@ -16,6 +16,7 @@ READING = (
     "test_optional_arrays",
     "test_codecs",
     "test_read_into",
+    "test_scatter_into",
     "test_reader",
 )
 

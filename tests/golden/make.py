@@ -19,15 +19,46 @@ import torch
 
 import actcache
 from tests.golden.reader import digests
-from tests.support import compact, ids, key, put, recipe, rows
+from tests.support import compact, ids, key, put, recipe, rows, stored_as
 from tests.support.backends import KINDS
 
 HERE = Path(__file__).parent
 
 
+#: Rows with a few large numbers, as int8 stores them: the shape of the codes, and these; the scale is 1.
+BENT = (
+    (0x24, (127, 83, -98, 6, 16, 3, -14, 9)),
+    (0x90, (127, 103, 124, -15, -58, -64, 25, -29)),
+    (0xFE, (-127, 119, 5, 0, -77, 18, 3, -120)),
+    (0x00, (-1, 100, 25, 127, -70, 3, 88, -126)),
+)
+
+
+def bent():
+    """What these rows are, ``[4, 8]``: exact in every float dtype."""
+    made = np.array([codes for _, codes in BENT], np.float32)
+    for row, (shape, _) in zip(made, BENT, strict=True):
+        if shape:
+            knee, ratio = shape // 16 * 8, (2 + shape % 2) << (shape % 16 // 2)
+            row[:] = np.where(np.abs(row) <= knee, row, np.sign(row) * (knee + ratio * (np.abs(row) - knee)))
+    return made
+
+
+def stored_bent(dtype):
+    if dtype.removesuffix("+zstd") != "int8":
+        return stored_rows(bent(), dtype)
+    scale = np.float32(1).view(np.uint32)
+    tails = np.array([[scale | shape] for shape, _ in BENT], "<u4").view(np.uint8)
+    return np.hstack([np.array([codes for _, codes in BENT], np.int8).view(np.uint8), tails])
+
+
 def stored(number, version, dtype):
     """A document as it is stored."""
-    values = rows(number, version)  # small integers: exact in every float dtype
+    return stored_rows(rows(number, version), dtype)  # small integers: exact in every float dtype, and in int8
+
+
+def stored_rows(values, dtype):
+    """Rows as they are stored; those of int8 need no knee."""
     dtype = dtype.removesuffix("+zstd")
     if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -97,12 +128,14 @@ def fill_a_little(store, dtype):
         space.delete([key(4)])
         compact(space)
         put(space, [6, 2], version=1, overwrite=True)
+        space.put([key(22)], [bent()], [np.arange(4)])
         space.flush()
     for n, version in ((0, 0), (1, 0), (2, 1), (3, 0), (5, 0), (6, 1), (20, 0), (21, 0)):
         held[key(n)] = {"values": stored(n, version, dtype)}
         if n != 20:
             held[key(n)]["token_ids"] = ids(n, version).astype(np.int32)
     held[key(21)] |= extras
+    held[key(22)] = {"values": stored_bent(dtype), "token_ids": np.arange(4, dtype=np.int32)}
     return held
 
 
@@ -117,7 +150,8 @@ def make_codecs(name):
     spaces = {}
     with actcache.open(KINDS[name].url(folder / "store")) as store:
         for dtype in ("float32", *CODECS):
-            spaces[recipe(dtype=dtype).fingerprint] = digests(fill_a_little(store, dtype))
+            with stored_as(dtype):
+                spaces[recipe(dtype=dtype).fingerprint] = digests(fill_a_little(store, dtype))
     finish(folder, {"spaces": spaces, "collections": {}})
 
 

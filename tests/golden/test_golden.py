@@ -51,7 +51,7 @@ def test_releases_before_codecs_refuse_them_by_name(kind, dtype, monkeypatch, tm
         with pytest.raises(FormatVersionError, match="format version 2, newer than this release"):
             store.recipe(recipe(dtype=dtype).fingerprint)
         with store.space(recipe()) as space:
-            assert len(space) == 8
+            assert len(space) == 9
 
 
 @each()

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from actcache.errors import UsageError
 from actcache.format.keys import join_keys
-from actcache.io import loops
-from actcache.io.loops import Column, Digests, Lookup, LookupTable
+from actcache.io import loops, numpy_loops
+from actcache.io.loops import Column, Digests, Lookup, LookupTable, Pooled, Scattered
 from tests.support.waiting import DEADLINE
 
 BOTH = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
@@ -376,7 +376,7 @@ def test_the_structures_are_those_of_the_library():
     """A field that one side lacks would shift all behind it."""
     assert loops._library.act_sizes
     kinds = (loops._Table, loops._Lookup, loops._Column, loops._Batch, loops._Reading)
-    kinds += (loops._Scatter, loops._Conversion, loops._Framing)
+    kinds += (loops._Conversion, loops._Framing)
     sizes = (ctypes.c_int64 * len(kinds))()
     loops._library.act_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(kind) for kind in kinds]
@@ -444,6 +444,48 @@ def test_entries_that_are_intact_and_not_by_one_call():
     assert lookup.reading([loops.MappedColumn(24, memory, np.zeros(0, np.int64))], looked=0) is None
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_entries_that_begin_with_pages(damage):
+    """Rows, then token ids at the next multiple of 8, on pages of 512 bytes, which the table counts."""
+    rng, count = np.random.default_rng(2), 20
+    lengths = rng.integers(1, 30, count)
+    keys = rng.integers(0, 256, (count, 32)).astype(np.uint8)
+    keys = keys[np.lexsort(keys.view(">u8").T[::-1])]
+    pages = (4 + 3 * rng.permutation(count)).astype(np.int64)
+    memory = rng.integers(0, 256, 512 * (pages.max() + 3)).astype(np.uint8)
+    sums, rows, ids = np.zeros(count, np.uint64), [], []
+    for i, (page, tokens) in enumerate(zip(pages.tolist(), lengths.tolist(), strict=True)):
+        begin = 512 * page + 32
+        rows.append(memory[begin : begin + 20 * tokens].reshape(-1, 20).copy())
+        begin += (20 * tokens + 7) // 8 * 8
+        ids.append(memory[begin : begin + 4 * tokens].view("<i4").copy())
+        seed = numpy_loops.first_seeds(5, keys[i : i + 1], lengths[i : i + 1])[0]
+        sums[i] = chain(int(seed), ids[-1], rows[-1])
+    zeros, prefix = np.zeros(1, np.int64), keys[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
+    table = LookupTable(
+        *(prefix, np.ascontiguousarray(keys[:, 8:]), None, None, lengths.astype(np.uint32), pages, sums),
+        *(None, zeros, zeros),
+    )
+    if damage:
+        memory[512 * pages[3] + 33] ^= 1
+        pages[5] = 2**39  # far beyond the memory
+    lookup = Lookup([table], np.array([2**40]), zeros)
+    located = lookup.locate(keys)
+    for one, other in zip(located, by_numpy(lambda: lookup.locate(keys)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    described = ((4, 20), (20, 0))
+    columns = [loops.MappedColumn(size, memory, zeros, 512, 32, before) for size, before in described]
+    order = rng.permutation(count)
+    total = int(lengths.sum())
+    out = [np.zeros(total, np.int32), np.zeros((total, 20), np.uint8)]
+    tokens, bad = lookup.reading(columns, None).read(keys[order], out, None, 5)
+    np.testing.assert_array_equal(tokens, lengths[order])
+    assert bad.tolist() == sorted(np.flatnonzero(np.isin(order, [3, 5] if damage else [])))
+    good = np.repeat(~np.isin(order, [3, 5] if damage else []), lengths[order])
+    np.testing.assert_array_equal(out[0][good], np.concatenate([ids[i] for i in order])[good])
+    np.testing.assert_array_equal(out[1][good], np.concatenate([rows[i] for i in order])[good])
+
+
 @pytest.mark.parametrize("row_bytes", [768, 100, 3])
 @pytest.mark.parametrize("shifted", [0, 8, 5])
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
@@ -468,26 +510,187 @@ def test_a_batch_that_is_copied_past_the_caches(row_bytes, shifted, padded):
 # --- mixing -----------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@given(st.integers(0, 400), st.sampled_from([(), (3,), (2, 700)]), st.integers(0, 50))
-def test_rows_are_scattered(compiled, count, trailing, more):
-    rng = np.random.default_rng(count)
-    rows = rng.integers(0, 1000, (count, *trailing)).astype(np.int32)
-    places = rng.permutation(count + more)[:count]
-    out = np.full((count + more, *trailing), -1, np.int32)
-    loops.scatter(rows, places, out)
-    np.testing.assert_array_equal(out[places], rows)
-    assert (np.delete(out, places, axis=0) == -1).all()
+@given(
+    batches(),
+    st.sampled_from(["memory", "files", "direct", "both"]),
+    st.integers(0, 9),
+    st.sampled_from([1, 3]),
+    st.integers(0, 3),
+)
+def test_what_is_scattered_is_what_is_gathered_and_put_there(tmp_path_factory, batch, way, more, apart, damaged):
+    """Rows of several sites lie apart; digests are those of the entries, wherever their rows go."""
+    lengths, _, row_bytes, begins = batch
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    rng, total = np.random.default_rng(7), int(offsets[-1])
+    stored = rng.integers(0, 256, 60 * row_bytes + 8).astype(np.uint8)
+    path = tmp_path_factory.getbasetemp() / f"scattered-{row_bytes}"
+    path.write_bytes(stored.tobytes())
+    try:
+        file = os.open(path, os.O_RDONLY | (os.O_DIRECT if way == "direct" else 0))
+    except OSError:  # no direct reads here
+        file, way = os.open(path, os.O_RDONLY), "files"
+    memory = None if way in ("files", "direct") else stored
+    files = None if way == "memory" else np.full(len(lengths), file, np.int32)
+    keys = rng.integers(0, 256, (len(lengths), 32)).astype(np.uint8)
+    packed = np.empty((total, row_bytes), np.uint8)
+    sums = np.zeros(len(lengths), np.uint64)
+    plain = Column(row_bytes, packed, stored, begins)
+    assert not len(loops.gather([plain], lengths, offsets, Digests(1, 3, keys, sums=sums)))
+    wrong = np.flatnonzero(lengths)[:damaged]
+    sums[wrong] ^= np.uint64(1)
+    targets = rng.permutation(total + more)[:total]
+    column = Column(row_bytes, None, memory, begins, files, begins, placing=Scattered(targets))
+    for call in (lambda run: run(), by_numpy):
+        buffer = np.full((total + more, apart, row_bytes), 9, np.uint8)
+        out = buffer[:, apart // 2]
+        bad = call(
+            lambda out=out: loops.gather(
+                [column._replace(out=out)],
+                *(lengths, offsets, Digests(1, 3, keys, expected=sums)),
+                direct=way == "direct",
+            )
+        )
+        assert bad.tolist() == wrong.tolist()
+        np.testing.assert_array_equal(out[targets], packed)
+        buffer[targets, apart // 2] = 9
+        assert (buffer == 9).all()
+    os.close(file)
+
+
+@pytest.mark.parametrize("row_bytes", [1536, 768, 100, 4])
+def test_rows_that_are_scattered_past_the_caches(row_bytes):
+    """A buffer that the caches cannot hold; entries that are digested before they are copied, and after."""
+    rng = np.random.default_rng(6)
+    lengths = rng.integers(1, (100 << 10) // row_bytes, 40)
+    offsets = np.r_[0, np.cumsum(lengths)]
+    memory = rng.integers(0, 256, (lengths.max() + 50) * row_bytes).astype(np.uint8)
+    begins = rng.integers(0, 50, 40) * row_bytes
+    room = max(int(offsets[-1]), (9 << 20) // row_bytes)
+    outs = [np.full((room, row_bytes), 7, np.uint8) for _ in range(2)]
+    keys, sums = rng.integers(0, 256, (40, 32)).astype(np.uint8), [np.empty(40, np.uint64) for _ in range(2)]
+    targets = rng.permutation(room)[: offsets[-1]]
+    columns = [Column(row_bytes, out, memory, begins, placing=Scattered(targets)) for out in outs]
+    loops.gather([columns[0]], lengths, offsets, Digests(1, 3, keys, sums=sums[0]))
+    by_numpy(lambda: loops.gather([columns[1]], lengths, offsets, Digests(1, 3, keys, sums=sums[1])))
+    np.testing.assert_array_equal(*outs)
+    np.testing.assert_array_equal(*sums)
 
 
 @BOTH
-def test_rows_are_scattered_nowhere_else(compiled):
-    out = np.zeros((4, 2), np.int32)
-    for places in ([0, 4], [2**62, 1], [-9, 1]):
-        with pytest.raises(IndexError):
-            loops.scatter(np.ones((2, 2), np.int32), np.array(places), out)
-    with pytest.raises(TypeError):
-        loops.scatter(np.ones((2, 3), np.int32), np.array([0, 1]), out)
+@pytest.mark.parametrize("targets", [[0, 4, 1], [2**62, 1, 0], [0, 1, -1]])
+def test_rows_are_scattered_nowhere_else(compiled, targets):
+    memory, out = np.arange(6, dtype=np.int32).reshape(3, 2), np.full((6, 2), 9, np.int32)
+    column = Column(8, out[:4], memory, np.array([0, 8]), placing=Scattered(np.array(targets)))
+    with pytest.raises(IndexError):
+        loops.gather([column], np.array([1, 2]), np.array([0, 1, 3]))
+    assert (out[4:] == 9).all()
+
+
+def test_targets_that_do_not_fit():
+    memory, out = np.arange(6, dtype=np.int32).reshape(3, 2), np.zeros((4, 2), np.int32)
+    lengths, offsets = np.array([1, 2]), np.array([0, 1, 3])
+    for row_bytes, targets, message in (
+        (8, np.array([0, 1]), "fewer targets"),
+        (8, np.array([0, 1, 2], np.int32), "int64"),
+        (12, np.array([0, 1, 2]), "do not fit"),
+    ):
+        column = Column(row_bytes, out, memory, np.array([0, 8]), placing=Scattered(targets))
+        with pytest.raises(TypeError, match=message):
+            loops.gather([column], lengths, offsets)
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def pooled(how, form, at, rows, lengths, keys, sums):
+    out = np.full((len(lengths) + 2, rows.shape[1]), 9, rows.dtype if how == "at" else np.float32)
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    row_bytes = rows.itemsize * rows.shape[1]
+    column = Column(row_bytes, out, rows, offsets[:-1] * row_bytes, placing=Pooled(how, form, at))
+    bad = loops.gather([column], lengths, offsets, Digests(1, 3, keys, expected=sums))
+    assert (out[len(lengths) :] == 9).all()
+    assert (out[:-2][lengths == 0] == 9).all()
+    return out[:-2], bad
+
+
+@given(
+    st.lists(st.integers(0, 200), min_size=0, max_size=6),
+    st.sampled_from([1, 7, 32, 37, 96]),
+    st.sampled_from(["mean", "max", "at"]),
+    st.sampled_from(loops.FORMS),
+    st.floats(-8, 8),
+)
+def test_what_is_pooled_is_what_numpy_pools(lengths, width, how, form, shift):
+    """Means are as near as sums of 64 float32 are at most: 64 times half a step of them; all else is exact."""
+    lengths, rng = np.array(lengths, np.int64), np.random.default_rng(9)
+    numbers = (rng.standard_normal((lengths.sum(), width)) + shift).astype(np.float32)
+    numbers[rng.random(numbers.shape) < 0.1] *= np.float32(1e-6)  # float16 has them without all of its digits
+    rows = numbers.astype(np.float16) if form == "float16" else numbers
+    if form == "bfloat16":
+        rows = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        numbers = (rows.astype(np.uint32) << 16).view(np.float32)
+    at = (rng.random(len(lengths)) * lengths).astype(np.int64) if how == "at" else None
+    keys, sums = rng.integers(0, 256, (len(lengths), 32)).astype(np.uint8), np.zeros(len(lengths), np.uint64)
+    given = how, form, at, np.ascontiguousarray(rows), lengths, keys
+    pooled(*given, None)
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    begins = offsets[:-1] * width * rows.itemsize
+    loops.gather(
+        [Column(width * rows.itemsize, memory=given[3], begins=begins)],
+        lengths,
+        offsets,
+        Digests(1, 3, keys, sums=sums),
+    )
+    found, bad = pooled(*given, sums)
+    wanted, _ = by_numpy(lambda: pooled(*given, sums))
+    assert not len(bad)
+    if how != "mean":
+        np.testing.assert_array_equal(found, wanted)
+        return
+    begins = offsets[:-1][lengths > 0]
+    if len(begins):
+        sizes = np.add.reduceat(np.abs(numbers.astype(np.float64)), begins) / lengths[lengths > 0][:, None]
+        wrong = np.abs(found[lengths > 0].astype(np.float64) - wanted[lengths > 0])
+        assert (wrong <= 65 * 2.0**-24 * sizes).all()
+
+
+@BOTH
+def test_what_is_not_intact_is_pooled_and_told_of(compiled):
+    rows, lengths = np.ones((5, 32), np.float32), np.array([2, 3])
+    keys = np.zeros((2, 32), np.uint8)
+    assert pooled("mean", "float32", None, rows, lengths, keys, np.zeros(2, np.uint64))[1].tolist() == [0, 1]
+
+
+@BOTH
+@pytest.mark.parametrize("at", [[2, 0], [0, -1], [0, 2**40]])
+def test_positions_that_an_entry_has_not(compiled, at):
+    rows, lengths, keys = np.ones((5, 8), np.float32), np.array([2, 3]), np.zeros((2, 32), np.uint8)
+    with pytest.raises(IndexError):
+        pooled("at", "float32", np.array(at), rows, lengths, keys, None)
+
+
+def test_every_float16_is_widened_as_numpy_does(tmp_path):
+    """By the processor's instruction, and column by column: rows of 33 have one that no vector takes."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    rows = np.repeat(every[:, None], 33, axis=1)
+    found = pooled(
+        "max", "float16", None, rows, np.ones(len(rows), np.int64), np.zeros((len(rows), 32), np.uint8), None
+    )[0]
+    np.testing.assert_array_equal(found, rows.astype(np.float32))
+
+
+@given(st.integers(0, 300), st.integers(0, 2**64 - 1))
+def test_the_shuffle_is_numpys(count, seed):
+    order = loops.permutation(count, seed)
+    np.testing.assert_array_equal(order, by_numpy(lambda: loops.permutation(count, seed)))
+    assert sorted(order.tolist()) == list(range(count))
+
+
+def test_each_order_is_as_likely():
+    drawn = np.array([loops.permutation(4, seed * 7919) for seed in range(6000)])
+    orders, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert ((counts - 250) ** 2 / 250).sum() < 60  # chi squared of 23 degrees: once in 30,000
 
 
 # --- how many threads -------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_LINE = 64  # bytes of a line of the processor's cache: rows that fill whole ones are written without reading them
+
 
 class BufferPool:
     """A few buffers of bytes, ``most`` of which are kept; where all are in use, more are made and left to the
@@ -33,8 +35,9 @@ class BufferPool:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         with self._lock:
             buffer = self._free(nbytes)
+            first = -buffer.ctypes.data % _LINE
             # The view is made under the lock: from now on the buffer counts as used.
-            array: NDArray[Any] = buffer[:nbytes].view(dtype).reshape(shape)
+            array: NDArray[Any] = buffer[first : first + nbytes].view(dtype).reshape(shape)
             return array
 
     def give_back(self, array: NDArray[Any], copied: Any) -> None:
@@ -44,10 +47,10 @@ class BufferPool:
         smallest = None
         for i in range(len(self._buffers)):
             if sys.getrefcount(self._buffers[i]) == _UNUSED:
-                if self._buffers[i].nbytes >= nbytes:
+                if self._buffers[i].nbytes >= nbytes + _LINE:
                     return self._buffers[i]
                 smallest = i
-        buffer = np.empty(max(nbytes + nbytes // 8, 1), np.uint8)  # a little more: the next batch may be longer
+        buffer = np.empty(nbytes + nbytes // 8 + _LINE, np.uint8)  # a little more: the next batch may be longer
         if smallest is not None:
             self._buffers[smallest] = buffer
         elif len(self._buffers) < self._most:

@@ -28,6 +28,9 @@
 #define PIECE (1 << 20)   /* bytes of one read */
 #define PART (64 << 10)   /* bytes of rows that a thread takes at a time */
 #define SHARE (1 << 20)   /* bytes in memory for which one more thread is worth waking: a sleeping core takes its time */
+#define SMALL 64          /* bytes of a row below which it is not copied past the caches */
+#define LONG (48 << 10)    /* bytes of an entry from which on it is digested before it is copied past the caches: a loop
+                              that only reads is faster than one that does both, and the copy then finds them there */
 #define STREAM (8 << 20)  /* bytes of a batch that is copied past the caches: more than a core's share of them */
 #define MOST_HELPERS 63
 
@@ -55,7 +58,7 @@ static zstd_functions zstd;
 
 PUBLIC void act_set_zstd(const zstd_functions *functions) { zstd = *functions; }
 
-PUBLIC int32_t act_version(void) { return 6; }
+PUBLIC int32_t act_version(void) { return 10; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -163,7 +166,8 @@ typedef struct {
     int64_t size;
     const uint64_t *prefix; /* [size] ascending: the first 8 bytes of the keys, as numbers */
     const uint8_t *rest;    /* [size, 24] the others */
-    const uint32_t *segment, *origin, *tokens;
+    const uint32_t *segment, *origin; /* or NULL: all are the first one's */
+    const uint32_t *tokens;
     const int64_t *row;
     const uint64_t *checksum;
     const uint8_t *alive; /* [size], or NULL: all are */
@@ -240,8 +244,8 @@ typedef struct {
 static void prefetch_entry(const table *of, int64_t position) {
     if (position >= of->size) return;
     __builtin_prefetch(of->rest + position * (KEY_BYTES - 8));
-    __builtin_prefetch(of->segment + position);
-    __builtin_prefetch(of->origin + position);
+    if (of->segment != NULL) __builtin_prefetch(of->segment + position);
+    if (of->origin != NULL) __builtin_prefetch(of->origin + position);
     __builtin_prefetch(of->tokens + position);
     __builtin_prefetch(of->row + position);
     __builtin_prefetch(of->checksum + position);
@@ -258,8 +262,8 @@ static void look_at(lookup *this, int64_t i, const table *of, int64_t position, 
             break;
     }
     if (position >= of->size || of->prefix[position] != prefix) return;
-    int64_t segment = of->segment[position], origin = of->origin[position], row = of->row[position];
-    int64_t tokens = of->tokens[position];
+    int64_t segment = of->segment == NULL ? 0 : of->segment[position], row = of->row[position];
+    int64_t origin = of->origin == NULL ? 0 : of->origin[position], tokens = of->tokens[position];
     int64_t number = segment < of->segments ? of->numbers[segment] : -1;
     if (number < 0 || number >= this->segments || origin >= of->origins || row < 0 || tokens <= 0 ||
         row > this->limits[number] - tokens) {
@@ -324,7 +328,16 @@ typedef struct {
     uint8_t *out;          /* of the whole batch; NULL: rows in memory are digested where they are */
     const int64_t *sizes;  /* [count] bytes of each entry's frames of zstd, of which its rows are made; NULL: plain rows */
     int64_t item;          /* bytes of a number: a frame has all first ones of an entry, the next all second ones, ... */
+    int32_t way;            /* how the rows get into the buffer, one of the ways below */
+    int32_t form;           /* of the numbers, where they are pooled */
+    const int64_t *targets; /* SCATTERED: row of the buffer that each row of the batch goes to; ONE: which row of each entry */
+    int64_t apart, room;    /* but for PACKED: bytes from one row of the buffer to the next, and how many rows it has */
 } column;
+
+/* PACKED: each entry's rows to its place. SCATTERED: each row to its target. ONE row an entry to the entry's row of the
+ * buffer, or the MEAN or LARGEST of its numbers, as floats. */
+enum { PACKED, SCATTERED, ONE, MEAN, LARGEST };
+enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 typedef struct {
     int64_t count;
@@ -349,7 +362,7 @@ typedef struct {
     _Atomic int32_t error; /* errno of a read that failed */
 } batch;
 
-enum { INTACT, CORRUPT, OUTSIDE, SHORT, FAILED };
+enum { INTACT, CORRUPT, OUTSIDE, SHORT, FAILED, NOWHERE /* its target is beyond the buffer */ };
 
 static const uint64_t primes[5] = {0x9E3779B185EBCA87u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u, 0x85EBCA77C2B2AE63u,
                                    0x27D4EB2F165667C5u};
@@ -365,15 +378,15 @@ static uint64_t first_seed(const batch *this, int64_t i) {
 /* What a thread keeps between entries: memory, and what zstd needs. */
 typedef struct {
     uint8_t *pages; /* of direct reads */
-    uint8_t *memory[2];
-    size_t sizes[2];
+    uint8_t *memory[3]; /* planes of numbers, frames, rows on their way to their places */
+    size_t sizes[3];
     void *decoder, *encoder;
 } thread_own;
 
 static void free_own(void *given) {
     thread_own *own = given;
     free(own->pages);
-    for (int n = 0; n < 2; n++) free(own->memory[n]);
+    for (int n = 0; n < 3; n++) free(own->memory[n]);
     if (own->decoder != NULL) zstd.free_decoder(own->decoder);
     if (own->encoder != NULL) zstd.free_encoder(own->encoder);
     free(own);
@@ -581,34 +594,216 @@ static int bring_frame(batch *this, const column *of, int64_t i, uint8_t *out, i
     return state;
 }
 
-static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows) {
+/* --- pooling: one row an entry ------------------------------------------------------------------------------------------- */
+
+#define POOLED 64 /* rows whose sums are made in single precision, before they are added to those in double */
+
+static uint32_t bits_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return bits;
+}
+
+static float float_of(uint32_t bits) {
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+/* Return the float of a float16: its bits moved, times what the exponents differ by; infinities and NaN stay so. */
+static float float_of_half(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7FFF) << 13;
+    uint32_t size = bits_of(float_of(bits) * 5192296858534827628530496329220096.0f); /* 2 to the power of 112 */
+    if ((half & 0x7C00) == 0x7C00) size = bits | 0x7F800000u;
+    return float_of(size | (uint32_t)(half & 0x8000) << 16);
+}
+
+static float number_at(const uint8_t *row, int64_t c, int32_t form) {
+    if (form == FLOAT32) {
+        float number;
+        memcpy(&number, row + 4 * c, 4);
+        return number;
+    }
+    uint16_t bits;
+    memcpy(&bits, row + 2 * c, 2);
+    return form == FLOAT16 ? float_of_half(bits) : float_of((uint32_t)bits << 16);
+}
+
+#if defined(__x86_64__)
+#define EIGHT __attribute__((target("avx2,f16c"), always_inline)) static inline
+static int has_eight(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+
+EIGHT __m256 eight_at(const uint8_t *row, int64_t c, int32_t form) {
+    if (form == FLOAT32) return _mm256_loadu_ps((const float *)(const void *)(row + 4 * c));
+    __m128i bits = _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * c));
+    return form == FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+/* Pool some rows, 32 columns at a time, which stay in registers; return how many columns are done. What the rows before
+ * them came to is in ``sums`` or ``out``, unless they are the first ones. */
+EIGHT int64_t pool_columns(const uint8_t *rows, int64_t count, int64_t width, int32_t form, int32_t way, int first,
+                           double *sums, float *out) {
+    int64_t c = 0, row_bytes = width * (form == FLOAT32 ? 4 : 2);
+    for (; c + 32 <= width; c += 32) {
+        __m256 so_far[4];
+        for (int n = 0; n < 4; n++)
+            so_far[n] = first ? eight_at(rows, c + 8 * n, form) : way == MEAN ? _mm256_setzero_ps() : _mm256_loadu_ps(out + c + 8 * n);
+        for (int64_t i = first; i < count; i++) {
+            const uint8_t *row = rows + i * row_bytes;
+            for (int n = 0; n < 4; n++) {
+                __m256 numbers = eight_at(row, c + 8 * n, form);
+                so_far[n] = way == MEAN ? _mm256_add_ps(so_far[n], numbers) : _mm256_max_ps(so_far[n], numbers);
+            }
+        }
+        for (int n = 0; n < 4; n++) {
+            if (sums == NULL) {
+                _mm256_storeu_ps(out + c + 8 * n, so_far[n]);
+                continue;
+            }
+            double *sum = sums + c + 8 * n;
+            __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(so_far[n]));
+            __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(so_far[n], 1));
+            _mm256_storeu_pd(sum, first ? low : _mm256_add_pd(_mm256_loadu_pd(sum), low));
+            _mm256_storeu_pd(sum + 4, first ? high : _mm256_add_pd(_mm256_loadu_pd(sum + 4), high));
+        }
+    }
+    return c;
+}
+
+#define POOL_COLUMNS(name, form, way)                                                                                  \
+    __attribute__((target("avx2,f16c"))) static int64_t name(const uint8_t *rows, int64_t count, int64_t width,        \
+                                                             int first, double *sums, float *out) {                    \
+        return pool_columns(rows, count, width, form, way, first, sums, out);                                          \
+    }
+POOL_COLUMNS(mean_float32, FLOAT32, MEAN)
+POOL_COLUMNS(mean_float16, FLOAT16, MEAN)
+POOL_COLUMNS(mean_bfloat16, BFLOAT16, MEAN)
+POOL_COLUMNS(largest_float32, FLOAT32, LARGEST)
+POOL_COLUMNS(largest_float16, FLOAT16, LARGEST)
+POOL_COLUMNS(largest_bfloat16, BFLOAT16, LARGEST)
+
+typedef int64_t (*pooling)(const uint8_t *rows, int64_t count, int64_t width, int first, double *sums, float *out);
+static const pooling poolings[2][3] = {{mean_float32, mean_float16, mean_bfloat16},
+                                       {largest_float32, largest_float16, largest_bfloat16}};
+#endif
+
+/* Pool some rows: their sums, in double where ``sums`` is given, or the largest of each column. */
+static void pool_some(const uint8_t *rows, int64_t count, int64_t width, int32_t form, int32_t way, int first,
+                      double *sums, float *out) {
+    int64_t c = 0, row_bytes = width * (form == FLOAT32 ? 4 : 2);
+#if defined(__x86_64__)
+    if (has_eight()) c = poolings[way == LARGEST][form](rows, count, width, first, sums, out);
+#endif
+    for (; c < width; c++) {
+        float so_far = first ? number_at(rows, c, form) : way == MEAN ? 0 : out[c];
+        for (int64_t i = first; i < count; i++) {
+            float one = number_at(rows + i * row_bytes, c, form);
+            so_far = way == MEAN ? so_far + one : one > so_far ? one : so_far;
+        }
+        if (sums == NULL)
+            out[c] = so_far;
+        else
+            sums[c] = first ? so_far : sums[c] + so_far;
+    }
+}
+
+/* Make the mean or the largest of each column of some rows, one or more. */
+static int pool(const uint8_t *rows, int64_t count, int64_t width, int32_t form, int32_t way, float *out) {
+    int64_t row_bytes = width * (form == FLOAT32 ? 4 : 2);
+    double *sums = NULL;
+    if (way == MEAN && count > POOLED) {
+        thread_own *own = get_own();
+        sums = own == NULL ? NULL : (double *)(void *)memory_of(own, 0, (size_t)width * sizeof *sums);
+        if (sums == NULL) return FAILED;
+    }
+    for (int64_t first = 0; first < count; first += POOLED) /* so many stay in the processor's cache */
+        pool_some(rows + first * row_bytes, count - first < POOLED ? count - first : POOLED, width, form, way, first == 0,
+                  sums, out);
+    for (int64_t c = 0; way == MEAN && c < width; c++)
+        out[c] = sums == NULL ? out[c] / (float)count : (float)(sums[c] / (double)count);
+    return INTACT;
+}
+
+/* --- from where rows are to where they belong ----------------------------------------------------------------------------- */
+
+/* Copy the rows of an entry to their targets, one by one. */
+static int put_on_targets(const batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    const int64_t *targets = of->targets + this->starts[i];
+    int streams = this->streams && of->row_bytes >= SMALL;
+    for (int64_t n = 0; n < this->lengths[i]; n++, rows += of->row_bytes) {
+        if (targets[n] < 0 || targets[n] >= of->room) return NOWHERE;
+        uint8_t *out = of->out + targets[n] * of->apart;
+        if (streams)
+            stream(out, rows, of->row_bytes);
+        else if (of->row_bytes == sizeof(int32_t)) /* token ids */
+            memcpy(out, rows, sizeof(int32_t));
+        else
+            memcpy(out, rows, (size_t)of->row_bytes);
+    }
+    return INTACT;
+}
+
+/* Put what an entry comes to into its row of the buffer. */
+static int put_one(batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    if (i >= of->room) return NOWHERE;
+    uint8_t *out = of->out + i * of->apart;
+    if (of->way == ONE) {
+        if (of->targets[i] < 0 || of->targets[i] >= this->lengths[i]) return NOWHERE;
+        memcpy(out, rows + of->targets[i] * of->row_bytes, (size_t)of->row_bytes);
+        return INTACT;
+    }
+    int64_t width = of->row_bytes / (of->form == FLOAT32 ? 4 : 2);
+    int state = pool(rows, this->lengths[i], width, of->form, of->way, (float *)(void *)out);
+    if (state == FAILED) atomic_store(&this->error, ENOMEM);
+    return state;
+}
+
+/* Copy the rows of an entry to where they belong. */
+static int put(batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    if (of->way == SCATTERED) return put_on_targets(this, of, i, rows);
+    if (of->way != PACKED) return put_one(this, of, i, rows);
+    uint8_t *out = of->out + this->starts[i] * of->row_bytes;
+    int64_t nbytes = this->lengths[i] * of->row_bytes;
+    if (this->streams)
+        stream(out, rows, nbytes);
+    else
+        memcpy(out, rows, (size_t)nbytes);
+    return INTACT;
+}
+
+/* Find the rows of an entry, or have them read; say where they are, and whether they are still to be ``put``. */
+static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows, int *to_put) {
     int64_t nbytes;
     if (__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes)) return OUTSIDE;
     if (this->lengths[i] > this->ends[i] - this->starts[i]) return OUTSIDE; /* no room for it */
-    uint8_t *out = of->out == NULL ? NULL : of->out + this->starts[i] * of->row_bytes;
     const uint8_t *mapped = NULL;
-    if (of->sizes != NULL) {
-        int state = bring_frame(this, of, i, out, nbytes);
-        *rows = state == INTACT ? out : NULL;
-        return state;
-    }
-    if (of->base != NULL) {
+    *to_put = of->out != NULL;
+    if (of->base != NULL && of->sizes == NULL) {
         int64_t begin = of->begins[i];
         if (begin < 0 || nbytes > of->size || begin > of->size - nbytes) return OUTSIDE;
         mapped = of->base + begin;
     }
-    *rows = out;
-    if (of->files != NULL && (mapped == NULL || !is_resident(mapped, nbytes))) {
-        if (out == NULL) return OUTSIDE;
-        return read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error);
+    int is_read = of->files != NULL && of->sizes == NULL && (mapped == NULL || !is_resident(mapped, nbytes));
+    if (!is_read && of->sizes == NULL) {
+        *rows = mapped;
+        return mapped == NULL ? OUTSIDE : INTACT;
     }
-    if (mapped == NULL) return OUTSIDE;
-    if (out == NULL || this->streams) *rows = mapped; /* what was copied past the caches is not read again */
-    if (out != NULL && this->streams)
-        stream(out, mapped, nbytes);
-    else if (out != NULL)
-        memcpy(out, mapped, (size_t)nbytes);
-    return INTACT;
+    if (of->out == NULL) return OUTSIDE;
+    uint8_t *out = NULL;
+    *to_put = of->way != PACKED;
+    if (*to_put) { /* by way of memory of this thread's */
+        thread_own *own = get_own();
+        if (own == NULL || (out = memory_of(own, 2, (size_t)nbytes)) == NULL) {
+            atomic_store(&this->error, ENOMEM);
+            return FAILED;
+        }
+    } else {
+        out = of->out + this->starts[i] * of->row_bytes;
+    }
+    int state = is_read ? read_file(of->files[i], of->places[i], nbytes, out, this->direct, &this->error)
+                        : bring_frame(this, of, i, out, nbytes);
+    if (state == INTACT) *rows = out;
+    return state;
 }
 
 static void zeros(uint8_t *out, int64_t nbytes) { memset(out, 0, (size_t)nbytes); }
@@ -619,12 +814,23 @@ static int gather_one(batch *this, int64_t i) {
     for (int64_t c = 0; c < this->columns; c++) {
         const column *of = this->column + c;
         const uint8_t *rows = NULL;
-        if (this->lengths[i] > 0 && state != OUTSIDE && state != SHORT && state != FAILED) {
-            int brought = bring(this, of, i, &rows);
+        int64_t nbytes;
+        int to_put = 0;
+        (void)__builtin_mul_overflow(this->lengths[i], of->row_bytes, &nbytes); /* ``bring`` refuses what overflows */
+        if (this->lengths[i] > 0 && (state == INTACT || state == CORRUPT)) {
+            int brought = bring(this, of, i, &rows, &to_put);
             if (brought != INTACT) state = brought;
             if (brought == CORRUPT) continue; /* a frame, in whose rows there is nothing to digest */
+            if (brought != INTACT) to_put = 0;
         }
-        if (of->out != NULL && state != OUTSIDE) { /* padding */
+        int later = this->digests && ((this->streams && nbytes >= LONG) || of->way >= MEAN);
+        if (to_put && !later) {
+            int there = put(this, of, i, rows);
+            if (there != INTACT) state = there;
+            /* What is in the caches now is digested: the copy, unless it went past them. */
+            if (!this->streams && of->way == PACKED && state != NOWHERE) rows = of->out + this->starts[i] * of->row_bytes;
+        }
+        if (of->out != NULL && of->way == PACKED && state != OUTSIDE) { /* padding */
             int64_t end = this->starts[i] + this->lengths[i];
             if (end < this->ends[i])
                 (this->streams ? stream_zeros : zeros)(of->out + end * of->row_bytes,
@@ -636,9 +842,13 @@ static int gather_one(batch *this, int64_t i) {
             if (this->expected != NULL && c > 0 && digest != this->expected[i]) state = CORRUPT;
             if (this->expected != NULL) digest = this->expected[i];
         }
-        digest = digest_of(rows, (size_t)(this->lengths[i] * of->row_bytes), digest);
+        digest = digest_of(rows, (size_t)nbytes, digest);
+        if (to_put && later) {
+            int there = put(this, of, i, rows);
+            if (there != INTACT) state = there;
+        }
     }
-    if (!this->digests || this->lengths[i] == 0 || state == OUTSIDE || state == SHORT || state == FAILED) return state;
+    if (!this->digests || this->lengths[i] == 0 || (state != INTACT && state != CORRUPT)) return state;
     if (this->chained < this->columns) {
         if (this->more != NULL) this->more[i] = digest;
         if (this->expected_more != NULL && digest != this->expected_more[i]) state = CORRUPT;
@@ -705,6 +915,10 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     for (int64_t i = 0; i < this->count; i++) rows += this->ends[i] - this->starts[i];
     nbytes *= rows;
     this->streams = nbytes >= STREAM;
+    for (int64_t c = 0; c < this->columns; c++) { /* the buffer of a mix is filled by several batches */
+        const column *of = this->column + c;
+        if (of->way == SCATTERED) this->streams |= of->room * of->row_bytes >= STREAM;
+    }
     if (this->part <= 0) this->part = this->count * PART / (nbytes > 0 ? nbytes : 1);
     if (this->part <= 0) this->part = 1;
     int reads = 0;
@@ -724,7 +938,13 @@ typedef struct {
     const uint8_t *base; /* mapped memory */
     int64_t size;
     const int64_t *firsts; /* [segments] the first row of each in it, negative where it is not mapped */
+    int64_t unit;          /* bytes of what rows of the tables count: rows of this column, or pages */
+    int64_t at, before;    /* where an entry's rows begin after that: a byte, and bytes for each of its tokens, then the
+                              next multiple of 8; both are 0 where rows are counted */
     uint8_t *out;
+    int32_t way, form; /* these, and what follows, as of a column */
+    const int64_t *targets;
+    int64_t apart, room;
 } mapped_column;
 
 typedef struct {
@@ -740,7 +960,7 @@ typedef struct {
     int64_t count;
     const uint8_t *keys;
     int64_t width; /* rows of each entry's place, negative: packed */
-    int64_t room;  /* rows of the buffers */
+    int64_t room;  /* rows of the buffers, or how many targets there are */
     int32_t digests;
     uint64_t seed;
     int64_t *work; /* [6 + columns, count]: tokens, checksums, segment, row, starts, ends, begins; the first is the answer */
@@ -777,9 +997,11 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
                 continue;
             }
             if (of->firsts[segment[i]] < 0) return NOT_MAPPED;
-            begins[i] = (of->firsts[segment[i]] + row[i]) * of->row_bytes;
+            begins[i] = (of->firsts[segment[i]] + row[i]) * of->unit + ((of->at + tokens[i] * of->before + 7) & ~7);
         }
-        columns[c] = (column){of->row_bytes, of->base, of->size, begins, NULL, NULL, of->out, NULL, 1};
+        columns[c] = (column){.row_bytes = of->row_bytes, .base = of->base, .size = of->size, .begins = begins,
+                              .out = of->out, .item = 1, .way = of->way, .form = of->form,
+                              .targets = of->targets, .apart = of->apart, .room = of->room};
     }
     memset(this->state, INTACT, (size_t)n);
     batch rows = {.count = n, .lengths = tokens, .starts = starts, .ends = ends, .columns = this->columns,
@@ -789,46 +1011,20 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
     return act_gather(&rows, threads);
 }
 
-/* --- mixing: rows to places all over a buffer ---------------------------------------------------------------------------- */
+/* --- mixing -------------------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    int64_t count, row_bytes;
-    const uint8_t *rows;   /* [count] */
-    const int64_t *places; /* [count] rows of the buffer, each once */
-    int64_t room;          /* rows of the buffer */
-    uint8_t *out;
-    int64_t part;            /* rows that a thread takes at a time */
-    int32_t streams;         /* whether to copy past the processor's caches */
-    _Atomic int64_t outside; /* places that the buffer does not have */
-} scatter;
-
-static void plain(uint8_t *out, const uint8_t *rows, int64_t nbytes) { memcpy(out, rows, (size_t)nbytes); }
-
-static void scatter_part(void *context, int64_t part) {
-    scatter *this = context;
-    int64_t last = (part + 1) * this->part;
-    if (last > this->count) last = this->count;
-    for (int64_t i = part * this->part; i < last; i++) {
-        int64_t place = this->places[i];
-        if (place < 0 || place >= this->room) {
-            atomic_fetch_add(&this->outside, 1);
-            continue;
-        }
-        (this->streams ? stream : plain)(this->out + place * this->row_bytes, this->rows + i * this->row_bytes,
-                                         this->row_bytes);
+/* Shuffle the numbers 0 ... count - 1: each order is as likely, but for one in 2 to the power of 64 / count. The numbers
+ * drawn are splitmix64's, so that the order is a function of the seed. */
+PUBLIC void act_permute(int64_t *out, int64_t count, uint64_t seed) {
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t drawn = seed += 0x9E3779B97F4A7C15u;
+        drawn = (drawn ^ drawn >> 30) * 0xBF58476D1CE4E5B9u;
+        drawn = (drawn ^ drawn >> 27) * 0x94D049BB133111EBu;
+        drawn ^= drawn >> 31;
+        int64_t other = (int64_t)(uint64_t)((unsigned __int128)drawn * (uint64_t)(i + 1) >> 64);
+        out[i] = out[other];
+        out[other] = i;
     }
-    if (this->streams) streamed();
-}
-
-/* Copy row i to row places[i] of a buffer; return how many places it does not have. */
-PUBLIC int64_t act_scatter(scatter *this, int32_t threads) {
-    int64_t nbytes = this->count * this->row_bytes;
-    pthread_once(&once, prepare);
-    this->streams = this->row_bytes >= 64 && this->room * this->row_bytes >= STREAM;
-    this->part = PART / (this->row_bytes > 0 ? this->row_bytes : 1) + 1;
-    if (threads > 1 + nbytes / SHARE) threads = (int32_t)(1 + nbytes / SHARE);
-    share(scatter_part, this, (this->count + this->part - 1) / this->part, threads);
-    return this->outside;
 }
 
 /* --- conversion of what is written ------------------------------------------------------------------------------------- */
@@ -943,7 +1139,8 @@ PUBLIC int32_t act_frame(framing *this, int32_t threads) {
 
 /* --- rows of codes with a scale a token ------------------------------------------------------------------------------- */
 
-/* A stored row is a code of one byte for each number, then the row's scale as a float: number = code * scale. */
+/* A stored row is a code of one byte for each number, then the row's scale as a float: number = code * scale. The lowest
+ * byte of int8's scale is not the scale's, but the shape of its codes: see docs/format.md. */
 typedef struct {
     int64_t rows, hidden;
     int32_t code; /* one of: */
@@ -953,39 +1150,74 @@ typedef struct {
     _Atomic int64_t bad; /* rows with an infinity or a NaN, given or made */
 } conversion;
 
-enum { INT8, E4M3 };
-enum { FLOAT32, FLOAT16, BFLOAT16 };
+enum { INT8, E4M3, PIECEWISE }; /* the last: int8 whose shape is another than LINEAR */
 
 #define SCALE_BYTES 4
 #define SMALLEST_SCALE 1.17549435e-38f /* rows of zeros have a scale, too */
 #define SMALLEST_SCALE_E4M3 1e-12f     /* as vLLM's hs-connectors */
-#define LARGEST_INT8 127.0f
+#define LARGEST_INT8 127
 #define LARGEST_E4M3 448.0f
-
-static uint32_t bits_of(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    return bits;
-}
-
-static float float_of(uint32_t bits) {
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
 
 static int is_odd(float number) { return (bits_of(number) & 0x7F800000u) == 0x7F800000u; }
 
-/* Return the scale of a row whose largest number is given. That of int8 has 16 digits, rounded up: 127 times it is a
- * float, so rows that were stored so before are not changed by it. That of e4m3 is vLLM's. */
-static float scale_for(int32_t code, float largest) {
-    if (code == E4M3) {
-        float scale = largest / LARGEST_E4M3;
-        return scale < SMALLEST_SCALE_E4M3 ? SMALLEST_SCALE_E4M3 : scale;
+/* What the codes of a row of int8 mean, in units of its scale: as far as the knee themselves, beyond it ratio steps each.
+ * The upper four bits of a shape are the knee's eighth, the lower four say the ratio: 2, 3, 4, 6, 8, 12, ... 256. */
+#define LINEAR 0
+#define RATIOS 15 /* how many there are */
+
+static int is_shape(uint8_t shape) { return shape == LINEAR || (shape >= 16 && shape % 16 < RATIOS); }
+
+static int32_t knee_of(uint8_t shape) { return shape == LINEAR ? LARGEST_INT8 : shape / 16 * 8; }
+
+static int32_t ratio_of(uint8_t shape) { return shape == LINEAR ? 1 : (2 + (shape & 1)) << (shape % 16 / 2); }
+
+/* Return what the largest code means. */
+static int32_t range_of(uint8_t shape) { return knee_of(shape) + ratio_of(shape) * (LARGEST_INT8 - knee_of(shape)); }
+
+/* Numbers are counted by how far they are below a row's largest, in sixteenths of an octave. */
+#define BINS 192
+#define SMALLEST_TO_SHAPE 1e-30f /* the largest number of rows whose reciprocal is no float of all its digits */
+
+static int64_t bin_of(float share) {
+    int64_t below = (int64_t)(bits_of(1.0f) >> 19) - (int64_t)((bits_of(share) & 0x7FFFFFFFu) >> 19);
+    return below < 0 ? 0 : below >= BINS ? BINS - 1 : below;
+}
+
+typedef struct {
+    uint8_t shape;
+    int64_t bin;    /* of its knee: what is in those before it is beyond the knee */
+    double weight;  /* its scale's square, where the largest number is 1 */
+    int64_t beyond; /* how much more a number beyond the knee adds to the row's squared error than one below it */
+} candidate;
+
+static candidate candidates[1 + 15 * RATIOS];
+static int64_t candidates_count;
+
+static void prepare_candidates(void) {
+    int64_t count = 0;
+    for (int shape = 0; shape < 256; shape++) {
+        if (!is_shape((uint8_t)shape)) continue;
+        double range = range_of((uint8_t)shape), ratio = ratio_of((uint8_t)shape);
+        candidates[count++] = (candidate){(uint8_t)shape, bin_of((float)(knee_of((uint8_t)shape) / range)),
+                                          1.0 / (range * range), (int64_t)(ratio * ratio) - 1};
     }
-    float scale = float_of((bits_of(largest / LARGEST_INT8) + 0xFFu) & ~0xFFu);
+    candidates_count = count;
+}
+
+static pthread_once_t once_for_candidates = PTHREAD_ONCE_INIT;
+
+static float scale_of_digits(float scale) { /* 16 of them, rounded up: times a code's meaning it is nearly a float */
+    scale = float_of((bits_of(scale) + 0xFFu) & ~0xFFu);
     return scale < SMALLEST_SCALE ? SMALLEST_SCALE : scale;
 }
+
+/* Return the scale of a row of e4m3 whose largest number is given: vLLM's. */
+static float scale_of_e4m3(float largest) {
+    float scale = largest / LARGEST_E4M3;
+    return scale < SMALLEST_SCALE_E4M3 ? SMALLEST_SCALE_E4M3 : scale;
+}
+
+static float scale_of_int8(uint8_t shape, float largest) { return scale_of_digits(largest / (float)range_of(shape)); }
 
 /* Round to nearest, ties to even, a number that is no larger than 2 to the power of 22. */
 static float to_whole(float number) {
@@ -993,18 +1225,25 @@ static float to_whole(float number) {
     return number + far - far;
 }
 
-static uint8_t code_for(int32_t code, float scaled) {
-    if (code == INT8) {
-        float whole = to_whole(scaled);
-        return (uint8_t)(int8_t)(whole > 127.0f ? 127.0f : whole < -127.0f ? -127.0f : whole);
-    }
+static uint8_t int8_for(float scaled, float knee, float ratio) {
+    float size = scaled < 0 ? -scaled : scaled;
+    float whole = size > knee ? knee + to_whole((size - knee) / ratio) : to_whole(size);
+    if (whole > LARGEST_INT8) whole = LARGEST_INT8;
+    return (uint8_t)(int8_t)(scaled < 0 ? -whole : whole);
+}
+
+static uint8_t e4m3_for(float scaled) {
     uint32_t bits = bits_of(scaled), sign = bits >> 24 & 0x80, size = bits & 0x7FFFFFFFu;
     if (size < 0x3C800000u) return (uint8_t)(sign | (uint32_t)to_whole(float_of(size) * 512.0f)); /* below 2^-6 */
     return (uint8_t)(sign | (((size + 0x7FFFFu + (size >> 20 & 1)) >> 20) - 960u));
 }
 
-static float number_of(int32_t code, uint8_t stored) {
-    if (code == INT8) return (float)(int8_t)stored;
+static float number_of_int8(uint8_t stored, int32_t knee, int32_t ratio) {
+    int32_t code = (int8_t)stored, within = code > knee ? knee : code < -knee ? -knee : code;
+    return (float)(within + ratio * (code - within));
+}
+
+static float number_of_e4m3(uint8_t stored) {
     uint32_t size = stored & 0x7Fu, sign = (uint32_t)(stored & 0x80u) << 24;
     if (size == 0x7F) return float_of(sign | 0x7FC00000u);
     if (size < 8) return stored & 0x80 ? -(float)size / 512.0f : (float)size / 512.0f;
@@ -1026,11 +1265,12 @@ static uint16_t bfloat_of(float number) {
 }
 
 /* Widen some numbers of a row; return whether one of them is an infinity or a NaN. */
-static int widen_some(int32_t code, int32_t form, const uint8_t *stored, float scale, void *out, int64_t first,
-                      int64_t last) {
+static int widen_some(int32_t code, int32_t form, const uint8_t *stored, float scale, uint8_t shape, void *out,
+                      int64_t first, int64_t last) {
     int odd = 0;
+    int32_t knee = knee_of(shape), ratio = ratio_of(shape);
     for (int64_t i = first; i < last; i++) {
-        float number = number_of(code, stored[i]) * scale;
+        float number = (code == E4M3 ? number_of_e4m3(stored[i]) : number_of_int8(stored[i], knee, ratio)) * scale;
         if (form == FLOAT32) {
             ((float *)out)[i] = number;
             odd |= is_odd(number);
@@ -1045,8 +1285,43 @@ static int widen_some(int32_t code, int32_t form, const uint8_t *stored, float s
     return odd;
 }
 
-static void narrow_some(int32_t code, const float *numbers, float scale, uint8_t *out, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) out[i] = code_for(code, numbers[i] / scale);
+static void narrow_some(int32_t code, const float *numbers, float scale, uint8_t shape, uint8_t *out, int64_t first,
+                        int64_t last) {
+    float knee = (float)knee_of(shape), ratio = (float)ratio_of(shape);
+    for (int64_t i = first; i < last; i++) {
+        float scaled = numbers[i] / scale;
+        out[i] = code == E4M3 ? e4m3_for(scaled) : int8_for(scaled, knee, ratio);
+    }
+}
+
+/* Return whether int8 without a knee stores a row as it is, as it does one that was stored so before. */
+static int is_linear(const float *numbers, int64_t hidden, float scale) {
+    for (int64_t i = 0; i < hidden; i++) {
+        if (to_whole(numbers[i] / scale) * scale != numbers[i]) return 0;
+    }
+    return 1;
+}
+
+/* Return the shape by which a row's squared error should be the least: a number is half a step off at most, as likely by
+ * this as by that, but for the largest, which has a code; and those beyond the knee are as many as their bins have. */
+static uint8_t shape_for(const float *numbers, int64_t hidden, float largest) {
+    int32_t before[BINS + 1] = {0};
+    if (largest < SMALLEST_TO_SHAPE) return LINEAR;
+    float reciprocal = 1.0f / largest;
+    for (int64_t i = 0; i < hidden; i++) before[bin_of(numbers[i] * reciprocal) + 1]++;
+    for (int64_t bin = 1; bin <= BINS; bin++) before[bin] += before[bin - 1];
+    const candidate *best = candidates;
+    double least = best->weight * (double)(hidden - 1);
+    for (int64_t n = 1; n < candidates_count; n++) {
+        const candidate *one = candidates + n;
+        double error = one->weight * (double)(hidden - 1 + (before[one->bin] - 1) * one->beyond);
+        if (error < least) {
+            least = error;
+            best = one;
+        }
+    }
+    if (best->shape != LINEAR && is_linear(numbers, hidden, scale_of_int8(LINEAR, largest))) return LINEAR;
+    return best->shape;
 }
 
 static float largest_of(const float *numbers, int64_t first, int64_t last, float largest, int *odd) {
@@ -1078,22 +1353,33 @@ INLINE __m128i sixteen_bits_of(__m256i wide) { /* of each of 8 numbers the lower
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 
-INLINE void store_eight(__m256 eight, int32_t form, void *out, int64_t i) {
+INLINE __m256i bfloats_of(__m256 numbers) { /* each in the lower half of its 32 bits */
+    __m256i bits = _mm256_castps_si256(numbers);
+    __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF)));
+    return _mm256_srli_epi32(bits, 16);
+}
+
+INLINE void store_sixteen(__m256 low, __m256 high, int32_t form, void *out, int64_t i) {
     if (form == FLOAT32) {
-        _mm256_storeu_ps((float *)out + i, eight);
+        _mm256_storeu_ps((float *)out + i, low);
+        _mm256_storeu_ps((float *)out + i + 8, high);
     } else if (form == FLOAT16) {
-        _mm_storeu_si128((__m128i *)((uint16_t *)out + i), _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+        __m128i halves = _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT);
+        __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(halves),
+                                               _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT), 1);
+        _mm256_storeu_si256((__m256i *)((uint16_t *)out + i), both);
     } else {
-        __m256i bits = _mm256_castps_si256(eight);
-        __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        bits = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF)));
-        _mm_storeu_si128((__m128i *)((uint16_t *)out + i), sixteen_bits_of(_mm256_srli_epi32(bits, 16)));
+        __m256i both = _mm256_packus_epi32(bfloats_of(low), bfloats_of(high)); /* within each half of a vector */
+        _mm256_storeu_si256((__m256i *)((uint16_t *)out + i), _mm256_permute4x64_epi64(both, 0xD8));
     }
 }
 
-INLINE int64_t widen_vectors(int32_t code, int32_t form, const uint8_t *stored, float scale, void *out, int64_t hidden,
-                             int *odd) {
-    const __m256 by = _mm256_set1_ps(code == INT8 ? scale : scale * 256.0f);
+INLINE int64_t widen_vectors(int32_t code, int32_t form, const uint8_t *stored, float scale, uint8_t shape, void *out,
+                             int64_t hidden, int *odd) {
+    const __m256 by = _mm256_set1_ps(code == E4M3 ? scale * 256.0f : scale);
+    const __m128i knee = _mm_set1_epi8((char)knee_of(shape)), below = _mm_set1_epi8((char)-knee_of(shape));
+    const __m128i steps = _mm_set1_epi16((int16_t)(1 | (ratio_of(shape) - 1) << 8)); /* 1, ratio - 1, 1, ... */
     __m256i unusual = _mm256_setzero_si256();
     int64_t i = 0;
     for (; i + 16 <= hidden; i += 16) {
@@ -1102,6 +1388,12 @@ INLINE int64_t widen_vectors(int32_t code, int32_t form, const uint8_t *stored, 
         if (code == INT8) {
             low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
             high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes)));
+        } else if (code == PIECEWISE) { /* each with what it has beyond the knee beside it */
+            __m128i beyond = _mm_sub_epi8(codes, _mm_max_epi8(_mm_min_epi8(codes, knee), below));
+            __m128i first = _mm_maddubs_epi16(steps, _mm_unpacklo_epi8(codes, beyond));
+            __m128i second = _mm_maddubs_epi16(steps, _mm_unpackhi_epi8(codes, beyond));
+            low = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(first));
+            high = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(second));
         } else { /* with its bits in the places of a half's it is 256 times as small; the scale makes up for that */
             __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
             __m256i size = _mm256_and_si256(bits, _mm256_set1_epi16(0x3F80));
@@ -1110,16 +1402,16 @@ INLINE int64_t widen_vectors(int32_t code, int32_t form, const uint8_t *stored, 
             low = _mm256_cvtph_ps(_mm256_castsi256_si128(bits));
             high = _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
         }
-        store_eight(_mm256_mul_ps(low, by), form, out, i);
-        store_eight(_mm256_mul_ps(high, by), form, out, i + 8);
+        store_sixteen(_mm256_mul_ps(low, by), _mm256_mul_ps(high, by), form, out, i);
     }
     *odd |= _mm256_movemask_epi8(unusual) != 0;
     return i;
 }
 
 #define WIDEN(name, code, form)                                                                                        \
-    VECTORS static int64_t name(const uint8_t *stored, float scale, void *out, int64_t hidden, int *odd) {             \
-        return widen_vectors(code, form, stored, scale, out, hidden, odd);                                             \
+    VECTORS static int64_t name(const uint8_t *stored, float scale, uint8_t shape, void *out, int64_t hidden,          \
+                                int *odd) {                                                                            \
+        return widen_vectors(code, form, stored, scale, shape, out, hidden, odd);                                      \
     }
 WIDEN(int8_to_float, INT8, FLOAT32)
 WIDEN(int8_to_half, INT8, FLOAT16)
@@ -1127,10 +1419,14 @@ WIDEN(int8_to_bfloat, INT8, BFLOAT16)
 WIDEN(e4m3_to_float, E4M3, FLOAT32)
 WIDEN(e4m3_to_half, E4M3, FLOAT16)
 WIDEN(e4m3_to_bfloat, E4M3, BFLOAT16)
+WIDEN(piecewise_to_float, PIECEWISE, FLOAT32)
+WIDEN(piecewise_to_half, PIECEWISE, FLOAT16)
+WIDEN(piecewise_to_bfloat, PIECEWISE, BFLOAT16)
 
-typedef int64_t (*widening)(const uint8_t *stored, float scale, void *out, int64_t hidden, int *odd);
-static const widening widenings[2][3] = {{int8_to_float, int8_to_half, int8_to_bfloat},
-                                         {e4m3_to_float, e4m3_to_half, e4m3_to_bfloat}};
+typedef int64_t (*widening)(const uint8_t *stored, float scale, uint8_t shape, void *out, int64_t hidden, int *odd);
+static const widening widenings[3][3] = {{int8_to_float, int8_to_half, int8_to_bfloat},
+                                         {e4m3_to_float, e4m3_to_half, e4m3_to_bfloat},
+                                         {piecewise_to_float, piecewise_to_half, piecewise_to_bfloat}};
 
 VECTORS static int64_t largest_vectors(const float *numbers, int64_t hidden, float *largest, int *odd) {
     const __m256i sizes = _mm256_set1_epi32(0x7FFFFFFF);
@@ -1147,15 +1443,25 @@ VECTORS static int64_t largest_vectors(const float *numbers, int64_t hidden, flo
     return i;
 }
 
-VECTORS static int64_t narrow_vectors(int32_t code, const float *numbers, float scale, uint8_t *out, int64_t hidden) {
-    const __m256 by = _mm256_set1_ps(scale);
+VECTORS static int64_t narrow_vectors(int32_t code, const float *numbers, float scale, uint8_t shape, uint8_t *out,
+                                      int64_t hidden) {
+    const __m256 by = _mm256_set1_ps(scale), ratio = _mm256_set1_ps((float)ratio_of(shape));
+    const __m256 knee = _mm256_set1_ps((float)knee_of(shape));
     int64_t i = 0;
     for (; i + 8 <= hidden; i += 8) {
         __m256 scaled = _mm256_div_ps(_mm256_loadu_ps(numbers + i), by);
         __m256i codes;
         if (code == INT8) {
-            codes = _mm256_cvtps_epi32(scaled);
-            codes = _mm256_max_epi32(_mm256_min_epi32(codes, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
+            __m256 size = _mm256_and_ps(scaled, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF)));
+            codes = _mm256_cvtps_epi32(size);
+            if (shape != LINEAR) {
+                __m256i beyond = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_sub_ps(size, knee), ratio));
+                beyond = _mm256_add_epi32(beyond, _mm256_set1_epi32(knee_of(shape)));
+                __m256 is_beyond = _mm256_cmp_ps(size, knee, _CMP_GT_OQ);
+                codes = _mm256_blendv_epi8(codes, beyond, _mm256_castps_si256(is_beyond));
+            }
+            codes = _mm256_min_epi32(codes, _mm256_set1_epi32(LARGEST_INT8));
+            codes = _mm256_sign_epi32(codes, _mm256_castps_si256(scaled));
             codes = _mm256_and_si256(codes, _mm256_set1_epi32(0xFF));
         } else {
             __m256i bits = _mm256_castps_si256(scaled), size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
@@ -1187,16 +1493,28 @@ static void widen_part(void *context, int64_t part) {
         const uint8_t *stored = this->stored + row * (this->hidden + SCALE_BYTES);
         uint8_t *out = (uint8_t *)this->numbers + row * this->hidden * size;
         float scale;
+        uint8_t shape = LINEAR;
         int64_t done = 0;
         memcpy(&scale, stored + this->hidden, SCALE_BYTES);
+        if (this->code == INT8) {
+            shape = (uint8_t)bits_of(scale);
+            scale = float_of(bits_of(scale) & ~0xFFu);
+            if (!is_shape(shape)) {
+                bad++;
+                continue;
+            }
+        }
         int odd = is_odd(scale);
 #if defined(__x86_64__)
-        float most = scale * (this->code == INT8 ? 128.0f : LARGEST_E4M3);
+        float most = scale * (this->code == INT8 ? (float)(range_of(shape) + ratio_of(shape)) : LARGEST_E4M3);
         int in_range = this->form == FLOAT16 ? most < 65504.0f : !is_odd(most); /* else it is looked at one by one */
-        if (in_range && has_vectors()) done = widenings[this->code][this->form](stored, scale, out, this->hidden, &odd);
+        if (in_range && has_vectors()) {
+            int32_t kind = shape == LINEAR ? this->code : PIECEWISE;
+            done = widenings[kind][this->form](stored, scale, shape, out, this->hidden, &odd);
+        }
         if (odd) done = 0;
 #endif
-        bad += widen_some(this->code, this->form, stored, scale, out, done, this->hidden) | odd;
+        bad += widen_some(this->code, this->form, stored, scale, shape, out, done, this->hidden) | odd;
     }
     if (bad) atomic_fetch_add(&this->bad, bad);
 }
@@ -1215,16 +1533,26 @@ static void narrow_part(void *context, int64_t part) {
         if (has_vectors()) done = largest_vectors(numbers, this->hidden, &largest, &odd);
 #endif
         largest = largest_of(numbers, done, this->hidden, largest, &odd);
-        float scale = odd ? 0 : scale_for(this->code, largest);
-        if (odd || is_odd(scale * (this->code == INT8 ? LARGEST_INT8 : LARGEST_E4M3))) {
+        uint8_t shape = LINEAR;
+        float scale = 0, most = 0;
+        if (!odd && this->code == E4M3) {
+            scale = scale_of_e4m3(largest);
+            most = scale * LARGEST_E4M3;
+        } else if (!odd) {
+            shape = shape_for(numbers, this->hidden, largest);
+            scale = scale_of_int8(shape, largest);
+            most = scale * (float)range_of(shape);
+        }
+        if (odd || is_odd(most)) {
             bad++;
             continue;
         }
         done = 0;
 #if defined(__x86_64__)
-        if (has_vectors()) done = narrow_vectors(this->code, numbers, scale, out, this->hidden);
+        if (has_vectors()) done = narrow_vectors(this->code, numbers, scale, shape, out, this->hidden);
 #endif
-        narrow_some(this->code, numbers, scale, out, done, this->hidden);
+        narrow_some(this->code, numbers, scale, shape, out, done, this->hidden);
+        scale = float_of(bits_of(scale) | shape);
         memcpy(out + this->hidden, &scale, SCALE_BYTES);
     }
     if (bad) atomic_fetch_add(&this->bad, bad);
@@ -1242,7 +1570,10 @@ static int64_t convert(conversion *this, void (*run)(void *, int64_t), int32_t t
 PUBLIC int64_t act_widen(conversion *this, int32_t threads) { return convert(this, widen_part, threads); }
 
 /* Make stored rows of floats; return how many rows hold an infinity or a NaN, of which nothing is made. */
-PUBLIC int64_t act_narrow(conversion *this, int32_t threads) { return convert(this, narrow_part, threads); }
+PUBLIC int64_t act_narrow(conversion *this, int32_t threads) {
+    pthread_once(&once_for_candidates, prepare_candidates);
+    return convert(this, narrow_part, threads);
+}
 
 /* --- statistics of rows ------------------------------------------------------------------------------------------------- */
 
@@ -1352,6 +1683,6 @@ PUBLIC int32_t act_moments(const uint8_t *rows, int32_t kind, int64_t count, int
 /* The sizes of the structures that callers fill, so that one can see that both sides mean the same. */
 PUBLIC void act_sizes(int64_t *sizes) {
     const int64_t all[] = {sizeof(table),   sizeof(lookup),     sizeof(column), sizeof(batch), sizeof(reading),
-                           sizeof(scatter), sizeof(conversion), sizeof(framing)};
+                           sizeof(conversion), sizeof(framing)};
     memcpy(sizes, all, sizeof all);
 }

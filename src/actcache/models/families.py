@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import LayerError, ModelError, UnsupportedModelError
 from actcache.format.arguments import is_whole
-from actcache.models.discovery import Stack, find_stack, positions_limit
+from actcache.models.discovery import Stack, find_stack, main_input_of, positions_limit, takes
+from actcache.models.layouts import Layout
 
 
 def numbers(*names: str, **absent: Any) -> dict[str, Any]:
@@ -83,6 +84,8 @@ class Family:
     equal_lengths: bool = False  # padding changes the numbers: batches hold documents of one length
     right_padding: bool = False  # padding on the left changes the numbers
     one_size: bool = False  # upper layers depend on the size of images or sounds: it has to be the native one
+    input_shape: tuple[int, ...] | None = None  # of an image or sound that replay is proved with; None: as configured
+    withheld: tuple[str, ...] = ()  # outputs of the model that a reduced model cannot give
     proved: bool = False  # replay was proved for the model at hand
     pads: bool = True  # whether ``pad_token_id`` may change the numbers of tokens
 
@@ -91,9 +94,9 @@ class Family:
         return int(base_model.config.hidden_size) if self.found is None else self.found.width
 
     @property
-    def time_first(self) -> bool:
-        """Whether layers take ``[tokens, batch, hidden]``."""
-        return self.found is not None and self.found.time_first
+    def layout(self) -> Layout:
+        """How layers hold rows."""
+        return Layout() if self.found is None else self.found.layout
 
     def layers_of(self, base_model: nn.Module) -> nn.ModuleList | nn.Sequential:
         """Return a base model's layers; raises ``UnsupportedModelError`` where they are no ``ModuleList``."""
@@ -130,13 +133,14 @@ class Family:
 
         Beside a decoder that has the same matrix they are none.
         """
-        if isinstance(base_model, PreTrainedModel) and base_model.main_input_name != "input_ids":
+        if isinstance(base_model, PreTrainedModel) and main_input_of(base_model) != "input_ids":
             return {}  # a decoder's, which no image or audio goes through
         try:
             words = base_model.get_input_embeddings() if isinstance(base_model, PreTrainedModel) else None
         except (NotImplementedError, AttributeError):  # of what takes no words
             return {}
-        lower = {id(module) for part in self.embeddings_of(base_model).values() for module in part.modules()}
+        known = [*self.embeddings_of(base_model).values(), *self.shared_of(base_model).values()]
+        lower = {id(module) for part in known for module in part.modules()}
         users = {
             path: module
             for path, module in base_model.named_modules()
@@ -221,7 +225,10 @@ class Family:
 
 
 #: Fields that say how a model is replayed, which is for the proof to say.
-_WAY = ("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size")
+_WAY = (
+    *("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size"),
+    *("input_shape", "withheld"),
+)
 
 
 def way_in(family: Family) -> dict[str, Any]:
@@ -231,7 +238,9 @@ def way_in(family: Family) -> dict[str, Any]:
 
 def way_of(family: Family, way: dict[str, Any]) -> Family:
     """Return a family that is replayed in a way that was proved before."""
-    values: dict[str, Any] = {name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY}
+    values: dict[str, Any] = {
+        name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY if name in way
+    }
     return replace(family, proved=True, **values)
 
 
@@ -261,7 +270,12 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
             f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
         )
     base = model.base_model
-    return base if isinstance(base, PreTrainedModel) else model
+    if not isinstance(base, PreTrainedModel):
+        return model
+    # DINOv3's base model calls its stack of layers "model", as if that were one: it takes no pixels.
+    kind = getattr(model, "actcache_task_class", type(model))
+    main = main_input_of(kind)
+    return model if main != "input_ids" and takes(kind, main) and not takes(base, main) else base
 
 
 def family_of(base_model: PreTrainedModel) -> Family:

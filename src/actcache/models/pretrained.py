@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from actcache.errors import ModelError
+from actcache.models.discovery import main_input_of
 from actcache.models.families import base_model_of, family_of
 from actcache.models.processing import takes_features
 from actcache.models.sites import Where, expanded
@@ -36,7 +37,7 @@ def load_pretrained(
         model = AutoModel.from_pretrained(name, revision=revision, **options).eval()
         kind: Any = AutoTokenizer
         if takes_features(model):
-            kind = AutoImageProcessor if model.main_input_name == "pixel_values" else AutoFeatureExtractor
+            kind = AutoImageProcessor if main_input_of(model) == "pixel_values" else AutoFeatureExtractor
         tokenizer = kind.from_pretrained(name, revision=revision)
     except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
         raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error

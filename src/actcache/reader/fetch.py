@@ -45,6 +45,10 @@ class OwnSource(Source, Protocol):
 
     def read_columns(self, keys: Keys) -> OwnColumns: ...
 
+    def scatter_into(
+        self, keys: Keys, out: NDArray[Any], targets: NDArray[np.int64], *, token_ids: NDArray[np.int32] | None = None
+    ) -> Any: ...
+
 
 @dataclass(frozen=True)
 class HostBatch:

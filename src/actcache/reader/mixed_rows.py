@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actcache.backend import TOKEN_IDS
 from actcache.errors import MissingEntryError, ShapeError
 from actcache.format import codec
 from actcache.format.keys import key_list
 from actcache.format.moments import row_norms
 from actcache.format.ragged import offsets_of, runs
-from actcache.io import loops
 from actcache.io.buffers import BufferPool
 from actcache.reader.exclusion import Exclusion
 from actcache.reader.fetch import OwnSource
 from actcache.reader.mixing import Mixes
 from actcache.reader.stats import ReaderStats
 
-_PORTION_BYTES = 4 << 20  # read at once, then mixed while they are in the processor's cache
+_PORTION_BYTES = 16 << 20  # read at once
 _MOST_SILENT = 16  # portions that are read without an announcement, at most
 _AHEAD = 2  # portions whose rows the operating system is asked for before they are read
 
@@ -33,14 +33,22 @@ class MixedRows:
     """The rows of a mix that are not left out, in random order, ``[count]`` each."""
 
     values: NDArray[np.generic]  # [count, width], of several sites [count, sites, width], in stored form
-    documents: NDArray[np.int64]  # positions in the reader's order of documents
-    positions: NDArray[np.int64]  # in their documents
-    token_ids: NDArray[np.int32] | None
-    own: dict[str, NDArray[Any]]  # columns of the caller's own
+    #: What stands beside them, of what was asked for: ``documents`` (positions in the reader's order of documents),
+    #: ``positions`` in their documents, ``token_ids``, and columns of the caller's own.
+    beside: dict[str, NDArray[Any]]
     memory: NDArray[np.generic]  # that ``values`` are in, as the pool gave it
+    head: int  # rows of it before them, which are free
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def behind(self, rows: NDArray[np.generic], count: int) -> NDArray[np.generic] | None:
+        """Return ``rows`` and the first ``count`` of these behind them as one array, where there is room for it: once
+        a mix, at most."""
+        if len(rows) > self.head:
+            return None
+        self.memory[self.head - len(rows) : self.head] = rows
+        return self.memory[self.head - len(rows) : self.head + count]
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,28 @@ class RowDocuments:
             MissingEntryError, ShapeError: a document was deleted, or replaced by one of another length.
             CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
         """
+        source, keys = self.sources[site], self.keys[members]
+        self._read(source, members, lambda: source.read_into(keys, out, token_ids=ids))
+
+    def scatter(
+        self,
+        site: int,
+        members: NDArray[np.int64],
+        out: NDArray[np.generic],
+        targets: NDArray[np.int64],
+        ids: NDArray[np.int32] | None,
+    ) -> None:
+        """Read the rows of some documents at one site, row j to row ``targets[j]``; their token ids packed. Raises as
+        ``read``."""
+        source, keys = self.sources[site], self.keys[members]
+        self._read(source, members, lambda: source.scatter_into(keys, out, targets, token_ids=ids))
+
+    def _read(self, source: OwnSource, members: NDArray[np.int64], read: Callable[[], Any]) -> None:
         keys, lengths = self.keys[members], self.lengths[members]
         try:
-            found = self.sources[site].read_into(keys, out, token_ids=ids).lengths
+            found = read().lengths
         except ShapeError:
-            found = self.sources[site].lengths(keys)
+            found = source.lengths(keys)
             if (found == lengths).all():
                 raise
         if not found.all():
@@ -119,23 +144,31 @@ class RowDocuments:
 
 
 def mix(
-    documents: RowDocuments, mixes: Mixes, number: int, exclusion: Exclusion, buffers: BufferPool, stats: ReaderStats
+    documents: RowDocuments,
+    mixes: Mixes,
+    number: int,
+    exclusion: Exclusion,
+    wanted: Container[str],
+    buffers: BufferPool,
+    head: int,
+    stats: ReaderStats,
 ) -> MixedRows:
-    """Read and mix the rows of a mix; raises as ``RowDocuments.read``."""
+    """Read and mix the rows of a mix, with what is wanted beside them; raises as ``RowDocuments.scatter``.
+
+    ``head``: rows for which there is to be room before them.
+    """
     start = time.perf_counter()
     members = mixes.documents(number)
-    lengths = documents.lengths[members]
-    total, sites = int(lengths.sum()), len(documents.sources)
+    total, sites = int(documents.lengths[members].sum()), len(documents.sources)
     places = mixes.places(number, total)
-    hidden = documents.row_shape[-1]
-    memory = buffers.take((total, *documents.row_shape), documents.dtype)
+    memory = buffers.take((head + total, *documents.row_shape), documents.dtype)
     try:
-        flat = memory.reshape(total * sites, hidden)
-        read_ids = np.empty(total, np.int32) if documents.has_ids else None
+        values = memory[head:]
+        of_sites = [values[:, site] for site in range(sites)] if documents.stacked else [values]
+        ids = np.empty(total, np.int32) if exclusion.needs_ids or TOKEN_IDS in wanted else None
         portions = list(documents.portions(members))
         bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
         own: list[dict[str, NDArray[Any]]] = []
-        staging = np.empty((int(np.diff(bounds).max()), hidden), documents.dtype)
         asked, silent, next_asked = 0, 0, 0
         for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
             while asked < min(i + 1 + _AHEAD, len(portions)):
@@ -144,22 +177,25 @@ def mix(
                     silent = 0 if _announce(documents, portions[asked]) else min(silent + 1, _MOST_SILENT)
                     next_asked = asked + 1 + silent
                 asked += 1
-            for site in range(sites):
-                rows = staging[: end - begin]
-                documents.read(site, portions[i], rows, None if read_ids is None else read_ids[begin:end])
-                where = places[begin:end] if sites == 1 else places[begin:end] * sites + site
-                loops.scatter(rows, where, flat)
+            for site, rows in enumerate(of_sites):
+                packed = None if site or ids is None else ids[begin:end]
+                documents.scatter(site, portions[i], rows, places[begin:end], packed)
             if documents.own:
                 own.append(documents.read_own(portions[i]))
     except BaseException:
         buffers.give_back(memory, None)
         raise
-    joined = {name: np.concatenate([one[name] for one in own]) for name in documents.own}
-    mixed = _beside(documents, members, places, read_ids, joined, memory, exclusion)
+    read = {} if ids is None else {TOKEN_IDS: ids}
+    read |= {name: np.concatenate([one[name] for one in own]) for name in documents.own}
+    beside = {name: np.empty_like(array) for name, array in read.items()}
+    for name, array in read.items():
+        beside[name][places] = array
+    beside |= _whereabouts(documents, members, places, exclusion, wanted)
+    mixed = _without(exclusion, documents, MixedRows(values, beside, memory, head))
     stats.read_seconds += time.perf_counter() - start
     stats.documents += len(members)
     stats.tokens += total
-    stats.nbytes += memory.nbytes
+    stats.nbytes += values.nbytes
     return mixed
 
 
@@ -168,37 +204,41 @@ def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> bool:
     return bool(sum(source.read_ahead(documents.keys[members]) for source in documents.sources))
 
 
-def _beside(
+def _whereabouts(
     documents: RowDocuments,
     members: NDArray[np.int64],
     places: NDArray[np.int64],
-    read_ids: NDArray[np.int32] | None,
-    read_own: dict[str, NDArray[Any]],
-    memory: NDArray[np.generic],
     exclusion: Exclusion,
-) -> MixedRows:
-    """Put what stands beside the rows into their order, and leave out what is excluded."""
-    lengths = documents.lengths[members]
-    where, positions = np.empty_like(places), np.empty_like(places)
-    where[places] = np.repeat(members, lengths)
-    positions[places] = np.arange(len(places)) - np.repeat(offsets_of(lengths)[:-1], lengths)
-    ids = None
-    if read_ids is not None:
-        ids = np.empty_like(read_ids)
-        ids[places] = read_ids
-    own = {name: np.empty_like(array) for name, array in read_own.items()}
-    for name, array in read_own.items():
-        own[name][places] = array
+    wanted: Container[str],
+) -> dict[str, NDArray[np.int64]]:
+    """Return of which documents mixed rows are, and their positions there, where somebody asks."""
+    lengths, found = documents.lengths[members], dict[str, NDArray[np.int64]]()
+    if exclusion or "documents" in wanted:
+        found["documents"] = np.empty_like(places)
+        found["documents"][places] = np.repeat(members, lengths)
+    if exclusion or "positions" in wanted:
+        found["positions"] = np.empty_like(places)
+        found["positions"][places] = np.arange(len(places)) - np.repeat(offsets_of(lengths)[:-1], lengths)
+    return found
+
+
+def _without(exclusion: Exclusion, documents: RowDocuments, mixed: MixedRows) -> MixedRows:
+    """Return mixed rows without those that are left out."""
     if not exclusion:
-        return MixedRows(memory, where, positions, ids, own, memory)
-    mask = None if exclusion.mask is None else own[exclusion.mask]
-    kept = exclusion.kept(documents.lengths[where], positions, ids, documents.norms(memory), mask)
+        return mixed
+    beside, values = mixed.beside, mixed.values
+    kept = exclusion.kept(
+        documents.lengths[beside["documents"]],
+        beside["positions"],
+        beside.get(TOKEN_IDS),
+        documents.norms(values),
+        None if exclusion.mask is None else beside[exclusion.mask],
+    )
     count = int(kept.sum())
     # Rows from behind fill the holes: few are moved, and their order is as random as before.
     holes = np.flatnonzero(~kept[:count])
     behind = count + np.flatnonzero(kept[count:])
-    for array in (memory, where, positions, *(() if ids is None else (ids,)), *own.values()):
+    for array in (values, *beside.values()):
         array[holes] = array[behind]
-    own = {name: array[:count] for name, array in own.items()}
-    ids = None if ids is None else ids[:count]
-    return MixedRows(memory[:count], where[:count], positions[:count], ids, own, memory)
+    some = {name: array[:count] for name, array in beside.items()}
+    return MixedRows(values[:count], some, mixed.memory, mixed.head)

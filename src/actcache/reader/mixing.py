@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.format.ragged import offsets_of, row_indices, runs
+from actcache.io import loops
 
 _STRETCHES = 64  # that a mix has at least, where documents are short enough
 
@@ -76,8 +77,8 @@ class Mixes:
 
     def places(self, number: int, rows: int) -> NDArray[np.int64]:
         """Return where each row of a mix, in the order in which they are read, goes among all ``rows`` of it."""
-        rng = np.random.default_rng([self.mixing.seed, self.epoch, number, 1])
-        return rng.permutation(rows)
+        seed = np.random.SeedSequence([self.mixing.seed, self.epoch, number, 1]).generate_state(1, np.uint64)
+        return loops.permutation(rows, int(seed[0]))
 
     def totals(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many rows each mix has, ``[mixes]``, where each document has so many, ``[n]``."""

@@ -74,6 +74,7 @@ class RowDelivery(ABC):
     """Makes batches of mixed rows. ``deliver`` is called by the thread that reads, ``arrive`` by the consumer's."""
 
     buffers: BufferPool  # host buffers for mixes
+    joins = False  # whether several runs of rows are delivered as fast as one
 
     @abstractmethod
     def deliver(self, parts: Sequence[NDArray[np.generic]], beside: Beside) -> DeliveredRows:
@@ -113,6 +114,8 @@ class HostRows(RowDelivery):
 
 class AcceleratorRows(RowDelivery):
     """Copies from pinned memory, on a stream of their own; see ``accelerator.py``."""
+
+    joins = True
 
     def __init__(self, dtype: str, device: Any, buffers: int, normalization: Normalization | None) -> None:
         from actcache.reader.accelerator import PinnedBuffers

@@ -32,6 +32,8 @@ from actcache.reader.stats import ReaderStats
 
 _BUFFERS = 3  # one that is delivered, one that is filled, and one that batches still look into
 
+_MOST_HEAD = 8  # a batch that is no more than such a share of the buffer has room before the rows of a mix
+
 BESIDE = ("documents", "positions", "token_ids")
 
 
@@ -61,7 +63,7 @@ class RowReader(Iterator[Any]):
     Rows are mixed in a buffer: documents that lie one after another are read as a stretch, stretches come in random
     order, and all rows of the stretches that fit the buffer come in random order. ``documents_mixed`` says of how many
     documents a batch is. The reader holds three such buffers at most, besides those whose batches are kept: batches on
-    the host are views into them.
+    the host are views into them. Where a batch is an eighth of the buffer or less, each has room for one more.
 
     Args:
         sources: a space, or several whose rows are aligned: then batches are ``[n, sites, hidden]``.
@@ -171,7 +173,7 @@ class RowReader(Iterator[Any]):
     def _order_digest(self) -> str:
         mixing = self._mixing
         options = (self._batch_size, mixing.capacity, mixing.stretch, mixing.seed, self._drop_last, self._exclusion)
-        digest = hashlib.blake2b(repr(options).encode(), digest_size=16, person=b"actcache/rows")
+        digest = hashlib.blake2b(repr(options).encode(), digest_size=16, person=b"actcache/rows/2")
         digest.update(np.ascontiguousarray(self._documents.keys).data)
         digest.update(np.ascontiguousarray(self._documents.lengths).data)
         return digest.hexdigest()
@@ -336,6 +338,8 @@ class _Producer:
         self._beside, self._numbers, self._stats = reader._beside, reader._numbers, reader._stats
         self._count = reader.kept if reader._kept is None and reader._ranks > 1 else None
         self._kept = reader._kept
+        fits = _MOST_HEAD * self._batch_size <= self._mixing.capacity
+        self._head = self._batch_size if fits and not delivery.joins else 0
 
     def produce(self, place: Place) -> Generator[_Item]:
         with ThreadPoolExecutor(1, thread_name_prefix="actcache-rows") as pool:
@@ -411,7 +415,15 @@ class _Producer:
 
         def submit(span: Span) -> Future[MixedRows]:
             return pool.submit(
-                mix, self._documents, mixes, span.mix, self._exclusion, self._delivery.buffers, self._stats
+                mix,
+                self._documents,
+                mixes,
+                span.mix,
+                self._exclusion,
+                self._beside,
+                self._delivery.buffers,
+                self._head,
+                self._stats,
             )
 
         coming = [submit(span) for span in spans[:1]]
@@ -429,21 +441,25 @@ class _Producer:
         start = time.perf_counter()
         beside: dict[str, NDArray[Any]] = {}
         for name in self._beside:
-            arrays = [_beside_of(mixed, name)[part] for mixed, part in parts]
+            arrays = [mixed.beside[name][part] for mixed, part in parts]
             joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             beside[name] = joined
             if name in BESIDE:
                 beside[name] = self._numbers[joined] if name == "documents" else joined.astype(np.int64)
-        delivered = self._delivery.deliver([mixed.values[part] for mixed, part in parts], beside)
+        delivered = self._delivery.deliver(_runs(parts), beside)
         for mixed, _ in parts[:-1]:
             self._delivery.done(mixed.memory)
         self._stats.deliver_seconds += time.perf_counter() - start
         return _Item(delivered, place)
 
 
-def _beside_of(mixed: MixedRows, name: str) -> NDArray[Any]:
-    array: NDArray[Any] = getattr(mixed, name) if name in BESIDE else mixed.own[name]
-    return array
+def _runs(parts: Sequence[tuple[MixedRows, slice]]) -> list[NDArray[np.generic]]:
+    """Return the rows of a batch as few arrays: the end of a mix goes before the beginning of the next one."""
+    runs = [mixed.values[part] for mixed, part in parts]
+    if len(parts) == 2 and parts[1][1].start == 0:
+        joined = parts[1][0].behind(runs[0], len(runs[1]))
+        return runs if joined is None else [joined]
+    return runs
 
 
 def _check_alike(spaces: Sequence[OwnSource]) -> None:

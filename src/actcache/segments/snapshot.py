@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Snapshot, Usage
+from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Placing, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
 from actcache.io.loops import Lookup, MappedColumn, Reading
@@ -181,19 +181,27 @@ class SegmentedSnapshot(Snapshot):
         self, located: EntryLocations, out: Buffers, width: int | None, expected: Expected | None
     ) -> NDArray[np.int64]:
         found = located.found
-        if found.all() and len(found):
-            return self._rows.gather(RowPlan(located.segment, located.row, located.tokens), out, width, expected)
         if not found.any():
             for buffer in out.values():
                 buffer[: len(found) * (width or 0)] = 0
             return np.empty(0, np.int64)
-        # An absent entry stands under some segment's number; none of its rows are read.
-        segment = np.where(found, located.segment, located.segment[found][0])
-        plan = RowPlan(segment, np.where(found, located.row, 0), located.tokens)
-        return self._rows.gather(plan, out, width, expected)
+        return self._rows.gather(_plan(located, found), out, width, expected)
+
+    def place(
+        self, located: EntryLocations, out: Buffers, placing: Placing, expected: Expected | None
+    ) -> NDArray[np.int64]:
+        found = located.found
+        if not found.any():
+            return np.empty(0, np.int64)
+        return self._rows.place(_plan(located, found), out, placing, expected)
 
     def read_at_once(
-        self, keys: NDArray[np.uint8], out: Buffers, width: int | None, seed: int | None
+        self,
+        keys: NDArray[np.uint8],
+        out: Buffers,
+        width: int | None,
+        seed: int | None,
+        placing: Placing | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         names = tuple(out)
         columns = self._rows.mapped(names) if all(map(self.have, names)) else None
@@ -203,7 +211,8 @@ class SegmentedSnapshot(Snapshot):
         if known is None or any(one is not other for one, other in zip(known, columns, strict=True)):
             reading = self._lookup.reading(columns, names.index(VALUES))
             self._readings[names] = columns, reading
-        return None if reading is None else reading.read(keys, list(out.values()), width, seed)
+        ways = None if placing is None else [placing if name == VALUES else None for name in names]
+        return None if reading is None else reading.read(keys, list(out.values()), width, seed, ways)
 
     def read_ahead(self, located: EntryLocations) -> bool:
         there = located.found
@@ -235,6 +244,14 @@ class SegmentedSnapshot(Snapshot):
 
     def whereabouts(self, located: EntryLocations) -> tuple[list[str], NDArray[np.int64]]:
         return [segment.name for segment in self._segments], np.where(located.found, located.segment, -1)
+
+
+def _plan(located: EntryLocations, found: NDArray[np.bool_]) -> RowPlan:
+    if found.all():
+        return RowPlan(located.segment, located.row, located.tokens)
+    # An absent entry stands under some segment's number; none of its rows are read.
+    segment = np.where(found, located.segment, located.segment[found][0])
+    return RowPlan(segment, np.where(found, located.row, 0), located.tokens)
 
 
 def _alive(table: Table, numbers: NDArray[np.int64], dead: Mapping[str, Collection[int]]) -> NDArray[np.bool_] | None:

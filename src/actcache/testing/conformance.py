@@ -395,6 +395,25 @@ class BackendConformance:
             assert not padded[i, length:].any()
             assert not padded_ids[i, length:].any()
 
+    @pytest.mark.parametrize("flushed", [True, False])
+    def test_scatter_into(self, space: actcache.Space, flushed: bool) -> None:
+        self.documents.put(space, range(20))
+        space.flush()
+        self.documents.put(space, range(20, 30))
+        if flushed:
+            space.flush()
+        keys = [self.documents.key(n) for n in (29, 2, 3, 21, 20, 0, 2)]
+        stored = space.read_packed(keys)
+        rows, total = stored.columns["values"], int(stored.lengths.sum())
+        targets = np.random.default_rng(1).permutation(total + 3)[:total]
+        out = np.full((total + 3, 2, rows.shape[1]), 7, rows.dtype)
+        ids = np.empty(total, np.int32)
+        space.scatter_into(keys, out[:, 1], targets, token_ids=ids)
+        np.testing.assert_array_equal(out[targets, 1], rows)
+        np.testing.assert_array_equal(ids, stored.columns["token_ids"])
+        out[targets, 1] = 7
+        assert (out == 7).all()
+
     def test_buffers_that_do_not_fit_are_refused(self, space: actcache.Space) -> None:
         self.documents.put(space, range(3))
         keys = [self.documents.key(n) for n in range(3)]

@@ -3,6 +3,9 @@
 A stored row is the codes of its numbers, one byte each, then the row's scale as float32: a number is its code times the
 scale. So a row needs nothing but itself: one read brings it, one checksum covers it, one copy moves it. The codes of
 float8_e4m3 and their scales are those of vLLM's ``hs_connectors.fp8_utils``, bit for bit.
+
+Codes of int8 are piecewise linear where that makes the row's error less: beyond a knee a step is several scales. Knee
+and ratio, the row's *shape*, are the lowest byte of its scale, which has 16 digits (docs/format.md).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from actcache.errors import CodecOverflowError, FormatError
 from actcache.format.codecs.interface import Codec
 from actcache.io import loops
+from actcache.io.numpy_loops import IS_SHAPE, KNEES, RATIOS
 
 
 class Scaled(Codec):
@@ -68,31 +72,52 @@ class Scaled(Codec):
 
     def bound(self, stored: NDArray[Any]) -> NDArray[np.float64]:
         hidden = self.hidden(stored.shape[1])
-        codes, scales = stored[:, :hidden], stored[:, hidden:].copy().view("<f4").astype(np.float64)[:, 0]
+        codes, tails = stored[:, :hidden], stored[:, hidden:].copy()
         if self.name == "int8":
-            steps = np.full(len(stored), np.sqrt(hidden))
+            scales, shapes = _scales_and_shapes(tails)
+            beyond = np.abs(codes.view(np.int8).astype(np.int16)) >= KNEES[shapes][:, None]
+            steps = np.linalg.norm(np.where(beyond, RATIOS[shapes][:, None], 1.0), axis=1)
         else:  # of each code's exponent, 3 digits behind the first
+            scales = tails.view("<f4")[:, 0]
             steps = np.linalg.norm(np.ldexp(1.0, np.maximum(codes >> 3 & 15, 1).astype(np.int64) - 10), axis=1)
         # Half a step; and a number is a quotient, times the scale again, each rounded to float32.
-        return steps / 2 * scales * (1 + 2.0**-10)
+        return steps / 2 * scales.astype(np.float64) * (1 + 2.0**-10)
 
     def decode_tensor(self, torch: Any, stored: Any) -> Any:
         hidden = self.hidden(stored.shape[-1])
-        codes = stored[..., :hidden].view(torch.int8 if self.name == "int8" else torch.float8_e4m3fn)
-        scales = stored[..., hidden:].contiguous().view(torch.float32)
-        return codes.float().mul_(scales)
+        if self.name != "int8":
+            scales = stored[..., hidden:].contiguous().view(torch.float32)
+            return stored[..., :hidden].view(torch.float8_e4m3fn).float().mul_(scales)
+        tails = stored[..., hidden:].contiguous().view(torch.int32)
+        shapes, scales = (tails & 0xFF).long(), (tails & -0x100).view(torch.float32)
+        knees, more = (torch.from_numpy(of).to(stored.device)[shapes] for of in (_FLOAT_KNEES, _FLOAT_MORE))
+        codes = stored[..., :hidden].view(torch.int8).float()  # whole numbers, exact in whatever order
+        beyond = codes - torch.maximum(torch.minimum(codes, knees), -knees)
+        return codes.addcmul_(beyond, more).mul_(scales)
 
     def stray(self, stored: NDArray[Any]) -> NDArray[np.int64]:
         if not len(stored):
             return np.empty(0, np.int64)
         hidden = self.hidden(stored.shape[1])
         scales = np.ndarray(len(stored), "<f4", stored, hidden, (stored.strides[0],))  # where they are, unaligned
-        if scales.min() > 0 and scales.max() < np.inf:  # false of NaN
-            return np.empty(0, np.int64)
-        bad = ~((scales > 0) & (scales < np.inf))
+        shapes, least = (stored[:, hidden], _LEAST) if self.name == "int8" else (None, _LEAST_OF_ALL)
+        if scales.min() >= least and scales.max() < np.inf and (shapes is None or IS_SHAPE[shapes].all()):
+            return np.empty(0, np.int64)  # not of NaN, with which nothing compares
+        bad = ~((scales >= least) & (scales < np.inf))
+        if shapes is not None:
+            bad |= ~IS_SHAPE[shapes]
         bad[bad] = stored[bad].any(axis=1)  # a row of padding is all zeros
         return np.flatnonzero(bad)
 
+
+def _scales_and_shapes(tails: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Return what the last bytes of rows of int8, ``[n, 4]``, say: ``[n]`` each."""
+    bits = tails.view("<u4")[:, 0].astype(np.uint32)
+    return (bits & np.uint32(0xFFFFFF00)).view(np.float32), (bits & 0xFF).astype(np.intp)
+
+
+_LEAST, _LEAST_OF_ALL = np.finfo(np.float32).tiny, np.finfo(np.float32).smallest_subnormal
+_FLOAT_KNEES, _FLOAT_MORE = KNEES.astype(np.float32), (RATIOS - 1).astype(np.float32)
 
 INT8 = Scaled("int8", np.dtype("|u1"), np.dtype("<f4"))
 FLOAT8_E4M3 = Scaled("float8_e4m3", np.dtype("|u1"), np.dtype("<f4"))

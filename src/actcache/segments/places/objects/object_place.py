@@ -7,6 +7,7 @@ upload, or objects without their commit, and neither is listed.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -26,13 +27,15 @@ from actcache.io.files import translated
 from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.blocks import CachedBlocks, ObjectSegment
-from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError
+from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError, UnsupportedError
 from actcache.segments.places.objects.fetched_rows import FetchedRows
 from actcache.segments.places.objects.session import Session
 from actcache.segments.places.objects.transfers import download, upload, upload_bytes
 from actcache.segments.places.place import Place
 from actcache.segments.rows import RowSource
 from actcache.segments.segment import Segment, is_name
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,6 +50,8 @@ class ObjectPlace(Place):
     those of docs/object-stores.md. Raises ``BackendError`` where the URL names no bucket, or an option is not known.
     """
 
+    indexes_each = True
+
     def __init__(self, url: str, commit: str, options: Mapping[str, Any]) -> None:
         target = opt.target(url, options)
         self.where = target.url
@@ -59,6 +64,9 @@ class ObjectPlace(Place):
 
     def make(self) -> None:
         """Nothing to do: a prefix is there as soon as something lies under it."""
+
+    def check_bucket(self) -> None:
+        self._session.client().check_bucket()
 
     # --- names -------------------------------------------------------------------------------------------------------
 
@@ -189,9 +197,19 @@ class ObjectPlace(Place):
     def rows(self, segments: list[Segment]) -> RowSource:
         return FetchedRows(self._session, self._blocks, segments, self._key_of)
 
+    def lost(self, folder: str) -> frozenset[str]:
+        return frozenset(name.rpartition("/")[2] for name in self._blocks.take_lost(f"{folder}/"))
+
     def _key_of(self, segment: Segment, file: str) -> str:
         name = segment.files.where.removeprefix(f"{self.where}/")
         return f"{name}/{file}" if file else name
+
+    def beginning(self, name: str, nbytes: int) -> tuple[bytes, int] | None:
+        try:
+            body = self._session.client().get(name, 0, nbytes)
+        except ObjectNotFoundError:
+            raise FileNotFoundError(f"{self.where}/{name}") from None
+        return bytes(body.data), body.size
 
     def local_copy(self, name: str) -> Path:
         with self._lock:
@@ -233,6 +251,8 @@ class ObjectPlace(Place):
                 return 0
             if name.startswith("tombstones/"):
                 return 3
+            if name.startswith("index/"):  # else it would name what is not there any more
+                return 1
             return 1 if self._commit and key.endswith(f"/{self._commit}") else 2
 
         for now in range(4):
@@ -247,7 +267,14 @@ class ObjectPlace(Place):
     def sweep(self, older_than: float) -> int:
         client = self._session.client()
         swept = _sweep_local(older_than)
-        stale = [found for found in client.uploads() if found.age >= older_than] if client.multipart else []
+        stale = []
+        if client.multipart:
+            try:
+                stale = [found for found in client.uploads() if found.age >= older_than]
+            except UnsupportedError as error:  # the rest is swept nevertheless
+                logger.warning(
+                    "unfinished uploads stay where they are: %s; a lifecycle rule of the bucket helps", error
+                )
         for found in stale:
             client.abort(found.key, found.id)
         uncommitted = self._uncommitted(older_than) if self._commit else []

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from actcache.errors import LayerError, ModelError, UnsupportedModelError
 from actcache.format.arguments import is_whole
@@ -245,6 +246,7 @@ def way_of(family: Family, way: dict[str, Any]) -> Family:
 
 
 _FAMILIES: dict[str, Family] = {}
+_REMOTE = "transformers_modules"  # the package of code that came with a model
 
 
 def register_family(family: Family) -> None:
@@ -268,6 +270,11 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
+            + (
+                " (of PEFT's, model.get_base_model(), which has the adapters in it)"
+                if hasattr(model, "peft_config")
+                else ""
+            )
         )
     base = model.base_model
     if not isinstance(base, PreTrainedModel):
@@ -285,7 +292,8 @@ def family_of(base_model: PreTrainedModel) -> Family:
         UnsupportedModelError: no list of layers was found, with what was looked at.
     """
     registered = _FAMILIES.get(base_model.config.model_type)
-    if registered is not None:
+    remote = type(base_model).__module__.partition(".")[0] == _REMOTE
+    if registered is not None and not (remote and registered in _OF_TRANSFORMERS):
         return registered
     known = _found.get(base_model)
     modules = sum(1 for _ in base_model.modules())
@@ -303,7 +311,7 @@ def _discovered(base_model: PreTrainedModel) -> Family:
     stack = find_stack(base_model)
     runner = type(base_model.get_submodule(stack.runner))
     return Family(
-        name=f"{runner.__module__}.{runner.__qualname__}",
+        name=_name_of(runner),
         model_types=(base_model.config.model_type,),
         layers=stack.layers,
         embeddings=stack.fillable,
@@ -317,6 +325,12 @@ def _discovered(base_model: PreTrainedModel) -> Family:
         code=_code_of(type(base_model)),
         pads=_pads(base_model, stack),
     )
+
+
+def _name_of(kind: type) -> str:
+    """Return a class's name with its module's; of code that came with a model, without where that lies today."""
+    package, *inside = kind.__module__.split(".")
+    return ".".join([package, *(inside[-1:] if package == _REMOTE else inside), kind.__qualname__])
 
 
 def _is_wide(base_model: PreTrainedModel) -> bool:
@@ -346,7 +360,8 @@ def _pads(base_model: PreTrainedModel, stack: Stack) -> bool:
 
 
 def _code_of(kind: type) -> str | None:
-    """Return a digest of the file that defines a class; None for what transformers itself defines.
+    """Return a digest of the file that defines a class, and of those that came with it from a repository; None for what
+    transformers itself defines.
 
     Its releases are told apart by canaries, where they give other numbers, so that no release costs anybody a cache.
     """
@@ -355,7 +370,11 @@ def _code_of(kind: type) -> str | None:
         return None
     source = getattr(sys.modules.get(kind.__module__), "__file__", None)
     try:
-        data = Path(source or "").read_bytes() if source else inspect.getsource(kind).encode()
+        if source and package == _REMOTE:
+            files = sorted({Path(one).name: one for one in [source, *get_relative_import_files(source)]}.items())
+            data = b"".join(name.encode() + b"\0" + Path(one).read_bytes() + b"\0" for name, one in files)
+        else:
+            data = Path(source or "").read_bytes() if source else inspect.getsource(kind).encode()
     except (OSError, TypeError) as error:
         raise ModelError(
             f"the source of {kind.__module__}.{kind.__qualname__} cannot be read ({error}), and it is part of what "
@@ -534,3 +553,6 @@ for _family in (
     ),
 ):
     register_family(_family)
+
+#: What is known of transformers' own classes, which a class that came with a model may have the type of.
+_OF_TRANSFORMERS = tuple(_FAMILIES.values())

@@ -174,6 +174,7 @@ class Recycler:
         dtype: str | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> Recycler:
         """Load base model and tokenizer (or raise ``ModelError``), and return their recycler.
@@ -183,11 +184,15 @@ class Recycler:
         Args:
             device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
             revision: of the model on the hub.
+            trust_remote_code: run the code that a model brings with it; it is part of the space's identity. Without the
+                word a model that needs its own code is refused.
             options: the other arguments of ``Recycler``.
         """
         if several := [name for name in ("layers", "sites") if name in options]:
             raise UsageError(f"{several[0]} are for actcache.Recyclers.from_pretrained: one pass records all of them")
-        model, tokenizer = load_pretrained(name_or_path, [chosen(layer, site)], device, revision)
+        model, tokenizer = load_pretrained(
+            name_or_path, [chosen(layer, site)], device, revision, trust_remote_code=trust_remote_code
+        )
         return cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
 
     def fill(

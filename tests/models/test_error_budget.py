@@ -106,6 +106,17 @@ def test_what_was_measured_is_shown_and_a_damaged_note_is_refused(made, tmp_path
         space.put_blob("errors.json", b'{"format_version": 1, "rows": "many"}', replace=True)
         with pytest.raises(FormatError, match=r"errors.json .* is damaged"):
             StoredErrors.read(space)
+        shown = cachectl("inspect", tmp_path / "store", "--space", space.recipe.fingerprint[:8])
+        assert shown.code == 0  # the space is whole
+        assert "errors.json of space" in shown.out
+        assert "is damaged" in shown.out
+        assert f"{len(TEXTS)} entries" in shown.out
+        page = cachectl("inspect", tmp_path / "store", "--html", tmp_path / "page.html")
+        assert page.code == 0
+        assert "its entries do not need it" in (tmp_path / "page.html").read_text()
+        found = cachectl("inspect", tmp_path / "store", "--space", space.recipe.fingerprint[:8], "--json").json()
+        assert (found["spaces"][0]["errors"], found["unreadable"]) == (None, {})
+        assert "is damaged" in found["spaces"][0]["errors_damaged"]
 
 
 def test_replay_sees_what_was_measured(made):

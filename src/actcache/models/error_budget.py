@@ -263,8 +263,7 @@ def measured(
     ]
     if not due:
         return texts
-    check_texts(texts)
-    sample, texts = _peeked(texts, SAMPLE)
+    sample, texts = peeked(texts)
     for one in due if sample else []:
         recipe = one.space.recipe
         try:
@@ -294,11 +293,12 @@ class _Rejoined(Iterable[Document]):
         return self._length if self._length >= 0 else NotImplemented
 
 
-def _peeked(texts: Iterable[Document], count: int) -> tuple[list[Document], Iterable[Document]]:
-    """Return the first documents, and all of them: they are given again only where an iterator would have lost them."""
+def peeked(texts: Iterable[Document], count: int = SAMPLE) -> tuple[list[Document], Iterable[Document]]:
+    """Return the first documents, and all of them: what only streams by is not asked for its documents again."""
+    check_texts(texts)
     length, iterator = length_hint(texts, -1), iter(texts)
     first = list(itertools.islice(iterator, count))
-    return first, texts if iterator is not texts else _Rejoined(first, iterator, length)
+    return first, texts if isinstance(texts, Sequence) or not first else _Rejoined(first, iterator, length)
 
 
 def errors_by_codec(

@@ -1,6 +1,7 @@
 """Range reads of an object store: what the clients reach, and what the store reaches over them.
 
     AWS_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... python -m bench.objects --shape paper,short
+    ... python -m bench.objects --segments 10,100,1000,10000
 
 ``bare`` contestants fetch one range an entry with a pool of threads and throw it away. ``store`` contestants read
 the same entries of the same object through actcache: ranges joined, rows in the caller's buffer, checksums. They take
@@ -35,8 +36,9 @@ from actcache.admin.benchmark.corpus import SHAPES, Shape
 from actcache.segments.places.objects.client import Client
 from actcache.segments.places.objects.options import target
 from actcache.segments.places.objects.session import IN_FLIGHT, Session
+from bench import many_segments
 
-console = Console(width=120)
+console = Console(width=130)
 CLIENTS = ("obstore", "s3fs")
 
 
@@ -232,6 +234,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=32, help="entries of a batch")
     parser.add_argument("--bucket", default="actcache-bench")
+    parser.add_argument("--segments", help="instead: what spaces of so many segments cost, as 10,100,1000,10000")
+    parser.add_argument("--entries", type=int, default=1000, help="of a segment, with --segments")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -242,6 +246,9 @@ def main() -> None:
     made = target(f"s3://{options.bucket}/x", {"client": "s3fs"}).connect()
     made.fs.makedirs(options.bucket, exist_ok=True)  # type: ignore[attr-defined]
     made.close()
+    if options.segments:
+        many_segments.report(console, options.bucket, [int(n) for n in options.segments.split(",")], options.entries)
+        return
     for name in options.shape.split(","):
         compare(SHAPES[name], options.mib << 20, options.rounds, options.batch, options.bucket)
 

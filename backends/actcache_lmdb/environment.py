@@ -251,6 +251,15 @@ class Environment:
         """
         if not self._base:
             self._base = self._find_base(txn, entry)
+        return self.mapped(size)
+
+    @property
+    def base(self) -> int:
+        """The address of the map in a transaction; 0 where ``memory`` was not asked for it yet."""
+        return self._base
+
+    def mapped(self, size: int) -> NDArray[np.uint8]:
+        """Return what ``memory`` does, where ``base`` is known."""
         mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
         return np.frombuffer(mapped.toreadonly(), np.uint8)
 

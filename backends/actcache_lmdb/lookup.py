@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.format.keys import KEY_BYTES, split_keys
+from actcache.io.loops import Lookup, LookupTable
 from actcache_lmdb.record import HEAD, RECORD, checks, sequences
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 NEWEST = 2**64 - 1  # a sequence number behind all others
 _SCAN = 50_000  # records of one step of a scan
 _FIELDS = ("id", "page", "checksum", "tokens", "columns")
-_KEPT = np.dtype([*zip(_FIELDS, ("<u8", "<u8", "<u8", "<u4", "u1"), strict=True), ("rest", "V24")])
+_KEPT = ("<u8", "<u8", "<u8", "<u4", "u1")
+_MOST_PAGES = 1 << 40  # what says more is damaged
 
 
 def records_of(txn: lmdb.Transaction[memoryview], heads: Any, keys: list[bytes]) -> NDArray[np.void]:
@@ -104,19 +106,26 @@ class HeadIndex:
     """
 
     def __init__(self, steps: Iterable[NDArray[np.void]]) -> None:
-        prefixes, kept = [np.zeros(0, np.uint64)], [np.zeros(0, _KEPT)]
-        for records in steps:
-            keys = np.ascontiguousarray(records["key"])
-            part = np.zeros(len(records), _KEPT)
-            for name in _FIELDS:
-                part[name] = records["head"][name]
-            prefix, rest = split_keys(keys)
-            part["rest"] = np.ascontiguousarray(rest).view("V24").reshape(-1)
-            prefixes.append(prefix)
-            kept.append(part)
-        self._prefix, self._kept = np.concatenate(prefixes), np.concatenate(kept)
+        parts: list[tuple[NDArray[Any], ...]] = [_columns(np.zeros(0, RECORD))]
+        parts += map(_columns, steps)
+        self._prefix, self._rest, *kept = map(np.concatenate, zip(*parts, strict=True))
+        self._kept = dict(zip(_FIELDS, kept, strict=True))
         # Among equal prefixes a look-up would have to try each; nearly never is there any.
         self.usable = bool((self._prefix[1:] != self._prefix[:-1]).all())
+
+    @property
+    def columns(self) -> NDArray[np.uint8]:
+        """Which arrays each entry has, as bits."""
+        return self._kept["columns"]
+
+    def lookup(self) -> Lookup:
+        """Return what the compiled loops look up keys in: an entry's row is its first page."""
+        kept, first = self._kept, np.zeros(1, np.int64)
+        table = LookupTable(
+            *(self._prefix, self._rest, None, None, kept["tokens"], kept["page"].view(np.int64), kept["checksum"]),
+            *(None, first, first),
+        )
+        return Lookup([table], np.array([_MOST_PAGES]), first)
 
     def find(self, keys: NDArray[np.uint8]) -> NDArray[np.void]:
         """Return the head of each of ``[n, 32]`` keys; zeros where it has none. ``age`` and ``extra`` are always 0."""
@@ -127,9 +136,14 @@ class HeadIndex:
         order = np.argsort(wanted)  # neighbours in the query are neighbours in the index
         place = np.empty(len(keys), np.int64)
         place[order] = np.minimum(np.searchsorted(self._prefix, wanted[order]), len(self._prefix) - 1)
-        found = self._kept[place]
-        rest = np.ascontiguousarray(found["rest"]).view(np.uint8).reshape(-1, KEY_BYTES - 8)
-        same = (self._prefix[place] == wanted) & (rest == rests).all(axis=1)
-        for name in _FIELDS:
-            heads[name] = np.where(same, found[name], 0)
+        same = (self._prefix[place] == wanted) & (self._rest[place] == rests).all(axis=1)
+        for name, kept in self._kept.items():
+            heads[name] = np.where(same, kept[place], 0)
         return heads
+
+
+def _columns(records: NDArray[np.void]) -> tuple[NDArray[Any], ...]:
+    """Return what is kept of records, an array each: prefixes and rests of keys, then the fields."""
+    prefix, rest = split_keys(np.ascontiguousarray(records["key"]))
+    fields = (records["head"][name].astype(dtype) for name, dtype in zip(_FIELDS, _KEPT, strict=True))
+    return prefix, np.ascontiguousarray(rest), *fields

@@ -12,15 +12,26 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Snapshot, Usage
+from actcache.backend import TOKEN_IDS, VALUES, Buffers, EntryLocations, Expected, Placing, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError, StoreError
 from actcache.format.ragged import offsets_of
 from actcache.io import loops
-from actcache.io.loops import Column
+from actcache.io.loops import Column, MappedColumn, Reading
 from actcache.io.mmap import tells
 from actcache_lmdb.environment import Environment
 from actcache_lmdb.lookup import HeadIndex, find, live, scan
-from actcache_lmdb.record import COLUMNS, ENTRY_MAGIC, FORMAT_VERSION, HEADER, OVERFLOW, PAGE_HEADER, Shapes, State
+from actcache_lmdb.record import (
+    COLUMNS,
+    ENTRY_MAGIC,
+    FORMAT_VERSION,
+    HEADER,
+    OVERFLOW,
+    PAGE_HEADER,
+    ROWS_AT,
+    Shapes,
+    State,
+    bits,
+)
 from actcache_lmdb.shared_environments import release, retain
 
 _MOST_INDEXED = 20_000_000  # entries whose heads are kept in memory, 61 bytes each
@@ -45,6 +56,7 @@ class LMDBSnapshot(Snapshot):
         self._asked = 0  # keys that were looked up
         self._told = tells(environment.data)
         self._lock = threading.Lock()
+        self._at_once: tuple[int, int, Reading | None] = 0, 0, None  # what reads a batch by one call, of which memory
         weakref.finalize(self, release, environment).atexit = False
 
     @property
@@ -158,12 +170,12 @@ class LMDBSnapshot(Snapshot):
             return EmptySnapshot().gather(located, out, width, expected)
         return self._bring(located, out, offsets_of(located.tokens, width), expected, None)
 
-    def scatter(
-        self, located: EntryLocations, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
+    def place(
+        self, located: EntryLocations, out: Buffers, placing: Placing, expected: Expected | None
     ) -> NDArray[np.int64]:
         if not located.tokens.any():
             return np.empty(0, np.int64)
-        return self._bring(located, out, offsets_of(located.tokens), expected, targets)
+        return self._bring(located, out, offsets_of(located.tokens), expected, placing)
 
     def _bring(
         self,
@@ -171,7 +183,7 @@ class LMDBSnapshot(Snapshot):
         out: Buffers,
         offsets: NDArray[np.int64],
         expected: Expected | None,
-        targets: NDArray[np.int64] | None,
+        placing: Placing | None,
     ) -> NDArray[np.int64]:
         count = len(located.tokens)
         found = np.flatnonzero(located.tokens)
@@ -187,12 +199,53 @@ class LMDBSnapshot(Snapshot):
                 begins = first.copy()
                 for kind in np.unique(kinds[found]).tolist():
                     begins += np.where(kinds == kind, self._shapes.places(located.tokens, kind)[name], 0)
-                column = Column(loops.row_bytes(buffer), buffer, memory, begins, targets=targets)
+                of = placing if name == VALUES else None
+                column = Column(loops.stored_row(buffer, of)[0], buffer, memory, begins, placing=of)
                 if name == VALUES and self._shapes.compressed:
                     column = column._replace(sizes=self._payload(memory, first), item=self._shapes.item)
                 columns.append(column)
             digests = None if expected is None else expected.digests(list(out))
             return loops.gather(columns, located.tokens, offsets, digests)
+
+    def read_at_once(
+        self,
+        keys: NDArray[np.uint8],
+        out: Buffers,
+        width: int | None,
+        seed: int | None,
+        placing: Placing | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Look up and read by one native call, once heads are in memory: entries that all have token ids.
+
+        Their digests say that it is they who lie on the pages that their heads name. Where one does not fit, the batch
+        is read step by step, which looks what the pages say of themselves, and asks the B-tree.
+        """
+        index = self._index
+        if index is None or seed is None or self._shapes.compressed or tuple(out) != (TOKEN_IDS, VALUES):
+            return None
+        with self._reading():
+            reading = self._reading_at_once(index, self._environment.check_size())
+            if reading is None:
+                return None
+            ways = None if placing is None else [None, placing]
+            read = reading.read(keys, list(out.values()), width, seed, ways)
+        return None if read is None or len(read[1]) else read
+
+    def _reading_at_once(self, index: HeadIndex, size: int) -> Reading | None:
+        base, of_size, reading = self._at_once
+        if (base, of_size) == (self._environment.base, size) or not self._environment.base:
+            return reading if base else None
+        memory, have = self._environment.mapped(size), bits((VALUES, TOKEN_IDS))
+        reading = None
+        if bool((index.columns & have == have).all()):
+            page, first, rows = self._environment.page_size, np.zeros(1, np.int64), self._shapes.row_bytes
+            columns = [
+                MappedColumn(rows[TOKEN_IDS], memory, first, page, ROWS_AT, rows[VALUES]),
+                MappedColumn(rows[VALUES], memory, first, page, ROWS_AT),
+            ]
+            reading = index.lookup().reading(columns, None)
+        self._at_once = self._environment.base, size, reading
+        return reading
 
     def _payload(self, memory: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the bytes of entries' frames, which begin with the pages at these bytes."""

@@ -33,7 +33,8 @@ from actcache.format.ragged import TOKEN_IDS as TOKEN_IDS
 from actcache.format.ragged import VALUES as VALUES
 from actcache.format.ragged import Block as Block
 from actcache.format.ragged import Extent as Extent
-from actcache.format.ragged import scattered
+from actcache.format.ragged import placed
+from actcache.io.loops import Placing as Placing
 
 #: The dtype and trailing shape that each ragged array of a space has, by name. ``OWN`` comes when it is declared, while
 #: the space is open; no entry has it before.
@@ -182,18 +183,18 @@ class Snapshot(ABC):
             KeyError: an entry has no array of that name.
         """
 
-    def scatter(
-        self, located: EntryLocations, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
+    def place(
+        self, located: EntryLocations, out: Buffers, placing: Placing, expected: Expected | None
     ) -> NDArray[np.int64]:
-        """Read rows as ``gather`` does, to places all over the buffers; returns and raises what that does.
+        """Read rows as ``gather`` does, but activations not one after another; returns and raises what that does.
 
         Where a backend has nothing faster, they are read packed first.
 
         Args:
-            out: buffers whose rows are contiguous, but may lie apart.
-            targets: ``[rows]``, int64: of the rows of all these entries, packed, row j goes to row ``targets[j]``.
+            out: the buffer of ``values`` may have rows that lie apart, each contiguous; the others are packed.
+            placing: how the rows of ``values`` get into their buffer.
         """
-        return scattered(out, targets, lambda packed: self.gather(located, packed, None, expected))
+        return placed(out, {VALUES: placing}, located.tokens, lambda rows: self.gather(located, rows, None, expected))
 
     def read_at_once(
         self,
@@ -201,14 +202,14 @@ class Snapshot(ABC):
         out: Buffers,
         width: int | None,
         seed: int | None,
-        targets: NDArray[np.int64] | None = None,
+        placing: Placing | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """Look up ``[n, 32]`` keys and read their rows as ``gather`` does, in one go; a backend that cannot has none.
 
         Args:
             seed: of the digests that entries are compared with (``format.checksum.chain_seed``); None: nothing is
                 verified.
-            targets: packed rows go to these rows of the buffers, as those of ``scatter``.
+            placing: how the rows of ``values`` get into their buffer, as of ``place``; None: one after another.
 
         Returns:
             The tokens of each entry, ``[n]``, 0 where it is absent, and the positions of bad ones. None where

@@ -224,6 +224,17 @@ def test_what_killed_writers_left_behind(root):
     assert cachectl("prune", root, "--dry-run").out.count("temporary files: 1,000 B") == 1
 
 
+def test_left_behind_says_how_old(root):
+    (root / "tmp").mkdir(exist_ok=True)
+    (root / "tmp" / "young").write_bytes(bytes(1000))
+    for age, left in (("1h", ["young"]), ("0", [])):
+        result = cachectl("prune", root, "--left-behind", age, "--yes")
+        assert result.code == 0, result.err
+        assert sorted(os.listdir(root / "tmp") if (root / "tmp").exists() else []) == left
+    assert spaces(root) == {A, B, C}
+    assert cachectl("prune", root, "--left-behind", "soon").code == 2
+
+
 # --- a corpus ---------------------------------------------------------------------------------------------------------
 
 

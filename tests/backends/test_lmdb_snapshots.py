@@ -14,10 +14,11 @@ import pytest
 
 import actcache
 from actcache.backend import VALUES
-from actcache.errors import OutOfSpaceError, ReadOnlyError, SegmentGoneError, StoreError
+from actcache.errors import CorruptEntryError, OutOfSpaceError, ReadOnlyError, SegmentGoneError, StoreError
 from actcache_lmdb import shared_environments
 from actcache_lmdb.environment import MAP_LOCK
-from tests.support import HIDDEN, check, key, length, put, recipe, rows
+from actcache_lmdb.snapshot import LMDBSnapshot
+from tests.support import HIDDEN, check, ids, key, length, put, recipe, rows
 
 
 def generations(root: Path) -> list[str]:
@@ -171,9 +172,61 @@ def test_a_copy_by_lmdbs_own_tools_is_read(url, tmp_path):
     path.with_name("lock.mdb").unlink()
     with actcache.open(url) as store, store.space(recipe()) as space:
         check(space, dict.fromkeys(range(50), 2), range(60))
+        read_all(space, range(50), version=2)
         assert space._driver.compact().segments_written == 1
         space.refresh()
         check(space, dict.fromkeys(range(50), 2), range(60))
+
+
+def read_all(space, numbers, version=0):
+    """Read documents into one buffer, twice: by then it is known where all entries lie."""
+    for _ in range(2):
+        out = np.zeros((sum(length(n, version) for n in numbers), HIDDEN), np.float32)
+        token_ids = np.zeros(len(out), np.int32)
+        space.read_into([key(n) for n in numbers], out, token_ids=token_ids)
+        np.testing.assert_array_equal(out, np.concatenate([rows(n, version) for n in numbers]))
+        np.testing.assert_array_equal(token_ids, np.concatenate([ids(n, version) for n in numbers]))
+
+
+def test_batches_by_one_call(url, tmp_path, monkeypatch):
+    taken = []
+    read_at_once = LMDBSnapshot.read_at_once
+
+    def noted(*given):
+        taken.append(read_at_once(*given))
+        return taken[-1]
+
+    monkeypatch.setattr(LMDBSnapshot, "read_at_once", noted)
+    with actcache.open(url) as store, store.space(recipe()) as space:
+        put(space, range(40))
+        space.flush()
+        read_all(space, range(40))
+        assert [one is not None for one in taken] == [False, True]
+        put(space, range(10, 60), version=1, overwrite=True)  # the map and the snapshot are others
+        space.delete([key(3)])
+        read_all(space, range(10, 60), version=1)
+        read_all(space, [0, 1, 2, 4, 5, 6, 7, 8, 9])
+        assert space.read_into([key(3), key(4)], np.zeros((9, HIDDEN), np.float32)).lengths.tolist() == [0, length(4)]
+        assert taken[-1] is not None
+    path = data_file(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[data.index(rows(20, 1).tobytes())] ^= 1
+    path.write_bytes(data)
+    with actcache.open(url, "r") as store, store.space(recipe()) as space:
+        space.lengths([key(n) for n in range(60)])
+        read_all(space, range(30, 60), version=1)
+        assert taken[-1] is not None
+        with pytest.raises(CorruptEntryError) as caught:
+            space.read_into([key(n) for n in range(10, 60)], np.zeros((500, HIDDEN), np.float32))
+        assert caught.value.keys == [key(20)]
+        assert taken[-1] is None, "what does not fit is looked at step by step"
+    with actcache.open(url) as store, store.space(recipe()) as space:
+        space.put([key(100)], [rows(100)])
+        space.flush()
+        space.lengths([key(n) for n in range(101)])
+        for _ in range(3):
+            space.read_into([key(30), key(100)], np.zeros((30, HIDDEN), np.float32))
+        assert taken[-1] is None, "one has no token ids"
 
 
 def test_padding_and_every_kind_of_array(url):

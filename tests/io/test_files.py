@@ -107,6 +107,37 @@ def test_folders_are_synced_bottom_up(tmp_path):
     assert (tmp_path / "made/x/y/deep").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("failing", range(0, 40, 7))
+def test_all_files_of_a_folder_are_synced_before_it_has_its_name(tmp_path, failing):
+    """At once, in any order; where one cannot be, nothing is published."""
+    names = [f"{n % 3}/{n}" for n in range(40)]
+
+    def write(path):
+        for name in names:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(b"1")
+
+    class Failing(Recording):
+        def sync_file(self, path):
+            super().sync_file(path)
+            if path.name == str(failing) and self.failing == "some":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    disk = Failing(failing="some")
+    files = Files(tmp_path, disk)
+    with pytest.raises(StorageIOError):
+        files.publish(tmp_path / "made", write, replace=True)
+    assert not (tmp_path / "made").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert ("name", tmp_path / "made") not in disk.steps
+    disk.failing, disk.steps = -1, []
+    files.publish(tmp_path / "made", write, replace=True)
+    named = disk.steps.index(("name", tmp_path / "made"))
+    before = [path for kind, path in disk.steps[:named] if kind == "sync"]
+    assert sorted(int(path.name) for path in before[:40]) == list(range(40))
+    assert len(before) == 40 + 4  # the folders after them
+
+
 @pytest.mark.parametrize("replace", [True, False])
 def test_a_failure_at_any_step_leaves_nothing(tmp_path, replace):
     for failing in range(100):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from actcache.errors import UsageError
 from actcache.format.keys import join_keys
-from actcache.io import loops
-from actcache.io.loops import Column, Digests, Lookup, LookupTable
+from actcache.io import loops, numpy_loops
+from actcache.io.loops import Column, Digests, Lookup, LookupTable, Pooled, Scattered
 from tests.support.waiting import DEADLINE
 
 BOTH = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
@@ -444,6 +444,48 @@ def test_entries_that_are_intact_and_not_by_one_call():
     assert lookup.reading([loops.MappedColumn(24, memory, np.zeros(0, np.int64))], looked=0) is None
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_entries_that_begin_with_pages(damage):
+    """Rows, then token ids at the next multiple of 8, on pages of 512 bytes, which the table counts."""
+    rng, count = np.random.default_rng(2), 20
+    lengths = rng.integers(1, 30, count)
+    keys = rng.integers(0, 256, (count, 32)).astype(np.uint8)
+    keys = keys[np.lexsort(keys.view(">u8").T[::-1])]
+    pages = (4 + 3 * rng.permutation(count)).astype(np.int64)
+    memory = rng.integers(0, 256, 512 * (pages.max() + 3)).astype(np.uint8)
+    sums, rows, ids = np.zeros(count, np.uint64), [], []
+    for i, (page, tokens) in enumerate(zip(pages.tolist(), lengths.tolist(), strict=True)):
+        begin = 512 * page + 32
+        rows.append(memory[begin : begin + 20 * tokens].reshape(-1, 20).copy())
+        begin += (20 * tokens + 7) // 8 * 8
+        ids.append(memory[begin : begin + 4 * tokens].view("<i4").copy())
+        seed = numpy_loops.first_seeds(5, keys[i : i + 1], lengths[i : i + 1])[0]
+        sums[i] = chain(int(seed), ids[-1], rows[-1])
+    zeros, prefix = np.zeros(1, np.int64), keys[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
+    table = LookupTable(
+        *(prefix, np.ascontiguousarray(keys[:, 8:]), None, None, lengths.astype(np.uint32), pages, sums),
+        *(None, zeros, zeros),
+    )
+    if damage:
+        memory[512 * pages[3] + 33] ^= 1
+        pages[5] = 2**39  # far beyond the memory
+    lookup = Lookup([table], np.array([2**40]), zeros)
+    located = lookup.locate(keys)
+    for one, other in zip(located, by_numpy(lambda: lookup.locate(keys)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    described = ((4, 20), (20, 0))
+    columns = [loops.MappedColumn(size, memory, zeros, 512, 32, before) for size, before in described]
+    order = rng.permutation(count)
+    total = int(lengths.sum())
+    out = [np.zeros(total, np.int32), np.zeros((total, 20), np.uint8)]
+    tokens, bad = lookup.reading(columns, None).read(keys[order], out, None, 5)
+    np.testing.assert_array_equal(tokens, lengths[order])
+    assert bad.tolist() == sorted(np.flatnonzero(np.isin(order, [3, 5] if damage else [])))
+    good = np.repeat(~np.isin(order, [3, 5] if damage else []), lengths[order])
+    np.testing.assert_array_equal(out[0][good], np.concatenate([ids[i] for i in order])[good])
+    np.testing.assert_array_equal(out[1][good], np.concatenate([rows[i] for i in order])[good])
+
+
 @pytest.mark.parametrize("row_bytes", [768, 100, 3])
 @pytest.mark.parametrize("shifted", [0, 8, 5])
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
@@ -497,7 +539,7 @@ def test_what_is_scattered_is_what_is_gathered_and_put_there(tmp_path_factory, b
     wrong = np.flatnonzero(lengths)[:damaged]
     sums[wrong] ^= np.uint64(1)
     targets = rng.permutation(total + more)[:total]
-    column = Column(row_bytes, None, memory, begins, files, begins, targets=targets)
+    column = Column(row_bytes, None, memory, begins, files, begins, placing=Scattered(targets))
     for call in (lambda run: run(), by_numpy):
         buffer = np.full((total + more, apart, row_bytes), 9, np.uint8)
         out = buffer[:, apart // 2]
@@ -527,7 +569,7 @@ def test_rows_that_are_scattered_past_the_caches(row_bytes):
     outs = [np.full((room, row_bytes), 7, np.uint8) for _ in range(2)]
     keys, sums = rng.integers(0, 256, (40, 32)).astype(np.uint8), [np.empty(40, np.uint64) for _ in range(2)]
     targets = rng.permutation(room)[: offsets[-1]]
-    columns = [Column(row_bytes, out, memory, begins, targets=targets) for out in outs]
+    columns = [Column(row_bytes, out, memory, begins, placing=Scattered(targets)) for out in outs]
     loops.gather([columns[0]], lengths, offsets, Digests(1, 3, keys, sums=sums[0]))
     by_numpy(lambda: loops.gather([columns[1]], lengths, offsets, Digests(1, 3, keys, sums=sums[1])))
     np.testing.assert_array_equal(*outs)
@@ -538,7 +580,7 @@ def test_rows_that_are_scattered_past_the_caches(row_bytes):
 @pytest.mark.parametrize("targets", [[0, 4, 1], [2**62, 1, 0], [0, 1, -1]])
 def test_rows_are_scattered_nowhere_else(compiled, targets):
     memory, out = np.arange(6, dtype=np.int32).reshape(3, 2), np.full((6, 2), 9, np.int32)
-    column = Column(8, out[:4], memory, np.array([0, 8]), targets=np.array(targets))
+    column = Column(8, out[:4], memory, np.array([0, 8]), placing=Scattered(np.array(targets)))
     with pytest.raises(IndexError):
         loops.gather([column], np.array([1, 2]), np.array([0, 1, 3]))
     assert (out[4:] == 9).all()
@@ -552,9 +594,89 @@ def test_targets_that_do_not_fit():
         (8, np.array([0, 1, 2], np.int32), "int64"),
         (12, np.array([0, 1, 2]), "do not fit"),
     ):
-        column = Column(row_bytes, out, memory, np.array([0, 8]), targets=targets)
+        column = Column(row_bytes, out, memory, np.array([0, 8]), placing=Scattered(targets))
         with pytest.raises(TypeError, match=message):
             loops.gather([column], lengths, offsets)
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def pooled(how, form, at, rows, lengths, keys, sums):
+    out = np.full((len(lengths) + 2, rows.shape[1]), 9, rows.dtype if how == "at" else np.float32)
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    row_bytes = rows.itemsize * rows.shape[1]
+    column = Column(row_bytes, out, rows, offsets[:-1] * row_bytes, placing=Pooled(how, form, at))
+    bad = loops.gather([column], lengths, offsets, Digests(1, 3, keys, expected=sums))
+    assert (out[len(lengths) :] == 9).all()
+    assert (out[:-2][lengths == 0] == 9).all()
+    return out[:-2], bad
+
+
+@given(
+    st.lists(st.integers(0, 200), min_size=0, max_size=6),
+    st.sampled_from([1, 7, 32, 37, 96]),
+    st.sampled_from(["mean", "max", "at"]),
+    st.sampled_from(loops.FORMS),
+    st.floats(-8, 8),
+)
+def test_what_is_pooled_is_what_numpy_pools(lengths, width, how, form, shift):
+    """Means are as near as sums of 64 float32 are at most: 64 times half a step of them; all else is exact."""
+    lengths, rng = np.array(lengths, np.int64), np.random.default_rng(9)
+    numbers = (rng.standard_normal((lengths.sum(), width)) + shift).astype(np.float32)
+    numbers[rng.random(numbers.shape) < 0.1] *= np.float32(1e-6)  # float16 has them without all of its digits
+    rows = numbers.astype(np.float16) if form == "float16" else numbers
+    if form == "bfloat16":
+        rows = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        numbers = (rows.astype(np.uint32) << 16).view(np.float32)
+    at = (rng.random(len(lengths)) * lengths).astype(np.int64) if how == "at" else None
+    keys, sums = rng.integers(0, 256, (len(lengths), 32)).astype(np.uint8), np.zeros(len(lengths), np.uint64)
+    given = how, form, at, np.ascontiguousarray(rows), lengths, keys
+    pooled(*given, None)
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    begins = offsets[:-1] * width * rows.itemsize
+    loops.gather(
+        [Column(width * rows.itemsize, memory=given[3], begins=begins)],
+        lengths,
+        offsets,
+        Digests(1, 3, keys, sums=sums),
+    )
+    found, bad = pooled(*given, sums)
+    wanted, _ = by_numpy(lambda: pooled(*given, sums))
+    assert not len(bad)
+    if how != "mean":
+        np.testing.assert_array_equal(found, wanted)
+        return
+    begins = offsets[:-1][lengths > 0]
+    if len(begins):
+        sizes = np.add.reduceat(np.abs(numbers.astype(np.float64)), begins) / lengths[lengths > 0][:, None]
+        wrong = np.abs(found[lengths > 0].astype(np.float64) - wanted[lengths > 0])
+        assert (wrong <= 65 * 2.0**-24 * sizes).all()
+
+
+@BOTH
+def test_what_is_not_intact_is_pooled_and_told_of(compiled):
+    rows, lengths = np.ones((5, 32), np.float32), np.array([2, 3])
+    keys = np.zeros((2, 32), np.uint8)
+    assert pooled("mean", "float32", None, rows, lengths, keys, np.zeros(2, np.uint64))[1].tolist() == [0, 1]
+
+
+@BOTH
+@pytest.mark.parametrize("at", [[2, 0], [0, -1], [0, 2**40]])
+def test_positions_that_an_entry_has_not(compiled, at):
+    rows, lengths, keys = np.ones((5, 8), np.float32), np.array([2, 3]), np.zeros((2, 32), np.uint8)
+    with pytest.raises(IndexError):
+        pooled("at", "float32", np.array(at), rows, lengths, keys, None)
+
+
+def test_every_float16_is_widened_as_numpy_does(tmp_path):
+    """By the processor's instruction, and column by column: rows of 33 have one that no vector takes."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    rows = np.repeat(every[:, None], 33, axis=1)
+    found = pooled(
+        "max", "float16", None, rows, np.ones(len(rows), np.int64), np.zeros((len(rows), 32), np.uint8), None
+    )[0]
+    np.testing.assert_array_equal(found, rows.astype(np.float32))
 
 
 @given(st.integers(0, 300), st.integers(0, 2**64 - 1))

@@ -16,6 +16,7 @@ from actcache.errors import UnsupportedModelError
 from actcache.models import LowerHalf, family_of, lower_digest, proof, reduce
 from actcache.models.families import Family
 from actcache.models.recycler import Recycler
+from actcache.models.recyclers import Recyclers
 from tests.models.test_any import make
 from tests.models.test_identity import word_tokenizer
 
@@ -172,3 +173,65 @@ def test_a_proof_is_remembered_but_not_of_a_model_with_hooks(monkeypatch: pytest
     proof.of_rows(lower_of(model))
     proof.of_rows(lower_of(model))
     assert len(runs) == 4
+
+
+def test_a_loss_that_reads_the_lower_half_keeps_it_or_is_refused() -> None:
+    """All outputs of a reduced model without lower weights are the full one's, but its loss is not."""
+    cls: Any = type(make(AutoModelForCausalLM, "olmo"))
+
+    class Regularized(cls):  # type: ignore[misc]
+        what = "embed_tokens.weight"
+
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **more: Any) -> Any:
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **more)
+            if output.loss is not None:
+                output.loss = output.loss + self.model.get_parameter(self.what).square().mean()
+            return output
+
+    model = make(AutoModelForCausalLM, "olmo")
+    model.__class__ = Regularized
+    reduced = reduce(model, 2)
+    assert "embed_tokens" in reduced.actcache_family.shared
+    ids = torch.tensor([[5, 6, 7, 8]])
+    rows = torch.from_numpy(lower_of(model.model).run([ids[0].numpy()])[0])[None]
+    got = reduced(activations=rows, token_ids=ids, labels=ids).loss
+    torch.testing.assert_close(got, model(input_ids=ids, labels=ids).loss)
+    Regularized.what = "layers.0.mlp.down_proj.weight"
+    model.config.initializer_range = 0.1  # or the proof would be remembered
+    with pytest.raises(UnsupportedModelError, match="the loss: AttributeError"):
+        reduce(model, 2)
+
+
+def test_gradients_that_depend_on_what_lies_below_are_refused() -> None:
+    """The last layer learns by half where nothing below it learns: losses are alike, gradients are not."""
+    model = make(AutoModelForCausalLM, "olmo")
+    layer: Any = model.model.layers[2]
+
+    def halve(module: nn.Module, args: Any, output: Any) -> Any:
+        return output if args[0].requires_grad else 0.5 * output + 0.5 * output.detach()
+
+    reduce(model, 2)
+    layer.register_forward_hook(halve)
+    with pytest.raises(UnsupportedModelError, match=r"gradient of model\.layers\.2"):
+        reduce(model, 2)
+
+
+def test_several_sites_are_proved_by_the_same_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_proofs", {})
+    monkeypatch.setattr(proof, "_key", lambda what, model, where, more: f"several {where}")
+    monkeypatch.setattr(proof.memo, "read", lambda name: {})
+    proved, forwards = [], []
+    original = proof._rows_proved
+    monkeypatch.setattr(proof, "_rows_proved", lambda *args: proved.append(args[2]) or original(*args))
+    model = make(AutoModel, "olmo")
+    handle = model.layers[0].register_forward_pre_hook(lambda *args: forwards.append(1))
+    with Recyclers(model, word_tokenizer(), layers=[0, 2, "last"], sites=["layers.1.mlp"], store="ram:several"):
+        assert [len(sites) for sites in proved] == [4]
+    together = len(forwards)
+    forwards.clear()
+    monkeypatch.setattr(proof, "_proofs", {})
+    for layer in (2, "last"):
+        with Recycler(model, word_tokenizer(), layer=layer, store="ram:one by one"):
+            pass
+    handle.remove()
+    assert together < len(forwards)

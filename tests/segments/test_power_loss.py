@@ -65,6 +65,12 @@ class JournalingDisk(FileOperations):
             self.bytes[path.stat().st_ino] = path.read_bytes()
         self._step()
 
+    def sync_files(self, paths):
+        """One after another, so that there is a moment after each: that any others are synced first changes nothing,
+        for the name comes after all of them."""
+        for path in paths:
+            self.sync_file(path)
+
     def sync_folder(self, path):
         super().sync_folder(path)
         if self.watching:

@@ -117,6 +117,7 @@ class PruningPlan:
     nbytes: int  # of the whole store, as it is
     max_bytes: int | None = None
     idle: float = IDLE_SECONDS
+    left_behind: float = SWEEP_SECONDS  # seconds after which what a killed writer left goes
     unfitting: dict[str, list[str]] = field(default_factory=dict)  # what no space fits: field -> the values there are
 
     @property
@@ -136,6 +137,7 @@ def plan_pruning(
     keep_only: Keys | None = None,
     stride: int | None = None,
     idle: float = IDLE_SECONDS,
+    left_behind: float = SWEEP_SECONDS,
 ) -> PruningPlan:
     """Say what a pruning would remove; changes nothing.
 
@@ -153,6 +155,8 @@ def plan_pruning(
         stride: of the windows by which documents were cut, in spaces that have windows; None leaves such spaces alone.
         idle: a space that was written to fewer seconds ago, or read an hour and so many ago, is left alone; with 0
             none is.
+        left_behind: seconds after which a temporary file or an unfinished upload is a killed writer's. Less than a live
+            one takes for a segment endangers its work.
 
     Raises:
         UsageError: no recipe has a field, or ``max_bytes`` and ``keep_only`` are both given.
@@ -175,10 +179,10 @@ def plan_pruning(
     ]
     if not prefixes and not where and all(condition is None for condition in conditions):
         candidates = []
-    left_behind = sum(f.nbytes for n, f in files.items() if n.startswith("tmp/") and f.age >= SWEEP_SECONDS)
+    temporary = sum(f.nbytes for n, f in files.items() if n.startswith("tmp/") and f.age >= left_behind)
     removals: list[Removal] = []
     kept: dict[str, str] = {}
-    excess = None if max_bytes is None else found.total - left_behind - max_bytes
+    excess = None if max_bytes is None else found.total - temporary - max_bytes
     for state in sorted(candidates, key=lambda state: -state.used) if max_bytes is not None else candidates:
         if excess is not None and excess <= 0:
             break
@@ -194,7 +198,7 @@ def plan_pruning(
         elif removal is not None:
             removals.append(removal)
             excess = None if excess is None else excess - removal.nbytes
-    return PruningPlan(removals, kept, left_behind, found.total, max_bytes, idle, unfitting)
+    return PruningPlan(removals, kept, temporary, found.total, max_bytes, idle, left_behind, unfitting)
 
 
 def _named(store: Store, prefixes: Sequence[str], where: Mapping[str, str]) -> list[SpaceState]:
@@ -274,7 +278,7 @@ def prune(store: Store, plan: PruningPlan, *, progress: Progress | None = None) 
     Entries are deleted at once; their bytes are given back by compaction, of which replaced segments stay for readers
     until their grace period is over.
     """
-    swept = store.sweep()
+    swept = store.sweep(plan.left_behind)
     spaces: list[str] = []
     entries: dict[str, int] = {}
     skipped: dict[str, str] = {}

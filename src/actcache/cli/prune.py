@@ -18,7 +18,7 @@ from actcache.cli.shell import text_of_argument
 from actcache.errors import OutOfSpaceError, UsageError
 from actcache.format.arguments import nbytes_of
 from actcache.io.progress import Meter
-from actcache.store.store import open_standing, open_store
+from actcache.store.store import SWEEP_SECONDS, open_standing, open_store
 
 _MOST = 12  # values that are named where none fits
 
@@ -58,6 +58,13 @@ def prune(
         str,
         typer.Option(help="Leave alone what was written to since, or read since an hour before; 0: nothing."),
     ] = f"{IDLE_SECONDS / 60:.0f}min",
+    left_behind: Annotated[
+        str | None,
+        typer.Option(
+            help="Remove temporary files and unfinished uploads that are so old (24h): killed writers left them. Less "
+            "than a live writer takes for a segment endangers its work."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: options.Json = False,
@@ -91,13 +98,15 @@ def prune(
             keep_only=keys,
             stride=stride,
             idle=_seconds("--idle", idle) or 0.0,
+            left_behind=SWEEP_SECONDS if left_behind is None else _seconds("--left-behind", left_behind) or 0.0,
         )
     if plan.unfitting:
         notice(_nothing_fits(plan, asked))
     if not as_json:
         _show(plan)
     done: Pruning | None = None
-    if not dry_run and (plan.removals or plan.temporary):
+    # What is unfinished in an object store cannot be seen before it is swept.
+    if not dry_run and (plan.removals or plan.temporary or left_behind is not None):
         if not (yes or _agreed()):
             say("nothing was deleted")
             return

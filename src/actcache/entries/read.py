@@ -14,12 +14,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, EntryLocations, Expected, Snapshot
+from actcache.backend import VALUES, EntryLocations, Expected, Placing, Snapshot
 from actcache.entries.writer import Rows, Writer
 from actcache.errors import CorruptEntryError, FormatError, SegmentGoneError
 from actcache.format.checksum import CHAINED, ORDER
 from actcache.format.keys import Keys, key_array, key_list
-from actcache.format.ragged import offsets_of, row_indices, scattered
+from actcache.format.ragged import offsets_of, placed, row_indices
 
 _LOOKUPS = 8  # that are remembered: a few batches ahead of each of several readers
 _MOST_KEYS = 1 << 16  # of a batch; more than that is a whole corpus, which is looked up once
@@ -160,20 +160,19 @@ class Request:
             corrupt += [first + i for i in alike._read_alike(here, width, verify)]
         return corrupt
 
-    def scatter(self, out: Mapping[str, NDArray[np.generic]], targets: NDArray[np.int64], *, verify: bool) -> list[int]:
-        """Read rows as ``read`` does, packed ones, row j of which goes to row ``targets[j]`` of the buffers."""
+    def place(self, out: Mapping[str, NDArray[np.generic]], placing: Placing, *, verify: bool) -> list[int]:
+        """Read packed rows as ``read`` does, those of ``values`` to where they belong (see ``Snapshot.place``)."""
         out = {name: out[name] for name in ORDER if name in out}
-        targets = targets[: int(self.lengths.sum())]
         if self._kinds([name for name in out if name != VALUES]) is None:
             try:
-                return self._located(
-                    lambda expected: self._snapshot.scatter(self.located, out, targets, expected), out, verify
-                )
+                expected = self._expected(out, verify)
+                corrupt: list[int] = self._snapshot.place(self.located, out, placing, expected).tolist()
+                return corrupt
             except SegmentGoneError:
                 raise
             except FormatError:
                 pass  # entry by entry
-        return scattered(out, targets, lambda packed: self.read(packed, None, verify=verify))
+        return placed(out, {VALUES: placing}, self.lengths, lambda rows: self.read(rows, None, verify=verify))
 
     def _kinds(self, columns: list[str]) -> NDArray[np.int64] | None:
         """Return which of these arrays each entry has, ``[n]``: a bit each, all of them inverted where it is not
@@ -246,19 +245,14 @@ class Request:
         return []
 
     def _gather(self, out: Rows, width: int | None, verify: bool) -> list[int]:
-        located = self.located
-        return self._located(lambda expected: self._snapshot.gather(located, out, width, expected), out, verify)
-
-    def _located(
-        self, read: Callable[[Expected | None], NDArray[np.int64]], out: Mapping[str, Any], verify: bool
-    ) -> list[int]:
-        """Read published entries, told what their digests have to be; return the positions of bad ones."""
-        expected = None
-        if verify:
-            extra = self._snapshot.extra_checksums(self.located) if not out.keys() <= set(CHAINED) else None
-            expected = Expected(self._seed, self._keys, self.located.checksums, extra)
-        corrupt: list[int] = read(expected).tolist()
+        corrupt: list[int] = self._snapshot.gather(self.located, out, width, self._expected(out, verify)).tolist()
         return corrupt
+
+    def _expected(self, out: Mapping[str, Any], verify: bool) -> Expected | None:
+        if not verify:
+            return None
+        extra = self._snapshot.extra_checksums(self.located) if not out.keys() <= set(CHAINED) else None
+        return Expected(self._seed, self._keys, self.located.checksums, extra)
 
 
 def _lacking(kind: int, columns: list[str]) -> list[str]:

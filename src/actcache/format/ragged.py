@@ -17,12 +17,17 @@ import xxhash
 from numpy.typing import NDArray
 
 from actcache.errors import FormatError
+from actcache.io import loops
+from actcache.io.loops import Placing, Pooled
+
+T = TypeVar("T")
 
 VALUES = "values"
 TOKEN_IDS = "token_ids"
 OWN = "columns"  # the caller's own, as records of bytes (``format.columns``)
 PAYLOAD = "payload"  # what a segment has instead of values where they are compressed: the entries' frames
 PAYLOAD_OFFSETS = "payload_offsets"
+_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 CHUNK_BYTES = 1 << 20  # of rows that are read, then checked (docs/decisions/0002)
 
 #: The optional ragged arrays: name -> (dtype, trailing shape). Labels cannot be aligned without them.
@@ -167,19 +172,29 @@ def offsets_of(lengths: NDArray[np.integer[Any]], width: int | None = None) -> N
     return offsets
 
 
-T = TypeVar("T")
-
-
-def scattered(
+def placed(
     out: Mapping[str, NDArray[np.generic]],
-    targets: NDArray[np.int64],
+    placing: Mapping[str, Placing],
+    lengths: NDArray[np.int64],
     read: Callable[[Mapping[str, NDArray[np.generic]]], T],
 ) -> T:
-    """Have packed rows read into buffers of their own, then put row j of them into row ``targets[j]`` of ``out``."""
-    packed = {name: np.empty((len(targets), *buffer.shape[1:]), buffer.dtype) for name, buffer in out.items()}
+    """Have the rows of entries read into packed buffers, then brought from there to where they belong in ``out``.
+
+    Args:
+        placing: of those arrays that are not packed in ``out``, by their names.
+        lengths: ``[n]`` rows of each entry.
+    """
+    offsets = offsets_of(lengths)
+    packed = dict(out)
+    for name, of in placing.items():
+        pooled = of.how != "at" if isinstance(of, Pooled) else False
+        dtype = _DTYPES[of.form] if pooled else out[name].dtype
+        packed[name] = np.empty((int(offsets[-1]), *out[name].shape[1:]), dtype)
     result = read(packed)
-    for name, rows in packed.items():
-        out[name][targets] = rows
+    for name, of in placing.items():
+        row_bytes = loops.stored_row(out[name], of)[0]
+        column = loops.Column(row_bytes, out[name], packed[name], offsets[:-1] * row_bytes, placing=of)
+        loops.gather([column], np.ascontiguousarray(lengths, np.int64), offsets)
     return result
 
 

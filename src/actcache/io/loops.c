@@ -58,7 +58,7 @@ static zstd_functions zstd;
 
 PUBLIC void act_set_zstd(const zstd_functions *functions) { zstd = *functions; }
 
-PUBLIC int32_t act_version(void) { return 8; }
+PUBLIC int32_t act_version(void) { return 10; }
 
 /* --- threads: they know nothing of Python, so none of them ever waits for the GIL ---------------------------------- */
 
@@ -166,7 +166,8 @@ typedef struct {
     int64_t size;
     const uint64_t *prefix; /* [size] ascending: the first 8 bytes of the keys, as numbers */
     const uint8_t *rest;    /* [size, 24] the others */
-    const uint32_t *segment, *origin, *tokens;
+    const uint32_t *segment, *origin; /* or NULL: all are the first one's */
+    const uint32_t *tokens;
     const int64_t *row;
     const uint64_t *checksum;
     const uint8_t *alive; /* [size], or NULL: all are */
@@ -243,8 +244,8 @@ typedef struct {
 static void prefetch_entry(const table *of, int64_t position) {
     if (position >= of->size) return;
     __builtin_prefetch(of->rest + position * (KEY_BYTES - 8));
-    __builtin_prefetch(of->segment + position);
-    __builtin_prefetch(of->origin + position);
+    if (of->segment != NULL) __builtin_prefetch(of->segment + position);
+    if (of->origin != NULL) __builtin_prefetch(of->origin + position);
     __builtin_prefetch(of->tokens + position);
     __builtin_prefetch(of->row + position);
     __builtin_prefetch(of->checksum + position);
@@ -261,8 +262,8 @@ static void look_at(lookup *this, int64_t i, const table *of, int64_t position, 
             break;
     }
     if (position >= of->size || of->prefix[position] != prefix) return;
-    int64_t segment = of->segment[position], origin = of->origin[position], row = of->row[position];
-    int64_t tokens = of->tokens[position];
+    int64_t segment = of->segment == NULL ? 0 : of->segment[position], row = of->row[position];
+    int64_t origin = of->origin == NULL ? 0 : of->origin[position], tokens = of->tokens[position];
     int64_t number = segment < of->segments ? of->numbers[segment] : -1;
     if (number < 0 || number >= this->segments || origin >= of->origins || row < 0 || tokens <= 0 ||
         row > this->limits[number] - tokens) {
@@ -327,9 +328,16 @@ typedef struct {
     uint8_t *out;          /* of the whole batch; NULL: rows in memory are digested where they are */
     const int64_t *sizes;  /* [count] bytes of each entry's frames of zstd, of which its rows are made; NULL: plain rows */
     int64_t item;          /* bytes of a number: a frame has all first ones of an entry, the next all second ones, ... */
-    const int64_t *targets; /* row of the buffer that each row of the batch goes to; NULL: where its entry's place is */
-    int64_t apart, room;    /* with targets: bytes from one row of the buffer to the next, and how many rows it has */
+    int32_t way;            /* how the rows get into the buffer, one of the ways below */
+    int32_t form;           /* of the numbers, where they are pooled */
+    const int64_t *targets; /* SCATTERED: row of the buffer that each row of the batch goes to; ONE: which row of each entry */
+    int64_t apart, room;    /* but for PACKED: bytes from one row of the buffer to the next, and how many rows it has */
 } column;
+
+/* PACKED: each entry's rows to its place. SCATTERED: each row to its target. ONE row an entry to the entry's row of the
+ * buffer, or the MEAN or LARGEST of its numbers, as floats. */
+enum { PACKED, SCATTERED, ONE, MEAN, LARGEST };
+enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 typedef struct {
     int64_t count;
@@ -586,6 +594,138 @@ static int bring_frame(batch *this, const column *of, int64_t i, uint8_t *out, i
     return state;
 }
 
+/* --- pooling: one row an entry ------------------------------------------------------------------------------------------- */
+
+#define POOLED 64 /* rows whose sums are made in single precision, before they are added to those in double */
+
+static uint32_t bits_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return bits;
+}
+
+static float float_of(uint32_t bits) {
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+/* Return the float of a float16: its bits moved, times what the exponents differ by; infinities and NaN stay so. */
+static float float_of_half(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7FFF) << 13;
+    uint32_t size = bits_of(float_of(bits) * 5192296858534827628530496329220096.0f); /* 2 to the power of 112 */
+    if ((half & 0x7C00) == 0x7C00) size = bits | 0x7F800000u;
+    return float_of(size | (uint32_t)(half & 0x8000) << 16);
+}
+
+static float number_at(const uint8_t *row, int64_t c, int32_t form) {
+    if (form == FLOAT32) {
+        float number;
+        memcpy(&number, row + 4 * c, 4);
+        return number;
+    }
+    uint16_t bits;
+    memcpy(&bits, row + 2 * c, 2);
+    return form == FLOAT16 ? float_of_half(bits) : float_of((uint32_t)bits << 16);
+}
+
+#if defined(__x86_64__)
+#define EIGHT __attribute__((target("avx2,f16c"), always_inline)) static inline
+static int has_eight(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+
+EIGHT __m256 eight_at(const uint8_t *row, int64_t c, int32_t form) {
+    if (form == FLOAT32) return _mm256_loadu_ps((const float *)(const void *)(row + 4 * c));
+    __m128i bits = _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * c));
+    return form == FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+/* Pool some rows, 32 columns at a time, which stay in registers; return how many columns are done. What the rows before
+ * them came to is in ``sums`` or ``out``, unless they are the first ones. */
+EIGHT int64_t pool_columns(const uint8_t *rows, int64_t count, int64_t width, int32_t form, int32_t way, int first,
+                           double *sums, float *out) {
+    int64_t c = 0, row_bytes = width * (form == FLOAT32 ? 4 : 2);
+    for (; c + 32 <= width; c += 32) {
+        __m256 so_far[4];
+        for (int n = 0; n < 4; n++)
+            so_far[n] = first ? eight_at(rows, c + 8 * n, form) : way == MEAN ? _mm256_setzero_ps() : _mm256_loadu_ps(out + c + 8 * n);
+        for (int64_t i = first; i < count; i++) {
+            const uint8_t *row = rows + i * row_bytes;
+            for (int n = 0; n < 4; n++) {
+                __m256 numbers = eight_at(row, c + 8 * n, form);
+                so_far[n] = way == MEAN ? _mm256_add_ps(so_far[n], numbers) : _mm256_max_ps(so_far[n], numbers);
+            }
+        }
+        for (int n = 0; n < 4; n++) {
+            if (sums == NULL) {
+                _mm256_storeu_ps(out + c + 8 * n, so_far[n]);
+                continue;
+            }
+            double *sum = sums + c + 8 * n;
+            __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(so_far[n]));
+            __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(so_far[n], 1));
+            _mm256_storeu_pd(sum, first ? low : _mm256_add_pd(_mm256_loadu_pd(sum), low));
+            _mm256_storeu_pd(sum + 4, first ? high : _mm256_add_pd(_mm256_loadu_pd(sum + 4), high));
+        }
+    }
+    return c;
+}
+
+#define POOL_COLUMNS(name, form, way)                                                                                  \
+    __attribute__((target("avx2,f16c"))) static int64_t name(const uint8_t *rows, int64_t count, int64_t width,        \
+                                                             int first, double *sums, float *out) {                    \
+        return pool_columns(rows, count, width, form, way, first, sums, out);                                          \
+    }
+POOL_COLUMNS(mean_float32, FLOAT32, MEAN)
+POOL_COLUMNS(mean_float16, FLOAT16, MEAN)
+POOL_COLUMNS(mean_bfloat16, BFLOAT16, MEAN)
+POOL_COLUMNS(largest_float32, FLOAT32, LARGEST)
+POOL_COLUMNS(largest_float16, FLOAT16, LARGEST)
+POOL_COLUMNS(largest_bfloat16, BFLOAT16, LARGEST)
+
+typedef int64_t (*pooling)(const uint8_t *rows, int64_t count, int64_t width, int first, double *sums, float *out);
+static const pooling poolings[2][3] = {{mean_float32, mean_float16, mean_bfloat16},
+                                       {largest_float32, largest_float16, largest_bfloat16}};
+#endif
+
+/* Pool some rows: their sums, in double where ``sums`` is given, or the largest of each column. */
+static void pool_some(const uint8_t *rows, int64_t count, int64_t width, int32_t form, int32_t way, int first,
+                      double *sums, float *out) {
+    int64_t c = 0, row_bytes = width * (form == FLOAT32 ? 4 : 2);
+#if defined(__x86_64__)
+    if (has_eight()) c = poolings[way == LARGEST][form](rows, count, width, first, sums, out);
+#endif
+    for (; c < width; c++) {
+        float so_far = first ? number_at(rows, c, form) : way == MEAN ? 0 : out[c];
+        for (int64_t i = first; i < count; i++) {
+            float one = number_at(rows + i * row_bytes, c, form);
+            so_far = way == MEAN ? so_far + one : one > so_far ? one : so_far;
+        }
+        if (sums == NULL)
+            out[c] = so_far;
+        else
+            sums[c] = first ? so_far : sums[c] + so_far;
+    }
+}
+
+/* Make the mean or the largest of each column of some rows, one or more. */
+static int pool(const uint8_t *rows, int64_t count, int64_t width, int32_t form, int32_t way, float *out) {
+    int64_t row_bytes = width * (form == FLOAT32 ? 4 : 2);
+    double *sums = NULL;
+    if (way == MEAN && count > POOLED) {
+        thread_own *own = get_own();
+        sums = own == NULL ? NULL : (double *)(void *)memory_of(own, 0, (size_t)width * sizeof *sums);
+        if (sums == NULL) return FAILED;
+    }
+    for (int64_t first = 0; first < count; first += POOLED) /* so many stay in the processor's cache */
+        pool_some(rows + first * row_bytes, count - first < POOLED ? count - first : POOLED, width, form, way, first == 0,
+                  sums, out);
+    for (int64_t c = 0; way == MEAN && c < width; c++)
+        out[c] = sums == NULL ? out[c] / (float)count : (float)(sums[c] / (double)count);
+    return INTACT;
+}
+
+/* --- from where rows are to where they belong ----------------------------------------------------------------------------- */
+
 /* Copy the rows of an entry to their targets, one by one. */
 static int put_on_targets(const batch *this, const column *of, int64_t i, const uint8_t *rows) {
     const int64_t *targets = of->targets + this->starts[i];
@@ -603,9 +743,25 @@ static int put_on_targets(const batch *this, const column *of, int64_t i, const 
     return INTACT;
 }
 
+/* Put what an entry comes to into its row of the buffer. */
+static int put_one(batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    if (i >= of->room) return NOWHERE;
+    uint8_t *out = of->out + i * of->apart;
+    if (of->way == ONE) {
+        if (of->targets[i] < 0 || of->targets[i] >= this->lengths[i]) return NOWHERE;
+        memcpy(out, rows + of->targets[i] * of->row_bytes, (size_t)of->row_bytes);
+        return INTACT;
+    }
+    int64_t width = of->row_bytes / (of->form == FLOAT32 ? 4 : 2);
+    int state = pool(rows, this->lengths[i], width, of->form, of->way, (float *)(void *)out);
+    if (state == FAILED) atomic_store(&this->error, ENOMEM);
+    return state;
+}
+
 /* Copy the rows of an entry to where they belong. */
-static int put(const batch *this, const column *of, int64_t i, const uint8_t *rows) {
-    if (of->targets != NULL) return put_on_targets(this, of, i, rows);
+static int put(batch *this, const column *of, int64_t i, const uint8_t *rows) {
+    if (of->way == SCATTERED) return put_on_targets(this, of, i, rows);
+    if (of->way != PACKED) return put_one(this, of, i, rows);
     uint8_t *out = of->out + this->starts[i] * of->row_bytes;
     int64_t nbytes = this->lengths[i] * of->row_bytes;
     if (this->streams)
@@ -634,7 +790,7 @@ static int bring(batch *this, const column *of, int64_t i, const uint8_t **rows,
     }
     if (of->out == NULL) return OUTSIDE;
     uint8_t *out = NULL;
-    *to_put = of->targets != NULL;
+    *to_put = of->way != PACKED;
     if (*to_put) { /* by way of memory of this thread's */
         thread_own *own = get_own();
         if (own == NULL || (out = memory_of(own, 2, (size_t)nbytes)) == NULL) {
@@ -667,14 +823,14 @@ static int gather_one(batch *this, int64_t i) {
             if (brought == CORRUPT) continue; /* a frame, in whose rows there is nothing to digest */
             if (brought != INTACT) to_put = 0;
         }
-        int later = this->digests && this->streams && nbytes >= LONG;
+        int later = this->digests && ((this->streams && nbytes >= LONG) || of->way >= MEAN);
         if (to_put && !later) {
             int there = put(this, of, i, rows);
             if (there != INTACT) state = there;
             /* What is in the caches now is digested: the copy, unless it went past them. */
-            if (!this->streams && of->targets == NULL) rows = of->out + this->starts[i] * of->row_bytes;
+            if (!this->streams && of->way == PACKED && state != NOWHERE) rows = of->out + this->starts[i] * of->row_bytes;
         }
-        if (of->out != NULL && of->targets == NULL && state != OUTSIDE) { /* padding */
+        if (of->out != NULL && of->way == PACKED && state != OUTSIDE) { /* padding */
             int64_t end = this->starts[i] + this->lengths[i];
             if (end < this->ends[i])
                 (this->streams ? stream_zeros : zeros)(of->out + end * of->row_bytes,
@@ -761,7 +917,7 @@ PUBLIC int64_t act_gather(batch *this, int32_t threads) {
     this->streams = nbytes >= STREAM;
     for (int64_t c = 0; c < this->columns; c++) { /* the buffer of a mix is filled by several batches */
         const column *of = this->column + c;
-        if (of->targets != NULL) this->streams |= of->room * of->row_bytes >= STREAM;
+        if (of->way == SCATTERED) this->streams |= of->room * of->row_bytes >= STREAM;
     }
     if (this->part <= 0) this->part = this->count * PART / (nbytes > 0 ? nbytes : 1);
     if (this->part <= 0) this->part = 1;
@@ -782,8 +938,13 @@ typedef struct {
     const uint8_t *base; /* mapped memory */
     int64_t size;
     const int64_t *firsts; /* [segments] the first row of each in it, negative where it is not mapped */
+    int64_t unit;          /* bytes of what rows of the tables count: rows of this column, or pages */
+    int64_t at, before;    /* where an entry's rows begin after that: a byte, and bytes for each of its tokens, then the
+                              next multiple of 8; both are 0 where rows are counted */
     uint8_t *out;
-    int64_t apart, rows; /* with targets: bytes from one row of the buffer to the next, and how many rows it has */
+    int32_t way, form; /* these, and what follows, as of a column */
+    const int64_t *targets;
+    int64_t apart, room;
 } mapped_column;
 
 typedef struct {
@@ -800,7 +961,6 @@ typedef struct {
     const uint8_t *keys;
     int64_t width; /* rows of each entry's place, negative: packed */
     int64_t room;  /* rows of the buffers, or how many targets there are */
-    const int64_t *targets; /* row of the buffers that each row goes to, packed; NULL: one after another */
     int32_t digests;
     uint64_t seed;
     int64_t *work; /* [6 + columns, count]: tokens, checksums, segment, row, starts, ends, begins; the first is the answer */
@@ -837,10 +997,11 @@ PUBLIC int64_t act_read(reading *this, int32_t threads) {
                 continue;
             }
             if (of->firsts[segment[i]] < 0) return NOT_MAPPED;
-            begins[i] = (of->firsts[segment[i]] + row[i]) * of->row_bytes;
+            begins[i] = (of->firsts[segment[i]] + row[i]) * of->unit + ((of->at + tokens[i] * of->before + 7) & ~7);
         }
         columns[c] = (column){.row_bytes = of->row_bytes, .base = of->base, .size = of->size, .begins = begins,
-                              .out = of->out, .item = 1, .targets = this->targets, .apart = of->apart, .room = of->rows};
+                              .out = of->out, .item = 1, .way = of->way, .form = of->form,
+                              .targets = of->targets, .apart = of->apart, .room = of->room};
     }
     memset(this->state, INTACT, (size_t)n);
     batch rows = {.count = n, .lengths = tokens, .starts = starts, .ends = ends, .columns = this->columns,
@@ -990,25 +1151,12 @@ typedef struct {
 } conversion;
 
 enum { INT8, E4M3, PIECEWISE }; /* the last: int8 whose shape is another than LINEAR */
-enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 #define SCALE_BYTES 4
 #define SMALLEST_SCALE 1.17549435e-38f /* rows of zeros have a scale, too */
 #define SMALLEST_SCALE_E4M3 1e-12f     /* as vLLM's hs-connectors */
 #define LARGEST_INT8 127
 #define LARGEST_E4M3 448.0f
-
-static uint32_t bits_of(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    return bits;
-}
-
-static float float_of(uint32_t bits) {
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
 
 static int is_odd(float number) { return (bits_of(number) & 0x7F800000u) == 0x7F800000u; }
 

@@ -32,7 +32,7 @@ from actcache.io import numpy_loops
 from actcache.io.workers import available_cpus
 
 LIBRARY = Path(__file__).with_name("_loops.dylib" if sys.platform == "darwin" else "_loops.so")
-_VERSION = 8
+_VERSION = 10
 _FAILED, _NOWHERE = (
     4,
     5,
@@ -70,8 +70,8 @@ class LookupTable(NamedTuple):
 
     prefix: NDArray[np.uint64]  # [size] ascending
     rest: NDArray[np.uint8]  # [size, 24]
-    segment: NDArray[np.uint32]  # [size]
-    origin: NDArray[np.uint32]  # [size]
+    segment: NDArray[np.uint32] | None  # [size]; None: all are in the first one
+    origin: NDArray[np.uint32] | None  # [size]; None: all are of the first one
     tokens: NDArray[np.uint32]  # [size]
     row: NDArray[np.int64]  # [size]
     checksum: NDArray[np.uint64]  # [size]
@@ -90,11 +90,34 @@ class Found(NamedTuple):
     outside: int  # how many entries a table places outside of their segments; they are absent
 
 
+class Scattered(NamedTuple):
+    """The rows of a batch, as they would be packed, go to these rows of the buffer: ``out[targets[j]]`` is row j."""
+
+    targets: NDArray[np.int64]  # each once
+
+
+class Pooled(NamedTuple):
+    """Each entry's rows come to one, the entry's row of the buffer, ``[n, ...]``.
+
+    By dimension a ``"mean"`` (sums of 64 rows at most in float32, these in float64) or the ``"max"``, float32; or the
+    row ``"at"`` a position, as it is. Where an entry is absent, its row of the buffer is left alone.
+    """
+
+    how: str
+    form: str = "float32"  # of the numbers, one of ``FORMS``
+    at: NDArray[np.int64] | None = None  # [n] of each entry, from 0
+
+
+Placing = Scattered | Pooled
+FORMS = ("float32", "float16", "bfloat16")  #: that numbers take; bfloat16 as its bits, uint16
+_SCATTERED, _POOLED = 1, {"at": 2, "mean": 3, "max": 4}  # how rows get into a buffer (``way`` of a column in loops.c)
+
+
 class Column(NamedTuple):
     """One ragged array of a batch: where each entry's rows are, and the buffer that they go into.
 
-    With ``files``, what of ``memory`` is not in physical memory is read from them. With ``targets``, the rows of
-    the batch, as they would be packed, go to these rows of ``out``, which may lie apart: ``out[targets[j]]`` is row j.
+    With ``files``, what of ``memory`` is not in physical memory is read from them. ``placing`` says
+    that rows do not go where their entry's place in the batch is; rows of ``out`` may then lie apart.
     """
 
     row_bytes: int
@@ -105,15 +128,22 @@ class Column(NamedTuple):
     places: NDArray[np.int64] | None = None  # [n] where its rows begin in its file, in bytes
     sizes: NDArray[np.int64] | None = None  # [n] bytes of each entry's frames of zstd, which make its rows; None: rows
     item: int = 1  # bytes of a number: an entry's first frame has all first ones, the next all second ones, ...
-    targets: NDArray[np.int64] | None = None  # [rows of the batch], each once
+    placing: Placing | None = None
 
 
 class MappedColumn(NamedTuple):
-    """One ragged array of all segments of a space, in mapped memory."""
+    """One ragged array of all segments of a space, in mapped memory.
+
+    Where the tables count pages instead of rows (``unit`` bytes each), an entry's rows begin ``at`` bytes behind where
+    its first page does, and ``before`` bytes for each of its tokens, at the next multiple of 8.
+    """
 
     row_bytes: int
     memory: NDArray[Any]
     firsts: NDArray[np.int64]  # [segments] the first row of each in it, by its number; -1 where it is not mapped
+    unit: int | None = None  # None: rows
+    at: int = 0
+    before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +208,8 @@ class _Column(ctypes.Structure):
         ("out", _P),
         ("sizes", _P),
         ("item", _I64),
+        ("way", _I32),
+        ("form", _I32),
         ("targets", _P),
         ("apart", _I64),
         ("room", _I64),
@@ -246,9 +278,15 @@ class _MappedColumn(ctypes.Structure):
         ("base", _P),
         ("size", _I64),
         ("firsts", _P),
+        ("unit", _I64),
+        ("at", _I64),
+        ("before", _I64),
         ("out", _P),
+        ("way", _I32),
+        ("form", _I32),
+        ("targets", _P),
         ("apart", _I64),
-        ("rows", _I64),
+        ("room", _I64),
     ]
 
 
@@ -267,7 +305,6 @@ class _Reading(ctypes.Structure):
         ("keys", _P),
         ("width", _I64),
         ("room", _I64),
-        ("targets", _P),
         ("digests", _I32),
         ("seed", _U64),
         ("work", _P),
@@ -325,10 +362,12 @@ def _address(array: NDArray[Any] | None) -> int | None:
 _Byte = ctypes.c_char
 
 
-def _begin(out: NDArray[Any] | None) -> int | None:
+def _is_whole(out: NDArray[Any]) -> bool:
+    return bool(out[:1].flags.c_contiguous)
+
+
+def _begin(out: NDArray[Any]) -> int:
     """Return where a buffer begins, whose rows may lie apart."""
-    if out is None:
-        return None
     address: int = out.__array_interface__["data"][0]
     return address
 
@@ -381,14 +420,15 @@ class Lookup:
         tokens, checksums, segment, row = made
         return Found(tokens, checksums.view(np.uint64), segment, row, call.outside)
 
-    def reading(self, columns: Sequence[MappedColumn], looked: int) -> Reading | None:
+    def reading(self, columns: Sequence[MappedColumn], looked: int | None) -> Reading | None:
         """Return what reads batches of these columns, which are the first chain of digests, by one call; None where
         nothing can. The rows of the column at ``looked`` are looked at first (see ``seems_absent``)."""
         if _library is None or not 0 < len(columns) <= _READ_COLUMNS:
             return None
         if any(len(column.firsts) < len(self._limits) for column in columns):
             return None  # not all segments are mapped yet
-        return Reading(self, _Reading(*self._fixed, len(columns), looks=LOOKS, looked=looked), columns)
+        looks = {} if looked is None else {"looks": LOOKS, "looked": looked}
+        return Reading(self, _Reading(*self._fixed, len(columns), **looks), columns)
 
 
 class Reading:
@@ -396,13 +436,10 @@ class Reading:
 
     def __init__(self, lookup: Lookup, described: _Reading, columns: Sequence[MappedColumn]) -> None:
         self._alive = lookup, columns
-        for place, (row_bytes, memory, firsts) in zip(described.column, columns, strict=False):
-            place.row_bytes, place.base, place.size, place.firsts = (
-                row_bytes,
-                _address(memory),
-                memory.nbytes,
-                _address(firsts),
-            )
+        for place, column in zip(described.column, columns, strict=False):
+            place.row_bytes, place.base, place.size = column.row_bytes, _begin(column.memory), column.memory.nbytes
+            place.firsts, place.at, place.before = _address(column.firsts), column.at, column.before
+            place.unit = column.row_bytes if column.unit is None else column.unit
         self._columns = len(columns)
         self._described = bytes(described)
 
@@ -412,14 +449,14 @@ class Reading:
         out: Sequence[NDArray[Any]],
         width: int | None,
         seed: int | None,
-        targets: NDArray[np.int64] | None = None,
+        placing: Sequence[Placing | None] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """Bring the rows of ``[n, 32]`` keys, C-contiguous, into one buffer a column, ``[rows, ...]``.
 
         Args:
             width: None for packed rows, else the rows of each entry's place, whose rest becomes zeros.
             seed: of the digests, which keys are mixed into; None: nothing is compared.
-            targets: the rows of the buffers that packed rows go to (see ``Column``).
+            placing: of each column, as of ``Column``; the rows are packed then.
 
         Returns:
             The tokens of each entry, ``[n]``, 0 where it is absent, and the positions of what is not intact. None where
@@ -431,26 +468,49 @@ class Reading:
         state = np.empty(count, np.uint8)
         call.count, call.keys, call.work, call.state = count, _address(keys), _address(work), _address(state)
         call.width, call.room = -1 if width is None else width, min(map(len, out))
-        if targets is not None:
-            call.room, call.targets = len(targets), _address(_checked(targets))
         if seed is not None:
             call.digests, call.seed = 1, seed
-        for place, buffer in zip(call.column, out, strict=False):
-            if targets is None:
+        if placing is None:
+            for place, buffer in zip(call.column, out, strict=False):
                 place.out = _address(buffer)
-            elif row_bytes(buffer) != place.row_bytes:
-                return None  # as whoever reads step by step will say
-            else:
-                place.out, place.apart, place.rows = _begin(buffer), buffer.strides[0], len(buffer)
+        else:
+            call.room = min(len(o) if of is None else _room_for(of) for o, of in zip(out, placing, strict=True))
+            for place, buffer, of in zip(call.column, out, placing, strict=False):
+                _put_down(place, buffer, of, place.row_bytes, count)
         bad = _library.act_read(ctypes.byref(call), THREADS)
         if bad < 0:
             return None
         return work[0], _bad(state) if bad else _NONE
 
 
-def _checked(targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    if targets.dtype != np.int64 or not targets.flags.c_contiguous:
-        raise TypeError(f"targets are int64 and contiguous, not {targets.dtype}")
+def _room_for(placing: Placing) -> int:
+    """Return for how many packed rows there is room."""
+    return len(placing.targets) if isinstance(placing, Scattered) else sys.maxsize
+
+
+def _put_down(place: Any, out: NDArray[Any], placing: Placing | None, stored: int, count: int) -> None:
+    """Say in a column's structure where rows of so many bytes of so many entries go."""
+    if placing is None:
+        place.out = _address(out)
+        return
+    if isinstance(placing, Scattered):
+        place.way, place.targets = _SCATTERED, _address(_checked(placing.targets))
+    else:
+        place.way, place.form = _POOLED[placing.how], FORMS.index(placing.form)
+        if placing.how == "at":
+            assert placing.at is not None
+            place.targets = _address(_checked(placing.at, count))
+        elif out.dtype != np.float32:
+            raise TypeError(f"what is pooled is float32, not {out.dtype}")
+    own = out.itemsize * math.prod(out.shape[1:])
+    if stored_row(out, placing)[0] != stored or (len(out) > 1 and out.strides[0] < own) or not _is_whole(out):
+        raise TypeError(f"stored rows of {stored} bytes do not fit {out.dtype} {list(out.shape)}")
+    place.out, place.apart, place.room = _begin(out), out.strides[0], len(out)
+
+
+def _checked(targets: NDArray[np.int64], least: int = 0) -> NDArray[np.int64]:
+    if targets.dtype != np.int64 or not targets.flags.c_contiguous or len(targets) < least:
+        raise TypeError(f"targets and positions are int64 and contiguous, not {targets.dtype} {list(targets.shape)}")
     return targets
 
 
@@ -520,13 +580,13 @@ def _gather(
     count = len(lengths)
     starts, ends = (offsets[:-1], offsets[1:]) if offsets.ndim == 1 else offsets
     for column in columns:
-        if column.targets is not None and len(column.targets) < ends.max(initial=0):
-            raise TypeError(f"{ends.max()} rows have fewer targets: {len(column.targets)}")
+        if column.placing is not None and _room_for(column.placing) < ends.max(initial=0):
+            raise TypeError(f"{ends.max()} rows have fewer targets: {_room_for(column.placing)}")
     state = np.zeros(count, np.uint8)
     if _library is None or (any(column.sizes is not None for column in columns) and not zstd_is_compiled()):
         numpy_loops.gather(columns, lengths, starts, ends, digests, direct, state)
         return _bad(state)
-    described = (_Column * len(columns))(*map(_described, columns))
+    described = (_Column * len(columns))(*(_described(column, count) for column in columns))
     batch = _Batch(
         count, _address(lengths), _address(starts), _address(ends), len(columns), ctypes.addressof(described)
     )
@@ -548,22 +608,24 @@ def _gather(
     return _bad(state)
 
 
-def _described(column: Column) -> _Column:
-    size_of_row, out, memory, begins, files, places, sizes, item, targets = column
+def _described(column: Column, count: int) -> _Column:
+    size_of_row, out, memory, begins, files, places, sizes, item, placing = column
     size = 0 if memory is None else memory.nbytes
-    first = _address(out) if targets is None else _begin(out)
-    addresses = _address(memory), size, _address(begins), _address(files), _address(places), first
-    described = _Column(size_of_row, *addresses, _address(sizes), item)
-    if targets is not None and out is not None:
-        if row_bytes(out) != size_of_row or (len(out) > 1 and out.strides[0] < size_of_row):
-            raise TypeError(f"rows of {size_of_row} bytes do not fit {out.dtype} {list(out.shape)}")
-        described.targets, described.apart, described.room = _address(_checked(targets)), out.strides[0], len(out)
+    addresses = _address(memory), size, _address(begins), _address(files), _address(places)
+    described = _Column(size_of_row, *addresses, None, _address(sizes), item)
+    if placing is None:
+        described.out = _address(out)
+    elif out is not None:
+        _put_down(described, out, placing, size_of_row, count)
     return described
 
 
-def row_bytes(out: NDArray[Any]) -> int:
-    """Return the bytes of a row of a buffer, whose rows may lie apart."""
-    return out.itemsize * math.prod(out.shape[1:])
+def stored_row(out: NDArray[Any], placing: Placing | None = None) -> tuple[int, int]:
+    """Return the bytes of a stored row that goes into a buffer, and those of a number of it."""
+    item = out.itemsize
+    if isinstance(placing, Pooled) and placing.how != "at":
+        item = 4 if placing.form == "float32" else 2
+    return item * math.prod(out.shape[1:]), item
 
 
 def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) -> bool:
@@ -575,7 +637,7 @@ def seems_absent(column: Column, lengths: NDArray[np.int64], most: int = LOOKS) 
     """
     if _library is None:
         return False
-    return bool(_library.act_seems_absent(ctypes.byref(_described(column)), len(lengths), _address(lengths), most))
+    return bool(_library.act_seems_absent(ctypes.byref(_described(column, 0)), len(lengths), _address(lengths), most))
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:
@@ -631,7 +693,6 @@ def round_to_float16(rows: NDArray[Any], out: NDArray[Any]) -> bool | None:
 
 
 CODES = ("int8", "float8_e4m3")  #: kinds of codes of one byte
-FORMS = ("float32", "float16", "bfloat16")  #: that numbers of codes can take; bfloat16 as its bits, uint16
 SCALE_BYTES = 4
 
 

@@ -63,7 +63,10 @@ def locate(
         position = find(table, prefix, rest, table.alive)
         which = np.flatnonzero(position >= 0)
         position = position[which]
-        of, origin = table.segment[position].astype(np.int64), table.origin[position].astype(np.int64)
+        of, origin = (
+            np.zeros(len(position), np.int64) if array is None else array[position].astype(np.int64)
+            for array in (table.segment, table.origin)
+        )
         begin, length = table.row[position], table.tokens[position].astype(np.int64)
         inside = (of < len(table.numbers)) & (origin < len(table.ranks)) & (begin >= 0) & (length > 0)
         number = np.full(len(of), -1, np.int64)
@@ -93,13 +96,13 @@ def gather(
     state: NDArray[np.uint8],
 ) -> None:
     data = [None if column.memory is None else _bytes(column.memory) for column in columns]
-    outs = [None if column.out is None or column.targets is not None else _bytes(column.out) for column in columns]
+    outs = [None if column.out is None or column.placing is not None else _bytes(column.out) for column in columns]
     for i, length in enumerate(lengths.tolist()):
         rows = []
         for column, memory, out in zip(columns, data, outs, strict=True):
             nbytes, begin = length * column.row_bytes, int(starts[i]) * column.row_bytes
             own = None if out is None else out[begin : begin + nbytes]
-            if column.targets is not None and column.out is not None:
+            if column.placing is not None and column.out is not None:
                 own = np.empty(nbytes, np.uint8)
             if length > ends[i] - starts[i]:
                 state[i] = _OUTSIDE
@@ -107,8 +110,8 @@ def gather(
             if length and not state[i]:
                 bring = _bring if column.sizes is None else _bring_frame
                 state[i] = bring(column, memory, own, i, nbytes, direct)
-            if length and not state[i] and column.targets is not None and own is not None:
-                state[i] = _put(column.out, column.targets[starts[i] :][:length], own)
+            if length and not state[i] and column.placing is not None and own is not None:
+                state[i] = _put(column, i, own.reshape(length, -1), int(starts[i]))
             if length and not state[i]:
                 rows.append(own if memory is None or own is not None else memory[int(column.begins[i]) :][:nbytes])
             if out is not None:
@@ -117,10 +120,26 @@ def gather(
             state[i] = _compare(digests, rows, i, length)
 
 
-def _put(out: NDArray[Any], targets: NDArray[np.int64], rows: NDArray[np.uint8]) -> int:
-    if targets.min() < 0 or targets.max() >= len(out):
+def _put(column: Any, i: int, rows: NDArray[np.uint8], start: int) -> int:
+    out, placing = column.out, column.placing
+    if hasattr(placing, "targets"):
+        targets = placing.targets[start : start + len(rows)]
+        if targets.min() < 0 or targets.max() >= len(out):
+            return _NOWHERE
+        out[targets] = rows.view(out.dtype).reshape(-1, *out.shape[1:])
+        return _INTACT
+    if i >= len(out):
         return _NOWHERE
-    out[targets] = rows.view(out.dtype).reshape(-1, *out.shape[1:])
+    if placing.how == "at":
+        if not 0 <= placing.at[i] < len(rows):
+            return _NOWHERE
+        out[i] = rows[placing.at[i]].view(out.dtype).reshape(out.shape[1:])
+        return _INTACT
+    if placing.form == "bfloat16":
+        numbers = (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        numbers = rows.view({"float32": "<f4", "float16": "<f2"}[placing.form])
+    out[i] = numbers.mean(axis=0, dtype=np.float64) if placing.how == "mean" else numbers.max(axis=0)
     return _INTACT
 
 

@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from actcache.errors import UnsupportedModelError
+from actcache.models.layouts import Layout
 from actcache.models.modes import LeftAsItWas, evaluating
+from actcache.models.tensors import without_bytes
 
 _INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 _BINS = (
@@ -40,14 +42,13 @@ class Stack:
     layers: str  # of the list of layers
     width: int  # columns of a row
     arity: int | None  # of the tuple that a layer returns; None where it returns the bare tensor
-    time_first: bool  # rows are ``[tokens, batch, hidden]``
+    layout: Layout  # how the layers hold rows
     before: tuple[str, ...]  # modules with weights that are called before the first layer, in order
     fillable: tuple[str, ...]  # of these, those that take ids, positions or rows and return ``[batch, tokens, width]``
     words: tuple[str, ...]  # of these, those that look the token ids up
     takes_positions: bool  # the model's forward takes ``position_ids``
     longest: int | None  # tokens that its table of positions has room for
     main_input: str  # the name of what it is given: ``input_ids``, ``pixel_values``, ...
-    input_shape: tuple[int, ...] = ()  # of one image or sound that it was given
 
 
 @dataclass
@@ -136,6 +137,8 @@ def find_stack(base_model: PreTrainedModel) -> Stack:
         ):
             run(**inputs, **({"use_cache": False} if takes(run, "use_cache") else {}))
     except Exception as error:  # whatever a model's code raises
+        if absent := [name for name, parameter in base_model.named_parameters() if parameter.is_meta]:
+            raise without_bytes(absent[0]) from error
         what = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UnsupportedModelError(
             f"a {type(base_model).__name__} (model type {base_model.config.model_type!r}) does not run on "
@@ -172,8 +175,8 @@ def encoder_path(base_model: PreTrainedModel) -> str:
     return next((name for name, module in base_model.named_modules() if module is encoder), "")
 
 
-def takes(model: nn.Module, name: str) -> bool:
-    """Return whether a module's forward names an argument, or takes any."""
+def takes(model: Any, name: str) -> bool:
+    """Return whether the forward of a module, or of a class of modules, names an argument."""
     return name in inspect.signature(model.forward).parameters
 
 
@@ -214,22 +217,24 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def main_input_of(model: Any) -> str:
+    """Return the name of what a model is given: token ids where it takes any, else pixels or sounds."""
+    names = inspect.signature(model.forward).parameters
+    main: str = getattr(model, "main_input_name", "input_ids")
+    if main not in names:
+        main = next((name for name in _INPUTS if name in names), main)
+    return "input_ids" if "input_ids" in names and main not in ("input_values", "input_features") else main
+
+
 def small_inputs(model: Any) -> dict[str, torch.Tensor]:
     """Return a small batch of two of what a model (or the encoder of one) takes: tokens, pixels, or sounds."""
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    names = set(inspect.signature(model.forward).parameters)
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    main = getattr(model, "main_input_name", "input_ids")
-    if main not in names:
-        main = next(
-            (name for name in ("input_ids", "pixel_values", "input_features", "input_values") if name in names), main
-        )
-    if "input_ids" in names and main not in ("input_values", "input_features"):
-        main = "input_ids"
+    main = main_input_of(model)
     if main == "input_ids":
         ids = torch.from_numpy(np.stack(some_tokens(model, [_TOKENS] * _BATCH)))
         if len(ids.unique()) < 4:
@@ -299,7 +304,8 @@ def _stack_of(
         if any(id(child) not in first_call for child in children):
             continue
         calls = [trace.calls[first_call[id(child)]] for child in children]
-        why = _not_a_chain(calls, [count[id(child)] for child in children], [first_call[id(c)] for c in children])
+        counts, places = [count[id(child)] for child in children], [first_call[id(child)] for child in children]
+        why = _not_a_chain(calls, counts, places, text=main_input == "input_ids")
         if why:
             reasons.append(f"{paths[id(module)]}: {why}")
             continue
@@ -316,7 +322,8 @@ def _stack_of(
         )
     _, _, layers, calls = best
     first = calls[0]
-    rows = _rows_in(first)
+    layout = _layout_of(trace, calls, text=main_input == "input_ids")
+    rows = _given_to(calls[1])
     start = trace.calls.index(first)
     active = _callers(trace, start)
     before = []
@@ -340,21 +347,19 @@ def _stack_of(
         if any(id(p) in lookups.by_ids for p in module.parameters()) and call.tokens:
             words.append(paths[id(module)])
     result = calls[0].result
-    time_first = main_input == "input_ids" and rows.shape[0] == _TOKENS and rows.shape[1] == _BATCH
     return Stack(
         path=path,
         runner=paths.get(id(first.caller), ""),
         layers=paths[id(layers)],
-        width=int(rows.shape[-1]),
+        width=int(layout.rows_of(rows).shape[-1]),
         arity=len(result) if isinstance(result, tuple | list) else None,
-        time_first=time_first,
+        layout=layout,
         before=tuple(paths[id(module)] for module in weighted),
         fillable=tuple(fillable),
         words=tuple(words),
         takes_positions=takes(run, "position_ids"),
         longest=lookups.longest,
         main_input=main_input,
-        input_shape=tuple(inputs[main_input].shape[1:]),
     )
 
 
@@ -369,29 +374,80 @@ def _has_tensors(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
 
-def _rows_in(call: _Call) -> torch.Tensor:
-    """Return the rows that a layer was given: the first floating point ``[batch, tokens, hidden]``."""
-    return next(one for one in call.given if one.is_floating_point() and one.ndim == 3)
+def _given_to(call: _Call) -> torch.Tensor:
+    """Return the rows that a layer was given: the first floating point tensor that may be some."""
+    rows = _first_of(call.given)
+    assert rows is not None  # or the layers are none
+    return rows
 
 
-def _not_a_chain(calls: list[_Call], counts: list[int], places: list[int]) -> str | None:
-    """Return why some modules are no layers that follow one another; None where they are."""
+def _first_of(given: list[torch.Tensor]) -> torch.Tensor | None:
+    floating = [one for one in given if one.is_floating_point()]
+    return next((one for dimensions in (3, 4) for one in floating if one.ndim == dimensions), None)
+
+
+def _result_of(call: _Call) -> Any:
+    return call.result[0] if isinstance(call.result, tuple | list) and call.result else call.result
+
+
+def _not_a_chain(calls: list[_Call], counts: list[int], places: list[int], *, text: bool) -> str | None:
+    """Return why some modules are no layers that follow one another; None where they are.
+
+    Of images and sounds the first may take other rows than all give: it halves the grid, or makes it wider.
+    """
     if any(count != 1 for count in counts):
         return f"each is called {max(counts)} times"
     if places != sorted(places):
         return "they are not called in their order"
     shapes = set()
-    for call in calls:
-        result = call.result[0] if isinstance(call.result, tuple | list) and call.result else call.result
-        given = next((one for one in call.given if one.is_floating_point() and one.ndim == 3), None)
-        if given is None or not isinstance(result, torch.Tensor):
+    for i, call in enumerate(calls):
+        result, given = _result_of(call), _first_of(call.given)
+        if given is None or not isinstance(result, torch.Tensor) or (text and given.ndim != 3):
             return f"a {type(call.module).__name__} does not take and return rows [batch, tokens, hidden]"
-        shapes |= {tuple(given.shape), tuple(result.shape)}
+        shapes |= {tuple(result.shape)} if i == 0 and not text else {tuple(given.shape), tuple(result.shape)}
     if len(shapes) != 1:
         return f"rows change their shape on the way ({', '.join(map(str, sorted(shapes)[:3]))})"
     shape = next(iter(shapes))
-    if shape[0] != _BATCH and shape[1] != _BATCH:
+    if shape[0] != _BATCH and (shape[1] != _BATCH or len(shape) != 3):
         return f"rows {shape} of {_BATCH} documents are packed"
+    if len(shape) not in (3, 4):
+        return f"a {type(calls[0].module).__name__} returns {shape}"
     if any(call.ended > later for call, later in zip(calls, places[1:], strict=False)):
         return "they call one another"
+    if not text and any(map(_two_streams, calls, calls[1:])):
+        return f"a {type(calls[0].module).__name__} changes more than one stream of rows"
     return None
+
+
+def _two_streams(layer: _Call, following: _Call) -> bool:
+    """Return whether a layer hands on more than rows, and the layer after it gives something else in its place."""
+    if not isinstance(layer.result, tuple | list) or not isinstance(following.result, tuple | list):
+        return False
+    pairs = zip(layer.result[1:], following.result[1:], strict=False)
+    return any(one is given and one is not other for one, other in pairs for given in following.given)
+
+
+def _layout_of(trace: _Trace, calls: list[_Call], *, text: bool) -> Layout:
+    """Return how layers that follow one another hold rows."""
+    rows, given = _given_to(calls[1]), _given_to(calls[0])
+    differs = given.shape != rows.shape
+    if rows.ndim == 3:
+        time_first = text and rows.shape[0] == _TOKENS and rows.shape[1] == _BATCH
+        return Layout("time_first" if time_first else "batch_first", first_differs=differs)
+    return Layout("channels_first" if _channels_first(trace, calls[1], rows) else "channels_last", None, differs)
+
+
+def _channels_first(trace: _Trace, layer: _Call, rows: torch.Tensor) -> bool:
+    """Return whether the width of a grid's rows comes before its height: by the first weights that a layer applies."""
+    start = trace.calls.index(layer)
+    for call in trace.calls[start + 1 : max(start + 1, layer.ended)]:
+        module, given = call.module, _first_of(call.given)
+        if given is None or given.shape != rows.shape:
+            continue
+        if isinstance(module, nn.Linear):
+            return False
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.GroupNorm):
+            return True
+        if isinstance(module, nn.LayerNorm):
+            return module.normalized_shape[-1] != rows.shape[-1]
+    return True

@@ -20,10 +20,12 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from actcache.errors import LayerError, ModelError, UnsupportedModelError
 from actcache.format.arguments import is_whole
-from actcache.models.discovery import Stack, find_stack, positions_limit
+from actcache.models.discovery import Stack, find_stack, main_input_of, positions_limit, takes
+from actcache.models.layouts import Layout
 
 
 def numbers(*names: str, **absent: Any) -> dict[str, Any]:
@@ -83,6 +85,8 @@ class Family:
     equal_lengths: bool = False  # padding changes the numbers: batches hold documents of one length
     right_padding: bool = False  # padding on the left changes the numbers
     one_size: bool = False  # upper layers depend on the size of images or sounds: it has to be the native one
+    input_shape: tuple[int, ...] | None = None  # of an image or sound that replay is proved with; None: as configured
+    withheld: tuple[str, ...] = ()  # outputs of the model that a reduced model cannot give
     proved: bool = False  # replay was proved for the model at hand
     pads: bool = True  # whether ``pad_token_id`` may change the numbers of tokens
 
@@ -91,9 +95,9 @@ class Family:
         return int(base_model.config.hidden_size) if self.found is None else self.found.width
 
     @property
-    def time_first(self) -> bool:
-        """Whether layers take ``[tokens, batch, hidden]``."""
-        return self.found is not None and self.found.time_first
+    def layout(self) -> Layout:
+        """How layers hold rows."""
+        return Layout() if self.found is None else self.found.layout
 
     def layers_of(self, base_model: nn.Module) -> nn.ModuleList | nn.Sequential:
         """Return a base model's layers; raises ``UnsupportedModelError`` where they are no ``ModuleList``."""
@@ -130,13 +134,14 @@ class Family:
 
         Beside a decoder that has the same matrix they are none.
         """
-        if isinstance(base_model, PreTrainedModel) and base_model.main_input_name != "input_ids":
+        if isinstance(base_model, PreTrainedModel) and main_input_of(base_model) != "input_ids":
             return {}  # a decoder's, which no image or audio goes through
         try:
             words = base_model.get_input_embeddings() if isinstance(base_model, PreTrainedModel) else None
         except (NotImplementedError, AttributeError):  # of what takes no words
             return {}
-        lower = {id(module) for part in self.embeddings_of(base_model).values() for module in part.modules()}
+        known = [*self.embeddings_of(base_model).values(), *self.shared_of(base_model).values()]
+        lower = {id(module) for part in known for module in part.modules()}
         users = {
             path: module
             for path, module in base_model.named_modules()
@@ -221,7 +226,10 @@ class Family:
 
 
 #: Fields that say how a model is replayed, which is for the proof to say.
-_WAY = ("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size")
+_WAY = (
+    *("embeddings", "shared", "first_layer_runs", "equal_lengths", "right_padding", "positions_in_layers", "one_size"),
+    *("input_shape", "withheld"),
+)
 
 
 def way_in(family: Family) -> dict[str, Any]:
@@ -231,11 +239,14 @@ def way_in(family: Family) -> dict[str, Any]:
 
 def way_of(family: Family, way: dict[str, Any]) -> Family:
     """Return a family that is replayed in a way that was proved before."""
-    values: dict[str, Any] = {name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY}
+    values: dict[str, Any] = {
+        name: tuple(way[name]) if isinstance(way[name], list) else way[name] for name in _WAY if name in way
+    }
     return replace(family, proved=True, **values)
 
 
 _FAMILIES: dict[str, Family] = {}
+_REMOTE = "transformers_modules"  # the package of code that came with a model
 
 
 def register_family(family: Family) -> None:
@@ -259,9 +270,19 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
+            + (
+                " (of PEFT's, model.get_base_model(), which has the adapters in it)"
+                if hasattr(model, "peft_config")
+                else ""
+            )
         )
     base = model.base_model
-    return base if isinstance(base, PreTrainedModel) else model
+    if not isinstance(base, PreTrainedModel):
+        return model
+    # DINOv3's base model calls its stack of layers "model", as if that were one: it takes no pixels.
+    kind = getattr(model, "actcache_task_class", type(model))
+    main = main_input_of(kind)
+    return model if main != "input_ids" and takes(kind, main) and not takes(base, main) else base
 
 
 def family_of(base_model: PreTrainedModel) -> Family:
@@ -271,7 +292,8 @@ def family_of(base_model: PreTrainedModel) -> Family:
         UnsupportedModelError: no list of layers was found, with what was looked at.
     """
     registered = _FAMILIES.get(base_model.config.model_type)
-    if registered is not None:
+    remote = type(base_model).__module__.partition(".")[0] == _REMOTE
+    if registered is not None and not (remote and registered in _OF_TRANSFORMERS):
         return registered
     known = _found.get(base_model)
     modules = sum(1 for _ in base_model.modules())
@@ -289,7 +311,7 @@ def _discovered(base_model: PreTrainedModel) -> Family:
     stack = find_stack(base_model)
     runner = type(base_model.get_submodule(stack.runner))
     return Family(
-        name=f"{runner.__module__}.{runner.__qualname__}",
+        name=_name_of(runner),
         model_types=(base_model.config.model_type,),
         layers=stack.layers,
         embeddings=stack.fillable,
@@ -303,6 +325,12 @@ def _discovered(base_model: PreTrainedModel) -> Family:
         code=_code_of(type(base_model)),
         pads=_pads(base_model, stack),
     )
+
+
+def _name_of(kind: type) -> str:
+    """Return a class's name with its module's; of code that came with a model, without where that lies today."""
+    package, *inside = kind.__module__.split(".")
+    return ".".join([package, *(inside[-1:] if package == _REMOTE else inside), kind.__qualname__])
 
 
 def _is_wide(base_model: PreTrainedModel) -> bool:
@@ -332,7 +360,8 @@ def _pads(base_model: PreTrainedModel, stack: Stack) -> bool:
 
 
 def _code_of(kind: type) -> str | None:
-    """Return a digest of the file that defines a class; None for what transformers itself defines.
+    """Return a digest of the file that defines a class, and of those that came with it from a repository; None for what
+    transformers itself defines.
 
     Its releases are told apart by canaries, where they give other numbers, so that no release costs anybody a cache.
     """
@@ -341,7 +370,11 @@ def _code_of(kind: type) -> str | None:
         return None
     source = getattr(sys.modules.get(kind.__module__), "__file__", None)
     try:
-        data = Path(source or "").read_bytes() if source else inspect.getsource(kind).encode()
+        if source and package == _REMOTE:
+            files = sorted({Path(one).name: one for one in [source, *get_relative_import_files(source)]}.items())
+            data = b"".join(name.encode() + b"\0" + Path(one).read_bytes() + b"\0" for name, one in files)
+        else:
+            data = Path(source or "").read_bytes() if source else inspect.getsource(kind).encode()
     except (OSError, TypeError) as error:
         raise ModelError(
             f"the source of {kind.__module__}.{kind.__qualname__} cannot be read ({error}), and it is part of what "
@@ -520,3 +553,6 @@ for _family in (
     ),
 ):
     register_family(_family)
+
+#: What is known of transformers' own classes, which a class that came with a model may have the type of.
+_OF_TRANSFORMERS = tuple(_FAMILIES.values())

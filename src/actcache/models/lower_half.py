@@ -76,7 +76,10 @@ class LowerHalf:
 
     @property
     def device(self) -> torch.device:
-        return first_parameter(self.family.layers_of(self.base_model)[0]).device
+        first = first_parameter(self.family.layers_of(self.base_model)[0])
+        if first.is_meta:
+            raise without_bytes(next(name for name, one in self.base_model.named_parameters() if one is first))
+        return first.device
 
     def marks(self) -> tuple[tuple[int, ...], ...]:
         """Return what changes when weights or hooks of the lower half do, cheap to compare.
@@ -220,8 +223,9 @@ class LowerHalf:
         Raises:
             ModelError: the model does not take features of that shape.
         """
-        # As many go into the first layer as come out of any.
-        site = self.site if self.site.layer is None else site_of(self.base_model, self.family, 0)
+        # As many go into the first layer as come out of any, or else into the second.
+        first = min(self.site.layer or 0, int(self.family.layout.first_differs))
+        site = self.site if self.site.layer is None else site_of(self.base_model, self.family, first)
         self._check_evaluating(site)
         try:
             rows = self._forward(self.feature_inputs(*features), [site], None)[site]
@@ -299,20 +303,24 @@ class LowerHalf:
         module = self.base_model.get_submodule(site.module)
 
         def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            take(self._oriented(_input_of(args, kwargs)))
+            take(self._oriented(site, _input_of(args, kwargs)))
 
         def gives(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            take(self._oriented(first_tensor(output)))
+            take(self._oriented(site, first_tensor(output)))
 
         if site.side == "input":
             # Before the model's own hooks there, which replay will run.
             return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
         return module.register_forward_hook(gives)
 
-    def _oriented(self, hidden: Any) -> Any:
-        """Return rows as ``[batch, tokens, width]`` where a model has the tokens first."""
-        transposed = self.family.time_first and isinstance(hidden, torch.Tensor) and hidden.ndim == 3
-        return hidden.transpose(0, 1) if transposed else hidden
+    def _oriented(self, site: Site, hidden: Any) -> Any:
+        """Return rows as ``[batch, tokens, width]`` where a model has the tokens first, or layers hold grids.
+
+        Within the layers of such a grid, other modules may hold it otherwise.
+        """
+        layout = self.family.layout
+        known = isinstance(hidden, torch.Tensor) and not (layout.is_grid and site.layer is None)
+        return layout.rows_of(hidden) if known else hidden
 
     def _check_rows(self, site: Site, hidden: Any, tokens: Sequence[int] | None) -> None:
         """Raise where what a site holds is not ``[batch, tokens, width]``; None for any number of rows."""
@@ -338,12 +346,12 @@ class LowerHalf:
 
     @functools.cached_property
     def hidden_size(self) -> int:
-        """The width of a row; where the site is no layer, the model is run once for a few tokens.
+        """The width of a row; where that may be another than the layers', the model is run once for a few tokens.
 
         Raises:
             UnsupportedModelError: the module is not called once for all tokens, or has no row for each of them.
         """
-        if self.site.layer is not None:
+        if self.site.layer is not None and not (self.site.layer == 0 and self.family.layout.first_differs):
             return self.family.width_of(self.base_model)
         inputs = self._some_inputs()
         held: list[Any] = []

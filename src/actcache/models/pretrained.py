@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from actcache.errors import ModelError
+from actcache.format.arguments import truth
+from actcache.models.discovery import main_input_of
 from actcache.models.families import base_model_of, family_of
 from actcache.models.processing import takes_features
 from actcache.models.sites import Where, expanded
@@ -28,17 +30,26 @@ def load_pretrained(
     device: str | torch.device | None,
     revision: str | None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Load base model and tokenizer as ``Recycler.from_pretrained`` does, and learn the digests of these sites."""
+    trusted = truth("trust_remote_code", trust_remote_code)
     name = str(name_or_path)
+    # Said in any case: where nothing is said, transformers asks whoever sits at the terminal.
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trusted}
     try:
         options = {} if dtype is None else {"dtype": dtype}
-        model = AutoModel.from_pretrained(name, revision=revision, **options).eval()
+        model = AutoModel.from_pretrained(name, **source, **options).eval()
         kind: Any = AutoTokenizer
         if takes_features(model):
-            kind = AutoImageProcessor if model.main_input_name == "pixel_values" else AutoFeatureExtractor
-        tokenizer = kind.from_pretrained(name, revision=revision)
+            kind = AutoImageProcessor if main_input_of(model) == "pixel_values" else AutoFeatureExtractor
+        tokenizer = kind.from_pretrained(name, **source)
     except Exception as error:  # of transformers, safetensors, tokenizers, the hub, ...
+        if not trusted and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name} brings code of its own, which would be run on this machine: read it, and where you trust it "
+                "say so in Python, Recycler.from_pretrained(..., trust_remote_code=True)"
+            ) from error
         raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
     base = base_model_of(model)
     family = family_of(base)

@@ -18,7 +18,7 @@ from actcache.errors import DocumentError, DocumentTooLongError, ModelError, Rec
 from actcache.format.arguments import check_choice
 from actcache.format.media import BY, Audio, By, Image, audio_of, image_of
 from actcache.format.recipe import canonical_json
-from actcache.models.discovery import small_inputs
+from actcache.models.discovery import encoder_path, main_input_of, small_inputs
 from actcache.models.tokenizing import Encoded
 
 #: What a processor says of itself that changes no number: where it came from, and what it is called.
@@ -47,13 +47,16 @@ Made = Encoded | Features
 
 def takes_features(base_model: PreTrainedModel) -> bool:
     """Return whether a model's documents are images or audio."""
-    return base_model.main_input_name in FEATURE_NAMES
+    return main_input_of(base_model) in FEATURE_NAMES
 
 
-def sample_features(base_model: PreTrainedModel) -> Features:
-    """Return features of the shape that a model's configuration names, to run it once; their values say nothing."""
-    name = base_model.main_input_name
-    return Features(name, small_inputs(base_model)[name][0].float().cpu().numpy(), 0)
+def sample_features(base_model: PreTrainedModel, shape: tuple[int, ...] | None = None) -> Features:
+    """Return features to run a model once, of a shape, or of that which its configuration names; noise."""
+    name = main_input_of(base_model)
+    if shape is not None:
+        return Features(name, np.random.default_rng(0).standard_normal(shape, np.float32), 0)
+    run = base_model.get_submodule(encoder_path(base_model))
+    return Features(name, small_inputs(run)[name][0].float().cpu().numpy(), 0)
 
 
 def larger(sample: Features) -> Features:
@@ -68,7 +71,7 @@ def processor_of(processor: Any, base_model: PreTrainedModel) -> Any:
     Raises:
         ModelError: it makes another input than the model takes: a tokenizer for a model of images, ...
     """
-    name = base_model.main_input_name
+    name = main_input_of(base_model)
     parts = [processor]
     if isinstance(processor, ProcessorMixin):
         parts = [getattr(processor, attribute) for attribute in processor.get_attributes()]
@@ -152,7 +155,7 @@ class MediaEncoder:
             raise RecipeError(f"documents of images and audio are 'refuse'd or 'truncate'd, not cut into {too_long!r}")
         check_choice("key_by", key_by, BY)
         self.processor = processor_of(processor, model)
-        self.name, self.too_long, self.key_by = model.main_input_name, too_long, key_by
+        self.name, self.too_long, self.key_by = main_input_of(model), too_long, key_by
         self._model, self._rows_of = type(model).__name__, rows_of
         self._channels = getattr(model.config, "num_channels", None)
         self._lengths: dict[tuple[int, ...], int] = {}  # rows by the shape of features

@@ -9,11 +9,12 @@ the full model's outputs, rows and gradients. What is not proved is refused, wit
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,12 +30,13 @@ from actcache.format.recipe import canonical_json
 from actcache.models import memo
 from actcache.models.canary import TOLERANCE as CANARY_TOLERANCE
 from actcache.models.canary import relative_error
-from actcache.models.discovery import small_inputs, some_tokens, takes
+from actcache.models.discovery import some_tokens, takes
 from actcache.models.families import Family, base_model_of, way_in, way_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.lower_state import covered
 from actcache.models.modes import LeftAsItWas, evaluating
 from actcache.models.processing import Made, larger, sample_features
+from actcache.models.sites import Site
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +47,11 @@ _EQUAL = (6, 6, 6)
 _MANY = 96  # documents of eight tokens in one batch
 _LONGEST = 1024  # tokens of the long document where nothing says how long documents may be
 _OPERATIONS = 2 * 10**11  # tokens times weights that a long document may cost on a CPU: a few seconds
-_MEMO, _VERSION = "proofs", 1
+_MEMO, _VERSION = "proofs", 2
 _proofs: dict[str, Any] = {}  # what was proved in this process
 _DECODED = 3  # tokens that an encoder-decoder's decoder is given
 _GRADIENT_NUMBERS = 1 << 20  # of a parameter whose gradients are compared
+_GRADIENT_TOLERANCE = 10  # times that of outputs: a gradient is the sum of what all tokens give
 
 #: What a model's code, or a stub in it, raises where something is missing.
 _RAISED = (ActcacheError, RuntimeError, AttributeError, TypeError, ValueError, LookupError, AssertionError, ImportError)
@@ -61,51 +64,65 @@ class _NotProved(Exception):
     """One way to cut does not give the model's numbers; says what failed."""
 
 
-def of_rows(lower: LowerHalf, longest: int | None = None) -> Family:
+def of_rows(lower: LowerHalf, longest: int | None = None, sites: Collection[Site] = ()) -> Family:
     """Return the family with what recording has to observe, once the rows of a lower half are proved.
 
     Args:
         longest: tokens of the longest document that may be recorded.
+        sites: of the model that are recorded together with this one: they are proved by the same runs, once.
 
     Raises:
         UnsupportedModelError: its rows are no function of a document alone, or of more weights than the digest covers.
     """
     family = lower.family
-    if family.found is None or family.found.main_input != "input_ids":
+    if family.found is None:
         return family
-    key = _key("rows", lower.base_model, str(lower.site), [lower.compute_dtype, longest])
-    known = _remembered(key)
+    sites = list(dict.fromkeys([lower.site, *sites]))
+    keys = {site: _key("rows", lower.base_model, str(site), [lower.compute_dtype, longest]) for site in sites}
+    known = _remembered(keys[lower.site])
     if known is not None:
         return replace(family, equal_lengths=known["equal_lengths"])
+    sites = [site for site in sites if keys[site] is None or _remembered(keys[site]) is None]
     start = time.monotonic()
     base = lower.base_model
     with evaluating(base), LeftAsItWas(base) as left:
-        family = _rows_proved(lower, longest)
+        if family.found.main_input == "input_ids":
+            family = _rows_proved(lower, longest, sites)
+        else:
+            _features_proved(lower, sites)
     if left.changed:
         raise UnsupportedModelError(
             f"running this {type(base).__name__} on a few tokens changes it, so that what it computes depends on what "
             f"it ran on before: {'; '.join(left.changed[:3])} (it was put back). Configure the model so that it has "
             "one way of computing"
         )
-    logger.info("the rows of %s at %s are proved in %.2f s", type(base).__name__, lower.site, time.monotonic() - start)
-    _remember(key, {"equal_lengths": family.equal_lengths})
+    where, seconds = ", ".join(map(str, sites)), time.monotonic() - start
+    logger.info("the rows of %s at %s are proved in %.2f s", type(base).__name__, where, seconds)
+    for site in sites:
+        _remember(keys[site], {"equal_lengths": family.equal_lengths})
     return family
 
 
-def _rows_proved(lower: LowerHalf, longest: int | None) -> Family:
+def _rows_proved(lower: LowerHalf, longest: int | None, sites: Sequence[Site]) -> Family:
     base, family, tolerance = lower.base_model, lower.family, TOLERANCE[lower.compute_dtype]
+
+    def rows_of(documents: Sequence[NDArray[np.int64]]) -> list[list[NDArray[Any]]]:
+        """Compute documents together; return of each its rows at the sites."""
+        found = lower.run_at(sites, documents)
+        return [list(of_one) for of_one in zip(*(found[site] for site in sites), strict=True)]
+
     documents = some_tokens(base, _fitting(_LENGTHS, family, base))
     long = _long_lengths(lower, longest)
     # These come first: some models take another way for good once they have met a short document.
     apart = [some_tokens(base, [length], seed=length)[0] for length in long]
-    apart_alone = [lower.run([one])[0] for one in apart]
-    alone = [lower.run([one])[0] for one in documents]
-    _compare("a document computed twice", alone, [lower.run([one])[0] for one in documents], 0.0, base)
-    error = _largest(alone, lower.run(documents))
+    apart_alone = [rows_of([one])[0] for one in apart]
+    alone = [rows_of([one])[0] for one in documents]
+    _compare("a document computed twice", alone, [rows_of([one])[0] for one in documents], 0.0, base)
+    error = _largest(alone, rows_of(documents))
     if not error <= tolerance:
         equal = some_tokens(base, _fitting(_EQUAL, family, base), seed=1)
-        rows = [lower.run([one])[0] for one in equal]
-        _compare("documents of one length alone and in a batch", rows, lower.run(equal), tolerance, base)
+        rows = [rows_of([one])[0] for one in equal]
+        _compare("documents of one length alone and in a batch", rows, rows_of(equal), tolerance, base)
         logger.info(
             "padding changes the rows of %s (%.2g): documents of one length are computed together",
             type(base).__name__,
@@ -113,23 +130,42 @@ def _rows_proved(lower: LowerHalf, longest: int | None) -> Family:
         )
         family = lower.family = replace(family, equal_lengths=True)
     for one, of_one in zip(apart, apart_alone, strict=True):
-        together = lower.run([one, documents[0]])
+        together = rows_of([one, documents[0]])
         what = f"a document of {len(one)} tokens beside one of {len(documents[0])}"
         _compare(what, [of_one, alone[0]], together, tolerance, base, "max_length= may keep documents below that")
     many = some_tokens(base, _fitting([8] * _MANY, family, base), seed=3)
     some = [0, _MANY // 2, _MANY - 1]
-    together = lower.run(many)
+    together = rows_of(many)
     _compare(
         f"a document among {_MANY}",
-        [lower.run([many[i]])[0] for i in some],
+        [rows_of([many[i]])[0] for i in some],
         [together[i] for i in some],
         tolerance,
         base,
         "has its attention or its experts room for so many tokens a batch?",
     )
-    with _unusable(base, covered(base, family, lower.site)):
-        _compare("a document without the weights that are in no digest", alone[:1], lower.run(documents[:1]), 0.0, base)
+    for i, site in enumerate(sites):
+        with _unusable(base, covered(base, family, site)):
+            rows = [lower.run_at([site], documents[:1])[site]]
+        _compare("a document without the weights that are in no digest", [[alone[0][i]]], rows, 0.0, base)
     return family
+
+
+def _features_proved(lower: LowerHalf, sites: Sequence[Site]) -> None:
+    """Prove the rows of images or sounds: twice, alone and in company, and without what no digest covers."""
+    base, family, tolerance = lower.base_model, lower.family, TOLERANCE[lower.compute_dtype]
+    sample = sample_features(base)
+    generator = np.random.default_rng(5)
+    documents = [replace(sample, values=generator.standard_normal(sample.values.shape, np.float32)) for _ in range(3)]
+    for site in sites:  # which may have other numbers of rows than one another
+        alone = [lower.run_features([one], [site])[site] for one in documents]
+        again = [lower.run_features([one], [site])[site] for one in documents]
+        _compare("a document computed twice", alone, again, 0.0, base)
+        together = [[rows] for rows in lower.run_features(documents, [site])[site]]
+        _compare("documents alone and in a batch", alone, together, 4 * tolerance, base)  # convolutions add up more
+        with _unusable(base, covered(base, family, site)):
+            rows = [lower.run_features(documents[:1], [site])[site]]
+        _compare("a document without the weights that are in no digest", alone[:1], rows, 0.0, base)
 
 
 def in_company(lower: LowerHalf, entries: Sequence[Made], computed: Sequence[Any], seed: int) -> None:
@@ -165,7 +201,9 @@ def of_replay(task_model: PreTrainedModel, family: Family, layer: int, build: Bu
     if family.found is None:
         return family
     layer = family.check_layer(base_model_of(task_model), layer)
-    key = _key("replay", task_model, layer, [])
+    if "MultipleChoice" in type(task_model).__name__:  # which computes each choice by its base model, and scores it
+        task_model = base_model_of(task_model)
+    key = _key("replay", task_model, layer, [family.input_shape])
     known = _remembered(key)
     if known is not None:
         return way_of(family, known)
@@ -291,23 +329,33 @@ class _Replay:
         self.tolerance = 4 * TOLERANCE[self.lower.compute_dtype]
         self.last = family.layers_of(self.base)[-1]
         self.text = family.found is not None and family.found.main_input == "input_ids"
+        self._absent: set[str] = set()  # outputs of the lower half that the way at hand does not give
 
     def proved(self) -> Family:
         reasons: list[str] = []
         for equal in (False, True) if self.text else (True,):
             if self.family.equal_lengths and not equal:
                 continue
-            reference = self._reference(equal)
+            try:
+                reference = self._reference(equal)
+            except ActcacheError:
+                raise
+            except _RAISED as error:
+                raise UnsupportedModelError(
+                    f"a {type(self.model).__name__} (model type {self.base.config.model_type!r}) does not run on its "
+                    f"main input alone, so its replay cannot be proved: {type(error).__name__}: {_line(error)}"
+                ) from error
             for way in ways(self.family):
                 way = replace(way, equal_lengths=equal and self.text)
                 try:
                     self._try(way, reference, "right")
+                    self._learns(way, reference)
                 except _NotProved as error:
                     if str(error) not in reasons:
                         reasons.append(str(error))
                     continue
                 if not self.text:
-                    return self._of_sizes(way)
+                    return self._of_sizes(replace(way, withheld=tuple(self._withheld(way, reference[0]))))
                 if equal:
                     return way
                 try:
@@ -332,13 +380,15 @@ class _Replay:
     def _reference(self, equal: bool) -> list[_Alone]:
         """Compute what each document is alone."""
         if not self.text:
-            return [self._of_other_input(small_inputs(self.lower._stack))]
+            sample = sample_features(self.base, self.family.input_shape)
+            other = replace(sample, values=np.ascontiguousarray(sample.values[..., ::-1]))
+            return [self._of_other_input(self.lower.feature_inputs(sample, other))]
         lengths = _fitting(_EQUAL if equal else _LENGTHS, self.family, self.base)
         return [self._alone(ids) for ids in some_tokens(self.base, lengths, seed=2)]
 
     def _of_sizes(self, way: Family) -> Family:
         """Return a way with whether it holds for images or sounds of another size, too."""
-        other = larger(sample_features(self.base))
+        other = larger(sample_features(self.base, self.family.input_shape))
         try:
             reference = [self._of_other_input(self.lower.feature_inputs(other, other))]
             self._try(way, reference, "right")
@@ -346,10 +396,58 @@ class _Replay:
             return replace(way, one_size=True)
         return way
 
+    @functools.cached_property
+    def _of_the_lower_half(self) -> set[str]:
+        """Names of the full model's outputs that stay what they are, bit for bit, whatever goes into layer k+1."""
+        inputs = self._reference(equal=True)[0].inputs
+        outputs, _ = self._outputs(self.model, inputs)
+
+        def reverse(layer: Any, args: Any, output: Any) -> Any:
+            rows = output[0] if isinstance(output, tuple | list) else output
+            other = rows.flip(0) + rows.abs().mean()
+            return other if rows is output else type(output)([other, *output[1:]])
+
+        handle = self.family.layers_of(self.base)[self.layer - 1].register_forward_hook(reverse)
+        try:
+            others, _ = self._outputs(self.model, inputs)
+        finally:
+            handle.remove()
+        return {name for name in outputs.keys() & others.keys() if torch.equal(outputs[name], others[name])}
+
+    def _withheld(self, way: Family, one: _Alone) -> Iterator[str]:
+        """Yield the outputs that a reduced model of some kind cannot give: those of the lower half, as wav2vec2's
+        ``extract_features``, and hidden states and attentions of stages that it does not run."""
+        yield from sorted({name.partition(".")[0] for name in self._absent})
+        for option in ("hidden_states", "attentions"):
+            asked = {f"output_{option}": True}
+            try:
+                with torch.no_grad():
+                    want = self.model(**one.inputs, **asked).get(option)
+            except _RAISED:
+                continue
+            if want is None:
+                continue
+            try:
+                with torch.no_grad():
+                    got = self.build(self.model, way, self.layer)(**self._batch([one], "right")[0], **asked)[option]
+                for i, (here, there) in enumerate(zip(got, want, strict=True)):
+                    if here.numel():
+                        self._same(f"{option} {i}", here, there)
+            except (_NotProved, *_RAISED) as error:
+                logger.info("a reduced %s gives no %s (%s)", type(self.model).__name__, option, _line(error))
+                yield option
+
     def _of_other_input(self, inputs: dict[str, Any]) -> _Alone:
         rows = self.lower.rows_of(inputs).clone()
+        inputs = inputs | self._decoded(len(rows))
         outputs, last = self._outputs(self.model, inputs)
         return _Alone(np.zeros(0, np.int64), rows, outputs, last, inputs)
+
+    def _decoded(self, documents: int) -> dict[str, torch.Tensor]:
+        """Return what the decoder of an encoder-decoder is given."""
+        if not getattr(self.model.config, "is_encoder_decoder", False) or not takes(self.model, "decoder_input_ids"):
+            return {}
+        return {"decoder_input_ids": torch.full((documents, _DECODED), 3, device=self.lower.device)}
 
     def _alone(self, ids: NDArray[np.int64]) -> _Alone:
         rows = torch.from_numpy(np.array(self.lower.run([ids])[0])).to(self.lower.device)
@@ -365,31 +463,27 @@ class _Replay:
             place = slice(None, len(one)) if side == "right" else slice(longest - len(one), None)
             ids[i, place], mask[i, place] = torch.from_numpy(one), 1
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if getattr(self.model.config, "is_encoder_decoder", False) and takes(self.model, "decoder_input_ids"):
-            inputs["decoder_input_ids"] = torch.full((len(documents), _DECODED), 3, dtype=torch.long)
-        return {name: value.to(self.lower.device) for name, value in inputs.items()}
+        return {name: value.to(self.lower.device) for name, value in inputs.items()} | self._decoded(len(documents))
 
-    def _outputs(
-        self, model: PreTrainedModel, inputs: dict[str, Any], gradients: bool = False
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _outputs(self, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Run a full or reduced model; return its outputs by name, and the rows that its last layer returned."""
         seen: list[torch.Tensor] = []
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
             rows = output[0] if isinstance(output, tuple | list) else output
-            seen.append(rows.transpose(0, 1) if self.family.time_first else rows)
+            seen.append(self.family.layout.rows_of(rows))
 
         last = self.family.layers_of(base_model_of(model))[-1]
         handle = last.register_forward_hook(note)
         extra = {"use_cache": False} if model is self.model and takes(model, "use_cache") else {}
         try:
-            with torch.set_grad_enabled(gradients):
+            with torch.no_grad():
                 output = model(**inputs, **extra)
         finally:
             handle.remove()
         if not seen:
             raise _NotProved("the last layer was never reached")
-        return named_outputs(output), seen[-1]
+        return named_outputs(output, in_tuples=not self.text), seen[-1]
 
     def _try(self, way: Family, reference: list[_Alone], side: str) -> None:
         """Compare a reduced model of one kind with the full one; raises ``_NotProved``."""
@@ -411,8 +505,16 @@ class _Replay:
         for i, one in enumerate(reference):
             if not self.text:
                 self._same(what, last, one.last)
-                for name in one.outputs.keys() & outputs.keys():
-                    self._same(f"{what}: {name}", outputs[name], one.outputs[name])
+                self._absent = set()
+                for name in one.outputs:
+                    try:
+                        self._same(f"{what}: {name}", outputs.get(name), one.outputs[name])
+                    except _NotProved:
+                        if name not in self._of_the_lower_half:
+                            raise
+                        self._absent.add(name)
+                if self._absent and self._absent == one.outputs.keys():
+                    raise _NotProved(f"{what}: all outputs are of the lower half")
                 continue
             there = mask[i].bool()
             self._same(what, last[i][there], one.last[0])
@@ -425,6 +527,75 @@ class _Replay:
                     self._same(f"{what}: {name}", got[i][there], want[0])
                 elif side == "right" and got.shape[1:] == want.shape[1:]:
                     self._same(f"{what}: {name}", got[i], want[0])
+
+    def _learns(self, way: Family, reference: list[_Alone]) -> None:
+        """Compare the loss of a task head, and what it does to the upper layers; raises ``_NotProved``.
+
+        Of a head whose loss needs more than labels by a usual name, outputs alone are compared.
+        """
+        one = min(reference, key=lambda one: abs(one.rows.shape[1] - max(_LENGTHS)))  # one that has several tokens
+        full = self._inputs([one.ids], "right") if self.text else one.inputs
+        labels = next(self._labels(one, full), None)
+        if labels is None:
+            return
+        what = f"{_described(way)}: the loss"
+        try:
+            reduced = self.build(self.model, way, self.layer)
+            upper = self._compared(reduced)
+            start = {"activations": one.rows, **one.inputs}
+            if self.text:
+                start = self._batch([one], "right")[0]
+            got = self._loss(reduced, {**start, **labels}, upper)
+        except _RAISED as error:
+            raise _NotProved(f"{what}: {type(error).__name__}: {_line(error)}") from error
+        want = self._loss(self.model, {**full, **labels}, upper)
+        self._same(what, got[0], want[0])
+        size = math.sqrt(sum(float(one.double().square().sum()) for one in want[1].values()))
+        for name, gradient in want[1].items():
+            # Of what hardly moves (the bias of keys does not at all), all is rounding.
+            error = float((got[1].get(name, torch.zeros_like(gradient)) - gradient).double().norm())
+            if not error <= _GRADIENT_TOLERANCE * self.tolerance * max(float(gradient.double().norm()), 1e-2 * size):
+                raise _NotProved(f"{what}'s gradient of {name}: {error / (size or 1.0):.2g} of all gradients")
+
+    def _labels(self, one: _Alone, full: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield labels of which the full model makes a loss."""
+        places = torch.ones(1, dtype=torch.long, device=self.lower.device)
+        wanted: list[dict[str, torch.Tensor]] = []
+        if takes(self.model, "start_positions"):
+            wanted.append({"start_positions": places, "end_positions": places})
+        elif takes(self.model, "labels"):
+            logits = next((one for one in one.outputs.values() if one.ndim >= 2), places[None])
+            known = places * int(logits.shape[-1] > 1)
+            wanted += [{"labels": known}, {"labels": known.float()}]
+            if logits.ndim >= 3:
+                wanted[:0] = [{"labels": known.expand(1, logits.shape[1])}, {"labels": known[None]}]
+        for labels in wanted:
+            try:
+                loss, gradients = self._loss(self.model, {**full, **labels}, self._compared(self.model))
+            except _RAISED:
+                continue
+            if bool(torch.isfinite(loss)) and gradients:
+                yield labels
+
+    def _compared(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """Return the parameters of upper layers and head whose gradients are compared, by name: none that is large."""
+        lower = self.family.lower_of(self.base, self.layer).values()
+        below = {id(parameter) for part in lower for parameter in part.parameters()}
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in below and parameter.numel() <= _GRADIENT_NUMBERS
+        }
+
+    def _loss(
+        self, model: PreTrainedModel, inputs: dict[str, Any], parameters: dict[str, nn.Parameter]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return a model's loss, and its gradients of parameters by name; no ``.grad`` is touched."""
+        extra = {"use_cache": False} if model is self.model and takes(model, "use_cache") else {}
+        with torch.enable_grad():
+            loss = model(**inputs, **extra).loss
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return loss.detach(), {name: one for name, one in zip(parameters, found, strict=True) if one is not None}
 
     def _batch(self, reference: list[_Alone], side: str) -> tuple[dict[str, Any], torch.Tensor]:
         """Return a reduced model's inputs: rows of documents that were computed alone, and anything at padding."""
@@ -441,7 +612,9 @@ class _Replay:
         inputs["activations"], inputs["token_ids"] = rows, inputs.pop("input_ids")
         return inputs, mask
 
-    def _same(self, what: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    def _same(self, what: str, got: torch.Tensor | None, want: torch.Tensor) -> None:
+        if got is None:
+            raise _NotProved(f"{what}: it is not there")
         if got.shape != want.shape:
             raise _NotProved(f"{what}: {list(got.shape)} instead of {list(want.shape)}")
         error = relative(want, got)
@@ -463,9 +636,12 @@ class _Alone:
         self.ids, self.rows, self.outputs, self.last, self.inputs = ids, rows, outputs, last, inputs
 
 
-def named_outputs(output: Any) -> dict[str, torch.Tensor]:
-    """Return the floating point tensors of a model's outputs by name."""
-    items = output.items() if hasattr(output, "items") else ((str(i), one) for i, one in enumerate(output))
+def named_outputs(output: Any, *, in_tuples: bool = False) -> dict[str, torch.Tensor]:
+    """Return the floating point tensors of a model's outputs by name; of tuples of them as ``name.0``, ..."""
+    items = list(output.items() if hasattr(output, "items") else ((str(i), one) for i, one in enumerate(output)))
+    if in_tuples:
+        tuples = [(name, value) for name, value in items if isinstance(value, tuple)]
+        items += [(f"{name}.{i}", one) for name, value in tuples for i, one in enumerate(value)]
     return {str(name): value for name, value in items if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
 
@@ -476,8 +652,10 @@ def relative(want: torch.Tensor, got: torch.Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _largest(want: Sequence[NDArray[Any]], got: Sequence[NDArray[Any]]) -> float:
-    return max(relative(torch.tensor(a), torch.tensor(b)) for a, b in zip(want, got, strict=True))
+def _largest(want: Sequence[Sequence[NDArray[Any]]], got: Sequence[Sequence[NDArray[Any]]]) -> float:
+    """Return the largest relative error of documents' rows, each at some sites."""
+    pairs = [pair for of_one in zip(want, got, strict=True) for pair in zip(*of_one, strict=True)]
+    return max(relative(torch.tensor(a), torch.tensor(b)) for a, b in pairs)
 
 
 def _compare(

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import torch
 from transformers import PreTrainedModel
 
+from actcache.models.discovery import main_input_of
 from actcache.models.lower_half import LowerHalf
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "actcache")
@@ -26,7 +27,7 @@ def setup_of(lower: LowerHalf) -> dict[str, str]:
         hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
     return {
         **{name: _version(name) for name in _LIBRARIES},
-        **({"pillow": _version("pillow")} if lower.base_model.main_input_name == "pixel_values" else {}),
+        **({"pillow": _version("pillow")} if main_input_of(lower.base_model) == "pixel_values" else {}),
         "python": platform.python_version(),
         "device": f"{device.type} {hardware}".strip(),
         "attention": str(getattr(lower.base_model.config, "_attn_implementation", "")),

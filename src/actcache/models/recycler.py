@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -28,7 +29,7 @@ from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
 from actcache.models.documents import Field, documents_in, listed
 from actcache.models.error_budget import Choice
-from actcache.models.families import base_model_of, family_of
+from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.modes import evaluating
@@ -132,7 +133,7 @@ class Recycler:
                 vocabulary=vocabulary_size(base),
                 extras=_check_extras(extras),
             )
-        lower.family = family = proof.of_rows(lower, encoder.max_length)
+        lower.family = family = proof.of_rows(lower, encoder.max_length, _digests or ())
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
             layer=lower.site.layer,
@@ -173,6 +174,7 @@ class Recycler:
         dtype: str | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> Recycler:
         """Load base model and tokenizer (or raise ``ModelError``), and return their recycler.
@@ -182,11 +184,15 @@ class Recycler:
         Args:
             device: where the lower half runs; None for a CUDA device where there is one, else the CPU.
             revision: of the model on the hub.
+            trust_remote_code: run the code that a model brings with it; it is part of the space's identity. Without the
+                word a model that needs its own code is refused.
             options: the other arguments of ``Recycler``.
         """
         if several := [name for name in ("layers", "sites") if name in options]:
             raise UsageError(f"{several[0]} are for actcache.Recyclers.from_pretrained: one pass records all of them")
-        model, tokenizer = load_pretrained(name_or_path, [chosen(layer, site)], device, revision)
+        model, tokenizer = load_pretrained(
+            name_or_path, [chosen(layer, site)], device, revision, trust_remote_code=trust_remote_code
+        )
         return cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
 
     def fill(
@@ -441,10 +447,18 @@ class Recycler:
         layer = self._start(task_model)
         check_same_lower_half(task_model, self.recipe)
         self.agreement.check_task_model(task_model)
-        reduced = replay.reduce(task_model, layer)
+        reduced = replay.reduce(task_model, layer, self._of_one_shape(task_model))
         self._check_one_shape(reduced)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
+
+    def _of_one_shape(self, task_model: PreTrainedModel) -> Family | None:
+        """Return the family with the shape that the processor makes of all images or sounds; None where that varies."""
+        encoder, base = self.agreement.encoder, base_model_of(task_model)
+        if not isinstance(encoder, MediaEncoder):
+            return None
+        shapes = {one.values.shape for one in encoder.canary_features()}
+        return replace(family_of(base), input_shape=shapes.pop()) if len(shapes) == 1 else None
 
     def _check_one_shape(self, reduced: Any) -> None:
         """Refuse images or sounds of several shapes where the upper layers depend on them, for rows do not tell it."""

@@ -91,10 +91,13 @@ class Recyclers(Mapping[int | str, Recycler]):
         store: Store | str | Path,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> Recyclers:
         """Load base model and tokenizer, and return their recyclers; see ``Recycler.from_pretrained``."""
-        model, tokenizer = load_pretrained(name_or_path, several(layers, sites), device, revision)
+        model, tokenizer = load_pretrained(
+            name_or_path, several(layers, sites), device, revision, trust_remote_code=trust_remote_code
+        )
         return cls(model, tokenizer, layers=layers, sites=sites, store=store, **options)
 
     def fill(

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +24,7 @@ from actcache.errors import ModelError, ShapeError, UnsupportedModelError, Usage
 from actcache.models import after_encoder, proof, saving
 from actcache.models.after_encoder import encoder_stub
 from actcache.models.answers import as_positions, takes_answers
+from actcache.models.discovery import main_input_of
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.feature_stubs import FeatureReplay, check_lengths, feature_stubs
 from actcache.models.processing import FEATURE_NAMES, takes_features
@@ -88,6 +90,9 @@ def reduce(task_model: PreTrainedModel, layer: int | str, family: Family | None 
         family = proof.of_replay(task_model, family, layer, _shared_copy)
     reduced = _copied(task_model, family, layer, {})
     lower = family.lower_of(base, layer)
+    if absent := [name for name in family.withheld if name not in ("hidden_states", "attentions")]:
+        what = f"{', '.join(absent)} of a {type(task_model).__name__}"
+        logger.warning("%s are of the lower half: the reduced model does not give them", what)
     notes = _untie(task_model, reduced, lower) + _freeze_shared(reduced, family)
     if notes:
         logger.warning("both halves of %s use %s", type(task_model).__name__, "; ".join(notes))
@@ -109,6 +114,7 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
             f"{type(task_model).__name__} is configured as a decoder, whose key-value cache replay does not support; "
             "load it with is_decoder=False"
         )
+    _check_whole(task_model)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
     injected = InjectedRows()
     features = None
@@ -132,7 +138,7 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
     if family.first_layer_runs:
         first = family.layers_of(inner)[0]
         first.register_forward_hook(
-            FirstLayerRuns(injected, injected if layer == 1 else None, family.time_first), prepend=True
+            FirstLayerRuns(injected, injected if layer == 1 else None, family.layout), prepend=True
         )
     stack = family.stack_of(inner)
     runner = stack if family.found is None else inner.get_submodule(family.found.runner)
@@ -144,6 +150,21 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
         if isinstance(head, nn.Module):
             head.register_forward_hook(NoAnswersAtPadding(injected))
     return reduced
+
+
+def _check_whole(task_model: PreTrainedModel) -> None:
+    """Refuse a model whose modules were given other forwards: a copy of it would run the model's own."""
+    name = type(task_model).__name__
+    if any(hasattr(module, "_hf_hook") for module in task_model.modules()):
+        raise ModelError(
+            f"this {name} is spread over devices, or a disk, by accelerate (device_map), whose hooks stand in its "
+            "modules' forwards: load the task model on one device to reduce it (recording takes it as it is)"
+        )
+    if "forward" in vars(task_model):
+        raise ModelError(
+            f"the forward of this {name} was replaced on the model itself, and a reduced model has its class's: take "
+            "that back (del model.forward), and compile or wrap the reduced model"
+        )
 
 
 def _keep_all_layers(base: PreTrainedModel, family: Family) -> None:
@@ -181,13 +202,12 @@ def _stubs_of(
     else:
         stubs = {id(module): EmbeddingStub(width, like, matrix) for module in family.embeddings_of(base).values()}
         stubs |= {id(module): EmbeddingStub(width, like) for module in family.alias_of(base).values()}
+    layout = family.layout if features is None else replace(family.layout, grid=features.grid)
     stubs |= {id(module): ConvolutionStub() for module in family.convolution_of(base).values()}
     for i in range(1 if family.first_layer_runs else 0, layer):
         takes = injected if i == layer - 1 else None
         stubs[id(layers[i])] = (
-            PassThrough(
-                layers[i], family.tuple_arity, takes, family.time_first, injected if family.first_layer_runs else None
-            )
+            PassThrough(layers[i], family.tuple_arity, takes, layout, injected if family.first_layer_runs else None)
             if family.relative_bias is None
             else BiasPassThrough(layers[i], family.tuple_arity or 2, takes, family.relative_bias if i == 0 else None)
         )
@@ -230,6 +250,7 @@ class ReducedModel:
             output = forward(**kwargs)
         finally:
             injected.put(*before)
+        output = _without(output, family.withheld, self.actcache_task_class)
         if kwargs.get("labels") is not None and "loss" in getattr(output, "__dataclass_fields__", ()):
             _check_loss(output.loss, self.actcache_task_class)
         return output
@@ -324,7 +345,7 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
         {
             "forward": forward,
             "actcache_task_class": task_class,
-            "main_input_name": "activations" if task_class.main_input_name in FEATURE_NAMES else "token_ids",
+            "main_input_name": "activations" if main_input_of(task_class) in FEATURE_NAMES else "token_ids",
         },
     )
     # transformers finds what a base model can record (output_hidden_states) by its class's qualified name
@@ -384,6 +405,13 @@ def _check_options(model: Any, kwargs: dict[str, Any]) -> None:
     unusable = [name for name in _DROPPED if kwargs.get(name) is not None and kwargs[name] is not False]
     if unusable:
         raise ModelError(f"a reduced model starts from activations and takes no {', '.join(unusable)}")
+    for name in ("hidden_states", "attentions"):
+        option = f"output_{name}"
+        if name in model.actcache_family.withheld and kwargs.get(option, getattr(model.config, option, False)):
+            raise ModelError(
+                f"a reduced {model.actcache_task_class.__name__} has no {name}: they are of stages that it does not "
+                f"run. Leave {option}=True out"
+            )
     selected = kwargs.get("output_hidden_states", model.config.output_hidden_states)
     if not isinstance(selected, bool | None):
         raise ModelError("a reduced model cannot select hidden states by number; pass output_hidden_states=True")
@@ -392,6 +420,18 @@ def _check_options(model: Any, kwargs: dict[str, Any]) -> None:
             "reentrant gradient checkpointing gives a reduced model's layers no gradients: enable it with "
             'activation_checkpointing_kwargs={"use_reentrant": False}'
         )
+
+
+def _without(output: Any, withheld: tuple[str, ...], task_class: Any) -> Any:
+    """Return what a reduced model gives without the outputs that are the lower half's."""
+    if not withheld:
+        return output
+    if not hasattr(output, "items"):
+        raise ModelError(
+            f"a reduced {task_class.__name__} has no {' and '.join(withheld)}, so that its outputs have other places "
+            "than the full model's: leave return_dict=False out, and take them by their names"
+        )
+    return type(output)(**{name: value for name, value in output.items() if name not in withheld})
 
 
 def _check_loss(loss: Any, task_class: Any) -> None:

@@ -159,7 +159,7 @@ def guard_of(reduced: Any) -> str:
     family, base = reduced.actcache_family, base_model_of(reduced)
     layers = family.layers_of(base)
     path = next(path for path, module in reduced.named_modules() if module is layers)
-    matrix = next(name for name, weight in layers[reduced.actcache_layer].named_parameters() if weight.ndim == 2)
+    matrix = _matrix_in(layers[reduced.actcache_layer])
     there = reduced.state_dict()
     numbers = [i for i in range(reduced.actcache_layer) if f"{path}.{i}.{matrix}" not in there]
     return f"{path}.{numbers[0]}.{matrix}" if numbers else f"{path}.0.actcache_guard"  # a first layer may be kept
@@ -169,7 +169,13 @@ def guard_in(task_model: PreTrainedModel, family: Family) -> str:
     """Return the name of a matrix in the first layer of a full model."""
     first = family.layers_of(base_model_of(task_model))[0]
     path = next(path for path, module in task_model.named_modules() if module is first)
-    return next(f"{path}.{name}" for name, weight in first.named_parameters() if weight.ndim == 2)
+    return f"{path}.{_matrix_in(first)}"
+
+
+def _matrix_in(layer: nn.Module) -> str:
+    """Return the name of a layer's first matrix, or of its first filters where it has none."""
+    weights = [(name, weight.ndim) for name, weight in layer.named_parameters()]
+    return next(name for dimensions in (2, 3, 4) for name, there in weights if there == dimensions)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from actcache.errors import ShapeError
+from actcache.models.layouts import Layout
 
 RowsAndMask = tuple[torch.Tensor | None, torch.Tensor | None]
 
@@ -62,11 +63,8 @@ def rows_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         return args[0]
     if isinstance(rows := kwargs.get("hidden_states"), torch.Tensor):  # type: ignore[assignment]
         return rows
-    return next(
-        value
-        for value in (*args, *kwargs.values())
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3
-    )
+    floating = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.is_floating_point()]
+    return next(one for dimensions in (3, 4) for one in floating if one.ndim == dimensions)
 
 
 class EmbeddingStub(nn.Module):
@@ -117,16 +115,18 @@ class EmbeddingStub(nn.Module):
             raise
 
 
+_AS_STORED = Layout()
+
 #: Attributes of a layer that are not its stand-in's.
-_OWN = ("training", "gradient_checkpointing", "tuple_arity", "injected", "time_first", "beside")
+_OWN = ("training", "gradient_checkpointing", "tuple_arity", "injected", "layout", "beside")
 
 
 class PassThrough(nn.Module):
     """Stands where a layer of the lower half stood: returns its input, or the rows that were injected.
 
     It returns a tuple of the length of the layer's (None for the bare tensor), and has the layer's plain attributes,
-    which base models look at (``attention_type``). ``injected`` is given to the last pass-through. Where rows are
-    ``time_first``, layers take ``[tokens, batch, hidden]``. ``beside`` is what the first layer keeps what it returns
+    which base models look at (``attention_type``). ``injected`` is given to the last pass-through; ``layout`` says how
+    the layer holds rows. ``beside`` is what the first layer keeps what it returns
     beside rows under, where that runs.
     """
 
@@ -135,11 +135,11 @@ class PassThrough(nn.Module):
         layer: nn.Module,
         tuple_arity: int | None,
         injected: InjectedRows | None = None,
-        time_first: bool = False,
+        layout: Layout = _AS_STORED,
         beside: InjectedRows | None = None,
     ) -> None:
         super().__init__()
-        self.tuple_arity, self.injected, self.time_first, self.beside = tuple_arity, injected, time_first, beside
+        self.tuple_arity, self.injected, self.layout, self.beside = tuple_arity, injected, layout, beside
         for name, value in vars(layer).items():
             plain = isinstance(value, str | int | float | list | tuple | dict | None) or hasattr(value, "to_dict")
             if plain and not name.startswith("_") and name not in _OWN:
@@ -153,19 +153,13 @@ class PassThrough(nn.Module):
         return (hidden, *(others or [None] * (self.tuple_arity - 1)))
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if self.injected is None else injected_instead(self.injected, hidden, self.time_first)
+        return hidden if self.injected is None else injected_instead(self.injected, hidden, self.layout)
 
 
-def injected_instead(injected: InjectedRows, hidden: torch.Tensor, time_first: bool = False) -> torch.Tensor:
+def injected_instead(injected: InjectedRows, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return the rows that were injected as a layer would have returned them; ``hidden`` where there are none."""
     rows = injected.get()[0]
-    if rows is None:
-        return hidden
-    if time_first:
-        rows = rows.transpose(0, 1)
-    if rows.shape != hidden.shape:
-        raise ShapeError(f"activations {list(rows.shape)} do not fit the model, which expects {list(hidden.shape)}")
-    return rows.to(hidden.dtype)
+    return hidden if rows is None else layout.hidden_of(rows, hidden)
 
 
 class FirstLayerRuns:
@@ -174,14 +168,14 @@ class FirstLayerRuns:
     Position biases that the first layer computes for all (T5's kin) do not depend on rows.
     """
 
-    def __init__(self, beside: InjectedRows, injected: InjectedRows | None, time_first: bool) -> None:
-        self.beside, self.injected, self.time_first = beside, injected, time_first
+    def __init__(self, beside: InjectedRows, injected: InjectedRows | None, layout: Layout) -> None:
+        self.beside, self.injected, self.layout = beside, injected, layout
 
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
         hidden, *others = output
         _threads.beside[id(self.beside)] = tuple(others)
         if self.injected is not None:
-            hidden = injected_instead(self.injected, hidden, self.time_first)
+            hidden = injected_instead(self.injected, hidden, self.layout)
         return (hidden, *others)
 
 

@@ -118,7 +118,8 @@ class RowDocuments:
         targets: NDArray[np.int64],
         ids: NDArray[np.int32] | None,
     ) -> None:
-        """Read the rows of some documents at one site, row j to row ``targets[j]``. Raises as ``read``."""
+        """Read the rows of some documents at one site, row j to row ``targets[j]``; their token ids packed. Raises as
+        ``read``."""
         source, keys = self.sources[site], self.keys[members]
         self._read(source, members, lambda: source.scatter_into(keys, out, targets, token_ids=ids))
 
@@ -177,16 +178,17 @@ def mix(
                     next_asked = asked + 1 + silent
                 asked += 1
             for site, rows in enumerate(of_sites):
-                documents.scatter(site, portions[i], rows, places[begin:end], None if site else ids)
+                packed = None if site or ids is None else ids[begin:end]
+                documents.scatter(site, portions[i], rows, places[begin:end], packed)
             if documents.own:
                 own.append(documents.read_own(portions[i]))
     except BaseException:
         buffers.give_back(memory, None)
         raise
-    beside: dict[str, NDArray[Any]] = {} if ids is None else {TOKEN_IDS: ids}
-    for name in documents.own:
-        array = np.concatenate([one[name] for one in own])
-        beside[name] = np.empty_like(array)
+    read = {} if ids is None else {TOKEN_IDS: ids}
+    read |= {name: np.concatenate([one[name] for one in own]) for name in documents.own}
+    beside = {name: np.empty_like(array) for name, array in read.items()}
+    for name, array in read.items():
         beside[name][places] = array
     beside |= _whereabouts(documents, members, places, exclusion, wanted)
     mixed = _without(exclusion, documents, MixedRows(values, beside, memory, head))

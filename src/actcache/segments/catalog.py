@@ -1,12 +1,19 @@
-"""The catalog of one folder of segments: lists, describes and indexes them, publishes more, knows what is deleted."""
+"""The catalog of one folder of segments: finds, describes and indexes them, publishes more, knows what is deleted.
+
+Which segments there are is told by a listing of their folder; or, where a store is ``journaled``, by its index files
+alone, one of which is published with each segment: a listing grows with the segments, and costs a request a thousand.
+There, too, whatever deletes, moves or removes something goes by a listing, so that it misses nothing.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +25,7 @@ from actcache.format import frames
 from actcache.format.ragged import PAYLOAD
 from actcache.io.files import translated
 from actcache.segments.index import Table
+from actcache.segments.index_files import IndexFiles
 from actcache.segments.places.local_place import LocalSegment
 from actcache.segments.places.place import Place, steady, unique_names
 from actcache.segments.segment import Segment, metadata, next_name
@@ -37,13 +45,24 @@ _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDI
 class Catalog:
     """Knows one folder of segments, ``spaces/<fingerprint>``. Thread-safe, and safe beside other processes.
 
-    Only a writable one syncs names that others gave, and writes an index in the end.
+    Only a writable one syncs names that others gave, and writes an index in the end. ``journaled``: the index files of
+    this store name all segments.
     """
 
     def __init__(
-        self, format: SegmentFormat, place: Place, fingerprint: str, columns: Columns, *, writable: bool
+        self,
+        format: SegmentFormat,
+        place: Place,
+        fingerprint: str,
+        columns: Columns,
+        *,
+        writable: bool,
+        journaled: bool = False,
     ) -> None:
         self._format, self._fingerprint, self._writable = format, fingerprint, writable
+        self._journaled = journaled
+        self._indexes_each = journaled or place.indexes_each
+        self._lists = not (journaled and place.indexes_each)  # whether each look lists the segments
         self.place = place
         self.folder = f"spaces/{fingerprint}"
         self.where = f"{place.where}/{self.folder}"
@@ -51,26 +70,30 @@ class Catalog:
         self.segments: list[Segment] = []  # all ever seen; a snapshot's look-ups name them by their position here
         self._numbers: dict[str, int] = {}  # name -> position in ``segments``
         self._rows = place.rows(self.segments)
-        self._base: Table | None = None  # the mapped index
-        self._base_name = ""
-        self._indexed = True  # whether an index is looked at
+        self._index = IndexFiles(place, self.folder, self._files_of, columns)
+        self._indexed = True  # whether the index is looked at
         self._recent = Table.of_segments([])  # segments that the index does not cover
         self.tombstones = Tombstones(place, self.folder)
         self.listed: frozenset[str] = frozenset()  # names of the readable segments, as of the last snapshot
         self.replaced: frozenset[str] = frozenset()  # those of them that compacted ones replace
         self.damaged: dict[str, str] = {}  # segments that cannot be read, and why
         self._synced: set[str] = set()  # segments whose names this object has synced
+        self._unlisted: set[str] = set()  # those that this object has published and no listing has shown yet
+        self._gone: set[str] = set()  # those that an index may name still, and that were found gone
+        self._removed: set[str] = set()  # those of them that were removed for certain
         self._closed = False
         self.lock = threading.RLock()  # held while something is looked at or changed that the next snapshot shows
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> SegmentedSnapshot:
-        """Return a view of all that is visible now."""
+    def snapshot(self, *, exact: bool = False) -> SegmentedSnapshot:
+        """Return a view of all that is visible now; ``exact``: by a listing, whatever the index names."""
         with self.lock, translated(f"cannot read {self.where}"):
-            # Tombstones first: one that comes later names an entry of a segment that is listed below.
+            # Tombstones first: one that comes later names an entry of a segment that is found below.
             self.tombstones.refresh()
-            names, damaged, gone = steady(self._look)
+            if not self._lists:
+                self._note_lost()
+            names, damaged, gone = steady(lambda: self._look(exact))
             if not self.listed.issubset(names):  # compacted away, or the whole store has gone
                 self.place.check()
             if self._writable and not self._synced.issuperset(names):
@@ -87,24 +110,59 @@ class Catalog:
                 for table in tables
             ]
             dead = self.tombstones.deleted()
-            return SegmentedSnapshot(list(self.segments), tables, numbers, dead, self._rows, damaged)
+            again = functools.partial(self.snapshot, exact=exact)
+            return SegmentedSnapshot(list(self.segments), tables, numbers, dead, self._rows, damaged, again)
 
-    def _look(self) -> tuple[tuple[list[str], dict[str, str], set[str]], bool]:
-        """List and cover the segments; what vanished meanwhile was replaced by one that the listing may have missed."""
-        names = self._names()
+    def _look(self, exact: bool) -> tuple[tuple[list[str], dict[str, str], set[str]], bool]:
+        """Find and cover the segments; what vanished meanwhile was replaced by one that the look may have missed."""
+        names, listed = self._find(exact)
+        damaged, gone = self._cover(names, listed)
+        return (names, damaged, gone), not gone and (not exact or self._bring())
+
+    def _bring(self) -> bool:
+        """Have the arrays of the index here, as everything will be looked at; return whether they could be had."""
+        try:
+            for table in self._tables():
+                table.bring()
+        except SegmentGoneError:  # another writer has taken a file in meanwhile
+            return False
+        return True
+
+    def _find(self, exact: bool) -> tuple[list[str], bool]:
+        """Look at the index, and return the names of all segments and whether they were listed."""
+        if not self._lists and self._indexed and not exact:
+            self._load_index()
+            if self._index.whole and self._index.tables:
+                known = {segment.name for table in self._tables() for segment in table.segments}
+                return sorted(known - self._gone), False
+        names = self._listing()
         self._load_index()
-        damaged, gone = self._cover(names)
-        return (names, damaged, gone), not gone
+        return names, True
 
-    def _names(self) -> list[str]:
-        return unique_names(self.place, f"{self.folder}/segments", self._format.suffix)
+    def _listing(self) -> list[str]:
+        """List the segments, and add those that this object knows that it has published: a listing may lag."""
+        names = unique_names(self.place, f"{self.folder}/segments", self._format.suffix)
+        self._unlisted.difference_update(names)
+        self._gone.difference_update(names)
+        self._removed.difference_update(names)
+        return sorted({*names, *self._unlisted})
+
+    def _note_lost(self) -> None:
+        """Take note of segments that somebody found gone while reading, and look whether they are."""
+        lost = {name.removesuffix(self._format.suffix) for name in self.place.lost(f"{self.folder}/segments")}
+        gone = {name for name in lost if self.place.age(self.segment_name(name)) is None}
+        if gone:
+            self.place.check()  # else the whole store is gone, and they may come back with it
+            self._gone |= gone
+            self._unlisted -= gone
 
     def _tables(self) -> list[Table]:
-        return [table for table in (self._base, self._recent) if table is not None]
+        return [*self._index.tables.values(), self._recent]
 
     def described(self) -> list[Segment]:
         """Return the readable segments of the last snapshot, replaced ones among them."""
-        return [segment for table in self._tables() for segment in table.segments if segment.name in self.listed]
+        described = {segment.name: segment for table in self._tables() for segment in table.segments}
+        return [segment for name, segment in described.items() if name in self.listed]
 
     def still_there(self, deleted: Mapping[str, Collection[int]]) -> dict[str, set[int]]:
         """Return those of some entries, named by their origins, that lie in a readable segment."""
@@ -125,37 +183,24 @@ class Catalog:
 
     def _load_index(self) -> None:
         if self._indexed:
-            name, table = steady(self._find_index)
-            if name != self._base_name:
-                self._base_name, self._base = name, table
-                covered = self.covered()
-                self._recent = Table.merged([self._recent], frozenset(s.name for s in self._recent.segments) - covered)
+            self._index.refresh()
+            self._leave_recent()
 
-    def _find_index(self) -> tuple[tuple[str, Table | None], bool]:
-        """Map the newest index that can be read; another process may replace it after it was listed.
-
-        A damaged one is passed over: the segments have all that it says.
-        """
-        for name in reversed(unique_names(self.place, f"{self.folder}/index", ".index")):
-            if name == self._base_name:
-                return (name, self._base), True
-            try:
-                return (name, Table.open(self.place.local_copy(self._index(name)), self._files_of, self.columns)), True
-            except FileNotFoundError:
-                return ("", None), False
-            except FormatError as error:
-                logger.warning("ignoring an index: %s", error)
-        return ("", None), True
+    def _leave_recent(self) -> None:
+        """Leave to the index what it covers."""
+        recent, covered = {segment.name for segment in self._recent.segments}, self.covered()
+        if recent & covered:
+            self._recent = Table.merged([self._recent], frozenset(recent - covered))
 
     @contextmanager
     def without_index(self) -> Iterator[dict[str, str]]:
         """Go by what the segments say of themselves: what is removed because of a flipped bit in an index is lost.
 
-        Afterwards, too, until somebody writes another index. Yields the segments that cannot be read so, and why; of
-        these, what was known before is all there is.
+        Afterwards, too, but for index files that are written later. Yields the segments that cannot be read so, and
+        why; of these, what was known before is all there is.
         """
         with self.lock, translated(f"cannot read {self.where}"):
-            self.snapshot()
+            self.snapshot(exact=True)
             unread: dict[str, str] = {}
             read = []
             for name in sorted(self.listed):
@@ -166,7 +211,8 @@ class Catalog:
                 except DataError as error:
                     unread[name] = str(error)
             known = Table.merged(self._tables(), frozenset(unread))
-            self._base, self._recent = None, Table.merged([known, *read], self.listed)
+            self._recent = Table.merged([known, *read], self.listed)
+            self._index.ignore()
             self._indexed = False
             try:
                 yield unread
@@ -175,21 +221,24 @@ class Catalog:
 
     def covered(self) -> frozenset[str]:
         """Return the segments of whose entries only the index has been read."""
-        return frozenset(segment.name for segment in self._base.segments) if self._base is not None else frozenset()
+        return self._index.covered()
 
     def holds(self, names: Collection[str]) -> bool:
         """Return whether all these segments are there now."""
-        return set(names) <= set(self._names())
+        return set(names) <= set(self._listing())
 
-    def _cover(self, names: list[str]) -> tuple[dict[str, str], set[str]]:
-        """Read the keys of segments that no table has yet; return which cannot be read, and which are gone."""
-        base = {segment.name: segment for segment in self._base.segments} if self._base is not None else {}
+    def _cover(self, names: list[str], listed: bool) -> tuple[dict[str, str], set[str]]:
+        """Read the keys of segments that no table has yet; return which cannot be read, and which are gone.
+
+        Of ``listed`` ones that the index covers it is looked whether they are large enough, which a listing tells.
+        """
+        base = {segment.name: segment for table in self._index.tables.values() for segment in table.segments}
         recent = {segment.name for segment in self._recent.segments}
         damaged: dict[str, str] = {}
         vanished: set[str] = set()
         fresh = []
         for name in names:
-            if name in recent or (name in base and name in self._numbers):
+            if name in recent or (name in base and (name in self._numbers or not listed)):
                 continue
             try:
                 if name in base:  # the index says where its arrays lie; they are mapped without another look
@@ -198,6 +247,7 @@ class Catalog:
                 fresh.append(Table.of_segments([self.open_segment(name)]))
             except (FileNotFoundError, SegmentGoneError):  # retired by another process since it was listed
                 vanished.add(name)
+                self._unlisted.discard(name)
             except (FormatError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
                     raise
@@ -215,23 +265,76 @@ class Catalog:
 
         ``verify`` looks at the segment before anybody else can, and raises what it has against it.
         """
-        name = next_name(self._names())
+        with self.lock:
+            name = next_name(self._listing() if self._lists else [*self._find(False)[0], *self._gone])
         if PAYLOAD in self.columns and VALUES in block.columns:
             block = frames.compressed(block)
+        written: list[Table] = []
 
         def write(path: Path) -> None:
             self._format.write(path, block, metadata(name, self._fingerprint))
-            if verify is not None:
-                verify(self.open_segment(name, LocalSegment(path)))
+            if verify is not None or self._indexes_each:
+                segment = self.open_segment(name, LocalSegment(path))
+                if verify is not None:
+                    verify(segment)
+                if self._indexes_each:
+                    table = Table.of_segments([segment])
+                    there = replace(segment, files=self._files_of(name))
+                    written[:] = [replace(table, segments=(there,))]
 
         self.place.publish(self.segment_name(name), write, replace=True)
-        self._synced.add(name)
+        with self.lock:
+            self._synced.add(name)
+            self._unlisted.add(name)
+            for table in written:
+                self._index_also(table)
         return name
+
+    def _index_also(self, table: Table) -> None:
+        """Publish an index file of what no index covers yet, and of what smaller index files cover.
+
+        Where the index files name all segments, this is what makes a segment visible; else a failure is only logged.
+        """
+        # While nothing is believed of an index, what was read instead is left to the one that covers everything.
+        fresh = [table, self._recent] if self._indexed else [table]
+        try:
+            merged = Table.merged(fresh, self._worth_naming(fresh))
+            smaller, tables = steady(lambda: self._taken_in(merged))
+            merged = Table.merged(tables, self._worth_naming(tables))
+            if merged.segments:
+                self._index.add(merged, smaller)
+                self._leave_recent()
+        except StoreError as error:
+            if self._journaled:
+                raise
+            logger.warning("could not write the index of %s: %s", self.where, error)
+
+    def _taken_in(self, table: Table) -> tuple[tuple[dict[str, Table], list[Table]], bool]:
+        """Return the index files that a new one takes in, and all tables that it joins; whether they are all there."""
+        smaller = self._index.smaller(table)
+        tables = [table]
+        for other in smaller.values():
+            try:
+                other.bring()
+                tables.append(other)
+            except SegmentGoneError:  # another writer has taken it in meanwhile
+                self._index.refresh()
+                return ({}, [table]), False
+        return (smaller, tables), True
+
+    def _worth_naming(self, tables: Collection[Table]) -> frozenset[str]:
+        """Return which segments of some tables an index goes on naming.
+
+        Where it is the index that names them, a segment is left out when it is certain that it is not there any more;
+        else a listing shows it whatever the index says.
+        """
+        names = frozenset(segment.name for table in tables for segment in table.segments)
+        return names - self._removed if self._journaled else names & (self.listed | self._unlisted)
 
     def delete(self, keys: NDArray[np.uint8]) -> int:
         """Delete every stored copy of these keys, durably; return how many of the keys were there."""
         keys = np.unique(np.ascontiguousarray(keys), axis=0)
-        snapshot = self.snapshot()
+        snapshot = self.snapshot(exact=True)
         count = int(snapshot.locate(keys).found.sum())
         if deleted := snapshot.copies(keys):
             self.tombstones.publish(deleted)
@@ -239,17 +342,26 @@ class Catalog:
 
     def remove(self, name: str) -> bool:
         """Remove a segment's files; return whether it was there."""
-        return self.place.remove(self.segment_name(name))
+        there = self.place.remove(self.segment_name(name))
+        self._gone.add(name)
+        self._removed.add(name)
+        self._unlisted.discard(name)
+        return there
 
     # --- the index ---------------------------------------------------------------------------------------------------
 
     def index_if_due(self, *, closing: bool = False) -> None:
         """Write an index when enough is not covered by one, so that all the writing stays linear in the entries.
 
-        A failure is only logged: the index saves time, and what was published is safe without it.
+        A failure is only logged: the index saves time, and what was published is safe without it. Where each segment is
+        published with an index file, there is only what was found without one.
         """
         try:
             with self.lock:
+                if self._indexes_each:
+                    if closing and len(self._recent.segments):
+                        self._index_also(Table.of_segments([]))
+                    return
                 # By the last snapshot first: another one costs listings.
                 if closing or self._index_is_due(1):
                     self.snapshot()
@@ -259,18 +371,24 @@ class Catalog:
             logger.warning("could not write the index of %s: %s", self.where, error)
 
     def _index_is_due(self, more: int = 0) -> bool:
-        covered, segments = (len(self._base), len(self._base.segments)) if self._base is not None else (0, 0)
+        covered = sum(map(len, self._index.tables.values()))
+        segments = sum(len(table.segments) for table in self._index.tables.values())
         return len(self._recent) > max(_UNCOVERED, covered // 4) or len(self._recent.segments) + more > max(
             _UNCOVERED_SEGMENTS, segments // 4
         )
 
     def write_index(self) -> None:
-        """Publish an index that covers all readable segments, and remove the ones that it replaces."""
-        old = unique_names(self.place, f"{self.folder}/index", ".index")
-        table = Table.merged(self._tables(), self.listed)
-        self.place.publish(self._index(next_name(old)), table.write, replace=True)
-        for replaced in old:
-            self.place.remove(self._index(replaced))
+        """Publish an index that covers all readable segments, and replaces all others, after an exact snapshot."""
+        if not self._indexes_each:
+            self._index.put_alone(Table.merged(self._tables(), self.listed))
+            return
+        known = self._index.all()
+        tables = [self._recent, *known.values()]
+        for name in {s.name for table in tables for s in table.segments} - self.listed - self.damaged.keys():
+            if self.place.age(self.segment_name(name)) is None:  # neither listed nor there
+                self._removed.add(name)
+        self._index.add(Table.merged(tables, self._worth_naming(tables)), [*known, *self._index.damaged])
+        self._leave_recent()
 
     def index_bytes(self, more: int) -> int:
         """Return about how large the next index is, with so many entries more."""
@@ -284,7 +402,8 @@ class Catalog:
             self.index_if_due(closing=True)
         with self.lock:
             self._closed = True
-            self._base, self._base_name, self._recent = None, "", Table.of_segments([])
+            self._index.forget()
+            self._recent = Table.of_segments([])
         self._rows.close()
 
     # --- names -------------------------------------------------------------------------------------------------------
@@ -299,6 +418,3 @@ class Catalog:
 
     def _files_of(self, name: str) -> SegmentFiles:
         return self.place.segment(self.segment_name(name))
-
-    def _index(self, name: str) -> str:
-        return f"{self.folder}/index/{name}.index"

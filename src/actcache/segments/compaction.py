@@ -228,10 +228,10 @@ _NO_LIMIT, _ANY_WASTE = 1 << 62, 2.0
 
 def compact(catalog: Catalog, target_bytes: int, waste: float, grace: float, progress: BytesDone) -> Compaction:
     """Merge what is small or wasteful, and remove what has long been replaced. See ``SpaceDriver.compact``."""
-    lives = live_segments(catalog.snapshot())
+    lives = live_segments(catalog.snapshot(exact=True))
     needed = merge_plan(lives, target_bytes, waste) or not all(live.tokens for live in lives)
     with catalog.without_index() if needed else nullcontext():
-        snapshot = catalog.snapshot()
+        snapshot = catalog.snapshot(exact=True)
         groups = merge_plan(live_segments(snapshot), target_bytes, waste)
         done, total = 0, 2 * sum(live.nbytes for group in groups for live in group)  # written, and read back
 
@@ -277,7 +277,7 @@ def merge(
 
 def remove_replaced(catalog: Catalog, grace: float) -> tuple[int, int]:
     """Remove segments that others have replaced so many seconds ago; return how many, and their bytes."""
-    catalog.snapshot()
+    catalog.snapshot(exact=True)
     described, age = sorted(catalog.described(), key=lambda segment: segment.name), _ages(catalog.place)
     replacing: dict[str, list[str]] = {name: [] for name in catalog.replaced}
     for segment in described:
@@ -290,7 +290,7 @@ def remove_replaced(catalog: Catalog, grace: float) -> tuple[int, int]:
 
 def remove_dead(catalog: Catalog, grace: float) -> tuple[int, int]:
     """Remove segments all of whose entries were deleted or overwritten so many seconds ago."""
-    snapshot = catalog.snapshot()
+    snapshot = catalog.snapshot(exact=True)
     served, tombstones, age = snapshot.served(), catalog.tombstones, _ages(catalog.place)
 
     def dead() -> Iterator[Segment]:
@@ -317,7 +317,7 @@ def _remove(catalog: Catalog, doomed: Iterable[Segment]) -> tuple[int, int]:
 
 def join_tombstones(catalog: Catalog, grace: float) -> None:
     """Join the old tombstones into one, without entries that no segment has any more."""
-    catalog.snapshot()
+    catalog.snapshot(exact=True)
     if catalog.damaged:  # one that comes back from a copy brings its deleted entries with it
         return
     tombstones, age = catalog.tombstones, _ages(catalog.place)

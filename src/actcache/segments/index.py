@@ -1,15 +1,17 @@
-"""The index of a space: a table of entries sorted by key, searched for a whole batch in one native call.
+"""The index of a space: tables of entries sorted by key, searched for a whole batch in one native call.
 
 A table covers some segments. On disk it is a safetensors file that is mapped, not read: ten million entries open in
 milliseconds and cost no memory of their own. It can be rebuilt from the segments at any time, so it is never trusted: a
 wrong row or length is out of bounds or fails the entry's checksum, and a wrong key is a miss. The numbers of entries,
 by which tombstones name them, have a checksum of their own: a wrong one would bring back what was deleted.
+
+One file covers everything, or several do together, each of which says which ones it stands in for (``IndexFiles``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from actcache.backend import Columns
-from actcache.errors import FormatError, FormatVersionError
+from actcache.errors import FormatError, FormatVersionError, SegmentGoneError
 from actcache.format import safetensors
 from actcache.format.keys import split_keys
 from actcache.format.ragged import row_indices
 from actcache.io.loops import LookupTable
+from actcache.io.workers import ProcessLock
 from actcache.segments.segment import Access, Segment, is_name
 
 VERSION = "1"
@@ -57,9 +60,15 @@ class Table:
     row: NDArray[np.int64]
     tokens: NDArray[np.uint32]
     checksum: NDArray[np.uint64]
+    #: Names of the index files that this one makes unnecessary, and when that was, in seconds since 1970 by the clock
+    #: of its writer; None for one that covers all that there was, and makes all older ones unnecessary.
+    replaces: Mapping[str, float] | None = None
 
     def __len__(self) -> int:
         return len(self.prefix)
+
+    def bring(self) -> None:
+        """Have the arrays here. Raises ``SegmentGoneError`` where they cannot be had any more: look anew."""
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {name: getattr(self, name) for name in _ARRAYS}
@@ -106,16 +115,18 @@ class Table:
 
     @classmethod
     def merged(cls, tables: Sequence[Table], keep: frozenset[str]) -> Table:
-        """Join tables, leaving out segments whose names are not in ``keep``."""
+        """Join tables, leaving out segments whose names are not in ``keep``; what stands in several is taken once."""
         segments: list[Segment] = []
+        wanted = set(keep)
         parts = []
         for table in tables:
-            kept = np.array([segment.name in keep for segment in table.segments], bool)
+            kept = np.array([segment.name in wanted for segment in table.segments], bool)
             which = kept[table.segment] if not kept.all() else slice(None)
             arrays = {name: array[which] for name, array in table._arrays().items()}
             arrays["segment"] = (len(segments) + np.cumsum(kept) - 1).astype(np.uint32)[arrays["segment"]]
             parts.append(cls(table.segments, table.origins, **arrays))
-            segments += [segment for segment in table.segments if segment.name in keep]
+            segments += [segment for segment in table.segments if segment.name in wanted]
+            wanted.difference_update(segment.name for segment in table.segments)
         return cls._sorted(tuple(segments), parts)
 
     @classmethod
@@ -144,7 +155,10 @@ class Table:
         arrays = self._arrays()
         described = {"segments": [segment.to_json() for segment in self.segments], "origins": self.origins}
         texts = {name: json.dumps(value, separators=(",", ":")) for name, value in described.items()}
-        safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, "checksum": _checksum(texts, arrays)})
+        if self.replaces is not None:
+            texts["replaces"] = json.dumps(dict(self.replaces), separators=(",", ":"))
+        sums = {"checksum": _checksum(texts, arrays), "texts_checksum": _checksum_of_texts(texts)}
+        safetensors.write(path, arrays, {"actcache_index": VERSION, **texts, **sums})
 
     @classmethod
     def open(cls, path: Path, access: Access, columns: Columns) -> Table:
@@ -153,29 +167,146 @@ class Table:
         Raises ``FileNotFoundError`` where another process has replaced it, ``FormatVersionError`` for one of a newer
         release, ``FormatError`` where it is truncated or foreign: it can go, the segments have all that it says.
         """
-        metadata, arrays = safetensors.mapped(path)
-        version = metadata.get("actcache_index", "")
-        if version != VERSION:
-            newer = version.isdigit() and int(version) > int(VERSION)
-            raise (FormatVersionError if newer else FormatError)(f"{path} is an index of version {version!r}")
+        return cls._of_file(*safetensors.mapped(path), str(path), access, columns)
+
+    @classmethod
+    def loads(cls, data: bytes, where: str, access: Access, columns: Columns) -> Table:
+        """Return the table of an index file's bytes. Raises as ``open``."""
+        return cls._of_file(*safetensors.loads(data, where), where, access, columns)
+
+    @classmethod
+    def _of_file(
+        cls, metadata: Mapping[str, str], arrays: safetensors.Arrays, where: str, access: Access, columns: Columns
+    ) -> Table:
+        described = _described(metadata, where, access, columns)
+        return cls(*described[:2], **_checked(metadata, arrays, described, where), replaces=described[2])  # type: ignore[arg-type]
+
+
+class RemoteTable(Table):
+    """A table that has the descriptions of its segments, and fetches its arrays when it is asked for one of them.
+
+    Thread-safe. What asks for them is told by ``SegmentGoneError`` that the file is gone meanwhile, or ``damaged``: it
+    has to look anew at what there is.
+
+    Args:
+        metadata, shapes: what the header of the file says, and what shapes its arrays have.
+        fetch: maps the whole file. Raises ``FileNotFoundError``, ``FormatError``, ``StoreError``.
+
+    Raises ``FormatError`` as ``Table.open``.
+    """
+
+    damaged: bool
+
+    def __init__(
+        self,
+        metadata: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        where: str,
+        access: Access,
+        columns: Columns,
+        fetch: Callable[[], Path],
+    ) -> None:
+        described = _described(metadata, where, access, columns)
+        known = {"segments": described[0], "origins": described[1], "replaces": described[2], "damaged": False}
+        own = {"_metadata": metadata, "_described": described, "_where": where, "_fetch": fetch, "_lock": ProcessLock()}
+        for name, value in (known | own | {"_count": shapes.get("entry", (0,))[0]}).items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return int(self.__dict__["_count"])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} entries of {self.__dict__['_where']}>"
+
+    def bring(self) -> None:
+        getattr(self, "prefix")  # noqa: B009
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _ARRAYS:
+            raise AttributeError(name)
+        own = self.__dict__
+        with own["_lock"]:
+            if name not in own:
+                own.update(self._arrays_of_file())
+            return own[name]
+
+    def _arrays_of_file(self) -> dict[str, NDArray[Any]]:
+        own = self.__dict__
         try:
-            if metadata["checksum"] != _checksum(metadata, arrays):
-                raise ValueError("what it says of the segments fails its checksum")
-            segments = tuple(Segment.from_json(access, value, columns) for value in json.loads(metadata["segments"]))
-            origins = tuple(json.loads(metadata["origins"]))
-            if not all(isinstance(origin, str) and is_name(origin) for origin in origins):
-                raise ValueError("origins that are no segments")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise FormatError(f"{path} is damaged: {error}") from None
+            metadata, arrays = safetensors.mapped(own["_fetch"]())
+            if metadata != own["_metadata"]:
+                raise FormatError(f"{own['_where']} is another file than it was")
+            return _checked(metadata, arrays, own["_described"], own["_where"])
+        except FileNotFoundError:
+            raise SegmentGoneError(f"{own['_where']} was replaced; refresh the space") from None
+        except FormatError as error:
+            own["damaged"] = True
+            raise SegmentGoneError(f"{error}; refresh the space") from None
+
+
+Described = tuple[tuple[Segment, ...], tuple[str, ...], dict[str, float] | None]
+
+
+def _described(metadata: Mapping[str, str], where: str, access: Access, columns: Columns) -> Described:
+    """Return which segments, origins and replaced files an index file names, checked."""
+    version = metadata.get("actcache_index", "")
+    if version != VERSION:
+        newer = version.isdigit() and int(version) > int(VERSION)
+        raise (FormatVersionError if newer else FormatError)(f"{where} is an index of version {version!r}")
+    try:
+        if metadata.get("texts_checksum", "") != _checksum_of_texts(metadata) and not is_of_before(metadata):
+            raise ValueError("what it says of the segments fails its checksum")
+        segments = tuple(Segment.from_json(access, value, columns) for value in json.loads(metadata["segments"]))
+        origins = tuple(json.loads(metadata["origins"]))
+        if not all(isinstance(origin, str) and is_name(origin) for origin in origins):
+            raise ValueError("origins that are no segments")
+        return segments, origins, _replaced(metadata)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where} is damaged: {error}") from None
+
+
+def is_of_before(metadata: Mapping[str, str]) -> bool:
+    """Return whether an index file has one checksum over all of it, as those of before have."""
+    return "texts_checksum" not in metadata and "replaces" not in metadata
+
+
+def _checked(
+    metadata: Mapping[str, str], arrays: safetensors.Arrays, described: Described, where: str
+) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an index file, checked against what it describes."""
+    segments, origins, _ = described
+    try:
+        if metadata["checksum"] != _checksum(metadata, arrays):
+            raise ValueError("what it says of the segments fails its checksum")
         count = arrays["entry"].size
-        for name, (dtype, trailing) in _ARRAYS.items():
-            array = arrays.get(name)
-            if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
-                raise FormatError(f"{path} is damaged: {name} is missing or of another shape")
-        for name, known in (("segment", len(segments)), ("origin", len(origins))):
-            if count and int(arrays[name].max()) >= known:
-                raise FormatError(f"{path} is damaged: it counts more segments than it describes")
-        return cls(segments, origins, **{name: arrays[name] for name in _ARRAYS})  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{where} is damaged: {error}") from None
+    for name, (dtype, trailing) in _ARRAYS.items():
+        array = arrays.get(name)
+        if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
+            raise FormatError(f"{where} is damaged: {name} is missing or of another shape")
+    for name, known in (("segment", len(segments)), ("origin", len(origins))):
+        if count and int(arrays[name].max()) >= known:  # type: ignore[arg-type,call-overload]
+            raise FormatError(f"{where} is damaged: it counts more segments than it describes")
+    return {name: arrays[name] for name in _ARRAYS}
+
+
+def _replaced(metadata: Mapping[str, str]) -> dict[str, float] | None:
+    """Return which index files another one says that it replaces, None where it says nothing of that."""
+    if "replaces" not in metadata:
+        return None
+    replaces = {str(name): float(when) for name, when in json.loads(metadata["replaces"]).items()}
+    if not all(map(is_name, replaces)):
+        raise ValueError("it replaces files that are no index")
+    return replaces
+
+
+def _checksum_of_texts(texts: Mapping[str, str]) -> str:
+    """Return the XXH3-64 of what an index file says of segments, origins and other files."""
+    digest = xxhash.xxh3_64(texts["segments"].encode())
+    digest.update(texts["origins"].encode())
+    digest.update(texts.get("replaces", "").encode())
+    return digest.hexdigest()
 
 
 def _checksum(texts: Mapping[str, str], arrays: Mapping[str, NDArray[np.generic]]) -> str:

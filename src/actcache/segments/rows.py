@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from actcache.backend import Buffers, Expected
 from actcache.errors import FormatError, SegmentGoneError
-from actcache.format.ragged import PAYLOAD, VALUES, offsets_of, scattered
+from actcache.format.ragged import PAYLOAD, VALUES, offsets_of, placed
 from actcache.io import loops, memory
 from actcache.io.files import translated
-from actcache.io.loops import Column, Digests, MappedColumn
+from actcache.io.loops import Column, Digests, MappedColumn, Placing, Pooled
 from actcache.io.mmap import Arena
 from actcache.segments.segment import Segment
 
@@ -104,11 +104,9 @@ class RowSource(ABC):
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
         """Read a batch into its buffers; return the positions of what is not intact, as ``backend.Snapshot.gather``."""
 
-    def scatter(
-        self, plan: RowPlan, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
-    ) -> NDArray[np.int64]:
-        """Read a batch to rows all over its buffers, as ``backend.Snapshot.scatter``."""
-        return scattered(out, targets, lambda packed: self.gather(plan, packed, None, expected))
+    def place(self, plan: RowPlan, out: Buffers, placing: Placing, expected: Expected | None) -> NDArray[np.int64]:
+        """Read a batch to where it belongs, as ``backend.Snapshot.place``."""
+        return placed(out, {VALUES: placing}, plan.lengths, lambda rows: self.gather(plan, rows, None, expected))
 
     def mapped(self, names: Sequence[str]) -> tuple[MappedColumn, ...] | None:
         """Return what is mapped of some columns; None where they are to be read by ``gather``. The same objects as long
@@ -191,7 +189,8 @@ def _read_column(
 def of_frames(column: Column, places: RowPlan) -> Column:
     """Return a column whose rows come from frames."""
     assert column.out is not None
-    return column._replace(row_bytes=loops.row_bytes(column.out), sizes=places.lengths, item=column.out.itemsize)
+    row_bytes, item = loops.stored_row(column.out, column.placing)
+    return column._replace(row_bytes=row_bytes, sizes=places.lengths, item=item)
 
 
 @contextmanager
@@ -272,10 +271,8 @@ class MappedRows(RowSource):
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
         return self._bring(plan, out, width, expected, None)
 
-    def scatter(
-        self, plan: RowPlan, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
-    ) -> NDArray[np.int64]:
-        return self._bring(plan, out, None, expected, targets)
+    def place(self, plan: RowPlan, out: Buffers, placing: Placing, expected: Expected | None) -> NDArray[np.int64]:
+        return self._bring(plan, out, None, expected, placing)
 
     def _bring(
         self,
@@ -283,13 +280,14 @@ class MappedRows(RowSource):
         out: Buffers,
         width: int | None,
         expected: Expected | None,
-        targets: NDArray[np.int64] | None,
+        placing: Placing | None,
     ) -> NDArray[np.int64]:
         columns, at, told, rows = [], -1, False, (VALUES, plan)
         for name, buffer in out.items():
             array, places = self.frames.column(plan, name)
             arena, begins = self._mapped(array, places)
-            column = Column(arena.row_bytes, buffer, arena.rows(), begins, targets=targets)
+            of = placing if name == VALUES else None
+            column = Column(arena.row_bytes, buffer, arena.rows(), begins, placing=of)
             columns.append(column if array == name else of_frames(column, places))
             if name in (VALUES, PAYLOAD):
                 at, told, rows = len(columns) - 1, arena.is_told, (array, places)
@@ -398,10 +396,8 @@ class ReadRows(RowSource):
     def gather(self, plan: RowPlan, out: Buffers, width: int | None, expected: Expected | None) -> NDArray[np.int64]:
         return self._bring(plan, out, offsets_of(plan.lengths, width), expected, None)
 
-    def scatter(
-        self, plan: RowPlan, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
-    ) -> NDArray[np.int64]:
-        return self._bring(plan, out, offsets_of(plan.lengths), expected, targets)
+    def place(self, plan: RowPlan, out: Buffers, placing: Placing, expected: Expected | None) -> NDArray[np.int64]:
+        return self._bring(plan, out, offsets_of(plan.lengths), expected, placing)
 
     def _bring(
         self,
@@ -409,12 +405,14 @@ class ReadRows(RowSource):
         out: Buffers,
         offsets: NDArray[np.int64],
         expected: Expected | None,
-        targets: NDArray[np.int64] | None,
+        placing: Placing | None,
     ) -> NDArray[np.int64]:
         numbers, of_entry = np.unique(plan.segments, return_inverse=True)
         at_once = max(1, self._most // len(out))
+        if len(numbers) > at_once and isinstance(placing, Pooled):  # which counts the entries of one gather
+            return super().place(plan, out, placing, expected)
         if len(numbers) <= at_once:
-            return self._gather(plan, numbers, of_entry, out, offsets, expected, targets)
+            return self._gather(plan, numbers, of_entry, out, offsets, expected, placing)
         bad = [np.empty(0, np.int64)]
         for first in range(0, len(numbers), at_once):  # no more files are open at a time
             some = numbers[first : first + at_once]
@@ -422,7 +420,7 @@ class ReadRows(RowSource):
             part = RowPlan(plan.segments[which], plan.starts[which], plan.lengths[which])
             places = np.stack([offsets[which], offsets[which + 1]])
             of_part = None if expected is None else expected[which]
-            bad.append(which[self._gather(part, some, of_entry[which] - first, out, places, of_part, targets)])
+            bad.append(which[self._gather(part, some, of_entry[which] - first, out, places, of_part, placing)])
         return np.sort(np.concatenate(bad))
 
     def _gather(
@@ -433,7 +431,7 @@ class ReadRows(RowSource):
         out: Buffers,
         offsets: NDArray[np.int64],
         expected: Expected | None,
-        targets: NDArray[np.int64] | None,
+        placing: Placing | None,
     ) -> NDArray[np.int64]:
         """Read entries of a few segments, ``numbers``, of which each entry lies in the one at ``of_entry``."""
         segments = [self._segments[number] for number in numbers.tolist()]
@@ -443,7 +441,8 @@ class ReadRows(RowSource):
             for name, buffer in out.items():
                 array, places = self.frames.column(plan, name)
                 descriptors = stack.enter_context(_descriptors(self._files, segments, array))
-                column = Column(loops.row_bytes(buffer), buffer, targets=targets)
+                of = placing if name == VALUES else None
+                column = Column(loops.stored_row(buffer, of)[0], buffer, placing=of)
                 column = column if array == name else of_frames(column, places)
                 columns.append(_read_column(segments, descriptors, of_entry, places, array, column))
             with _failures(segments, of_entry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import secrets
@@ -270,6 +271,11 @@ def _check(where: str, extents: Mapping[str, Extent], columns: Columns, rows: in
                 f"{where} does not fit its space: {name} is {extent.dtype} {list(extent.shape)}, "
                 f"not {dtype} {[*length, *trailing]}"
             )
-        parts = Path(extent.path).parts
-        if extent.offset < 0 or rows < 0 or min(extent.shape) < 0 or Path(extent.path).is_absolute() or ".." in parts:
+        if extent.offset < 0 or rows < 0 or min(extent.shape) < 0 or _leads_outside(extent.path):
             raise FormatError(f"{where} says that {name} lies outside of it")
+
+
+@functools.lru_cache(maxsize=1024)
+def _leads_outside(path: str) -> bool:
+    """Return whether a file's path leads out of its segment. All segments of a format have the same few paths."""
+    return Path(path).is_absolute() or ".." in Path(path).parts

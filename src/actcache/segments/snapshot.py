@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Snapshot, Usage
+from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Placing, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
 from actcache.io.loops import Lookup, MappedColumn, Reading
+from actcache.io.workers import ProcessLock
 from actcache.segments.index import Table
 from actcache.segments.rows import RowPlan, RowSource
 from actcache.segments.segment import Segment
 
 logger = logging.getLogger(__name__)
+
+_TRIES = 5
 
 
 class SegmentedSnapshot(Snapshot):
@@ -29,6 +33,7 @@ class SegmentedSnapshot(Snapshot):
         numbers: for each table, the number of each of its segments, -1 where the segment is gone or replaced.
         dead: entries that tombstones name, segment of origin -> numbers.
         damaged: segments that could not be read, name -> what is wrong.
+        again: takes another one, where the arrays of a table cannot be had any more when they are needed first.
     """
 
     def __init__(
@@ -39,7 +44,9 @@ class SegmentedSnapshot(Snapshot):
         dead: Mapping[str, Collection[int]],
         rows: RowSource,
         damaged: Mapping[str, str],
+        again: Callable[[], SegmentedSnapshot] | None = None,
     ) -> None:
+        self._again, self._lock = again, ProcessLock()
         self._segments, self._tables, self._numbers = segments, tables, numbers
         self._rows = rows
         self._dead, self._damaged = dead, dict(damaged)
@@ -49,18 +56,47 @@ class SegmentedSnapshot(Snapshot):
         self._readings: dict[tuple[str, ...], tuple[tuple[MappedColumn, ...], Reading | None]] = {}
         # By segments' numbers: 16 bytes an entry, of segments with optional arrays that were read.
         self._extras: dict[int, tuple[NDArray[np.int64], NDArray[np.uint64]]] = {}
-        self._alive = [_alive(table, of, dead) for table, of in zip(tables, numbers, strict=True)]
-        origins = sorted({origin for table in tables for origin in table.origins})
+
+    def _bring(self) -> None:
+        """Have the arrays of all tables here.
+
+        Nobody has seen anything of this snapshot before. So where they are gone it becomes one of now.
+        """
+        with self._lock:
+            for _ in range(_TRIES):
+                try:
+                    for table in self._tables:
+                        table.bring()
+                    return
+                except SegmentGoneError:
+                    if self._again is None:
+                        raise
+                    state = self._again().__dict__
+                    self.__dict__.update({name: value for name, value in state.items() if name != "_lock"})
+            raise SegmentGoneError("the index is replaced again and again while it is read; refresh the space")
+
+    @functools.cached_property
+    def _alive(self) -> list[NDArray[np.bool_] | None]:
+        """Which entries of each table are served; None for all."""
+        self._bring()
+        tables = zip(self._tables, self._numbers, strict=True)
+        return [_alive(table, of, self._dead) for table, of in tables]
+
+    @functools.cached_property
+    def _lookup(self) -> Lookup:
+        self._bring()
+        origins = sorted({origin for table in self._tables for origin in table.origins})
         rank = {origin: number for number, origin in enumerate(origins)}
         # Of copies of one origin, the one in the segment of the last name: whoever looks finds the same.
-        names = np.zeros(len(segments), np.int64)
-        names[sorted(range(len(segments)), key=lambda n: segments[n].name)] = np.arange(len(segments))
-        self._lookup = Lookup(
+        names = np.zeros(len(self._segments), np.int64)
+        order = sorted(range(len(self._segments)), key=lambda n: self._segments[n].name)
+        names[order] = np.arange(len(self._segments))
+        return Lookup(
             [
                 table.searchable(alive, of, np.array([rank[origin] for origin in table.origins], np.int64))
-                for table, of, alive in zip(tables, numbers, self._alive, strict=True)
+                for table, of, alive in zip(self._tables, self._numbers, self._alive, strict=True)
             ],
-            np.array([segment.tokens for segment in segments], np.int64),
+            np.array([segment.tokens for segment in self._segments], np.int64),
             names,
         )
 
@@ -75,6 +111,7 @@ class SegmentedSnapshot(Snapshot):
 
         Those in replaced segments too: they are served again should the segment be lost that replaces them.
         """
+        self._bring()
         prefix, rest = split_keys(keys)
         copies: dict[str, set[int]] = {}
         for table in self._tables:
@@ -150,13 +187,13 @@ class SegmentedSnapshot(Snapshot):
             return np.empty(0, np.int64)
         return self._rows.gather(_plan(located, found), out, width, expected)
 
-    def scatter(
-        self, located: EntryLocations, out: Buffers, targets: NDArray[np.int64], expected: Expected | None
+    def place(
+        self, located: EntryLocations, out: Buffers, placing: Placing, expected: Expected | None
     ) -> NDArray[np.int64]:
         found = located.found
         if not found.any():
             return np.empty(0, np.int64)
-        return self._rows.scatter(_plan(located, found), out, targets, expected)
+        return self._rows.place(_plan(located, found), out, placing, expected)
 
     def read_at_once(
         self,
@@ -164,7 +201,7 @@ class SegmentedSnapshot(Snapshot):
         out: Buffers,
         width: int | None,
         seed: int | None,
-        targets: NDArray[np.int64] | None = None,
+        placing: Placing | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         names = tuple(out)
         columns = self._rows.mapped(names) if all(map(self.have, names)) else None
@@ -174,7 +211,8 @@ class SegmentedSnapshot(Snapshot):
         if known is None or any(one is not other for one, other in zip(known, columns, strict=True)):
             reading = self._lookup.reading(columns, names.index(VALUES))
             self._readings[names] = columns, reading
-        return None if reading is None else reading.read(keys, list(out.values()), width, seed, targets)
+        ways = None if placing is None else [placing if name == VALUES else None for name in names]
+        return None if reading is None else reading.read(keys, list(out.values()), width, seed, ways)
 
     def read_ahead(self, located: EntryLocations) -> bool:
         there = located.found
@@ -187,7 +225,7 @@ class SegmentedSnapshot(Snapshot):
     def keys(self) -> NDArray[np.uint8]:
         live = [
             join_keys(*((table.prefix, table.rest) if alive is None else (table.prefix[alive], table.rest[alive])))
-            for table, alive in zip(self._tables, self._alive, strict=True)
+            for alive, table in zip(self._alive, self._tables, strict=True)
         ]
         keys = np.concatenate([np.empty((0, 32), np.uint8), *live])
         keys = keys[key_order(keys)]

@@ -17,9 +17,16 @@ class SegmentedSpace(SpaceDriver):
     """Implements ``SpaceDriver`` for one folder of segments, ``spaces/<fingerprint>``."""
 
     def __init__(
-        self, format: SegmentFormat, place: Place, fingerprint: str, columns: Columns, *, writable: bool
+        self,
+        format: SegmentFormat,
+        place: Place,
+        fingerprint: str,
+        columns: Columns,
+        *,
+        writable: bool,
+        journaled: bool = False,
     ) -> None:
-        self.catalog = Catalog(format, place, fingerprint, columns, writable=writable)
+        self.catalog = Catalog(format, place, fingerprint, columns, writable=writable, journaled=journaled)
         self._writable = writable
         self._tiers = compaction.TieredMerge(self.catalog)
 
@@ -45,7 +52,7 @@ class SegmentedSpace(SpaceDriver):
         with self.catalog.lock:
             done = compaction.compact(self.catalog, target_bytes, waste, grace, progress)
             if done.segments_merged or done.segments_removed:
-                self.catalog.snapshot()
+                self.catalog.snapshot(exact=True)
                 self.catalog.write_index()
         return done
 

@@ -58,6 +58,7 @@ class StandingPlace(Place):
 
     def __init__(self, place: Place, standing: marker.Marker) -> None:
         self.where, self._wrapped, self._marker = place.where, place, standing.data
+        self.indexes_each = place.indexes_each
 
     def check(self) -> None:
         found = self._wrapped.read(marker.NAME)
@@ -74,6 +75,7 @@ class StandingPlace(Place):
 
     make, names, read, sync_names, age = map(_passed, ("make", "names", "read", "sync_names", "age"))
     segment, local_copy, rows, listing, close = map(_passed, ("segment", "local_copy", "rows", "listing", "close"))
+    lost, publish_along, beginning = map(_passed, ("lost", "publish_along", "beginning"))
     publish, publish_bytes, remove = map(_checked, ("publish", "publish_bytes", "remove"))
     move, remove_folder, sweep = map(_checked, ("move", "remove_folder", "sweep"))
 
@@ -178,7 +180,8 @@ def open_segmented(format: SegmentFormat, place: Place, *, mode: str, create: bo
     standing, writable = StandingPlace(place, marked), mode == "a"
 
     def open_space(fingerprint: str, columns: Columns) -> SpaceDriver:
-        return SegmentedSpace(format, standing, fingerprint, columns, writable=writable)
+        journaled = marked.version >= marker.JOURNALED
+        return SegmentedSpace(format, standing, fingerprint, columns, writable=writable, journaled=journaled)
 
     return PlacedStore(standing, marked, open_space, mode=mode)
 

@@ -30,6 +30,7 @@ from actcache.format.moments import Moments
 from actcache.format.ragged import PAYLOAD, offsets_of, row_indices, runs
 from actcache.format.recipe import Recipe
 from actcache.io import loops
+from actcache.io.loops import Placing, Pooled, Scattered
 from actcache.io.notebook import Shown, table
 from actcache.io.workers import available_cpus
 from actcache.reader.pooling import pooled
@@ -519,7 +520,7 @@ class Space:
             out: ``[room, ...]`` in the stored dtype, rows as wide as they are stored, each contiguous; they may lie
                 apart (``array[:, 3]``).
             targets: int64 ``[rows]``, each number once.
-            token_ids: int32 ``[room]``, filled alike.
+            token_ids: int32 ``[rows]``, filled one entry after another.
 
         Raises:
             ShapeError: a buffer is of another dtype or width, or there are more or fewer targets than rows. What is in
@@ -530,24 +531,59 @@ class Space:
         wanted, width = key_array(keys), self._columns[VALUES][1][0]
         if out.dtype != self._codec.stored or out.shape[1:] != (width,) or out.strides[-1] != out.itemsize:
             raise ShapeError(f"out must be {self._codec.stored} [room, {width}], not {out.dtype} {list(out.shape)}")
-        rows: dict[str, NDArray[Any]] = {TOKEN_IDS: np.empty(len(out), np.int32)} if token_ids is None else {}
-        if token_ids is not None:
-            rows[TOKEN_IDS] = to_buffer(token_ids, np.dtype(np.int32), "token_ids")
-            if len(token_ids) != len(out):
-                raise ShapeError(f"token_ids must be [{len(out)}] beside this out, not {list(token_ids.shape)}")
-        rows[VALUES] = out
-        if (lengths := self._read_at_once(wanted, rows, None, targets, verify=True)) is None:
-            request = self._request(wanted)
-            lengths = request.lengths
-            _check_targets(lengths, targets)
-            if token_ids is not None and not request.has(TOKEN_IDS)[lengths > 0].all():
-                raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
-            self._refuse_corrupt(wanted, request.scatter(rows, targets, verify=True))
-        else:
-            _check_targets(lengths, targets)
+        lengths = self._place(wanted, out, Scattered(targets), len(targets), token_ids)
         if self._codec.form not in codec.FLOATS:
             self._refuse_corrupt(wanted, self._stray(lengths, out[targets], None))
         return ReadReport(lengths)
+
+    @retry_on_stale_snapshot
+    def pool_into(
+        self, keys: Keys, out: NDArray[Any], how: str, rows: int, *, at: NDArray[np.int64] | None = None
+    ) -> ReadReport:
+        """Read one row of each entry, without bringing the others anywhere. Of spaces that store numbers (float32,
+        float16, bfloat16), compressed or not.
+
+        Args:
+            out: ``[n, hidden]``, C-contiguous. Rows of absent entries are left alone.
+            how: see ``actcache.io.loops.Pooled``: float32 for ``"mean"`` and ``"max"``, else the stored dtype.
+            rows: how many all these entries have together.
+            at: int64 ``[n]`` positions, from 0.
+
+        Raises:
+            ShapeError: a buffer is of another dtype or shape, or there are more or fewer rows.
+            IndexError: an entry has no such position.
+            CorruptEntryError: it names the entries; the rows of all others are in place.
+        """
+        wanted, form = key_array(keys), self._codec.form
+        if form not in codec.FLOATS:
+            raise UsageError(f"rows of {form} are decoded before they are pooled: use pooled()")
+        dtype = self._codec.stored if how == "at" else np.dtype(np.float32)
+        if out.dtype != dtype or out.shape != (len(wanted), self.recipe.hidden_size) or not out.flags.c_contiguous:
+            raise ShapeError(f"out must be {dtype} [{len(wanted)}, {self.recipe.hidden_size}], contiguous")
+        return ReadReport(self._place(wanted, out, Pooled(how, form, at), rows, None))
+
+    def _place(
+        self,
+        keys: NDArray[np.uint8],
+        out: NDArray[Any],
+        placing: Placing,
+        total: int,
+        token_ids: NDArray[np.int32] | None,
+    ) -> NDArray[np.int64]:
+        """Read entries that have so many rows together to where they belong; return their lengths."""
+        ids = np.empty(total, np.int32) if token_ids is None else to_buffer(token_ids, np.dtype(np.int32), "token_ids")
+        if ids.shape != (total,):
+            raise ShapeError(f"token_ids must be [{total}], not {list(ids.shape)}")
+        rows: dict[str, NDArray[Any]] = {TOKEN_IDS: ids, VALUES: out}  # in the order of the chain of digests
+        if (lengths := self._read_at_once(keys, rows, None, placing, verify=True)) is not None:
+            _check_total(lengths, total)
+            return lengths
+        request = self._request(keys)
+        _check_total(request.lengths, total)
+        if token_ids is not None and not request.has(TOKEN_IDS)[request.lengths > 0].all():
+            raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
+        self._refuse_corrupt(keys, request.place(rows, placing, verify=True))
+        return request.lengths
 
     def _read(self, request: Request, out: dict[str, NDArray[Any]], width: int | None, *, verify: bool) -> list[int]:
         """Read entries; return the positions of those that are corrupt, or hold what no writer stores."""
@@ -567,7 +603,7 @@ class Space:
         keys: NDArray[np.uint8],
         out: backend.Buffers,
         width: int | None,
-        targets: NDArray[np.int64] | None = None,
+        placing: Placing | None = None,
         *,
         verify: bool,
     ) -> NDArray[np.int64] | None:
@@ -576,7 +612,7 @@ class Space:
         if self._writer is not None and len(self._writer):
             return None  # then the snapshot: a block that is published in between is in it
         seed = checksum.chain_seed(self._seed, out) if verify else None
-        read = self._view().read_at_once(keys, out, width, seed, targets)
+        read = self._view().read_at_once(keys, out, width, seed, placing)
         if read is None:
             return None
         self._used.note()
@@ -932,9 +968,9 @@ class Space:
         return table(f"Space {recipe.fingerprint}" + " (closed)" * self._closed, [*recipe.facts(), *rows])
 
 
-def _check_targets(lengths: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-    if (rows := int(lengths.sum())) != len(targets):
-        raise ShapeError(f"these entries have {rows} rows, and there are {len(targets)} targets")
+def _check_total(lengths: NDArray[np.int64], total: int) -> None:
+    if (rows := int(lengths.sum())) != total:
+        raise ShapeError(f"these entries have {rows} rows, and {total} were expected: they were replaced, or deleted")
 
 
 def _after_fork() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import time
@@ -11,17 +12,19 @@ import numpy as np
 import pytest
 
 import actcache
+from actcache.admin.retention import plan_pruning, prune
 from actcache.errors import (
     ActcacheError,
     BackendError,
     ClosedError,
+    CorruptEntryError,
     FormatError,
     ReadOnlyError,
     StorageIOError,
     StoreError,
     StoreNotFoundError,
 )
-from actcache.segments.places.objects import ObjectPlace
+from actcache.segments.places.objects import ObjectPlace, s3, transfers
 from tests import support
 from tests.segments.objects.conftest import Bucket
 from tests.support.waiting import DEADLINE, no_hang
@@ -205,7 +208,7 @@ def test_a_large_write_that_fails_leaves_nothing(bucket, proxy):
 def test_what_a_killed_uploader_left_is_swept(bucket):
     code = """
 import sys, os, signal, json
-from actcache.segments.places.objects import ObjectPlace
+from actcache.segments.places.objects import ObjectPlace, s3, transfers
 from actcache.segments.places.objects.s3 import S3Client
 part, sent = S3Client.part, []
 def kill(self, key, upload, number, data):
@@ -230,6 +233,56 @@ ObjectPlace(sys.argv[1], "", json.loads(sys.argv[2])).publish("thing", lambda p:
         assert place.sweep(3600) == 0
     assert place.sweep(0) >= 1
     assert bucket.uploads() == ["elsewhere/thing"]
+    place.close()
+
+
+@pytest.mark.parametrize("status", [403, 405, 501])
+def test_a_store_that_lists_no_uploads_is_swept_of_the_rest(bucket, proxy, caplog, status):
+    place = ObjectPlace(bucket.url, "zarr.json", bucket.through(proxy))
+    left = "segments/000000000001-0123456789abcdef.zarr/values/c.0.0"
+    place.publish_bytes(left, b"rows", replace=True)
+    rule = proxy.rule("NotImplemented", r"GET .*\?.*uploads", times=10**6, status=status)
+    assert place.sweep(0) >= 1
+    assert rule.hits == 1
+    assert bucket.listed() == []
+    assert "unfinished uploads stay" in caplog.text
+    place.close()
+
+
+def test_pruning_takes_uploads_of_any_age(bucket):
+    with actcache.open(bucket.url, **bucket.options) as store:
+        bucket.s3.create_multipart_upload(Bucket=bucket.name, Key="some/store/thing")
+        prune(store, plan_pruning(store, left_behind=0.0))
+        assert bucket.uploads() == []
+
+
+@ONE_CLIENT
+def test_what_arrives_is_compared_with_what_was_sent(place, bucket, monkeypatch):
+    """Where the answer tells no MD5 of it, by its size; what is too short goes, and is written again."""
+    monkeypatch.setattr(s3, "_etag", lambda answer: "")
+    sizes = [3]
+    head = s3.S3Client.head
+
+    def short_at_first(self, key):
+        found = head(self, key)
+        return dataclasses.replace(found, size=sizes.pop()) if sizes else found
+
+    monkeypatch.setattr(s3.S3Client, "head", short_at_first)
+    assert place.publish_bytes("thing", body(), replace=True)
+    assert not sizes
+    assert place.read("thing") == body()
+
+
+def test_an_upload_in_parts_that_came_out_short_has_not_happened(bucket, monkeypatch):
+    place = ObjectPlace(bucket.url, "", {**bucket.options, "retry_seconds": 5})
+    monkeypatch.setattr(transfers, "_SINGLE_BYTES", 1 << 20)
+    monkeypatch.setattr(transfers, "_PART_BYTES", 5 << 20)
+    head = s3.S3Client.head
+    monkeypatch.setattr(s3.S3Client, "head", lambda self, key: dataclasses.replace(head(self, key), size=7))
+    with pytest.raises(StorageIOError, match="7 of 6291456 bytes after its upload"):
+        publish(place, bytes(6 << 20), replace=True)
+    assert bucket.listed() == []
+    assert bucket.uploads() == []
     place.close()
 
 
@@ -370,7 +423,14 @@ def test_a_segment_truncated_under_a_reader(filled, options):
         with pytest.raises(ActcacheError):
             space.get([support.key(number) for number in range(40)])
     with actcache.open(filled.url, "r", **options) as store, store.space(support.recipe()) as space:
-        support.check(space, {n: 0 for n in range(40) if not 20 <= n < 30}, range(40))
+        # Nobody lists the segments, and so nobody sees it before it is read: what it has is served, the rest refused.
+        support.check(space, dict.fromkeys([*range(29), *range(30, 40)], 0), [*range(29), *range(30, 40)])
+        with pytest.raises(CorruptEntryError) as raised:
+            space.get([support.key(number) for number in range(40)])
+        assert raised.value.keys == [support.key(29)]
+        report = space.verify()
+        assert not report.intact
+        assert list(report.damaged) == [keys[2].rpartition("/")[2].partition(".")[0]]
 
 
 def test_closing_ends_what_waits(bucket, proxy):

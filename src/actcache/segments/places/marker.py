@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from actcache.errors import BackendError, FormatVersionError, NotAStoreError, StoreNotFoundError
 from actcache.segments.places.place import Place
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
+#: From this version on the index files of a space name all its segments: nobody may write one without the other.
+JOURNALED = 3
+_PLAIN = 1
 NAME = "actcache.json"
 
 
@@ -60,10 +63,13 @@ def claim(place: Place, backend: str, *, create: bool) -> Marker:
         created = NAME in names  # by another process, a moment ago
         if strangers and not created:
             raise NotAStoreError(f"{place.where} holds other files ({strangers[0]}, ...) and no {NAME}: it is no store")
+        if not created:
+            place.check_bucket()
         if not created and not create:
             raise StoreNotFoundError(f"there is no store at {place.where}; open it with mode='a' to create one")
         if not created:
-            value = {"format": "actcache", "format_version": FORMAT_VERSION, "backend": backend}
+            version = JOURNALED if place.indexes_each else _PLAIN
+            value = {"format": "actcache", "format_version": version, "backend": backend}
             text = json.dumps({**value, "id": secrets.token_hex(16)})
             place.make()
             # Another process may be creating the same store: whichever marker came first stands, and is read below.

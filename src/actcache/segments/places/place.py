@@ -24,10 +24,15 @@ class Place(ABC):
     """
 
     where: str  # the root, for messages
+    #: Whether it costs requests to look into a segment: an index file is then published along with each.
+    indexes_each: bool = False
 
     @abstractmethod
     def make(self) -> None:
         """Make the root where a place has one that can be absent. Publishing makes none."""
+
+    def check_bucket(self) -> None:  # noqa: B027 (a folder is made where there is none)
+        """Raise ``StoreNotFoundError`` where there is nothing that a store could be made in."""
 
     def check(self) -> None:  # noqa: B027 (a place of its own has nothing to compare with)
         """Raise ``StoreGoneError`` where the store that was opened here is not here any more."""
@@ -47,6 +52,10 @@ class Place(ABC):
 
         Returns False where the name stands already and ``replace`` is False; it is left as it is.
         """
+
+    def publish_along(self, name: str, write: Callable[[Path], object]) -> None:
+        """Publish what tells of what was published just now: without another look whether the store stands."""
+        self.publish(name, write, replace=True)
 
     @abstractmethod
     def publish_bytes(self, name: str, data: bytes, *, replace: bool) -> bool:
@@ -73,6 +82,15 @@ class Place(ABC):
     @abstractmethod
     def segment(self, name: str) -> SegmentFiles:
         """Return access to a segment's files; nothing is read yet."""
+
+    def lost(self, folder: str) -> frozenset[str]:
+        """Return the names in a folder of segments that were found to be gone while they were read, each once."""
+        return frozenset()
+
+    def beginning(self, name: str, nbytes: int) -> tuple[bytes, int] | None:
+        """Return the first bytes of a file that never changes, as many as there are, and its size; None where it costs
+        nothing to map all of it. Raises ``FileNotFoundError`` where it is gone."""
+        return None
 
     @abstractmethod
     def local_copy(self, name: str) -> Path:

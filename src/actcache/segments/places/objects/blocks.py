@@ -32,6 +32,7 @@ class CachedBlocks:
         self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._held = 0  # bytes
         self._sizes: dict[str, int] = {}
+        self._lost: set[str] = set()  # segments that were not there when something of them was read
         self._lock = ProcessLock()
 
     def learn(self, sizes: Mapping[str, int]) -> None:
@@ -50,6 +51,17 @@ class CachedBlocks:
                 del self._sizes[known]
             for block in [block for block in self._kept if within(block[0])]:
                 self._held -= len(self._kept.pop(block))
+
+    def note_lost(self, segment: str) -> None:
+        with self._lock:
+            self._lost.add(segment)
+
+    def take_lost(self, folder: str) -> set[str]:
+        """Return the segments of a folder, given with its slash, that were found gone since somebody asked."""
+        with self._lock:
+            lost = {segment for segment in self._lost if segment.startswith(folder)}
+            self._lost -= lost
+        return lost
 
     def size(self, key: str) -> int:
         """Return the bytes of an object. Raises ``ObjectNotFoundError``, and what a client raises."""
@@ -154,6 +166,7 @@ class ObjectSegment(SegmentFiles):
         try:
             yield f"{self._name}/{name}" if name else self._name
         except ObjectNotFoundError:
+            self._blocks.note_lost(self._name)
             if name and name != self._commit:
                 with suppress(ObjectNotFoundError):
                     self._session.client().head(f"{self._name}/{self._commit}")

@@ -30,6 +30,10 @@ class TransientError(StorageIOError):
     """The same request may succeed a moment later. Nobody knows whether this one was carried out."""
 
 
+class UnsupportedError(StorageIOError):
+    """The store has no such operation, or nobody may use it."""
+
+
 @dataclass(frozen=True)
 class Body:
     """A range of an object."""
@@ -75,6 +79,9 @@ class Client(ABC):
     where: str  # the root, for messages
     multipart: bool  # whether large files are uploaded by ``begin``, ``part`` and ``complete``; else by ``put_file``
 
+    def check_bucket(self) -> None:  # noqa: B027 (where every request tells, there is nothing to ask)
+        """Raise ``StoreNotFoundError`` where there is no such bucket."""
+
     @abstractmethod
     def get(self, key: str, offset: int, nbytes: int) -> Body:
         """Return a range of an object: exactly ``nbytes`` bytes, or as many as the object has from ``offset`` on."""
@@ -89,7 +96,8 @@ class Client(ABC):
 
     @abstractmethod
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
-        """Write an object, all or nothing; where it stands, ``create`` raises ``ObjectExistsError``.
+        """Write an object, all or nothing; where it stands, ``create`` raises ``ObjectExistsError``. What the store
+        says that it holds, its size or checksum, is compared.
 
         ``token`` is kept with the object, so that after a lost response ``head`` tells whose it is.
         """
@@ -116,7 +124,7 @@ class Client(ABC):
         raise NotImplementedError
 
     def uploads(self) -> list[Upload]:
-        """Return the unfinished uploads below the root."""
+        """Return the unfinished uploads below the root. Raises ``UnsupportedError`` where nobody can tell."""
         return []
 
     @abstractmethod

@@ -172,6 +172,9 @@ class FetchedRows(RowSource):
         client = self._session.client()
         return self._session.submit(lambda: client.get(key, begin, end - begin).data)
 
+    def note_lost(self, segment: int) -> None:
+        self._blocks.note_lost(self._locate(self._segments[segment], ""))
+
     def where(self, segment: int) -> str:
         return self._segments[segment].files.where
 
@@ -213,6 +216,7 @@ class _Fetches:
         try:
             return future.result()
         except ObjectNotFoundError:
+            self._rows.note_lost(int(self._ranges.segments[number]))
             raise SegmentGoneError(f"{self.where(number)} is gone; refresh the space") from None
         except CancelledError:
             if isinstance(self._failure, Exception):  # another thread has told of it; that one counts

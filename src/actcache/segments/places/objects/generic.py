@@ -6,11 +6,14 @@ written next), and unfinished uploads are the library's own business.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import inspect
 import os
 import select
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +22,20 @@ from typing import Any
 import fsspec
 from fsspec.exceptions import FSTimeoutError
 
-from actcache.errors import MissingExtraError, ReadOnlyError, StorageIOError, StoreError
+from actcache.errors import (
+    BackendError,
+    MissingExtraError,
+    ReadOnlyError,
+    StorageIOError,
+    StoreError,
+    StoreNotFoundError,
+)
 from actcache.segments.places.objects import client
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 _REFUSED = (401, 403)
+#: What fsspec's own constructors call the options that they hand up to their base.
+_PASSED_UP = ("kwargs", "storage_options")
 
 
 class FsspecClient(client.Client):
@@ -33,7 +45,15 @@ class FsspecClient(client.Client):
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         self.where = url.rstrip("/")
-        protocol = url.partition("://")[0]
+        protocol, _, rest = url.partition("://")
+        self._protocol, self._bucket = protocol, rest.partition("/")[0]
+        try:
+            kind = fsspec.get_filesystem_class(protocol)
+        except ImportError as error:
+            raise MissingExtraError(f"{url} needs another package: {error}") from error
+        except ValueError as error:
+            raise StorageIOError(f"cannot open {url}: {error}") from error
+        _check_options(kind, protocol, options)
         try:
             self._fs: Any = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
         except ImportError as error:
@@ -42,6 +62,22 @@ class FsspecClient(client.Client):
             raise StorageIOError(f"cannot open {url}: {error}; check the options") from error
         self._loop = getattr(self._fs, "loop", None)  # of those that are asynchronous inside
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
+
+    def check_bucket(self) -> None:
+        if self._protocol == "memory":  # where a folder is there when something is in it
+            return
+        bucket = self._fs._strip_protocol(f"{self._protocol}://{self._bucket}")
+        with self._translated("look at", ""):
+            try:
+                self._fs.info(bucket)
+            except FileNotFoundError:
+                try:
+                    self._fs.ls(bucket)  # who may not look at a bucket may list it nevertheless
+                except FileNotFoundError:
+                    raise self._no_bucket(f"cannot look at {self.where}") from None
+
+    def _no_bucket(self, what: str) -> StoreNotFoundError:
+        return StoreNotFoundError(f"{what}: there is no bucket {self._bucket}; create it, or check its name")
 
     def get(self, key: str, offset: int, nbytes: int) -> client.Body:
         with self._translated("read", key):
@@ -86,10 +122,24 @@ class FsspecClient(client.Client):
                 self._fs.pipe_file(self._path(key), bytes(data), mode="create" if create else "overwrite")
             except FileExistsError:
                 raise client.ObjectExistsError(key) from None
+            self._check(key, len(data), lambda: hashlib.md5(data, usedforsecurity=False))
 
     def put_file(self, key: str, path: Path) -> None:
+        def digest() -> Any:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+
         with self._translated("write", key, writing=True):
             self._fs.put_file(str(path), self._path(key))
+            self._check(key, os.path.getsize(path), digest)
+
+    def _check(self, key: str, nbytes: int, digest: Callable[[], Any]) -> None:
+        """Raise ``TransientError``, and remove the object, where the store says that it holds something else."""
+        info = self._fs.info(self._path(key))
+        told = _md5(info)
+        if int(info["size"]) != nbytes or (told is not None and told != digest().digest()):
+            self._fs.rm_file(self._path(key))
+            raise client.TransientError(f"cannot write {self.where}/{key}: it is not what was sent")
 
     def copy(self, key: str, target: str) -> None:
         with self._translated("copy", key, writing=True):
@@ -116,7 +166,7 @@ class FsspecClient(client.Client):
         except (StoreError, client.ObjectNotFoundError, client.ObjectExistsError):
             raise
         except FileNotFoundError as error:
-            raise client.ObjectNotFoundError(what) from error
+            raise (self._no_bucket(what) if verb == "write" else client.ObjectNotFoundError(what)) from error
         except PermissionError as error:
             raise _refused(what, error, writing) from error
         except (OSError, FSTimeoutError) as error:
@@ -127,6 +177,8 @@ class FsspecClient(client.Client):
             status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", 0)
             if status in _REFUSED:
                 raise _refused(what, error, writing) from error
+            if status == 404:
+                raise (self._no_bucket(what) if verb == "write" else client.ObjectNotFoundError(what)) from error
             if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
                 raise StorageIOError(f"{what}: {error!r:.300}") from error
             raise client.TransientError(f"{what}: {error!r:.300}") from error
@@ -143,6 +195,34 @@ def leave_to_parent(fs: object, loop: object) -> None:
         # The parent's epoll is open here, too: a connection that is closed here would fall silent there.
         with select.epoll() as empty:
             os.dup2(empty.fileno(), selector.fileno(), inheritable=False)
+
+
+def _check_options(kind: type, protocol: str, options: Mapping[str, Any]) -> None:
+    """Raise ``BackendError`` for an option that a file system does not have.
+
+    One that hands what it does not know on to another library is not asked.
+    """
+    known: set[str] = set()
+    for maker in kind.__mro__:
+        parameters = inspect.signature(maker.__init__).parameters.values() if "__init__" in vars(maker) else ()
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_KEYWORD and maker is kind and parameter.name not in _PASSED_UP:
+                return
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                known.add(parameter.name)
+    unknown = sorted(options.keys() - (known - {"self"}))
+    if unknown:
+        has = ", ".join(sorted(known - {"self", "loop", "asynchronous"} | {"retry_seconds", "timeout"}))
+        raise BackendError(f"an {protocol}:// store has no option {unknown[0]!r}; it has {has}")
+
+
+def _md5(info: Mapping[str, Any]) -> bytes | None:
+    """Return the MD5 that a store tells of an object, where it tells one."""
+    told = info.get("md5Hash") or (info.get("content_settings") or {}).get("content_md5")
+    try:
+        return base64.b64decode(told, validate=True) if isinstance(told, str) else bytes(told) if told else None
+    except (ValueError, TypeError):
+        return None
 
 
 def _refused(what: str, error: Exception, writing: bool) -> StoreError:

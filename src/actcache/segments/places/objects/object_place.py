@@ -7,6 +7,7 @@ upload, or objects without their commit, and neither is listed.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -26,13 +27,15 @@ from actcache.io.files import translated
 from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.blocks import CachedBlocks, ObjectSegment
-from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError
+from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError, UnsupportedError
 from actcache.segments.places.objects.fetched_rows import FetchedRows
 from actcache.segments.places.objects.session import Session
 from actcache.segments.places.objects.transfers import download, upload, upload_bytes
 from actcache.segments.places.place import Place
 from actcache.segments.rows import RowSource
 from actcache.segments.segment import Segment, is_name
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,6 +50,8 @@ class ObjectPlace(Place):
     those of docs/object-stores.md. Raises ``BackendError`` where the URL names no bucket, or an option is not known.
     """
 
+    indexes_each = True
+
     def __init__(self, url: str, commit: str, options: Mapping[str, Any]) -> None:
         target = opt.target(url, options)
         self.where = target.url
@@ -60,21 +65,27 @@ class ObjectPlace(Place):
     def make(self) -> None:
         """Nothing to do: a prefix is there as soon as something lies under it."""
 
+    def check_bucket(self) -> None:
+        self._session.client().check_bucket()
+
     # --- names -------------------------------------------------------------------------------------------------------
 
     def names(self, folder: str) -> list[str]:
         prefix = f"{folder}/" if folder else ""
         client = self._session.client()
-        found = client.listing(prefix, recursive=False)
-        files, folders = found.files, {key.removeprefix(prefix).rstrip("/") for key in found.folders}
-        if any(map(self._is_segment, folders)):
-            # Which of them are whole? One more listing tells it of all.
-            files = client.listing(prefix, recursive=True).files
-            commits = {key.removeprefix(prefix) for key in files}
-            folders = {name for name in folders if not self._is_segment(name) or f"{name}/{self._commit}" in commits}
-        self._blocks.learn({key: listed.size for key, listed in files.items()})
-        names = {key.removeprefix(prefix) for key in files}
-        return sorted({name for name in names if name and "/" not in name} | folders)
+        # Whether a segment of several objects is whole, a listing of all that is in it tells.
+        deep = bool(self._commit) and folder.rpartition("/")[2] == "segments"
+        found = client.listing(prefix, recursive=deep)
+        if not deep and any(self._is_segment(key.removeprefix(prefix).rstrip("/")) for key in found.folders):
+            found = client.listing(prefix, recursive=True)
+        self._blocks.learn({key: listed.size for key, listed in found.files.items()})
+        inside = [key.removeprefix(prefix) for key in (*found.files, *found.folders)]
+        names = {name.partition("/")[0] for name in inside}
+        commits = {name.removesuffix(f"/{self._commit}") for name in inside if name.endswith(f"/{self._commit}")}
+        files = {name for name in inside if "/" not in name}
+        return sorted(
+            {name for name in names if name and (name in files or not self._is_segment(name))} | (names & commits)
+        )
 
     def _is_segment(self, name: str) -> bool:
         """Return whether the last part of a name is a segment's that has several objects."""
@@ -146,18 +157,17 @@ class ObjectPlace(Place):
 
     def remove(self, name: str) -> bool:
         commit, *rest = self._keys(name)
-        there = [self._remove(commit), *self._each(self._remove, rest)]
-        self._blocks.forget(f"{name}/" if self._is_segment(name) else name)
-        return any(there)
-
-    def _remove(self, key: str) -> bool:
         client = self._session.client()
+        there = True
         try:
-            client.head(key)
+            client.head(commit)
         except ObjectNotFoundError:
-            return False
-        client.remove(key)
-        return True
+            there = bool(rest)  # which a listing has just shown
+        else:
+            client.remove(commit)
+        self._each(client.remove, rest)
+        self._blocks.forget(f"{name}/" if self._is_segment(name) else name)
+        return there
 
     def _keys(self, name: str) -> list[str]:
         """Return the objects of a file or segment, the commit object first."""
@@ -189,9 +199,19 @@ class ObjectPlace(Place):
     def rows(self, segments: list[Segment]) -> RowSource:
         return FetchedRows(self._session, self._blocks, segments, self._key_of)
 
+    def lost(self, folder: str) -> frozenset[str]:
+        return frozenset(name.rpartition("/")[2] for name in self._blocks.take_lost(f"{folder}/"))
+
     def _key_of(self, segment: Segment, file: str) -> str:
         name = segment.files.where.removeprefix(f"{self.where}/")
         return f"{name}/{file}" if file else name
+
+    def beginning(self, name: str, nbytes: int) -> tuple[bytes, int] | None:
+        try:
+            body = self._session.client().get(name, 0, nbytes)
+        except ObjectNotFoundError:
+            raise FileNotFoundError(f"{self.where}/{name}") from None
+        return bytes(body.data), body.size
 
     def local_copy(self, name: str) -> Path:
         with self._lock:
@@ -233,10 +253,12 @@ class ObjectPlace(Place):
                 return 0
             if name.startswith("tombstones/"):
                 return 3
+            if name.startswith("index/"):  # else it would name what is not there any more
+                return 1
             return 1 if self._commit and key.endswith(f"/{self._commit}") else 2
 
         for now in range(4):
-            self._each(self._remove, (key for key in found if turn(key) == now))
+            self._each(client.remove, (key for key in found if turn(key) == now))
         self._blocks.forget(f"{folder}/")
         return bool(found)
 
@@ -247,7 +269,14 @@ class ObjectPlace(Place):
     def sweep(self, older_than: float) -> int:
         client = self._session.client()
         swept = _sweep_local(older_than)
-        stale = [found for found in client.uploads() if found.age >= older_than] if client.multipart else []
+        stale = []
+        if client.multipart:
+            try:
+                stale = [found for found in client.uploads() if found.age >= older_than]
+            except UnsupportedError as error:  # the rest is swept nevertheless
+                logger.warning(
+                    "unfinished uploads stay where they are: %s; a lifecycle rule of the bucket helps", error
+                )
         for found in stale:
             client.abort(found.key, found.id)
         uncommitted = self._uncommitted(older_than) if self._commit else []

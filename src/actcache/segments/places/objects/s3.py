@@ -6,6 +6,8 @@ s3fs's own retries are switched off, and botocore's: ``Retrying`` decides, and l
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -48,6 +50,8 @@ _KEYS = {
     *("InvalidSecurity", "NotSignedUp", "InvalidSignature"),
 }
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "InsufficientCapacity"}
+#: Answers to what a server does not do, or does not let these credentials do.
+_NOT_FOR_US = (403, 405, 501)
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 
 
@@ -134,13 +138,18 @@ class S3Client(client.Client):
         return self._do("list", prefix, ask, 1 << 30)
 
     def put(self, key: str, data: client.Data, token: str, *, create: bool) -> None:
-        self._write(key, "put_object", len(data), Body=bytes(data), Metadata={_TOKEN: token}, **_condition(create))
+        digest = hashlib.md5(data, usedforsecurity=False)
+        options: dict[str, Any] = {"Metadata": {_TOKEN: token}, "ContentMD5": _base64(digest), **_condition(create)}
+        answer = self._write(key, "put_object", len(data), Body=bytes(data), **options)
+        if _etag(answer) != digest.hexdigest():  # of an encrypted object, say, it is no MD5
+            self._check_size(key, len(data))
 
     def begin(self, key: str, token: str) -> str:
         return str(self._write(key, "create_multipart_upload", Metadata={_TOKEN: token})["UploadId"])
 
     def part(self, key: str, upload: str, number: int, data: client.Data) -> str:
-        which: dict[str, Any] = {"UploadId": upload, "PartNumber": number}
+        digest = _base64(hashlib.md5(data, usedforsecurity=False))
+        which: dict[str, Any] = {"UploadId": upload, "PartNumber": number, "ContentMD5": digest}
         return str(self._write(key, "upload_part", len(data), Body=bytes(data), **which)["ETag"])
 
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
@@ -148,6 +157,12 @@ class S3Client(client.Client):
         options: dict[str, Any] = {"UploadId": upload, "MultipartUpload": parts, **_condition(create)}
         # Stores put the parts together before they answer, and some send blanks meanwhile.
         self._write(key, "complete_multipart_upload", 1 << 28, **options)
+
+    def _check_size(self, key: str, nbytes: int) -> None:
+        """Raise ``TransientError``, and remove the object, where the store has not got all of it."""
+        if (size := self.head(key).size) != nbytes:
+            self.remove(key)
+            raise client.TransientError(f"cannot write {self.where}/{key}: the store has {size} of {nbytes} bytes")
 
     def abort(self, key: str, upload: str) -> None:
         self._write(key, "abort_multipart_upload", verb="abort the upload of", UploadId=upload)
@@ -157,7 +172,12 @@ class S3Client(client.Client):
             found: list[client.Upload] = []
             after: dict[str, str] = {}
             while True:
-                page = await s3.list_multipart_uploads(Bucket=self._bucket, Prefix=self._prefix, **after)
+                try:
+                    page = await s3.list_multipart_uploads(Bucket=self._bucket, Prefix=self._prefix, **after)
+                except boto.ClientError as error:
+                    if (status := _status(error)) not in _NOT_FOR_US:
+                        raise
+                    raise client.UnsupportedError(f"{self.where} lists none (status {status})") from error
                 now = _now(page)
                 for upload in page.get("Uploads", ()):
                     key, age = upload["Key"].removeprefix(self._prefix), _seconds(upload["Initiated"], now)
@@ -241,6 +261,14 @@ class S3Client(client.Client):
         return failure(_status(error), code, message, what, bucket, writing=writing)
 
 
+def _base64(digest: Any) -> str:
+    return base64.b64encode(digest.digest()).decode()
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    return str(answer.get("ETag", "")).strip('"').lower()
+
+
 def _condition(create: bool) -> dict[str, str]:
     return {"IfNoneMatch": "*"} if create else {}
 
@@ -294,6 +322,8 @@ def failure(status: int, code: str, message: str, what: str, bucket: str, *, wri
             f"{what}: {bucket} refuses these credentials ({said}); check which they are, what they may do, and "
             "the bucket's name"
         )
+    if status in (405, 501):
+        return client.UnsupportedError(f"{what}: {bucket} does not do that ({said})")
     if status >= 500 or status in (408, 429):
         return client.TransientError(f"{what}: {said}")
     return StorageIOError(f"{what}: {bucket} answers {said}")

@@ -69,6 +69,7 @@ class Retrying(Client):
 
     get, head, listing, put_file, begin = map(_repeated, ("get", "head", "listing", "put_file", "begin"))
     part, uploads, copy, remove = map(_repeated, ("part", "uploads", "copy", "remove"))
+    check_bucket = _repeated("check_bucket")
 
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
         attempts = 0

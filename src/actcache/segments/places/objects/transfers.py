@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from actcache.errors import StorageIOError, StoreError
-from actcache.segments.places.objects.client import Body, Client
+from actcache.segments.places.objects.client import Body, Client, ObjectNotFoundError
 from actcache.segments.places.objects.session import Session
 
 _SINGLE_BYTES = 16 << 20  # up to here in one request
@@ -63,12 +63,24 @@ def _in_parts(client: Client, key: str, path: Path, size: int, create: bool) -> 
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         client.complete(key, upload, etags, token, create=create)
+        _check_size(client, key, size)
     except BaseException:
         with suppress(StoreError):  # it stays until it is swept; the first failure is the one to tell
             client.abort(key, upload)
         raise
     finally:
         os.close(descriptor)
+
+
+def _check_size(client: Client, key: str, nbytes: int) -> None:
+    """Raise ``StorageIOError``, and remove the object, where the store has not got all of it."""
+    try:
+        found = client.head(key).size
+    except ObjectNotFoundError:
+        found = 0
+    if found != nbytes:
+        client.remove(key)
+        raise StorageIOError(f"{client.where}/{key} has {found} of {nbytes} bytes after its upload; do the same again")
 
 
 def download(session: Session, key: str, file: BinaryIO) -> None:

@@ -181,14 +181,13 @@ def fill(
         _show_forecast(found, as_json)
         return
     working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
-    if max_error is not None and len(places) > 1:
-        raise UsageError("--max-error is measured by one device: fill some documents with one first, then all")
+    working |= {"max_error": max_error, "metric": metric}
     if len(places) > 1:
         report = parallel.fill(texts, model, devices=places, store=store, **where, **working, **settings)
     else:
         device = places[0] if places else None
         with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
-            report = recyclers.fill(texts, max_error=max_error, metric=metric, **working)
+            report = recyclers.fill(texts, **working)
     written = None if report.left_out else collection
     if written is not None and notes is not None:
         with open_store(store) as standing, open_space(standing, next(iter(report.spaces.values()))) as space:

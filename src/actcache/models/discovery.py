@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from actcache.errors import UnsupportedModelError
 from actcache.models.layouts import Layout
 from actcache.models.modes import LeftAsItWas, evaluating
+from actcache.models.tensors import without_bytes
 
 _INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 _BINS = (
@@ -136,6 +137,8 @@ def find_stack(base_model: PreTrainedModel) -> Stack:
         ):
             run(**inputs, **({"use_cache": False} if takes(run, "use_cache") else {}))
     except Exception as error:  # whatever a model's code raises
+        if absent := [name for name, parameter in base_model.named_parameters() if parameter.is_meta]:
+            raise without_bytes(absent[0]) from error
         what = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UnsupportedModelError(
             f"a {type(base_model).__name__} (model type {base_model.config.model_type!r}) does not run on "

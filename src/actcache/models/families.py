@@ -270,6 +270,11 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"a {type(model).__name__} is no transformers model: give a PreTrainedModel, as from_pretrained returns it"
+            + (
+                " (of PEFT's, model.get_base_model(), which has the adapters in it)"
+                if hasattr(model, "peft_config")
+                else ""
+            )
         )
     base = model.base_model
     if not isinstance(base, PreTrainedModel):

@@ -76,7 +76,10 @@ class LowerHalf:
 
     @property
     def device(self) -> torch.device:
-        return first_parameter(self.family.layers_of(self.base_model)[0]).device
+        first = first_parameter(self.family.layers_of(self.base_model)[0])
+        if first.is_meta:
+            raise without_bytes(next(name for name, one in self.base_model.named_parameters() if one is first))
+        return first.device
 
     def marks(self) -> tuple[tuple[int, ...], ...]:
         """Return what changes when weights or hooks of the lower half do, cheap to compare.

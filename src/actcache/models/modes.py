@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+_SMALL = 1 << 16  # numbers of a buffer that is compared
 
 
 @contextlib.contextmanager
@@ -37,9 +40,20 @@ class LeftAsItWas:
         self._before = [
             (module, _plain(module), dict(module._modules), dict(module._buffers)) for module in self.model.modules()
         ]
+        self._numbers = [
+            (f"{name or 'a buffer'} of {type(module).__name__}", buffer, buffer.clone(), buffer._version)
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel() <= _SMALL and not buffer.is_meta and not buffer.is_inference()
+        ]
         return self
 
     def __exit__(self, *error: object) -> None:
+        for what, buffer, before, version in self._numbers:
+            if buffer._version != version and not torch.equal(buffer, before):
+                self.changed.append(f"the buffer {what} from {_shown(before)} to {_shown(buffer)}")
+                with torch.no_grad():
+                    buffer.copy_(before)
         for module, values, children, buffers in self._before:
             kind = type(module).__name__
             for name, value in _plain(module).items():
@@ -51,6 +65,10 @@ class LeftAsItWas:
                     self.changed.append(f"the {name} of {kind}")
                     now.clear()
                     now.update(there)  # type: ignore[arg-type]
+
+
+def _shown(numbers: torch.Tensor) -> str:
+    return f"{numbers.item():g}" if numbers.numel() == 1 else "other numbers"
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
             f"{type(task_model).__name__} is configured as a decoder, whose key-value cache replay does not support; "
             "load it with is_decoder=False"
         )
+    _check_whole(task_model)
     # deepcopy takes what it finds in the memo for done: the lower half is neither copied nor touched.
     injected = InjectedRows()
     features = None
@@ -149,6 +150,21 @@ def _copied(task_model: PreTrainedModel, family: Family, layer: int | str, memo:
         if isinstance(head, nn.Module):
             head.register_forward_hook(NoAnswersAtPadding(injected))
     return reduced
+
+
+def _check_whole(task_model: PreTrainedModel) -> None:
+    """Refuse a model whose modules were given other forwards: a copy of it would run the model's own."""
+    name = type(task_model).__name__
+    if any(hasattr(module, "_hf_hook") for module in task_model.modules()):
+        raise ModelError(
+            f"this {name} is spread over devices, or a disk, by accelerate (device_map), whose hooks stand in its "
+            "modules' forwards: load the task model on one device to reduce it (recording takes it as it is)"
+        )
+    if "forward" in vars(task_model):
+        raise ModelError(
+            f"the forward of this {name} was replaced on the model itself, and a reduced model has its class's: take "
+            "that back (del model.forward), and compile or wrap the reduced model"
+        )
 
 
 def _keep_all_layers(base: PreTrainedModel, family: Family) -> None:

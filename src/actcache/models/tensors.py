@@ -41,7 +41,10 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 def without_bytes(name: str) -> ModelError:
     """Return the error for a weight on the meta device."""
-    return ModelError(f"weight {name} is on the meta device, so it has no bytes; load the model into memory first")
+    return ModelError(
+        f"weight {name} is on the meta device, so it has no bytes (device_map may have left it on a disk): load the "
+        "model into memory first"
+    )
 
 
 def unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.admin.inspection import Progress, StepProgress, StoreRepair, each_space, step_of
@@ -189,6 +190,7 @@ class Restoration(Repair):
 
     recomputed: list[bytes] = field(default_factory=list)  # keys of entries that are back
     missing: list[bytes] = field(default_factory=list)  # keys of quarantined entries that are not
+    without_columns: list[bytes] = field(default_factory=list)  # of these, whose own columns are damaged as well
     unable: str | None = None  # why nothing could be computed
 
 
@@ -241,10 +243,13 @@ class _Repair:
             model = models.of(self._space.recipe, **known)
             model.check_canaries(self._space, create=True)
         except (ModelError, UsageError, DataError) as error:
-            return Restoration(done.quarantined, done.set_aside, [], sorted(lost), str(error))
+            return Restoration(done.quarantined, done.set_aside, [], sorted(lost), unable=str(error))
         inputs = self._inputs(model, lost, texts)
-        recomputed = self._compute(model, inputs, lost)
-        return Restoration(done.quarantined, done.set_aside, recomputed, sorted(lost.keys() - set(recomputed)))
+        # Without its columns an entry would be trained on otherwise than its caller meant.
+        bad = sorted(key for key, one in inputs.items() if not _has_its_columns(lost[key], one.length))
+        recomputed = self._compute(model, {key: one for key, one in inputs.items() if key not in bad}, lost)
+        missing = sorted(lost.keys() - set(recomputed))
+        return Restoration(done.quarantined, done.set_aside, recomputed, missing, bad)
 
     def _inputs(
         self, model: RecordedModel, lost: Mapping[bytes, Lost], texts: Callable[[], Iterable[Document]] | None
@@ -263,7 +268,7 @@ class _Repair:
         tell, recomputed = self._tell("compute"), []
         try:
             for extras, keys in _parts(inputs, lost):
-                self._put(model, keys, [inputs[key] for key in keys], extras)
+                self._put(model, keys, [inputs[key] for key in keys], extras, [lost[key].own for key in keys])
                 recomputed += keys
                 if tell is not None:
                     tell(len(recomputed), len(inputs))
@@ -271,13 +276,22 @@ class _Repair:
             self._space.flush()
         return recomputed
 
-    def _put(self, model: RecordedModel, keys: list[bytes], given: list[Made], extras: list[str]) -> None:
+    def _put(
+        self,
+        model: RecordedModel,
+        keys: list[bytes],
+        given: list[Made],
+        extras: list[str],
+        own: list[Mapping[str, NDArray[Any]] | None],
+    ) -> None:
         rows: list[Any] = [None] * len(keys)
         for batch in plan_encoded(given, TOKEN_BUDGET):
             computed = model.lower.run_encoded([given[i] for i in batch])[model.lower.site]
             for i, array in zip(batch, computed, strict=True):
                 rows[i] = array
         more: dict[str, Any] = {name: [getattr(one, name) for one in given] for name in extras}
+        if own[0] is not None:  # then all of them have their columns
+            more["columns"] = {name: [one[name] for one in own if one is not None] for name in own[0]}
         ids = [one.token_ids for one in given if isinstance(one, Encoded)]
         self._space.put(keys, rows, ids or None, **more)
 
@@ -285,12 +299,21 @@ class _Repair:
         return step_of(self._progress, f"{self._space.recipe.fingerprint[:8]} {what}")
 
 
+def _has_its_columns(one: Lost, tokens: int) -> bool:
+    """Return whether an entry that has so many tokens gets the columns back that it had."""
+    return not one.has_own or (one.own is not None and all(len(column) == tokens for column in one.own.values()))
+
+
+def _kind(one: Lost) -> tuple[list[str], bool]:
+    """Return what optional arrays an entry had, and whether it had columns of the caller's own."""
+    return sorted(one.extras), one.has_own
+
+
 def _parts(inputs: Mapping[bytes, Made], lost: Mapping[bytes, Lost]) -> Iterator[tuple[list[str], list[bytes]]]:
     """Yield what is computed and put at once: the optional arrays that these entries had, and their keys."""
-
-    extras_of = {key: sorted(lost[key].extras) for key in inputs}
+    kinds = {key: _kind(lost[key]) for key in inputs}
     lengths = {key: one.length for key, one in inputs.items()}
-    keys = sorted(inputs, key=lambda key: (extras_of[key], lengths[key]))
-    for extras, group in itertools.groupby(keys, key=extras_of.__getitem__):
+    keys = sorted(inputs, key=lambda key: (kinds[key], lengths[key]))
+    for (extras, _), group in itertools.groupby(keys, key=kinds.__getitem__):
         some = list(group)
         yield from ((extras, some[run]) for run in runs(np.array([lengths[key] for key in some]), _HELD))

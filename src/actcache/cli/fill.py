@@ -226,14 +226,13 @@ def fill(
             _show_forecast(found, as_json)
             return
         working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
-        if max_error is not None and len(places) > 1:
-            raise UsageError("--max-error is measured by one device: fill some documents with one first, then all")
+        working |= {"max_error": max_error, "metric": metric}
         if len(places) > 1:
             report = parallel.fill(documents, model, devices=places, store=store, **where, **working, **settings)
         else:
             device = places[0] if places else None
             with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
-                report = recyclers.fill(documents, max_error=max_error, metric=metric, **working)
+                report = recyclers.fill(documents, **working)
         labels = {} if media is None else media.labels()
     written = None if report.left_out else collection
     if written is not None and notes is not None:

@@ -99,7 +99,7 @@ def _documents(source: str, field: str | None, format: str | None) -> Iterator[A
 def _described(one: Any, computed: bool) -> dict[str, Any]:
     found = attributes_as_json(one, "quarantined", "set_aside")
     if computed:
-        found |= {**attributes_as_json(one, "recomputed", "missing"), "not_recomputed": one.unable}
+        found |= {**attributes_as_json(one, "recomputed", "missing", "without_columns"), "not_recomputed": one.unable}
     return found
 
 
@@ -115,5 +115,8 @@ def _show(name: str, one: Any, computed: bool) -> None:
         say(f"{name}: {len(one.recomputed):,} computed again, {len(one.missing):,} still missing")
         if one.unable is not None:
             say(f"  nothing could be computed: {one.unable}")
+        elif one.without_columns:
+            said = "their own columns are damaged, too: put them again with these"
+            say(f"  {entries(len(one.without_columns))} not computed, for {said}")
         elif one.missing:
             say("  a fill computes them; so does --corpus here (with --stride, where documents were cut into windows)")

@@ -29,7 +29,7 @@ from actcache.errors import (
     ShapeError,
     UsageError,
 )
-from actcache.format import codec
+from actcache.format import codec, frames
 from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
@@ -109,7 +109,8 @@ class ErrorMeter:
         """
         one, to_store = codec.get(dtype), codec.get(dtype, via)
         stored = [to_store.stored_rows(rows) for rows in self._rows]
-        bits = 8 * one.stored.itemsize * stored[0].shape[1] / self._rows[0].shape[1]
+        nbytes = frames.sizes_of(stored).sum() if one.compressed else sum(rows.nbytes for rows in stored)
+        bits = 8 * float(nbytes) / sum(rows.size for rows in self._rows)
         return self.compare(dtype, bits, [one.decode(rows).astype(np.float32) for rows in stored])
 
     @property
@@ -213,9 +214,7 @@ def check_budget(found: StoredErrors, max_error: float, metric: str) -> None:
         )
 
 
-def choose(
-    meters: Mapping[int | str, ErrorMeter], dtypes: Sequence[str], hidden_size: int, *, max_error: float, metric: str
-) -> Choice:
+def choose(meters: Mapping[int | str, ErrorMeter], dtypes: Sequence[str], *, max_error: float, metric: str) -> Choice:
     """Return the cheapest of some codecs and layers within a budget; see ``Recycler.choose``."""
     check_metric(metric)
     tried: dict[tuple[int | str, str], StoredErrors | None] = {}
@@ -228,12 +227,13 @@ def choose(
     if all(error is not None and error.of(metric) is None for error in tried.values()):
         raise UsageError(f"{metric} cannot be measured: the model that makes them is not at hand; take another metric")
 
-    def cost(one: tuple[int | str, str]) -> tuple[int, int]:
-        layer, dtype = one
-        kind = codec.get(dtype)
-        return kind.stored.itemsize * kind.width(hidden_size), -layer if isinstance(layer, int) else 0
+    within = {
+        one: error for one, error in tried.items() if error is not None and (error.of(metric) or 0.0) <= max_error
+    }
 
-    within = [one for one, error in tried.items() if error is not None and (error.of(metric) or 0.0) <= max_error]
+    def cost(one: tuple[int | str, str]) -> tuple[float, int]:
+        return within[one].bits, -one[0] if isinstance(one[0], int) else 0
+
     if not within:
         found = ", ".join(
             f"layer {layer} as {dtype} {'refused' if error is None else f'{error.of(metric):.2g}'}"
@@ -266,8 +266,7 @@ def measured(
     due = [one for one in agreements if max_error is not None or _unmeasured(one.space)]
     if not due:
         return texts
-    check_texts(texts)
-    sample, texts = _peeked(texts, SAMPLE)
+    sample, texts = peeked(texts)
     for one in due if sample else []:
         recipe = one.space.recipe
         try:
@@ -297,11 +296,12 @@ class _Rejoined(Iterable[Document]):
         return self._length if self._length >= 0 else NotImplemented
 
 
-def _peeked(texts: Iterable[Document], count: int) -> tuple[list[Document], Iterable[Document]]:
-    """Return the first documents, and all of them: they are given again only where an iterator would have lost them."""
+def peeked(texts: Iterable[Document], count: int = SAMPLE) -> tuple[list[Document], Iterable[Document]]:
+    """Return the first documents, and all of them: what only streams by is not asked for its documents again."""
+    check_texts(texts)
     length, iterator = length_hint(texts, -1), iter(texts)
     first = list(itertools.islice(iterator, count))
-    return first, texts if iterator is not texts else _Rejoined(first, iterator, length)
+    return first, texts if isinstance(texts, Sequence) or not first else _Rejoined(first, iterator, length)
 
 
 def errors_by_codec(
@@ -309,7 +309,7 @@ def errors_by_codec(
     texts: Iterable[Document],
     *,
     layer: int,
-    dtypes: Sequence[str],
+    dtypes: Iterable[str],
     device: str | None = None,
     max_length: int | None = None,
 ) -> dict[str, StoredErrors | None]:

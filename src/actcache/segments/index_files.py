@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from actcache.backend import Columns
@@ -30,6 +31,7 @@ _LEAST_BYTES = 64 << 10  # smaller files are taken in as if they had so many
 _SEGMENT_BYTES = 700  # of the description of a segment
 _AT_ONCE = 4 << 20  # bytes of a file that come with one request
 _MOST_HEADER = 64 << 20
+_AT_A_TIME = 8  # files that are opened
 #: How long a file that was taken in stays, for readers that have listed it.
 _GRACE_SECONDS = 300.0
 
@@ -57,41 +59,57 @@ class IndexFiles:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Look which files there are, and map those that are new and needed.
+        """Look which files there are, and open those that are new and needed.
 
-        A damaged one is passed over.
+        A damaged one is passed over; so is one that a listing goes on showing after it was removed: whoever removed it
+        had replaced it long before.
         """
-        self.tables, self.whole = steady(self._look)
+        steady(lambda: (None, not self._look()))
 
-    def _look(self) -> tuple[tuple[dict[str, Table], bool], bool]:
+    def _look(self) -> set[str]:
+        """List and open; return the names of files that were listed and are not there."""
         self._listed = set(unique_names(self._place, self._folder, ".index"))
         self._unlisted -= self._listed
         known = {name: t for name, t in self.tables.items() if name in self._listed | self._unlisted}
         found: dict[str, Table] = {}
-        replaced: set[str] = set()
-        for name in sorted({*self._listed, *known, *self._ignored}, reverse=True):
-            if name in replaced or name in self._unread:
-                continue
-            table = known.get(name) or self._ignored.get(name)
-            try:
-                table = self._open(name) if table is None else table
-                if isinstance(table, RemoteTable) and table.damaged:
-                    raise FormatError(f"{self.path(name)} is damaged")
-            except FileNotFoundError:  # another process has replaced it since it was listed
-                return ({**known, **found}, False), False
-            except FormatError as error:
-                logger.warning("ignoring an index: %s", error)
-                self._unread.add(name)
-                if not isinstance(error, FormatVersionError):
-                    self.damaged.add(name)
-                continue
-            if name not in self._ignored:
+        missing: set[str] = set()
+        replaced = {old for name, table in {**known, **self._ignored}.items() for old in self._replaced_by(name, table)}
+        fresh = sorted(self._listed - known.keys() - self._ignored.keys() - self._unread, reverse=True)
+        ahead: dict[str, Future[Table]] = {}
+        with ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="actcache-index") as pool:
+            for name in fresh:
+                if name in replaced:
+                    continue
+                try:
+                    found[name] = ahead[name].result() if name in ahead else self._open(name)
+                except FileNotFoundError:  # another process has replaced it since it was listed
+                    missing.add(name)
+                    continue
+                except FormatError as error:
+                    self._pass_over(name, error)
+                    continue
+                replaced.update(self._replaced_by(name, found[name]))
+                if not ahead and found[name].replaces is not None:  # the newest one tells which others are needed
+                    ahead = {n: pool.submit(self._open, n) for n in fresh if n < name and n not in replaced}
+        for name, table in known.items():
+            if isinstance(table, RemoteTable) and table.damaged:
+                self._pass_over(name, FormatError(f"{self.path(name)} is damaged"))
+            else:
                 found[name] = table
-            replaced.update((n for n in self._listed if n < name) if table.replaces is None else table.replaces)
         self._ignored = {name: table for name, table in self._ignored.items() if name not in replaced}
         self.damaged &= self._listed - replaced
-        whole = not self._ignored and not self._unread & self._listed - replaced
-        return ({name: table for name, table in found.items() if name not in replaced}, whole), True
+        self.whole = not self._ignored and not self._unread & self._listed - replaced
+        self.tables = {name: found[name] for name in sorted(found, reverse=True) if name not in replaced}
+        return missing
+
+    def _replaced_by(self, name: str, table: Table) -> Iterable[str]:
+        return [n for n in self._listed if n < name] if table.replaces is None else table.replaces
+
+    def _pass_over(self, name: str, error: FormatError) -> None:
+        logger.warning("ignoring an index: %s", error)
+        self._unread.add(name)
+        if not isinstance(error, FormatVersionError):
+            self.damaged.add(name)
 
     def _open(self, name: str) -> Table:
         """Open an index file: map it, or read it at once where it is small; else its arrays come when they are needed.
@@ -152,8 +170,9 @@ class IndexFiles:
         now = time.time()
         known = self.all()
         gone: dict[str, float] = {}
-        for before in (known[name].replaces for name in replaced if name in known):
-            gone |= {name: when for name, when in (before or {}).items() if name in self._listed}
+        for before in (table.replaces or {} for table in known.values()):
+            # Whoever reads this one first knows which others are needed. For longer than they stay: a listing may lag.
+            gone |= {n: when for n, when in before.items() if n in self._listed or now - when < 2 * _GRACE_SECONDS}
         gone |= dict.fromkeys(replaced, now)
         table = replace(table, replaces=gone)
         name = next_name([*self._listed, *known])

@@ -127,10 +127,10 @@ class Failing:
 
 
 class Lagging:
-    """Lists none of the last objects that were written."""
+    """Lists none of the last objects that were written; where it should, still all that were ``removed``."""
 
-    def __init__(self, lag):
-        self.lag, self._written = lag, []
+    def __init__(self, lag, *, removed=False):
+        self.lag, self._removed, self._written, self._seen = lag, removed, [], {}
 
     def ask(self, name, do, *arguments):
         done = do()
@@ -139,6 +139,10 @@ class Lagging:
         if name == "listing" and self.lag:
             late = set(self._written[-self.lag :])
             return type(done)({k: head for k, head in done.files.items() if k not in late}, done.folders)
+        if name == "listing" and self._removed:
+            seen = self._seen.setdefault(arguments[0], {})
+            seen.update(done.files)
+            return type(done)(dict(seen), done.folders)
         return done
 
 
@@ -272,6 +276,18 @@ def test_listings_that_lag(plain_url, through, lag, remote):
             check(space, versions, range(32))
             space.close()
     held(plain_url, versions, range(32))
+
+
+def test_listings_that_go_on_showing_what_was_removed(plain_url, through, monkeypatch):
+    """It costs a few requests more, and nobody looks into the segments for it."""
+    monkeypatch.setattr(index_files, "_GRACE_SECONDS", -1.0)
+    through(Lagging(0, removed=True))
+    for number in range(8):
+        write(plain_url, [number])
+        with actcache.open(plain_url, "r") as store, store.space(recipe()) as space:
+            check(space, dict.fromkeys(range(number + 1), 0), range(10))
+            assert space._driver.catalog._index.whole
+            assert not len(space._driver.catalog._recent)
 
 
 def scenario(url, done):

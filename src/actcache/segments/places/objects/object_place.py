@@ -73,16 +73,19 @@ class ObjectPlace(Place):
     def names(self, folder: str) -> list[str]:
         prefix = f"{folder}/" if folder else ""
         client = self._session.client()
-        found = client.listing(prefix, recursive=False)
-        files, folders = found.files, {key.removeprefix(prefix).rstrip("/") for key in found.folders}
-        if any(map(self._is_segment, folders)):
-            # Which of them are whole? One more listing tells it of all.
-            files = client.listing(prefix, recursive=True).files
-            commits = {key.removeprefix(prefix) for key in files}
-            folders = {name for name in folders if not self._is_segment(name) or f"{name}/{self._commit}" in commits}
-        self._blocks.learn({key: listed.size for key, listed in files.items()})
-        names = {key.removeprefix(prefix) for key in files}
-        return sorted({name for name in names if name and "/" not in name} | folders)
+        # Whether a segment of several objects is whole, a listing of all that is in it tells.
+        deep = bool(self._commit) and folder.rpartition("/")[2] == "segments"
+        found = client.listing(prefix, recursive=deep)
+        if not deep and any(self._is_segment(key.removeprefix(prefix).rstrip("/")) for key in found.folders):
+            found = client.listing(prefix, recursive=True)
+        self._blocks.learn({key: listed.size for key, listed in found.files.items()})
+        inside = [key.removeprefix(prefix) for key in (*found.files, *found.folders)]
+        names = {name.partition("/")[0] for name in inside}
+        commits = {name.removesuffix(f"/{self._commit}") for name in inside if name.endswith(f"/{self._commit}")}
+        files = {name for name in inside if "/" not in name}
+        return sorted(
+            {name for name in names if name and (name in files or not self._is_segment(name))} | (names & commits)
+        )
 
     def _is_segment(self, name: str) -> bool:
         """Return whether the last part of a name is a segment's that has several objects."""
@@ -154,18 +157,17 @@ class ObjectPlace(Place):
 
     def remove(self, name: str) -> bool:
         commit, *rest = self._keys(name)
-        there = [self._remove(commit), *self._each(self._remove, rest)]
-        self._blocks.forget(f"{name}/" if self._is_segment(name) else name)
-        return any(there)
-
-    def _remove(self, key: str) -> bool:
         client = self._session.client()
+        there = True
         try:
-            client.head(key)
+            client.head(commit)
         except ObjectNotFoundError:
-            return False
-        client.remove(key)
-        return True
+            there = bool(rest)  # which a listing has just shown
+        else:
+            client.remove(commit)
+        self._each(client.remove, rest)
+        self._blocks.forget(f"{name}/" if self._is_segment(name) else name)
+        return there
 
     def _keys(self, name: str) -> list[str]:
         """Return the objects of a file or segment, the commit object first."""
@@ -256,7 +258,7 @@ class ObjectPlace(Place):
             return 1 if self._commit and key.endswith(f"/{self._commit}") else 2
 
         for now in range(4):
-            self._each(self._remove, (key for key in found if turn(key) == now))
+            self._each(client.remove, (key for key in found if turn(key) == now))
         self._blocks.forget(f"{folder}/")
         return bool(found)
 

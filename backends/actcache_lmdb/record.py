@@ -100,7 +100,7 @@ class State:
     sequence: int = 0  # number of the last transaction that changed entries
     next_id: int = 1  # number that the next entry gets
     horizon: int = 0  # a snapshot older than this sequence number may have lost entries to removal
-    entries: int = 0  # that are live; ``tokens`` and ``nbytes`` are theirs
+    entries: int = 0  # that are live; ``tokens`` and ``nbytes`` are theirs: of their arrays, compressed where they are
     tokens: int = 0
     nbytes: int = 0
     created: int = 0  # when this generation was made, microseconds since 1970
@@ -127,7 +127,9 @@ class State:
         return replace(self, **fields)
 
     def added(self, entries: int, tokens: int, nbytes: int) -> State:
-        return replace(self, entries=self.entries + entries, tokens=self.tokens + tokens, nbytes=self.nbytes + nbytes)
+        """Raise no error where damaged entries say other sizes when they go than when they came."""
+        nbytes = max(0, self.nbytes + nbytes)
+        return replace(self, entries=self.entries + entries, tokens=self.tokens + tokens, nbytes=nbytes)
 
 
 def bits(names: Sequence[str] | Mapping[str, object]) -> int:
@@ -179,11 +181,11 @@ class Shapes:
         return [*names[1:], VALUES] if self.compressed and names[:1] == [VALUES] else names
 
     def nbytes(self, tokens: int, columns: int) -> int:
-        """Return the bytes of an entry's arrays, without header and padding."""
+        """Return the bytes of an entry's arrays, without header and padding, as they are before they are compressed."""
         return sum(tokens * self.row_bytes[name] for i, name in enumerate(COLUMNS) if columns >> i & 1)
 
     def count(self, records: NDArray[np.void]) -> tuple[int, int]:
-        """Return the tokens of these records, and the bytes of their arrays."""
+        """Return the tokens of these records, and the bytes of their arrays before they are compressed."""
         tokens, columns = records["head"]["tokens"].astype(np.int64), records["head"]["columns"]
         nbytes = sum(self.nbytes(int(tokens[columns == kind].sum()), kind) for kind in np.unique(columns).tolist())
         return int(tokens.sum()), nbytes

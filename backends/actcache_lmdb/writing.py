@@ -54,6 +54,8 @@ class BlockRecords:
             name: memoryview(data[name]) if name in data else next(pieces(block.columns[name])) for name in self._order
         }
         self.nbytes = shapes.nbytes(int(self.tokens.sum()), self.columns)
+        if shapes.compressed:
+            self.nbytes += int(self._payload.sum()) - int(self.tokens.sum()) * self._row_bytes[VALUES]
         self._places = shapes.places(self.tokens, self.columns)
         self._places["end"] = self._places["end"] + self._payload
         if len(block) and int(self._places["end"].max()) > _LARGEST:
@@ -203,14 +205,28 @@ class Writing:
             name = sequence.to_bytes(8, "big") + number.to_bytes(4, "big")
             value = record.RETIRED.pack(now, one["key"].tobytes(), one["head"].tobytes())
             txn.put(name, value, db=self._databases["retired"])
-        tokens, nbytes = self._shapes.count(gone)
+        tokens, nbytes = self.count(gone)
         return state.added(-len(gone), -tokens, -nbytes), len(gone)
 
     def _recount(self, state: record.State) -> record.State:
         counted = state.changed(entries=0, tokens=0, nbytes=0)
         for records in map(live, scan(self._txn, self._databases["heads"])):
-            counted = counted.added(len(records), *self._shapes.count(records))
+            counted = counted.added(len(records), *self.count(records))
         return counted
+
+    def count(self, records: NDArray[np.void]) -> tuple[int, int]:
+        """Return the tokens of these records, whose entries are here, and the bytes of their arrays there."""
+        tokens, nbytes = self._shapes.count(records)
+        if not self._shapes.compressed:
+            return tokens, nbytes
+        return tokens, nbytes - tokens * self._shapes.row_bytes[VALUES] + sum(map(self._payload, records["head"]["id"]))
+
+    def _payload(self, entry: np.uint64) -> int:
+        """Return the bytes of an entry's frames; of a damaged one, no more than it could have."""
+        value = self._txn.get(int(entry).to_bytes(8, "big"), db=self._databases["entries"])
+        if value is None or len(value) < record.HEADER.itemsize:
+            return 0
+        return min(len(value), int(np.frombuffer(value, record.HEADER, 1)["payload"][0]))
 
     def remove_retired(self, grace: float) -> int:
         """Remove versions that were superseded more than ``grace`` seconds ago, some of them; return how many."""

@@ -65,6 +65,19 @@ def test_the_break_even_is_where_the_sums_cross():
             assert ahead == (passes >= found.break_even)
 
 
+def test_measured_bits_count():
+    """What is compressed takes what it was measured to take: on the disk, and of its time."""
+    load, costs, disk = CorpusSize(10, 1000), ModelCosts(1e-5, 3e-6, 768), Disk(1e6, 1e6)
+    whole, less = (planning.estimate(load, costs, "float16+zstd", disk, bits=bits) for bits in (None, 12.0))
+    assert whole.nbytes - less.nbytes == 1000 * 768 * 4 // 8
+    assert whole.replay - less.replay == pytest.approx(1000 * 768 * 4 / 8 / 1e6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16+zstd"])
+def test_decoding_speeds_are_of_this_world(dtype):
+    assert 1e6 < planning.decode_speed(dtype, 64) < 1e12
+
+
 def test_nonsense_is_refused():
     for options, said in (
         ([], "--documents"),
@@ -106,4 +119,7 @@ def test_a_model_is_measured(tmp_path):
     shown = cachectl("plan", tmp_path / "corpus", "--model", get_model_path(), "--layer", 3, *FAST, "--json").json()
     assert shown["corpus"] == {"documents": 12, "tokens": sum(expected)}
     assert shown["nbytes"] >= sum(expected) * 384 * 2
+    nbytes = {one["dtype"]: one["estimate"]["nbytes"] for one in shown["codecs"]}
+    assert nbytes["bfloat16+zstd"] < 0.8 * nbytes["bfloat16"]  # as measured on these texts
+    assert nbytes["int8"] < nbytes["bfloat16+zstd"] < nbytes["float16+zstd"] < 0.95 * nbytes["float16"]
     assert "holds no documents" in cachectl("plan", "/dev/null", "--model", get_model_path(), "--layer", 3).refused(2)

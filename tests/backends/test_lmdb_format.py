@@ -10,8 +10,10 @@ import lmdb
 import numpy as np
 import pytest
 import xxhash
+import zstandard
 
 import actcache
+from actcache.format import codec
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows
 
 M = 2**64
@@ -158,3 +160,49 @@ def test_what_a_killed_compaction_leaves_is_passed_over(folder):
     (folder / "00000002.old").mkdir()
     with actcache.open(f"lmdb:{folder.parent.parent.parent}") as store, store.space(recipe()) as space:
         assert len(space) == 31
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16+zstd", "int8+zstd"])
+def test_usage_counts_what_entries_take(tmp_path, dtype):
+    """Rows as they are compressed, and token ids; after what replaces, deletes and rewrites them."""
+
+    def one(number, version):
+        rng = np.random.default_rng([number, version])
+        return rng.standard_normal((200 + 50 * number, HIDDEN)).astype(np.float32)
+
+    def taken(held):
+        nbytes = 0
+        for number, version in held.items():
+            stored = codec.get(dtype).stored_rows(one(number, version))
+            planes = np.ascontiguousarray(stored).view(np.uint8).reshape(-1, stored.itemsize).T
+            frames = sum(len(zstandard.compress(np.ascontiguousarray(plane), 1)) for plane in planes)
+            nbytes += (frames if "zstd" in dtype else stored.nbytes) + 4 * len(stored)
+        return nbytes
+
+    held = {}
+    with actcache.open(f"lmdb:{tmp_path}/store", grace=0) as store, store.space(recipe(dtype=dtype)) as space:
+
+        def puts(numbers, version):
+            some = [one(n, version) for n in numbers]
+            given = [np.arange(len(rows)) for rows in some]
+            space.put([key(n) for n in numbers], some, given, overwrite=True)
+            space.flush()
+            held.update(dict.fromkeys(numbers, version))
+
+        def check():
+            found = space.usage()
+            assert found.tokens == sum(len(one(*which)) for which in held.items())
+            assert found.nbytes == pytest.approx(taken(held), rel=0 if dtype == "float32" else 0.02)
+
+        puts(range(8), 0)
+        check()
+        puts([2, 3, 4], 1)
+        check()
+        space.delete([key(0), key(2)])
+        del held[0], held[2]
+        check()
+        space.compact(waste=0.0, grace=0.0)
+        check()
+        space.delete([key(n) for n in held])
+        held.clear()
+        assert space.usage().nbytes == 0

@@ -22,9 +22,11 @@ from actcache import Recycler, Recyclers
 from actcache.backend import Block
 from actcache.errors import UsageError
 from actcache.models.budget import taken
+from actcache.models.error_budget import SAMPLE
 from actcache.models.pretrained import load_pretrained
 from actcache.segments.catalog import Catalog
 from actcache.store.store import Store
+from actcache.store.stored_errors import StoredErrors
 from tests.cli.running import cachectl
 from tests.support.backends import each
 from tests.support.tiny import save_tiny
@@ -88,6 +90,17 @@ def test_several_layers_of_a_parquet_file_in_one_pass(tiny, corpus, loaded, tmp_
         keys = [actcache.document_key(text) for text in TEXTS]
         assert [key.tobytes() for key in held.keys] == [*keys, *keys[:3]]
         assert held.ids == [f"n{i}" for i in range(203)]
+
+
+@pytest.mark.parametrize("budget", [[], ["--max-error", "0.1"]])
+def test_a_corpus_that_streams_by_loses_nothing_to_the_measured_sample(budget, tiny, corpus, tmp_path):
+    options = ["--model", tiny, "--field", "body", "--layer", 1, "--dtype", "int8", "--json", "--quiet"]
+    made = ["--collection", "all", "--id-field", "name"]
+    report = cachectl("fill", tmp_path / "s", corpus, *options, *budget, *made).json()
+    assert (report["documents"], report["computed"], report["present"]) == (203, 200, 3)
+    with actcache.open(tmp_path / "s") as store, store.space(store.recipes()[0]) as space:
+        assert len(space) == 200
+        assert StoredErrors.read(space).documents == SAMPLE
 
 
 def same(one: Recycler, other: Recycler, texts: list[str] = TEXTS) -> None:

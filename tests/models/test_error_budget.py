@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_fill_measures_what_a_scaling_codec_does(made):
         assert recycler.measured is None  # what rounding does is known
 
 
+def test_bits_of_compressed_rows_are_those_of_their_frames(made, tmp_path):
+    with made("float16+zstd") as recycler:
+        recycler.fill(TEXTS, progress=False)
+        found, space = recycler.measure(TEXTS), recycler.space
+        assert 8 < found.bits < 16
+        frames = 0
+        for path in (tmp_path / "store").rglob("*.h5"):
+            with h5py.File(path) as file:
+                frames += file["payload"].size
+        assert found.bits == pytest.approx(8 * frames / (found.tokens * space.recipe.hidden_size))
+
+
 def test_an_iterator_loses_nothing_to_the_sample(made):
     with made("int8") as recycler:
         report = recycler.fill((text for text in TEXTS), progress=False)
@@ -73,6 +86,8 @@ def test_the_cheapest_within_a_budget_is_chosen(made):
             assert choice.dtype in within
             assert sizes[choice.dtype] == min(sizes[dtype] for dtype in within)
         assert recycler.choose(TEXTS, max_error=1.0, layers=[1, 2]).layer == 2
+        zstd = recycler.choose(TEXTS, max_error=1e-3, dtypes=("float16", "float16+zstd", "float32"))
+        assert zstd.dtype == "float16+zstd"  # by the bytes of its frames
         with pytest.raises(ErrorBudgetError, match="nothing that was tried"):
             recycler.choose(TEXTS, max_error=0.0, metric="rows", dtypes=("int8", "float16"))
         with pytest.raises(UsageError, match="logits cannot be measured"):
@@ -91,6 +106,17 @@ def test_what_was_measured_is_shown_and_a_damaged_note_is_refused(made, tmp_path
         space.put_blob("errors.json", b'{"format_version": 1, "rows": "many"}', replace=True)
         with pytest.raises(FormatError, match=r"errors.json .* is damaged"):
             StoredErrors.read(space)
+        shown = cachectl("inspect", tmp_path / "store", "--space", space.recipe.fingerprint[:8])
+        assert shown.code == 0  # the space is whole
+        assert "errors.json of space" in shown.out
+        assert "is damaged" in shown.out
+        assert f"{len(TEXTS)} entries" in shown.out
+        page = cachectl("inspect", tmp_path / "store", "--html", tmp_path / "page.html")
+        assert page.code == 0
+        assert "its entries do not need it" in (tmp_path / "page.html").read_text()
+        found = cachectl("inspect", tmp_path / "store", "--space", space.recipe.fingerprint[:8], "--json").json()
+        assert (found["spaces"][0]["errors"], found["unreadable"]) == (None, {})
+        assert "is damaged" in found["spaces"][0]["errors_damaged"]
 
 
 def test_replay_sees_what_was_measured(made):

@@ -12,13 +12,17 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from actcache.errors import UsageError
 from actcache.format import codec
+from actcache.format.ragged import offsets_of
+from actcache.io import loops
 from actcache.io.files import translated
+from actcache.io.loops import Column
 from actcache.store.stored_errors import StoredErrors
 
 GIB = 1 << 30
@@ -97,17 +101,32 @@ class Estimate:
         return f"{passes}; its storage pays where a pass is made at least every {often}"
 
 
-def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str) -> int:
-    """Return about what a corpus's entries take, token ids and what is beside them included."""
+def row_bytes(hidden_size: int, dtype: str, bits: float | None = None) -> float:
+    """Return the bytes of a stored row; ``bits`` of each of its numbers where they were measured. Without, compressed
+    rows count as if they were not."""
     kind = codec.get(dtype)
-    row = kind.stored.itemsize * kind.width(hidden_size)
-    return corpus.tokens * (row + _TOKEN_ID_BYTES) + corpus.documents * _SMALL_BYTES
+    return kind.stored.itemsize * kind.width(hidden_size) if bits is None else hidden_size * bits / 8
+
+
+def nbytes_of(corpus: CorpusSize, hidden_size: int, dtype: str, bits: float | None = None) -> int:
+    """Return about what a corpus's entries take, token ids and what is beside them included; as ``row_bytes``."""
+    row = row_bytes(hidden_size, dtype, bits)
+    return round(corpus.tokens * (row + _TOKEN_ID_BYTES)) + corpus.documents * _SMALL_BYTES
 
 
 def estimate(
-    corpus: CorpusSize, model: ModelCosts, dtype: str, disk: Disk, *, devices: int = 1, prices: Prices | None = None
+    corpus: CorpusSize,
+    model: ModelCosts,
+    dtype: str,
+    disk: Disk,
+    *,
+    bits: float | None = None,
+    devices: int = 1,
+    prices: Prices | None = None,
 ) -> Estimate:
     """Say what a cache takes and gives, with ``devices`` that compute at the same time and share the disk.
+
+    ``bits``: of a stored number, where they were measured, as those of compressed rows have to be.
 
     Raises:
         UsageError: a number is not positive.
@@ -117,7 +136,7 @@ def estimate(
     for name, value in (counts | speeds).items():
         if not value > 0:
             raise UsageError(f"{name} must be positive, not {value}")
-    nbytes = nbytes_of(corpus, model.hidden_size, dtype)
+    nbytes = nbytes_of(corpus, model.hidden_size, dtype, bits)
     fill = max(corpus.tokens * model.lower / devices, nbytes / disk.write)
     recompute = corpus.tokens * model.full / devices
     replay = max(corpus.tokens * model.upper / devices, nbytes / disk.read)
@@ -137,9 +156,16 @@ def months_between(saved: float, device_hour: float, nbytes: float, gib_month: f
     return saved / HOUR * device_hour / storage if storage else math.inf
 
 
-#: The codecs that a plan compares.
-CODECS = ("float32", "float16", "bfloat16", "int8", "float8_e4m3")
+_CODECS = ("float32", "float16", "bfloat16", "int8", "float8_e4m3")
+_COMPRESSED = ("float16+zstd", "bfloat16+zstd")
 _DECODED_BYTES = 2 << 20  # of rows, by one thread, from and to the processor's caches
+_DECODED_ROWS = 32  # of an entry that is decompressed
+
+
+def codecs(*, measured: bool) -> tuple[str, ...]:
+    """Return the names of the codecs that a plan compares: compressed ones where a corpus is at hand, which says how
+    well it compresses, and zstandard is installed."""
+    return (*_CODECS, *_COMPRESSED) if measured and find_spec("zstandard") is not None else _CODECS
 
 
 @dataclass(frozen=True)
@@ -164,20 +190,19 @@ def by_codec(
     devices: int = 1,
     prices: Prices | None = None,
 ) -> list[CodecEstimate]:
-    """Say for each of ``CODECS`` what a cache takes and gives, and how fast it is decoded on this machine.
+    """Say for each of ``codecs`` what a cache takes and gives, and how fast it is decoded on this machine.
 
     ``errors``: what was measured of each; None for those that refuse rows of the sample.
     """
     found = []
-    for dtype in CODECS:
+    for dtype in codecs(measured=bool(errors)):
         known = errors.get(dtype)
-        kind = codec.get(dtype)
-        row_bytes = kind.stored.itemsize * kind.width(model.hidden_size)
+        bits = None if known is None else known.bits
         found.append(
             CodecEstimate(
                 dtype,
-                estimate(corpus, model, dtype, disk, devices=devices, prices=prices),
-                disk.read * 4 * model.hidden_size / row_bytes,
+                estimate(corpus, model, dtype, disk, bits=bits, devices=devices, prices=prices),
+                disk.read * 4 * model.hidden_size / row_bytes(model.hidden_size, dtype, bits),
                 decode_speed(dtype, model.hidden_size),
                 None if known is None else known.rows,
                 None if known is None else known.hidden,
@@ -188,14 +213,26 @@ def by_codec(
 
 
 def decode_speed(dtype: str, hidden_size: int) -> float:
-    """Return how many stored bytes a second one thread makes float32 of."""
+    """Return how many bytes of stored rows, decompressed, a second one thread makes float32 of."""
     kind = codec.get(dtype)
-    count = max(1, _DECODED_BYTES // (kind.stored.itemsize * kind.width(hidden_size)))
-    stored = kind.stored_rows(np.random.default_rng(0).standard_normal((count, hidden_size), np.float32))
-    out, best = np.empty((count, hidden_size), np.float32), math.inf
+    entries = max(1, _DECODED_BYTES // (kind.stored.itemsize * kind.width(hidden_size)) // _DECODED_ROWS)
+    rows = np.random.default_rng(0).standard_normal((entries * _DECODED_ROWS, hidden_size), np.float32)
+    stored = np.ascontiguousarray(kind.stored_rows(rows))
+    lengths = np.full(entries, _DECODED_ROWS)
+    frames = None
+    if kind.compressed:
+        row_bytes, offsets = stored.strides[0], offsets_of(lengths)
+        frames = loops.frames_of(stored, offsets * row_bytes, stored.itemsize)
+        sizes = np.array([len(one) for one in frames])
+        column = Column(
+            row_bytes, stored, np.concatenate(frames), offsets_of(sizes)[:-1], sizes=sizes, item=stored.itemsize
+        )
+    best = math.inf
     for _ in range(5):
         began = time.perf_counter()
-        codec.decode_as(kind, stored, "float32", out)
+        if frames is not None:
+            loops.gather([column], lengths, offsets, threads=1)
+        codec.decode_as(kind, stored, "float32", rows)
         best = min(best, time.perf_counter() - began)
     return stored.nbytes / best
 

@@ -160,6 +160,8 @@ def _show_space(detail: reporting.SpaceDetail) -> None:
     say(f"{binary(usage.nbytes)}{_compression(detail)}")
     if detail.errors is not None:
         say(f"storing changes {detail.errors.told()}")
+    if detail.errors_damaged is not None:
+        say(f"{detail.errors_damaged}; fill again with --max-error to have it measured anew")
     _show_lengths(detail.lengths)
     _show_rows(detail)
     _show_segments(detail.segments)

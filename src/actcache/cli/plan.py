@@ -63,7 +63,7 @@ def plan(
     if source is not None:
         if model is None or layer is None:
             raise UsageError("with a corpus, say which --model and --layer; without, give --documents, --tokens, ...")
-        load, costs, errors = _measured(source, field, format, model, layer, device, max_length)
+        load, costs, errors = _measured(source, field, format, model, layer, device, max_length, dtype)
     else:
         if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
             raise UsageError(
@@ -77,7 +77,9 @@ def plan(
         disk = planning.measure_disk(folder)
     else:
         raise UsageError("--read and --write go together")
-    found = planning.estimate(load, costs, dtype, disk, devices=devices, prices=prices)
+    known = errors.get(dtype)
+    bits = None if known is None else known.bits
+    found = planning.estimate(load, costs, dtype, disk, bits=bits, devices=devices, prices=prices)
     codecs = planning.by_codec(load, costs, disk, dict(errors), devices=devices, prices=prices)
     if as_json:
         inputs = {"corpus": load, "model": costs, "disk": disk, "devices": devices, "dtype": dtype}
@@ -96,6 +98,7 @@ def _measured(
     layer: int,
     device: str | None,
     max_length: int | None,
+    dtype: str,
 ) -> tuple[CorpusSize, ModelCosts, dict[str, StoredErrors | None]]:
     with requires_extra("models", "measuring needs torch and transformers"):
         from actcache.models.error_budget import errors_by_codec
@@ -107,7 +110,7 @@ def _measured(
     timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
     tokens = round(sum(timing.lengths) / len(sample) * len(texts))
     known: dict[str, Any] = {"layer": layer, "device": device, "max_length": max_length}
-    errors = errors_by_codec(model, sample, dtypes=planning.CODECS, **known)
+    errors = errors_by_codec(model, sample, dtypes={*planning.codecs(measured=True), dtype}, **known)
     return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size), errors
 
 

@@ -6,6 +6,7 @@ ones, ... What the upper bytes of floats have in common, sign and exponent, then
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +33,16 @@ def compressed(block: Block) -> Block:
         sizes.append(np.array([len(frame) for frame in frames], np.int64))
     columns = {PAYLOAD: np.concatenate(parts), **{n: c for n, c in block.columns.items() if n != VALUES}}
     return replace(block, columns=columns, payload_offsets=offsets_of(np.concatenate(sizes)))
+
+
+def sizes_of(entries: Sequence[NDArray[np.generic]]) -> NDArray[np.int64]:
+    """Return the bytes that the frames of each of these entries' stored rows, ``[tokens, width]``, take."""
+    sizes = np.zeros(len(entries), np.int64)
+    for i, rows in enumerate(entries):
+        flat = np.ascontiguousarray(rows)
+        (frames,) = loops.frames_of(flat, np.array([0, flat.nbytes]), flat.itemsize)
+        sizes[i] = len(frames)
+    return sizes
 
 
 def check_offsets(offsets: NDArray[np.int64], entries: int, nbytes: int, where: str) -> None:

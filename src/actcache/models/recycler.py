@@ -307,8 +307,7 @@ class Recycler:
         for layer in layers or [own.site.name]:
             lower = own if layer == own.site.name else LowerHalf(own.base_model, own.family, layer, own.compute_dtype)
             meters[layer] = error_budget.ErrorMeter(lower, encoder, some, task_model=task_model, sample=sample)
-        hidden = self.recipe.hidden_size
-        return error_budget.choose(meters, dtypes, hidden, max_error=max_error, metric=metric)
+        return error_budget.choose(meters, dtypes, max_error=max_error, metric=metric)
 
     def reader(
         self,

@@ -116,10 +116,18 @@ class Recyclers(Mapping[int | str, Recycler]):
         Else as ``Recycler.fill``; ``computed`` counts the documents that any site lacked, and ``max_bytes`` is for all
         sites together; ``max_error`` is for each of them.
         """
-        agreements = [recycler.agreement for recycler in dict.fromkeys(self._recyclers.values())]
         self._store.check_writable()
-        texts = error_budget.measured(documents_in(texts, field), agreements, max_error, metric)
+        texts = self.measured(documents_in(texts, field), max_error, metric)
         return self.filler.fill(texts, token_budget, progress, max_bytes)
+
+    def measured(self, texts: Iterable[Document], max_error: float | None, metric: str) -> Iterable[Document]:
+        """Measure what storing does, as ``fill`` does before it stores anything; return all of the documents.
+
+        Raises:
+            ErrorBudgetError, UsageError: see ``Recycler.fill``.
+        """
+        agreements = [recycler.agreement for recycler in dict.fromkeys(self._recyclers.values())]
+        return error_budget.measured(texts, agreements, max_error, metric)
 
     def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
         """Return batches of rows ``[n, layers, hidden]``, mixed across documents and aligned row by row, the layers in

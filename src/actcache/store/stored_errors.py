@@ -24,7 +24,7 @@ class StoredErrors(Shown):
     dtype: str  # the codec
     documents: int
     tokens: int
-    bits: float  # stored bits of each number, before compression
+    bits: float  # stored bits of each number, compressed where they are
     rows: float  # error of the rows
     worst: float  # of the entry that has the largest
     hidden: float | None = None  # change of the final hidden states; None where the model above is not at hand

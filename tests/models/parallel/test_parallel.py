@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,14 +19,15 @@ import torch
 
 import actcache
 from actcache import Recyclers
-from actcache.errors import DocumentTooLongError, ModelError, StoreGoneError, UsageError, WorkerError
+from actcache.errors import DocumentTooLongError, ErrorBudgetError, ModelError, StoreGoneError, UsageError, WorkerError
 from actcache.models import parallel
 from actcache.models.filling import CHUNK, Part
 from actcache.models.parallel import worker
-from actcache.models.parallel.leader import Partitioner, _together
+from actcache.models.parallel.leader import Partitioner, _lead, _together
 from actcache.models.parallel.worker import Failed, Job
 from tests.cli.running import cachectl
 from tests.cli.test_fill import TEXTS, _own_cache, corpus, loaded, same, tiny, used  # noqa: F401
+from tests.support import recipe
 from tests.support.backends import each
 
 #: Enough of them that a fill takes seconds.
@@ -61,6 +63,35 @@ def test_two_processes_store_what_one_stores(tiny, corpus, loaded, tmp_path):  #
             same(together[layer], alone[layer])
         assert together.fill(TEXTS, progress=False).present == 200
         assert store.collection("all").ids == [f"n{i}" for i in range(203)]
+
+
+@pytest.mark.long
+def test_a_codec_above_the_budget_is_refused_before_any_process_stores(tiny, tmp_path):  # noqa: F811
+    options = {"devices": ["cpu", "cpu"], "store": tmp_path / "s", "layers": [1], "dtype": "int8", "progress": False}
+    with pytest.raises(ErrorBudgetError, match=r"int8 changes hidden by .*Nothing was stored"):
+        parallel.fill(iter(TEXTS), tiny, max_error=1e-4, metric="hidden", **options)
+    assert processes() == []
+    with actcache.open(tmp_path / "s") as store:
+        for found in store.recipes():
+            with store.space(found) as space:
+                assert len(space) == 0
+    with pytest.raises(UsageError, match="metric is"):
+        parallel.fill(TEXTS, tiny, max_error=1e-4, metric="taste", **options)
+
+
+@pytest.mark.long
+def test_what_storing_does_is_measured_once(tiny, loaded, tmp_path):  # noqa: F811
+    options = {"devices": ["cpu", "cpu"], "layers": [1], "dtype": "int8", "progress": False}
+    for given in ({"max_error": 0.1}, {}):  # also where nobody sets a budget
+        store = tmp_path / f"{len(given)}"
+        assert parallel.fill(iter(TEXTS), tiny, store=store, **given, **options).computed == 200
+        with (
+            Recyclers(*loaded, layers=[1], store=store, dtype="int8") as together,
+            Recyclers(*loaded, layers=[1], store=tmp_path / f"alone{len(given)}", dtype="int8") as alone,
+        ):
+            alone.fill(TEXTS, progress=False)
+            assert set(together[1].space.keys()) == set(alone[1].space.keys())
+            assert together[1].measured.rows == pytest.approx(alone[1].measured.rows, rel=1e-3)
 
 
 @pytest.mark.long
@@ -331,12 +362,58 @@ def test_few_documents_come_to_all():
     assert [partitioner.part(process) for process in range(4)] == [None] * 4
 
 
+class ScriptedCrew:
+    """Processes that say what is written here, and remember what they were sent."""
+
+    def __init__(self, *script):
+        self.members = [SimpleNamespace(number=n, done=False, sent=[]) for n in range(2)]
+        for member in self.members:
+            member.send = member.sent.append
+        self._script = list(script)
+
+    def messages(self):
+        number, message = self._script.pop(0)
+        yield self.members[number], message
+
+
+def test_nobody_stores_before_the_first_process_has_measured(tmp_path):
+    with actcache.open(tmp_path / "s") as store, store.space(recipe()) as space:
+        ready = worker.Ready((space.recipe.fingerprint,))
+    job = Job(str(tmp_path / "s"), "model", [1], [], 1024, None, [], 0.1, "rows")
+    refused = Failed(ErrorBudgetError, "too much")
+    crew = ScriptedCrew((1, ready), (1, worker.More()), (0, refused))
+    with pytest.raises(ErrorBudgetError, match="too much"):
+        _lead(crew, Partitioner(MANY[:50], 2), None, job)
+    assert crew.members[1].sent == []
+    report = SimpleNamespace()
+    crew = ScriptedCrew(
+        *((1, ready), (1, worker.More()), (0, ready), (0, worker.More()), (1, worker.More()), (0, worker.More())),
+        *((0, worker.Done(report)), (1, worker.Done(report))),
+    )
+    assert _lead(crew, Partitioner(MANY[:50], 2), None, job) == [report] * 2
+    sent = [text for member in crew.members for part in member.sent if part for text in part[1]]
+    assert sorted(sent) == sorted(MANY[:50])
+    assert all(member.sent[-1] is None for member in crew.members)
+
+
+def test_the_first_process_measures(tiny, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    ours, theirs = multiprocessing.Pipe()
+    job = Job(str(tmp_path / "s"), str(tiny), [1], [], 1024, None, TEXTS[:5], 1e-4, "rows", {"dtype": "int8"})
+    said = worker._result(theirs, job, "cpu", 0, torch.get_num_threads(), None, worker._Stop())
+    assert (said.kind, "Nothing was stored" in said.message) == (ErrorBudgetError, True)
+    ours.send(None)  # no documents for the other one, which measures nothing
+    assert isinstance(worker._result(theirs, job, "cpu", 1, torch.get_num_threads(), None, worker._Stop()), worker.Done)
+    ours.close()
+    theirs.close()
+
+
 def test_a_worker_reports_what_it_cannot_do(tiny, tmp_path, monkeypatch):  # noqa: F811
     """Errors of this package as they are, others in words."""
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     ours, theirs = multiprocessing.Pipe()
-    job = Job(str(tmp_path / "s"), str(tmp_path / "none"), [1], [], 1024, None)
+    job = Job(str(tmp_path / "s"), str(tmp_path / "none"), [1], [], 1024, None, [], None, "rows")
     said = worker._result(theirs, job, "cpu", 0, threads, None, worker._Stop())
     assert isinstance(said, Failed)
     assert said.kind is ModelError

@@ -128,6 +128,8 @@ def _wrong(found: StoreDetail) -> Markup:
     for one in found.spaces:
         name = one.recipe.fingerprint[:_SHORT]
         lines += [f"space {name}: segment {segment} is damaged: {what}" for segment, what in one.report.damaged.items()]
+        if one.errors_damaged is not None:
+            lines.append(f"space {name}: {one.errors_damaged}; its entries do not need it")
         if corrupt := one.sample.corrupt:
             many = counted(len(corrupt), "entry fails its checksum", "entries fail their checksums")
             lines.append(f"space {name}: {many}, the first is {corrupt[0].hex()}")

@@ -17,7 +17,7 @@ from actcache.admin.inspection import Coverage, Progress, SpaceReport, StepProgr
 from actcache.admin.report.statistics import Lengths, Numbers, Statistics
 from actcache.backend import VALUES, StoredFile
 from actcache.entries.read import read_intact
-from actcache.errors import DataError, UsageError
+from actcache.errors import DataError, FormatError, UsageError
 from actcache.format import codec
 from actcache.format.moments import Moments
 from actcache.format.ragged import runs
@@ -229,6 +229,7 @@ class SpaceDetail:
     segments: list[SegmentReport]
     sample: Sample
     errors: StoredErrors | None  # what storing does to the numbers, as it was measured when the space was filled
+    errors_damaged: str | None  # what is wrong with the file that says it; the space is whole without it
     rows: Moments  # statistics of the rows whose are kept
 
     @property
@@ -264,7 +265,7 @@ class SpaceDetail:
             **attributes_as_json(self, "made", "owner", "written", *sizes),
             "statistics": self.rows.to_json(),
             "segment_list": as_json(self.segments),
-            **attributes_as_json(self, "sample", "errors", "intact"),
+            **attributes_as_json(self, "sample", "errors", "errors_damaged", "intact"),
         }
 
 
@@ -286,6 +287,13 @@ class StoreDetail:
     def to_json(self) -> dict[str, Any]:
         found = attributes_as_json(self, "store", "time", "spaces", "unreadable", "collections")
         return {**found, "bytes": self.footprint.total, "intact": self.intact}
+
+
+def _errors_of(space: Space) -> dict[str, Any]:
+    try:
+        return {"errors": StoredErrors.read(space), "errors_damaged": None}
+    except FormatError as error:
+        return {"errors": None, "errors_damaged": str(error)}
 
 
 def store_detail(
@@ -319,7 +327,7 @@ def store_detail(
             lengths=Lengths.of(space.lengths(keys)),
             segments=segments_of(space, files, damaged, keys),
             sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
-            errors=StoredErrors.read(space),
+            **_errors_of(space),
             rows=space.kept_statistics(),
         )
 

@@ -20,7 +20,8 @@ from actcache.errors import ActcacheError, StorageIOError, StoreError, StoreNotF
 from actcache.format.arguments import nbytes_of
 from actcache.format.keys import Document
 from actcache.io.workers import available_cpus
-from actcache.models.documents import check_texts, document_keys, streamed
+from actcache.models import error_budget
+from actcache.models.documents import document_keys, streamed
 from actcache.models.filling import CHUNK, FillReport, Part
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
 from actcache.models.parallel import worker
@@ -46,6 +47,8 @@ def fill(
     token_budget: int = TOKEN_BUDGET,
     progress: bool = True,
     max_bytes: int | str | None = None,
+    max_error: float | None = None,
+    metric: str = "rows",
     **options: Any,
 ) -> FillReport:
     """Fill a store as ``Recyclers.fill`` does, by a process for each device; durable when it returns.
@@ -59,20 +62,24 @@ def fill(
         store: its URL or path. Other processes must see it: not one in memory.
         max_bytes: see ``Recycler.fill``. Here, each process leaves out what is missing from the first of its documents
             on that does not fit.
+        max_error, metric: see ``Recycler.fill``; the first process measures, before any stores.
         options: the other arguments of ``Recyclers.from_pretrained``.
 
     Raises:
         UsageError: the texts are none; there are no devices, or one is none; the store is seen by one process only.
         WorkerError: a process died, or failed with an error that is none of this package's.
         ActcacheError: one failed with this; see ``Recycler.fill``.
+        ErrorBudgetError: storing changes ``metric`` by more than ``max_error``; nothing was stored.
         StoreError: also where this was interrupted, or one failed, and what the others had could not be stored; its
             ``lost`` says how many entries that was.
     """
-    check_texts(texts)
     several(layers, sites)
+    error_budget.check_metric(metric)
     token_budget = check_token_budget(token_budget)
     check_devices(devices)
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
+    count = len(texts) if isinstance(texts, Sized) else None
+    sample, texts = error_budget.peeked(texts)
     job = Job(
         resolve(store),
         str(model),
@@ -80,12 +87,15 @@ def fill(
         list(sites),
         token_budget,
         limit,
+        sample,
+        max_error,
+        metric,
         options,
     )
     start = time.monotonic()
     partitioner = Partitioner(texts, len(devices))
     with (
-        FillProgress(len(texts) if isinstance(texts, Sized) else None, show=progress) as bar,
+        FillProgress(count, show=progress) as bar,
         _Crew(job, devices) as crew,
     ):
         reports = _lead(crew, partitioner, bar, job)
@@ -100,11 +110,13 @@ def _lead(crew: _Crew, partitioner: Partitioner, bar: FillProgress, job: Job) ->
     """Answer the processes until all are done."""
     reports: list[FillReport] = []
     idle: list[_Member] = []
+    measured = False  # what storing does, which the first process says
     while len(reports) < len(crew.members):
         for member, message in crew.messages():
             match message:
                 case Ready(fingerprints):
                     _check_seen(job, fingerprints)
+                    measured = measured or member.number == 0
                 case More():
                     idle.append(member)
                 case Advanced(documents, computed, tokens):
@@ -115,6 +127,8 @@ def _lead(crew: _Crew, partitioner: Partitioner, bar: FillProgress, job: Job) ->
                 case Failed():
                     member.failed = message.error()
                     raise member.failed
+        if not measured:
+            continue  # nobody gets documents to store
         waiting, idle = idle, []
         for member in waiting:
             part = partitioner.part(member.number)

@@ -20,6 +20,7 @@ import torch
 from transformers.utils import logging
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, WorkerError
+from actcache.format.keys import Document
 from actcache.models.budget import Shared
 from actcache.models.filling import FillReport, Part
 from actcache.models.recyclers import Recyclers
@@ -35,6 +36,9 @@ class Job:
     sites: list[str]
     token_budget: int
     max_bytes: int | None
+    sample: list[Document]  # of which the first process measures what storing does, before any stores
+    max_error: float | None
+    metric: str
     options: dict[str, Any] = field(default_factory=dict)  # of ``Recyclers``
 
 
@@ -43,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is loaded, and these spaces are there."""
+    """The model is loaded, and these spaces are there; of the first process: storing is within the error budget."""
 
     fingerprints: tuple[str, ...]
 
@@ -155,6 +159,8 @@ def _result(
         with Recyclers.from_pretrained(
             job.model, layers=job.layers, sites=job.sites, store=job.store, device=device, **job.options
         ) as recyclers:
+            if number == 0:
+                recyclers.measured(job.sample, job.max_error, job.metric)
             channel.send(Ready(tuple(recycler.recipe.fingerprint for recycler in recyclers.values())))
             report = recyclers.filler.fill_parts(
                 _parts(channel),

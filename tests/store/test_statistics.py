@@ -95,6 +95,25 @@ def test_they_stay_right_after_deletion_replacement_and_compaction(kind, tmp_pat
             agree(space.statistics(), np.empty((0, HIDDEN)))
 
 
+@each(everyday=("hdf5", "lmdb"))
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3", "float16+zstd", "int8+zstd"])
+def test_statistics_of_codecs_are_of_the_numbers_that_are_read(kind, tmp_path, dtype):
+    """Kept while filling, made up for after a deletion, and from a whole look: of what decoding gives, not of codes."""
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal((2 + n, HIDDEN)).astype(np.float32) * 3 + 1 for n in range(20)]
+    given[4][:, 2] *= 90
+    decoded = [codec.get(dtype).decode(codec.get(dtype).stored_rows(one)) for one in given]
+    with actcache.open(kind.url(tmp_path)) as store, store.space(recipe(dtype=dtype)) as space:
+        space.put([key(n) for n in range(20)], given)
+        space.flush()
+        agree(space.statistics(), np.concatenate(decoded))
+        space.delete([key(4)])
+        agree(space.statistics(), np.concatenate(decoded[:4] + decoded[5:]))
+        compact(space)
+    with actcache.open(kind.url(tmp_path), "r") as store, store.space(recipe(dtype=dtype)) as space:
+        agree(space.statistics(), np.concatenate(decoded[:4] + decoded[5:]))
+
+
 def files(folder):
     return sorted(folder.glob("spaces/*/statistics/*"))
 

@@ -24,6 +24,7 @@ from actcache.format.keys import Document, Keys, document_key, key_array, key_li
 from actcache.format.ragged import EXTRAS, OWN, TOKEN_IDS, check_offsets
 from actcache.format.recipe import Recipe
 from actcache.models.documents import check_texts, chunked, document_keys
+from actcache.models.processing import Made, MediaEncoder
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.models.verification import intact_entries
 from actcache.segments.quarantine import COLUMNS_DAMAGED, COLUMNS_INTACT, NO_COLUMNS
@@ -135,6 +136,17 @@ def of_documents(
         for i, windows in zip(which, encoded, strict=True):
             pairs = zip(entry_keys(keys[i], len(windows), encoder.windows), windows, strict=True)
             found |= {key: window for key, window in pairs if key in lost}
+    return found
+
+
+def of_media(encoder: MediaEncoder, documents: Iterable[Any], lost: Mapping[bytes, Lost]) -> dict[bytes, Made]:
+    """Return, by key, the features of images or audio that are lost. The documents are streamed."""
+    found: dict[bytes, Made] = {}
+    for first, chunk in chunked(documents, encoder.chunk):
+        keys = encoder.keys(chunk, first)
+        which = [i for i, key in enumerate(keys) if key in lost and key not in found]
+        encoded = encoder.encode([chunk[i] for i in which], [first + i for i in which])
+        found |= {keys[i]: entries[0] for i, entries in zip(which, encoded, strict=True)}
     return found
 
 

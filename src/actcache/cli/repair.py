@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from actcache.admin.display import attributes_as_json, counted, entries
 from actcache.cli import corpus, options
 from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
+from actcache.format.media import BY
 from actcache.io.progress import Meter
 from actcache.store.store import open_standing
 
@@ -48,16 +50,14 @@ def repair(
     if texts is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --corpus FILE")
     if texts is not None:
-        if corpus.is_stream(texts):
-            raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
-        corpus.check(texts, field, format=format)
+        _check_corpus(texts, field, format)
     computed = recompute or any(one is not None for one in (model, device, texts, stride))
     if not computed:
         with open_standing(store) as opened, Meter("verify", "entries", show=not quiet) as meter:
             done: Any = inspection.repair(opened, space or (), progress=meter)
     else:
         recomputing, models = recorded_models(model, device)
-        documents = None if texts is None else lambda: (one.text for one in corpus.read(texts, field, format=format))
+        documents = None if texts is None else lambda: _documents(texts, field, format)
         with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
             done = recomputing.repair_by_recomputing(
                 opened, models, space or (), texts=documents, stride=stride or 0, progress=meter
@@ -73,6 +73,27 @@ def repair(
         raise typer.Exit(ExitCode.DAMAGED)
     if computed and any(one.unable is not None for one in done.spaces.values()):
         raise typer.Exit(ExitCode.MODEL)
+
+
+def _check_corpus(source: str, field: str | None, format: str | None) -> None:
+    with corpus.find_media(source, format) as media:
+        if media is not None:
+            if field is not None:
+                raise UsageError(f"{media.kind} have no fields: leave --field out")
+            return
+    if corpus.is_stream(source):
+        raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
+    corpus.check(source, field, format=format)
+
+
+def _documents(source: str, field: str | None, format: str | None) -> Iterator[Any]:
+    """Yield a corpus's documents; images and audio as they may be keyed, by content and by bytes."""
+    with corpus.find_media(source, format) as media:
+        if media is not None:
+            for by in BY:
+                yield from (one.content for one in media.documents(by))
+            return
+    yield from (one.text for one in corpus.read(source, field, format=format))
 
 
 def _described(one: Any, computed: bool) -> dict[str, Any]:

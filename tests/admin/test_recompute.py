@@ -232,3 +232,40 @@ def test_repair_computes_again_what_it_quarantines(filled: Any, tmp_path: Path) 
     assert "--corpus" in cachectl("repair", store, "--field", "body").refused(2)
     assert "cannot read" in cachectl("repair", store, "--corpus", tmp_path / "none").refused(2)
     assert "standard input" in cachectl("repair", store, "--corpus", "-").refused(2)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at-once", "quarantined-before"])
+def test_columns_come_back_with_what_is_computed_again(filled: Any, tmp_path: Path, at_once: bool) -> None:
+    """Their checksum is over the optional arrays alone. Where these are damaged, too, nothing is put in their place."""
+    store, fingerprint = filled(dtype="float32")
+    lost = [actcache.document_key(TEXTS[i]) for i in (2, 4, 9)]
+    with actcache.open(store) as opened, space_of(opened, fingerprint) as space:
+        entries = space.get(lost)
+        space.delete(lost)
+        masks = [np.arange(len(entry.token_ids), dtype=np.int16) * 7 + 30000 for entry in entries[:2]]
+        own = [{"columns": {"mask": masks}}, {}]
+        for some, more in zip((entries[:2], entries[2:]), own, strict=True):
+            keys = lost[:2] if more else lost[2:]
+            space.put(keys, [one.activations for one in some], [one.token_ids for one in some], **more)
+            space.flush()
+    for segment in store.glob("spaces/*/segments/*"):
+        data = bytearray(segment.read_bytes())
+        for find in [*(entry.activations for entry in entries), masks[1]]:
+            if (at := data.find(find.tobytes())) >= 0:
+                data[at] ^= 1
+        segment.write_bytes(data)
+    if not at_once:
+        cachectl("repair", store)
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    options = "--corpus", tmp_path / "corpus.jsonl", "--field", "body"
+    one = cachectl("repair", store, *options, "--json").json()["spaces"][fingerprint]
+    assert set(one["recomputed"]) == {lost[0].hex(), lost[2].hex()}, one
+    assert one["missing"] == one["without_columns"] == [lost[1].hex()]
+    assert "own columns are damaged" in cachectl("repair", store, *options).out
+    with actcache.open(store, "r") as opened, space_of(opened, fingerprint) as space:
+        found = space.get(lost)
+        assert found[1] is None
+        np.testing.assert_array_equal(found[0].columns["mask"], masks[0])
+        assert not found[2].columns
+        for before, after in ((entries[0], found[0]), (entries[2], found[2])):
+            np.testing.assert_allclose(after.activations, before.activations, rtol=0, atol=1e-5)

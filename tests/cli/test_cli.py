@@ -255,9 +255,10 @@ def test_an_interrupted_fill_goes_on(model, tmp_path):
     assert process.returncode == 130, errors
     assert "run it again to go on" in errors
     assert "Traceback" not in errors
-    stored = json.loads(cachectl("inspect", tmp_path / "store", "--json").stdout)["spaces"][0]["entries"]
+    stored = in_process("inspect", tmp_path / "store", "--json").json()["spaces"][0]["entries"]
     assert 0 < stored < len(texts)
-    report = json.loads(cachectl(*arguments, text="\n".join(texts)).stdout)
+    (tmp_path / "corpus.txt").write_text("\n".join(texts))
+    report = in_process(*(tmp_path / "corpus.txt" if given == "-" else given for given in arguments)).json()
     assert (report["present"], report["computed"]) == (stored, len(texts) - stored)
 
 

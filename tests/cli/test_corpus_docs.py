@@ -9,6 +9,7 @@ import shlex
 import actcache
 from actcache.cli.corpus import Kind
 from actcache.cli.corpus.files import COMPRESSIONS, form
+from actcache.cli.corpus.media import kind_of
 from tests.cli.running import cachectl
 from tests.support import ROOT
 
@@ -20,7 +21,7 @@ def test_the_program_runs(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / "data" / f"{number}.jsonl").write_text(json.dumps({"text": f"text {number}"}) + "\n")
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (program,) = re.findall(r"(?<!<!-- not run -->\n)```python\n(.*?)```", PAGE, re.DOTALL)
     found: dict[str, object] = {}
     exec(compile(program, "corpora.md", "exec"), found)
     texts = list(found["texts"])
@@ -32,7 +33,7 @@ def test_the_commands_are_commands(tmp_path, monkeypatch):
     """Each fails for want of the corpus, and of nothing else."""
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^cachectl (.*)$", PAGE, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 8
     for command in commands:
         if "s3://" not in command:
             assert "cannot read" in (line := cachectl(*shlex.split(command)).refused(2)) or "no file matches" in line
@@ -43,4 +44,4 @@ def test_every_format_and_compression_is_there():
     for kind in Kind:
         assert f"`{kind}`" in table or f"`.{kind}`" in table
     for suffix in re.findall(r"`(\.[a-z0-9]+)`", table.partition("Text is UTF-8")[0]):
-        assert suffix in COMPRESSIONS or form(f"a{suffix}").kind is not None
+        assert suffix in COMPRESSIONS or form(f"a{suffix}").kind is not None or kind_of(f"a{suffix}") is not None

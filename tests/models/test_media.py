@@ -16,6 +16,7 @@ from actcache.errors import (
     CanaryError,
     DocumentError,
     DocumentTooLongError,
+    ErrorBudgetError,
     LowerHalfMismatchError,
     MissingEntryError,
     ModelError,
@@ -308,12 +309,37 @@ def test_bad_images_are_named_and_lose_nothing(recycler, tmp_path):
     np.testing.assert_array_equal(rows[0], recycler.space.get(recycler.keys([grey.convert("RGB")]))[0].activations)
 
 
-def test_a_codec_with_scales_stores_them_and_bounds_are_for_texts():
-    with actcache.Recycler(task_model("vit"), processor("vit"), layer=2, store="ram:int8", dtype="int8") as recycler:
+def test_what_a_codec_does_to_images_is_measured_and_bounded():
+    model = task_model("vit")
+    with actcache.Recycler(model, processor("vit"), layer=2, store="ram:int8", dtype="int8") as recycler:
+        with pytest.raises(ErrorBudgetError, match="int8 changes hidden"):
+            recycler.fill(pictures(), progress=False, max_error=1e-6, metric="hidden")
+        assert len(recycler.space) == 0
         assert recycler.fill(pictures(), progress=False).computed == 12
         assert recycler.verify(texts=pictures()).ok
-        with pytest.raises(UsageError, match="without max_error"):
-            recycler.fill(pictures(), progress=False, max_error=0.1)
+        rows = hooked("vit", model, pictures())
+        stored = [entry.activations for entry in recycler.space.get(recycler.keys(pictures()))]
+        off = sum(float(np.square(a - b).sum()) for a, b in zip(stored, rows, strict=True))
+        norm = sum(float(np.square(b).sum()) for b in rows)
+        assert recycler.measured.rows == pytest.approx((off / norm) ** 0.5, rel=1e-3)
+        found = recycler.measure(pictures(), task_model=model)
+        with torch.no_grad():  # independently: the full model with the stored rows put in by a hook
+            full = model(torch.cat(made("vit", pictures()))).logits
+            swap = model.vit.layers[2].register_forward_pre_hook(lambda module, args: (torch.tensor(np.stack(stored)),))
+            replaced = model(torch.cat(made("vit", pictures()))).logits
+            swap.remove()
+        assert found.logits == pytest.approx(float((replaced - full).norm() / full.norm()), rel=1e-2)
+        chosen = recycler.choose(pictures(), max_error=0.05, layers=[1, 2], dtypes=["float32", "int8"])
+        assert (chosen.layer, chosen.dtype) == (2, "int8")
+
+
+def test_sounds_of_several_lengths_are_measured():
+    with actcache.Recycler(
+        task_model("wav2vec2"), processor("wav2vec2"), layer=2, store="ram:sounds", dtype="int8"
+    ) as recycler:
+        recycler.fill(sounds(), progress=False)
+        assert 0 < recycler.measured.hidden < 0.05
+        assert recycler.measured.documents == 9
 
 
 @pytest.mark.parametrize("kind", ["whisper", "ast", "wav2vec2"])

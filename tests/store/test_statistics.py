@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +18,7 @@ from actcache.format import codec
 from actcache.format.moments import Moments
 from actcache.io import loops
 from actcache.store import statistics
-from tests.support import HIDDEN, compact, key, put, recipe, rows
+from tests.support import HIDDEN, PYTHONPATH, ROOT, compact, key, put, recipe, rows
 from tests.support.backends import each
 
 
@@ -95,23 +100,61 @@ def test_they_stay_right_after_deletion_replacement_and_compaction(kind, tmp_pat
             agree(space.statistics(), np.empty((0, HIDDEN)))
 
 
-@each(everyday=("hdf5", "lmdb"))
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3", "float16+zstd", "int8+zstd"])
-def test_statistics_of_codecs_are_of_the_numbers_that_are_read(kind, tmp_path, dtype):
-    """Kept while filling, made up for after a deletion, and from a whole look: of what decoding gives, not of codes."""
-    rng = np.random.default_rng(0)
-    given = [rng.standard_normal((2 + n, HIDDEN)).astype(np.float32) * 3 + 1 for n in range(20)]
-    given[4][:, 2] *= 90
-    decoded = [codec.get(dtype).decode(codec.get(dtype).stored_rows(one)) for one in given]
-    with actcache.open(kind.url(tmp_path)) as store, store.space(recipe(dtype=dtype)) as space:
-        space.put([key(n) for n in range(20)], given)
-        space.flush()
-        agree(space.statistics(), np.concatenate(decoded))
-        space.delete([key(4)])
-        agree(space.statistics(), np.concatenate(decoded[:4] + decoded[5:]))
-        compact(space)
-    with actcache.open(kind.url(tmp_path), "r") as store, store.space(recipe(dtype=dtype)) as space:
-        agree(space.statistics(), np.concatenate(decoded[:4] + decoded[5:]))
+def test_of_rows_as_they_are_read(tmp_path, worth, monkeypatch, dtype):
+    """Of codes and of what is compressed: the statistics are of the numbers that come out."""
+    rng = np.random.default_rng(1)
+    with actcache.open(tmp_path) as store:
+        with store.space(recipe(dtype=dtype)) as space:
+            for first in range(0, 30, 10):
+                given = [rng.standard_normal((n % 7 + 1, HIDDEN)) * 5 - 20 for n in range(first, first + 10)]
+                space.put([key(n) for n in range(first, first + 10)], given)
+                space.flush()
+            agree(space.statistics(), of(space, range(30)))
+            space.delete([key(3)])
+            held = [n for n in range(30) if n != 3]
+            agree(space.statistics(), of(space, held))
+            compact(space)
+            agree(space.statistics(), of(space, held))
+        with store.space(recipe(dtype=dtype)) as space:
+            agree(space.statistics(), of(space, held))
+
+
+WRITER = """
+import sys
+import numpy as np
+import actcache
+from actcache.store import statistics
+from tests.support import key, put, recipe
+
+statistics._WORTH_BYTES, statistics._MOST_FILES = 1, 2
+rng = np.random.default_rng(int(sys.argv[2]))
+with actcache.open(sys.argv[1]) as store:
+    while True:
+        with store.space(recipe(), segment_bytes=300) as space:
+            put(space, rng.permutation(60)[:9].tolist(), version=int(rng.integers(5)), overwrite=True)
+            space.flush()
+            space.delete([key(int(rng.integers(60)))])
+            space.statistics()
+            print("wrote", flush=True)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.long)])
+def test_killed_writers_leave_no_wrong_number(tmp_path, kills):
+    rng = np.random.default_rng(4)
+    for number in range(kills):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(number)]
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT) as writer:
+            for _ in range(int(rng.integers(1, 6))):
+                assert writer.stdout.readline() == b"wrote\n"
+            time.sleep(rng.random() * 0.02)
+            writer.kill()
+        with actcache.open(tmp_path) as store, store.space(recipe()) as space:
+            keys = space.key_array()
+            agree(space.statistics(), space.read_packed(keys).columns["values"])
 
 
 def files(folder):

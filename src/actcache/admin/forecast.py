@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +12,17 @@ from typing import Any
 from actcache.admin.planning import CorpusSize, nbytes_of
 from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.format.arguments import nbytes_of as size_of
-from actcache.format.keys import Windows
+from actcache.format.keys import Document, Windows
+from actcache.format.media import By
 from actcache.models.budget import RESERVE, taken
 from actcache.models.documents import chunked, document_keys, streamed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.pretrained import load_pretrained
+from actcache.models.processing import MediaEncoder, takes_features
 from actcache.models.recycler import Recycler
 from actcache.models.sites import depth_of, expanded, several
-from actcache.models.timing import measure
+from actcache.models.timing import measure, measure_features
 from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 from actcache.store.store import open_store
@@ -50,7 +52,7 @@ class _Lookup:
     deepest: Counter[int] = field(
         default_factory=Counter
     )  # documents by the layers below the last site that lacks them
-    sample: list[str] = field(default_factory=list)  # of those that are missing
+    sample: list[Any] = field(default_factory=list)  # of those that are missing
 
     @property
     def missing(self) -> int:
@@ -59,7 +61,7 @@ class _Lookup:
 
 def forecast(
     store: str,
-    texts: Iterable[str],
+    texts: Iterable[Document],
     model: str,
     *,
     layers: Sequence[int | str] | str = (),
@@ -69,6 +71,7 @@ def forecast(
     max_length: int | None = None,
     too_long: Any = "refuse",
     max_bytes: int | str | None = None,
+    key_by: By = "content",
 ) -> Forecast:
     """Say what a fill of these texts would do; stores nothing, and makes no store. Arguments and errors are a fill's.
 
@@ -78,7 +81,7 @@ def forecast(
     given = several(layers, sites)
     documents = streamed(texts)
     limit = None if max_bytes is None else size_of("max_bytes", max_bytes)
-    options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long}
+    options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long, "key_by": key_by}
     spec = too_long if isinstance(too_long, Windows) else None
     with ExitStack() as stack:
         loaded = load_pretrained(model, [], devices[0], None)
@@ -96,13 +99,20 @@ def forecast(
                 with suppress(SpaceNotFoundError):
                     spaces[name] = stack.enter_context(Recycler(*loaded, site=name, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        found = _look_up(documents, depths, spaces, spec)
+        encoder = None
+        if takes_features(base):
+            counted = next(iter(halves.values())).count_rows
+            encoder = MediaEncoder(loaded[1], base, counted, key_by=key_by, too_long=too_long)
+        found = _look_up(documents, depths, spaces, spec, document_keys if encoder is None else encoder.keys)
     if not found.missing:
         return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
     last = max(found.deepest)
     deepest = next(half.site for name, half in halves.items() if depths[name] == last)
     longest = max_length if spec is None else None
-    timing = measure(model, found.sample, layer=deepest, device=devices[0], max_length=longest)
+    if encoder is None:
+        timing = measure(model, found.sample, layer=deepest, device=devices[0], max_length=longest)
+    else:
+        timing = measure_features(LowerHalf(base, family, deepest), encoder, found.sample)
     length = sum(timing.lengths) / len(timing.lengths)
     sizes = {name: CorpusSize(count, round(count * length)) for name, count in found.lacking.items()}
     kind = dtype or timing.dtype
@@ -117,13 +127,17 @@ def forecast(
 
 
 def _look_up(
-    texts: Iterator[str], depths: Mapping[str, int], spaces: Mapping[str, Space], spec: Windows | None
+    texts: Iterator[Document],
+    depths: Mapping[str, int],
+    spaces: Mapping[str, Space],
+    spec: Windows | None,
+    keys_of: Callable[[Sequence[Any], int], list[bytes]],
 ) -> _Lookup:
     found = _Lookup()
     seen: set[bytes] = set()
     chance = random.Random(0)
     for first, chunk in chunked(texts, _CHUNK):
-        new = {key: text for text, key in zip(chunk, document_keys(chunk, first), strict=True) if key not in seen}
+        new = {key: text for text, key in zip(chunk, keys_of(chunk, first), strict=True) if key not in seen}
         seen.update(new)
         missing: dict[bytes, int] = {}  # how deep
         for name, depth in depths.items():

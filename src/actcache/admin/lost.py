@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,15 @@ from actcache.admin.inspection import open_space
 from actcache.entries.entry import Entry
 from actcache.errors import DataError, FormatError
 from actcache.format import safetensors
+from actcache.format.columns import Schema
 from actcache.format.keys import Document, Keys, document_key, key_array, key_list
-from actcache.format.ragged import EXTRAS, TOKEN_IDS, check_offsets
+from actcache.format.ragged import EXTRAS, OWN, TOKEN_IDS, check_offsets
 from actcache.format.recipe import Recipe
 from actcache.models.documents import check_texts, chunked, document_keys
+from actcache.models.processing import Made, MediaEncoder
 from actcache.models.tokenizing import DocumentEncoder, Encoded
 from actcache.models.verification import intact_entries
+from actcache.segments.quarantine import COLUMNS_DAMAGED, COLUMNS_INTACT, NO_COLUMNS
 from actcache.store.document_entries import entry_keys, find_entries
 from actcache.store.space import Space
 from actcache.store.store import Store
@@ -40,6 +44,8 @@ class Lost:
 
     extras: frozenset[str]  # of spans, word_ids, type_ids, what it had
     token_ids: NDArray[np.int32] | None  # as they were found: nobody vouches for them
+    has_own: bool = False  # whether it had columns of the caller's own
+    own: Mapping[str, NDArray[Any]] | None = None  # which, ``[tokens, ...]`` each, where their checksum is right
 
 
 def lost_now(space: Space, corrupt: Sequence[bytes]) -> dict[bytes, Lost]:
@@ -48,7 +54,17 @@ def lost_now(space: Space, corrupt: Sequence[bytes]) -> dict[bytes, Lost]:
         return {}
     had = {name: space.has(name, corrupt) for name in EXTRAS}
     extras = [frozenset(name for name, there in had.items() if there[i]) for i in range(len(corrupt))]
-    return dict(zip(corrupt, map(Lost, extras, space.salvaged_ids(corrupt)), strict=True))
+    has_own = space.has(OWN, corrupt).tolist()
+    own = [_own(space, key) if has else None for key, has in zip(corrupt, has_own, strict=True)]
+    return dict(zip(corrupt, map(Lost, extras, space.salvaged_ids(corrupt), has_own, own), strict=True))
+
+
+def _own(space: Space, key: bytes) -> Mapping[str, NDArray[Any]] | None:
+    """Return the caller's own columns of an entry, which have a checksum of their own; None where they are damaged."""
+    try:
+        return space.read_columns([key]).arrays
+    except DataError:
+        return None
 
 
 def lost_before(store: Store, space: Space) -> dict[bytes, Lost]:
@@ -61,7 +77,7 @@ def lost_before(store: Store, space: Space) -> dict[bytes, Lost]:
         data = store.driver.read_blob(name) if name.endswith(".safetensors") else None
         if data is not None:
             try:
-                lost |= _kept(data, name)
+                lost |= _kept(data, name, space.schema)
             except FormatError:
                 continue
     keys = list(lost)
@@ -69,7 +85,7 @@ def lost_before(store: Store, space: Space) -> dict[bytes, Lost]:
     return {key: lost[key] for key, is_there in zip(keys, there, strict=True) if not is_there}
 
 
-def _kept(data: bytes, where: str) -> dict[bytes, Lost]:
+def _kept(data: bytes, where: str, schema: Schema | None) -> dict[bytes, Lost]:
     metadata, arrays = safetensors.loads(data, where)
     keys, offsets, ids = arrays.get("keys"), arrays.get("offsets"), arrays.get(TOKEN_IDS)
     if metadata.get("actcache_quarantine") != "1" or keys is None or offsets is None:
@@ -81,8 +97,28 @@ def _kept(data: bytes, where: str) -> dict[bytes, Lost]:
             raise FormatError(f"{where} holds token ids of another form")
         check_offsets(offsets.astype(np.int64), len(keys), len(ids), where)
     extras = frozenset(name for name in EXTRAS if name in arrays)
-    own = [None] * len(keys) if ids is None else np.split(np.array(ids, np.int32), offsets[1:-1].tolist())
-    return {key: Lost(extras, one) for key, one in zip(key_list(keys.astype(np.uint8)), own, strict=True)}
+    found = [None] * len(keys) if ids is None else np.split(np.array(ids, np.int32), offsets[1:-1].tolist())
+    has_own, own = _kept_columns(arrays, offsets.astype(np.int64), where, schema)
+    names = key_list(keys.astype(np.uint8))
+    return dict(zip(names, map(Lost, [extras] * len(names), found, has_own, own), strict=True))
+
+
+def _kept_columns(
+    arrays: Mapping[str, NDArray[Any]], offsets: NDArray[np.int64], where: str, schema: Schema | None
+) -> tuple[list[bool], list[Mapping[str, NDArray[Any]] | None]]:
+    """Return which entries in quarantine had columns of the caller's own, and those that are as they were put."""
+    count, records = len(offsets) - 1, arrays.get(OWN)
+    if records is None:
+        return [False] * count, [None] * count
+    state = arrays.get("columns_state", np.full(count, COLUMNS_DAMAGED, np.uint8))
+    if state.shape != (count,) or records.dtype != np.uint8 or records.ndim != 2:
+        raise FormatError(f"{where} holds columns of another form")
+    check_offsets(offsets, count, len(records), where)
+    own: list[Mapping[str, NDArray[Any]] | None] = [None] * count
+    for i in np.flatnonzero(state == COLUMNS_INTACT).tolist():
+        if schema is not None and records.shape[1] == schema.width:
+            own[i] = schema.unpack(np.array(records[offsets[i] : offsets[i + 1]]))
+    return (state != NO_COLUMNS).tolist(), own
 
 
 def of_documents(
@@ -100,6 +136,17 @@ def of_documents(
         for i, windows in zip(which, encoded, strict=True):
             pairs = zip(entry_keys(keys[i], len(windows), encoder.windows), windows, strict=True)
             found |= {key: window for key, window in pairs if key in lost}
+    return found
+
+
+def of_media(encoder: MediaEncoder, documents: Iterable[Any], lost: Mapping[bytes, Lost]) -> dict[bytes, Made]:
+    """Return, by key, the features of images or audio that are lost. The documents are streamed."""
+    found: dict[bytes, Made] = {}
+    for first, chunk in chunked(documents, encoder.chunk):
+        keys = encoder.keys(chunk, first)
+        which = [i for i, key in enumerate(keys) if key in lost and key not in found]
+        encoded = encoder.encode([chunk[i] for i in which], [first + i for i in which])
+        found |= {keys[i]: entries[0] for i, entries in zip(which, encoded, strict=True)}
     return found
 
 

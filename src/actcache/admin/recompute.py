@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.admin.inspection import Progress, StepProgress, StoreRepair, each_space, step_of
-from actcache.admin.lost import Lost, lost_before, lost_now, of_documents, of_other_spaces, proven
+from actcache.admin.lost import Lost, lost_before, lost_now, of_documents, of_media, of_other_spaces, proven
 from actcache.errors import CanaryError, DataError, ModelError, UsageError
 from actcache.format.keys import Document, Windows
 from actcache.format.ragged import runs
 from actcache.format.recipe import COMPUTE_DTYPES, Recipe
 from actcache.models.agreement import Agreement
-from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_encoded
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
-from actcache.models.processing import takes_features
+from actcache.models.processing import Made, MediaEncoder, takes_features
 from actcache.models.sites import site_in, where_of
 from actcache.models.tokenizing import DocumentEncoder, Encoded, TooLong, tokenizer_digest
 from actcache.models.verification import Verification, check_sample, computable, verify_stored
@@ -39,7 +40,7 @@ class RecordedModel:
 
     name: str
     lower: LowerHalf
-    encoder: DocumentEncoder
+    encoder: DocumentEncoder | MediaEncoder
 
     def check_canaries(self, space: Space, *, create: bool = False) -> None:
         """Compare the space's canaries with what this model computes here; ``create`` makes them where there are none.
@@ -66,11 +67,14 @@ class RecordedModels:
         self._model, self._device = None if model is None else str(model), device
         self._loaded: tuple[tuple[str, str | None, str], PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
-    def of(self, recipe: Recipe, *, stride: int = 0, extras: Sequence[str] = ()) -> RecordedModel:
+    def of(
+        self, recipe: Recipe, *, stride: int = 0, extras: Sequence[str] = (), documents: bool = False
+    ) -> RecordedModel:
         """Return the model of a recipe, which encodes documents with ``extras``, of ``spans`` and ``word_ids``.
 
         Args:
             stride: of the windows into which documents are cut, which a recipe does not say.
+            documents: whether the documents themselves are at hand, without which nothing of images and audio is.
 
         Raises:
             ModelError: the recipe names no weights (its entries were put without a recycler), the model cannot be
@@ -86,10 +90,7 @@ class RecordedModels:
         name = self._model or recipe.model
         model, tokenizer = self._load(name, recipe)
         if takes_features(model):
-            raise ModelError(
-                "its documents are images or audio, and entries hold nothing that these could be computed again from: "
-                "give the documents themselves in Python, recycler.verify(texts=documents)"
-            )
+            return self._of_media(name, model, tokenizer, recipe, documents)
         family = check_same_lower_half(model, recipe)
         if tokenizer_digest(tokenizer) != recipe.tokenizer:
             raise ModelError(
@@ -102,6 +103,24 @@ class RecordedModels:
             too_long = Windows(recipe.max_length, stride)
         cut = recipe.max_length, too_long, recipe.special_tokens
         encoder = DocumentEncoder(tokenizer, *cut, vocabulary=vocabulary_size(model), extras=extras)
+        return RecordedModel(name, lower, encoder)
+
+    def _of_media(
+        self, name: str, model: PreTrainedModel, processor: Any, recipe: Recipe, documents: bool
+    ) -> RecordedModel:
+        if not documents:
+            raise ModelError(
+                "its documents are images or audio, and entries hold nothing that these could be computed again from: "
+                "give the documents themselves, recycler.verify(texts=documents) or cachectl repair --corpus FOLDER"
+            )
+        family = check_same_lower_half(model, recipe)
+        lower = LowerHalf(model, family, site_in(model, family, recipe), recipe.compute_dtype)
+        encoder = MediaEncoder(processor, model, lower.count_rows, too_long=recipe.too_long or "refuse")
+        if encoder.digest() != recipe.tokenizer:
+            raise ModelError(
+                f"the processor of {name} is not the one that recorded the space, though the lower half is: give the "
+                "model's folder as it was then"
+            )
         return RecordedModel(name, lower, encoder)
 
     def _load(self, name: str, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -171,6 +190,7 @@ class Restoration(Repair):
 
     recomputed: list[bytes] = field(default_factory=list)  # keys of entries that are back
     missing: list[bytes] = field(default_factory=list)  # keys of quarantined entries that are not
+    without_columns: list[bytes] = field(default_factory=list)  # of these, whose own columns are damaged as well
     unable: str | None = None  # why nothing could be computed
 
 
@@ -219,17 +239,23 @@ class _Repair:
             return Restoration(done.quarantined, done.set_aside)
         extras = frozenset().union(*(one.extras for one in lost.values()))
         try:
-            model = models.of(self._space.recipe, stride=stride, extras=sorted(extras))
+            known = {"stride": stride, "extras": sorted(extras), "documents": texts is not None}
+            model = models.of(self._space.recipe, **known)
             model.check_canaries(self._space, create=True)
         except (ModelError, UsageError, DataError) as error:
-            return Restoration(done.quarantined, done.set_aside, [], sorted(lost), str(error))
+            return Restoration(done.quarantined, done.set_aside, [], sorted(lost), unable=str(error))
         inputs = self._inputs(model, lost, texts)
-        recomputed = self._compute(model, inputs, lost)
-        return Restoration(done.quarantined, done.set_aside, recomputed, sorted(lost.keys() - set(recomputed)))
+        # Without its columns an entry would be trained on otherwise than its caller meant.
+        bad = sorted(key for key, one in inputs.items() if not _has_its_columns(lost[key], one.length))
+        recomputed = self._compute(model, {key: one for key, one in inputs.items() if key not in bad}, lost)
+        missing = sorted(lost.keys() - set(recomputed))
+        return Restoration(done.quarantined, done.set_aside, recomputed, missing, bad)
 
     def _inputs(
         self, model: RecordedModel, lost: Mapping[bytes, Lost], texts: Callable[[], Iterable[Document]] | None
-    ) -> dict[bytes, Encoded]:
+    ) -> dict[bytes, Made]:
+        if isinstance(model.encoder, MediaEncoder):
+            return {} if texts is None else of_media(model.encoder, texts(), lost)
         inputs = of_documents(self._space, model.encoder, proven(model.encoder, lost), lost)
         left = {key: one for key, one in lost.items() if key not in inputs}
         if left and texts is not None:
@@ -238,13 +264,11 @@ class _Repair:
         inputs |= of_other_spaces(self._store, self._space.recipe, model.encoder, left)
         return {key: one for key, one in inputs.items() if computable(model.lower, one)}
 
-    def _compute(
-        self, model: RecordedModel, inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]
-    ) -> list[bytes]:
+    def _compute(self, model: RecordedModel, inputs: Mapping[bytes, Made], lost: Mapping[bytes, Lost]) -> list[bytes]:
         tell, recomputed = self._tell("compute"), []
         try:
             for extras, keys in _parts(inputs, lost):
-                self._put(model, keys, [inputs[key] for key in keys], extras)
+                self._put(model, keys, [inputs[key] for key in keys], extras, [lost[key].own for key in keys])
                 recomputed += keys
                 if tell is not None:
                     tell(len(recomputed), len(inputs))
@@ -252,26 +276,44 @@ class _Repair:
             self._space.flush()
         return recomputed
 
-    def _put(self, model: RecordedModel, keys: list[bytes], given: list[Encoded], extras: list[str]) -> None:
+    def _put(
+        self,
+        model: RecordedModel,
+        keys: list[bytes],
+        given: list[Made],
+        extras: list[str],
+        own: list[Mapping[str, NDArray[Any]] | None],
+    ) -> None:
         rows: list[Any] = [None] * len(keys)
-        for batch in plan_batches([len(one.token_ids) for one in given], TOKEN_BUDGET):
-            some = [given[i] for i in batch]
-            computed = model.lower.run([one.token_ids for one in some], [one.type_ids for one in some])
+        for batch in plan_encoded(given, TOKEN_BUDGET):
+            computed = model.lower.run_encoded([given[i] for i in batch])[model.lower.site]
             for i, array in zip(batch, computed, strict=True):
                 rows[i] = array
         more: dict[str, Any] = {name: [getattr(one, name) for one in given] for name in extras}
-        self._space.put(keys, rows, [one.token_ids for one in given], **more)
+        if own[0] is not None:  # then all of them have their columns
+            more["columns"] = {name: [one[name] for one in own if one is not None] for name in own[0]}
+        ids = [one.token_ids for one in given if isinstance(one, Encoded)]
+        self._space.put(keys, rows, ids or None, **more)
 
     def _tell(self, what: str) -> StepProgress | None:
         return step_of(self._progress, f"{self._space.recipe.fingerprint[:8]} {what}")
 
 
-def _parts(inputs: Mapping[bytes, Encoded], lost: Mapping[bytes, Lost]) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Yield what is computed and put at once: the optional arrays that these entries had, and their keys."""
+def _has_its_columns(one: Lost, tokens: int) -> bool:
+    """Return whether an entry that has so many tokens gets the columns back that it had."""
+    return not one.has_own or (one.own is not None and all(len(column) == tokens for column in one.own.values()))
 
-    extras_of = {key: sorted(lost[key].extras) for key in inputs}
-    lengths = {key: len(one.token_ids) for key, one in inputs.items()}
-    keys = sorted(inputs, key=lambda key: (extras_of[key], lengths[key]))
-    for extras, group in itertools.groupby(keys, key=extras_of.__getitem__):
+
+def _kind(one: Lost) -> tuple[list[str], bool]:
+    """Return what optional arrays an entry had, and whether it had columns of the caller's own."""
+    return sorted(one.extras), one.has_own
+
+
+def _parts(inputs: Mapping[bytes, Made], lost: Mapping[bytes, Lost]) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Yield what is computed and put at once: the optional arrays that these entries had, and their keys."""
+    kinds = {key: _kind(lost[key]) for key in inputs}
+    lengths = {key: one.length for key, one in inputs.items()}
+    keys = sorted(inputs, key=lambda key: (kinds[key], lengths[key]))
+    for (extras, _), group in itertools.groupby(keys, key=kinds.__getitem__):
         some = list(group)
         yield from ((extras, some[run]) for run in runs(np.array([lengths[key] for key in some]), _HELD))

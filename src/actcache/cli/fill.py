@@ -19,20 +19,42 @@ from actcache.cli.common import quieten_transformers, say
 from actcache.errors import DocumentError, OutOfSpaceError, UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
 from actcache.format.keys import Windows, document_key
+from actcache.format.media import Audio, By, Image
 from actcache.segments.places import marker
 from actcache.store.document_entries import check_found, find_entries
 from actcache.store.space import Space
 from actcache.store.store import Store, open_store
 
+_LABELS = 10  # that are shown
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A document of the corpus, and its id there."""
+
+    content: str | Image | Audio
+    id: str | None
+
+    def key(self) -> bytes:
+        return document_key(self.content) if isinstance(self.content, str) else self.content.key()
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The documents of a corpus, and about how many there are, where that is known."""
+
+    items: Iterator[_Item]
+    count: int | None
+
 
 @dataclass(frozen=True)
 class _Streamed:
-    """Texts that are streamed. There may be none: an iterator that gives nothing would be an error."""
+    """Documents that are streamed. There may be none: an iterator that gives nothing would be an error."""
 
-    texts: Iterable[str]
+    documents: Iterable[Any]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.texts)
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.documents)
 
 
 @dataclass(frozen=True)
@@ -46,15 +68,15 @@ class _Counted(_Streamed):
 
 
 class _Notes:
-    """The keys and ids of documents that pass through on their way to a fill; their texts are let go."""
+    """The keys and ids of documents that pass through on their way to a fill; the documents are let go."""
 
     def __init__(self) -> None:
         self._keys: list[bytes] = []
         self._ids: list[str | None] = []
 
-    def passing(self, documents: Iterable[corpus.Document]) -> Iterator[corpus.Document]:
+    def passing(self, documents: Iterable[_Item]) -> Iterator[_Item]:
         for document in documents:
-            self._keys.append(document_key(document.text))
+            self._keys.append(document.key())
             self._ids.append(document.id)
             yield document
 
@@ -70,6 +92,11 @@ class _Notes:
         store.put_collection(name, list(itertools.chain.from_iterable(found)), ids if has_ids else None)
 
 
+class KeyBy(StrEnum):
+    content = "content"
+    bytes = "bytes"
+
+
 class TooLong(StrEnum):
     refuse = "refuse"
     truncate = "truncate"
@@ -82,7 +109,8 @@ def fill(
         str,
         typer.Argument(
             help="A text file (a document a line); with --field .jsonl, .json, .csv, .tsv, .parquet, .arrow, "
-            "also .gz, .bz2, .xz, .zst; a folder, a quoted pattern, a URL (s3://bucket/c/*.jsonl.gz); - for stdin.",
+            "also .gz, .bz2, .xz, .zst; a folder (of images or audio, too), a quoted pattern, a URL "
+            "(s3://bucket/c/*.jsonl.gz); - for stdin.",
             show_default=False,
         ),
     ],
@@ -118,6 +146,9 @@ def fill(
         str | None,
         typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
     ] = None,
+    key_by: Annotated[
+        KeyBy, typer.Option(help="What the keys of images and audio are made from: what is decoded, or their files.")
+    ] = KeyBy.content,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     too_long: Annotated[TooLong, typer.Option(help="What becomes of longer documents.")] = TooLong.refuse,
     stride: Annotated[int, typer.Option(help="With --too-long windows: tokens that neighbours share.")] = 0,
@@ -149,6 +180,9 @@ def fill(
     each process's documents on): the exit code is 3, no collection is written, and run again with more bytes it goes
     on.
 
+    A folder of images or audio is filled with a model of such: labels are the names of its sub-folders, ids (of a
+    --collection) the files' paths.
+
     Example: cachectl fill ./activations corpus.txt --model bert-base-uncased --layer 6
     """
     with requires_extra("models", "fill needs torch and transformers"):
@@ -162,7 +196,6 @@ def fill(
         raise UsageError(f"the store comes first: cachectl fill {source} {store}")
     if collection is not None:
         Store.collection_blob(collection)  # a name that is none is refused before the work, not after it
-    corpus.check(source, field, id_field, format)  # likewise a file that is not there
     limit = None if max_bytes is None else nbytes_of("--max-bytes", max_bytes)
     places = [] if devices is None else [name.strip() for name in devices.split(",")]
     if len(places) > 1:
@@ -171,34 +204,57 @@ def fill(
     if not (layer or site):
         raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
     settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
-    documents = corpus.read(source, field, id_field, format)
-    notes = None if collection is None else _Notes()
-    streamed = (document.text for document in (documents if notes is None else notes.passing(documents)))
-    count = corpus.count(source, field, format)
-    texts = _Streamed(streamed) if count is None else _Counted(streamed, count)
-    if dry_run:
-        found = forecast(store, texts, model, **where, devices=places or [None], max_bytes=limit, **settings)
-        _show_forecast(found, as_json)
-        return
-    working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
-    working |= {"max_error": max_error, "metric": metric}
-    if len(places) > 1:
-        report = parallel.fill(texts, model, devices=places, store=store, **where, **working, **settings)
-    else:
-        device = places[0] if places else None
-        with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
-            report = recyclers.fill(texts, **working)
+    with corpus.find_media(source, format) as media:
+        given: _Given
+        if media is None:
+            given = _of_texts(source, field, id_field, format)  # which refuses a file that is not there
+            if key_by is not KeyBy.content:
+                raise UsageError("--key-by is for images and audio: a text's key is of its characters")
+        else:
+            if field is not None or id_field is not None:
+                raise UsageError(f"{media.kind} have no fields: leave --field and --id-field out")
+            if len(places) > 1:
+                raise UsageError(f"several --devices are for texts: {media.kind} are computed by one")
+            media.check()
+            given = _of_media(media, key_by.value)
+            settings["key_by"] = key_by.value
+        notes = None if collection is None else _Notes()
+        streamed = (one.content for one in (given.items if notes is None else notes.passing(given.items)))
+        documents = _Streamed(streamed) if given.count is None else _Counted(streamed, given.count)
+        if dry_run:
+            found = forecast(store, documents, model, **where, devices=places or [None], max_bytes=limit, **settings)
+            _show_forecast(found, as_json)
+            return
+        working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
+        working |= {"max_error": max_error, "metric": metric}
+        if len(places) > 1:
+            report = parallel.fill(documents, model, devices=places, store=store, **where, **working, **settings)
+        else:
+            device = places[0] if places else None
+            with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
+                report = recyclers.fill(documents, **working)
+        labels = {} if media is None else media.labels()
     written = None if report.left_out else collection
     if written is not None and notes is not None:
         with open_store(store) as standing, open_space(standing, next(iter(report.spaces.values()))) as space:
             notes.put(standing, space, written, windows)
-    _tell(report, written, as_json)
+    _tell(report, written, labels, as_json)
     if report.left_out:
         unwritten = "" if collection is None else f" The collection {collection!r} was not written."
         raise OutOfSpaceError(
             f"{counted(report.left_out, 'document')} of {report.documents:,} left out: no more fit within "
             f"--max-bytes {max_bytes}; run it again with more bytes to go on.{unwritten}"
         )
+
+
+def _of_texts(source: str, field: str | None, id_field: str | None, format: str | None) -> _Given:
+    corpus.check(source, field, id_field, format)
+    items = (_Item(one.text, one.id) for one in corpus.read(source, field, id_field, format))
+    return _Given(items, corpus.count(source, field, format))
+
+
+def _of_media(media: corpus.Media, by: By) -> _Given:
+    return _Given((_Item(one.content, one.id) for one in media.documents(by)), len(media))
 
 
 def _layers(given: list[str]) -> list[int | str] | str:
@@ -229,10 +285,11 @@ def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows 
     return Windows(max_length, stride)
 
 
-def _tell(report: Any, collection: str | None, as_json: bool) -> None:
+def _tell(report: Any, collection: str | None, labels: dict[str, int], as_json: bool) -> None:
     spaces = list(report.spaces.values())
     if as_json:
-        print(json.dumps({"space": spaces[0], **fields_as_json(report), "collection": collection}))
+        more = {"labels": labels} if labels else {}
+        print(json.dumps({"space": spaces[0], **fields_as_json(report), "collection": collection, **more}))
         return
     rate = report.tokens / report.seconds if report.seconds else 0.0
     say(
@@ -240,6 +297,9 @@ def _tell(report: Any, collection: str | None, as_json: bool) -> None:
         f"{rate:,.0f} tokens/s), {report.present:,} were there; "
         f"{'space' if len(spaces) == 1 else 'spaces'} {', '.join(spaces)}"
     )
+    if labels:
+        shown = ", ".join(f"{label} {number:,}" for label, number in list(labels.items())[:_LABELS])
+        say(f"{counted(len(labels), 'label')}: {shown}{', ...' if len(labels) > _LABELS else ''}")
 
 
 def _show_forecast(found: Any, as_json: bool) -> None:

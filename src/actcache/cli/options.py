@@ -27,7 +27,8 @@ Format = Annotated[
     Kind | None,
     typer.Option(
         "--format",
-        help="What the corpus's files hold, where their names do not say so; text: lines, whatever they hold.",
+        help="What the corpus's files hold, where their names do not say so; text: lines, whatever they hold; images, "
+        "audio: of a folder those alone.",
     ),
 ]
 Model = Annotated[

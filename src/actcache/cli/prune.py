@@ -6,7 +6,9 @@ import re
 import sys
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from actcache.admin import retention
 from actcache.admin.display import attributes_as_json, binary, counted, entries
@@ -84,7 +86,7 @@ def prune(
     if keep_only is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --keep-only FILE")
     asked = _fields([text_of_argument(one) for one in where or []])
-    keys = None if keep_only is None else corpus.keys(keep_only, field, format)
+    keys = None if keep_only is None else _keys_of(keep_only, field, format)
     with open_store(store, mode="r") as opened:
         if keep_collection is not None:
             keys = opened.collection(keep_collection).keys
@@ -119,6 +121,16 @@ def prune(
     rest = plan.nbytes - plan.freed if done is None else done.nbytes
     if plan.max_bytes is not None and rest > plan.max_bytes:
         raise OutOfSpaceError(f"{binary(rest)} stay, more than --max-bytes {max_bytes}: {_why_not(plan, done)}")
+
+
+def _keys_of(source: str, field: str | None, format: str | None) -> NDArray[np.uint8]:
+    """Return the keys that a corpus's documents may have: of images and audio those of content and of bytes."""
+    with corpus.find_media(source, format) as media:
+        if media is None:
+            return corpus.keys(source, field, format)
+        if field is not None:
+            raise UsageError(f"{media.kind} have no fields: leave --field out")
+        return media.keys()
 
 
 def _why_not(plan: PruningPlan, done: Pruning | None) -> str:

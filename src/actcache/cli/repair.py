@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from actcache.admin.display import attributes_as_json, counted, entries
 from actcache.cli import corpus, options
 from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
+from actcache.format.media import BY
 from actcache.io.progress import Meter
 from actcache.store.store import open_standing
 
@@ -48,16 +50,14 @@ def repair(
     if texts is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --corpus FILE")
     if texts is not None:
-        if corpus.is_stream(texts):
-            raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
-        corpus.check(texts, field, format=format)
+        _check_corpus(texts, field, format)
     computed = recompute or any(one is not None for one in (model, device, texts, stride))
     if not computed:
         with open_standing(store) as opened, Meter("verify", "entries", show=not quiet) as meter:
             done: Any = inspection.repair(opened, space or (), progress=meter)
     else:
         recomputing, models = recorded_models(model, device)
-        documents = None if texts is None else lambda: (one.text for one in corpus.read(texts, field, format=format))
+        documents = None if texts is None else lambda: _documents(texts, field, format)
         with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
             done = recomputing.repair_by_recomputing(
                 opened, models, space or (), texts=documents, stride=stride or 0, progress=meter
@@ -75,10 +75,31 @@ def repair(
         raise typer.Exit(ExitCode.MODEL)
 
 
+def _check_corpus(source: str, field: str | None, format: str | None) -> None:
+    with corpus.find_media(source, format) as media:
+        if media is not None:
+            if field is not None:
+                raise UsageError(f"{media.kind} have no fields: leave --field out")
+            return
+    if corpus.is_stream(source):
+        raise UsageError("--corpus is read once for each space: give a file, no pipe and not standard input")
+    corpus.check(source, field, format=format)
+
+
+def _documents(source: str, field: str | None, format: str | None) -> Iterator[Any]:
+    """Yield a corpus's documents; images and audio as they may be keyed, by content and by bytes."""
+    with corpus.find_media(source, format) as media:
+        if media is not None:
+            for by in BY:
+                yield from (one.content for one in media.documents(by))
+            return
+    yield from (one.text for one in corpus.read(source, field, format=format))
+
+
 def _described(one: Any, computed: bool) -> dict[str, Any]:
     found = attributes_as_json(one, "quarantined", "set_aside")
     if computed:
-        found |= {**attributes_as_json(one, "recomputed", "missing"), "not_recomputed": one.unable}
+        found |= {**attributes_as_json(one, "recomputed", "missing", "without_columns"), "not_recomputed": one.unable}
     return found
 
 
@@ -94,5 +115,8 @@ def _show(name: str, one: Any, computed: bool) -> None:
         say(f"{name}: {len(one.recomputed):,} computed again, {len(one.missing):,} still missing")
         if one.unable is not None:
             say(f"  nothing could be computed: {one.unable}")
+        elif one.without_columns:
+            said = "their own columns are damaged, too: put them again with these"
+            say(f"  {entries(len(one.without_columns))} not computed, for {said}")
         elif one.missing:
             say("  a fill computes them; so does --corpus here (with --stride, where documents were cut into windows)")

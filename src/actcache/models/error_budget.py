@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from actcache.errors import (
     ErrorBudgetError,
     ModelError,
     NonFiniteError,
+    ShapeError,
     UsageError,
 )
 from actcache.format import codec, frames
@@ -33,9 +34,10 @@ from actcache.format.keys import Document
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
 from actcache.models.documents import check_texts
-from actcache.models.families import base_model_of, family_of
-from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_batches
+from actcache.models.families import Family, base_model_of, family_of
+from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_encoded
 from actcache.models.pretrained import load_pretrained
+from actcache.models.processing import Features, Made
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded, check_max_length
 from actcache.store.space import Space
@@ -88,19 +90,16 @@ class ErrorMeter:
         sample: int = SAMPLE,
         compared: int = SAMPLE,
     ) -> None:
-        if not isinstance(encoder, DocumentEncoder):
-            raise UsageError(
-                "what storing does to outputs is measured on texts alone: for images and audio choose a dtype without "
-                "max_error"
-            )
         documents = [text for _, text in zip(range(sample), texts, strict=False)]
         if not documents:
             raise UsageError("no texts were given, so there is nothing to measure")
-        self._inputs = [windows[0] for windows in encoder.truncating.encode(documents)]
+        encoder = encoder.truncating if isinstance(encoder, DocumentEncoder) else encoder
+        self._inputs: list[Made] = [windows[0] for windows in encoder.encode(documents)]
         self._compared = compared
         self._rows = _computed(lower, self._inputs)
-        self._above = _Above(lower.base_model, lower)
-        self._task = None if task_model is None else _Above(task_model, lower)
+        family = _of_one_shape(lower.family, self._inputs)
+        self._above = _Above(lower.base_model, lower, family)
+        self._task = None if task_model is None else _Above(task_model, lower, family)
 
     def measure(self, dtype: str, via: Sequence[str] = ()) -> StoredErrors:
         """Return what storing as ``dtype`` does.
@@ -137,35 +136,44 @@ class ErrorMeter:
         )
 
 
-def _computed(lower: LowerHalf, inputs: Sequence[Encoded]) -> list[NDArray[np.float32]]:
+def _computed(lower: LowerHalf, inputs: Sequence[Made]) -> list[NDArray[np.float32]]:
     rows: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(inputs)
-    for batch in plan_batches([len(one.token_ids) for one in inputs], TOKEN_BUDGET):
-        some = [inputs[i] for i in batch]
-        computed = lower.run([one.token_ids for one in some], [one.type_ids for one in some])
+    for batch in plan_encoded(inputs, TOKEN_BUDGET):
+        computed = lower.run_encoded([inputs[i] for i in batch])[lower.site]
         for i, array in zip(batch, computed, strict=True):
             rows[i] = array.astype(np.float32)
     return rows
 
 
+def _of_one_shape(family: Family, inputs: Sequence[Made]) -> Family:
+    """Return a family with the shape of all images or sounds, where they have one: a reduced model may ask for it."""
+    shapes = {one.values.shape for one in inputs if isinstance(one, Features)}
+    return replace(family, input_shape=shapes.pop()) if len(shapes) == 1 else family
+
+
 class _Above:
     """Compares what the layers above make of two versions of rows."""
 
-    def __init__(self, model: PreTrainedModel, lower: LowerHalf) -> None:
+    def __init__(self, model: PreTrainedModel, lower: LowerHalf, family: Family) -> None:
         self._reduced: PreTrainedModel | None = None
         if not model.training and lower.site.layer is not None:
             with suppress(ModelError):  # nothing starts from these rows
-                self._reduced = reduce(model, lower.site.layer, lower.family).eval()
+                self._reduced = reduce(model, lower.site.layer, family).eval()
         self._exact: list[dict[str, torch.Tensor]] | None = None
 
     def change(
-        self, inputs: Sequence[Encoded], exact: Sequence[NDArray[Any]], decoded: Sequence[NDArray[Any]]
+        self, inputs: Sequence[Made], exact: Sequence[NDArray[Any]], decoded: Sequence[NDArray[Any]]
     ) -> float | None:
         """Return the relative change of all outputs of the first documents, those of ``inputs``, together; None where
-        there is no model."""
+        there is no model, or none that takes images of several shapes."""
         if self._reduced is None:
             return None
         if self._exact is None:
-            self._exact = [self._outputs(*pair) for pair in zip(inputs, exact, strict=False)]
+            try:
+                self._exact = [self._outputs(*pair) for pair in zip(inputs, exact, strict=False)]
+            except ShapeError:
+                self._reduced = None
+                return None
         off = norm = 0.0
         for given, rows, expected in zip(inputs, decoded, self._exact, strict=False):
             for name, value in self._outputs(given, rows).items():
@@ -174,15 +182,14 @@ class _Above:
         return math.sqrt(off) / (math.sqrt(norm) or 1.0)
 
     @torch.inference_mode()
-    def _outputs(self, given: Encoded, rows: NDArray[Any]) -> dict[str, torch.Tensor]:
+    def _outputs(self, given: Made, rows: NDArray[Any]) -> dict[str, torch.Tensor]:
         assert self._reduced is not None
         device = self._reduced.device
-        ids = torch.from_numpy(given.token_ids.astype(np.int64))[None].to(device)
-        outputs = self._reduced(
-            activations=torch.from_numpy(np.ascontiguousarray(rows))[None].to(device),
-            token_ids=ids,
-            attention_mask=torch.ones_like(ids),
-        )
+        inputs = {"activations": torch.from_numpy(np.ascontiguousarray(rows))[None].to(device)}
+        if isinstance(given, Encoded):
+            inputs["token_ids"] = torch.from_numpy(given.token_ids.astype(np.int64))[None].to(device)
+            inputs["attention_mask"] = torch.ones_like(inputs["token_ids"])
+        outputs = self._reduced(**inputs)
         return {
             name: value
             for name, value in outputs.items()
@@ -256,11 +263,7 @@ def measured(
         UsageError: there is no such metric, or it cannot be measured.
     """
     check_metric(metric)
-    due = [
-        one
-        for one in agreements
-        if max_error is not None or (isinstance(one.encoder, DocumentEncoder) and _unmeasured(one.space))
-    ]
+    due = [one for one in agreements if max_error is not None or _unmeasured(one.space)]
     if not due:
         return texts
     sample, texts = peeked(texts)

@@ -14,6 +14,7 @@ import torch
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf, plan_batches
 from actcache.models.pretrained import load_pretrained
+from actcache.models.processing import MediaEncoder
 from actcache.models.sites import Where
 from actcache.models.tensors import padded
 from actcache.models.tokenizing import DocumentEncoder, check_max_length
@@ -67,6 +68,14 @@ def measure(
         times["full"].append(_timed(lambda batch: _whole(lower, batch), batches))
     lower_half, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
     return Timing(full, min(lower_half, full), lower.hidden_size, lengths, family.dtype)
+
+
+def measure_features(lower: LowerHalf, encoder: MediaEncoder, documents: Sequence[Any], most: int = 16) -> Timing:
+    """Compute some images or sounds, one at a time, by the lower half; ``full`` is told as ``lower``."""
+    some = [entries[0] for entries in encoder.encode(documents[:most])]
+    lengths = [int(lower.run_features([one])[lower.site][0].shape[0]) for one in some]  # for warming up, too
+    seconds = _timed(lambda one: lower.run_features([one]), some) / sum(lengths)
+    return Timing(seconds, seconds, lower.hidden_size, lengths, lower.family.dtype)
 
 
 def _timed(compute: Callable[[Any], object], batches: Sequence[Any]) -> float:

@@ -169,12 +169,12 @@ def mix(
         portions = list(documents.portions(members))
         bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
         own: list[dict[str, NDArray[Any]]] = []
-        asked, silent, next_asked = 0, 0, 0
+        asked, silent, next_asked = 1, 0, 1  # the first is read at once
         for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
             while asked < min(i + 1 + _AHEAD, len(portions)):
                 # As long as all is in memory, fewer and fewer portions are announced.
                 if asked >= next_asked:
-                    silent = 0 if _announce(documents, portions[asked]) else min(silent + 1, _MOST_SILENT)
+                    silent = 0 if _announce(documents, portions[asked]) else min(2 * silent + 1, _MOST_SILENT)
                     next_asked = asked + 1 + silent
                 asked += 1
             for site, rows in enumerate(of_sites):
@@ -185,7 +185,7 @@ def mix(
     except BaseException:
         buffers.give_back(memory, None)
         raise
-    read = {} if ids is None else {TOKEN_IDS: ids}
+    read: dict[str, NDArray[Any]] = {} if ids is None else {TOKEN_IDS: ids}
     read |= {name: np.concatenate([one[name] for one in own]) for name in documents.own}
     beside = {name: np.empty_like(array) for name, array in read.items()}
     for name, array in read.items():

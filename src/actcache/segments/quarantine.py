@@ -11,15 +11,19 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.backend import EntryLocations
+from actcache.backend import Columns, EntryLocations, Expected
 from actcache.errors import DataError, FormatVersionError
 from actcache.format import safetensors
-from actcache.format.ragged import PAYLOAD, PAYLOAD_OFFSETS, offsets_of
+from actcache.format.checksum import CHAINED, ORDER
+from actcache.format.ragged import OWN, PAYLOAD, PAYLOAD_OFFSETS, offsets_of
 from actcache.segments.catalog import Catalog
 from actcache.segments.compaction import live_segments, merge
 from actcache.segments.places.place import unique_names
 from actcache.segments.segment import next_name
 from actcache.segments.snapshot import SegmentedSnapshot
+
+#: Whether an entry in quarantine has columns of the caller's own, and whether they are as they were put.
+NO_COLUMNS, COLUMNS_INTACT, COLUMNS_DAMAGED = range(3)
 
 
 def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
@@ -48,12 +52,36 @@ def quarantine(catalog: Catalog, keys: NDArray[np.uint8]) -> int:
                     own = rows[bounds[i] : bounds[i + 1]]
                     if len(snapshot.gather(located[i : i + 1], {name: own}, None, None)):
                         own[:] = 0
+        if OWN in arrays:
+            arrays["columns_state"] = _state_of_columns(snapshot, keys, located, catalog.columns)
         segments = " ".join(catalog.segments[number].name for number in located.segment.tolist())
         data = safetensors.dumps(arrays, {"actcache_quarantine": "1", "segments": segments})
         folder = f"{catalog.folder}/quarantine"
         name = next_name(unique_names(catalog.place, folder, ".safetensors"))
         catalog.place.publish_bytes(f"{folder}/{name}.safetensors", data, replace=True)
         return catalog.delete(keys)
+
+
+def _state_of_columns(
+    snapshot: SegmentedSnapshot, keys: NDArray[np.uint8], located: EntryLocations, columns: Columns
+) -> NDArray[np.uint8]:
+    """Return of each entry ``NO_COLUMNS``, or whether the caller's own are as they were put: their checksum is over all
+    optional arrays, and not over the rows."""
+    state = np.full(len(keys), NO_COLUMNS, np.uint8)
+    optional = [name for name in ORDER if name in columns and name not in CHAINED]
+    having = {name: snapshot.has(name, located) for name in optional}
+    for i in np.flatnonzero(having[OWN]).tolist():
+        state[i] = COLUMNS_DAMAGED
+        with suppress(DataError):
+            one, out = located[i : i + 1], dict[str, NDArray[np.generic]]()
+            for name in optional:
+                if having[name][i]:
+                    dtype, trailing = columns[name]
+                    out[name] = np.zeros((int(one.tokens[0]), *trailing), dtype)
+            expected = Expected(0, keys[i : i + 1], one.checksums, snapshot.extra_checksums(one))
+            if not len(snapshot.gather(one, out, None, expected)):
+                state[i] = COLUMNS_INTACT
+    return state
 
 
 def _frames(snapshot: SegmentedSnapshot, located: EntryLocations) -> dict[str, NDArray[np.generic]]:

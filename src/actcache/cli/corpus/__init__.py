@@ -4,7 +4,7 @@ A text file has a document a line. Everything else has fields: JSON lines, a JSO
 the file's name, which may end in .gz, .bz2, .xz or .zst as well. A source is one file, a folder, a pattern such as
 ``data/*.jsonl.gz``, any of these in an object store, a dataset that ``save_to_disk`` of Hugging Face's ``datasets``
 wrote, or ``-`` for standard input. Parquet, Arrow, such datasets and .zst need the extra ``corpora``, object stores the
-extra ``s3``. See docs/corpora.md.
+extra ``s3``. Folders of images or audio are ``find_media``'s. See docs/corpora.md.
 
 Whatever is wrong with a corpus is a ``DocumentError``, here and in all modules below.
 """
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from actcache.cli.corpus.document import Document
 from actcache.cli.corpus.files import Kind
+from actcache.cli.corpus.media import Media, MediaDocument, find_media
 from actcache.cli.corpus.shards import find_shards
 from actcache.format.keys import document_key, key_array
 
-__all__ = ["Document", "Kind", "check", "count", "is_stream", "keys", "read"]
+__all__ = ["Document", "Kind", "Media", "MediaDocument", "check", "count", "find_media", "is_stream", "keys", "read"]
 
 
 def read(

@@ -36,7 +36,12 @@ class Kind(StrEnum):
     tsv = "tsv"
     parquet = "parquet"
     arrow = "arrow"
+    images = "images"
+    audio = "audio"
 
+
+#: Kinds of which a document is a file, as ``actcache.cli.corpus.media`` reads them.
+MEDIA = (Kind.images, Kind.audio)
 
 #: Kinds that pyarrow reads. They have a compression of their own inside.
 COLUMNAR = (Kind.parquet, Kind.arrow)
@@ -45,7 +50,7 @@ COLUMNAR = (Kind.parquet, Kind.arrow)
 COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
 
 _OTHER_SUFFIXES = {".txt": Kind.text, ".ndjson": Kind.jsonl, ".pq": Kind.parquet, ".feather": Kind.arrow}
-_SUFFIXES = {f".{kind}": kind for kind in Kind} | _OTHER_SUFFIXES
+_SUFFIXES = {f".{kind}": kind for kind in Kind if kind not in MEDIA} | _OTHER_SUFFIXES
 #: Packings that nothing here reads. Their bytes are no lines, whatever stands before them in the name.
 _FOREIGN = {".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzma", ".br", ".snappy", ".z"}
 

@@ -12,6 +12,7 @@ from actcache.cli.corpus import arrow, jsonfile, text
 from actcache.cli.corpus.compression import DAMAGED, decompressed
 from actcache.cli.corpus.document import Document
 from actcache.cli.corpus.files import COLUMNAR, STATE, File, Folder, Form, Kind, LocalFile, files_of, find_source, form
+from actcache.cli.corpus.media import find_media
 from actcache.errors import ActcacheError, DocumentError
 
 _COUNTED_BYTES = 1 << 30
@@ -87,6 +88,12 @@ def find_shards(source: str | Path, field: str | None, id_field: str | None, for
         raise DocumentError(f"there is no format {format!r}; there are {', '.join(Kind)}")
     if "" in (field, id_field):
         raise DocumentError("the name of the field is empty: name the column or field of the texts, or leave it out")
+    with find_media(source, format) as media:
+        if media is not None:
+            raise DocumentError(
+                f"{source} holds {len(media):,} files of {media.kind}, and texts are wanted here: cachectl fill, "
+                "prune --keep-only and repair --corpus take images and audio"
+            )
     with find_source(str(source)) as place:
         files, kind = _one_kind(place, None if format is None else Kind(format), field)
         if id_field is not None and field is None:

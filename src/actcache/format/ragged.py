@@ -187,8 +187,7 @@ def placed(
     offsets = offsets_of(lengths)
     packed = dict(out)
     for name, of in placing.items():
-        pooled = of.how != "at" if isinstance(of, Pooled) else False
-        dtype = _DTYPES[of.form] if pooled else out[name].dtype
+        dtype = _DTYPES[of.form] if isinstance(of, Pooled) and of.how != "at" else out[name].dtype
         packed[name] = np.empty((int(offsets[-1]), *out[name].shape[1:]), dtype)
     result = read(packed)
     for name, of in placing.items():

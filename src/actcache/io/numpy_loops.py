@@ -282,13 +282,15 @@ _ROWS_AT_A_TIME = 1024
 
 def _bins(shares: NDArray[np.float32]) -> NDArray[np.int64]:
     below = (np.float32(1).view(np.uint32) >> 19).astype(np.int64) - ((shares.view(np.uint32) & 0x7FFFFFFF) >> 19)
-    return np.clip(below, 0, _BINS - 1)
+    bins: NDArray[np.int64] = below.clip(0, _BINS - 1)
+    return bins
 
 
 def _shapes_for(rows: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.intp]:
     """Return for each row of int8 the shape by which its squared error should be the least, ``[n]``."""
     count, hidden = rows.shape
-    bins = _bins(rows * (np.float32(1) / np.maximum(largest, _SMALLEST_TO_SHAPE)))
+    shares = rows * (np.float32(1) / np.maximum(largest, _SMALLEST_TO_SHAPE))
+    bins = _bins(shares.astype(np.float32, copy=False))
     counts = np.bincount((bins + np.arange(count)[:, None] * _BINS).reshape(-1), minlength=count * _BINS)
     before = np.zeros((count, _BINS + 1), np.int64)
     before[:, 1:] = counts.reshape(count, _BINS).cumsum(axis=1)
@@ -347,7 +349,7 @@ def narrow(rows: NDArray[np.float32], out: NDArray[np.uint8], code: str) -> int:
 
 def _narrow_int8(rows: NDArray[np.float32], out: NDArray[np.uint8]) -> int:
     hidden = rows.shape[1]
-    good = np.isfinite(rows).all(axis=1)
+    good = np.logical_and.reduce(np.isfinite(rows), axis=1)
     some = rows[good]
     largest = np.abs(some).max(axis=1, keepdims=True, initial=0)
     shapes = _shapes_for(some, largest)

@@ -67,4 +67,5 @@ class Layout:
             if hidden.shape != like.shape and not self.first_differs:
                 expected = f"which expects {list(like.shape)}"
                 raise ShapeError(f"activations {list(rows.shape)} do not fit the model, {expected}")
-        return hidden.to(like.dtype)
+        given: torch.Tensor = hidden.to(like.dtype)
+        return given

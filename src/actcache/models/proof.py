@@ -553,9 +553,9 @@ class _Replay:
         size = math.sqrt(sum(float(one.double().square().sum()) for one in want[1].values()))
         for name, gradient in want[1].items():
             # Of what hardly moves (the bias of keys does not at all), all is rounding.
-            error = float((got[1].get(name, torch.zeros_like(gradient)) - gradient).double().norm())
-            if not error <= _GRADIENT_TOLERANCE * self.tolerance * max(float(gradient.double().norm()), 1e-2 * size):
-                raise _NotProved(f"{what}'s gradient of {name}: {error / (size or 1.0):.2g} of all gradients")
+            apart = float((got[1].get(name, torch.zeros_like(gradient)) - gradient).double().norm())
+            if not apart <= _GRADIENT_TOLERANCE * self.tolerance * max(float(gradient.double().norm()), 1e-2 * size):
+                raise _NotProved(f"{what}'s gradient of {name}: {apart / (size or 1.0):.2g} of all gradients")
 
     def _labels(self, one: _Alone, full: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
         """Yield labels of which the full model makes a loss."""

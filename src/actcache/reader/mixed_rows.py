@@ -185,7 +185,7 @@ def mix(
     except BaseException:
         buffers.give_back(memory, None)
         raise
-    read = {} if ids is None else {TOKEN_IDS: ids}
+    read: dict[str, NDArray[Any]] = {} if ids is None else {TOKEN_IDS: ids}
     read |= {name: np.concatenate([one[name] for one in own]) for name in documents.own}
     beside = {name: np.empty_like(array) for name, array in read.items()}
     for name, array in read.items():

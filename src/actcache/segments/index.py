@@ -124,7 +124,7 @@ class Table:
             which = kept[table.segment] if not kept.all() else slice(None)
             arrays = {name: array[which] for name, array in table._arrays().items()}
             arrays["segment"] = (len(segments) + np.cumsum(kept) - 1).astype(np.uint32)[arrays["segment"]]
-            parts.append(cls(table.segments, table.origins, **arrays))
+            parts.append(cls(table.segments, table.origins, **arrays))  # type: ignore[arg-type]
             segments += [segment for segment in table.segments if segment.name in wanted]
             wanted.difference_update(segment.name for segment in table.segments)
         return cls._sorted(tuple(segments), parts)
@@ -286,7 +286,7 @@ def _checked(
         if array is None or array.dtype != np.dtype(dtype) or array.shape != (count, *trailing):
             raise FormatError(f"{where} is damaged: {name} is missing or of another shape")
     for name, known in (("segment", len(segments)), ("origin", len(origins))):
-        if count and int(arrays[name].max()) >= known:  # type: ignore[arg-type,call-overload]
+        if count and int(arrays[name].max()) >= known:
             raise FormatError(f"{where} is damaged: it counts more segments than it describes")
     return {name: arrays[name] for name in _ARRAYS}
 

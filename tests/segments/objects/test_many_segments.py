@@ -14,7 +14,7 @@ import pytest
 
 import actcache
 from actcache.errors import FormatVersionError, StorageIOError
-from actcache.segments import index_files
+from actcache.segments import catalog, compaction, index_files
 from actcache.segments.places import marker
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.client import Client
@@ -377,20 +377,64 @@ def test_a_writer_that_is_killed_at_any_write(format, step, nbytes, after, throu
     assert at > 20
 
 
-def test_what_a_killed_writer_did_not_tell_of_stays_deleted(plain_url, through):
-    """Its segment is there, and no index names it; whoever deletes looks for such ones."""
-    write(plain_url, [0])
+def leave_unnamed(url, through, numbers, **options):
+    """Be killed between a segment and its index file."""
     through(Killing(0, after=False, text="/index/"))
     with pytest.raises(Killed):
-        write(plain_url, [1, 2])
+        write(url, numbers, **options)
     through(None)
+
+
+def test_what_a_killed_writer_did_not_tell_of_is_not_served_and_goes(plain_url, through, monkeypatch):
+    write(plain_url, [0])
+    leave_unnamed(plain_url, through, [1, 2])
+    fs, root = files_of(plain_url)
+    segments = f"{root}/spaces/{recipe().fingerprint}/segments"
     held(plain_url, {0: 0}, range(4))
     with actcache.open(plain_url) as store, store.space(recipe()) as space:
-        assert space.delete([key(1)]) == 1
         space.compact(waste=0.0, grace=0.0)
-    with actcache.open(plain_url, "r") as store, store.space(recipe()) as space:
-        assert space.get([key(0), key(1)])[1] is None
-        assert space.get([key(0)])[0] is not None
+        check(space, {0: 0}, range(4))
+        assert len(fs.ls(segments)) == 2
+        monkeypatch.setattr(compaction, "_ABANDONED", 0.0)
+        space.compact(waste=0.0, grace=0.0)
+        assert len(fs.ls(segments)) == 1
+    held(plain_url, {0: 0}, range(4))
+
+
+def test_what_a_killed_writer_did_not_tell_of_does_not_come_before_what_is_put_later(plain_url, through):
+    """Whoever puts the same key gives its segment a name of the same number, and the killed one's may sort last."""
+    for number in range(8):
+        if number:
+            leave_unnamed(plain_url, through, [0], version=1, overwrite=True)
+        else:
+            write(plain_url, [9])
+        write(plain_url, [0], version=2, overwrite=True)
+        with actcache.open(plain_url) as store, store.space(recipe()) as space:
+            space.compact(waste=0.0, grace=0.0)
+        held(plain_url, {0: 2, 9: 0}, range(4))
+
+
+def test_what_a_killed_writer_did_not_tell_of_stays_deleted(plain_url, through):
+    """Should it be found one day, as no index is left."""
+    write(plain_url, [0])
+    leave_unnamed(plain_url, through, [1, 2])
+    with actcache.open(plain_url) as store, store.space(recipe()) as space:
+        assert space.delete([key(1)]) == 0  # nobody was served it
+    fs, root = files_of(plain_url)
+    fs.rm(f"{root}/spaces/{recipe().fingerprint}/index", recursive=True)
+    held(plain_url, {0: 0, 2: 0}, range(4))
+
+
+def test_what_is_found_without_an_index_is_told_to_all(plain_url):
+    """A writer that skips keys which stand vouches for them."""
+    write(plain_url, range(3))
+    fs, root = files_of(plain_url)
+    fs.rm(f"{root}/spaces/{recipe().fingerprint}/index", recursive=True)
+    store = actcache.open(plain_url)
+    assert put(store.space(recipe()), range(3)) == 0
+    held(plain_url, dict.fromkeys(range(3), 0), range(5))
+    assert len(index_names(plain_url)) == 1
+    store.close()
 
 
 def test_a_flush_whose_index_file_fails_has_not_happened(plain_url, through):
@@ -465,7 +509,7 @@ def files_of(url):
     return fsspec.filesystem("memory"), url.partition("memory:/")[2]
 
 
-def test_a_damaged_index_file_hides_nothing(plain_url):
+def test_a_damaged_index_file_hides_nothing(plain_url, monkeypatch):
     """The segments are listed then, until a writer has made another one."""
     for number in range(4):
         write(plain_url, [number])
@@ -482,6 +526,13 @@ def test_a_damaged_index_file_hides_nothing(plain_url):
         space.flush()
         check(space, {**versions, 4: 0}, range(6))
         space.compact(waste=0.0, grace=0.0)
+        check(space, {**versions, 4: 0}, range(6))
+        assert not space._driver.catalog._index.whole  # a segment may have been put just now that it names
+        monkeypatch.setattr(catalog, "_SETTLED", 0.0)
+        put(space, [5])
+        space.flush()
+        space.compact(waste=0.0, grace=0.0)
+        versions[5] = 0
     held(plain_url, {**versions, 4: 0}, range(6))
     with actcache.open(plain_url, "r") as store, store.space(recipe()) as space:
         assert space._driver.catalog._index.whole

@@ -81,7 +81,8 @@ class Scaled(Codec):
             scales = tails.view("<f4")[:, 0]
             steps = np.linalg.norm(np.ldexp(1.0, np.maximum(codes >> 3 & 15, 1).astype(np.int64) - 10), axis=1)
         # Half a step; and a number is a quotient, times the scale again, each rounded to float32.
-        return steps / 2 * scales.astype(np.float64) * (1 + 2.0**-10)
+        bounds: NDArray[np.float64] = steps / 2 * scales.astype(np.float64) * (1 + 2.0**-10)
+        return bounds
 
     def decode_tensor(self, torch: Any, stored: Any) -> Any:
         hidden = self.hidden(stored.shape[-1])

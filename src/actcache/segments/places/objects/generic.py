@@ -204,8 +204,8 @@ def _check_options(kind: type, protocol: str, options: Mapping[str, Any]) -> Non
     """
     known: set[str] = set()
     for maker in kind.__mro__:
-        parameters = inspect.signature(maker.__init__).parameters.values() if "__init__" in vars(maker) else ()
-        for parameter in parameters:
+        made_by = vars(maker).get("__init__")
+        for parameter in inspect.signature(made_by).parameters.values() if made_by else ():
             if parameter.kind is parameter.VAR_KEYWORD and maker is kind and parameter.name not in _PASSED_UP:
                 return
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

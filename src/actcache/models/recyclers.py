@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.format.keys import Document
 from actcache.models import error_budget
 from actcache.models.agreement import when_opened
-from actcache.models.documents import Field, documents_in, listed
+from actcache.models.documents import ColumnFields, Field, documents_in, documents_with_columns, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
@@ -105,6 +105,7 @@ class Recyclers(Mapping[int | str, Recycler]):
         texts: Iterable[Document],
         *,
         field: Field | None = None,
+        columns: ColumnFields | None = None,
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
@@ -117,8 +118,9 @@ class Recyclers(Mapping[int | str, Recycler]):
         sites together; ``max_error`` is for each of them.
         """
         self._store.check_writable()
-        texts = self.measured(documents_in(texts, field), max_error, metric)
-        return self.filler.fill(texts, token_budget, progress, max_bytes)
+        own = None if columns is None else documents_with_columns(texts, field, columns)
+        documents = self.measured(documents_in(texts, field) if own is None else own, max_error, metric)
+        return self.filler.fill(documents, token_budget, progress, max_bytes, own)
 
     def measured(self, texts: Iterable[Document], max_error: float | None, metric: str) -> Iterable[Document]:
         """Measure what storing does, as ``fill`` does before it stores anything; return all of the documents.

@@ -19,6 +19,7 @@ from actcache.models.documents import Field, documents_in, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
+from actcache.models.partition import Partition
 from actcache.models.pretrained import load_pretrained
 from actcache.models.recycler import Recycler
 from actcache.models.sites import Site, expanded, several
@@ -110,6 +111,7 @@ class Recyclers(Mapping[int | str, Recycler]):
         max_bytes: int | str | None = None,
         max_error: float | None = None,
         metric: str = "rows",
+        partition: str | tuple[int, int] | Partition | None = None,
     ) -> FillReport:
         """Compute each document once, as far as the deepest site that lacks it, and store it at each site that does.
 
@@ -117,8 +119,13 @@ class Recyclers(Mapping[int | str, Recycler]):
         sites together; ``max_error`` is for each of them.
         """
         self._store.check_writable()
+        share = None if partition is None else Partition.parse(partition)
         texts = self.measured(documents_in(texts, field), max_error, metric)
-        return self.filler.fill(texts, token_budget, progress, max_bytes)
+        return self.filler.fill(texts, token_budget, progress, max_bytes, share)
+
+    def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
+        """Return the positions of the documents that any of the sites lacks; else as ``Recycler.missing``."""
+        return self.filler.missing(documents_in(texts, field))
 
     def measured(self, texts: Iterable[Document], max_error: float | None, metric: str) -> Iterable[Document]:
         """Measure what storing does, as ``fill`` does before it stores anything; return all of the documents.

@@ -189,7 +189,11 @@ class Recycler:
             options: the other arguments of ``Recycler``.
         """
         if several := [name for name in ("layers", "sites") if name in options]:
-            raise UsageError(f"{several[0]} are for actcache.Recyclers.from_pretrained: one pass records all of them")
+            given = f"{several[0]}={options[several[0]]!r:.80}"
+            raise UsageError(
+                f"{several[0]} are for actcache.Recyclers.from_pretrained(..., {given}): one pass records all of them, "
+                "each in a space of its own. A Recycler has one layer= or site="
+            )
         model, tokenizer = load_pretrained(
             name_or_path, [chosen(layer, site)], device, revision, trust_remote_code=trust_remote_code
         )

@@ -7,7 +7,9 @@ import pytest
 from actcache.admin import planning
 from actcache.admin.planning import CorpusSize, Disk, ModelCosts, Prices
 from actcache.errors import UsageError
+from actcache.models.timing import measure
 from tests.cli.running import cachectl
+from tests.support.tiny import save_tiny
 
 GIVEN = ["--documents", 1000, "--tokens", 512, "--hidden", 768, "--full-ms", 5, "--upper-ms", 2.5]
 FAST = ["--read", "1GB", "--write", "1GB"]
@@ -123,3 +125,20 @@ def test_a_model_is_measured(tmp_path):
     assert nbytes["bfloat16+zstd"] < 0.8 * nbytes["bfloat16"]  # as measured on these texts
     assert nbytes["int8"] < nbytes["bfloat16+zstd"] < nbytes["float16+zstd"] < 0.95 * nbytes["float16"]
     assert "holds no documents" in cachectl("plan", "/dev/null", "--model", get_model_path(), "--layer", 3).refused(2)
+
+
+def test_sites_and_layers_from_which_nothing_starts_are_for_reading(tmp_path):
+    tiny = save_tiny(tmp_path / "tiny", words=["the", "cat", "sat"], hidden_size=32)
+    (tmp_path / "corpus.txt").write_text("the cat sat\n" * 20)
+    model = [tmp_path / "corpus.txt", "--model", tiny, "--device", "cpu", *FAST, "--json"]
+    assert measure(tiny, ["the cat sat"], layer=2, device="cpu").starts
+    assert not measure(tiny, ["the cat sat"], layer="last", device="cpu").starts
+    for where in (["--layer", "last"], ["--layer", 0], ["--layer", -1], ["--site", "encoder.layer.1.intermediate"]):
+        found = cachectl("plan", *model, *where).json()
+        assert found["model"]["upper"] == 0
+        width = 32 if where[0] == "--layer" else 64  # of the MLP
+        assert found["model"]["hidden_size"] == width
+        assert found["nbytes"] >= found["corpus"]["tokens"] * width * 2
+    assert "at once" in cachectl("plan", *model, "--layer", 2, "--site", "layers.1.mlp").refused(2)
+    assert "a module is a --site" in cachectl("plan", *model, "--layer", "layers.1").refused(2)
+    assert "layers.9" in cachectl("plan", *model, "--site", "layers.9").refused(2)

@@ -380,3 +380,72 @@ def test_chats(recyclers: Recyclers, tiny: Path) -> None:
     tokenizer.chat_template = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     with pytest.raises(UsageError, match="does not mark what the assistant says"):
         one.chats(CHATS)
+
+
+MASKED = [
+    {"ids": (IDS * 3)[:n], "mask": [i % 2 == 0 for i in range(n)], "weight": [n + i / 8 for i in range(n)]}
+    for n in (5, 3, 7)
+]
+MASKED.append({**MASKED[1], "mask": [False] * 3})  # given twice: the first one's count
+BESIDE: dict[str, Callable[[], Any]] = {
+    "DataFrame": lambda: pandas.DataFrame(MASKED),
+    "Table": lambda: pyarrow.Table.from_pylist(MASKED),
+    "Dataset": lambda: datasets.Dataset.from_list(MASKED),
+    "torch": lambda: datasets.Dataset.from_list(MASKED).with_format("torch"),
+    "IterableDataset": lambda: datasets.Dataset.from_list(MASKED).to_iterable_dataset(),
+    "mapping": lambda: {name: [row[name] for row in MASKED] for name in MASKED[0]},
+    "generator": lambda: iter(MASKED),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_fields_that_stand_beside_the_tokens(recyclers: Recyclers, name: str) -> None:
+    make, keys = BESIDE[name], [actcache.document_key(row["ids"]) for row in MASKED[:3]]
+    columns = {"loss_mask": "mask", "weight": "weight"}
+    if name == "Dataset":
+        assert recyclers.fill(make(), field="ids", columns=columns, progress=False).computed == 3
+    else:
+        assert recyclers[2].fill(make(), field="ids", columns=columns, progress=False).computed == 3
+    for space in [one.space for one in (recyclers[2], recyclers[3]) if len(one.space)]:
+        for row, entry in zip(MASKED, space.get(keys), strict=False):
+            np.testing.assert_array_equal(entry.token_ids, row["ids"])
+            np.testing.assert_array_equal(entry.columns["loss_mask"], row["mask"])
+            np.testing.assert_array_equal(entry.columns["weight"], row["weight"])
+            assert entry.columns["loss_mask"].dtype == bool
+    assert recyclers[2].fill(make(), field="ids", columns=columns, progress=False).computed == 0
+    with pytest.raises(UsageError, match="own columns are loss_mask, weight"):
+        recyclers[2].fill(make(), field="ids", columns=["mask"], progress=False)
+
+
+def test_columns_that_do_not_fit(recyclers: Recyclers) -> None:
+    one = recyclers[2]
+    for columns, why in (
+        (["gone"], "'gone'"),
+        ("mask", "names of fields"),
+        ({}, "names of fields"),
+        ({"a": 3}, "names of"),
+        (3, "names of"),
+        (["mask", 3], "names of"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            one.fill(MASKED, field="ids", columns=columns, progress=False)
+    with pytest.raises(UsageError, match="field="):
+        one.fill([IDS], columns=["mask"], progress=False)
+    for bad, why in (([True], r"the shape \[1\]"), (["a", [1]], "no array"), (None, "no array")):
+        rows = [MASKED[0], {**MASKED[1], "mask": bad}]
+        with pytest.raises(DocumentError, match=rf"position 1 of the texts: column mask has {why}.*3 tokens"):
+            one.fill(rows, field="ids", columns=["mask"], progress=False)
+    assert not len(one.space)
+    one.fill(MASKED[:1], field="ids", progress=False)
+    one.fill(MASKED, field="ids", columns=["mask"], progress=False)  # what was there before keeps what it had
+    entries = one.space.get([actcache.document_key(row["ids"]) for row in MASKED[:2]])
+    assert [sorted(entry.columns) for entry in entries] == [[], ["mask"]]
+
+
+def test_columns_of_documents_that_are_cut(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    options = {"too_long": actcache.windows(8, 2)}
+    with actcache.Recycler(*loaded, layer=2, store=tmp_path / "store", **options) as one:
+        rows = [{"text": "a b c d e f g h i j k l m n", "mask": [1] * 16}]
+        with pytest.raises(UsageError, match="position 0 of the texts is cut into"):
+            one.fill(rows, field="text", columns=["mask"], progress=False)
+        assert not len(one.space)

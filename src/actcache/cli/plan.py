@@ -25,7 +25,10 @@ def plan(
         str | None, typer.Argument(help="The corpus, as of fill; its lengths are measured.", show_default=False)
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model id or folder, measured on this machine.")] = None,
-    layer: Annotated[int | None, typer.Option(help="The layer to cache.")] = None,
+    layer: Annotated[str | None, typer.Option(help="The layer to cache: 0 to N, -1 for N, or last.")] = None,
+    site: Annotated[
+        str | None, typer.Option(help="In its place, the module to cache: layers.5.mlp, or layers.5.mlp:input.")
+    ] = None,
     field: options.Field = None,
     format: options.Format = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
@@ -49,8 +52,9 @@ def plan(
 ) -> None:
     """Say whether caching pays: bytes, time to fill, a pass with and without, and from which pass on.
 
-    Measures the model's layers and the disk on this machine, or takes the numbers that are given. With both prices it
-    also says how often a pass has to be made for the storage to pay. Says so where caching loses.
+    Measures the model's layers and the disk on this machine, or takes the numbers that are given. At a --site, and at
+    layers from which nothing starts (0, the last), a pass is one that reads the rows, or computes them. With both
+    prices it also says how often a pass has to be made for the storage to pay. Says so where caching loses.
 
     Example: cachectl plan corpus.txt --model bert-base-uncased --layer 6 --folder ./activations
     """
@@ -61,9 +65,12 @@ def plan(
         raise UsageError("--device-hour and --gib-month go together: the price of computing and that of storing")
     prices = None if device_hour is None or gib_month is None else Prices(device_hour, gib_month)
     if source is not None:
-        if model is None or layer is None:
-            raise UsageError("with a corpus, say which --model and --layer; without, give --documents, --tokens, ...")
-        load, costs, errors = _measured(source, field, format, model, layer, device, max_length, dtype)
+        place = _place(layer, site)
+        if model is None or place is None:
+            raise UsageError(
+                "with a corpus, say which --model and --layer or --site; without, give --documents, --tokens, ..."
+            )
+        load, costs, errors = _measured(source, field, format, model, place, device, max_length, dtype)
     else:
         if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
             raise UsageError(
@@ -95,7 +102,7 @@ def _measured(
     field: str | None,
     format: str | None,
     model: str,
-    layer: int,
+    place: int | str,
     device: str | None,
     max_length: int | None,
     dtype: str,
@@ -107,11 +114,25 @@ def _measured(
     if not texts:
         raise UsageError(f"{source} holds no documents")
     sample = texts[:: -(-len(texts) // _SAMPLE)]
-    timing = measure(model, sample, layer=layer, device=device, max_length=max_length)
+    timing = measure(model, sample, layer=place, device=device, max_length=max_length)
     tokens = round(sum(timing.lengths) / len(sample) * len(texts))
-    known: dict[str, Any] = {"layer": layer, "device": device, "max_length": max_length}
+    known: dict[str, Any] = {"layer": place, "device": device, "max_length": max_length}
     errors = errors_by_codec(model, sample, dtypes={*planning.codecs(measured=True), dtype}, **known)
-    return CorpusSize(len(texts), tokens), ModelCosts(timing.full, timing.upper, timing.hidden_size), errors
+    # Where no reduced model starts, rows are for reading: a pass computes as far as there, or reads them.
+    full, upper = (timing.full, timing.upper) if timing.starts else (timing.lower, 0.0)
+    return CorpusSize(len(texts), tokens), ModelCosts(full, upper, timing.hidden_size), errors
+
+
+def _place(layer: str | None, site: str | None) -> int | str | None:
+    """Return where rows are taken, of the two options; None where neither was given."""
+    if layer is None or site is not None:
+        if layer is not None:
+            raise UsageError("--layer and --site at once: plan one after the other")
+        return site
+    try:
+        return layer if layer == "last" else int(layer)
+    except ValueError:
+        raise UsageError(f"--layer {layer!r} is none: plan one layer, a number or last; a module is a --site") from None
 
 
 def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:

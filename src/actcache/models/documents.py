@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actcache.errors import DocumentError, UsageError
+from actcache.format.arguments import to_numpy
 from actcache.format.keys import Document, document_key
 
 T = TypeVar("T")
@@ -88,6 +90,34 @@ def documents_in(texts: Any, field: Field | None) -> Iterable[Document]:
     names = field if isinstance(field, tuple) else (field,)
     if not names or len(names) > 2 or not all(isinstance(name, str) for name in names):
         raise UsageError(f"field is a column's name, or two of them for pairs of texts, not {field!r:.80}")
+    return _fields(texts, names)
+
+
+#: Which fields stand beside the tokens: their names, or the columns that they become and their names.
+ColumnFields = Sequence[str] | Mapping[str, str]
+
+
+def documents_with_columns(texts: Any, field: Field | None, columns: ColumnFields) -> DocumentsWithColumns:
+    """Return the documents that lie in a field of a data set, and what other fields say of their tokens.
+
+    Raises:
+        UsageError: there is no such field; ``field`` is not given; ``columns`` are none.
+    """
+    fields = columns
+    if isinstance(columns, Sequence) and not isinstance(columns, str):
+        fields = {name: name for name in columns if isinstance(name, str)}
+    named = isinstance(fields, Mapping) and all(isinstance(one, str) for pair in fields.items() for one in pair)
+    if not isinstance(fields, Mapping) or not named or not fields or len(fields) < len(columns):
+        raise UsageError(f"columns are names of fields, or a mapping of columns to them, not {columns!r:.80}")
+    documents = documents_in(texts, field)
+    if not isinstance(documents, Fields):
+        raise UsageError("columns are fields of a data set beside its documents: say which field has these (field=...)")
+    return DocumentsWithColumns(
+        _fields(texts, (*documents.names, *fields.values())), len(documents.names), tuple(fields)
+    )
+
+
+def _fields(texts: Any, names: tuple[str, ...]) -> Fields:
     columns = [*texts] if isinstance(texts, Mapping) else _columns(texts)
     if columns is not None:
         missing = [name for name in names if name not in columns]
@@ -104,26 +134,79 @@ class Fields(Iterable[Any]):
     """One field of all rows, or two as pairs; it can be gone through as often as the rows can."""
 
     def __init__(self, rows: Any, names: tuple[str, ...], by_column: bool) -> None:
-        self._rows, self._names, self._by_column = rows, names, by_column
+        self._rows, self.names, self._by_column = rows, names, by_column
 
     def __iter__(self) -> Iterator[Any]:
+        return map(_document, self.values())
+
+    def values(self) -> Iterator[tuple[Any, ...]]:
+        """Yield what each row has in all of the fields."""
         if self._by_column:
-            columns = [self._rows[name] for name in self._names]
-            return iter(columns[0]) if len(columns) == 1 else map(_pair, *columns)
+            return zip(*(self._rows[name] for name in self.names), strict=False)
         return (self._of(position, row) for position, row in enumerate(self._rows))
 
-    def _of(self, position: int, row: Any) -> Any:
-        if not isinstance(row, Mapping) or any(name not in row for name in self._names):
+    def _of(self, position: int, row: Any) -> tuple[Any, ...]:
+        if not isinstance(row, Mapping) or any(name not in row for name in self.names):
             has = f"has {', '.join(map(repr, row))}" if isinstance(row, Mapping) else f"is a {type(row).__name__}"
-            wanted = " and ".join(map(repr, self._names))
+            wanted = " and ".join(map(repr, self.names))
             raise UsageError(f"row {position} has no {wanted}: it {has}")
-        values = [row[name] for name in self._names]
-        return values[0] if len(values) == 1 else _pair(*values)
+        return tuple(row[name] for name in self.names)
 
     def __length_hint__(self) -> int:
         if not isinstance(self._rows, Sized):
             return NotImplemented  # type: ignore[no-any-return]
-        return len(self._rows[self._names[0]] if isinstance(self._rows, Mapping) else self._rows)
+        return len(self._rows[self.names[0]] if isinstance(self._rows, Mapping) else self._rows)
+
+
+class DocumentsWithColumns(Iterable[Any]):
+    """Documents, streamed, and what stands beside their tokens: that of a document is held until it is taken.
+
+    ``fields``: those of the documents, ``count`` of them, then those of the columns that are named.
+    """
+
+    def __init__(self, fields: Fields, count: int, columns: tuple[str, ...]) -> None:
+        self._fields, self._count, self.beside = fields, count, columns  # no table has such a name
+        self._held: dict[int, tuple[Any, ...]] = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        self._held.clear()
+        for position, values in enumerate(self._fields.values()):
+            self._held[position] = values[self._count :]
+            yield _document(values[: self._count])
+
+    def __length_hint__(self) -> int:
+        return self._fields.__length_hint__()
+
+    def take(self, position: int, tokens: int) -> dict[str, NDArray[Any]]:
+        """Return the columns of a document of so many tokens, ``[tokens, ...]`` each.
+
+        Raises:
+            DocumentError: one has another length, or holds no numbers; it names the position.
+        """
+        arrays = {}
+        for name, value in zip(self.beside, self._held.pop(position), strict=True):
+            plain = value.as_py() if hasattr(value, "as_py") else value
+            try:
+                array = to_numpy(plain) if hasattr(plain, "detach") else np.asarray(plain)
+            except ValueError:  # lists of several lengths
+                array = np.empty(0, object)
+            if array.dtype == object or array.shape[:1] != (tokens,):
+                what = "no array" if array.dtype == object else f"the shape {list(array.shape)}"
+                raise DocumentError(
+                    f"position {position} of the texts: column {name} has {what}, and the document {tokens} tokens: "
+                    "give one value a token, special tokens included"
+                )
+            arrays[name] = array
+        return arrays
+
+    def forget(self, before: int) -> None:
+        """Drop what is held of documents before a position."""
+        for position in [one for one in self._held if one < before]:
+            del self._held[position]
+
+
+def _document(values: tuple[Any, ...]) -> Any:
+    return values[0] if len(values) == 1 else _pair(*values)
 
 
 def _pair(first: Any, second: Any) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import length_hint
@@ -21,7 +21,7 @@ from actcache.io.notebook import Shown
 from actcache.models import proof
 from actcache.models.agreement import Agreement, before_adding
 from actcache.models.budget import ByteBudget, Shared, most_bytes
-from actcache.models.documents import check_texts, chunked, streamed
+from actcache.models.documents import DocumentsWithColumns, check_texts, chunked, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
 from actcache.models.partition import Part, Partition
 from actcache.models.processing import Made
@@ -76,6 +76,7 @@ class _Work:
     keys: list[bytes]  # of its entries
     entries: Sequence[Made]
     sites: tuple[Site, ...]  # where it is missing
+    own: Mapping[str, NDArray[Any]] | None = None  # the caller's own columns of its one entry
     computed: int = 0  # how many of its entries
 
     @property
@@ -154,10 +155,16 @@ class Filler:
         token_budget: int,
         progress: bool,
         max_bytes: int | str | None = None,
+        own: DocumentsWithColumns | None = None,
         partition: Partition | None = None,
     ) -> FillReport:
-        """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``."""
+        """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``.
+
+        ``own``: what the texts come from, where they have columns.
+        """
         check_texts(texts)
+        if own is not None:
+            self._check_columns(own.beside)
         budget = self._prepared(max_bytes)
         total = length_hint(texts, -1)
         if partition is None:
@@ -167,7 +174,7 @@ class Filler:
             parts = partition.parts(streamed(texts), self._encoder.chunk, self._encoder.keys)
             total = -1 if total < 0 else total // partition.of  # about: keys fall to all shares alike
         with FillProgress(None if total < 0 else total, show=progress) as bar:
-            return self._fill(parts, token_budget, bar.advance, budget)
+            return self._fill(parts, token_budget, bar.advance, budget, own)
 
     def fill_parts(
         self,
@@ -204,8 +211,22 @@ class Filler:
     def _marked(self) -> object:
         return [lower.marks() for lower in self._lowers.values()]
 
+    def _check_columns(self, names: tuple[str, ...]) -> None:
+        """Refuse columns before anything is computed that no space of these can take."""
+        for space in self._spaces.values():
+            if space.schema is not None and set(space.schema.names) != set(names):
+                there = ", ".join(space.schema.names)
+                raise UsageError(
+                    f"this space's own columns are {there}, and these are {', '.join(names)}: a space has one set"
+                )
+
     def _fill(
-        self, parts: Iterable[Part], token_budget: int, advance: Advance, budget: ByteBudget | None
+        self,
+        parts: Iterable[Part],
+        token_budget: int,
+        advance: Advance,
+        budget: ByteBudget | None,
+        own: DocumentsWithColumns | None = None,
     ) -> FillReport:
         token_budget, start = check_token_budget(token_budget), time.monotonic()
         documents = left_out = 0
@@ -226,11 +247,15 @@ class Filler:
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
                     work = self._encoded(chunk, positions, keys, absent)
+                    if own is not None:
+                        _take_columns(work, own)
                     stored.absent = absent
                     for some in [work] if budget is None else self._admitted(work, budget):
                         for group in _groups(some, _GROUP * token_budget):
                             self._record(group, token_budget, stored, memory)
                     full = bool(absent)
+                if own is not None and chunk:
+                    own.forget(positions[-1] + 1)
                 if absent:
                     copies = Counter(keys)
                     left_out += sum(copies[key] for key in absent)
@@ -379,12 +404,26 @@ class Filler:
         entries = [entry for work in works for entry in work.entries]
         names = ("token_ids", *self._encoder.extras) if self._encoder.has_token_ids else ()
         columns: dict[str, Any] = {name: np.concatenate([getattr(entry, name) for entry in entries]) for name in names}
+        own = [work.own for work in works if work.own is not None]
+        if own:
+            columns["columns"] = {name: np.concatenate([one[name] for one in own]) for name in own[0]}
         try:
             # One call, so that all windows of a document become visible together.
             self._spaces[site].put_packed([key for work in works for key in work.keys], values, offsets, **columns)
         except NonFiniteError as error:
             owners = [work.position for work in works for key in work.keys if key.hex() in str(error)]
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
+
+
+def _take_columns(work: list[_Work], own: DocumentsWithColumns) -> None:
+    """Give documents their own columns; ``UsageError`` where one is cut into windows, which have other tokens."""
+    for one in work:
+        if len(one.entries) != 1:
+            raise UsageError(
+                f"position {one.position} of the texts is cut into {len(one.entries)} windows, and columns are of "
+                "whole documents: give shorter ones, or put each window with its columns (Space.put)"
+            )
+        one.own = own.take(one.position, one.entries[0].length)
 
 
 def _cut(parts: Iterable[Part], most: int) -> Iterator[Part]:

@@ -27,7 +27,7 @@ from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
 from actcache.models.chats import Chats, encode_chats
 from actcache.models.compute_on_miss import ComputeOnMiss
-from actcache.models.documents import Field, documents_in, listed
+from actcache.models.documents import ColumnFields, Field, documents_in, documents_with_columns, listed
 from actcache.models.error_budget import Choice
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
@@ -190,7 +190,11 @@ class Recycler:
             options: the other arguments of ``Recycler``.
         """
         if several := [name for name in ("layers", "sites") if name in options]:
-            raise UsageError(f"{several[0]} are for actcache.Recyclers.from_pretrained: one pass records all of them")
+            given = f"{several[0]}={options[several[0]]!r:.80}"
+            raise UsageError(
+                f"{several[0]} are for actcache.Recyclers.from_pretrained(..., {given}): one pass records all of them, "
+                "each in a space of its own. A Recycler has one layer= or site="
+            )
         model, tokenizer = load_pretrained(
             name_or_path, [chosen(layer, site)], device, revision, trust_remote_code=trust_remote_code
         )
@@ -201,6 +205,7 @@ class Recycler:
         texts: Iterable[Document],
         *,
         field: Field | None = None,
+        columns: ColumnFields | None = None,
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
@@ -218,6 +223,9 @@ class Recycler:
             texts: any iterable of documents; it is streamed. Of a table give a column: ``frame["text"]``, or
             field: the name of the column (two for pairs) of a data set of Hugging Face, a table of pandas, Polars or
                 Arrow, or rows that are mappings: ``fill(dataset, field="text")``.
+            columns: fields of the data set that have a value a token, special tokens included: their names, or a
+                mapping of columns to them. They are stored as columns of the caller's own with what is computed now; a
+                document must not be cut into windows.
             token_budget: padded tokens of a batch. Documents of similar length are computed together.
             progress: whether to show a bar (a line now and then where stderr is no terminal).
             max_bytes: that the space takes on the medium at most, what was there before included: a number or a size
@@ -232,7 +240,8 @@ class Recycler:
 
         Raises:
             UsageError: ``texts`` are none: one text, a table, a file, ..., or an iterator that gives nothing.
-            DocumentError, DocumentTooLongError: a document cannot be stored; it names its position.
+            DocumentError, DocumentTooLongError: a document cannot be stored, or a column has not one value a token; it
+                names its position.
             NonFiniteError, CodecOverflowError: a document's rows do not fit the stored dtype; it names its position.
             LowerHalfMismatchError: the model's lower half was trained since the recycler was made.
             ModelError: the model is in train mode.
@@ -242,8 +251,10 @@ class Recycler:
         """
         self._store.check_writable()
         share = None if partition is None else Partition.parse(partition)
-        texts = error_budget.measured(documents_in(texts, field), [self.agreement], max_error, metric)
-        return self._filler.fill(texts, token_budget, progress, max_bytes, share)
+        own = None if columns is None else documents_with_columns(texts, field, columns)
+        documents = documents_in(texts, field) if own is None else own
+        documents = error_budget.measured(documents, [self.agreement], max_error, metric)
+        return self._filler.fill(documents, token_budget, progress, max_bytes, own, share)
 
     def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
         """Return the positions of the documents that are not wholly in the space, windows included: what ``fill``

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.format.keys import Document
 from actcache.models import error_budget
 from actcache.models.agreement import when_opened
-from actcache.models.documents import Field, documents_in, listed
+from actcache.models.documents import ColumnFields, Field, documents_in, documents_with_columns, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
@@ -106,6 +106,7 @@ class Recyclers(Mapping[int | str, Recycler]):
         texts: Iterable[Document],
         *,
         field: Field | None = None,
+        columns: ColumnFields | None = None,
         token_budget: int = TOKEN_BUDGET,
         progress: bool = True,
         max_bytes: int | str | None = None,
@@ -120,8 +121,9 @@ class Recyclers(Mapping[int | str, Recycler]):
         """
         self._store.check_writable()
         share = None if partition is None else Partition.parse(partition)
-        texts = self.measured(documents_in(texts, field), max_error, metric)
-        return self.filler.fill(texts, token_budget, progress, max_bytes, share)
+        own = None if columns is None else documents_with_columns(texts, field, columns)
+        documents = self.measured(documents_in(texts, field) if own is None else own, max_error, metric)
+        return self.filler.fill(documents, token_budget, progress, max_bytes, own, share)
 
     def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
         """Return the positions of the documents that any of the sites lacks; else as ``Recycler.missing``."""

@@ -29,6 +29,7 @@ class Timing:
     hidden_size: int
     lengths: list[int]  # tokens of each document
     dtype: str  # in which rows of this family are stored by default
+    starts: bool = True  # whether a reduced model can start from the rows; else they are for reading
 
     @property
     def upper(self) -> float:
@@ -67,7 +68,8 @@ def measure(
         times["lower"].append(_timed(lower.run, batches))
         times["full"].append(_timed(lambda batch: _whole(lower, batch), batches))
     lower_half, full = (float(np.median(times[kind][1:])) / tokens for kind in ("lower", "full"))
-    return Timing(full, min(lower_half, full), lower.hidden_size, lengths, family.dtype)
+    starts = lower.site.layer is not None and 0 < lower.site.layer < len(family.layers_of(base))
+    return Timing(full, min(lower_half, full), lower.hidden_size, lengths, family.dtype, starts)
 
 
 def measure_features(lower: LowerHalf, encoder: MediaEncoder, documents: Sequence[Any], most: int = 16) -> Timing:

@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 #: A new index is written when what it does not cover is so many entries, or segments, and a quarter of what it covers.
 _UNCOVERED = 1 << 16
 _UNCOVERED_SEGMENTS = 64  # a segment takes a millisecond to open without an index
+
+#: Seconds after which every listing shows what was put.
+_SETTLED = 3600.0
 
 #: Failures that are one segment's own; after others (too many open files, no memory, no network) none can be read.
 _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
@@ -76,6 +79,7 @@ class Catalog:
         self.tombstones = Tombstones(place, self.folder)
         self.listed: frozenset[str] = frozenset()  # names of the readable segments, as of the last snapshot
         self.replaced: frozenset[str] = frozenset()  # those of them that compacted ones replace
+        self.unnamed: frozenset[str] = frozenset()  # listed ones that no index names, where one should
         self.damaged: dict[str, str] = {}  # segments that cannot be read, and why
         self._synced: set[str] = set()  # segments whose names this object has synced
         self._unlisted: set[str] = set()  # those that this object has published and no listing has shown yet
@@ -101,6 +105,9 @@ class Catalog:
                 self.place.sync_names(f"{self.folder}/segments")
                 self._synced.update(names)
             self.damaged, self.listed = damaged, frozenset(names) - damaged.keys() - gone
+            if self._journaled and self._writable and self._indexed and self._recent.segments:
+                # ``put`` skips keys that stand in them, and so ``flush`` has to vouch that everybody finds them.
+                self._index_also(Table.of_segments([]))
             tables = self._tables()
             replaced = frozenset(source for segment in self.described() for source in segment.sources)
             self.replaced = replaced & self.listed
@@ -133,11 +140,23 @@ class Catalog:
         if not self._lists and self._indexed and not exact:
             self._load_index()
             if self._index.whole and self._index.tables:
-                known = {segment.name for table in self._tables() for segment in table.segments}
-                return sorted(known - self._gone), False
+                return sorted((self._named() or set()) - self._gone), False
         names = self._listing()
         self._load_index()
-        return names, True
+        named = self._named()
+        if named is None:
+            return names, True
+        # A writer that was killed between the two has not flushed what no index names; and who has put the same keys
+        # since did not see it: it would come before theirs.
+        self.unnamed = frozenset(names) - named
+        return sorted(named.intersection(names)), True
+
+    def _named(self) -> set[str] | None:
+        """Return the segments that index files name; None where they do not name all, or cannot be read."""
+        files = self._index.all()
+        if not self._journaled or self._index.lost or not files:
+            return None
+        return {segment.name for table in files.values() for segment in table.segments}
 
     def _listing(self) -> list[str]:
         """List the segments, and add those that this object knows that it has published: a listing may lag."""
@@ -150,7 +169,7 @@ class Catalog:
     def _note_lost(self) -> None:
         """Take note of segments that somebody found gone while reading, and look whether they are."""
         lost = {name.removesuffix(self._format.suffix) for name in self.place.lost(f"{self.folder}/segments")}
-        gone = {name for name in lost if self.place.age(self.segment_name(name)) is None}
+        gone = {name for name in lost if self.age(name) is None}
         if gone:
             self.place.check()  # else the whole store is gone, and they may come back with it
             self._gone |= gone
@@ -227,6 +246,10 @@ class Catalog:
         """Return whether all these segments are there now."""
         return set(names) <= set(self._listing())
 
+    def age(self, name: str) -> float | None:
+        """Return the seconds since a segment was published; None where it is gone."""
+        return self.place.age(self.segment_name(name))
+
     def _cover(self, names: list[str], listed: bool) -> tuple[dict[str, str], set[str]]:
         """Read the keys of segments that no table has yet; return which cannot be read, and which are gone.
 
@@ -266,7 +289,7 @@ class Catalog:
         ``verify`` looks at the segment before anybody else can, and raises what it has against it.
         """
         with self.lock:
-            name = next_name(self._listing() if self._lists else [*self._find(False)[0], *self._gone])
+            name = next_name(self._listing() if self._lists else [*self._find(False)[0], *self._gone, *self.unnamed])
         if PAYLOAD in self.columns and VALUES in block.columns:
             block = frames.compressed(block)
         written: list[Table] = []
@@ -336,9 +359,17 @@ class Catalog:
         keys = np.unique(np.ascontiguousarray(keys), axis=0)
         snapshot = self.snapshot(exact=True)
         count = int(snapshot.locate(keys).found.sum())
-        if deleted := snapshot.copies(keys):
+        with self.lock:
+            deleted = snapshot.copies(keys, list(self._tables_of_unnamed()))
+        if deleted:
             self.tombstones.publish(deleted)
         return count
+
+    def _tables_of_unnamed(self) -> Iterator[Table]:
+        """Read the keys of segments that no index names: should one come to be served, what was deleted stays so."""
+        for name in sorted(self.unnamed):
+            with suppress(DataError, FileNotFoundError):
+                yield Table.of_segments([self.open_segment(name)])
 
     def remove(self, name: str) -> bool:
         """Remove a segment's files; return whether it was there."""
@@ -385,9 +416,11 @@ class Catalog:
         known = self._index.all()
         tables = [self._recent, *known.values()]
         for name in {s.name for table in tables for s in table.segments} - self.listed - self.damaged.keys():
-            if self.place.age(self.segment_name(name)) is None:  # neither listed nor there
+            if self.age(name) is None:  # neither listed nor there
                 self._removed.add(name)
-        self._index.add(Table.merged(tables, self._worth_naming(tables)), [*known, *self._index.damaged])
+        # What a damaged one names is listed, and read from the segments, unless it was put just now.
+        damaged = [name for name in self._index.damaged if (self.place.age(self._index.path(name)) or 0.0) >= _SETTLED]
+        self._index.add(Table.merged(tables, self._worth_naming(tables)), [*known, *damaged])
         self._leave_recent()
 
     def index_bytes(self, more: int) -> int:

@@ -37,6 +37,9 @@ _PIECE_BYTES = 4 << 20  # gathered at once
 #: that what a compactor copied before a deletion, and publishes after it, still meets the tombstone.
 SECONDS = 1800.0
 
+#: Seconds after which a segment that no index names is a killed writer's.
+_ABANDONED = 86_400.0
+
 _FIRST = np.zeros(1, np.int64)
 
 
@@ -244,6 +247,7 @@ def compact(catalog: Catalog, target_bytes: int, waste: float, grace: float, pro
         removed, freed = remove_replaced(catalog, grace)
         more, bytes_more = remove_dead(catalog, grace)
         join_tombstones(catalog, grace)
+        remove_unnamed(catalog)
     return Compaction(sum(map(len, merged)), len(merged), removed + more, freed + bytes_more)
 
 
@@ -308,6 +312,13 @@ def remove_dead(catalog: Catalog, grace: float) -> tuple[int, int]:
                 yield segment
 
     return _remove(catalog, dead())
+
+
+def remove_unnamed(catalog: Catalog) -> None:
+    """Remove segments that a writer published long ago and never told of: it was killed, and nobody is served them."""
+    for name in sorted(catalog.unnamed):
+        if (catalog.age(name) or 0.0) >= _ABANDONED:
+            catalog.remove(name)
 
 
 def _remove(catalog: Catalog, doomed: Iterable[Segment]) -> tuple[int, int]:

@@ -39,7 +39,8 @@ _GRACE_SECONDS = 300.0
 class IndexFiles:
     """The index files of one space that are looked at. Not thread-safe.
 
-    ``tables``: by their names, the newest first. ``damaged``: names of those that cannot be read. ``whole``: whether
+    ``tables``: by their names, the newest first. ``damaged``: names of those that cannot be read, beside a newer
+    release's. ``lost``: whether there is one that cannot be read and that no other replaces. ``whole``: whether
     everything that is there is looked at.
     """
 
@@ -51,7 +52,7 @@ class IndexFiles:
         self._ignored: dict[str, Table] = {}
         self.damaged: set[str] = set()
         self.tables: dict[str, Table] = {}
-        self.whole = True
+        self.whole, self.lost = True, False
 
     def path(self, name: str) -> str:
         return f"{self._folder}/{name}.index"
@@ -98,7 +99,8 @@ class IndexFiles:
                 found[name] = table
         self._ignored = {name: table for name, table in self._ignored.items() if name not in replaced}
         self.damaged &= self._listed - replaced
-        self.whole = not self._ignored and not self._unread & self._listed - replaced
+        self.lost = bool(self._unread & self._listed - replaced)
+        self.whole = not self._ignored and not self.lost
         self.tables = {name: found[name] for name in sorted(found, reverse=True) if name not in replaced}
         return missing
 

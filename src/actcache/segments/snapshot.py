@@ -106,15 +106,16 @@ class SegmentedSnapshot(Snapshot):
             logger.warning("the index points outside of its segments, %d times: rebuild it", found.outside)
         return EntryLocations(*found[:4])
 
-    def copies(self, keys: NDArray[np.uint8]) -> dict[str, list[int]]:
+    def copies(self, keys: NDArray[np.uint8], beside: Sequence[Table] = ()) -> dict[str, list[int]]:
         """Return every copy of these keys that is not deleted, by its origin: segment -> numbers of entries.
 
-        Those in replaced segments too: they are served again should the segment be lost that replaces them.
+        Those in replaced segments too: they are served again should the segment be lost that replaces them; and those
+        in the tables ``beside``.
         """
         self._bring()
         prefix, rest = split_keys(keys)
         copies: dict[str, set[int]] = {}
-        for table in self._tables:
+        for table in (*self._tables, *beside):
             position = table.copies(prefix, rest)
             for origin, entry in zip(table.origin[position].tolist(), table.entry[position].tolist(), strict=True):
                 if entry not in self._dead.get(table.origins[origin], ()):

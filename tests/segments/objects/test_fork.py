@@ -98,7 +98,8 @@ print("done")
     ids=["obstore", "s3fs"],
 )
 def test_children_are_silent_and_the_parent_goes_on(bucket, client, more):
-    options = {**bucket.options, "client": client}
+    # A request that stalls, as one did in the parent of a fork, would be repeated after these seconds.
+    options = {**bucket.options, "client": client, "timeout": 600}
     process = support.start(CHILDREN + more + END, bucket.url, json.dumps(options))
     out, err = process.communicate(timeout=140)
     assert (process.returncode, out, err) == (0, "done\n", ""), err

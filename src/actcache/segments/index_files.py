@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 _RATIO = 3
 _LEAST_BYTES = 64 << 10  # smaller files are taken in as if they had so many
 _SEGMENT_BYTES = 700  # of the description of a segment
-_AT_ONCE = 4 << 20  # bytes of a file that come with one request
+_AT_ONCE = 4 << 20  # bytes of a file that comes with one request
+_HEAD_BYTES = 1 << 20  # of a larger one; the descriptions of 2,000 segments or so
 _MOST_HEADER = 64 << 20
 _AT_A_TIME = 8  # files that are opened
 #: How long a file that was taken in stays, for readers that have listed it.
@@ -120,7 +121,7 @@ class IndexFiles:
         """
         path = self.path(name)
         where = f"{self._place.where}/{path}"
-        begins = self._place.beginning(path, _AT_ONCE)
+        begins = self._place.beginning(path, min(_HEAD_BYTES, _AT_ONCE), _AT_ONCE)
         if begins is None:
             return Table.open(self._place.local_copy(path), self._access, self._columns)
         data, size = begins

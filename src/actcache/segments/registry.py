@@ -138,7 +138,7 @@ def _open_remote(default: Plugin, location: str, mode: str, create: bool, option
     place = _place(default, location, options)
     standing = marker.read(place)
     if standing is None or standing.backend == default.name:
-        return open_segmented(default, place, mode=mode, create=create)
+        return open_segmented(default, place, mode=mode, create=create, standing=standing)
     place.close()
     return _open(load(standing.backend), location, mode, create, options)
 

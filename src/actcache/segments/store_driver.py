@@ -174,16 +174,18 @@ class PlacedStore(StoreDriver):
         self._place.close()
 
 
-def open_segmented(format: SegmentFormat, place: Place, *, mode: str, create: bool) -> PlacedStore:
+def open_segmented(
+    format: SegmentFormat, place: Place, *, mode: str, create: bool, standing: marker.Marker | None = None
+) -> PlacedStore:
     """Open a store of segments. Raises as ``marker.claim`` does."""
-    marked = marker.claim(place, format.name, create=create)
-    standing, writable = StandingPlace(place, marked), mode == "a"
+    marked = marker.claim(place, format.name, create=create, standing=standing)
+    checked, writable = StandingPlace(place, marked), mode == "a"
 
     def open_space(fingerprint: str, columns: Columns) -> SpaceDriver:
         journaled = marked.version >= marker.JOURNALED
-        return SegmentedSpace(format, standing, fingerprint, columns, writable=writable, journaled=journaled)
+        return SegmentedSpace(format, checked, fingerprint, columns, writable=writable, journaled=journaled)
 
-    return PlacedStore(standing, marked, open_space, mode=mode)
+    return PlacedStore(checked, marked, open_space, mode=mode)
 
 
 def open_engine(engine: SpaceEngine, root: Path, *, mode: str, create: bool, options: Mapping[str, Any]) -> PlacedStore:

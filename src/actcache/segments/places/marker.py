@@ -50,13 +50,14 @@ def read(place: Place) -> Marker | None:
     return marker
 
 
-def claim(place: Place, backend: str, *, create: bool) -> Marker:
+def claim(place: Place, backend: str, *, create: bool, standing: Marker | None = None) -> Marker:
     """Make sure that a place is a store of this backend; make one of an empty place where ``create`` allows it.
+    ``standing`` is what the place has just said.
 
     Raises ``BackendError`` for another backend's store, ``NotAStoreError`` where the place holds other things, and
     ``StoreNotFoundError`` where it is empty or absent.
     """
-    marker = read(place)
+    marker = read(place) if standing is None else standing
     if marker is None:
         names = place.names("")
         strangers = [name for name in names if name != "tmp"]

@@ -87,9 +87,9 @@ class Place(ABC):
         """Return the names in a folder of segments that were found to be gone while they were read, each once."""
         return frozenset()
 
-    def beginning(self, name: str, nbytes: int) -> tuple[bytes, int] | None:
-        """Return the first bytes of a file that never changes, as many as there are, and its size; None where it costs
-        nothing to map all of it. Raises ``FileNotFoundError`` where it is gone."""
+    def beginning(self, name: str, nbytes: int, whole: int = 0) -> tuple[bytes, int] | None:
+        """Return the first bytes of a file that never changes, or all of one of ``whole`` bytes at most, and its size;
+        None where it costs nothing to map all of it. Raises ``FileNotFoundError`` where it is gone."""
         return None
 
     @abstractmethod

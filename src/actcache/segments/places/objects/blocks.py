@@ -40,6 +40,10 @@ class CachedBlocks:
         with self._lock:
             self._sizes.update(sizes)
 
+    def listed_size(self, key: str) -> int | None:
+        """Return the bytes of an object, where a listing has told them."""
+        return self._sizes.get(key)
+
     def forget(self, key: str) -> None:
         """Drop what is known of an object or of all below a folder, given with its slash."""
 

@@ -212,9 +212,11 @@ class ObjectPlace(Place):
         name = segment.files.where.removeprefix(f"{self.where}/")
         return f"{name}/{file}" if file else name
 
-    def beginning(self, name: str, nbytes: int) -> tuple[bytes, int] | None:
+    def beginning(self, name: str, nbytes: int, whole: int = 0) -> tuple[bytes, int] | None:
+        listed = self._blocks.listed_size(name)
+        most = max(nbytes, whole) if listed is None or listed <= whole else nbytes
         try:
-            body = self._session.client().get(name, 0, nbytes)
+            body = self._session.client().get(name, 0, most)
         except ObjectNotFoundError:
             raise FileNotFoundError(f"{self.where}/{name}") from None
         return bytes(body.data), body.size

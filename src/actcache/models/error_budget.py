@@ -24,6 +24,7 @@ from actcache.errors import (
     CodecOverflowError,
     DocumentError,
     ErrorBudgetError,
+    LayerError,
     ModelError,
     NonFiniteError,
     ShapeError,
@@ -157,7 +158,7 @@ class _Above:
     def __init__(self, model: PreTrainedModel, lower: LowerHalf, family: Family) -> None:
         self._reduced: PreTrainedModel | None = None
         if not model.training and lower.site.layer is not None:
-            with suppress(ModelError):  # nothing starts from these rows
+            with suppress(ModelError, LayerError):  # nothing starts from these rows
                 self._reduced = reduce(model, lower.site.layer, family).eval()
         self._exact: list[dict[str, torch.Tensor]] | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 import uuid
 from collections import Counter
@@ -235,7 +236,7 @@ def test_two_writers_that_take_in_the_same_files(url, remote):
             return publish(*arguments, **options)
 
         second._driver.catalog.place.publish = after_the_other
-        for number in range(2, 20, 2):
+        for number in range(2, 12, 2):
             second.refresh()
             put(first, [number])
             put(second, [number + 1])
@@ -245,8 +246,8 @@ def test_two_writers_that_take_in_the_same_files(url, remote):
                 check(space, dict.fromkeys(range(number + 2), 0), range(number + 4))
         second.compact(waste=0.0, grace=0.0)
         first.refresh()
-        check(first, dict.fromkeys(range(20), 0), range(22))
-    held(url, dict.fromkeys(range(20), 0), range(22))
+        check(first, dict.fromkeys(range(12), 0), range(14))
+    held(url, dict.fromkeys(range(12), 0), range(14))
 
 
 @pytest.mark.parametrize("lag", [1, 3])
@@ -359,7 +360,7 @@ def one_of_both(space, before, then):
     ("format", "step"),
     [
         ("", 5),
-        ("zarr:", 60),
+        ("zarr:", 150),
         pytest.param("", 1, marks=pytest.mark.long),
         pytest.param("zarr:", 2, marks=pytest.mark.long),
     ],
@@ -578,3 +579,78 @@ def test_a_store_that_is_copied_to_a_folder_and_back(plain_url, tmp_path):
     held(f"{tmp_path}/copy", dict.fromkeys(range(4), 0), range(6))
     fs.put(f"{tmp_path}/copy/", f"{root}/", recursive=True)
     held(plain_url, dict.fromkeys(range(4), 0), range(6))
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+class Writers:
+    """Three writers of one store, opened anew now and then, and what it should hold."""
+
+    def __init__(self, url, seed):
+        self.url, self.rng, self.held, self.step = url, random.Random(seed), {}, 0
+        self.stores = [actcache.open(url) for _ in range(3)]
+        self.spaces = [store.space(recipe()) for store in self.stores]
+
+    def put(self, space):
+        fresh = [n for n in self.some(4) if n not in self.held]
+        if fresh:
+            put(space, fresh, version=self.step)
+            space.flush()
+            self.held |= dict.fromkeys(fresh, self.step)
+
+    def overwrite(self, space):
+        numbers = self.some(4)
+        put(space, numbers, version=self.step, overwrite=True)
+        space.flush()
+        self.held |= dict.fromkeys(numbers, self.step)
+
+    def delete(self, space):
+        numbers = self.some(2)
+        assert space.delete([key(n) for n in numbers]) == sum(n in self.held for n in numbers)
+        self.held = {n: version for n, version in self.held.items() if n not in numbers}
+
+    def compact(self, space):
+        space.compact(waste=0.0, grace=0.0)
+
+    def reopen(self, space):
+        number = self.spaces.index(space)
+        self.stores[number].close()
+        self.stores[number] = actcache.open(self.url)
+        self.spaces[number] = self.stores[number].space(recipe())
+
+    def compare(self, space):
+        check(space, self.held, range(14))
+        with actcache.open(self.url, "r") as store, store.space(recipe()) as reader:
+            check(reader, self.held, range(14))
+            assert sorted(reader.keys()) == sorted(key(n) for n in self.held)
+
+    def some(self, most):
+        return self.rng.sample(range(12), self.rng.randint(1, most))
+
+    def run(self, steps):
+        changes = [self.put, self.overwrite, self.delete, self.compact, self.reopen, self.compare]
+        for self.step in range(steps):
+            space = self.rng.choice(self.spaces)
+            space.refresh()
+            self.rng.choice(changes)(space)
+        for store in self.stores:
+            store.close()
+        held(self.url, self.held, range(14))
+
+
+@pytest.mark.parametrize(
+    ("format", "seeds"),
+    [
+        ("", range(2)),
+        pytest.param("", range(2, 100), marks=pytest.mark.long),
+        pytest.param("zarr:", range(20), marks=pytest.mark.long),
+    ],
+)
+def test_random_changes_by_three_writers(format, seeds, remote, monkeypatch):
+    for seed in seeds:
+        monkeypatch.setattr(index_files, "_GRACE_SECONDS", [-1.0, 300.0][seed % 2])
+        monkeypatch.setattr(index_files, "_LEAST_BYTES", [0, 64 << 10][seed // 2 % 2])
+        place = a_place(format)
+        Writers(next(place), seed).run(50)
+        next(place, None)

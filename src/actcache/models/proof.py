@@ -86,10 +86,18 @@ def of_rows(lower: LowerHalf, longest: int | None = None, sites: Collection[Site
     start = time.monotonic()
     base = lower.base_model
     with evaluating(base), LeftAsItWas(base) as left:
-        if family.found.main_input == "input_ids":
-            family = _rows_proved(lower, longest, sites)
-        else:
-            _features_proved(lower, sites)
+        try:
+            if family.found.main_input == "input_ids":
+                family = _rows_proved(lower, longest, sites)
+            else:
+                _features_proved(lower, sites)
+        except (ActcacheError, torch.OutOfMemoryError):
+            raise
+        except _RAISED as error:  # by the model's own code
+            raise UnsupportedModelError(
+                f"a {type(base).__name__} (model type {base.config.model_type!r}) does not run on documents alone and "
+                f"in padded batches, as its proof and a fill run it: {type(error).__name__}: {_line(error)}"
+            ) from error
     if left.changed:
         raise UnsupportedModelError(
             f"running this {type(base).__name__} on a few tokens changes it, so that what it computes depends on what "

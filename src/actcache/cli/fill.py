@@ -132,7 +132,11 @@ def fill(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="How rows are stored: float16, int8, ...; default: the model's.")
+        str | None,
+        typer.Option(
+            help="How rows are stored: float16, int8, ...; default: the model's.",
+            autocompletion=options.complete_dtypes,
+        ),
     ] = None,
     max_error: Annotated[
         float | None,
@@ -144,7 +148,10 @@ def fill(
     format: options.Format = None,
     collection: Annotated[
         str | None,
-        typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
+        typer.Option(
+            help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored.",
+            autocompletion=options.complete_collections,
+        ),
     ] = None,
     key_by: Annotated[
         KeyBy, typer.Option(help="What the keys of images and audio are made from: what is decoded, or their files.")

@@ -241,8 +241,8 @@ def best(run: Callable[[], object]) -> float:
 
 def speeds(report: Report, hidden: int = 384) -> None:
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal(((1 << 20) // (2 * hidden), hidden)) * np.exp(rng.standard_normal(hidden) / 2)
-    rows = rows.astype(np.float32)  # a MiB of float16, of columns as unlike as a model's
+    rows = rng.standard_normal(((4 << 20) // (2 * hidden), hidden)) * np.exp(rng.standard_normal(hidden) / 2)
+    rows = rows.astype(np.float32)  # 4 MiB of float16, which two threads share, of columns as unlike as a model's
     table: list[list[Any]] = []
     for dtype in CODECS[3:]:
         stored = codec.get(dtype).stored_rows(rows)

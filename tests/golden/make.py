@@ -1,4 +1,4 @@
-"""Makes the golden stores of format versions 1 and 2 anew, all that are installed or those that are named.
+"""Makes the golden stores of format versions 1 to 3 anew, all that are installed or those that are named.
 
     python -m tests.golden.make [backend ...]
 
@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 
@@ -155,6 +156,26 @@ def make_codecs(name):
     finish(folder, {"spaces": spaces, "collections": {}})
 
 
+def make_journaled():
+    """The store of format version 3, as it lies in an object store: some index files that name the segments, one that
+    others have taken in, and a segment that none of them names."""
+    folder = HERE / "safetensors/journaled"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    memory = fsspec.filesystem("memory")
+    with actcache.open("memory://golden/store") as store:
+        held = fill_a_little(store, "float32")
+        indexes = f"/golden/store/spaces/{recipe().fingerprint}/index"
+        with store.space(recipe()) as space:
+            told = set(memory.find(indexes))
+            put(space, [30])
+            space.flush()
+    memory.rm([path for path in memory.find(indexes) if path not in told])
+    memory.get("/golden/store", str(folder / "store"), recursive=True)
+    memory.rm("/golden", recursive=True)
+    finish(folder, {"spaces": {recipe().fingerprint: digests(held)}, "collections": {}})
+
+
 def make(name):
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -169,6 +190,8 @@ def make(name):
     held = {"spaces": spaces, "collections": {"named": [hexed, named], "plain": [hexed[:2], None]}}
     finish(folder, held)
     make_codecs(name)
+    if name == "safetensors":
+        make_journaled()
 
 
 def finish(folder, held):
@@ -233,6 +256,9 @@ def files(root):
 
 
 if __name__ == "__main__":
+    if "--journaled" in sys.argv:
+        make_journaled()
+        sys.exit()
     only_codecs, only_columns = "--codecs" in sys.argv, "--columns" in sys.argv
     named = [one for one in sys.argv[1:] if not one.startswith("--")]
     for chosen in named or [kind.name for kind in KINDS.values() if kind.installed]:

@@ -65,7 +65,8 @@ def canonical(value):
 def read_store(root):
     """Return fingerprint -> {key: {array: rows}} of all spaces of a store."""
     marker = json.loads((root / "actcache.json").read_text())
-    assert (marker["format"], marker["format_version"]) == ("actcache", 1)
+    assert marker["format"] == "actcache"
+    assert marker["format_version"] in (1, 3)
     spaces = {}
     for folder in sorted((root / "spaces").iterdir()):
         description = json.loads((folder / "recipe.json").read_text())
@@ -77,7 +78,8 @@ def read_store(root):
         if marker["backend"] == "lmdb":
             spaces[folder.name] = read_lmdb(folder, identity)
         else:
-            spaces[folder.name] = read_segments(folder, identity, *SEGMENTS[marker["backend"]])
+            named = read_index(folder) if marker["format_version"] == 3 else None
+            spaces[folder.name] = read_segments(folder, identity, *SEGMENTS[marker["backend"]], named)
         for entry in spaces[folder.name].values():
             if "columns" in entry:
                 records = entry.pop("columns").view(record(folder))[:, 0]
@@ -85,7 +87,23 @@ def read_store(root):
     return spaces
 
 
-def read_segments(folder, identity, suffix, read):
+def read_index(folder):
+    """Return the names of all segments, where index files name them."""
+    files = {}
+    for path in (folder / "index").glob("*.index"):
+        metadata, arrays = read_safetensors(path)
+        assert metadata["actcache_index"] == "1"
+        texts = [metadata[name].encode() for name in ("segments", "origins", "replaces")]
+        assert metadata["texts_checksum"] == xxhash.xxh3_64_hexdigest(b"".join(texts))
+        data = b"".join([*texts[:2], *(arrays[name].tobytes() for name in ("segment", "origin", "entry"))])
+        assert metadata["checksum"] == xxhash.xxh3_64_hexdigest(data)
+        files[path.stem] = metadata
+    replaced = {name for metadata in files.values() for name in json.loads(metadata["replaces"])}
+    needed = [metadata for name, metadata in files.items() if name not in replaced]
+    return {segment["name"] for metadata in needed for segment in json.loads(metadata["segments"])}
+
+
+def read_segments(folder, identity, suffix, read, named):
     dead = set()
     for path in sorted((folder / "tombstones").glob("*.json")):
         tombstone = json.loads(path.read_text())
@@ -93,6 +111,8 @@ def read_segments(folder, identity, suffix, read):
         dead.update((segment, entry) for segment, entries in tombstone["deleted"].items() for entry in entries)
     segments = {}
     for path in sorted((folder / "segments").glob(f"*{suffix}")):
+        if named is not None and path.stem not in named:
+            continue
         metadata, arrays = read(path)
         segments[path.stem] = arrays
         assert metadata == {"actcache_segment": "1", "space": folder.name, "segment": path.stem}

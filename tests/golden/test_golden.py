@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -80,6 +82,33 @@ def test_actcache_reads_it_and_goes_on(golden, kind, tmp_path):
             assert len(space) == len(held["spaces"][recipe().fingerprint]) + 10
         held["spaces"].pop(recipe().fingerprint)
         check(store, held)
+
+
+@pytest.fixture
+def journaled():
+    folder = HERE / "safetensors/journaled"
+    return folder / "store", json.loads((folder / "holds.json").read_text())
+
+
+def test_a_store_of_version_3(journaled, tmp_path):
+    """As it was written, read by others, read and written in a folder and in an object store."""
+    root, held = journaled
+    assert files(root) == json.loads((root.parent / "files.json").read_text())
+    command = [sys.executable, "-c", WITHOUT_ACTCACHE, str(HERE / "reader.py"), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.sep, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == held
+    memory, name = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
+    memory.put(str(root), f"{name}/store", recursive=True)
+    shutil.copytree(root, tmp_path / "store")
+    for url in (tmp_path / "store", f"memory:/{name}/store"):
+        with actcache.open(url, "r") as store:
+            check(store, held)
+        with actcache.open(url) as store, store.space(recipe()) as space:
+            assert put(space, range(100, 110)) == 10
+        with actcache.open(url, "r") as store, store.space(recipe()) as space:
+            assert len(space) == len(held["spaces"][recipe().fingerprint]) + 10
+    memory.rm(name, recursive=True)
 
 
 def check(store, held):

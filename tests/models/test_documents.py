@@ -424,6 +424,8 @@ def test_columns_that_do_not_fit(recyclers: Recyclers) -> None:
         ("mask", "names of fields"),
         ({}, "names of fields"),
         ({"a": 3}, "names of"),
+        (3, "names of"),
+        (["mask", 3], "names of"),
     ):
         with pytest.raises(UsageError, match=why):
             one.fill(MASKED, field="ids", columns=columns, progress=False)

@@ -132,7 +132,11 @@ def fill(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="How rows are stored: float16, int8, ...; default: the model's.")
+        str | None,
+        typer.Option(
+            help="How rows are stored: float16, int8, ...; default: the model's.",
+            autocompletion=options.complete_dtypes,
+        ),
     ] = None,
     max_error: Annotated[
         float | None,
@@ -144,7 +148,10 @@ def fill(
     format: options.Format = None,
     collection: Annotated[
         str | None,
-        typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
+        typer.Option(
+            help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored.",
+            autocompletion=options.complete_collections,
+        ),
     ] = None,
     key_by: Annotated[
         KeyBy, typer.Option(help="What the keys of images and audio are made from: what is decoded, or their files.")
@@ -167,6 +174,12 @@ def fill(
             help="Where to compute: cuda:0; several, as in cuda:0,cuda:1 or cpu,cpu, by a process each.",
         ),
     ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            help="Fill this share of the corpus alone: 0/8 to 7/8, a process each, on as many machines as there are."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is there, how many bytes and how long it takes; store nothing.")
     ] = False,
@@ -180,6 +193,10 @@ def fill(
     each process's documents on): the exit code is 3, no collection is written, and run again with more bytes it goes
     on.
 
+    Several machines share a corpus by --partition, whatever starts them, as srun cachectl fill ... --partition
+    $SLURM_PROCID/$SLURM_NTASKS: no document is computed twice. One more fill without it finds all there, and writes the
+    --collection.
+
     A folder of images or audio is filled with a model of such: labels are the names of its sub-folders, ids (of a
     --collection) the files' paths.
 
@@ -188,6 +205,7 @@ def fill(
     with requires_extra("models", "fill needs torch and transformers"):
         from actcache.admin.forecast import forecast
         from actcache.models import parallel
+        from actcache.models.partition import Partition
         from actcache.models.recyclers import Recyclers
 
         quieten_transformers()
@@ -200,6 +218,9 @@ def fill(
     places = [] if devices is None else [name.strip() for name in devices.split(",")]
     if len(places) > 1:
         parallel.check_devices(places)
+    share = None if partition is None else Partition.parse(partition)
+    if share is not None:
+        _check_partition(collection, len(places), dry_run)
     where: dict[str, Any] = {"layers": _layers(layer or []), "sites": site or []}
     if not (layer or site):
         raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
@@ -232,7 +253,7 @@ def fill(
         else:
             device = places[0] if places else None
             with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
-                report = recyclers.fill(documents, **working)
+                report = recyclers.fill(documents, **working, partition=share)
         labels = {} if media is None else media.labels()
     written = None if report.left_out else collection
     if written is not None and notes is not None:
@@ -245,6 +266,18 @@ def fill(
             f"{counted(report.left_out, 'document')} of {report.documents:,} left out: no more fit within "
             f"--max-bytes {max_bytes}; run it again with more bytes to go on.{unwritten}"
         )
+
+
+def _check_partition(collection: str | None, devices: int, dry_run: bool) -> None:
+    if collection is not None:
+        raise UsageError(
+            "--partition fills a share, and a --collection is of all: run it once more without --partition when all "
+            "shares are filled"
+        )
+    if devices > 1:
+        raise UsageError("--partition is for a process with one device: start a process for each of the --devices")
+    if dry_run:
+        raise UsageError("--dry-run looks at the whole corpus: leave --partition out")
 
 
 def _of_texts(source: str, field: str | None, id_field: str | None, format: str | None) -> _Given:

@@ -103,12 +103,11 @@ def documents_with_columns(texts: Any, field: Field | None, columns: ColumnField
     Raises:
         UsageError: there is no such field; ``field`` is not given; ``columns`` are none.
     """
-    fields = {name: name for name in columns} if not isinstance(columns, Mapping | str) else columns
-    if (
-        not isinstance(fields, Mapping)
-        or not fields
-        or not all(isinstance(one, str) for pair in fields.items() for one in pair)
-    ):
+    fields = columns
+    if isinstance(columns, Sequence) and not isinstance(columns, str):
+        fields = {name: name for name in columns if isinstance(name, str)}
+    named = isinstance(fields, Mapping) and all(isinstance(one, str) for pair in fields.items() for one in pair)
+    if not isinstance(fields, Mapping) or not named or not fields or len(fields) < len(columns):
         raise UsageError(f"columns are names of fields, or a mapping of columns to them, not {columns!r:.80}")
     documents = documents_in(texts, field)
     if not isinstance(documents, Fields):

@@ -23,6 +23,7 @@ from actcache.models.agreement import Agreement, before_adding
 from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import DocumentsWithColumns, check_texts, chunked, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
+from actcache.models.partition import Part, Partition
 from actcache.models.processing import Made
 from actcache.models.progress import FillProgress
 from actcache.models.sites import Site
@@ -34,8 +35,6 @@ CHUNK = DocumentEncoder.chunk  # documents that are looked up, tokenized and sor
 _GROUP = 8  # batches whose rows are held before they are put
 _PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
 
-#: Documents, with their positions in the corpus.
-Part = tuple[Sequence[int], list[Document]]
 Advance = Callable[[int, int, int], object]
 
 
@@ -50,6 +49,22 @@ class FillReport(Shown):
     seconds: float
     left_out: int = 0  # of the documents, those that a bound on the bytes had no room for
     spaces: dict[int | str, str] = field(default_factory=dict)  # fingerprints by layer, or site
+
+    def __add__(self, other: FillReport) -> FillReport:
+        """Return what two fills did that ran beside each other, each of a partition of its own.
+
+        Counts add up; the seconds are the longer one's.
+
+        Raises:
+            UsageError: they filled other spaces.
+        """
+        if self.spaces != other.spaces:
+            raise UsageError("reports of fills of other spaces do not add up: the sum would be of no space")
+        counts = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ("documents", "present", "computed", "tokens", "left_out")
+        }
+        return FillReport(**counts, seconds=max(self.seconds, other.seconds), spaces=self.spaces)
 
 
 @dataclass(eq=False)
@@ -141,6 +156,7 @@ class Filler:
         progress: bool,
         max_bytes: int | str | None = None,
         own: DocumentsWithColumns | None = None,
+        partition: Partition | None = None,
     ) -> FillReport:
         """Compute what is missing; flushed when it returns, and when it is interrupted. See ``Recycler.fill``.
 
@@ -150,9 +166,13 @@ class Filler:
         if own is not None:
             self._check_columns(own.beside)
         budget = self._prepared(max_bytes)
-        chunks = chunked(streamed(texts), self._encoder.chunk)
-        parts = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
         total = length_hint(texts, -1)
+        if partition is None:
+            chunks = chunked(streamed(texts), self._encoder.chunk)
+            parts: Iterable[Part] = ((range(first, first + len(chunk)), chunk) for first, chunk in chunks)
+        else:
+            parts = partition.parts(streamed(texts), self._encoder.chunk, self._encoder.keys)
+            total = -1 if total < 0 else total // partition.of  # about: keys fall to all shares alike
         with FillProgress(None if total < 0 else total, show=progress) as bar:
             return self._fill(parts, token_budget, bar.advance, budget, own)
 
@@ -272,6 +292,19 @@ class Filler:
     def _most_bytes(self, work: _Work) -> int:
         recipes, extras = [self._spaces[site].recipe for site in work.sites], self._encoder.extras
         return sum(most_bytes(recipe, extras, one.length) for recipe in recipes for one in work.entries)
+
+    def missing(self, texts: Iterable[Document]) -> list[int]:
+        """Return the positions of the documents that a fill would compute. See ``Recycler.missing``."""
+        lacking: list[int] = []
+        seen: set[bytes] = set()
+        for first, chunk in chunked(streamed(texts), self._encoder.chunk):
+            keys = self._encoder.keys(chunk, first)
+            absent = self._absent(keys)
+            for position, key in enumerate(keys, first):
+                if key in absent and key not in seen:
+                    seen.add(key)
+                    lacking.append(position)
+        return lacking
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""

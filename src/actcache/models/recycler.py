@@ -34,6 +34,7 @@ from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.partition import Partition
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
@@ -210,6 +211,7 @@ class Recycler:
         max_bytes: int | str | None = None,
         max_error: float | None = None,
         metric: str = "rows",
+        partition: str | tuple[int, int] | Partition | None = None,
     ) -> FillReport:
         """Compute and store the documents that are not in the space; durable when it returns.
 
@@ -232,6 +234,9 @@ class Recycler:
                 Without it a codec that scales rows (``int8``, ``float8_e4m3``) is measured all the same, once, and what
                 was found is kept with the space (``measured``).
             metric: of what: ``rows``, or ``hidden``, the final hidden states.
+            partition: fill this share of the documents alone, such as ``(3, 8)`` or ``"3/8"``: processes that are given
+                the same documents and each another of the shares 0/8 to 7/8 compute each document once, on as many
+                machines as one likes. The reports add up (``sum`` with ``start``, or ``+``).
 
         Raises:
             UsageError: ``texts`` are none: one text, a table, a file, ..., or an iterator that gives nothing.
@@ -245,10 +250,23 @@ class Recycler:
             StoreError: read-only, disk full, ...; what was stored before stays.
         """
         self._store.check_writable()
+        share = None if partition is None else Partition.parse(partition)
         own = None if columns is None else documents_with_columns(texts, field, columns)
         documents = documents_in(texts, field) if own is None else own
         documents = error_budget.measured(documents, [self.agreement], max_error, metric)
-        return self._filler.fill(documents, token_budget, progress, max_bytes, own)
+        return self._filler.fill(documents, token_budget, progress, max_bytes, own, share)
+
+    def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
+        """Return the positions of the documents that are not wholly in the space, windows included: what ``fill``
+        would compute. Of a document that is given twice, the first is named. Looked up in bulk; nothing is computed.
+
+        Args:
+            texts, field: see ``fill``; streamed, a number a missing document is held.
+
+        Raises:
+            UsageError, DocumentError: see ``fill``.
+        """
+        return self._filler.missing(documents_in(texts, field))
 
     @property
     def measured(self) -> StoredErrors | None:

@@ -19,6 +19,7 @@ from actcache.models.documents import ColumnFields, Field, documents_in, documen
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
+from actcache.models.partition import Partition
 from actcache.models.pretrained import load_pretrained
 from actcache.models.recycler import Recycler
 from actcache.models.sites import Site, expanded, several
@@ -111,6 +112,7 @@ class Recyclers(Mapping[int | str, Recycler]):
         max_bytes: int | str | None = None,
         max_error: float | None = None,
         metric: str = "rows",
+        partition: str | tuple[int, int] | Partition | None = None,
     ) -> FillReport:
         """Compute each document once, as far as the deepest site that lacks it, and store it at each site that does.
 
@@ -118,9 +120,14 @@ class Recyclers(Mapping[int | str, Recycler]):
         sites together; ``max_error`` is for each of them.
         """
         self._store.check_writable()
+        share = None if partition is None else Partition.parse(partition)
         own = None if columns is None else documents_with_columns(texts, field, columns)
         documents = self.measured(documents_in(texts, field) if own is None else own, max_error, metric)
-        return self.filler.fill(documents, token_budget, progress, max_bytes, own)
+        return self.filler.fill(documents, token_budget, progress, max_bytes, own, share)
+
+    def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
+        """Return the positions of the documents that any of the sites lacks; else as ``Recycler.missing``."""
+        return self.filler.missing(documents_in(texts, field))
 
     def measured(self, texts: Iterable[Document], max_error: float | None, metric: str) -> Iterable[Document]:
         """Measure what storing does, as ``fill`` does before it stores anything; return all of the documents.

@@ -22,10 +22,11 @@ from actcache.format.keys import Document
 from actcache.io.workers import available_cpus
 from actcache.models import error_budget
 from actcache.models.documents import document_keys, streamed
-from actcache.models.filling import CHUNK, FillReport, Part
+from actcache.models.filling import CHUNK, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
 from actcache.models.parallel import worker
 from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
+from actcache.models.partition import Part, share_of
 from actcache.models.progress import FillProgress
 from actcache.models.sites import several
 from actcache.segments.registry import resolve
@@ -165,8 +166,7 @@ class Partitioner:
         documents = list(itertools.islice(self._texts, _READ))
         self._ended = len(documents) < _READ
         for i, key in enumerate(document_keys(documents, self.taken)):
-            process = int.from_bytes(key[:8], "little") % len(self._waiting)
-            self._waiting[process].append((self.taken + i, documents[i]))
+            self._waiting[share_of(key, len(self._waiting))].append((self.taken + i, documents[i]))
         self.taken += len(documents)
 
 

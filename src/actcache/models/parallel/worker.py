@@ -22,7 +22,8 @@ from transformers.utils import logging
 from actcache.errors import ActcacheError, StorageIOError, StoreError, WorkerError
 from actcache.format.keys import Document
 from actcache.models.budget import Shared
-from actcache.models.filling import FillReport, Part
+from actcache.models.filling import FillReport
+from actcache.models.partition import Part
 from actcache.models.recyclers import Recyclers
 
 

@@ -27,7 +27,13 @@ from actcache.io.files import translated
 from actcache.io.workers import ProcessLock
 from actcache.segments.places.objects import options as opt
 from actcache.segments.places.objects.blocks import CachedBlocks, ObjectSegment
-from actcache.segments.places.objects.client import Head, ObjectExistsError, ObjectNotFoundError, UnsupportedError
+from actcache.segments.places.objects.client import (
+    Head,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    UnsupportedError,
+    Upload,
+)
 from actcache.segments.places.objects.fetched_rows import FetchedRows
 from actcache.segments.places.objects.session import Session
 from actcache.segments.places.objects.transfers import download, upload, upload_bytes
@@ -269,7 +275,7 @@ class ObjectPlace(Place):
     def sweep(self, older_than: float) -> int:
         client = self._session.client()
         swept = _sweep_local(older_than)
-        stale = []
+        stale: list[Upload] = []
         if client.multipart:
             try:
                 stale = [found for found in client.uploads() if found.age >= older_than]

@@ -237,8 +237,9 @@ def fill(
             if len(places) > 1:
                 raise UsageError(f"several --devices are for texts: {media.kind} are computed by one")
             media.check()
-            given = _of_media(media, key_by.value)
-            settings["key_by"] = key_by.value
+            by: By = "bytes" if key_by is KeyBy.bytes else "content"
+            given = _of_media(media, by)
+            settings["key_by"] = by
         notes = None if collection is None else _Notes()
         streamed = (one.content for one in (given.items if notes is None else notes.passing(given.items)))
         documents = _Streamed(streamed) if given.count is None else _Counted(streamed, given.count)

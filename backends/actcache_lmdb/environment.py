@@ -49,6 +49,7 @@ class Environment:
         self._map_size = map_size
         self._writing = threading.Lock()
         self._base = 0  # address of the map, 0 where it is not known yet
+        self._view = 0, np.empty(0, np.uint8)  # the address and the bytes that were asked for last
         self._lmdb: lmdb.Environment | None = None
         self.file = -1  # a descriptor of ``data``, for hints about its bytes
         self._open()
@@ -260,8 +261,12 @@ class Environment:
 
     def mapped(self, size: int) -> NDArray[np.uint8]:
         """Return what ``memory`` does, where ``base`` is known."""
-        mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
-        return np.frombuffer(mapped.toreadonly(), np.uint8)
+        base, view = self._view
+        if base != self._base or len(view) != size:  # a view costs more than a look at a page
+            mapped = memoryview((ctypes.c_char * size).from_address(self._base)).cast("B")
+            view = np.frombuffer(mapped.toreadonly(), np.uint8)
+            self._view = self._base, view
+        return view
 
     def state(self, txn: lmdb.Transaction[memoryview]) -> State:
         """Return the record of the space's state. Raises ``FormatError``, ``FormatVersionError``."""

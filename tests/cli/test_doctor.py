@@ -38,7 +38,10 @@ def test_an_extra_that_is_missing(monkeypatch):
         return importlib.metadata.version(name)
 
     monkeypatch.setattr("actcache.admin.machine.version", absent)
-    assert "pip install 'actcache[lmdb]'" in diagnosed()["facts"]["extras"]["lmdb"]
+    facts = diagnosed()["facts"]
+    assert "pip install 'actcache[lmdb]'" in facts["extras"]["lmdb"]
+    assert facts["backends"]["lmdb"] == facts["extras"]["lmdb"]
+    assert facts["backends"]["hdf5"] == "works"
 
 
 def test_a_store(tmp_path):

@@ -33,7 +33,7 @@ ROWS = np.random.default_rng(1).standard_normal((LONGEST, HIDDEN)).astype(np.flo
 BUDGETS = {
     name: {"read_into": 100, "get": 258, "reader": 215}  # counted: 86, 221, 178
     for name in ("hdf5", "zarr", "safetensors")
-} | {"lmdb": {"read_into": 145, "get": 610, "reader": 268}}  # 124, 523, 230
+} | {"lmdb": {"read_into": 145, "get": 485, "reader": 268}}  # 124, 415, 230
 OF_A_DOCUMENT = 7  # calls: of each that ``get`` returns; counted: 6
 OF_THE_LOOPS = 2  # calls of a batch, at most: look it up, gather
 #: ``read_into`` of 256 short documents on one thread, checksums on, takes at most so many times a memory-map loop's

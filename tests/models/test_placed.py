@@ -96,7 +96,7 @@ def test_a_forward_that_was_replaced_on_the_model_is_refused() -> None:
     model = make(AutoModelForCausalLM, "gpt_neox")
     original = model.forward
     with open_store("ram:replaced") as store, recycler_of(model, store) as recycler:
-        model.forward = lambda *args, **kwargs: original(*args, **kwargs)  # type: ignore[method-assign]
+        model.forward = lambda *args, **kwargs: original(*args, **kwargs)
         with pytest.raises(ModelError, match=r"forward of this GPTNeoXForCausalLM was replaced"):
             recycler.reduce(model)
         del model.forward

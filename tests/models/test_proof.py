@@ -96,6 +96,18 @@ def test_room_that_only_a_real_batch_uses_up_is_caught_before_anything_is_stored
         assert len(recycler.space) == 0
 
 
+def test_a_model_that_fails_on_padded_batches_is_refused_by_name() -> None:
+    model = make(AutoModel, "gpt_neox")
+
+    def fail(layer: nn.Module, args: Any, output: Any) -> None:
+        if output.shape[0] > 2:
+            raise RuntimeError("the size of tensor a must match the size of tensor b")
+
+    model.layers[0].register_forward_hook(fail)
+    with pytest.raises(UnsupportedModelError, match=r"does not run on documents alone.*size of tensor a"):
+        proof.of_rows(lower_of(model))
+
+
 def test_block_sparse_attention_is_refused_and_the_model_left_as_it_was() -> None:
     sizes: dict[str, Any] = {
         "hidden_size": 32,

@@ -104,7 +104,7 @@ def test_code_that_came_with_a_model_is_run_by_an_explicit_word(tmp_path: Path) 
         Recycler.from_pretrained(folder, layer=2, store="ram:no", device="cpu")
     assert not any(name.startswith("transformers_modules.model") for name in sys.modules)
     with pytest.raises(UsageError, match="trust_remote_code"):
-        Recycler.from_pretrained(folder, layer=2, store="ram:no", device="cpu", trust_remote_code="yes")  # type: ignore[arg-type]
+        Recycler.from_pretrained(folder, layer=2, store="ram:no", device="cpu", trust_remote_code="yes")
     with Recycler.from_pretrained(
         folder, layer=2, store="ram:yes", device="cpu", dtype="float32", trust_remote_code=True
     ) as recycler:

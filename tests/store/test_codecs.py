@@ -89,11 +89,16 @@ def test_an_accelerator_widens_what_crosses_the_bus(dtype, tmp_path):
 
 @each(everyday=("hdf5", "lmdb"))
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3+zstd"])
-@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan])
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan, "no shape"])
 def test_a_scale_that_is_none_is_corrupt_whatever_its_checksum_says(space, dtype, scale, tmp_path):
     """As a foreign writer may make it: the entry's checksum is right."""
     stored = codec.get(dtype).stored_rows(floats(3))
-    stored[1, -4:] = np.array([scale], "<f4").view(np.uint8)
+    if scale == "no shape":
+        if dtype != "int8":
+            pytest.skip("its scales have no shape")
+        stored[1, -4] = 0x0F
+    else:
+        stored[1, -4:] = np.array([scale], "<f4").view(np.uint8)
     one = space.recipe
     seed = checksum.space_seed(one.fingerprint, one.dtype, one.hidden_size)
     keys, lengths = np.frombuffer(key(50), np.uint8).reshape(1, 32), np.array([4])
@@ -107,6 +112,27 @@ def test_a_scale_that_is_none_is_corrupt_whatever_its_checksum_says(space, dtype
     assert space.verify().corrupt == [key(50)]
     assert space.repair().quarantined == [key(50)]
     assert space.get([key(3), key(50)])[1] is None
+
+
+@each(everyday=("hdf5", "lmdb"))
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3+zstd"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_others_are_in_place_where_one_is_corrupt(space, dtype, padded):
+    """As numbers, too: with a foreign writer's entry among them whose scales are none."""
+    stored = codec.get(dtype).stored_rows(floats(3))
+    stored[:, -4:] = 255
+    one, lengths = space.recipe, np.array([4])
+    seed = checksum.space_seed(one.fingerprint, one.dtype, one.hidden_size)
+    keys = np.frombuffer(key(50), np.uint8).reshape(1, 32)
+    sums, _ = checksum.entry_checksums(seed, keys, np.array([0]), lengths, {VALUES: stored})
+    space.put_block(Block(keys, offsets_of(lengths), sums, {VALUES: stored}))
+    out = np.full((3, 6, HIDDEN) if padded else (11, HIDDEN), 7, np.float32)
+    with pytest.raises(CorruptEntryError) as caught:
+        space.read_into([key(1), key(50), key(4)], out, dtype="float32")
+    assert caught.value.keys == [key(50)]
+    first, last = (out[0, :2], out[2, :5]) if padded else (out[:2], out[6:])
+    for found, number in ((first, 1), (last, 4)):
+        np.testing.assert_array_equal(found, codec.get(dtype).decode(codec.get(dtype).stored_rows(floats(number))))
 
 
 @pytest.mark.parametrize("kind", ["hdf5"])

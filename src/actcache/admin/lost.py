@@ -146,7 +146,7 @@ def of_media(encoder: MediaEncoder, documents: Iterable[Any], lost: Mapping[byte
         keys = encoder.keys(chunk, first)
         which = [i for i, key in enumerate(keys) if key in lost and key not in found]
         encoded = encoder.encode([chunk[i] for i in which], [first + i for i in which])
-        found |= {keys[i]: entries[0] for i, entries in zip(which, encoded, strict=True)}
+        found.update({keys[i]: entries[0] for i, entries in zip(which, encoded, strict=True)})
     return found
 
 

@@ -239,7 +239,7 @@ class _Repair:
             return Restoration(done.quarantined, done.set_aside)
         extras = frozenset().union(*(one.extras for one in lost.values()))
         try:
-            known = {"stride": stride, "extras": sorted(extras), "documents": texts is not None}
+            known: dict[str, Any] = {"stride": stride, "extras": sorted(extras), "documents": texts is not None}
             model = models.of(self._space.recipe, **known)
             model.check_canaries(self._space, create=True)
         except (ModelError, UsageError, DataError) as error:

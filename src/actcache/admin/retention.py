@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,8 +65,13 @@ def _state_of(store: Store, fingerprint: str, files: dict[str, StoredFile]) -> S
         max(ages, default=0.0) if made is None else made.age,
         age,
         age if used is None else min(age, used.age),
-        f"{folder}/{_PIN}" in files,
+        is_pinned(files, fingerprint),
     )
+
+
+def is_pinned(files: Container[str], fingerprint: str) -> bool:
+    """Return whether somebody has protected a space, by the files of its store."""
+    return f"spaces/{fingerprint}/{_PIN}" in files
 
 
 def pin(store: Store, prefixes: Sequence[str]) -> list[str]:

@@ -37,7 +37,13 @@ def doctor(
 
     Example: cachectl doctor ./activations
     """
-    facts = {"versions": machine.versions(), "extras": _extras(), "backends": _backends(), "machine": machine.facts()}
+    extras = _extras()
+    facts = {
+        "versions": machine.versions(),
+        "extras": extras,
+        "backends": _backends(extras),
+        "machine": machine.facts(),
+    }
     warnings: list[str] = []
     if loops.missing:
         facts["machine"]["read path"] = f"NumPy: {loops.missing}"
@@ -84,12 +90,13 @@ def _extras() -> dict[str, str]:
     return found
 
 
-def _backends() -> dict[str, str]:
+def _backends(extras: dict[str, str]) -> dict[str, str]:
     found = {}
     for name in registry.backends():
         try:
             registry.load(name)
-            found[name] = "works"
+            lacks = extras.get(name, "")
+            found[name] = lacks if lacks.startswith("lacks") else "works"
         except (BackendError, MissingExtraError) as error:
             found[name] = str(error)
     return found

@@ -132,7 +132,11 @@ def fill(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="How rows are stored: float16, int8, ...; default: the model's.")
+        str | None,
+        typer.Option(
+            help="How rows are stored: float16, int8, ...; default: the model's.",
+            autocompletion=options.complete_dtypes,
+        ),
     ] = None,
     max_error: Annotated[
         float | None,
@@ -144,7 +148,10 @@ def fill(
     format: options.Format = None,
     collection: Annotated[
         str | None,
-        typer.Option(help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored."),
+        typer.Option(
+            help="Keep the corpus's order, and ids, as a collection of this name, once all of it is stored.",
+            autocompletion=options.complete_collections,
+        ),
     ] = None,
     key_by: Annotated[
         KeyBy, typer.Option(help="What the keys of images and audio are made from: what is decoded, or their files.")
@@ -230,8 +237,9 @@ def fill(
             if len(places) > 1:
                 raise UsageError(f"several --devices are for texts: {media.kind} are computed by one")
             media.check()
-            given = _of_media(media, key_by.value)
-            settings["key_by"] = key_by.value
+            by: By = "bytes" if key_by is KeyBy.bytes else "content"
+            given = _of_media(media, by)
+            settings["key_by"] = by
         notes = None if collection is None else _Notes()
         streamed = (one.content for one in (given.items if notes is None else notes.passing(given.items)))
         documents = _Streamed(streamed) if given.count is None else _Counted(streamed, given.count)

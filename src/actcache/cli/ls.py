@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -12,13 +13,16 @@ from actcache.admin import inspection
 from actcache.admin.display import ago, attributes_as_json, binary, counted, entries, fields_as_json, model_name
 from actcache.admin.inspection import Coverage, SpaceReport
 from actcache.admin.report import Overview, SegmentReport, overview
+from actcache.admin.retention import is_pinned
 from actcache.backend import StoredFile
 from actcache.cli import options
 from actcache.cli.common import SHORT, console, print_json, say, say_rest, table
+from actcache.format.recipe import Recipe
 from actcache.store.footprint import age_of_last_write, segments_in
 from actcache.store.store import open_store
 
 _MOST = 20  # segments of a space in a tree
+_DIGITS = 12  # of a digest that is shown
 
 
 def ls(
@@ -65,7 +69,11 @@ def ls(
         )
         listed.add_row(*words, *numbers, ago(row["written"]))
     console().print(listed)
+    for fingerprint, fields in _telling_apart(report.spaces).items():
+        say(f"{fingerprint[:SHORT]}: {fields}")
     for row in rows:
+        if row["pinned"]:
+            say(f"pinned {row['fingerprint'][:SHORT]}")
         for segment, what in row["damaged"].items():
             say(f"damaged {row['fingerprint'][:SHORT]}: {segment}: {what}")
         for segment, nbytes in row.get("segment_bytes", {}).items():
@@ -113,4 +121,25 @@ def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
         **fields_as_json(report.usage),
         "damaged": report.damaged,
         "written": age_of_last_write(files, report.recipe.fingerprint),
+        "pinned": is_pinned(files, report.recipe.fingerprint),
     }
+
+
+def _telling_apart(spaces: Sequence[SpaceReport]) -> dict[str, str]:
+    """Return what tells spaces apart whose rows would read the same, by fingerprint."""
+    alike: dict[Any, list[Recipe]] = {}
+    for one in spaces:
+        recipe = one.recipe
+        alike.setdefault((model_name(recipe), recipe.site_name, recipe.stored_as), []).append(recipe)
+    found = {}
+    for recipes in alike.values():
+        fields = sorted({name for other in recipes[1:] for name in recipes[0].differences(other)})
+        for recipe in recipes if fields else ():
+            mine = {name: mine for other in recipes for name, (mine, _) in recipe.differences(other).items()}
+            found[recipe.fingerprint] = ", ".join(f"{name} {_shortened(mine[name])}" for name in fields if name in mine)
+    return found
+
+
+def _shortened(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return f"{text[:_DIGITS]}..." if len(text) > 2 * _DIGITS else text

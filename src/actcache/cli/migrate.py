@@ -27,7 +27,8 @@ def migrate(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Store rows as float16, int8, int8+zstd, ... (docs/codecs.md); by default as the source does."
+            help="Store rows as float16, int8, int8+zstd, ... (docs/codecs.md); by default as the source does.",
+            autocompletion=options.complete_dtypes,
         ),
     ] = None,
     force: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import types
 import typing
@@ -14,10 +15,52 @@ from typer.models import OptionInfo
 
 from actcache.cli.corpus import Kind
 
+
+def _typed_store(ctx: typer.Context) -> str:
+    """Return the store, the first of the arguments; they are not yet told apart where an option lacks its value."""
+    return ctx.params.get("store") or next(word for word in ctx.args if not word.startswith("-"))
+
+
+def complete_spaces(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return the spaces of the store that was typed before, for completion; none where it cannot be read."""
+    with contextlib.suppress(Exception):  # a shell that completes shows no errors
+        from actcache.store.store import open_store
+
+        with open_store(_typed_store(ctx), mode="r") as opened:
+            return [
+                (one.fingerprint, f"{one.model} {one.site_name} {one.stored_as}")
+                for one in opened.recipes()
+                if one.fingerprint.startswith(incomplete)
+            ]
+    return []
+
+
+def complete_collections(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the collections of the store that was typed before; none where it cannot be read."""
+    with contextlib.suppress(Exception):
+        from actcache.store.store import open_store
+
+        with open_store(_typed_store(ctx), mode="r") as opened:
+            return [name for name in opened.collections() if name.startswith(incomplete)]
+    return []
+
+
+def complete_dtypes(incomplete: str) -> list[str]:
+    """Return how rows may be stored."""
+    from actcache.format.codec import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
 Store = Annotated[str, typer.Argument(help="Path or URL of the store.", show_default=False)]
 NewStore = Annotated[str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)]
 Spaces = Annotated[
-    list[str] | None, typer.Option("--space", help="Only the space whose fingerprint begins so; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--space",
+        help="Only the space whose fingerprint begins so; may be repeated.",
+        autocompletion=complete_spaces,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Field = Annotated[

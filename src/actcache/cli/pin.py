@@ -12,7 +12,12 @@ from actcache.cli import options
 from actcache.cli.common import print_json, say
 from actcache.store.store import Store, open_standing
 
-_Prefixes = Annotated[list[str], typer.Argument(help="Fingerprints of spaces, or how they begin.", show_default=False)]
+_Prefixes = Annotated[
+    list[str],
+    typer.Argument(
+        help="Fingerprints of spaces, or how they begin.", show_default=False, autocompletion=options.complete_spaces
+    ),
+]
 
 
 def pin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) -> None:

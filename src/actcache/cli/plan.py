@@ -34,7 +34,9 @@ def plan(
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Such devices that compute at the same time.")] = 1,
-    dtype: Annotated[str, typer.Option(help="How rows are stored: float16, int8, ...")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help="How rows are stored: float16, int8, ...", autocompletion=options.complete_dtypes)
+    ] = "float16",
     folder: Annotated[Path, typer.Option(help="Whose disk is measured.")] = Path("."),
     documents: Annotated[int | None, typer.Option(min=1, help="Without a corpus: how many documents ...")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="... of so many tokens each.")] = None,

@@ -49,7 +49,11 @@ def prune(
         typer.Option(help="Delete entries, not spaces: those of texts that this corpus (as of fill) does not hold."),
     ] = None,
     keep_collection: Annotated[
-        str | None, typer.Option(help="Delete entries, not spaces: those that this collection does not name.")
+        str | None,
+        typer.Option(
+            help="Delete entries, not spaces: those that this collection does not name.",
+            autocompletion=options.complete_collections,
+        ),
     ] = None,
     field: options.Field = None,
     format: options.Format = None,

@@ -12,7 +12,6 @@ from actcache.admin.display import attributes_as_json, counted, entries
 from actcache.cli import corpus, options
 from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
-from actcache.format.media import BY
 from actcache.io.progress import Meter
 from actcache.store.store import open_standing
 
@@ -90,8 +89,7 @@ def _documents(source: str, field: str | None, format: str | None) -> Iterator[A
     """Yield a corpus's documents; images and audio as they may be keyed, by content and by bytes."""
     with corpus.find_media(source, format) as media:
         if media is not None:
-            for by in BY:
-                yield from (one.content for one in media.documents(by))
+            yield from media.either()
             return
     yield from (one.text for one in corpus.read(source, field, format=format))
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: What a key is made from: what is decoded, or the file's bytes.
 By = Literal["content", "bytes"]
-BY = ("content", "bytes")
+BY: tuple[By, ...] = ("content", "bytes")
 
 _FILES = (str, os.PathLike, bytes)
 #: Pillow's modes of images whose pixels are not numbers of 8 bits, and what keys and models see instead of them.

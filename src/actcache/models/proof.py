@@ -86,10 +86,18 @@ def of_rows(lower: LowerHalf, longest: int | None = None, sites: Collection[Site
     start = time.monotonic()
     base = lower.base_model
     with evaluating(base), LeftAsItWas(base) as left:
-        if family.found.main_input == "input_ids":
-            family = _rows_proved(lower, longest, sites)
-        else:
-            _features_proved(lower, sites)
+        try:
+            if family.found.main_input == "input_ids":
+                family = _rows_proved(lower, longest, sites)
+            else:
+                _features_proved(lower, sites)
+        except (ActcacheError, torch.OutOfMemoryError):
+            raise
+        except _RAISED as error:  # by the model's own code
+            raise UnsupportedModelError(
+                f"a {type(base).__name__} (model type {base.config.model_type!r}) does not run on documents alone and "
+                f"in padded batches, as its proof and a fill run it: {type(error).__name__}: {_line(error)}"
+            ) from error
     if left.changed:
         raise UnsupportedModelError(
             f"running this {type(base).__name__} on a few tokens changes it, so that what it computes depends on what "
@@ -533,7 +541,7 @@ class _Replay:
 
         Of a head whose loss needs more than labels by a usual name, outputs alone are compared.
         """
-        one = min(reference, key=lambda one: abs(one.rows.shape[1] - max(_LENGTHS)))  # one that has several tokens
+        one = reference[0]
         full = self._inputs([one.ids], "right") if self.text else one.inputs
         labels = next(self._labels(one, full), None)
         if labels is None:
@@ -550,7 +558,7 @@ class _Replay:
             raise _NotProved(f"{what}: {type(error).__name__}: {_line(error)}") from error
         want = self._loss(self.model, {**full, **labels}, upper)
         self._same(what, got[0], want[0])
-        size = math.sqrt(sum(float(one.double().square().sum()) for one in want[1].values()))
+        size = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in want[1].values()))
         for name, gradient in want[1].items():
             # Of what hardly moves (the bias of keys does not at all), all is rounding.
             apart = float((got[1].get(name, torch.zeros_like(gradient)) - gradient).double().norm())
@@ -564,7 +572,7 @@ class _Replay:
         if takes(self.model, "start_positions"):
             wanted.append({"start_positions": places, "end_positions": places})
         elif takes(self.model, "labels"):
-            logits = next((one for one in one.outputs.values() if one.ndim >= 2), places[None])
+            logits = next((value for value in one.outputs.values() if value.ndim >= 2), places[None])
             known = places * int(logits.shape[-1] > 1)
             wanted += [{"labels": known}, {"labels": known.float()}]
             if logits.ndim >= 3:

@@ -143,65 +143,80 @@ class RowDocuments:
             raise ShapeError(f"document {changed} was replaced by one of another length: ask for rows anew")
 
 
-def mix(
-    documents: RowDocuments,
-    mixes: Mixes,
-    number: int,
-    exclusion: Exclusion,
-    wanted: Container[str],
-    buffers: BufferPool,
-    head: int,
-    stats: ReaderStats,
-) -> MixedRows:
-    """Read and mix the rows of a mix, with what is wanted beside them; raises as ``RowDocuments.scatter``.
+class Mixer:
+    """Reads mixes and mixes their rows, one mix at a time. Not thread-safe.
 
-    ``head``: rows for which there is to be room before them.
+    Args:
+        wanted: what is to stand beside the rows.
+        head: rows for which there is to be room before those of a mix.
     """
-    start = time.perf_counter()
-    members = mixes.documents(number)
-    total, sites = int(documents.lengths[members].sum()), len(documents.sources)
-    places = mixes.places(number, total)
-    memory = buffers.take((head + total, *documents.row_shape), documents.dtype)
-    try:
-        values = memory[head:]
-        of_sites = [values[:, site] for site in range(sites)] if documents.stacked else [values]
-        ids = np.empty(total, np.int32) if exclusion.needs_ids or TOKEN_IDS in wanted else None
-        portions = list(documents.portions(members))
-        bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
-        own: list[dict[str, NDArray[Any]]] = []
-        asked, silent, next_asked = 1, 0, 1  # the first is read at once
-        for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
-            while asked < min(i + 1 + _AHEAD, len(portions)):
-                # As long as all is in memory, fewer and fewer portions are announced.
-                if asked >= next_asked:
-                    silent = 0 if _announce(documents, portions[asked]) else min(2 * silent + 1, _MOST_SILENT)
-                    next_asked = asked + 1 + silent
-                asked += 1
-            for site, rows in enumerate(of_sites):
-                packed = None if site or ids is None else ids[begin:end]
-                documents.scatter(site, portions[i], rows, places[begin:end], packed)
-            if documents.own:
-                own.append(documents.read_own(portions[i]))
-    except BaseException:
-        buffers.give_back(memory, None)
-        raise
-    read: dict[str, NDArray[Any]] = {} if ids is None else {TOKEN_IDS: ids}
-    read |= {name: np.concatenate([one[name] for one in own]) for name in documents.own}
-    beside = {name: np.empty_like(array) for name, array in read.items()}
-    for name, array in read.items():
-        beside[name][places] = array
-    beside |= _whereabouts(documents, members, places, exclusion, wanted)
-    mixed = _without(exclusion, documents, MixedRows(values, beside, memory, head))
-    stats.read_seconds += time.perf_counter() - start
-    stats.documents += len(members)
-    stats.tokens += total
-    stats.nbytes += values.nbytes
-    return mixed
 
+    def __init__(
+        self,
+        documents: RowDocuments,
+        exclusion: Exclusion,
+        wanted: Container[str],
+        buffers: BufferPool,
+        head: int,
+        stats: ReaderStats,
+    ) -> None:
+        self._documents, self._exclusion, self._wanted = documents, exclusion, wanted
+        self._buffers, self._head, self._stats = buffers, head, stats
+        self._silent, self._left = (
+            0,
+            0,
+        )  # portions that are read without an announcement, and those that are left of them
 
-def _announce(documents: RowDocuments, members: NDArray[np.int64]) -> bool:
-    """Ask for what is read soon; return whether there seemed to be anything to ask for."""
-    return bool(sum(source.read_ahead(documents.keys[members]) for source in documents.sources))
+    def mix(self, mixes: Mixes, number: int) -> MixedRows:
+        """Read and mix the rows of a mix; raises as ``RowDocuments.scatter``."""
+        documents, exclusion, stats, head = self._documents, self._exclusion, self._stats, self._head
+        start = time.perf_counter()
+        members = mixes.documents(number)
+        total, sites = int(documents.lengths[members].sum()), len(documents.sources)
+        places = mixes.places(number, total)
+        memory = self._buffers.take((head + total, *documents.row_shape), documents.dtype)
+        try:
+            values = memory[head:]
+            of_sites = [values[:, site] for site in range(sites)] if documents.stacked else [values]
+            ids = np.empty(total, np.int32) if exclusion.needs_ids or TOKEN_IDS in self._wanted else None
+            own: list[dict[str, NDArray[Any]]] = []
+            portions = list(documents.portions(members))
+            bounds = offsets_of(np.array([int(documents.lengths[portion].sum()) for portion in portions], np.int64))
+            asked = 1  # the first is read at once
+            for i, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
+                for portion in portions[asked : i + 1 + _AHEAD]:
+                    self._announce(portion)
+                asked = max(asked, i + 1 + _AHEAD)
+                for site, rows in enumerate(of_sites):
+                    packed = None if site or ids is None else ids[begin:end]
+                    documents.scatter(site, portions[i], rows, places[begin:end], packed)
+                if documents.own:
+                    own.append(documents.read_own(portions[i]))
+        except BaseException:
+            self._buffers.give_back(memory, None)
+            raise
+        read: dict[str, NDArray[Any]] = {} if ids is None else {TOKEN_IDS: ids}
+        read |= {name: np.concatenate([one[name] for one in own]) for name in documents.own}
+        beside = {name: np.empty_like(array) for name, array in read.items()}
+        for name, array in read.items():
+            beside[name][places] = array
+        beside |= _whereabouts(documents, members, places, exclusion, self._wanted)
+        mixed = _without(exclusion, documents, MixedRows(values, beside, memory, head))
+        stats.read_seconds += time.perf_counter() - start
+        stats.documents += len(members)
+        stats.tokens += total
+        stats.nbytes += values.nbytes
+        return mixed
+
+    def _announce(self, members: NDArray[np.int64]) -> None:
+        """Ask for rows of a portion that is read soon. As long as all is in memory, fewer and fewer are announced."""
+        if self._left:
+            self._left -= 1
+            return
+        keys = self._documents.keys[members]
+        told = [source.read_ahead(keys) for source in self._documents.sources]
+        self._silent = 0 if any(told) else min(2 * self._silent + 1, _MOST_SILENT)
+        self._left = self._silent
 
 
 def _whereabouts(

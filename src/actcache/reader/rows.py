@@ -24,7 +24,7 @@ from actcache.reader.checks import check_own, check_present, ranks_of
 from actcache.reader.dealing import Deal, Span, counted, cut, remaining
 from actcache.reader.exclusion import Exclusion
 from actcache.reader.fetch import OwnSource
-from actcache.reader.mixed_rows import MixedRows, RowDocuments, mix
+from actcache.reader.mixed_rows import MixedRows, Mixer, RowDocuments
 from actcache.reader.mixing import Mixes, Mixing, documents_mixed
 from actcache.reader.prefetch import Prefetch
 from actcache.reader.row_delivery import DeliveredRows, Normalization, RowDelivery, row_delivery
@@ -332,14 +332,15 @@ class _Producer:
 
     def __init__(self, reader: RowReader, delivery: RowDelivery) -> None:
         self._delivery = delivery
-        self._documents, self._mixing, self._exclusion = reader._documents, reader._mixing, reader._exclusion
+        self._mixing = reader._mixing
         self._rank, self._ranks = reader._rank, reader._ranks
         self._batch_size, self._drop_last, self._forever = reader._batch_size, reader._drop_last, reader._forever
         self._beside, self._numbers, self._stats = reader._beside, reader._numbers, reader._stats
         self._count = reader.kept if reader._kept is None and reader._ranks > 1 else None
         self._kept = reader._kept
         fits = _MOST_HEAD * self._batch_size <= self._mixing.capacity
-        self._head = self._batch_size if fits and not delivery.joins else 0
+        head = self._batch_size if fits and not delivery.joins else 0
+        self._mixer = Mixer(reader._documents, reader._exclusion, self._beside, delivery.buffers, head, self._stats)
 
     def produce(self, place: Place) -> Generator[_Item]:
         with ThreadPoolExecutor(1, thread_name_prefix="actcache-rows") as pool:
@@ -414,17 +415,7 @@ class _Producer:
         """Yield the mixes of spans, one of which is filled ahead."""
 
         def submit(span: Span) -> Future[MixedRows]:
-            return pool.submit(
-                mix,
-                self._documents,
-                mixes,
-                span.mix,
-                self._exclusion,
-                self._beside,
-                self._delivery.buffers,
-                self._head,
-                self._stats,
-            )
+            return pool.submit(self._mixer.mix, mixes, span.mix)
 
         coming = [submit(span) for span in spans[:1]]
         try:

@@ -465,7 +465,7 @@ class Space:
 
         Raises:
             ShapeError: a buffer is too small or of the wrong dtype. Nothing was read.
-            CorruptEntryError: it names the entries; the rows of all others are in place (of stored form).
+            CorruptEntryError: it names the entries; the rows of all others are in place.
             CodecOverflowError: a number is too large for ``dtype``.
         """
         wanted = key_array(keys)
@@ -499,9 +499,16 @@ class Space:
         stored = flat if as_stored else np.empty((count, stored_width), self._codec.stored)
         if ids is not None and not request.has(TOKEN_IDS)[request.lengths > 0].all():
             raise ShapeError("some of these entries were stored without token ids; leave token_ids out")
-        self._refuse_corrupt(wanted, self._read(request, {VALUES: stored, TOKEN_IDS: flat_ids}, width, verify=verify))
+        corrupt = self._read(request, {VALUES: stored, TOKEN_IDS: flat_ids}, width, verify=verify)
         if not as_stored:
-            codec.decode_as(self._codec, stored, str(dtype), flat[:count])
+            begins = offsets_of(request.lengths) if width is None else np.arange(len(wanted) + 1) * width
+            for i in corrupt:
+                stored[begins[i] : begins[i + 1]] = 0  # what stands there may be no rows
+            try:
+                codec.decode_as(self._codec, stored, str(dtype), flat[:count])
+            finally:
+                self._refuse_corrupt(wanted, corrupt)
+        self._refuse_corrupt(wanted, corrupt)
         return ReadReport(request.lengths)
 
     @retry_on_stale_snapshot

@@ -57,9 +57,14 @@ class Media:
         found = Counter(label for file in self.files if (label := _label(self._id(file))) is not None)
         return dict(sorted(found.items()))
 
+    def either(self) -> Iterator[Image | Audio]:
+        """Yield what the documents may be stored as: all by their content, then all by their bytes."""
+        for by in _BY:
+            yield from (one.content for one in self.documents(by))
+
     def keys(self) -> NDArray[np.uint8]:
-        """Return the keys ``[2 n, 32]`` by which the documents may be stored: of their content, and of their bytes."""
-        return key_array([one.content.key() for by in _BY for one in self.documents(by)])
+        """Return the keys ``[2 n, 32]`` by which the documents may be stored."""
+        return key_array([one.key() for one in self.either()])
 
     def check(self) -> None:
         """Raise what decoding the first document would raise."""

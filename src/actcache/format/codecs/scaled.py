@@ -90,8 +90,10 @@ class Scaled(Codec):
             scales = stored[..., hidden:].contiguous().view(torch.float32)
             return stored[..., :hidden].view(torch.float8_e4m3fn).float().mul_(scales)
         tails = stored[..., hidden:].contiguous().view(torch.int32)
-        shapes, scales = (tails & 0xFF).long(), (tails & -0x100).view(torch.float32)
-        knees, more = (torch.from_numpy(of).to(stored.device)[shapes] for of in (_FLOAT_KNEES, _FLOAT_MORE))
+        shapes, scales = tails & 0xFF, (tails & -0x100).view(torch.float32)
+        # By arithmetic, not by the tables: to bring these to a device, its stream would be waited for.
+        knees = (shapes // 16 * 8).float()
+        more = torch.where(shapes == 0, 0, ((2 + shapes % 2) << (shapes % 16 // 2)) - 1).float()
         codes = stored[..., :hidden].view(torch.int8).float()  # whole numbers, exact in whatever order
         beyond = codes - torch.maximum(torch.minimum(codes, knees), -knees)
         return codes.addcmul_(beyond, more).mul_(scales)
@@ -118,7 +120,6 @@ def _scales_and_shapes(tails: NDArray[np.uint8]) -> tuple[NDArray[np.float32], N
 
 
 _LEAST, _LEAST_OF_ALL = np.finfo(np.float32).tiny, np.finfo(np.float32).smallest_subnormal
-_FLOAT_KNEES, _FLOAT_MORE = KNEES.astype(np.float32), (RATIOS - 1).astype(np.float32)
 
 INT8 = Scaled("int8", np.dtype("|u1"), np.dtype("<f4"))
 FLOAT8_E4M3 = Scaled("float8_e4m3", np.dtype("|u1"), np.dtype("<f4"))

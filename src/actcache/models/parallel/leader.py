@@ -21,7 +21,7 @@ from actcache.format.arguments import nbytes_of
 from actcache.format.keys import Document
 from actcache.io.workers import available_cpus
 from actcache.models import error_budget
-from actcache.models.documents import document_keys, streamed
+from actcache.models.documents import check_texts, document_keys, streamed
 from actcache.models.filling import CHUNK, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
 from actcache.models.parallel import worker
@@ -79,6 +79,7 @@ def fill(
     token_budget = check_token_budget(token_budget)
     check_devices(devices)
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
+    check_texts(texts)
     count = len(texts) if isinstance(texts, Sized) else None
     sample, texts = error_budget.peeked(texts)
     job = Job(

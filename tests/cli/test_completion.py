@@ -1,0 +1,56 @@
+"""What a shell completes: spaces, collections and dtypes, and nothing, silently, where there is nothing."""
+
+from __future__ import annotations
+
+import pytest
+from typer._completion_classes import BashComplete
+from typer.main import get_command
+
+import actcache
+from actcache.cli import app
+from actcache.format import codec
+from tests.support import key, recipe, rows
+
+
+@pytest.fixture
+def store(tmp_path):
+    with actcache.open(tmp_path / "s") as opened:
+        for layer in (1, 2):
+            with opened.space(recipe(layer=layer)) as space:
+                space.put([key(1)], [rows(1)])
+        opened.put_collection("all", [key(1)])
+        opened.put_collection("some", [key(1)])
+    return tmp_path / "s"
+
+
+def completed(*words: object) -> list[str]:
+    """Return what the last word may become."""
+    *before, last = map(str, words)
+    return [item.value for item in BashComplete(get_command(app), {}, "cachectl", "").get_completions(before, last)]
+
+
+@pytest.mark.parametrize("command", [["ls"], ["inspect"], ["verify"], ["prune"], ["compact"]])
+def test_spaces_of_an_option(store, command):
+    spaces = [recipe(layer=layer).fingerprint for layer in (1, 2)]
+    assert sorted(completed(*command, store, "--space", "")) == sorted(spaces)
+    assert completed(*command, store, "--space", spaces[0][:4]) == [one for one in spaces if one[:4] == spaces[0][:4]]
+
+
+def test_spaces_that_are_arguments(store):
+    assert len(completed("pin", store, "")) == 2
+    assert len(completed("unpin", store, recipe(layer=2).fingerprint[:8], "")) == 2
+
+
+def test_collections_and_dtypes(store):
+    assert completed("prune", store, "--keep-collection", "") == ["all", "some"]
+    assert completed("fill", store, "corpus.txt", "--collection", "s") == ["some"]
+    assert completed("fill", store, "corpus.txt", "--dtype", "") == codec.names()
+    assert completed("migrate", store, "other", "--dtype", "int8") == [n for n in codec.names() if n.startswith("int8")]
+
+
+@pytest.mark.parametrize("what", ["absent", "a file"])
+def test_nothing_and_no_error_where_there_is_no_store(tmp_path, what, capsys):
+    (tmp_path / "a file").write_text("no store")
+    assert completed("ls", tmp_path / what, "--space", "") == []
+    assert completed("prune", tmp_path / what, "--keep-collection", "") == []
+    assert capsys.readouterr() == ("", "")

@@ -69,6 +69,7 @@ TRAINED = ("float32", "float16", "int8", "float8_e4m3")
 TRAINING = argparse.Namespace(epochs=3, rate=2e-4, bottleneck=64)
 ROUNDS = 15
 AS = "float16"  # what cold reads are delivered as
+LONG = 256  # tokens of the longer documents
 COMPARED = 16  # documents whose layers above are run
 
 
@@ -291,9 +292,24 @@ def cold_reads(report: Report, folder: Path | None, nbytes: int) -> None:
     base = AutoModel.from_pretrained(get_model_path()).eval()
     encoder = DocumentEncoder(AutoTokenizer.from_pretrained(get_model_path()), 256, "truncate", True)
     meter = ErrorMeter(LowerHalf(base, family_of(base), 3), encoder, corpus(6, 40).texts, sample=100)
-    hidden = base.config.hidden_size
-    one = sum(rows.nbytes // 2 for rows in meter.rows)
-    given = meter.rows * max(1, nbytes // one)
+    for documents in (meter.rows, _joined(meter.rows, LONG)):
+        one = sum(rows.nbytes // 2 for rows in documents)
+        _cold_reads_of(report, folder, documents * max(1, nbytes // one))
+
+
+def _joined(documents: list[Any], tokens: int) -> list[Any]:
+    """Return the rows of documents as those of longer ones, of at least so many tokens."""
+    joined, held = [], []
+    for rows in documents:
+        held.append(rows)
+        if sum(map(len, held)) >= tokens:
+            joined.append(np.concatenate(held))
+            held = []
+    return joined
+
+
+def _cold_reads_of(report: Report, folder: Path | None, given: list[Any]) -> None:
+    hidden = given[0].shape[1]
     keys = [actcache.document_key(f"{n}") for n in range(len(given))]
     tokens = sum(map(len, given))
     dtypes = ("float16", "bfloat16", "int8", "float8_e4m3", "float16+zstd", "bfloat16+zstd", "int8+zstd")
@@ -304,7 +320,7 @@ def cold_reads(report: Report, folder: Path | None, nbytes: int) -> None:
             with actcache.open(f"{root}/{dtype}") as store, store.space(recipe, segment_bytes=1 << 30) as space:
                 for first in range(0, len(keys), 512):
                     space.put(keys[first : first + 512], given[first : first + 512])
-        del given
+        count = len(given)
         for turn in range(ROUNDS):
             for dtype in np.random.default_rng(turn).permutation(dtypes).tolist():
                 evict(Path(root, dtype))
@@ -332,7 +348,8 @@ def cold_reads(report: Report, folder: Path | None, nbytes: int) -> None:
         "low",
         "high",
     ]
-    report.table(f"cold shuffled reads, {tokens:,} tokens delivered as float16, {ROUNDS} rounds", columns, rows)
+    what = f"{count:,} documents of {tokens / count:.0f} tokens"
+    report.table(f"cold shuffled reads, {what}, delivered as float16, {ROUNDS} rounds", columns, rows)
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map  # the way th
 from actcache.entries.batch import Batch, Inputs
 from actcache.errors import CorruptEntryError, ShapeError, UsageError
 from actcache.reader.delivery import Delivered, HostDelivery
-from actcache.reader.epoch import Work, read_batch, read_computed
+from actcache.reader.epoch import Work, read_and_deliver, read_computed
 from actcache.reader.labels import IGNORED, TokenLabels
 
 _ONE_PROCESS = (
@@ -176,7 +176,7 @@ class EntryDataset(Dataset[Any]):
         if self._delivery is None:
             self._delivery = HostDelivery(self._work.source.recipe.dtype, torch, packed=False, depth=2)
         members = np.asarray(positions, np.int64)
-        read = read_batch if self._work.miss_computer is None else self._read_or_compute
+        read = read_and_deliver if self._work.miss_computer is None else self._read_or_compute
         batch = read(self._work, self._delivery, members).batch
         assert isinstance(batch, Batch)
         if self._work.miss_computer is not None and self._unseen.any() and os.getpid() == self._pid:
@@ -189,7 +189,7 @@ class EntryDataset(Dataset[Any]):
         corrupt: Sequence[bytes] = []
         if (work.source.lengths(work.keys[members]) > 0).all():
             try:
-                return read_batch(work, delivery, members)
+                return read_and_deliver(work, delivery, members)
             except CorruptEntryError as error:
                 corrupt = error.keys
         if os.getpid() != self._pid:

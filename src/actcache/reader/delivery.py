@@ -49,6 +49,7 @@ def padded(packed: NDArray[Any], lengths: NDArray[np.int64], width: int | None) 
 class Delivery(ABC):
     """Makes batches of what was read. ``deliver`` is called by the thread that reads, ``arrive`` by the consumer's."""
 
+    decodes: bool = False  # whether processors of the host decode what was read
     packed: bool  # whether rows are read without padding
     padded: bool  # whether they are delivered with it
     buffers: BufferPool  # host buffers to read into
@@ -89,10 +90,11 @@ class HostDelivery(Delivery):
     def __init__(self, dtype: str, torch: Any, *, packed: bool, depth: int, deliver: str | None = None) -> None:
         super().__init__()
         self.packed, self.padded = packed, not packed
+        self._kind, self._deliver = codec.get(dtype), deliver or delivered_by(dtype, numpy=torch is None)
+        self.decodes = self._deliver != self._kind.form
         most = depth + 3  # those that wait, the one being read, the consumer's, and the one before
         self.buffers = BufferPool(most)
         self._numbers_in = BufferPool(most)
-        self._kind, self._deliver = codec.get(dtype), deliver or delivered_by(dtype, numpy=torch is None)
         self._torch = torch
 
     def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
@@ -120,7 +122,7 @@ class HostDelivery(Delivery):
 
     def _numbers(self, stored: NDArray[Any]) -> NDArray[Any]:
         """Return stored rows as they are delivered; bfloat16 as its bits."""
-        if self._deliver == self._kind.form:
+        if not self.decodes:
             return stored
         shape = (*stored.shape[:-1], self._kind.hidden(stored.shape[-1]))
         out = self._numbers_in.take(shape, codec.get(self._deliver).stored)

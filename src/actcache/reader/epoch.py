@@ -85,7 +85,12 @@ class Epoch(Iterator[Any]):
     def _begin(self) -> Prefetch[Delivered | _Missing] | _Items:
         epoch = self._cursor.begin(self._start)
         self._reached = epoch.reached
-        produce = _produce(self._work, self._delivery, epoch.batches)
+        read: Iterator[Read | _Missing] = _produce(self._work, self._delivery, epoch.batches)
+        if (
+            self._work.depth and self._delivery.decodes
+        ):  # one batch is decoded while the next is on its way from the disk
+            read = Prefetch(read, 1, lambda seconds, ready: None)
+        produce = _delivered(self._work, self._delivery, read)
         if not self._work.depth:
             return produce
         # The thread's iterator must not refer to this one: in a cycle, only the collector would end the thread.
@@ -160,7 +165,20 @@ class Epoch(Iterator[Any]):
             self._on_stats(counted)
 
 
-def _produce(work: Work, delivery: Delivery, batches: list[NDArray[np.int64]]) -> _Items:
+def _delivered(work: Work, delivery: Delivery, read: Iterator[Read | _Missing]) -> _Items:
+    """Send what was read on its way; closes ``read``."""
+    try:
+        for item in read:
+            yield item if isinstance(item, _Missing) else deliver(work, delivery, item)
+            del item  # or it would hold a buffer for as long as the next is read
+    finally:
+        if (close := getattr(read, "close", None)) is not None:
+            close()
+
+
+def _produce(
+    work: Work, delivery: Delivery, batches: list[NDArray[np.int64]]
+) -> Generator[Read | _Missing, None, None]:
     """Read batches. The thread that reads ahead runs this; it knows no iteration, which can be collected meanwhile."""
     asked, silent, next_asked = 0, 0, 0
     for number, members in enumerate(batches):
@@ -174,7 +192,7 @@ def _produce(work: Work, delivery: Delivery, batches: list[NDArray[np.int64]]) -
             yield _Missing(members, [])
             continue
         try:
-            item: Delivered | _Missing = read_batch(work, delivery, members)
+            item: Read | _Missing = read_batch(work, delivery, members)
         except CorruptEntryError as error:
             if work.miss_computer is None:
                 raise
@@ -191,11 +209,24 @@ def read_computed(work: Work, delivery: Delivery, members: NDArray[np.int64], co
     missing = (work.source.lengths(keys) == 0) | np.array([key in bad for key in key_list(keys)], bool)
     work.miss_computer.compute(work.origins[members[missing]], corrupt)
     work.stats.compute_seconds += time.perf_counter() - start
-    return read_batch(work, delivery, members)
+    return read_and_deliver(work, delivery, members)
 
 
-def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> Delivered:
-    """Read the documents at some positions of ``work.keys`` and send them on their way to the device.
+def read_and_deliver(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> Delivered:
+    """Read the documents at some positions of ``work.keys`` and send them on their way; raises as ``read_batch``."""
+    return deliver(work, delivery, read_batch(work, delivery, members))
+
+
+@dataclass(frozen=True)
+class Read:
+    """A batch as it was read, in the codec's stored form."""
+
+    host: HostBatch
+    members: BatchMembers
+
+
+def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> Read:
+    """Read the documents at some positions of ``work.keys``.
 
     Raises:
         MissingEntryError: some are gone.
@@ -223,15 +254,22 @@ def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> De
     except BaseException:
         delivery.buffers.give_back(read.values, None)
         raise
-    delivered = delivery.deliver(read, BatchMembers(keys, work.documents[members], labels, columns))
-    tokens = int(read.lengths.sum())
     with _COUNTING:
         stats.read_seconds += done - start
-        stats.deliver_seconds += time.perf_counter() - done
+    return Read(read, BatchMembers(keys, work.documents[members], labels, columns))
+
+
+def deliver(work: Work, delivery: Delivery, read: Read) -> Delivered:
+    """Send what was read on its way to the device."""
+    start, stats, lengths, values = time.perf_counter(), work.stats, read.host.lengths, read.host.values
+    tokens = int(lengths.sum())
+    delivered = delivery.deliver(read.host, read.members)
+    with _COUNTING:
+        stats.deliver_seconds += time.perf_counter() - start
         count_spent(stats, delivery)
-        stats.documents += len(members)
+        stats.documents += len(lengths)
         stats.tokens += tokens
-        stats.nbytes += tokens * read.values.itemsize * read.values.shape[-1]
+        stats.nbytes += tokens * values.itemsize * values.shape[-1]
     return delivered
 
 

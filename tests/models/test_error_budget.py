@@ -86,6 +86,7 @@ def test_the_cheapest_within_a_budget_is_chosen(made):
             assert choice.dtype in within
             assert sizes[choice.dtype] == min(sizes[dtype] for dtype in within)
         assert recycler.choose(TEXTS, max_error=1.0, layers=[1, 2]).layer == 2
+        assert str(choice).startswith(f"layer {choice.layer} as {choice.dtype}: rows within ")
         zstd = recycler.choose(TEXTS, max_error=1e-3, dtypes=("float16", "float16+zstd", "float32"))
         assert zstd.dtype == "float16+zstd"  # by the bytes of its frames
         with pytest.raises(ErrorBudgetError, match="nothing that was tried"):

@@ -19,6 +19,7 @@ from actcache.reader import streams
 from actcache.reader.accelerator import AcceleratorDelivery, PinnedBuffers
 from actcache.reader.delivery import BatchMembers
 from actcache.reader.fetch import HostBatch
+from tests.support import HIDDEN as HIDDEN_OF_A_SPACE
 from tests.support import ids, key, length, put, recipe, rows
 from tests.support.simulated_device import POISON, SimulatedDevice
 
@@ -315,6 +316,28 @@ def test_a_reader_delivers_what_is_stored(space, layout, depth, make, monkeypatc
     stats = reader.stats()
     assert stats.copy_seconds > 0
     assert stats.decode_seconds > 0
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("normalize", [None, "standard"])
+def test_rows_are_delivered_as_they_are_on_the_cpu(space, depth, normalize, monkeypatch):
+    """By a device of one stream: the simulated one knows copies alone, and rows are joined on the device."""
+    monkeypatch.setattr(streams, "async_device", lambda device: streams.OneStreamDevice(torch.device("cpu")))
+    options = {
+        "batch_size": 7,
+        "buffer": 64 * HIDDEN_OF_A_SPACE * 4,
+        "stretch": 8 * HIDDEN_OF_A_SPACE * 4,
+        "beside": ("documents", "positions", "token_ids"),
+        "normalize": normalize,
+    }
+    keys = [key(n) for n in range(30)]
+    batches = list(space.rows(keys, device="meta", depth=depth, **options))
+    expected = list(space.rows(keys, device="cpu", depth=depth, **options))
+    assert len(batches) == len(expected) > 3
+    for batch, wanted in zip(batches, expected, strict=True):
+        for name in ("documents", "positions", "token_ids"):
+            np.testing.assert_array_equal(getattr(batch, name).numpy(), getattr(wanted, name).numpy())
+        np.testing.assert_allclose(batch.rows.float().numpy(), wanted.rows.float().numpy(), rtol=1e-6, atol=1e-6)
 
 
 # --- torch's own -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -420,3 +422,16 @@ def test_a_flipped_byte_is_never_delivered(tmp_path):
         with pytest.raises(CorruptEntryError) as caught:
             list(space.rows(keys(), **small()))
         assert caught.value.keys == [key(5)]
+
+
+def test_a_reader_that_nobody_holds_goes_without_the_collector(space):
+    """The collector comes anywhere: in the middle of something for which the reader's thread waits."""
+    reader = space.rows(keys(), depth=2, **small())
+    next(reader)
+    gone = weakref.ref(reader)
+    gc.disable()
+    try:
+        del reader
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -216,7 +217,17 @@ class RowReader(Iterator[Any]):
 
     def _begin(self) -> Prefetch[_Item] | Generator[_Item]:
         produce = _Producer(self, self._to_device()).produce(self._place)
-        return Prefetch(produce, self._depth, self._waited) if self._depth else produce
+        if not self._depth:
+            return produce
+        # No cycle: a reader that nobody holds goes at once, and its thread ends by itself. The collector would find it
+        # anywhere, in the middle of something for which that thread waits.
+        counting = weakref.WeakMethod(self._waited)
+
+        def waited(seconds: float, ready: int) -> None:
+            if (count := counting()) is not None:
+                count(seconds, ready)
+
+        return Prefetch(produce, self._depth, waited)
 
     def _waited(self, seconds: float, ready: int) -> None:
         self._stats.wait_seconds += seconds
@@ -236,10 +247,6 @@ class RowReader(Iterator[Any]):
     def close(self) -> None:
         """End the threads; the next ``next`` goes on where this was. Does nothing the second time."""
         self._stop()
-
-    def __del__(self) -> None:
-        if getattr(self, "_run", None) is not None:
-            self._stop()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_delivery": None, "_run": None, "_stepping": None}

@@ -54,13 +54,31 @@ def taken(value: object) -> list[tuple[str, object]]:
             ],
         ),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=[
+        "float",
+        "NaN",
+        "dtype",
+        "device",
+        "bytes",
+        "no bytes",
+        "stream",
+        "array",
+        "scalar",
+        "enum",
+        "list",
+        "dict",
+        "data",
+    ],
 )
 def test_it_comes_down_to(value, expected):
     assert taken(value) == expected
 
 
-@pytest.mark.parametrize("value", [object(), np.array(["text"]), lambda: 1, torch.empty(2, device="meta")])
+@pytest.mark.parametrize(
+    "value",
+    [object(), np.array(["text"]), lambda: 1, torch.empty(2, device="meta")],
+    ids=["object", "texts", "function", "no memory"],
+)
 def test_what_cannot_be_told_is_refused_by_its_name(value):
     with pytest.raises(ModelError, match=r"layer\.state"):
         taken(value)

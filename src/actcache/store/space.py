@@ -20,7 +20,7 @@ from actcache.entries import entry
 from actcache.entries.entry import Entry, OwnColumns, PackedEntries, ReadReport
 from actcache.entries.incoming import Incoming, Lists, Packed, check_digits, check_distinct
 from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
-from actcache.entries.writer import Writer
+from actcache.entries.writer import SEGMENT_BYTES, Writer, Written
 from actcache.errors import ClosedError, CorruptEntryError, FormatError, ReadOnlyError, ShapeError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.arguments import check_choice, to_buffer, whole
@@ -36,6 +36,8 @@ from actcache.io.workers import available_cpus
 from actcache.reader.pooling import pooled
 from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
+from actcache.store import contributions
+from actcache.store.contributions import Contribution
 from actcache.store.description import space_blob, write_recipe
 from actcache.store.last_use import LastUse
 from actcache.store.statistics import KeptStatistics
@@ -394,6 +396,12 @@ class Space:
         writer.flush()
         if self._snapshot is before:  # else it was taken just now, after the last block was published
             self.refresh()
+
+    @property
+    def written(self) -> Written:
+        """What was put through this object, and how much of it is durable by now. Entries become durable in the order
+        in which they were put."""
+        return self._writing().written
 
     def delete(self, keys: Keys) -> int:
         """Delete entries, durably; return how many of the keys were there."""
@@ -911,6 +919,26 @@ class Space:
             done = self._driver.compact(target_bytes=target_bytes, waste=waste, grace=grace, progress=progress)
             self.refresh()
         return done
+
+    def finish(self, *, progress: backend.BytesDone = lambda done, total: None) -> backend.Compaction:
+        """Do what is to be done once a fill by several processes has ended: join the small segments that each has left,
+        and make the index and the statistics, so that readers find them. Large segments stay as they are.
+
+        It needs nobody to have ended: others may read and write meanwhile, and it may be done again.
+
+        Raises:
+            StoreError: read-only, disk full, ...; nothing is lost.
+        """
+        done = self.compact(target_bytes=SEGMENT_BYTES, progress=progress)
+        self.statistics()
+        contributions.merge(self._store, self.recipe.fingerprint)
+        return done
+
+    def contributions(self) -> list[Contribution]:
+        """Return what processes that filled this space together have noted of what each has stored, in the order in
+        which they began; also of processes that were killed. Fills by one process note nothing."""
+        self._check_open()
+        return contributions.read(self._store, self.recipe.fingerprint)
 
     # --- blobs -------------------------------------------------------------------------------------------------------
 

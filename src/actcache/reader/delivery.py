@@ -18,7 +18,6 @@ from actcache.format.ragged import offsets_of, row_indices
 from actcache.io.buffers import BufferPool
 from actcache.reader.fetch import HostBatch
 
-
 _NARROW = 128  # tokens of a batch's longest entry: the table of its masks is 130 KB then
 
 

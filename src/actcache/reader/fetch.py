@@ -87,8 +87,8 @@ def fetch(
     info: EntryInfo | None = None,
     id_buffers: BufferPool | None = None,
 ) -> HostBatch:
-    """Read the entries of ``[B, 32]`` keys; ``info`` spares a look at their lengths, as long as it is right. Where there
-    are no ``id_buffers``, token ids are read into fresh memory.
+    """Read the entries of ``[B, 32]`` keys; ``info`` spares a look at their lengths, as long as it is right. Without
+    ``id_buffers``, token ids are read into fresh memory.
 
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.

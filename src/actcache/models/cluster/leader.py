@@ -9,8 +9,10 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, UsageError, WorkerError, requires_extra
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 60.0  # for a worker to store what it has computed when it is told to end
 _LOOK_SECONDS = 1.0  # after which it is looked whether workers have started
-
-Progress = Any
 
 
 def fill(
@@ -64,7 +64,7 @@ def fill(
     error_budget.check_metric(metric)
     token_budget = check_token_budget(token_budget)
     check_texts(texts)
-    count = len(texts) if hasattr(texts, "__len__") else None
+    count = len(texts) if isinstance(texts, Sized) else None
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         store = blueprint.store
@@ -80,21 +80,21 @@ def fill(
         partitioner = Partitioner(texts, each.workers, CHUNK)
         bar = stack.enter_context(FillProgress(count, show=progress))
         crew = stack.enter_context(_Crew(ray, job, each, device, dict(ray_options or {}), deaths))
-        spaces = crew.lead(partitioner, bar, start_seconds)
+        total = reduce(add, crew.lead(partitioner, bar, start_seconds))
         crew.end()
         contributions = [one for name in crew.fingerprints for one in _noted(store, name, job.run, finish)]
-    return FillReport(
-        partitioner.taken,
-        partitioner.taken - crew.computed,
-        crew.computed,
-        crew.tokens,
-        time.monotonic() - start,
-        0,
-        spaces,
-        sum(one.nbytes for one in contributions),
-        sum(one.segments for one in contributions),
-        None,
-        tuple(contributions),
+    computed, tokens = total.computed + crew.of_the_dead[0], total.tokens + crew.of_the_dead[1]
+    return replace(
+        total,
+        documents=partitioner.taken,
+        present=partitioner.taken - computed,
+        computed=computed,
+        tokens=tokens,
+        seconds=time.monotonic() - start,
+        nbytes=sum(one.nbytes for one in contributions),
+        segments=sum(one.segments for one in contributions),
+        partition=None,
+        contributions=tuple(contributions),
     )
 
 
@@ -199,6 +199,7 @@ class _Member:
     held: dict[int, Part] = field(default_factory=dict)  # what it was given and is not known to be durable
     given: int = 0  # parts so far
     told: int = 0  # documents that it said are stored, of parts that are not known to be durable
+    stored: tuple[int, int] = (0, 0)  # documents that this attempt computed, and are known to be durable; tokens
     ending: bool = False  # no more come
     done: bool = False
     to_give: list[Numbered | None] = field(default_factory=list)
@@ -220,7 +221,7 @@ class _Crew:
         self._deaths = deaths  # that may yet happen
         self.members = [_Member(number) for number in range(each.workers)]
         self._calls: dict[Any, _Member] = {}
-        self.computed = self.tokens = 0  # of documents that are known to be durable
+        self.of_the_dead = (0, 0)  # documents that dead workers have computed and stored, as far as is known; tokens
         self.fingerprints: tuple[str, ...] = ()
         self._measured = False
 
@@ -230,9 +231,9 @@ class _Crew:
     def __exit__(self, *error: object) -> None:
         self.end()
 
-    def lead(self, partitioner: Partitioner, bar: FillProgress, start_seconds: float) -> dict[int | str, str]:
-        """Give the workers their documents until all is stored; return the spaces."""
-        spaces: dict[int | str, str] = {}
+    def lead(self, partitioner: Partitioner, bar: FillProgress, start_seconds: float) -> list[FillReport]:
+        """Give the workers their documents until all is stored; return what each worker that lives says."""
+        reports: list[FillReport] = []
         for member in self.members:
             self._start(member)
         while self._calls:
@@ -247,13 +248,13 @@ class _Crew:
                     raise news.failed.error()
                 if news.report is not None:
                     member.done = True
-                    spaces = news.report.spaces
+                    reports.append(news.report)
                     continue
                 self._deal(member, news.wants, partitioner)
                 self._calls[member.actor.news.remote(member.to_give)] = member
                 member.to_give = []
             self._check_started(start_seconds)
-        return spaces
+        return reports
 
     def _start(self, member: _Member) -> None:
         each = self._each
@@ -284,8 +285,7 @@ class _Crew:
         bar.advance(news.documents, news.computed, news.tokens)
         for part in news.durable:
             member.told -= len(member.held.pop(part.number)[0])
-            self.computed += part.computed
-            self.tokens += part.tokens
+            member.stored = member.stored[0] + part.computed, member.stored[1] + part.tokens
         if news.fingerprints:
             self.fingerprints = self.fingerprints or news.fingerprints
             self._measured = self._measured or member.number == 0
@@ -303,6 +303,8 @@ class _Crew:
             )
         self._deaths -= 1
         member.attempt += 1
+        self.of_the_dead = self.of_the_dead[0] + member.stored[0], self.of_the_dead[1] + member.stored[1]
+        member.stored = (0, 0)
         logger.warning("worker %s died, another one goes on: %s", self._name(member), why)
 
     def _name(self, member: _Member) -> str:

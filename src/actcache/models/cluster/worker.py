@@ -82,7 +82,7 @@ class Worker:
         self._parts: queue.SimpleQueue[Numbered | None] = queue.SimpleQueue()
         self._stopping = False
         self._changed = threading.Condition()
-        self._counts = [0, 0, 0]  # since the last news
+        self._counts = (0, 0, 0)  # documents stored, computed, and their tokens, since the last news
         self._in_hand = 0
         self._fingerprints: tuple[str, ...] = ()
         self._of_part = [0, 0]  # documents and tokens computed of the part in hand
@@ -109,10 +109,11 @@ class Worker:
             if not parts:
                 self._changed.wait_for(lambda: any(self._counts) or self._ended(), _NEWS_SECONDS)
             self._look()
-            counts, self._counts = self._counts, [0, 0, 0]
+            (documents, computed, tokens), self._counts = self._counts, (0, 0, 0)
             durable, self._durable = tuple(self._durable), []
             wants = max(0, _IN_HAND - self._in_hand) if self._fingerprints else 0
-            return News(*counts, durable, wants, self._fingerprints, self._report, self._failed)
+            told = self._fingerprints, self._report, self._failed
+            return News(documents, computed, tokens, durable, wants, *told)
 
     def stop(self) -> News:
         """Store what is computed, and end."""
@@ -186,7 +187,8 @@ class Worker:
         if self._stopping:
             raise _Stopped
         with self._changed:
-            self._counts = [self._counts[0] + documents, self._counts[1] + computed, self._counts[2] + tokens]
+            before = self._counts
+            self._counts = (before[0] + documents, before[1] + computed, before[2] + tokens)
             self._of_part = [self._of_part[0] + computed, self._of_part[1] + tokens]
             self._changed.notify()
 

@@ -69,6 +69,11 @@ class Blueprint:
         return made
 
 
+def folder_or_id(name: str) -> str:
+    """Return a model's name as it means the same from every working directory."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def blueprint_of(
     make_from: Callable[..., Filling],
     base: PreTrainedModel,
@@ -88,8 +93,7 @@ def blueprint_of(
             "by from_pretrained"
         )
     given = {key: value for key, value in options.items() if value is not None}
-    where = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return Blueprint(make_from, where, store, given, filler.fingerprints)
+    return Blueprint(make_from, folder_or_id(name), store, given, filler.fingerprints)
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ def check_devices(devices: Sequence[str]) -> None:
 def _check_seen(job: Job, fingerprints: Sequence[str]) -> None:
     """Refuse a store that lies in one process's memory."""
     seen: set[str] = set()
-    with contextlib.suppress(StoreNotFoundError), open_store(job.blueprint.store, mode="r") as opened:
+    with contextlib.suppress(StoreNotFoundError), open_store(str(job.blueprint.store), mode="r") as opened:
         seen.update(opened.fingerprints())
     if not seen.issuperset(fingerprints):
         raise UsageError(

@@ -210,8 +210,8 @@ def fill(
     $SLURM_PROCID/$SLURM_NTASKS: no document is computed twice. One more fill without it finds all there, and writes the
     --collection.
 
-    With --ray an actor on each GPU of a cluster computes, and writes to the store, which all nodes must see; it says who
-    computed what. A worker that dies is replaced. It needs actcache[ray].
+    With --ray an actor on each GPU of a cluster computes, and writes to the store, which all nodes must see; what each
+    has stored is told in the end. A worker that dies is replaced. It needs actcache[ray].
 
     A folder of images or audio is filled with a model of such: labels are the names of its sub-folders, ids (of a
     --collection) the files' paths.

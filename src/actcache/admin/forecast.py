@@ -127,7 +127,7 @@ def forecast(
             most = check_max_length(max_length, tokenizer, family.max_tokens(base.config))
             given_as = DocumentEncoder(tokenizer, most, too_long, vocabulary=vocabulary_size(base))
             spec, most, keys = given_as.windows, given_as.max_length, document_keys
-            if spec is None and most is not None:
+            if spec is None and given_as.passages is None and most is not None:
                 lengths = DocumentEncoder(tokenizer, None, vocabulary=vocabulary_size(base))
         found = _look_up(documents, depths, spaces, spec, keys, lengths, most)
     if not found.missing:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import length_hint
 from typing import Any
 
@@ -24,6 +24,7 @@ from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import DocumentsWithColumns, check_texts, chunked, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
 from actcache.models.partition import Part, Partition
+from actcache.models.passages import PassageParts, flattened
 from actcache.models.processing import Made
 from actcache.models.progress import FillProgress
 from actcache.models.sites import Site
@@ -49,6 +50,9 @@ class FillReport(Shown):
     seconds: float
     left_out: int = 0  # of the documents, those that a bound on the bytes had no room for
     spaces: dict[int | str, str] = field(default_factory=dict)  # fingerprints by layer, or site
+    passages: int = 0  # of the documents, where they are cut into passages; one that stands twice counts twice
+    new_passages: int = 0  # computed, and stored, by this fill
+    reused_tokens: int = 0  # of passages that were stored before, or stand twice
 
     def __add__(self, other: FillReport) -> FillReport:
         """Return what two fills did that ran beside each other, each of a partition of its own.
@@ -60,10 +64,17 @@ class FillReport(Shown):
         """
         if self.spaces != other.spaces:
             raise UsageError("reports of fills of other spaces do not add up: the sum would be of no space")
-        counts = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ("documents", "present", "computed", "tokens", "left_out")
-        }
+        counted = (
+            "documents",
+            "present",
+            "computed",
+            "tokens",
+            "left_out",
+            "passages",
+            "new_passages",
+            "reused_tokens",
+        )
+        counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
         return FillReport(**counts, seconds=max(self.seconds, other.seconds), spaces=self.spaces)
 
 
@@ -164,6 +175,8 @@ class Filler:
         """
         check_texts(texts)
         if own is not None:
+            if self._encoder.passages is not None:
+                raise UsageError("columns are of whole documents, and these are cut into passages, which others share")
             self._check_columns(own.beside)
         budget = self._prepared(max_bytes)
         total = length_hint(texts, -1)
@@ -229,6 +242,14 @@ class Filler:
         own: DocumentsWithColumns | None = None,
     ) -> FillReport:
         token_budget, start = check_token_budget(token_budget), time.monotonic()
+        counted = None
+        if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
+            tell = advance
+            parts = counted = PassageParts(parts, self._encoder, self._absent, lambda done: tell(done, 0, 0))
+
+            def advance(done: int, computed: int, tokens: int) -> None:  # documents are told of as wholes
+                tell(0, computed, tokens)
+
         documents = left_out = 0
         full = compared = False
         stored = _Stored(advance)
@@ -268,7 +289,8 @@ class Filler:
         present = documents - stored.documents - left_out
         spaces = {site.name: space.recipe.fingerprint for site, space in self._spaces.items()}
         seconds = time.monotonic() - start
-        return FillReport(documents, present, stored.documents, stored.tokens, seconds, left_out, spaces)
+        report = FillReport(documents, present, stored.documents, stored.tokens, seconds, left_out, spaces)
+        return report if counted is None else _of_documents(report, counted)
 
     def _admitted(self, work: list[_Work], budget: ByteBudget) -> Iterator[list[_Work]]:
         """Yield what there is room for, in the texts' order up to the first document that has none.
@@ -298,17 +320,22 @@ class Filler:
         lacking: list[int] = []
         seen: set[bytes] = set()
         for first, chunk in chunked(streamed(texts), self._encoder.chunk):
+            positions: Sequence[int] = range(first, first + len(chunk))
+            if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
+                positions, chunk = flattened(self._encoder, chunk, positions)
             keys = self._encoder.keys(chunk, first)
             absent = self._absent(keys)
-            for position, key in enumerate(keys, first):
+            for position, key in zip(positions, keys, strict=True):
                 if key in absent and key not in seen:
                     seen.add(key)
                     lacking.append(position)
-        return lacking
+        return list(dict.fromkeys(lacking))
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
         chunk = list(texts)
+        if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
+            positions, chunk = flattened(self._encoder, chunk, positions)
         keys = self._encoder.keys(chunk, positions[0] if chunk else 0)
         memory = {site: BufferPool(1) for site in self._spaces}
         for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
@@ -424,6 +451,20 @@ def _take_columns(work: list[_Work], own: DocumentsWithColumns) -> None:
                 "whole documents: give shorter ones, or put each window with its columns (Space.put)"
             )
         one.own = own.take(one.position, one.entries[0].length)
+
+
+def _of_documents(passages: FillReport, counted: PassageParts) -> FillReport:
+    """Return what a fill did with documents, from what it says of their passages."""
+    return replace(
+        passages,
+        documents=counted.documents,
+        present=counted.present,
+        computed=counted.documents - counted.present - counted.left_out,
+        left_out=counted.left_out,
+        passages=counted.passages,
+        new_passages=passages.computed,
+        reused_tokens=counted.tokens - passages.tokens,
+    )
 
 
 def _cut(parts: Iterable[Part], most: int) -> Iterator[Part]:

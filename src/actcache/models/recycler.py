@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from actcache.errors import DataError, UnsupportedModelError, UsageError, VerificationError
-from actcache.format.keys import Document, Windows
+from actcache.format.keys import Document, Windows, key_list
 from actcache.format.media import By
+from actcache.format.passages import Passages
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
 from actcache.models import error_budget, loading, proof, replay, verification
@@ -35,11 +36,12 @@ from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.partition import Partition
+from actcache.models.passages import Outline, check_outline_found, labels_of_passages, outline_of
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.sites import Site, chosen
-from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
+from actcache.models.tokenizing import DocumentEncoder, Passage, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
 from actcache.models.verification import Verification
@@ -55,6 +57,9 @@ from actcache.store.stored_errors import StoredErrors
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+_POLICIES: dict[type[Any], str] = {Windows: "windows", Passages: "passages"}
 
 
 class Recycler:
@@ -74,8 +79,10 @@ class Recycler:
         compute_dtype: what the lower half computes in, where that is not its parameters' dtype: ``bfloat16``,
             ``float16`` (by autocast).
         max_length: tokens that a document may have, special tokens included; by default what model and tokenizer allow.
-        too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, or cut all into
-            ``actcache.windows(max_length, stride)``.
+        too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, cut all into
+            ``"windows"``, which ``actcache.windows(max_length, stride)`` says in more detail, or, where their content
+            says so, into ``actcache.passages(max_length)``, which revisions and other documents share
+            (docs/passages.md).
         special_tokens: whether texts get the tokenizer's special tokens.
         key_by: what the keys of images and audio are made from: ``"content"``, what is decoded, or ``"bytes"``, the
             bytes of their files. ``actcache.Image`` and ``actcache.Audio`` say it for themselves.
@@ -114,6 +121,8 @@ class Recycler:
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
         _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
+        _first: Sequence[Document] = (),  # are to be such as can be stored, or else no store and no space is made
+        _open: Callable[[], Store] | None = None,  # the store of several recyclers, which comes to be as late as that
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
@@ -147,11 +156,14 @@ class Recycler:
             tokenizer=encoder.digest(),
             special_tokens=encoder.special_tokens,
             max_length=encoder.max_length,
-            too_long="windows" if isinstance(too_long, Windows) else too_long,
+            too_long=encoder.too_long if isinstance(encoder.too_long, str) else _POLICIES[type(encoder.too_long)],
             provenance={**setup_of(lower), **revision_of(base), **origin(), **(provenance or {})},
         )
-        self._store = store if isinstance(store, Store) else open_store(store)
-        self._owns_store = self._store is not store
+        if _first:
+            encoder.encode(_first)
+        opened = store if _open is None else _open()
+        self._store = opened if isinstance(opened, Store) else open_store(opened)
+        self._owns_store = self._store is not opened
         try:
             self.space = self._store.space(self.recipe)
             self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
@@ -367,9 +379,11 @@ class Recycler:
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
         documents_given = listed(documents_in(texts, field))
+        options |= {"batch_size": batch_size, "device": device}
+        if (cut := self._outline(documents_given)) is not None:
+            return self._passages_reader(documents_given, *cut, labels, on_missing, options)
         keys = self.agreement.encoder.keys(documents_given)
         self.agreement.before_serving(keys)
-        options |= {"batch_size": batch_size, "device": device}
         if not self.agreement.encoder.has_token_ids and options.get("layout") != "packed":
             options.setdefault("equal_lengths", True)
         if on_missing == "compute":
@@ -388,6 +402,58 @@ class Recycler:
             **options,
         )
 
+    def _outline(self, texts: Iterable[Document]) -> tuple[Outline, DocumentEncoder] | None:
+        """Return the documents' passages, and what cuts them; None where they are not cut so."""
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder) or encoder.passages is None:
+            return None
+        return outline_of(encoder, texts), encoder
+
+    def _passages_reader(
+        self,
+        texts: list[Document],
+        outline: Outline,
+        encoder: DocumentEncoder,
+        labels: Any,
+        on_missing: str,
+        options: dict[str, Any],
+    ) -> Reader:
+        keys = key_list(outline.keys)
+        self.agreement.before_serving(keys)
+        given = None if labels is None else labels_of_passages(labels, outline, encoder.around)
+        if on_missing == "compute":
+            self._store.check_writable()
+            misses = ComputeOnMiss(self.space, self._filler, encoder, texts, keys, outline.documents)
+            return misses.reader(given, **options)
+        if on_missing == "raise":
+            check_outline_found(outline, self.space.contains(keys))
+        return self.space.reader(keys, labels=given, documents=outline.documents, on_missing=on_missing, **options)
+
+    def passages(self, texts: Iterable[Document], *, field: Field | None = None) -> list[list[Passage]]:
+        """Return each document's passages, in order: what the model is given for each, which of these tokens are its
+        own, where they stand in the document, and their characters and words there. Nothing is computed.
+
+        Raises:
+            UsageError: the recycler does not cut documents into passages.
+            DocumentError: see ``fill``; or a document is a pair of texts.
+        """
+        return self._cutting().cut(listed(documents_in(texts, field)))
+
+    def outline(self, texts: Iterable[Document], *, field: Field | None = None) -> Outline:
+        """Return the passages of documents, which are streamed, as arrays: their keys, whose they are, which tokens are
+        their own. ``store.put_collection(name, outline.keys, documents=outline.documents, own=outline.own)`` keeps it.
+
+        Raises:
+            UsageError, DocumentError: see ``passages``.
+        """
+        return outline_of(self._cutting(), documents_in(texts, field))
+
+    def _cutting(self) -> DocumentEncoder:
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder) or encoder.passages is None:
+            raise UsageError("this recycler cuts no passages: make it with too_long=actcache.passages(max_length)")
+        return encoder
+
     def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
         """Return batches of rows ``[n, hidden]``, mixed across these documents; None for all of the space. See
         ``actcache.RowReader`` for the options. Windows' rows are their document's, as ``RowBatch.documents`` says.
@@ -405,8 +471,11 @@ class Recycler:
                 ``space.pooled(recycler.keys(texts))``.
             MissingEntryError, LowerHalfMismatchError, CanaryError: see ``reader``.
         """
-        if self.agreement.encoder.windows is not None:
-            raise UsageError("documents are cut into windows here: pool these, by space.pooled(recycler.keys(texts))")
+        for what in ("windows", "passages"):
+            if getattr(self.agreement.encoder, what) is not None:
+                raise UsageError(
+                    f"documents are cut into {what} here: pool these, by space.pooled(recycler.keys(texts))"
+                )
         return self.space.pooled(self.row_keys(texts).get("keys"), how)
 
     def row_keys(self, texts: Iterable[Document] | None) -> dict[str, Any]:
@@ -414,7 +483,12 @@ class Recycler:
         if texts is None:
             self.agreement.before_serving([])
             return {}
-        keys = self.agreement.encoder.keys(listed(texts))
+        given = listed(texts)
+        if (cut := self._outline(given)) is not None:
+            self.agreement.before_serving(key_list(cut[0].keys))
+            check_outline_found(cut[0], self.space.contains(cut[0].keys))
+            return {"keys": key_list(cut[0].keys), "documents": cut[0].documents}
+        keys = self.agreement.encoder.keys(given)
         self.agreement.before_serving(keys)
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
         check_found(keys, found)
@@ -425,8 +499,10 @@ class Recycler:
         """Return the keys of these documents' entries, in order.
 
         Where documents are cut into windows, those are their windows' keys; raises ``MissingEntryError`` where not all
-        are in the space.
+        are in the space. Where they are cut into passages, the passages' keys, whether they are there or not.
         """
+        if (cut := self._outline(documents_in(texts, field))) is not None:
+            return key_list(cut[0].keys)
         keys = self.agreement.encoder.keys(listed(documents_in(texts, field)))
         if self.agreement.encoder.windows is None:
             return keys

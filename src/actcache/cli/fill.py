@@ -16,9 +16,9 @@ from actcache.admin.display import binary, counted, entries, fields_as_json, spa
 from actcache.admin.inspection import open_space
 from actcache.cli import corpus, options
 from actcache.cli.common import quieten_transformers, say
-from actcache.errors import DocumentError, OutOfSpaceError, UsageError, requires_extra
+from actcache.errors import OutOfSpaceError, UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
-from actcache.format.keys import Windows, document_key
+from actcache.format.keys import ModelWindows, Windows, document_key, windows
 from actcache.format.media import Audio, By, Image
 from actcache.segments.places import marker
 from actcache.store.document_entries import check_found, find_entries
@@ -221,12 +221,14 @@ def fill(
     with requires_extra("models", "fill needs torch and transformers"):
         from actcache.admin.forecast import forecast
         from actcache.models import cluster, parallel
+        from actcache.models.error_budget import peeked
+        from actcache.models.filling import CHUNK
         from actcache.models.partition import Partition
         from actcache.models.recyclers import Recyclers
         from actcache.models.remote import Blueprint, folder_or_id
 
         quieten_transformers()
-    windows = _windows(too_long, max_length, stride)
+    cut = _windows(too_long, max_length, stride)
     if Path(store).is_file() and (Path(source) / marker.NAME).is_file():
         raise UsageError(f"the store comes first: cachectl fill {source} {store}")
     if collection is not None:
@@ -242,7 +244,7 @@ def fill(
     where: dict[str, Any] = {"layers": _layers(layer or []), "sites": site or []}
     if not (layer or site):
         raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
-    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
+    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": cut or too_long.value}
     with corpus.find_media(source, format) as media:
         given: _Given
         if media is None:
@@ -259,11 +261,12 @@ def fill(
             given = _of_media(media, by)
             settings["key_by"] = by
         notes = None if collection is None else _Notes()
+        documents: Iterable[Any]
         streamed = (one.content for one in (given.items if notes is None else notes.passing(given.items)))
         documents = _Streamed(streamed) if given.count is None else _Counted(streamed, given.count)
         if dry_run:
             found = forecast(store, documents, model, **where, devices=places or [None], max_bytes=limit, **settings)
-            _show_forecast(found, as_json)
+            _show_forecast(found, too_long, as_json)
             return
         working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
         working |= {"max_error": max_error, "metric": metric}
@@ -278,13 +281,17 @@ def fill(
             report = parallel.fill(documents, model, devices=places, store=store, **where, **working, **settings)
         else:
             device = places[0] if places else None
+            if media is None and share is None:  # what cannot be stored is found out before a store or space is made
+                settings["_first"], documents = peeked(documents, CHUNK)
             with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
                 report = recyclers.fill(documents, **working, partition=share)
         labels = {} if media is None else media.labels()
     written = None if report.left_out else collection
     if written is not None and notes is not None:
         with open_store(store) as standing, open_space(standing, next(iter(report.spaces.values()))) as space:
-            notes.put(standing, space, written, windows)
+            most = space.recipe.max_length
+            cut = cut.of(most) if isinstance(cut, ModelWindows) and most is not None else cut
+            notes.put(standing, space, written, cut if isinstance(cut, Windows) else None)
     _tell(report, written, labels, as_json)
     if report.left_out:
         unwritten = "" if collection is None else f" The collection {collection!r} was not written."
@@ -344,14 +351,12 @@ def _layers(given: list[str]) -> list[int | str] | str:
     return found
 
 
-def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows | None:
+def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows | ModelWindows | None:
     if too_long is not TooLong.windows:
         if stride:
             raise UsageError("--stride is for --too-long windows")
         return None
-    if max_length is None:
-        raise DocumentError("--too-long windows needs --max-length, the tokens of a window")
-    return Windows(max_length, stride)
+    return windows(max_length, stride)
 
 
 def _tell(report: Any, collection: str | None, labels: dict[str, int], as_json: bool) -> None:
@@ -376,12 +381,19 @@ def _tell(report: Any, collection: str | None, labels: dict[str, int], as_json: 
         say(f"{counted(len(labels), 'label')}: {shown}{', ...' if len(labels) > _LABELS else ''}")
 
 
-def _show_forecast(found: Any, as_json: bool) -> None:
+def _show_forecast(found: Any, too_long: TooLong, as_json: bool) -> None:
     if as_json:
         print(json.dumps(fields_as_json(found)))
         return
     missing = found.documents - found.present
     say(f"{found.documents:,} documents: {found.present:,} are there, {missing:,} to compute")
     say(f"about {found.tokens:,} tokens, {binary(found.nbytes)}, {span(found.seconds)} of computing")
+    if found.too_long:
+        many = f"{counted(found.too_long, 'document')} longer than the {found.max_length} tokens that one may have"
+        where = f"the first is document {found.first_too_long}"
+        if too_long is TooLong.refuse:
+            say(f"{many} ({where}): a fill stops there. --too-long truncate cuts them, --too-long windows keeps all")
+        else:
+            say(f"{many} ({where}) will be cut")
     if found.fits is not None:
         say("all of it fits" if found.fits == missing else f"about {found.fits:,} of the {missing:,} fit")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Annotated, Any
 
 import typer
@@ -59,11 +58,11 @@ def ls(
         print_json({"store": store, **fields_as_json(report), "spaces": rows})
         return
     listed = table(store, ("space", "model", "layer", "dtype"), ("entries", "tokens", "bytes", "written"))
-    for row in rows:
+    for row, of in zip(rows, report.spaces, strict=True):
         numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]))
         words = (
             row["fingerprint"][:SHORT],
-            PurePath(row["model"]).name,
+            model_name(of.recipe),
             str(row["site"] or row["layer"]),
             row["stored_as"],
         )

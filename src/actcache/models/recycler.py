@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -81,8 +81,9 @@ class Recycler:
             ``float16`` (by autocast).
         max_length: tokens that a document may have, special tokens included; by default what model and tokenizer allow.
         too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, cut all into
-            ``actcache.windows(max_length, stride)``, or, where their content says so, into
-            ``actcache.passages(max_length)``, which revisions and other documents share (docs/passages.md).
+            ``"windows"``, which ``actcache.windows(max_length, stride)`` says in more detail, or, where their content
+            says so, into ``actcache.passages(max_length)``, which revisions and other documents share
+            (docs/passages.md).
         special_tokens: whether texts get the tokenizer's special tokens.
         key_by: what the keys of images and audio are made from: ``"content"``, what is decoded, or ``"bytes"``, the
             bytes of their files. ``actcache.Image`` and ``actcache.Audio`` say it for themselves.
@@ -121,6 +122,8 @@ class Recycler:
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
         _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
+        _first: Sequence[Document] = (),  # are to be such as can be stored, or else no store and no space is made
+        _open: Callable[[], Store] | None = None,  # the store of several recyclers, which comes to be as late as that
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
@@ -158,11 +161,14 @@ class Recycler:
             tokenizer=encoder.digest(),
             special_tokens=encoder.special_tokens,
             max_length=encoder.max_length,
-            too_long=too_long if isinstance(too_long, str) else _POLICIES[type(too_long)],
+            too_long=encoder.too_long if isinstance(encoder.too_long, str) else _POLICIES[type(encoder.too_long)],
             provenance={**setup_of(lower), **revision_of(base), **origin(), **(provenance or {})},
         )
-        self._store = store if isinstance(store, Store) else open_store(store)
-        self._owns_store = self._store is not store
+        if _first:
+            encoder.encode(_first)
+        opened = store if _open is None else _open()
+        self._store = opened if isinstance(opened, Store) else open_store(opened)
+        self._owns_store = self._store is not opened
         try:
             self.space = self._store.space(self.recipe)
             self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))

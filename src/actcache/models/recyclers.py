@@ -56,6 +56,7 @@ class Recyclers(Mapping[int | str, Recycler]):
         layers: Sequence[int | str] | str = (),
         sites: Sequence[str] = (),
         store: Store | str | Path,
+        _first: Sequence[Document] = (),  # see ``Recycler``
         **options: Any,
     ) -> None:
         given = several(layers, sites)
@@ -65,17 +66,19 @@ class Recyclers(Mapping[int | str, Recycler]):
         found = {name: LowerHalf(base, family, where).site for name, where in places.items()}
         digests = lower_digests(base, family, list(found.values()))
         self._made_by: dict[str, Any] = {"layers": layers if isinstance(layers, str) else list(layers)}
-        self._made_by |= {"sites": list(sites), **options}
+        self._made_by |= {"sites": list(sites)}
+        self._made_by |= {name: value for name, value in options.items() if not name.startswith("_")}
         self._base = base
-        self._store = store if isinstance(store, Store) else open_store(store)
-        self._owns_store = self._store is not store
+        self._given, self._opened = store, store if isinstance(store, Store) else None
         made: dict[Site, Recycler] = {}
         self._recyclers: dict[int | str, Recycler] = {}
         try:
             for name, site in found.items():
                 if site not in made:
                     place: dict[str, Any] = {"layer": site.layer} if site.layer is not None else {"site": str(site)}
-                    made[site] = Recycler(model, tokenizer, **place, store=self._store, _digests=digests, **options)
+                    first = () if made else _first  # what can be stored at one site can be at all
+                    some: dict[str, Any] = {"_digests": digests, "_first": first, "_open": self._open}
+                    made[site] = Recycler(model, tokenizer, **place, store=store, **some, **options)
                 self._recyclers[name] = made[site]
             agreements = [recycler.agreement for recycler in made.values()]
             when_opened(agreements)
@@ -84,7 +87,13 @@ class Recyclers(Mapping[int | str, Recycler]):
                 recycler.close()
             self.close()
             raise
-        self.filler = Filler(self._store, agreements)
+        self.filler = Filler(self._open(), agreements)
+
+    def _open(self) -> Store:
+        """Return the store; opened when all that can be wrong with the first recycler has been found out."""
+        if self._opened is None:
+            self._opened = open_store(self._given)  # type: ignore[arg-type]  # a store is opened already
+        return self._opened
 
     @classmethod
     def from_pretrained(
@@ -125,7 +134,7 @@ class Recyclers(Mapping[int | str, Recycler]):
         Else as ``Recycler.fill``; ``computed`` counts the documents that any site lacked, and ``max_bytes`` is for all
         sites together; ``max_error`` is for each of them.
         """
-        self._store.check_writable()
+        self._open().check_writable()
         share = None if partition is None else Partition.parse(partition)
         own = None if columns is None else documents_with_columns(texts, field, columns)
         documents = self.measured(documents_in(texts, field) if own is None else own, max_error, metric)
@@ -187,8 +196,8 @@ class Recyclers(Mapping[int | str, Recycler]):
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""
         with ExitStack() as stack:  # all of them, also where one fails
-            if self._owns_store:
-                stack.callback(self._store.close)
+            if self._opened is not None and self._opened is not self._given:
+                stack.callback(self._opened.close)
             for recycler in self._recyclers.values():
                 stack.callback(recycler.close)
 

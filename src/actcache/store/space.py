@@ -23,7 +23,7 @@ from actcache.entries.read import LookupCache, Request, retry_on_stale_snapshot
 from actcache.entries.writer import SEGMENT_BYTES, Writer, Written
 from actcache.errors import ClosedError, CorruptEntryError, FormatError, ReadOnlyError, ShapeError, UsageError
 from actcache.format import checksum, codec
-from actcache.format.arguments import check_choice, to_buffer, whole
+from actcache.format.arguments import check_choice, dtype_name, to_buffer, whole
 from actcache.format.columns import BLOB, Schema, as_arrays
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.moments import Moments
@@ -428,6 +428,7 @@ class Space:
             CodecOverflowError: a number is too large for float16.
         """
         if dtype is not None:
+            dtype = dtype_name(dtype)
             check_choice("dtype", dtype, ("float32", "float16"))
         wanted = key_array(keys)
         packed, corrupt = self._read_all(self._request(wanted), verify=verify)
@@ -478,6 +479,7 @@ class Space:
         """
         wanted = key_array(keys)
         if dtype is not None:
+            dtype = dtype_name(dtype)
             check_choice("dtype", dtype, codec.FLOATS)
         as_stored = dtype is None or dtype == self._codec.form
         buffer = to_buffer(out, self._codec.stored if as_stored else codec.get(str(dtype)).stored, "out")

@@ -115,29 +115,40 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    here = {"include_dashboard": False, "num_cpus": available_cpus(), "_node_ip_address": "127.0.0.1"}
-    with _own_handlers():
+    with contextlib.ExitStack() as stack:
+        with _own_handlers():
+            try:
+                if address == "local":
+                    stack.enter_context(_started(ray, quiet))
+                else:
+                    ray.init(address=address or "auto", **quiet)
+            except ConnectionError as error:
+                if where := address or os.environ.get("RAY_ADDRESS"):
+                    raise WorkerError(f"there is no Ray cluster at {where}: {error}") from None
+                stack.enter_context(_started(ray, quiet))
         try:
-            if address == "local":
-                _start(ray, **quiet, **here)
-            else:
-                ray.init(address=address or "auto", **quiet)
-        except ConnectionError as error:
-            if address is not None or os.environ.get("RAY_ADDRESS"):
-                raise WorkerError(
-                    f"there is no Ray cluster at {address or os.environ['RAY_ADDRESS']}: {error}"
-                ) from None
-            _start(ray, **quiet, **here)
+            yield
+        finally:
+            with _own_handlers():
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def _started(ray: Any, options: dict[str, Any]) -> Iterator[None]:
+    """Start a cluster that is for this machine alone: it listens to no other, and tells nobody of its use."""
+    given = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in given}
+    constants = ray._private.ray_constants  # where the variable is read when Ray is imported
+    enabled = constants.ENABLE_RAY_CLUSTER
+    os.environ.update({name: value for name, value in given.items() if before[name] is None})
+    constants.ENABLE_RAY_CLUSTER = False
     try:
+        ray.init(address="local", include_dashboard=False, num_cpus=available_cpus(), **options)
         yield
     finally:
-        with _own_handlers():
-            ray.shutdown()
-
-
-def _start(ray: Any, **options: Any) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody was asked
-    ray.init(address="local", **options)
+        constants.ENABLE_RAY_CLUSTER = enabled
+        for name in [name for name, value in before.items() if value is None]:
+            del os.environ[name]
 
 
 @contextlib.contextmanager
@@ -177,7 +188,8 @@ def _asked(ray: Any, workers: int | None, cpus: float | None, gpus: float | None
         elif workers is None:  # a worker a node
             cpus = max(1.0, min(found for node in nodes if (found := node.get("CPU", 0.0)) >= 1))
         else:
-            cpus = max(1.0, there.get("CPU", 1.0) // workers)
+            share = there.get("CPU", 1.0) / workers
+            cpus = float(int(share)) if share >= 1 else share
     if workers is None:
         rooms = (
             min(node.get("CPU", 0.0) // cpus if cpus else 1e9, node.get("GPU", 0.0) // gpus if gpus else 1e9)

@@ -7,12 +7,14 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, UsageError, WorkerError, requires_extra
@@ -33,6 +35,7 @@ from actcache.store.store import Store, open_store
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 60.0  # for a worker to store what it has computed when it is told to end
+_CONNECT_SECONDS = 10.0
 _LOOK_SECONDS = 1.0  # after which it is looked whether workers have started
 
 
@@ -71,7 +74,7 @@ def fill(
         if not isinstance(store, Store):
             store = stack.enter_context(open_store(store))
         store.check_writable()
-        stack.enter_context(_connected(ray, address))
+        stack.enter_context(connected(ray, address))
         each = _asked(ray, workers, cpus, gpus)
         sample, texts = error_budget.peeked(texts)
         job = Job(
@@ -107,7 +110,7 @@ def _noted(store: Store, fingerprint: str, run: str, finish: bool) -> list[Contr
 
 
 @contextlib.contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
+def connected(ray: Any, address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one here; where the caller is connected, use that."""
     if ray.is_initialized():
         if address is not None:
@@ -115,22 +118,44 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    where = address if address not in (None, "auto") else os.environ.get("RAY_ADDRESS") or _running_here() or "local"
     with contextlib.ExitStack() as stack:
         with _own_handlers():
-            try:
-                if address == "local":
-                    stack.enter_context(_started(ray, quiet))
-                else:
-                    ray.init(address=address or "auto", **quiet)
-            except ConnectionError as error:
-                if where := address or os.environ.get("RAY_ADDRESS"):
-                    raise WorkerError(f"there is no Ray cluster at {where}: {error}") from None
+            if where == "local":
                 stack.enter_context(_started(ray, quiet))
+            else:
+                _check_listens(where)
+                try:
+                    ray.init(address=where, **quiet)
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    raise WorkerError(f"the Ray cluster at {where} cannot be used: {error}") from None
         try:
             yield
         finally:
             with _own_handlers():
                 ray.shutdown()
+
+
+def _running_here() -> str | None:
+    """Return the address of the cluster that ``ray start`` has made this machine a node of; None where it has not, or
+    that is gone."""
+    try:
+        where = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text(encoding="utf-8")
+        _check_listens(where.strip())
+    except (OSError, WorkerError):
+        return None
+    return where.strip()
+
+
+def _check_listens(where: str) -> None:
+    """Raise ``WorkerError`` where nobody listens: Ray itself would wait for minutes, or for ever."""
+    host, _, port = where.rpartition("://")[2].strip("/").rpartition(":")
+    if not host or not port.isdecimal():
+        raise WorkerError(f"{where!r} is no address of a Ray cluster: write host:6379, ray://host:10001, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise WorkerError(f"there is no Ray cluster at {where}: {error}") from None
 
 
 @contextlib.contextmanager

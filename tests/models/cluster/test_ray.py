@@ -322,7 +322,7 @@ def test_what_fails_in_a_worker_is_raised_here(here, tiny, tmp_path):  # noqa: F
             recycler.fill_ray([*TEXTS, "la " * 3000], workers=2, progress=False)
         before = len(recycler.missing(TEXTS))
         assert recycler.fill_ray(TEXTS, workers=2, progress=False).computed == before
-        with pytest.raises(WorkerError, match=r"2 of 3 workers did not start within 30 s: .* has 2 and 0"):
+        with pytest.raises(WorkerError, match=r"[23] of 3 workers did not start within 30 s: .* has 2 and 0"):
             recycler.fill_ray(TEXTS, workers=3, cpus=2, start_seconds=30, progress=False)
     with (
         Recycler.from_pretrained(tiny, layer=1, store="ram:cluster") as recycler,

@@ -486,7 +486,8 @@ class Space:
             raise ShapeError(f"out must be {self._codec.stored} [room, {width}], not {out.dtype} {list(out.shape)}")
         lengths = self._place(wanted, out, Scattered(targets), len(targets), token_ids)
         if self._codec.form not in codec.FLOATS:
-            self._refuse_corrupt(wanted, self._stray(lengths, out[targets], None))
+            stray = self._codec.stray_among(out, targets)
+            self._refuse_corrupt(wanted, _entries_of(stray, offsets_of(lengths)))
         return ReadReport(lengths)
 
     @retry_on_stale_snapshot
@@ -548,8 +549,7 @@ class Space:
         if rows is None:
             return []
         starts = offsets_of(lengths, width)
-        stray = self._codec.stray(rows[: starts[-1]])
-        return (np.searchsorted(starts, stray, "right") - 1).tolist() if len(stray) else []
+        return _entries_of(self._codec.stray(rows[: starts[-1]]), starts)
 
     def _read_at_once(
         self,
@@ -939,6 +939,12 @@ class Space:
             counts = ("entries", "tokens", "nbytes", "segments")
             rows = [(f"published {name}", getattr(usage, name)) for name in counts]
         return table(f"Space {recipe.fingerprint}" + " (closed)" * self._closed, [*recipe.facts(), *rows])
+
+
+def _entries_of(rows: NDArray[np.int64], starts: NDArray[np.int64]) -> list[int]:
+    """Return which entries some rows are of, in their order; ``starts``, ``[n + 1]``, are where each entry begins."""
+    entries: list[int] = np.unique(np.searchsorted(starts, rows, "right") - 1).tolist() if len(rows) else []
+    return entries
 
 
 def _check_total(lengths: NDArray[np.int64], total: int) -> None:

@@ -14,15 +14,18 @@ from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.format.arguments import nbytes_of as size_of
 from actcache.format.keys import Document, Windows
 from actcache.format.media import By
+from actcache.format.passages import Passages
 from actcache.models.budget import RESERVE, taken
 from actcache.models.documents import chunked, document_keys, streamed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf
+from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import MediaEncoder, takes_features
 from actcache.models.recycler import Recycler
 from actcache.models.sites import depth_of, expanded, several
 from actcache.models.timing import measure, measure_features
+from actcache.models.tokenizing import DocumentEncoder, check_max_length
 from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 from actcache.store.store import open_store
@@ -41,6 +44,8 @@ class Forecast:
     nbytes: int  # about, that the others take, at all the sites where they are missing
     seconds: float  # about, by computing some of them here; tokenizing and writing are not counted
     fits: int | None = None  # about how many of the others a bound on the bytes has room for; None without one
+    passages: int = 0  # different ones that the documents are cut into; ``fits`` counts these
+    new_passages: int = 0  # of them, those that are not there
 
 
 @dataclass
@@ -48,6 +53,8 @@ class _Lookup:
     """What of a corpus is there, and what is missing."""
 
     documents: int = 0
+    passages: int = 0  # where documents are cut so, the others count these
+    present: int | None = None  # documents of which all passages are there
     lacking: Counter[str] = field(default_factory=Counter)  # documents by site
     deepest: Counter[int] = field(
         default_factory=Counter
@@ -103,12 +110,18 @@ def forecast(
         if takes_features(base):
             counted = next(iter(halves.values())).count_rows
             encoder = MediaEncoder(loaded[1], base, counted, key_by=key_by, too_long=too_long)
-        found = _look_up(documents, depths, spaces, spec, document_keys if encoder is None else encoder.keys)
+        cutter = None
+        if isinstance(too_long, Passages) and encoder is None:
+            longest = check_max_length(max_length, loaded[1], family.max_tokens(base.config))
+            cutter = DocumentEncoder(loaded[1], longest, too_long, vocabulary=vocabulary_size(base))
+        keys_of = document_keys if encoder is None else encoder.keys
+        found = _look_up(documents, depths, spaces, spec, keys_of, cutter)
     if not found.missing:
-        return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
+        fits = None if limit is None else 0
+        return Forecast(found.documents, found.documents, 0, 0, 0.0, fits, found.passages)
     last = max(found.deepest)
     deepest = next(half.site for name, half in halves.items() if depths[name] == last)
-    longest = max_length if spec is None else None
+    longest = max_length if spec is None and cutter is None else None
     if encoder is None:
         timing = measure(model, found.sample, layer=deepest, device=devices[0], max_length=longest)
     else:
@@ -122,8 +135,10 @@ def forecast(
     seconds = layers_of_tokens * timing.lower / (last or 1) / len(set(devices))
     room = None if limit is None else max(0, limit - RESERVE - used)
     fits = None if room is None else min(found.missing, room * found.missing // nbytes)
-    present = found.documents - found.missing
-    return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
+    present = found.documents - found.missing if found.present is None else found.present
+    new = found.missing if found.passages else 0
+    tokens = round(found.missing * length)
+    return Forecast(found.documents, present, tokens, nbytes, seconds, fits, found.passages, new)
 
 
 def _look_up(
@@ -132,11 +147,19 @@ def _look_up(
     spaces: Mapping[str, Space],
     spec: Windows | None,
     keys_of: Callable[[Sequence[Any], int], list[bytes]],
+    cutter: DocumentEncoder | None,
 ) -> _Lookup:
     found = _Lookup()
     seen: set[bytes] = set()
+    lacked: set[bytes] = set()  # passages
+    documents: dict[bytes, list[bytes]] = {}  # their passages, where they are cut so
     chance = random.Random(0)
     for first, chunk in chunked(texts, _CHUNK):
+        if cutter is not None:
+            cut = cutter.cut(chunk, range(first, first + len(chunk)))
+            theirs = ([one.key() for one in passages] for passages in cut)
+            documents |= dict(zip(keys_of(chunk, first), theirs, strict=True))
+            chunk = [one for passages in cut for one in passages]
         new = {key: text for text, key in zip(chunk, keys_of(chunk, first), strict=True) if key not in seen}
         seen.update(new)
         missing: dict[bytes, int] = {}  # how deep
@@ -145,6 +168,7 @@ def _look_up(
             lacking = [key for key, entries in zip(new, there, strict=True) if not entries]
             found.lacking[name] += len(lacking)
             missing.update({key: max(depth, missing.get(key, 0)) for key in lacking})
+        lacked |= missing.keys() if cutter is not None else set()
         for key, depth in missing.items():
             found.deepest[depth] += 1
             if len(found.sample) < _SAMPLE:
@@ -152,4 +176,7 @@ def _look_up(
             elif (place := chance.randrange(found.missing)) < _SAMPLE:  # each has the same chance to be in the sample
                 found.sample[place] = new[key]
     found.documents = len(seen)
+    if cutter is not None:
+        found.documents, found.passages = len(documents), len(seen)
+        found.present = sum(lacked.isdisjoint(keys) for keys in documents.values())
     return found

@@ -210,6 +210,7 @@ def _space(one: SpaceDetail, now: float) -> Markup:
         element("h2", None, title),
         element("p", {"class": "soft"}, element("code", None, recipe.fingerprint), made),
         *([] if one.errors is None else [element("p", None, f"Storing changes {one.errors.told()}.")]),
+        *(element("p", None, f"Collection {name}: {held.told()}.") for name, held in one.passages.items()),
         element("div", {"class": "plots"}, *figures),
         _folded("Recipe", _fields("Recipe", recipe.identity())),
         _folded("Provenance", _fields("Provenance", recipe.to_json()["provenance"])),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from actcache.admin import inspection
 from actcache.admin.display import as_json, attributes_as_json, fields_as_json
-from actcache.admin.inspection import Coverage, Progress, SpaceReport, StepProgress, each_space, step_of
+from actcache.admin.inspection import Coverage, Progress, Repetition, SpaceReport, StepProgress, each_space, step_of
 from actcache.admin.report.statistics import Lengths, Numbers, Statistics
 from actcache.backend import VALUES, StoredFile
 from actcache.entries.read import read_intact
@@ -231,6 +231,7 @@ class SpaceDetail:
     errors: StoredErrors | None  # what storing does to the numbers, as it was measured when the space was filled
     errors_damaged: str | None  # what is wrong with the file that says it; the space is whole without it
     rows: Moments  # statistics of the rows whose are kept
+    passages: dict[str, Repetition]  # by collection of documents that are lists of this space's passages
 
     @property
     def recipe(self) -> Recipe:
@@ -264,6 +265,7 @@ class SpaceDetail:
             **self.report.to_json(),
             **attributes_as_json(self, "made", "owner", "written", *sizes),
             "statistics": self.rows.to_json(),
+            "passages": {name: {**as_json(one), "share": one.share} for name, one in self.passages.items()},
             "segment_list": as_json(self.segments),
             **attributes_as_json(self, "sample", "errors", "errors_damaged", "intact"),
         }
@@ -329,6 +331,7 @@ def store_detail(
             sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
             **_errors_of(space),
             rows=space.kept_statistics(),
+            passages=inspection.repetitions(store, space),
         )
 
     spaces, unreadable = each_space(store, prefixes, detail)
@@ -378,6 +381,6 @@ def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:
 
 def _documents(store: Store, name: str) -> int | str:
     try:
-        return len(store.collection(name))
+        return store.collection(name).document_count
     except DataError as error:
         return str(error)

@@ -711,7 +711,9 @@ class Recycler:
         if labels is not None:
             cut = self._outline(documents)
             many = len(documents)
-            given = of_entries(labels, owners, many) if cut is None else labels_of_passages(labels, cut[0], cut[1].around)
+            given = (
+                of_entries(labels, owners, many) if cut is None else labels_of_passages(labels, cut[0], cut[1].around)
+            )
         entries = [window for windows in encoded for window in windows]
         dataset = regimes.full_inputs(entries, given, self.agreement.lower, type(task_model))
         model = copy.deepcopy(task_model)

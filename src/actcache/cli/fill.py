@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +14,7 @@ import typer
 from actcache.admin.display import binary, counted, fields_as_json, span
 from actcache.admin.inspection import open_space
 from actcache.cli import corpus, options
-from actcache.cli.common import quieten_transformers, say
+from actcache.cli.common import print_json, quieten_transformers, say
 from actcache.errors import OutOfSpaceError, UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
 from actcache.format.keys import ModelWindows, Windows, document_key, windows
@@ -248,7 +247,7 @@ def fill(
         documents = _Streamed(streamed) if given.count is None else _Counted(streamed, given.count)
         if dry_run:
             found = forecast(store, documents, model, **where, devices=places or [None], max_bytes=limit, **settings)
-            _show_forecast(found, too_long, as_json)
+            _show_forecast(store, found, too_long, as_json)
             return
         working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
         working |= {"max_error": max_error, "metric": metric}
@@ -267,7 +266,7 @@ def fill(
             most = space.recipe.max_length
             cut = cut.of(most) if isinstance(cut, ModelWindows) and most is not None else cut
             notes.put(standing, space, written, cut if isinstance(cut, Windows) else None)
-    _tell(report, written, labels, as_json)
+    _tell(store, report, written, labels, as_json)
     if report.left_out:
         unwritten = "" if collection is None else f" The collection {collection!r} was not written."
         raise OutOfSpaceError(
@@ -324,11 +323,15 @@ def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows 
     return windows(max_length, stride)
 
 
-def _tell(report: Any, collection: str | None, labels: dict[str, int], as_json: bool) -> None:
+def _tell(store: str, report: Any, collection: str | None, labels: dict[str, int], as_json: bool) -> None:
     spaces = list(report.spaces.values())
     if as_json:
         more = {"labels": labels} if labels else {}
-        print(json.dumps({"space": spaces[0], **fields_as_json(report), "collection": collection, **more}))
+        filled = [
+            {"space": one, "layer": None, "site": None, "layer" if isinstance(where, int) else "site": where}
+            for where, one in report.spaces.items()
+        ]
+        print_json({"store": store, **fields_as_json(report), "spaces": filled, "collection": collection, **more})
         return
     rate = report.tokens / report.seconds if report.seconds else 0.0
     say(
@@ -341,9 +344,9 @@ def _tell(report: Any, collection: str | None, labels: dict[str, int], as_json: 
         say(f"{counted(len(labels), 'label')}: {shown}{', ...' if len(labels) > _LABELS else ''}")
 
 
-def _show_forecast(found: Any, too_long: TooLong, as_json: bool) -> None:
+def _show_forecast(store: str, found: Any, too_long: TooLong, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(fields_as_json(found)))
+        print_json({"store": store, **fields_as_json(found)})
         return
     missing = found.documents - found.present
     say(f"{found.documents:,} documents: {found.present:,} are there, {missing:,} to compute")

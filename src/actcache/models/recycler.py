@@ -718,6 +718,8 @@ class Recycler:
         except DataError as error:
             logger.warning("the other spaces of %s cannot be compared: %s", self._store.url, error)
             return
+        # That it is another layer, nobody has to be told: it is what was asked for.
+        nearest = [(other, fields) for other, fields in nearest if not {"layer", "site"} & fields.keys()]
         if nearest:
             other, fields = nearest[0]
             differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())

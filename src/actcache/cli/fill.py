@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache.admin.display import binary, counted, fields_as_json, span
+from actcache.admin.display import binary, counted, entries, fields_as_json, span
 from actcache.admin.inspection import open_space
 from actcache.cli import corpus, options
 from actcache.cli.common import print_json, quieten_transformers, say
@@ -179,6 +179,19 @@ def fill(
             help="Fill this share of the corpus alone: 0/8 to 7/8, a process each, on as many machines as there are."
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Fill by the workers of this Ray cluster: auto (RAY_ADDRESS, one that runs here, or a new one), local "
+            "(a new one here), host:6379, ray://host:10001.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: how many; default: one a GPU, or one a node where there is none."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is there, how many bytes and how long it takes; store nothing.")
     ] = False,
@@ -196,6 +209,9 @@ def fill(
     $SLURM_PROCID/$SLURM_NTASKS: no document is computed twice. One more fill without it finds all there, and writes the
     --collection.
 
+    With --ray an actor on each GPU of a cluster computes, and writes to the store, which all nodes must see; what each
+    has stored is told in the end. A worker that dies is replaced. It needs actcache[ray].
+
     A folder of images or audio is filled with a model of such: labels are the names of its sub-folders, ids (of a
     --collection) the files' paths.
 
@@ -203,11 +219,12 @@ def fill(
     """
     with requires_extra("models", "fill needs torch and transformers"):
         from actcache.admin.forecast import forecast
-        from actcache.models import parallel
+        from actcache.models import cluster, parallel
         from actcache.models.error_budget import peeked
         from actcache.models.filling import CHUNK
         from actcache.models.partition import Partition
         from actcache.models.recyclers import Recyclers
+        from actcache.models.remote import Blueprint, folder_or_id
 
         quieten_transformers()
     cut = _windows(too_long, max_length, stride)
@@ -222,6 +239,7 @@ def fill(
     share = None if partition is None else Partition.parse(partition)
     if share is not None:
         _check_partition(collection, len(places), dry_run)
+    _check_ray(ray, workers, {"--partition": partition, "--max-bytes": max_bytes, "--devices": places[1:]})
     where: dict[str, Any] = {"layers": _layers(layer or []), "sites": site or []}
     if not (layer or site):
         raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
@@ -235,8 +253,8 @@ def fill(
         else:
             if field is not None or id_field is not None:
                 raise UsageError(f"{media.kind} have no fields: leave --field and --id-field out")
-            if len(places) > 1:
-                raise UsageError(f"several --devices are for texts: {media.kind} are computed by one")
+            if len(places) > 1 or ray is not None:
+                raise UsageError(f"several --devices, and --ray, are for texts: {media.kind} are computed by one")
             media.check()
             by: By = "bytes" if key_by is KeyBy.bytes else "content"
             given = _of_media(media, by)
@@ -251,7 +269,14 @@ def fill(
             return
         working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
         working |= {"max_error": max_error, "metric": metric}
-        if len(places) > 1:
+        if ray is not None:
+            blueprint = Blueprint(Recyclers.from_pretrained, folder_or_id(model), store, {**where, **settings})
+            del working["max_bytes"]
+            device = places[0] if places else None
+            report = cluster.fill(
+                documents, blueprint, address=None if ray == "auto" else ray, workers=workers, device=device, **working
+            )
+        elif len(places) > 1:
             report = parallel.fill(documents, model, devices=places, store=store, **where, **working, **settings)
         else:
             device = places[0] if places else None
@@ -285,6 +310,16 @@ def _check_partition(collection: str | None, devices: int, dry_run: bool) -> Non
         raise UsageError("--partition is for a process with one device: start a process for each of the --devices")
     if dry_run:
         raise UsageError("--dry-run looks at the whole corpus: leave --partition out")
+
+
+def _check_ray(ray: str | None, workers: int | None, others: dict[str, Any]) -> None:
+    if ray is None:
+        if workers is not None:
+            raise UsageError("--workers are those of a Ray cluster: say which by --ray (auto, local, an address)")
+        return
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise UsageError(f"--ray deals documents out to its own workers: leave {given[0]} out")
 
 
 def _of_texts(source: str, field: str | None, id_field: str | None, format: str | None) -> _Given:
@@ -339,6 +374,11 @@ def _tell(store: str, report: Any, collection: str | None, labels: dict[str, int
         f"{rate:,.0f} tokens/s), {report.present:,} were there; "
         f"{'space' if len(spaces) == 1 else 'spaces'} {', '.join(spaces)}"
     )
+    for one in report.contributions:
+        say(
+            f"  {one.partition} on {one.worker}: {entries(one.entries)}, {one.tokens:,} tokens, "
+            f"{binary(one.nbytes)} in {counted(one.segments, 'segment')}, {span(one.seconds)}"
+        )
     if labels:
         shown = ", ".join(f"{label} {number:,}" for label, number in list(labels.items())[:_LABELS])
         say(f"{counted(len(labels), 'label')}: {shown}{', ...' if len(labels) > _LABELS else ''}")

@@ -23,7 +23,7 @@ from tests.support import key, make_store, recipe, segment_files
 from tests.support.browser import CHROMIUM, Browser
 
 HOSTILE = "<script>document.title='run'</script>\"'><img src=http://192.0.2.1/x.png onerror=alert(1)>&amp;\x1b[2J\x00"
-#: Of the store: its collection, bytes, checksums, ages; of its spaces, lengths, norms, and ages where there are several.
+#: Of the store: its collection, bytes, checksums, ages; of its spaces, lengths, norms, ages where several.
 PLOTS = 4 + 3 + 2 + 3
 LONG = "an-organization-of-note/" + "a-model-with-a-name-that-goes-on-" * 3
 

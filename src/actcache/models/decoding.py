@@ -32,5 +32,13 @@ def _tokenizer(name: str, digest: str) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         return found if tokenizer_digest(found) == digest else None
-    except Exception:  # whatever a folder of that name holds: the ids are shown
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+    ):  # the ids are shown
         return None

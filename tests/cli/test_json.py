@@ -104,6 +104,7 @@ def test_every_command_has_the_shape_that_the_docs_say(folder, monkeypatch):
     run("unpin", "unpin", "s", name[:6])
     run("prune", "prune", "i", "--idle", 0, "--where", "layer=1", "--yes")
     run("plan", "plan", *FORMULA, "--read", "2GB", "--write", "1GB")
+    run("plan --nodes", "plan", *FORMULA, "--nodes", 4, "--devices", 8)
     run("plan --paper", "plan", "--paper")
     run("doctor", "doctor", "s")
     run("bench", "bench", ".", "--backend", "hdf5", "--size", "2MiB", "--rounds", 1, "--mode", "warm")

@@ -186,7 +186,9 @@ def _show_fleet(
     as_json: bool,
 ) -> None:
     if as_json:
-        print_json({"corpus": load, "model": costs, "nodes": nodes, "store": store, **fields_as_json(found, "verdict")})
+        print_json(
+            {"corpus": load, "model": costs, "nodes": nodes, "object_store": store, **fields_as_json(found, "verdict")}
+        )
         return
     say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
     say(f"{nodes.count} machines of {nodes.devices} devices, which read {binary(nodes.network)}/s each")

@@ -14,14 +14,13 @@ from actcache.errors import SpaceNotFoundError, StoreNotFoundError
 from actcache.format.arguments import nbytes_of as size_of
 from actcache.format.keys import Document, Windows
 from actcache.format.media import By
-from actcache.format.passages import Passages
 from actcache.models.budget import RESERVE, taken
 from actcache.models.documents import chunked, document_keys, streamed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
-from actcache.models.processing import MediaEncoder, takes_features
+from actcache.models.processing import MediaEncoder, processor_of, takes_features
 from actcache.models.recycler import Recycler
 from actcache.models.sites import depth_of, expanded, several
 from actcache.models.timing import measure, measure_features
@@ -32,6 +31,7 @@ from actcache.store.store import open_store
 
 _SAMPLE = 2000  # documents whose lengths are looked at
 _CHUNK = 2048  # documents that are looked up at a time
+_TOKENIZED = 200_000  # documents whose lengths are compared with what the model takes
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Forecast:
     nbytes: int  # about, that the others take, at all the sites where they are missing
     seconds: float  # about, by computing some of them here; tokenizing and writing are not counted
     fits: int | None = None  # about how many of the others a bound on the bytes has room for; None without one
+    too_long: int = 0  # of the others, those longer than ``max_length``: about, where there are very many
+    first_too_long: int | None = None  # the position of the first of them, from 0, among all that were given
+    max_length: int | None = None  # tokens that a document may have
     passages: int = 0  # different ones that the documents are cut into; ``fits`` counts these
     new_passages: int = 0  # of them, those that are not there
 
@@ -60,10 +63,23 @@ class _Lookup:
         default_factory=Counter
     )  # documents by the layers below the last site that lacks them
     sample: list[Any] = field(default_factory=list)  # of those that are missing
+    longer: int = 0  # of those that were tokenized
+    first_longer: int | None = None  # its position
+    tokenized: int = 0
 
     @property
     def missing(self) -> int:
         return self.deepest.total()
+
+    def tokenize(self, documents: Sequence[Any], positions: Sequence[int], encoder: DocumentEncoder, most: int) -> None:
+        """Find out which documents have more than so many tokens; of the first ones only, where there are very many."""
+        if self.tokenized >= _TOKENIZED:
+            return
+        self.tokenized += len(documents)
+        for position, windows in zip(positions, encoder.encode(documents, positions), strict=True):
+            if windows[0].length > most:
+                self.longer += 1
+                self.first_longer = position if self.first_longer is None else self.first_longer
 
 
 def forecast(
@@ -89,7 +105,6 @@ def forecast(
     documents = streamed(texts)
     limit = None if max_bytes is None else size_of("max_bytes", max_bytes)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long, "key_by": key_by}
-    spec = too_long if isinstance(too_long, Windows) else None
     with ExitStack() as stack:
         loaded = load_pretrained(model, [], devices[0], None)
         base = base_model_of(loaded[0])
@@ -106,19 +121,23 @@ def forecast(
                 with suppress(SpaceNotFoundError):
                     spaces[name] = stack.enter_context(Recycler(*loaded, site=name, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        encoder = None
+        spec, encoder, lengths, most, cutter = None, None, None, None, None
         if takes_features(base):
             counted = next(iter(halves.values())).count_rows
             encoder = MediaEncoder(loaded[1], base, counted, key_by=key_by, too_long=too_long)
-        cutter = None
-        if isinstance(too_long, Passages) and encoder is None:
-            longest = check_max_length(max_length, loaded[1], family.max_tokens(base.config))
-            cutter = DocumentEncoder(loaded[1], longest, too_long, vocabulary=vocabulary_size(base))
-        keys_of = document_keys if encoder is None else encoder.keys
-        found = _look_up(documents, depths, spaces, spec, keys_of, cutter)
+            keys = encoder.keys
+        else:
+            tokenizer = processor_of(loaded[1], base)
+            most = check_max_length(max_length, tokenizer, family.max_tokens(base.config))
+            given_as = DocumentEncoder(tokenizer, most, too_long, vocabulary=vocabulary_size(base))
+            spec, most, keys = given_as.windows, given_as.max_length, document_keys
+            if spec is None and given_as.passages is None and most is not None:
+                lengths = DocumentEncoder(tokenizer, None, vocabulary=vocabulary_size(base))
+            cutter = given_as if given_as.passages is not None else None
+        found = _look_up(documents, depths, spaces, spec, keys, lengths, most, cutter)
     if not found.missing:
         fits = None if limit is None else 0
-        return Forecast(found.documents, found.documents, 0, 0, 0.0, fits, found.passages)
+        return Forecast(found.documents, found.documents, 0, 0, 0.0, fits, passages=found.passages)
     last = max(found.deepest)
     deepest = next(half.site for name, half in halves.items() if depths[name] == last)
     longest = max_length if spec is None and cutter is None else None
@@ -136,9 +155,9 @@ def forecast(
     room = None if limit is None else max(0, limit - RESERVE - used)
     fits = None if room is None else min(found.missing, room * found.missing // nbytes)
     present = found.documents - found.missing if found.present is None else found.present
-    new = found.missing if found.passages else 0
-    tokens = round(found.missing * length)
-    return Forecast(found.documents, present, tokens, nbytes, seconds, fits, found.passages, new)
+    longer = round(found.longer * found.missing / found.tokenized) if found.tokenized else 0
+    cut = (longer, found.first_longer, most, found.passages, found.missing if found.passages else 0)
+    return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits, *cut)
 
 
 def _look_up(
@@ -147,7 +166,9 @@ def _look_up(
     spaces: Mapping[str, Space],
     spec: Windows | None,
     keys_of: Callable[[Sequence[Any], int], list[bytes]],
-    cutter: DocumentEncoder | None,
+    lengths: DocumentEncoder | None = None,
+    most: int | None = None,
+    cutter: DocumentEncoder | None = None,
 ) -> _Lookup:
     found = _Lookup()
     seen: set[bytes] = set()
@@ -160,7 +181,12 @@ def _look_up(
             theirs = ([one.key() for one in passages] for passages in cut)
             documents |= dict(zip(keys_of(chunk, first), theirs, strict=True))
             chunk = [one for passages in cut for one in passages]
-        new = {key: text for text, key in zip(chunk, keys_of(chunk, first), strict=True) if key not in seen}
+        numbered = zip(range(first, first + len(chunk)), chunk, keys_of(chunk, first), strict=True)
+        new: dict[bytes, Any] = {}
+        positions: dict[bytes, int] = {}
+        for position, text, key in numbered:
+            if key not in seen and key not in new:
+                new[key], positions[key] = text, position
         seen.update(new)
         missing: dict[bytes, int] = {}  # how deep
         for name, depth in depths.items():
@@ -169,6 +195,8 @@ def _look_up(
             found.lacking[name] += len(lacking)
             missing.update({key: max(depth, missing.get(key, 0)) for key in lacking})
         lacked |= missing.keys() if cutter is not None else set()
+        if lengths is not None and most is not None:
+            found.tokenize([new[key] for key in missing], [positions[key] for key in missing], lengths, most)
         for key, depth in missing.items():
             found.deepest[depth] += 1
             if len(found.sample) < _SAMPLE:

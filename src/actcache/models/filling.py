@@ -29,7 +29,10 @@ from actcache.models.processing import Made
 from actcache.models.progress import FillProgress
 from actcache.models.sites import Site
 from actcache.models.tokenizing import DocumentEncoder
+from actcache.store.contributions import Contribution
+from actcache.store.contributor import Contributor
 from actcache.store.document_entries import entry_keys, find_entries
+from actcache.store.space import Space
 from actcache.store.store import Store
 
 CHUNK = DocumentEncoder.chunk  # documents that are looked up, tokenized and sorted by length at a time
@@ -53,6 +56,10 @@ class FillReport(Shown):
     passages: int = 0  # of the documents, where they are cut into passages; one that stands twice counts twice
     new_passages: int = 0  # computed, and stored, by this fill
     reused_tokens: int = 0  # of passages that were stored before, or stand twice
+    nbytes: int = 0  # of the rows that were stored, and of what stands beside them; before compression
+    segments: int = 0  # that were published; those that were merged since count, too
+    partition: str | None = None  # "3/8"; None for all documents, and for a sum
+    contributions: tuple[Contribution, ...] = ()  # of a fill by Ray's workers: what each has stored
 
     def __add__(self, other: FillReport) -> FillReport:
         """Return what two fills did that ran beside each other, each of a partition of its own.
@@ -65,14 +72,8 @@ class FillReport(Shown):
         if self.spaces != other.spaces:
             raise UsageError("reports of fills of other spaces do not add up: the sum would be of no space")
         counted = (
-            "documents",
-            "present",
-            "computed",
-            "tokens",
-            "left_out",
-            "passages",
-            "new_passages",
-            "reused_tokens",
+            *("documents", "present", "computed", "tokens", "left_out", "passages", "new_passages", "reused_tokens"),
+            *("nbytes", "segments", "contributions"),
         )
         counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
         return FillReport(**counts, seconds=max(self.seconds, other.seconds), spaces=self.spaces)
@@ -154,11 +155,20 @@ class Filler:
     _now = staticmethod(time.monotonic)  # a test has another clock
 
     def __init__(self, store: Store, agreements: Sequence[Agreement]) -> None:
-        self._store, self._agreements = store, agreements
+        self._store, self.agreements = store, list(agreements)
         self._spaces = {one.lower.site: one.space for one in agreements}
         self._lowers = {one.lower.site: one.lower for one in agreements}
         self._encoder = agreements[0].encoder
         self._marks: object = None  # of the lower half when it was checked
+
+    @property
+    def spaces(self) -> list[Space]:
+        return list(self._spaces.values())
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The names of the spaces that are filled."""
+        return tuple(space.recipe.fingerprint for space in self.spaces)
 
     def fill(
         self,
@@ -187,7 +197,7 @@ class Filler:
             parts = partition.parts(streamed(texts), self._encoder.chunk, self._encoder.keys)
             total = -1 if total < 0 else total // partition.of  # about: keys fall to all shares alike
         with FillProgress(None if total < 0 else total, show=progress) as bar:
-            return self._fill(parts, token_budget, bar.advance, budget, own)
+            return self._fill(parts, token_budget, bar.advance, budget, own, partition)
 
     def fill_parts(
         self,
@@ -198,15 +208,19 @@ class Filler:
         max_bytes: int | str | None = None,
         shared: Shared | None = None,
         number: int = 0,
+        partition: Partition | None = None,
+        contributor: Contributor | None = None,
     ) -> FillReport:
-        """Do this process's part of a fill by several; see ``actcache.models.parallel``.
+        """Do this process's part of a fill by several; see ``models.parallel`` and ``models.cluster``.
 
         Args:
             parts: documents that somebody else has numbered; each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
             shared, number: see ``ByteBudget``.
+            partition, contributor: whose share it is, and who notes in the store what was stored of it.
         """
-        return self._fill(parts, token_budget, advance, self._prepared(max_bytes, shared, number))
+        budget = self._prepared(max_bytes, shared, number)
+        return self._fill(parts, token_budget, advance, budget, None, partition, contributor)
 
     def _prepared(
         self, max_bytes: int | str | None, shared: Shared | None = None, number: int = 0
@@ -218,7 +232,7 @@ class Filler:
         return None if max_bytes is None else ByteBudget(max_bytes, self._store, spaces, shared, number)
 
     def _check(self) -> None:
-        before_adding(self._agreements)
+        before_adding(self.agreements)
         self._marks = self._marked()
 
     def _marked(self) -> object:
@@ -240,8 +254,13 @@ class Filler:
         advance: Advance,
         budget: ByteBudget | None,
         own: DocumentsWithColumns | None = None,
+        partition: Partition | None = None,
+        contributor: Contributor | None = None,
     ) -> FillReport:
         token_budget, start = check_token_budget(token_budget), time.monotonic()
+        before = [space.written for space in self.spaces]
+        if partition is not None and contributor is None:
+            contributor = Contributor(self.spaces, str(partition))
         counted = None
         if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
             tell = advance
@@ -263,7 +282,7 @@ class Filler:
                 documents += len(chunk)
                 if not compared and (known := [key for key in dict.fromkeys(keys) if key not in absent]):
                     compared = True
-                    for agreement in self._agreements:
+                    for agreement in self.agreements:
                         agreement.of_present(known)
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
@@ -281,15 +300,31 @@ class Filler:
                     copies = Counter(keys)
                     left_out += sum(copies[key] for key in absent)
                     advance(len(absent), 0, 0)
+                if contributor is not None:
+                    contributor.note()
         finally:
             with ExitStack() as stack:  # all of them, also where one fails
+                if contributor is not None:
+                    stack.callback(contributor.note)  # the last one
                 for space in self._spaces.values():
                     stack.callback(space.merge_tiers, True)
                     stack.callback(space.flush)
         present = documents - stored.documents - left_out
         spaces = {site.name: space.recipe.fingerprint for site, space in self._spaces.items()}
         seconds = time.monotonic() - start
-        report = FillReport(documents, present, stored.documents, stored.tokens, seconds, left_out, spaces)
+        done = [space.written.since(then) for space, then in zip(self.spaces, before, strict=True)]
+        report = FillReport(
+            documents,
+            present,
+            stored.documents,
+            stored.tokens,
+            seconds,
+            left_out,
+            spaces,
+            nbytes=sum(one.nbytes for one in done),
+            segments=sum(one.segments for one in done),
+            partition=None if partition is None else str(partition),
+        )
         return report if counted is None else _of_documents(report, counted)
 
     def _admitted(self, work: list[_Work], budget: ByteBudget) -> Iterator[list[_Work]]:

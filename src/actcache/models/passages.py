@@ -300,6 +300,7 @@ class PassageParts(Iterable[Part]):
         self.present += sum(before.isdisjoint(cut) for cut in documents)
         self.left_out += sum(not after.isdisjoint(cut) for cut in documents)
         self.passages += len(keys)
-        self.tokens += sum(len(one.token_ids) for cut in self._documents for one in cut)
+        known = (one for cut in self._documents for one in cut if one.key() not in after)
+        self.tokens += sum(len(one.token_ids) for one in known)
         self._documents = []
         self._advance(len(documents))

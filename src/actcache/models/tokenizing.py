@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DocumentError, DocumentTooLongError, ModelError, RecipeError
 from actcache.format.arguments import is_whole, truth, whole
-from actcache.format.keys import Document, NormalDocument, Windows, document_key, normal_form
+from actcache.format.keys import Document, ModelWindows, NormalDocument, Windows, document_key, normal_form
 from actcache.format.passages import Passages, cut, ranks_of
 from actcache.format.recipe import canonical_json
 from actcache.models.documents import document_keys
 
-TooLong = Literal["refuse", "truncate"] | Windows | Passages
+TooLong = Literal["refuse", "truncate", "windows"] | Windows | ModelWindows | Passages
 
 #: Words that tell whether a tokenizer keeps given words apart.
 _PROBES = (("a", "b"), ("A", "B"), ("1", "2"), ("é", "ü"), ("return", "it"))
@@ -133,7 +133,8 @@ class DocumentEncoder:
         too_long: ``"refuse"`` raises; ``"truncate"`` cuts, every kind of document on the tokenizer's
             ``truncation_side``; and ``Windows`` makes several entries of every document (one of a short one), from its
             beginning on, whatever that side is. A pair's second text is what windows cut; its first text stands in
-            each. ``Passages`` makes several entries of a longer document, and refuses pairs.
+            each. ``"windows"`` are such of ``max_length`` tokens that share none. ``Passages`` makes several entries of
+            a longer document, and refuses pairs.
         special_tokens: whether the tokenizer adds its special tokens. Documents of token ids are taken as they are.
         vocabulary: token ids that the model knows are below this; None for what the tokenizer has.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is wanted of entries beside the token ids; only fast
@@ -157,6 +158,11 @@ class DocumentEncoder:
         special_tokens = truth("special_tokens", special_tokens)
         if max_length is not None:
             max_length = whole("max_length", max_length, 1)
+        too_long = ModelWindows() if too_long == "windows" else too_long
+        if isinstance(too_long, ModelWindows):
+            if max_length is None:
+                raise RecipeError("this model takes documents of any length: windows need a max_length")
+            too_long = too_long.of(max_length)
         self.windows = windows = too_long if isinstance(too_long, Windows) else None  # by which documents are cut
         self.passages = too_long if isinstance(too_long, Passages) else None
         if self.passages:
@@ -171,8 +177,8 @@ class DocumentEncoder:
             max_length = windows.max_length
         elif too_long not in ("refuse", "truncate"):
             raise RecipeError(
-                f"too_long {too_long!r} is not 'refuse', 'truncate', actcache.windows(max_length, stride) or "
-                "actcache.passages(max_length)"
+                f"too_long {too_long!r} is not 'refuse', 'truncate', 'windows', actcache.windows(max_length, stride) "
+                "or actcache.passages(max_length)"
             )
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             # what transformers makes of a folder without a tokenizer's files; every word would be the unknown one
@@ -423,7 +429,7 @@ class DocumentEncoder:
         if self.max_length is not None and longest > self.max_length:
             raise DocumentTooLongError(
                 f"document {position} ({document!r:.60}...) has {longest} tokens, more than {self.max_length}: give "
-                'too_long="truncate" or too_long=actcache.windows(max_length, stride), or leave it out'
+                'too_long="truncate" or too_long="windows", or leave it out'
             )
         for window in windows:
             if window.token_ids.max() >= self.vocabulary:

@@ -122,7 +122,7 @@ def test_diff_and_plan_say_what_a_revision_costs(common, corpora, loaded, tmp_pa
         report = recycler.fill(NEW, progress=False)
         assert (cut["new_passages"], cut["new_tokens"]) == (report.new_passages, report.tokens)
         assert cut["tokens"] == report.tokens + report.reused_tokens
-        assert cut["new_bytes"] == report.tokens * (32 * 4 + 4)
+        assert cut["new_nbytes"] == report.tokens * (32 * 4 + 4)
     assert (whole["documents"], whole["unchanged"], cut["unchanged"]) == (5, 4, 4)
     assert whole["reused"] < 0.85 < cut["reused"]
     stored = ["--layer", 1, "--store", tmp_path / "s"]
@@ -180,7 +180,7 @@ def test_a_store_is_pruned_and_verified_by_its_passages(kind, common, corpora, t
     done = cachectl(*keep, *CUT, "--json").json()
     gone = json.loads(cachectl("diff", *corpora, *common, *CUT, "--json").out)["passages"]["old_passages"]
     assert gone > 0
-    assert [*done["done"]["entries"].values()] == [gone]
+    assert [one["entries"] for one in done["done"]["spaces"]] == [gone]
     with _recycler(loaded, url, dtype="float32") as recycler:
         assert recycler.missing(NEW) == []
         assert recycler.missing(OLD) == [3]
@@ -196,7 +196,7 @@ def test_damaged_passages_are_computed_again(common, corpora, tiny, loaded, tmp_
     for arguments in ([], ["--corpus", corpora[0], "--field", "text", *CUT]):  # by the entry's own ids; by the texts
         _damage(tmp_path / "s")
         done = cachectl("repair", tmp_path / "s", "--model", tiny, *arguments, "--json", "-q").json()
-        (space,) = done["spaces"].values()
+        (space,) = done["spaces"]
         assert len(space["recomputed"]) == len(space["quarantined"]) == 1
         assert space["missing"] == []
         with _recycler(loaded, tmp_path / "s", dtype="float32") as recycler:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from actcache.admin.display import as_json
+from actcache.admin.display import as_json, fields_as_json
 from actcache.backend import Usage
 from actcache.errors import DataError, UsageError
 from actcache.format.recipe import Recipe
@@ -188,6 +188,9 @@ class Repetition:
     distinct: int
     tokens: int  # of the passages wherever they stand, special tokens and context included
     distinct_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return fields_as_json(self, "share")
 
     @property
     def share(self) -> float:

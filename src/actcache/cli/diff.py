@@ -85,5 +85,5 @@ def diff(
 def _show(how: str, found: Any) -> None:
     say(
         f"{how}: {found.reused:.1%} of {found.tokens:,} tokens are used again; {found.new_tokens:,} to compute, "
-        f"{binary(found.new_bytes)}; {binary(found.old_bytes)} of the old ones are used no more"
+        f"{binary(found.new_nbytes)}; {binary(found.old_nbytes)} of the old ones are used no more"
     )

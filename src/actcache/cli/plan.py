@@ -146,7 +146,7 @@ def plan(
     if revised is not None and again is not None:
         say(
             f"as a revision: {revised.reused:.1%} of the tokens are used again; {revised.new_tokens:,} to compute, "
-            f"{binary(revised.new_bytes)}; filled in {span(again)}"
+            f"{binary(revised.new_nbytes)}; filled in {span(again)}"
         )
     _show_codecs(codecs)
 
@@ -206,7 +206,7 @@ def _cut(
 
 def _refilled(revised: Any, costs: ModelCosts, disk: Disk, devices: int) -> float:
     """Return the seconds in which a revision is filled."""
-    return float(max(revised.new_tokens * costs.lower / devices, revised.new_bytes / disk.write))
+    return float(max(revised.new_tokens * costs.lower / devices, revised.new_nbytes / disk.write))
 
 
 def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:

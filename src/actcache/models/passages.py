@@ -145,9 +145,9 @@ class Revision:
     tokens: int  # of them, wherever they stand
     new_passages: int  # different ones that are not in the old corpus: to be computed, and stored
     new_tokens: int
-    new_bytes: int  # about, of their rows and token ids
+    new_nbytes: int  # about, of their rows and token ids
     old_passages: int  # different ones of the old corpus that are not in the revision: what pruning gives back
-    old_bytes: int
+    old_nbytes: int
 
     @property
     def reused_tokens(self) -> int:
@@ -180,9 +180,9 @@ def compare(old: Outline, new: Outline, row_bytes: float) -> Revision:
         tokens=int(new.lengths.sum()),
         new_passages=len(added),
         new_tokens=int(new.lengths[added].sum()),
-        new_bytes=round(float(new.lengths[added].sum() * row)),
+        new_nbytes=round(float(new.lengths[added].sum() * row)),
         old_passages=len(gone),
-        old_bytes=round(float(old.lengths[gone].sum() * row)),
+        old_nbytes=round(float(old.lengths[gone].sum() * row)),
     )
 
 

@@ -324,7 +324,7 @@ class SpaceDetail:
             **self.report.to_json(),
             **attributes_as_json(self, "made", "owner", "written", *sizes),
             "statistics": self.rows.to_json(),
-            "passages": {name: {**as_json(one), "share": one.share} for name, one in self.passages.items()},
+            "passages": as_json(self.passages),
             "segment_list": as_json(self.segments),
             **attributes_as_json(self, "sample", "errors", "errors_damaged", "intact"),
             "coverage": coverage_as_json(self.coverage),
@@ -439,9 +439,13 @@ class Overview:
 
 def coverage_as_json(held: Mapping[str, Coverage | str]) -> list[dict[str, Any]]:
     """Return how much a space has of each collection, as JSON values; of a damaged collection what is wrong."""
-    return [
-        {"collection": name, **({"error": one} if isinstance(one, str) else as_json(one))} for name, one in held.items()
-    ]
+    listed = []
+    for name, one in held.items():
+        told: dict[str, Any] = {"error": one} if isinstance(one, str) else as_json(one)
+        if told.get("passages") is None:
+            told.pop("passages", None)
+        listed.append({"collection": name, **told})
+    return listed
 
 
 def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:

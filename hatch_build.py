@@ -40,7 +40,8 @@ class LoopsBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if not self._wanted():
             return
-        command = compiler() or [sys.executable, "-m", "ziglang", "cc"]
+        # Without a word, zig compiles for this very processor, and the wheel would die on an older one.
+        command = compiler() or [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]
         root = Path(self.root)
         built = root / LIBRARY.with_suffix(f".{os.getpid()}")  # then renamed: others may have the old one open
         try:

@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,7 @@ class Watch:
         # Threads of Python come and go; helpers are those that take no signals.
         blocking = {task: int(_status(task, "SigBlk"), 16) for task in os.listdir("/proc/self/task")}
         self._helpers = [task for task, blocked in blocking.items() if blocked >> (signal.SIGTERM - 1) & 1]
+        self._spent = dict.fromkeys(self._helpers, (0.0, 0))  # of the processor, and sleeps, when each was seen last
 
     @contextmanager
     def watching(self, spent: Spent) -> Iterator[None]:
@@ -111,11 +112,12 @@ class Watch:
     def _now(self) -> tuple[float, ...]:
         """Return the wall's seconds; the process's of the processor, sleeps, preemptions; the helpers' seconds and
         sleeps."""
-        seconds = sleeps = 0.0
         for task in self._helpers:
-            ran = Path(f"/proc/self/task/{task}/schedstat").read_text(encoding="ascii").split()[0]
-            seconds += int(ran) / 1e9
-            sleeps += int(_status(task, "voluntary_ctxt_switches"))
+            # One that is no helper, but another library's thread, may have ended.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                ran = Path(f"/proc/self/task/{task}/schedstat").read_text(encoding="ascii").split()[0]
+                self._spent[task] = int(ran) / 1e9, int(_status(task, "voluntary_ctxt_switches"))
+        seconds, sleeps = (sum(of) for of in zip((0.0, 0), *self._spent.values(), strict=True))
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return time.perf_counter(), time.process_time(), usage.ru_nvcsw, usage.ru_nivcsw, seconds, sleeps
 

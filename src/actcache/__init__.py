@@ -13,6 +13,7 @@ from actcache.entries.batch import Batch
 from actcache.entries.entry import Entry, ReadReport
 from actcache.format.keys import Windows, document_key, windows
 from actcache.format.media import Audio, Image
+from actcache.format.passages import Passages, passages
 from actcache.format.recipe import Recipe
 from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
@@ -33,6 +34,7 @@ __all__ = [
     "Collection",
     "Entry",
     "Image",
+    "Passages",
     "ReadReport",
     "Reader",
     "Recipe",
@@ -45,6 +47,7 @@ __all__ = [
     "document_key",
     "errors",
     "open",
+    "passages",
     "windows",
 ]
 

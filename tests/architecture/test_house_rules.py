@@ -10,7 +10,11 @@ SOURCE = ROOT / "src" / "actcache"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 #: Where whatever was caught is raised elsewhere: by the thread, or process, that waits for this one.
-HANDED_ON = {SOURCE / "reader" / "prefetch.py", SOURCE / "models" / "parallel" / "worker.py"}
+HANDED_ON = {
+    SOURCE / "reader" / "prefetch.py",
+    SOURCE / "models" / "parallel" / "worker.py",
+    SOURCE / "models" / "cluster" / "worker.py",
+}
 
 
 def test_nobody_catches_everything_silently():

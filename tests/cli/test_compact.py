@@ -50,3 +50,12 @@ def test_the_command_shows_them(tmp_path, monkeypatch):
     assert {step for step, _, _ in seen} == {recipe().fingerprint}
     assert seen[-1][1] == seen[-1][2] > 0
     assert "B/s" in shown.getvalue()
+
+
+def test_what_stays_for_a_while_is_said(tmp_path):
+    make_store(tmp_path / "store", range(60), segments=6)
+    before = sum(path.stat().st_size for path in (tmp_path / "store").rglob("segments/*"))
+    said = cachectl("compact", tmp_path / "store").out
+    assert f"{before / 1024:,.1f} KiB that were replaced stay for 10 min" in said
+    assert f"cachectl compact {tmp_path / 'store'} removes them" in said
+    assert "stay" not in cachectl("compact", tmp_path / "store", "--grace", 0).out

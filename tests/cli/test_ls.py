@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import actcache
+from actcache.admin.display import model_name
 from actcache.cli.common import SHORT
 from tests.cli.running import cachectl
 from tests.support import key, recipe, rows
@@ -23,7 +24,19 @@ def test_what_tells_spaces_apart_and_what_is_pinned(tmp_path):
     assert not any("pinned" in line for line in said)
     assert cachectl("pin", tmp_path / "s", given[1].fingerprint).code == 0
     found = cachectl("ls", tmp_path / "s", "--json").json()
-    assert {one["fingerprint"]: one["pinned"] for one in found["spaces"]} == {
+    assert {one["space"]: one["pinned"] for one in found["spaces"]} == {
         one.fingerprint: one is given[1] for one in given
     }
     assert f"pinned {short[1]}" in cachectl("ls", tmp_path / "s").out.splitlines()
+
+
+def test_folders_whose_names_say_nothing():
+    names = {
+        "bert-base-uncased": "bert-base-uncased",
+        "org/minilm": "minilm",
+        "/data/minilm": "minilm",
+        "/data/minilm/model": "minilm/model",
+        "/runs/a/checkpoint-500": "a/checkpoint-500",
+        "/hub/models--org--minilm/snapshots/0a1b2c": "minilm",
+    }
+    assert {name: model_name(recipe(model=name)) for name in names} == names

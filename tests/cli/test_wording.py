@@ -82,6 +82,6 @@ def test_a_store_and_a_corpus_that_changed_places(tmp_path):
 
 
 def test_what_to_do_with_long_documents_has_words_for_the_shell():
-    text = 'give too_long="truncate" or too_long=actcache.windows(max_length, stride), or leave it out'
+    text = 'give too_long="truncate" or too_long="windows", or leave it out'
     assert text.removeprefix("give ") in (SOURCE / "models" / "tokenizing.py").read_text()
     assert in_shell(text) == "give --too-long truncate or --too-long windows, or leave it out"

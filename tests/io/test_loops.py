@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -769,6 +770,17 @@ def same_as_numpy(rows):
         assert out[:-1][numbers].tobytes() == expected[numbers].tobytes()
         assert np.isnan(out[:-1][~numbers]).all()
     assert out[-1] == 77
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="nothing else here tells what the processor has")
+def test_what_the_processor_has_is_used():
+    """Whatever compiler made the library: one of them had it believe that there are no vectors, and all was slow."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    flags = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+    out = [np.zeros(8, kind) for kind in (np.float64, np.float64, np.float32)]
+    pivot, norms = np.zeros(8, np.float32), np.zeros(1)
+    added = loops.moments(np.ones((3, 8), np.float32), "float32", pivot, *out, norms)
+    assert added == (flags >= {"avx2", "fma", "f16c"} or os.uname().machine == "aarch64")
 
 
 def test_what_is_left_to_numpy():

@@ -77,7 +77,7 @@ def test_several_layers(recyclers: Recyclers, loaded: tuple[Any, Any], tmp_path:
     for layers in (range(1, 3), (np.int8(2), 1), [1]):
         with Recyclers(*loaded, layers=layers, store=tmp_path / "store") as some:
             assert all(type(layer) is int for layer in some)
-    for layers in ([], [2, np.int64(2)], [1.0, 2.0], [True, 2], np.array([0.5]), "12", 2):
+    for layers in ([], [2, np.int64(2)], [1.0, 2.0], [True, 2], np.array([0.5]), "12", 2.0):
         with pytest.raises(UsageError, match="layers are"):
             Recyclers(*loaded, layers=layers, store=tmp_path / "store")
 

@@ -17,6 +17,7 @@ import torch
 import actcache
 from actcache.errors import ClosedError, CorruptEntryError, MissingEntryError, UsageError
 from actcache.io.buffers import BufferPool
+from actcache.reader.delivery import _write_masks
 from actcache.reader.epoch import MissComputer
 from tests.support import HIDDEN, ids, key, length, put, recipe, rows, run, segment_files
 
@@ -58,6 +59,7 @@ def check(batch):
         mask = np.arange(batch.activations.shape[1]) < length(n)
         np.testing.assert_array_equal(np.asarray(batch.attention_mask)[i], mask)
         assert not np.asarray(batch.activations)[i, length(n) :].any()
+        assert not np.asarray(batch.token_ids)[i, length(n) :].any()
 
 
 def documents(batches):
@@ -89,6 +91,26 @@ def test_views_of_a_batch_keep_its_memory(space):
         del batch, view
     for n, view in kept:
         np.testing.assert_array_equal(np.asarray(view), rows(n))
+
+
+def test_views_of_ids_and_masks_keep_their_memory(space):
+    kept = []
+    for batch in itertools.islice(itertools.cycle(space.reader(KEYS, batch_size=5, device="cpu", depth=0)), 40):
+        n = int(batch.documents[2])
+        kept.append((n, batch.token_ids[2], batch.attention_mask[2].numpy()))
+        del batch
+    for n, token_ids, mask in kept:
+        np.testing.assert_array_equal(np.asarray(token_ids)[: length(n)], ids(n))
+        np.testing.assert_array_equal(mask, np.arange(len(mask)) < length(n))
+
+
+@pytest.mark.parametrize("width", [1, 5, 128, 129, 500])
+def test_attention_masks(width):
+    lengths = np.random.default_rng(width).integers(0, width + 1, 40)
+    lengths[:2] = 0, width
+    out = np.full((40, width), 7)
+    _write_masks(lengths, out)
+    np.testing.assert_array_equal(out, np.arange(width) < lengths[:, None])
 
 
 def test_memory_is_used_again(space):

@@ -16,6 +16,8 @@ from actcache.format.recipe import Recipe
 #: What is no text: controls (but tab and line feed), surrogates, noncharacters.
 _NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
+_NAMELESS = re.compile(r"model|final|best|last|latest|output|out|(checkpoint|ckpt|step|epoch)([-_]?[0-9]+)?|[0-9]+")
+
 _FIRST, _LAST = (datetime(year, 1, 2, tzinfo=UTC).timestamp() for year in (1, 9999))
 
 
@@ -70,8 +72,12 @@ def moment(seconds: float) -> str:
 
 
 def model_name(recipe: Recipe) -> str:
-    """Return the last part of a model's id or folder."""
-    return PurePath(recipe.model).name
+    """Return the last part of a model's id or folder; of a folder whose name says nothing (``model``,
+    ``checkpoint-500``, a snapshot of the hub's cache), also what says more."""
+    path = PurePath(recipe.model)
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.split("--")[-1]
+    return "/".join(path.parts[-2:]) if path.is_absolute() and _NAMELESS.fullmatch(path.name) else path.name
 
 
 def spelled(value: object) -> str:

@@ -18,17 +18,20 @@ from actcache.models.budget import RESERVE, taken
 from actcache.models.documents import chunked, document_keys, streamed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.lower_half import LowerHalf
+from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.pretrained import load_pretrained
-from actcache.models.processing import MediaEncoder, takes_features
+from actcache.models.processing import MediaEncoder, processor_of, takes_features
 from actcache.models.recycler import Recycler
 from actcache.models.sites import depth_of, expanded, several
 from actcache.models.timing import measure, measure_features
+from actcache.models.tokenizing import DocumentEncoder, check_max_length
 from actcache.store.document_entries import find_entries
 from actcache.store.space import Space
 from actcache.store.store import open_store
 
 _SAMPLE = 2000  # documents whose lengths are looked at
 _CHUNK = 2048  # documents that are looked up at a time
+_TOKENIZED = 200_000  # documents whose lengths are compared with what the model takes
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Forecast:
     nbytes: int  # about, that the others take, at all the sites where they are missing
     seconds: float  # about, by computing some of them here; tokenizing and writing are not counted
     fits: int | None = None  # about how many of the others a bound on the bytes has room for; None without one
+    too_long: int = 0  # of the others, those longer than ``max_length``: about, where there are very many
+    first_too_long: int | None = None  # the position of the first of them, from 0, among all that were given
+    max_length: int | None = None  # tokens that a document may have
 
 
 @dataclass
@@ -53,10 +59,23 @@ class _Lookup:
         default_factory=Counter
     )  # documents by the layers below the last site that lacks them
     sample: list[Any] = field(default_factory=list)  # of those that are missing
+    longer: int = 0  # of those that were tokenized
+    first_longer: int | None = None  # its position
+    tokenized: int = 0
 
     @property
     def missing(self) -> int:
         return self.deepest.total()
+
+    def tokenize(self, documents: Sequence[Any], positions: Sequence[int], encoder: DocumentEncoder, most: int) -> None:
+        """Find out which documents have more than so many tokens; of the first ones only, where there are very many."""
+        if self.tokenized >= _TOKENIZED:
+            return
+        self.tokenized += len(documents)
+        for position, windows in zip(positions, encoder.encode(documents, positions), strict=True):
+            if windows[0].length > most:
+                self.longer += 1
+                self.first_longer = position if self.first_longer is None else self.first_longer
 
 
 def forecast(
@@ -82,7 +101,6 @@ def forecast(
     documents = streamed(texts)
     limit = None if max_bytes is None else size_of("max_bytes", max_bytes)
     options: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": too_long, "key_by": key_by}
-    spec = too_long if isinstance(too_long, Windows) else None
     with ExitStack() as stack:
         loaded = load_pretrained(model, [], devices[0], None)
         base = base_model_of(loaded[0])
@@ -99,11 +117,19 @@ def forecast(
                 with suppress(SpaceNotFoundError):
                     spaces[name] = stack.enter_context(Recycler(*loaded, site=name, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        encoder = None
+        spec, encoder, lengths, most = None, None, None, None
         if takes_features(base):
             counted = next(iter(halves.values())).count_rows
             encoder = MediaEncoder(loaded[1], base, counted, key_by=key_by, too_long=too_long)
-        found = _look_up(documents, depths, spaces, spec, document_keys if encoder is None else encoder.keys)
+            keys = encoder.keys
+        else:
+            tokenizer = processor_of(loaded[1], base)
+            most = check_max_length(max_length, tokenizer, family.max_tokens(base.config))
+            given_as = DocumentEncoder(tokenizer, most, too_long, vocabulary=vocabulary_size(base))
+            spec, most, keys = given_as.windows, given_as.max_length, document_keys
+            if spec is None and given_as.passages is None and most is not None:
+                lengths = DocumentEncoder(tokenizer, None, vocabulary=vocabulary_size(base))
+        found = _look_up(documents, depths, spaces, spec, keys, lengths, most)
     if not found.missing:
         return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
     last = max(found.deepest)
@@ -123,7 +149,9 @@ def forecast(
     room = None if limit is None else max(0, limit - RESERVE - used)
     fits = None if room is None else min(found.missing, room * found.missing // nbytes)
     present = found.documents - found.missing
-    return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits)
+    longer = round(found.longer * found.missing / found.tokenized) if found.tokenized else 0
+    cut = (longer, found.first_longer, most)
+    return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits, *cut)
 
 
 def _look_up(
@@ -132,12 +160,19 @@ def _look_up(
     spaces: Mapping[str, Space],
     spec: Windows | None,
     keys_of: Callable[[Sequence[Any], int], list[bytes]],
+    lengths: DocumentEncoder | None = None,
+    most: int | None = None,
 ) -> _Lookup:
     found = _Lookup()
     seen: set[bytes] = set()
     chance = random.Random(0)
     for first, chunk in chunked(texts, _CHUNK):
-        new = {key: text for text, key in zip(chunk, keys_of(chunk, first), strict=True) if key not in seen}
+        numbered = zip(range(first, first + len(chunk)), chunk, keys_of(chunk, first), strict=True)
+        new: dict[bytes, Any] = {}
+        positions: dict[bytes, int] = {}
+        for position, text, key in numbered:
+            if key not in seen and key not in new:
+                new[key], positions[key] = text, position
         seen.update(new)
         missing: dict[bytes, int] = {}  # how deep
         for name, depth in depths.items():
@@ -145,6 +180,8 @@ def _look_up(
             lacking = [key for key, entries in zip(new, there, strict=True) if not entries]
             found.lacking[name] += len(lacking)
             missing.update({key: max(depth, missing.get(key, 0)) for key in lacking})
+        if lengths is not None and most is not None:
+            found.tokenize([new[key] for key in missing], [positions[key] for key in missing], lengths, most)
         for key, depth in missing.items():
             found.deepest[depth] += 1
             if len(found.sample) < _SAMPLE:

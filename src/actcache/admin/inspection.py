@@ -39,7 +39,7 @@ class SpaceReport:
 
     def to_json(self) -> dict[str, Any]:
         recipe = self.recipe
-        return {"fingerprint": recipe.fingerprint, **recipe.to_json(), **as_json(self.usage), "damaged": self.damaged}
+        return {"space": recipe.fingerprint, **recipe.to_json(), **as_json(self.usage), "damaged": self.damaged}
 
 
 @dataclass(frozen=True)

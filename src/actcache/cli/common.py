@@ -59,6 +59,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(as_json(value), indent=1))
 
 
+def by_space(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what is known of spaces, by fingerprint, as JSON has it everywhere: a list, each with its ``space``."""
+    return [{"space": fingerprint, **as_json(one)} for fingerprint, one in found.items()]
+
+
 def say_failures(failures: Mapping[str, str], what: str) -> None:
     """Print a line for each space, by fingerprint, of which something cannot be told or done, and why."""
     for fingerprint, why in failures.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache.admin.display import binary, counted, fields_as_json, span
+from actcache.admin.display import binary, counted, entries, fields_as_json, span
 from actcache.admin.inspection import open_space
 from actcache.cli import corpus, options
-from actcache.cli.common import quieten_transformers, say
-from actcache.errors import DocumentError, OutOfSpaceError, UsageError, requires_extra
+from actcache.cli.common import print_json, quieten_transformers, say
+from actcache.errors import OutOfSpaceError, UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
-from actcache.format.keys import Windows, document_key
+from actcache.format.keys import ModelWindows, Windows, document_key, windows
 from actcache.format.media import Audio, By, Image
 from actcache.segments.places import marker
 from actcache.store.document_entries import check_found, find_entries
@@ -180,6 +179,19 @@ def fill(
             help="Fill this share of the corpus alone: 0/8 to 7/8, a process each, on as many machines as there are."
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Fill by the workers of this Ray cluster: auto (RAY_ADDRESS, one that runs here, or a new one), local "
+            "(a new one here), host:6379, ray://host:10001.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: how many; default: one a GPU, or one a node where there is none."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is there, how many bytes and how long it takes; store nothing.")
     ] = False,
@@ -197,6 +209,9 @@ def fill(
     $SLURM_PROCID/$SLURM_NTASKS: no document is computed twice. One more fill without it finds all there, and writes the
     --collection.
 
+    With --ray an actor on each GPU of a cluster computes, and writes to the store, which all nodes must see; what each
+    has stored is told in the end. A worker that dies is replaced. It needs actcache[ray].
+
     A folder of images or audio is filled with a model of such: labels are the names of its sub-folders, ids (of a
     --collection) the files' paths.
 
@@ -204,12 +219,15 @@ def fill(
     """
     with requires_extra("models", "fill needs torch and transformers"):
         from actcache.admin.forecast import forecast
-        from actcache.models import parallel
+        from actcache.models import cluster, parallel
+        from actcache.models.error_budget import peeked
+        from actcache.models.filling import CHUNK
         from actcache.models.partition import Partition
         from actcache.models.recyclers import Recyclers
+        from actcache.models.remote import Blueprint, folder_or_id
 
         quieten_transformers()
-    windows = _windows(too_long, max_length, stride)
+    cut = _windows(too_long, max_length, stride)
     if Path(store).is_file() and (Path(source) / marker.NAME).is_file():
         raise UsageError(f"the store comes first: cachectl fill {source} {store}")
     if collection is not None:
@@ -221,10 +239,11 @@ def fill(
     share = None if partition is None else Partition.parse(partition)
     if share is not None:
         _check_partition(collection, len(places), dry_run)
+    _check_ray(ray, workers, {"--partition": partition, "--max-bytes": max_bytes, "--devices": places[1:]})
     where: dict[str, Any] = {"layers": _layers(layer or []), "sites": site or []}
     if not (layer or site):
         raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
-    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": windows or too_long.value}
+    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": cut or too_long.value}
     with corpus.find_media(source, format) as media:
         given: _Given
         if media is None:
@@ -234,33 +253,45 @@ def fill(
         else:
             if field is not None or id_field is not None:
                 raise UsageError(f"{media.kind} have no fields: leave --field and --id-field out")
-            if len(places) > 1:
-                raise UsageError(f"several --devices are for texts: {media.kind} are computed by one")
+            if len(places) > 1 or ray is not None:
+                raise UsageError(f"several --devices, and --ray, are for texts: {media.kind} are computed by one")
             media.check()
             by: By = "bytes" if key_by is KeyBy.bytes else "content"
             given = _of_media(media, by)
             settings["key_by"] = by
         notes = None if collection is None else _Notes()
+        documents: Iterable[Any]
         streamed = (one.content for one in (given.items if notes is None else notes.passing(given.items)))
         documents = _Streamed(streamed) if given.count is None else _Counted(streamed, given.count)
         if dry_run:
             found = forecast(store, documents, model, **where, devices=places or [None], max_bytes=limit, **settings)
-            _show_forecast(found, as_json)
+            _show_forecast(store, found, too_long, as_json)
             return
         working: dict[str, Any] = {"token_budget": token_budget, "progress": not quiet, "max_bytes": limit}
         working |= {"max_error": max_error, "metric": metric}
-        if len(places) > 1:
+        if ray is not None:
+            blueprint = Blueprint(Recyclers.from_pretrained, folder_or_id(model), store, {**where, **settings})
+            del working["max_bytes"]
+            device = places[0] if places else None
+            report = cluster.fill(
+                documents, blueprint, address=None if ray == "auto" else ray, workers=workers, device=device, **working
+            )
+        elif len(places) > 1:
             report = parallel.fill(documents, model, devices=places, store=store, **where, **working, **settings)
         else:
             device = places[0] if places else None
+            if media is None and share is None:  # what cannot be stored is found out before a store or space is made
+                settings["_first"], documents = peeked(documents, CHUNK)
             with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
                 report = recyclers.fill(documents, **working, partition=share)
         labels = {} if media is None else media.labels()
     written = None if report.left_out else collection
     if written is not None and notes is not None:
         with open_store(store) as standing, open_space(standing, next(iter(report.spaces.values()))) as space:
-            notes.put(standing, space, written, windows)
-    _tell(report, written, labels, as_json)
+            most = space.recipe.max_length
+            cut = cut.of(most) if isinstance(cut, ModelWindows) and most is not None else cut
+            notes.put(standing, space, written, cut if isinstance(cut, Windows) else None)
+    _tell(store, report, written, labels, as_json)
     if report.left_out:
         unwritten = "" if collection is None else f" The collection {collection!r} was not written."
         raise OutOfSpaceError(
@@ -279,6 +310,16 @@ def _check_partition(collection: str | None, devices: int, dry_run: bool) -> Non
         raise UsageError("--partition is for a process with one device: start a process for each of the --devices")
     if dry_run:
         raise UsageError("--dry-run looks at the whole corpus: leave --partition out")
+
+
+def _check_ray(ray: str | None, workers: int | None, others: dict[str, Any]) -> None:
+    if ray is None:
+        if workers is not None:
+            raise UsageError("--workers are those of a Ray cluster: say which by --ray (auto, local, an address)")
+        return
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise UsageError(f"--ray deals documents out to its own workers: leave {given[0]} out")
 
 
 def _of_texts(source: str, field: str | None, id_field: str | None, format: str | None) -> _Given:
@@ -309,21 +350,23 @@ def _layers(given: list[str]) -> list[int | str] | str:
     return found
 
 
-def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows | None:
+def _windows(too_long: TooLong, max_length: int | None, stride: int) -> Windows | ModelWindows | None:
     if too_long is not TooLong.windows:
         if stride:
             raise UsageError("--stride is for --too-long windows")
         return None
-    if max_length is None:
-        raise DocumentError("--too-long windows needs --max-length, the tokens of a window")
-    return Windows(max_length, stride)
+    return windows(max_length, stride)
 
 
-def _tell(report: Any, collection: str | None, labels: dict[str, int], as_json: bool) -> None:
+def _tell(store: str, report: Any, collection: str | None, labels: dict[str, int], as_json: bool) -> None:
     spaces = list(report.spaces.values())
     if as_json:
         more = {"labels": labels} if labels else {}
-        print(json.dumps({"space": spaces[0], **fields_as_json(report), "collection": collection, **more}))
+        filled = [
+            {"space": one, "layer": None, "site": None, "layer" if isinstance(where, int) else "site": where}
+            for where, one in report.spaces.items()
+        ]
+        print_json({"store": store, **fields_as_json(report), "spaces": filled, "collection": collection, **more})
         return
     rate = report.tokens / report.seconds if report.seconds else 0.0
     say(
@@ -331,17 +374,29 @@ def _tell(report: Any, collection: str | None, labels: dict[str, int], as_json: 
         f"{rate:,.0f} tokens/s), {report.present:,} were there; "
         f"{'space' if len(spaces) == 1 else 'spaces'} {', '.join(spaces)}"
     )
+    for one in report.contributions:
+        say(
+            f"  {one.partition} on {one.worker}: {entries(one.entries)}, {one.tokens:,} tokens, "
+            f"{binary(one.nbytes)} in {counted(one.segments, 'segment')}, {span(one.seconds)}"
+        )
     if labels:
         shown = ", ".join(f"{label} {number:,}" for label, number in list(labels.items())[:_LABELS])
         say(f"{counted(len(labels), 'label')}: {shown}{', ...' if len(labels) > _LABELS else ''}")
 
 
-def _show_forecast(found: Any, as_json: bool) -> None:
+def _show_forecast(store: str, found: Any, too_long: TooLong, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(fields_as_json(found)))
+        print_json({"store": store, **fields_as_json(found)})
         return
     missing = found.documents - found.present
     say(f"{found.documents:,} documents: {found.present:,} are there, {missing:,} to compute")
     say(f"about {found.tokens:,} tokens, {binary(found.nbytes)}, {span(found.seconds)} of computing")
+    if found.too_long:
+        many = f"{counted(found.too_long, 'document')} longer than the {found.max_length} tokens that one may have"
+        where = f"the first is document {found.first_too_long}"
+        if too_long is TooLong.refuse:
+            say(f"{many} ({where}): a fill stops there. --too-long truncate cuts them, --too-long windows keeps all")
+        else:
+            say(f"{many} ({where}) will be cut")
     if found.fits is not None:
         say("all of it fits" if found.fits == missing else f"about {found.fits:,} of the {missing:,} fit")

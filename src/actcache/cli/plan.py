@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from actcache.admin import planning
+from actcache.admin import fleet, planning
 from actcache.admin.display import binary, fields_as_json, span
+from actcache.admin.fleet import FleetEstimate, Nodes, ObjectStore
 from actcache.admin.planning import CorpusSize, Disk, Estimate, ModelCosts, Prices
 from actcache.cli import corpus, options
 from actcache.cli.common import console, print_json, say, table
@@ -49,6 +50,17 @@ def plan(
     write: Annotated[str | None, typer.Option(help="Bytes a second that it writes.")] = None,
     device_hour: Annotated[float | None, typer.Option(min=0, help="Price of an hour of a device.")] = None,
     gib_month: Annotated[float | None, typer.Option(min=0, help="Price of a month of a GiB of storage.")] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Machines with --devices each, which fill and read an object store: requests, index, prices."
+        ),
+    ] = None,
+    network: Annotated[str, typer.Option(help="With --nodes: bytes a second of a machine's network.")] = "12.5GB",
+    cores: Annotated[int, typer.Option(min=1, help="With --nodes: cores of a machine.")] = 64,
+    request_ms: Annotated[
+        float, typer.Option(min=0.01, help="With --nodes: milliseconds until the store answers a request.")
+    ] = 30.0,
     paper: Annotated[bool, typer.Option("--paper", help="Show the paper's Table 7 beside ours.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -56,7 +68,8 @@ def plan(
 
     Measures the model's layers and the disk on this machine, or takes the numbers that are given. At a --site, and at
     layers from which nothing starts (0, the last), a pass is one that reads the rows, or computes them. With both
-    prices it also says how often a pass has to be made for the storage to pay. Says so where caching loses.
+    prices it also says how often a pass has to be made for the storage to pay. Says so where caching loses. With
+    --nodes, what that many machines take of an object store (docs/scale.md).
 
     Example: cachectl plan corpus.txt --model bert-base-uncased --layer 6 --folder ./activations
     """
@@ -80,14 +93,31 @@ def plan(
             )
         load, errors = CorpusSize(documents, documents * tokens), {}
         costs = ModelCosts(full_ms / 1e3 / tokens, upper_ms / 1e3 / tokens, hidden)
+    known = errors.get(dtype)
+    bits = None if known is None else known.bits
+    if nodes is not None:
+        if read is not None or write is not None:
+            raise UsageError("--nodes plans for an object store, which --network reaches; give no --read and --write")
+        machines = Nodes(
+            nodes, devices, float(nbytes_of("--network", network)), request_seconds=request_ms / 1e3, cores=cores
+        )
+        store = ObjectStore() if gib_month is None else ObjectStore(gib_month=gib_month)
+        _show_fleet(
+            load,
+            costs,
+            machines,
+            store,
+            fleet.estimate(load, costs, dtype, machines, store, bits=bits),
+            prices,
+            as_json,
+        )
+        return
     if read is not None and write is not None:
         disk = Disk(float(nbytes_of("--read", read)), float(nbytes_of("--write", write)))
     elif read is None and write is None:
         disk = planning.measure_disk(folder)
     else:
         raise UsageError("--read and --write go together")
-    known = errors.get(dtype)
-    bits = None if known is None else known.bits
     found = planning.estimate(load, costs, dtype, disk, bits=bits, devices=devices, prices=prices)
     codecs = planning.by_codec(load, costs, disk, dict(errors), devices=devices, prices=prices)
     if as_json:
@@ -143,6 +173,39 @@ def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> N
     say(f"disk: reads {binary(disk.read)}/s, writes {binary(disk.write)}/s")
     say(f"needs {binary(found.nbytes)}; filled in {span(found.fill)}")
     say(f"one pass: {span(found.recompute)} computed, {span(found.replay)} from the cache")
+    say(found.verdict)
+
+
+def _show_fleet(
+    load: CorpusSize,
+    costs: ModelCosts,
+    nodes: Nodes,
+    store: ObjectStore,
+    found: FleetEstimate,
+    prices: Prices | None,
+    as_json: bool,
+) -> None:
+    if as_json:
+        print_json(
+            {"corpus": load, "model": costs, "nodes": nodes, "object_store": store, **fields_as_json(found, "verdict")}
+        )
+        return
+    say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
+    say(f"{nodes.count} machines of {nodes.devices} devices, which read {binary(nodes.network)}/s each")
+    say(f"needs {binary(found.nbytes)} in {found.segments:,} segments; ${found.storage_month:,.0f} a month")
+    say(f"index: {binary(found.index_bytes)}, which each process fetches and maps: {span(found.open_seconds)} to begin")
+    hours = f"{found.device_hours:,.0f} hours of a device"
+    hours += "" if prices is None else f" (${found.device_hours * prices.device_hour:,.0f})"
+    say(
+        f"fill: {span(found.fill)}, {hours}, bound by {found.fill_bound}; {found.fill_puts:,} requests, "
+        f"{found.fill_puts_per_second:,.1f} a second, ${found.fill_requests:,.2f}; "
+        f"{binary(found.fill_index_bytes)} of index written"
+    )
+    say(
+        f"a pass: {span(found.replay)}, bound by {found.replay_bound}; {found.replay_gets:,} requests, "
+        f"{found.replay_gets_per_second:,.0f} a second, ${found.replay_requests:,.2f}"
+    )
+    say(f"compaction: {binary(found.compaction_bytes)} read and written, {span(found.compaction)} at least")
     say(found.verdict)
 
 

@@ -119,7 +119,7 @@ def prune(
         with open_standing(store) as opened, Meter("prune", "spaces", show=not quiet) as meter:
             done = retention.prune(opened, plan, progress=meter)
     if as_json:
-        print_json({"store": store, "plan": _json(plan), "done": done})
+        print_json({"store": store, "plan": _json(plan), "done": _done(done)})
     elif done is not None:
         _tell(done)
     rest = plan.nbytes - plan.freed if done is None else done.nbytes
@@ -209,5 +209,17 @@ def _json(plan: PruningPlan) -> dict[str, Any]:
     removals = []
     for one in plan.removals:
         deleted = None if one.keys is None else len(one.keys)
-        removals.append({**attributes_as_json(one, "fingerprint", "nbytes", "why"), "entries": deleted})
-    return {"removals": removals, **attributes_as_json(plan, "kept", "temporary", "nbytes", "freed", "max_bytes")}
+        removals.append(
+            {"space": one.fingerprint, **attributes_as_json(one, "nbytes", "why"), "entries": deleted, "removed": True}
+        )
+    kept = [{"space": fingerprint, "why": why, "removed": False} for fingerprint, why in plan.kept.items()]
+    return {"spaces": [*removals, *kept], **attributes_as_json(plan, "temporary", "nbytes", "freed", "max_bytes")}
+
+
+def _done(done: Pruning | None) -> dict[str, Any] | None:
+    if done is None:
+        return None
+    gone = [{"space": fingerprint, "removed": True} for fingerprint in done.spaces]
+    some = [{"space": fingerprint, "removed": True, "entries": count} for fingerprint, count in done.entries.items()]
+    left = [{"space": fingerprint, "removed": False, "why": why} for fingerprint, why in done.skipped.items()]
+    return {"spaces": [*gone, *some, *left], **attributes_as_json(done, "swept", "nbytes")}

@@ -10,7 +10,7 @@ import typer
 from actcache.admin import inspection
 from actcache.admin.display import attributes_as_json, counted, entries
 from actcache.cli import corpus, options
-from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
+from actcache.cli.common import SHORT, ExitCode, by_space, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
 from actcache.store.store import open_standing
@@ -62,7 +62,7 @@ def repair(
                 opened, models, space or (), texts=documents, stride=stride or 0, progress=meter
             )
     if as_json:
-        spaces = {name: _described(one, computed) for name, one in done.spaces.items()}
+        spaces = by_space({name: _described(one, computed) for name, one in done.spaces.items()})
         print_json({"store": store, "spaces": spaces, "unreadable": done.unreadable})
     else:
         for name, one in done.spaces.items():

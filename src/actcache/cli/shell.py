@@ -160,7 +160,7 @@ SHELL_WORDS = {
     "free some space and flush again": "free some space and run it again",
     "space.delete(error.keys) makes": "cachectl repair makes",
     "see store.fingerprints()": "cachectl ls lists them",
-    'too_long="truncate" or too_long=actcache.windows(max_length, stride)': "--too-long truncate or --too-long windows",
+    'too_long="truncate" or too_long="windows"': "--too-long truncate or --too-long windows",
 }
 
 

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,6 +53,20 @@ class Clock:
         return timer.cancel
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a writer has done since it was made. Entries are published in the order in which they were added."""
+
+    added: int = 0  # entries, replaced ones included
+    published: int = 0  # of these: durable, and visible to others
+    tokens: int = 0  # of the published entries
+    nbytes: int = 0  # of the published entries' stored rows, and of what stands beside them; before compression
+    segments: int = 0  # or transactions, that were published
+
+    def since(self, before: Written) -> Written:
+        return Written(*(getattr(self, one.name) - getattr(before, one.name) for one in fields(self)))
+
+
 class _Part(NamedTuple):
     """Entries of a block that is being filled."""
 
@@ -76,6 +91,11 @@ class Builder:
 
     def __len__(self) -> int:
         return len(self._begins)
+
+    @property
+    def added(self) -> int:
+        """How many entries were added, those among them that were replaced since."""
+        return sum(len(part.keys) for part in self._parts)
 
     @property
     def free(self) -> int:
@@ -170,11 +190,18 @@ class Writer:
         self._publishing: Future[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
+        self._added = 0
+        self._published = Written()  # changed by who publishes alone
 
     def __len__(self) -> int:
         """Return how many entries are not published yet."""
         with self._lock:
             return sum(map(len, self._builders()))
+
+    @property
+    def written(self) -> Written:
+        """What was added and published so far."""
+        return replace(self._published, added=self._added)
 
     def _builders(self) -> list[Builder]:
         return [builder for builder in (self._filling, self._leaving) if builder is not None]
@@ -227,6 +254,7 @@ class Writer:
         assert self._filling is not None
         try:
             self._filling.add(keys, lengths, fill)
+            self._added += len(keys)
         finally:
             self._drop_empty()
         if self._call_off is None:
@@ -344,7 +372,11 @@ class Writer:
             self._leaving = None
 
     def _publish(self, builder: Any) -> None:
-        self._append(builder.block(self._seed))
+        block = builder.block(self._seed)
+        self._append(block)
+        done, nbytes = self._published, sum(array.nbytes for array in block.columns.values())
+        tokens = done.tokens + int(block.offsets[-1])
+        self._published = Written(0, done.published + builder.added, tokens, done.nbytes + nbytes, done.segments + 1)
 
     def _finish_publishing(self) -> None:
         """Wait until nothing is being published; try again what failed before."""

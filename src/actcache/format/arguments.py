@@ -15,6 +15,9 @@ from actcache.errors import ShapeError, UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_QUALIFIED = re.compile(r"(?:torch|np|numpy)\.(\w+)")
+_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_DTYPES |= {"float8_e4m3fn": "float8_e4m3", "fp8": "float8_e4m3"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
 
 
@@ -24,11 +27,15 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def dtype_name(value: Any) -> Any:
-    """Return the name of a dtype of NumPy or torch as recipes have it (``float16``); other values as they are."""
+    """Return the name of a dtype of NumPy or torch, or what people write for one (``torch.float16``, ``fp16``), as
+    recipes have it (``float16``); other values as they are."""
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return np.dtype(value).name
-    text = str(value)
-    return text.removeprefix("torch.") if text.startswith("torch.") and type(value).__name__ == "dtype" else value
+    if not isinstance(value, str) and type(value).__name__ != "dtype":
+        return value
+    found = _QUALIFIED.fullmatch(str(value))
+    name = found[1] if found else value
+    return _DTYPES.get(name, name) if isinstance(name, str) else value
 
 
 def whole(name: str, value: Any, least: int) -> int:

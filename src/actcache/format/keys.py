@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -283,6 +283,33 @@ class Windows:
         return _digest("window", [document, spec])
 
 
-def windows(max_length: int, stride: int = 0) -> Windows:
-    """Return the spec by which documents longer than ``max_length`` tokens are cut into overlapping entries."""
-    return Windows(max_length, stride)
+@dataclass(frozen=True)
+class ModelWindows:
+    """``Windows`` as long as a model allows, which only the model says: ``of`` makes them.
+
+    Args:
+        stride: content tokens that a window shares with the one before it.
+
+    Raises:
+        DocumentError: this is no whole number, or less than 0.
+    """
+
+    stride: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.stride) or self.stride < 0:
+            raise DocumentError(f"stride of windows is a whole number of tokens, not {self.stride!r:.80}")
+
+    def of(self, max_length: int) -> Windows:
+        """Return the windows of that many tokens."""
+        return Windows(max_length, self.stride)
+
+
+@overload
+def windows(max_length: int, stride: int = 0) -> Windows: ...
+@overload
+def windows(max_length: None = None, stride: int = 0) -> ModelWindows: ...
+def windows(max_length: int | None = None, stride: int = 0) -> Windows | ModelWindows:
+    """Return the spec by which documents longer than ``max_length`` tokens are cut into overlapping entries; without
+    that number, than what the model takes."""
+    return ModelWindows(stride) if max_length is None else Windows(max_length, stride)

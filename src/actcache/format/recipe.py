@@ -21,7 +21,7 @@ from actcache.format.arguments import dtype_name, is_truth, is_whole
 from actcache.io.notebook import table
 
 #: What a document longer than ``max_length`` becomes.
-TOO_LONG = ("refuse", "truncate", "windows")
+TOO_LONG = ("refuse", "truncate", "windows", "passages")
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _LARGEST = (1 << 31) - 1  # so that no size that a store names overflows
@@ -57,7 +57,7 @@ class Recipe:
         tokenizer: digest of the tokenizer's canonical form.
         special_tokens: whether the tokenizer adds its special tokens.
         max_length: tokens that a document may have, special tokens included; None for no limit.
-        too_long: what a longer document becomes: ``refuse``, ``truncate`` or ``windows``.
+        too_long: what a longer document becomes: ``refuse``, ``truncate``, ``windows`` or ``passages``.
         via: the dtypes that rows were rounded to before they came to be stored as ``dtype``; none for rows that are
             stored as they were computed. ``stored_again`` makes such recipes. Rows that are put are rounded likewise.
         provenance: model id, revision, library versions, device, ...: recorded, not part of the identity.
@@ -190,6 +190,8 @@ class Recipe:
     @property
     def format_version(self) -> int:
         """The version of the format that tells of such entries: 1 where releases of before codecs read them."""
+        if self.too_long == "passages":
+            return 4
         return 1 if {self.dtype, *self.via} <= {"float16", "float32", "bfloat16"} else 2
 
     def stored_again(self, dtype: str) -> Recipe:

@@ -20,6 +20,30 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+
+/* What a processor may have beyond the least of x86-64. It is asked itself: __builtin_cpu_supports answers "no" to
+ * everything in a shared library of some compilers (zig 0.17). */
+enum { F16C = 1, AVX2 = 2, FMA = 4, ASKED = 8 };
+
+static int processor_has(int wanted) { /* all of these, with an operating system that saves the registers */
+    static _Atomic int known;
+    int found = atomic_load_explicit(&known, memory_order_relaxed);
+    if (!found) {
+        unsigned a, b, c, d, low, high;
+        const unsigned saved = 1u << 28 | 1u << 27; /* AVX, OSXSAVE */
+        found = ASKED;
+        if (__get_cpuid(1, &a, &b, &c, &d) && (c & saved) == saved) {
+            __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+            if ((low & 6) == 6) {
+                if (c & 1u << 29) found |= F16C;
+                if (c & 1u << 12) found |= FMA;
+                if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && b & 1u << 5) found |= AVX2;
+            }
+        }
+        atomic_store_explicit(&known, found, memory_order_relaxed);
+    }
+    return (found & wanted) == wanted;
+}
 #endif
 
 #define PUBLIC __attribute__((visibility("default")))
@@ -631,7 +655,6 @@ static float number_at(const uint8_t *row, int64_t c, int32_t form) {
 
 #if defined(__x86_64__)
 #define EIGHT __attribute__((target("avx2,f16c"), always_inline)) static inline
-static int has_eight(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
 EIGHT __m256 eight_at(const uint8_t *row, int64_t c, int32_t form) {
     if (form == FLOAT32) return _mm256_loadu_ps((const float *)(const void *)(row + 4 * c));
@@ -692,7 +715,7 @@ static void pool_some(const uint8_t *rows, int64_t count, int64_t width, int32_t
                       double *sums, float *out) {
     int64_t c = 0, row_bytes = width * (form == FLOAT32 ? 4 : 2);
 #if defined(__x86_64__)
-    if (has_eight()) c = poolings[way == LARGEST][form](rows, count, width, first, sums, out);
+    if (processor_has(AVX2 | F16C)) c = poolings[way == LARGEST][form](rows, count, width, first, sums, out);
 #endif
     for (; c < width; c++) {
         float so_far = first ? number_at(rows, c, form) : way == MEAN ? 0 : out[c];
@@ -1032,14 +1055,6 @@ PUBLIC void act_permute(int64_t *out, int64_t count, uint64_t seed) {
 /* Round float32 to float16, ties to even; return 1, 0 where infinity or NaN came of it, -1 where the processor has no
  * instruction for it. */
 #if defined(__x86_64__)
-static int has_f16c(void) {
-    unsigned a, b, c, d, low, high;
-    const unsigned wanted = 1u << 29 | 1u << 28 | 1u << 27; /* F16C, AVX, and an operating system that saves registers */
-    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & wanted) != wanted) return 0;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & 6) == 6;
-}
-
 __attribute__((target("avx,f16c"))) static int halves(const float *rows, uint16_t *out, int64_t count) {
     const __m128i exponent = _mm_set1_epi16(0x7C00);
     __m128i odd = _mm_setzero_si128();
@@ -1058,7 +1073,7 @@ __attribute__((target("avx,f16c"))) static int halves(const float *rows, uint16_
 }
 
 PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
-    return has_f16c() ? halves(rows, out, count) : -1;
+    return processor_has(F16C) ? halves(rows, out, count) : -1;
 }
 #elif defined(__aarch64__)
 PUBLIC int32_t act_halves(const float *rows, uint16_t *out, int64_t count) {
@@ -1337,17 +1352,6 @@ static float largest_of(const float *numbers, int64_t first, int64_t last, float
 #define VECTORS __attribute__((target("avx2,f16c")))
 #define INLINE VECTORS static inline __attribute__((always_inline))
 
-static int has_vectors(void) { /* 2: AVX2 and F16C */
-    static _Atomic int known;
-    int found = atomic_load(&known);
-    if (found == 0) {
-        unsigned a, b, c, d;
-        found = has_f16c() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & 1u << 5) ? 2 : 1;
-        atomic_store(&known, found);
-    }
-    return found == 2;
-}
-
 INLINE __m128i sixteen_bits_of(__m256i wide) { /* of each of 8 numbers the lower 16, where the others are zeros */
     __m256i packed = _mm256_packus_epi32(wide, wide);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
@@ -1508,7 +1512,7 @@ static void widen_part(void *context, int64_t part) {
 #if defined(__x86_64__)
         float most = scale * (this->code == INT8 ? (float)(range_of(shape) + ratio_of(shape)) : LARGEST_E4M3);
         int in_range = this->form == FLOAT16 ? most < 65504.0f : !is_odd(most); /* else it is looked at one by one */
-        if (in_range && has_vectors()) {
+        if (in_range && processor_has(AVX2 | F16C)) {
             int32_t kind = shape == LINEAR ? this->code : PIECEWISE;
             done = widenings[kind][this->form](stored, scale, shape, out, this->hidden, &odd);
         }
@@ -1530,7 +1534,7 @@ static void narrow_part(void *context, int64_t part) {
         int odd = 0;
         int64_t done = 0;
 #if defined(__x86_64__)
-        if (has_vectors()) done = largest_vectors(numbers, this->hidden, &largest, &odd);
+        if (processor_has(AVX2 | F16C)) done = largest_vectors(numbers, this->hidden, &largest, &odd);
 #endif
         largest = largest_of(numbers, done, this->hidden, largest, &odd);
         uint8_t shape = LINEAR;
@@ -1549,7 +1553,7 @@ static void narrow_part(void *context, int64_t part) {
         }
         done = 0;
 #if defined(__x86_64__)
-        if (has_vectors()) done = narrow_vectors(this->code, numbers, scale, shape, out, this->hidden);
+        if (processor_has(AVX2 | F16C)) done = narrow_vectors(this->code, numbers, scale, shape, out, this->hidden);
 #endif
         narrow_some(this->code, numbers, scale, shape, out, done, this->hidden);
         scale = float_of(bits_of(scale) | shape);
@@ -1632,7 +1636,11 @@ static const float *from_bfloat16(const uint8_t *rows, int64_t width, float *out
 }
 
 #if defined(__x86_64__)
+#if defined(__clang__) /* it vectorizes loops without being told, and knows no ``optimize`` */
+#define FAST __attribute__((target("avx2,fma,f16c")))
+#else
 #define FAST __attribute__((target("avx2,fma,f16c"), optimize("O3")))
+#endif
 #define IN_LINE FAST static inline
 IN_LINE const float *from_float16(const uint8_t *rows, int64_t width, float *out) {
     int64_t c = 0;
@@ -1645,7 +1653,7 @@ IN_LINE const float *from_float16(const uint8_t *rows, int64_t width, float *out
     }
     return out;
 }
-static int is_fast(void) { return has_f16c() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int is_fast(void) { return processor_has(AVX2 | FMA | F16C); }
 #elif defined(__aarch64__)
 #define FAST
 static const float *from_float16(const uint8_t *rows, int64_t width, float *out) {

@@ -25,7 +25,8 @@ class ComputeOnMiss:
     """What ``actcache.reader.epoch.MissComputer`` asks of a recycler, for some documents and the key of each.
 
     Attributes:
-        keys: of all entries, in the order of the texts. Missing documents are tokenized to count their windows.
+        keys: of all entries, in the order of the texts. Missing documents are tokenized to count their windows; where
+            documents are cut into passages, ``keys`` and ``owners`` say it.
         documents: ``[entries]``, position of the text that each entry comes from.
 
     Raises:
@@ -33,7 +34,13 @@ class ComputeOnMiss:
     """
 
     def __init__(
-        self, space: Space, filler: Filler, encoder: Encoder, texts: Sequence[Document], keys: list[bytes]
+        self,
+        space: Space,
+        filler: Filler,
+        encoder: Encoder,
+        texts: Sequence[Document],
+        keys: list[bytes],
+        owners: NDArray[np.int64] | None = None,
     ) -> None:
         self._space, self._filler, self._encoder, self._texts = space, filler, encoder, texts
         self._lengths: dict[int, list[int]] = {}  # of the windows of missing documents, tokenized to count them
@@ -45,8 +52,10 @@ class ComputeOnMiss:
             for i in missing:
                 found[i] = entry_keys(keys[i], len(self._lengths[i]), encoder.windows)
         counts = np.array([len(entries) for entries in found], np.int64)
+        if owners is not None:
+            counts = np.bincount(owners, minlength=len(texts))
         self.keys = list(itertools.chain.from_iterable(found))
-        self.documents: NDArray[np.int64] = np.repeat(np.arange(len(keys)), counts)
+        self.documents: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
         self._numbers = np.arange(len(self.keys)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its document
 
     def _tokenized(self, documents: list[int]) -> dict[int, list[int]]:
@@ -69,12 +78,13 @@ class ComputeOnMiss:
         self._filler.supply([self._texts[i] for i in documents], documents, TOKEN_BUDGET)
 
     def reader(self, labels: Any, **options: Any) -> Reader:
-        """Return a reader of all entries; see ``Recycler.reader``."""
+        """Return a reader of all entries; see ``Recycler.reader``. Labels of passages are one a passage."""
+        of_passages = labels is None or self._encoder.passages is not None
         return self._space.reader(
             self.keys,
-            labels=None if labels is None else of_entries(labels, self.documents, len(self._texts)),
+            labels=labels if of_passages else of_entries(labels, self.documents, len(self._texts)),
             documents=self.documents,
             on_missing="compute",
-            miss_computer=MissComputer(self.lengths, self.supply, self._space.flush),
+            miss_computer=MissComputer(self.lengths, self.supply, self._space.flush, self._space.refresh),
             **options,
         )

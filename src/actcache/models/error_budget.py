@@ -198,9 +198,11 @@ class _Above:
         }
 
 
-def check_metric(metric: str) -> None:
+def check_metric(metric: str, *, of_task: bool = False) -> None:
+    """Refuse what is no metric, with a ``UsageError``; ``logits`` only where there is a task model that makes them."""
+    known = METRICS if of_task else METRICS[:2]
     if metric not in METRICS:
-        raise UsageError(f"metric is {', '.join(METRICS)}, not {metric!r:.40}")
+        raise UsageError(f"metric is {' or '.join(map(repr, known))}, not {metric!r:.40}")
 
 
 def check_budget(found: StoredErrors, max_error: float, metric: str) -> None:
@@ -217,7 +219,7 @@ def check_budget(found: StoredErrors, max_error: float, metric: str) -> None:
 
 def choose(meters: Mapping[int | str, ErrorMeter], dtypes: Sequence[str], *, max_error: float, metric: str) -> Choice:
     """Return the cheapest of some codecs and layers within a budget; see ``Recycler.choose``."""
-    check_metric(metric)
+    check_metric(metric, of_task=True)
     tried: dict[tuple[int | str, str], StoredErrors | None] = {}
     for layer, meter in meters.items():
         for dtype in dtypes:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import length_hint
 from typing import Any
 
@@ -24,11 +24,15 @@ from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.documents import DocumentsWithColumns, check_texts, chunked, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
 from actcache.models.partition import Part, Partition
+from actcache.models.passages import PassageParts, flattened
 from actcache.models.processing import Made
 from actcache.models.progress import FillProgress
 from actcache.models.sites import Site
 from actcache.models.tokenizing import DocumentEncoder
+from actcache.store.contributions import Contribution
+from actcache.store.contributor import Contributor
 from actcache.store.document_entries import entry_keys, find_entries
+from actcache.store.space import Space
 from actcache.store.store import Store
 
 CHUNK = DocumentEncoder.chunk  # documents that are looked up, tokenized and sorted by length at a time
@@ -49,6 +53,13 @@ class FillReport(Shown):
     seconds: float
     left_out: int = 0  # of the documents, those that a bound on the bytes had no room for
     spaces: dict[int | str, str] = field(default_factory=dict)  # fingerprints by layer, or site
+    passages: int = 0  # of the documents, where they are cut into passages; one that stands twice counts twice
+    new_passages: int = 0  # computed, and stored, by this fill
+    reused_tokens: int = 0  # of passages that were stored before, or stand twice
+    nbytes: int = 0  # of the rows that were stored, and of what stands beside them; before compression
+    segments: int = 0  # that were published; those that were merged since count, too
+    partition: str | None = None  # "3/8"; None for all documents, and for a sum
+    contributions: tuple[Contribution, ...] = ()  # of a fill by Ray's workers: what each has stored
 
     def __add__(self, other: FillReport) -> FillReport:
         """Return what two fills did that ran beside each other, each of a partition of its own.
@@ -60,10 +71,11 @@ class FillReport(Shown):
         """
         if self.spaces != other.spaces:
             raise UsageError("reports of fills of other spaces do not add up: the sum would be of no space")
-        counts = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ("documents", "present", "computed", "tokens", "left_out")
-        }
+        counted = (
+            *("documents", "present", "computed", "tokens", "left_out", "passages", "new_passages", "reused_tokens"),
+            *("nbytes", "segments", "contributions"),
+        )
+        counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
         return FillReport(**counts, seconds=max(self.seconds, other.seconds), spaces=self.spaces)
 
 
@@ -143,11 +155,20 @@ class Filler:
     _now = staticmethod(time.monotonic)  # a test has another clock
 
     def __init__(self, store: Store, agreements: Sequence[Agreement]) -> None:
-        self._store, self._agreements = store, agreements
+        self._store, self.agreements = store, list(agreements)
         self._spaces = {one.lower.site: one.space for one in agreements}
         self._lowers = {one.lower.site: one.lower for one in agreements}
         self._encoder = agreements[0].encoder
         self._marks: object = None  # of the lower half when it was checked
+
+    @property
+    def spaces(self) -> list[Space]:
+        return list(self._spaces.values())
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The names of the spaces that are filled."""
+        return tuple(space.recipe.fingerprint for space in self.spaces)
 
     def fill(
         self,
@@ -164,6 +185,8 @@ class Filler:
         """
         check_texts(texts)
         if own is not None:
+            if self._encoder.passages is not None:
+                raise UsageError("columns are of whole documents, and these are cut into passages, which others share")
             self._check_columns(own.beside)
         budget = self._prepared(max_bytes)
         total = length_hint(texts, -1)
@@ -174,7 +197,7 @@ class Filler:
             parts = partition.parts(streamed(texts), self._encoder.chunk, self._encoder.keys)
             total = -1 if total < 0 else total // partition.of  # about: keys fall to all shares alike
         with FillProgress(None if total < 0 else total, show=progress) as bar:
-            return self._fill(parts, token_budget, bar.advance, budget, own)
+            return self._fill(parts, token_budget, bar.advance, budget, own, partition)
 
     def fill_parts(
         self,
@@ -185,15 +208,19 @@ class Filler:
         max_bytes: int | str | None = None,
         shared: Shared | None = None,
         number: int = 0,
+        partition: Partition | None = None,
+        contributor: Contributor | None = None,
     ) -> FillReport:
-        """Do this process's part of a fill by several; see ``actcache.models.parallel``.
+        """Do this process's part of a fill by several; see ``models.parallel`` and ``models.cluster``.
 
         Args:
             parts: documents that somebody else has numbered; each is looked up, tokenized and sorted by length as one.
             advance: told of documents that are stored, and of those computed just now and their tokens.
             shared, number: see ``ByteBudget``.
+            partition, contributor: whose share it is, and who notes in the store what was stored of it.
         """
-        return self._fill(parts, token_budget, advance, self._prepared(max_bytes, shared, number))
+        budget = self._prepared(max_bytes, shared, number)
+        return self._fill(parts, token_budget, advance, budget, None, partition, contributor)
 
     def _prepared(
         self, max_bytes: int | str | None, shared: Shared | None = None, number: int = 0
@@ -205,7 +232,7 @@ class Filler:
         return None if max_bytes is None else ByteBudget(max_bytes, self._store, spaces, shared, number)
 
     def _check(self) -> None:
-        before_adding(self._agreements)
+        before_adding(self.agreements)
         self._marks = self._marked()
 
     def _marked(self) -> object:
@@ -227,8 +254,21 @@ class Filler:
         advance: Advance,
         budget: ByteBudget | None,
         own: DocumentsWithColumns | None = None,
+        partition: Partition | None = None,
+        contributor: Contributor | None = None,
     ) -> FillReport:
         token_budget, start = check_token_budget(token_budget), time.monotonic()
+        before = [space.written for space in self.spaces]
+        if partition is not None and contributor is None:
+            contributor = Contributor(self.spaces, str(partition))
+        counted = None
+        if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
+            tell = advance
+            parts = counted = PassageParts(parts, self._encoder, self._absent, lambda done: tell(done, 0, 0))
+
+            def advance(done: int, computed: int, tokens: int) -> None:  # documents are told of as wholes
+                tell(0, computed, tokens)
+
         documents = left_out = 0
         full = compared = False
         stored = _Stored(advance)
@@ -242,7 +282,7 @@ class Filler:
                 documents += len(chunk)
                 if not compared and (known := [key for key in dict.fromkeys(keys) if key not in absent]):
                     compared = True
-                    for agreement in self._agreements:
+                    for agreement in self.agreements:
                         agreement.of_present(known)
                 advance(len(chunk) - len(absent), 0, 0)
                 if absent and not full:
@@ -260,15 +300,32 @@ class Filler:
                     copies = Counter(keys)
                     left_out += sum(copies[key] for key in absent)
                     advance(len(absent), 0, 0)
+                if contributor is not None:
+                    contributor.note()
         finally:
             with ExitStack() as stack:  # all of them, also where one fails
+                if contributor is not None:
+                    stack.callback(contributor.note)  # the last one
                 for space in self._spaces.values():
                     stack.callback(space.merge_tiers, True)
                     stack.callback(space.flush)
         present = documents - stored.documents - left_out
         spaces = {site.name: space.recipe.fingerprint for site, space in self._spaces.items()}
         seconds = time.monotonic() - start
-        return FillReport(documents, present, stored.documents, stored.tokens, seconds, left_out, spaces)
+        done = [space.written.since(then) for space, then in zip(self.spaces, before, strict=True)]
+        report = FillReport(
+            documents,
+            present,
+            stored.documents,
+            stored.tokens,
+            seconds,
+            left_out,
+            spaces,
+            nbytes=sum(one.nbytes for one in done),
+            segments=sum(one.segments for one in done),
+            partition=None if partition is None else str(partition),
+        )
+        return report if counted is None else _of_documents(report, counted)
 
     def _admitted(self, work: list[_Work], budget: ByteBudget) -> Iterator[list[_Work]]:
         """Yield what there is room for, in the texts' order up to the first document that has none.
@@ -298,17 +355,22 @@ class Filler:
         lacking: list[int] = []
         seen: set[bytes] = set()
         for first, chunk in chunked(streamed(texts), self._encoder.chunk):
+            positions: Sequence[int] = range(first, first + len(chunk))
+            if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
+                positions, chunk = flattened(self._encoder, chunk, positions)
             keys = self._encoder.keys(chunk, first)
             absent = self._absent(keys)
-            for position, key in enumerate(keys, first):
+            for position, key in zip(positions, keys, strict=True):
                 if key in absent and key not in seen:
                     seen.add(key)
                     lacking.append(position)
-        return lacking
+        return list(dict.fromkeys(lacking))
 
     def supply(self, texts: Sequence[Document], positions: Sequence[int], token_budget: int) -> None:
         """Compute and put what is missing of a few documents, not flushed; errors name their ``positions``."""
         chunk = list(texts)
+        if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
+            positions, chunk = flattened(self._encoder, chunk, positions)
         keys = self._encoder.keys(chunk, positions[0] if chunk else 0)
         memory = {site: BufferPool(1) for site in self._spaces}
         for group in _groups(self._encoded(chunk, positions, keys, self._absent(keys)), _GROUP * token_budget):
@@ -424,6 +486,20 @@ def _take_columns(work: list[_Work], own: DocumentsWithColumns) -> None:
                 "whole documents: give shorter ones, or put each window with its columns (Space.put)"
             )
         one.own = own.take(one.position, one.entries[0].length)
+
+
+def _of_documents(passages: FillReport, counted: PassageParts) -> FillReport:
+    """Return what a fill did with documents, from what it says of their passages."""
+    return replace(
+        passages,
+        documents=counted.documents,
+        present=counted.present,
+        computed=counted.documents - counted.present - counted.left_out,
+        left_out=counted.left_out,
+        passages=counted.passages,
+        new_passages=passages.computed,
+        reused_tokens=counted.tokens - passages.tokens,
+    )
 
 
 def _cut(parts: Iterable[Part], most: int) -> Iterator[Part]:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from actcache.errors import ModelError, UnsupportedModelError, UsageError
+from actcache.format import arguments
 from actcache.format.arguments import is_whole
 from actcache.models.families import Family
 from actcache.models.modes import evaluating
@@ -62,12 +63,12 @@ class LowerHalf:
         self._stack = family.stack_of(base_model)
         self._takes = set(inspect.signature(self._stack.forward).parameters)
         self.parameter_dtype = dtype_name(first_parameter(family.layers_of(base_model)[0]).dtype)
-        self.compute_dtype = compute_dtype or self.parameter_dtype
+        self.compute_dtype = arguments.dtype_name(compute_dtype) if compute_dtype else self.parameter_dtype
         known = self.parameter_dtype, "bfloat16", "float16"
         if not isinstance(self.compute_dtype, str) or self.compute_dtype not in known:  # NumPy's dtypes equal names
             raise ModelError(
-                f"the weights are {self.parameter_dtype}, and autocast cannot compute in {self.compute_dtype}: load "
-                f"the model with dtype=torch.{self.compute_dtype}"
+                f"the weights are {self.parameter_dtype}, of which autocast computes in float16 and bfloat16, not in "
+                f"{self.compute_dtype}: for another, load the model with dtype=torch.{self.compute_dtype}"
             )
         if site == Site(""):
             site = self._last()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from actcache.errors import UsageError
 from actcache.format.keys import Document
-from actcache.models.documents import chunked
+from actcache.models.documents import chunked, document_keys, streamed
 
 #: Documents, with their positions in the corpus.
 Part = tuple[Sequence[int], list[Document]]
+
+_READ = 256  # documents that are read at a time
+_AHEAD = 4  # chunks of documents that wait for one process at most: another one that has none left then waits, too
 
 
 def share_of(key: bytes, shares: int) -> int:
@@ -63,3 +67,34 @@ class Partition:
                 positions, documents = positions[size:], documents[size:]
         if documents:
             yield positions, documents
+
+
+class Partitioner:
+    """Partitions documents by their keys: one that is given twice comes to the same process twice. They are dealt out
+    ``chunk`` at a time.
+
+    What is held is bounded, however unlike the processes' speeds are. Raises as ``streamed`` does; not thread-safe.
+    """
+
+    def __init__(self, texts: Iterable[Document], processes: int, chunk: int) -> None:
+        self._texts, self._chunk = streamed(texts), chunk
+        self._waiting: list[list[tuple[int, Document]]] = [[] for _ in range(processes)]
+        self.taken = 0  #: documents that were read so far
+        self._ended = False
+
+    def part(self, process: int) -> Part | None:
+        """Return documents for a process, with their positions: none where it has to wait, None where no more come."""
+        mine = self._waiting[process]
+        while len(mine) < self._chunk and not self._ended and max(map(len, self._waiting)) < _AHEAD * self._chunk:
+            self._read()
+        some, self._waiting[process] = mine[: self._chunk], mine[self._chunk :]
+        if not some and self._ended:
+            return None
+        return [position for position, _ in some], [document for _, document in some]
+
+    def _read(self) -> None:
+        documents = list(itertools.islice(self._texts, _READ))
+        self._ended = len(documents) < _READ
+        for i, key in enumerate(document_keys(documents, self.taken)):
+            self._waiting[share_of(key, len(self._waiting))].append((self.taken + i, documents[i]))
+        self.taken += len(documents)

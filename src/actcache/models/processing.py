@@ -136,6 +136,7 @@ class MediaEncoder:
 
     # What text has and these have not; see ``DocumentEncoder``.
     windows = None
+    passages = None
     extras: tuple[str, ...] = ()
     max_length = None
     special_tokens = False

@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from actcache.errors import DataError, UnsupportedModelError, UsageError, VerificationError
-from actcache.format.keys import Document, Windows
+from actcache.format.keys import Document, Windows, key_list
 from actcache.format.media import By
+from actcache.format.passages import Passages
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import consumers, error_budget, loading, proof, replay, verification
+from actcache.models import cluster, consumers, error_budget, loading, proof, replay, verification
 from actcache.models.after_encoder import starts_at
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
@@ -35,11 +36,13 @@ from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.partition import Partition
+from actcache.models.passages import Outline, check_outline_found, labels_of_passages, outline_of
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
+from actcache.models.remote import Blueprint, blueprint_of
 from actcache.models.sites import Site, chosen
-from actcache.models.tokenizing import DocumentEncoder, TooLong, check_max_length
+from actcache.models.tokenizing import DocumentEncoder, Passage, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
 from actcache.models.verification import Verification
@@ -55,6 +58,9 @@ from actcache.store.stored_errors import StoredErrors
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+_POLICIES: dict[type[Any], str] = {Windows: "windows", Passages: "passages"}
 
 
 class Recycler:
@@ -74,8 +80,10 @@ class Recycler:
         compute_dtype: what the lower half computes in, where that is not its parameters' dtype: ``bfloat16``,
             ``float16`` (by autocast).
         max_length: tokens that a document may have, special tokens included; by default what model and tokenizer allow.
-        too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, or cut all into
-            ``actcache.windows(max_length, stride)``.
+        too_long: what becomes of longer documents: ``"refuse"`` them, ``"truncate"`` them, cut all into
+            ``"windows"``, which ``actcache.windows(max_length, stride)`` says in more detail, or, where their content
+            says so, into ``actcache.passages(max_length)``, which revisions and other documents share
+            (docs/passages.md).
         special_tokens: whether texts get the tokenizer's special tokens.
         key_by: what the keys of images and audio are made from: ``"content"``, what is decoded, or ``"bytes"``, the
             bytes of their files. ``actcache.Image`` and ``actcache.Audio`` say it for themselves.
@@ -114,9 +122,15 @@ class Recycler:
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
         _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
+        _first: Sequence[Document] = (),  # are to be such as can be stored, or else no store and no space is made
+        _open: Callable[[], Store] | None = None,  # the store of several recyclers, which comes to be as late as that
     ) -> None:
         base = base_model_of(model)
         family = family_of(base)
+        self._made_by: dict[str, Any] = {"layer": layer, "site": site, "dtype": dtype, "compute_dtype": compute_dtype}
+        self._made_by |= {"max_length": max_length, "too_long": too_long, "special_tokens": special_tokens}
+        self._made_by |= {"extras": tuple(extras), "key_by": key_by, "provenance": provenance}
+        self._made_by |= {"check_canaries": check_canaries}
         lower = LowerHalf(base, family, chosen(layer, site), compute_dtype)
         encoder: Encoder
         if takes_features(base):
@@ -147,15 +161,18 @@ class Recycler:
             tokenizer=encoder.digest(),
             special_tokens=encoder.special_tokens,
             max_length=encoder.max_length,
-            too_long="windows" if isinstance(too_long, Windows) else too_long,
+            too_long=encoder.too_long if isinstance(encoder.too_long, str) else _POLICIES[type(encoder.too_long)],
             provenance={**setup_of(lower), **revision_of(base), **origin(), **(provenance or {})},
         )
-        self._store = store if isinstance(store, Store) else open_store(store)
-        self._owns_store = self._store is not store
+        if _first:
+            encoder.encode(_first)
+        opened = store if _open is None else _open()
+        self._store = opened if isinstance(opened, Store) else open_store(opened)
+        self._owns_store = self._store is not opened
         try:
             self.space = self._store.space(self.recipe)
             self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
-            self._filler = Filler(self._store, [self.agreement])
+            self.filler = Filler(self._store, [self.agreement])
             if _digests is None:
                 self.agreement.when_opened()
         except BaseException:
@@ -198,7 +215,9 @@ class Recycler:
         model, tokenizer = load_pretrained(
             name_or_path, [chosen(layer, site)], device, revision, trust_remote_code=trust_remote_code
         )
-        return cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
+        made = cls(model, tokenizer, layer=layer, site=site, store=store, dtype=dtype, **options)
+        made._made_by |= {"revision": revision, "trust_remote_code": trust_remote_code}
+        return made
 
     def fill(
         self,
@@ -254,7 +273,59 @@ class Recycler:
         own = None if columns is None else documents_with_columns(texts, field, columns)
         documents = documents_in(texts, field) if own is None else own
         documents = error_budget.measured(documents, [self.agreement], max_error, metric)
-        return self._filler.fill(documents, token_budget, progress, max_bytes, own, share)
+        return self.filler.fill(documents, token_budget, progress, max_bytes, own, share)
+
+    def fill_ray(
+        self,
+        texts: Iterable[Document],
+        *,
+        field: Field | None = None,
+        address: str | None = None,
+        **options: Any,
+    ) -> FillReport:
+        """Fill the space by the workers of a Ray cluster; durable when it returns. Needs ``actcache[ray]``.
+
+        Each worker is an actor with the lower half alone, which is loaded there (see ``blueprint``), and writes
+        segments of its own into the store, which all nodes must see. Documents are read here, once, and partitioned by
+        their keys, so that no two workers compute the same one; what is in the space is skipped before anything is
+        computed. A worker that dies has another one started in its place, which is given what was not stored. Where
+        this process dies, or too many workers, what was flushed stays: call it again to go on.
+
+        Args:
+            texts, field: see ``fill``; also a ``ray.data.Dataset``, whose rows come batch by batch.
+            address: of the cluster, as ``ray.init`` takes it (``"auto"``, ``"host:6379"``, ``"ray://host:10001"``);
+                ``"local"`` starts one here. None for ``RAY_ADDRESS``, or one that runs here, or else a new one. Where
+                Ray is initialized already, that is used.
+            options: ``workers`` (default: one a GPU; where there is none, one a node), ``cpus`` and ``gpus`` of each,
+                ``device`` in each; ``token_budget``, ``progress``, ``max_error``, ``metric`` as of ``fill``; ``deaths``
+                of workers that are borne (3); ``start_seconds`` within which they must have started (600);
+                ``finish``: whether ``Space.finish`` is called in the end (True); ``ray_options``: of the actors, such
+                as ``{"runtime_env": {...}, "accelerator_type": "H100"}``.
+
+        Returns:
+            A report whose ``contributions`` say what each worker has stored, as it stands in the store.
+
+        Raises:
+            MissingExtraError: Ray is not installed.
+            UsageError: the texts are none; see ``fill`` and ``blueprint``.
+            WorkerError: there is no cluster; workers do not start, or died too often, or failed with an error that is
+                none of this package's.
+            StoreGoneError: a worker does not see the store, or another one at its place (a folder of another machine).
+            ActcacheError: a worker failed with this; see ``fill``.
+        """
+        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        self.space.refresh()
+        return report
+
+    def blueprint(self) -> Blueprint:
+        """Return what makes this recycler in another process: it names the model, and is small when pickled.
+
+        Raises:
+            UsageError: the model was made in memory, and is not known by a name or folder.
+        """
+        return blueprint_of(
+            type(self).from_pretrained, self.agreement.lower.base_model, self._store, self._made_by, self.filler
+        )
 
     def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
         """Return the positions of the documents that are not wholly in the space, windows included: what ``fill``
@@ -266,7 +337,7 @@ class Recycler:
         Raises:
             UsageError, DocumentError: see ``fill``.
         """
-        return self._filler.missing(documents_in(texts, field))
+        return self.filler.missing(documents_in(texts, field))
 
     @property
     def measured(self) -> StoredErrors | None:
@@ -367,14 +438,16 @@ class Recycler:
             ReadOnlyError: ``"compute"`` with a store that was opened read-only.
         """
         documents_given = listed(documents_in(texts, field))
+        options |= {"batch_size": batch_size, "device": device}
+        if (cut := self._outline(documents_given)) is not None:
+            return self._passages_reader(documents_given, *cut, labels, on_missing, options)
         keys = self.agreement.encoder.keys(documents_given)
         self.agreement.before_serving(keys)
-        options |= {"batch_size": batch_size, "device": device}
         if not self.agreement.encoder.has_token_ids and options.get("layout") != "packed":
             options.setdefault("equal_lengths", True)
         if on_missing == "compute":
             self._store.check_writable()
-            misses = ComputeOnMiss(self.space, self._filler, self.agreement.encoder, documents_given, keys)
+            misses = ComputeOnMiss(self.space, self.filler, self.agreement.encoder, documents_given, keys)
             return misses.reader(labels, **options)
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
         if on_missing == "raise":
@@ -387,6 +460,58 @@ class Recycler:
             on_missing=on_missing,
             **options,
         )
+
+    def _outline(self, texts: Iterable[Document]) -> tuple[Outline, DocumentEncoder] | None:
+        """Return the documents' passages, and what cuts them; None where they are not cut so."""
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder) or encoder.passages is None:
+            return None
+        return outline_of(encoder, texts), encoder
+
+    def _passages_reader(
+        self,
+        texts: list[Document],
+        outline: Outline,
+        encoder: DocumentEncoder,
+        labels: Any,
+        on_missing: str,
+        options: dict[str, Any],
+    ) -> Reader:
+        keys = key_list(outline.keys)
+        self.agreement.before_serving(keys)
+        given = None if labels is None else labels_of_passages(labels, outline, encoder.around)
+        if on_missing == "compute":
+            self._store.check_writable()
+            misses = ComputeOnMiss(self.space, self.filler, encoder, texts, keys, outline.documents)
+            return misses.reader(given, **options)
+        if on_missing == "raise":
+            check_outline_found(outline, self.space.contains(keys))
+        return self.space.reader(keys, labels=given, documents=outline.documents, on_missing=on_missing, **options)
+
+    def passages(self, texts: Iterable[Document], *, field: Field | None = None) -> list[list[Passage]]:
+        """Return each document's passages, in order: what the model is given for each, which of these tokens are its
+        own, where they stand in the document, and their characters and words there. Nothing is computed.
+
+        Raises:
+            UsageError: the recycler does not cut documents into passages.
+            DocumentError: see ``fill``; or a document is a pair of texts.
+        """
+        return self._cutting().cut(listed(documents_in(texts, field)))
+
+    def outline(self, texts: Iterable[Document], *, field: Field | None = None) -> Outline:
+        """Return the passages of documents, which are streamed, as arrays: their keys, whose they are, which tokens are
+        their own. ``store.put_collection(name, outline.keys, documents=outline.documents, own=outline.own)`` keeps it.
+
+        Raises:
+            UsageError, DocumentError: see ``passages``.
+        """
+        return outline_of(self._cutting(), documents_in(texts, field))
+
+    def _cutting(self) -> DocumentEncoder:
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder) or encoder.passages is None:
+            raise UsageError("this recycler cuts no passages: make it with too_long=actcache.passages(max_length)")
+        return encoder
 
     def rows(self, texts: Iterable[Document] | None = None, *, device: Any = "cpu", **options: Any) -> RowReader:
         """Return batches of rows ``[n, hidden]``, mixed across these documents; None for all of the space. See
@@ -405,8 +530,11 @@ class Recycler:
                 ``space.pooled(recycler.keys(texts))``.
             MissingEntryError, LowerHalfMismatchError, CanaryError: see ``reader``.
         """
-        if self.agreement.encoder.windows is not None:
-            raise UsageError("documents are cut into windows here: pool these, by space.pooled(recycler.keys(texts))")
+        for what in ("windows", "passages"):
+            if getattr(self.agreement.encoder, what) is not None:
+                raise UsageError(
+                    f"documents are cut into {what} here: pool these, by space.pooled(recycler.keys(texts))"
+                )
         return self.space.pooled(self.row_keys(texts).get("keys"), how)
 
     def row_keys(self, texts: Iterable[Document] | None) -> dict[str, Any]:
@@ -414,7 +542,12 @@ class Recycler:
         if texts is None:
             self.agreement.before_serving([])
             return {}
-        keys = self.agreement.encoder.keys(listed(texts))
+        given = listed(texts)
+        if (cut := self._outline(given)) is not None:
+            self.agreement.before_serving(key_list(cut[0].keys))
+            check_outline_found(cut[0], self.space.contains(cut[0].keys))
+            return {"keys": key_list(cut[0].keys), "documents": cut[0].documents}
+        keys = self.agreement.encoder.keys(given)
         self.agreement.before_serving(keys)
         found = find_entries(self.space, keys, self.agreement.encoder.windows)
         check_found(keys, found)
@@ -425,8 +558,10 @@ class Recycler:
         """Return the keys of these documents' entries, in order.
 
         Where documents are cut into windows, those are their windows' keys; raises ``MissingEntryError`` where not all
-        are in the space.
+        are in the space. Where they are cut into passages, the passages' keys, whether they are there or not.
         """
+        if (cut := self._outline(documents_in(texts, field))) is not None:
+            return key_list(cut[0].keys)
         keys = self.agreement.encoder.keys(listed(documents_in(texts, field)))
         if self.agreement.encoder.windows is None:
             return keys
@@ -551,7 +686,7 @@ class Recycler:
 
         def supply(texts: Sequence[str]) -> None:
             self._store.check_writable()
-            self._filler.supply(texts, range(len(texts)), TOKEN_BUDGET)
+            self.filler.supply(texts, range(len(texts)), TOKEN_BUDGET)
 
         return Source(self.space, self._store.address, supply if self._store.writable else None)
 
@@ -687,6 +822,8 @@ class Recycler:
         except DataError as error:
             logger.warning("the other spaces of %s cannot be compared: %s", self._store.url, error)
             return
+        # That it is another layer, nobody has to be told: it is what was asked for.
+        nearest = [(other, fields) for other, fields in nearest if not {"layer", "site"} & fields.keys()]
         if nearest:
             other, fields = nearest[0]
             differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.format.keys import Document
-from actcache.models import error_budget
+from actcache.models import cluster, error_budget
 from actcache.models.agreement import when_opened
 from actcache.models.documents import ColumnFields, Field, documents_in, documents_with_columns, listed
 from actcache.models.families import base_model_of, family_of
@@ -22,6 +22,7 @@ from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.partition import Partition
 from actcache.models.pretrained import load_pretrained
 from actcache.models.recycler import Recycler
+from actcache.models.remote import Blueprint, blueprint_of
 from actcache.models.sites import Site, expanded, several
 from actcache.models.weights import lower_digests
 from actcache.reader.rows import RowReader
@@ -55,6 +56,7 @@ class Recyclers(Mapping[int | str, Recycler]):
         layers: Sequence[int | str] | str = (),
         sites: Sequence[str] = (),
         store: Store | str | Path,
+        _first: Sequence[Document] = (),  # see ``Recycler``
         **options: Any,
     ) -> None:
         given = several(layers, sites)
@@ -63,15 +65,20 @@ class Recyclers(Mapping[int | str, Recycler]):
         places = {str(where) if isinstance(where, Site) else where: where for where in expanded(base, family, given)}
         found = {name: LowerHalf(base, family, where).site for name, where in places.items()}
         digests = lower_digests(base, family, list(found.values()))
-        self._store = store if isinstance(store, Store) else open_store(store)
-        self._owns_store = self._store is not store
+        self._made_by: dict[str, Any] = {"layers": layers if isinstance(layers, str) else list(layers)}
+        self._made_by |= {"sites": list(sites)}
+        self._made_by |= {name: value for name, value in options.items() if not name.startswith("_")}
+        self._base = base
+        self._given, self._opened = store, store if isinstance(store, Store) else None
         made: dict[Site, Recycler] = {}
         self._recyclers: dict[int | str, Recycler] = {}
         try:
             for name, site in found.items():
                 if site not in made:
                     place: dict[str, Any] = {"layer": site.layer} if site.layer is not None else {"site": str(site)}
-                    made[site] = Recycler(model, tokenizer, **place, store=self._store, _digests=digests, **options)
+                    first = () if made else _first  # what can be stored at one site can be at all
+                    some: dict[str, Any] = {"_digests": digests, "_first": first, "_open": self._open}
+                    made[site] = Recycler(model, tokenizer, **place, store=store, **some, **options)
                 self._recyclers[name] = made[site]
             agreements = [recycler.agreement for recycler in made.values()]
             when_opened(agreements)
@@ -80,7 +87,13 @@ class Recyclers(Mapping[int | str, Recycler]):
                 recycler.close()
             self.close()
             raise
-        self.filler = Filler(self._store, agreements)
+        self.filler = Filler(self._open(), agreements)
+
+    def _open(self) -> Store:
+        """Return the store; opened when all that can be wrong with the first recycler has been found out."""
+        if self._opened is None:
+            self._opened = open_store(self._given)  # type: ignore[arg-type]  # a store is opened already
+        return self._opened
 
     @classmethod
     def from_pretrained(
@@ -99,7 +112,9 @@ class Recyclers(Mapping[int | str, Recycler]):
         model, tokenizer = load_pretrained(
             name_or_path, several(layers, sites), device, revision, trust_remote_code=trust_remote_code
         )
-        return cls(model, tokenizer, layers=layers, sites=sites, store=store, **options)
+        made = cls(model, tokenizer, layers=layers, sites=sites, store=store, **options)
+        made._made_by |= {"revision": revision, "trust_remote_code": trust_remote_code}
+        return made
 
     def fill(
         self,
@@ -119,11 +134,29 @@ class Recyclers(Mapping[int | str, Recycler]):
         Else as ``Recycler.fill``; ``computed`` counts the documents that any site lacked, and ``max_bytes`` is for all
         sites together; ``max_error`` is for each of them.
         """
-        self._store.check_writable()
+        self._open().check_writable()
         share = None if partition is None else Partition.parse(partition)
         own = None if columns is None else documents_with_columns(texts, field, columns)
         documents = self.measured(documents_in(texts, field) if own is None else own, max_error, metric)
         return self.filler.fill(documents, token_budget, progress, max_bytes, own, share)
+
+    def fill_ray(
+        self,
+        texts: Iterable[Document],
+        *,
+        field: Field | None = None,
+        address: str | None = None,
+        **options: Any,
+    ) -> FillReport:
+        """Fill all sites by the workers of a Ray cluster, in one pass; else as ``Recycler.fill_ray``."""
+        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        for space in self.filler.spaces:
+            space.refresh()
+        return report
+
+    def blueprint(self) -> Blueprint:
+        """Return what makes these recyclers in another process; see ``Recycler.blueprint``."""
+        return blueprint_of(type(self).from_pretrained, self._base, self._store, self._made_by, self.filler)
 
     def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
         """Return the positions of the documents that any of the sites lacks; else as ``Recycler.missing``."""
@@ -163,8 +196,8 @@ class Recyclers(Mapping[int | str, Recycler]):
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""
         with ExitStack() as stack:  # all of them, also where one fails
-            if self._owns_store:
-                stack.callback(self._store.close)
+            if self._opened is not None and self._opened is not self._given:
+                stack.callback(self._opened.close)
             for recycler in self._recyclers.values():
                 stack.callback(recycler.close)
 

@@ -8,6 +8,7 @@ the output of the last one, before the final norm. Any other site is a module by
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from actcache.models.families import Family
 LAST = "last"  # what the model gives: after the final norm, where there is one
 ALL = "all"  # each of the layers 0..N
 
+_NUMBER = re.compile(r"-?[0-9]{1,9}")  # of a layer, as a configuration file or a shell gives it
 _INPUT = ":input"
 _OUTPUT = ":output"
 _SHOWN = 12  # modules that an error names
@@ -101,10 +103,18 @@ def several(layers: Any, sites: Any = ()) -> list[Where]:
     if isinstance(layers, str) and layers == ALL:
         numbers: list[Where] = [ALL]
     else:
-        given = [] if layers is None else layers
-        words = (
-            [] if isinstance(given, str) or not hasattr(given, "__iter__") else [w for w in given if isinstance(w, str)]
+        given = (
+            []
+            if layers is None
+            else [layers]
+            if is_whole(layers) or (isinstance(layers, str) and layers == LAST)
+            else layers
         )
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
+            raise UsageError(
+                f"layers are whole numbers and 'last', such as [3, 6, 'last'], or 'all'; not {layers!r:.80}"
+            )
+        words = [one for one in given if isinstance(one, str)]
         if words and set(words) <= {LAST}:
             numbers = [one if isinstance(one, str) else int(whole_numbers("layers", [one])[0]) for one in given]
         else:
@@ -136,7 +146,7 @@ def chosen(layer: int | str | None, site: str | None) -> int | str:
             "say where rows are taken by one of layer=6 (0 to the number of layers, or 'last') and "
             f"site='layers.5.mlp', not by layer={layer!r:.40} and site={site!r:.40}"
         )
-    return where
+    return int(layer) if isinstance(layer, str) and _NUMBER.fullmatch(layer) else where
 
 
 def site_in(base_model: PreTrainedModel, family: Family, recipe: Recipe) -> Site:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DocumentError, DocumentTooLongError, ModelError, RecipeError
 from actcache.format.arguments import is_whole, truth, whole
-from actcache.format.keys import Document, Windows, normal_form
+from actcache.format.keys import Document, ModelWindows, NormalDocument, Windows, document_key, normal_form
+from actcache.format.passages import Passages, cut, ranks_of
 from actcache.format.recipe import canonical_json
 from actcache.models.documents import document_keys
 
-TooLong = Literal["refuse", "truncate"] | Windows
+TooLong = Literal["refuse", "truncate", "windows"] | Windows | ModelWindows | Passages
 
 #: Words that tell whether a tokenizer keeps given words apart.
 _PROBES = (("a", "b"), ("A", "B"), ("1", "2"), ("é", "ü"), ("return", "it"))
@@ -42,6 +44,36 @@ class Encoded:
     def length(self) -> int:
         """Rows that the model makes of it."""
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """One passage of a document: a document of its own, of the token ids that the model is given for it.
+
+    Its own tokens are ``token_ids[begin:end]``; those around them are special tokens and, where asked, neighbours.
+    """
+
+    what = "a passage"  # not a field
+
+    token_ids: NDArray[np.int32]  # [tokens]
+    begin: int
+    end: int
+    first: int  # position of its first own token among the document's, without special tokens
+    spans: NDArray[np.int32]  # [tokens, 2] characters [start, end) within the document's text (or word)
+    word_ids: NDArray[np.int32]  # [tokens] words of the document; -1 for special tokens
+
+    @functools.cached_property
+    def _key(self) -> bytes:
+        return document_key(self.token_ids)
+
+    def key(self) -> bytes:
+        """Return its key, that of a document of these token ids."""
+        return self._key
+
+    @property
+    def own(self) -> int:
+        """How many tokens are its own."""
+        return self.end - self.begin
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -112,7 +144,8 @@ class DocumentEncoder:
         too_long: ``"refuse"`` raises; ``"truncate"`` cuts, every kind of document on the tokenizer's
             ``truncation_side``; and ``Windows`` makes several entries of every document (one of a short one), from its
             beginning on, whatever that side is. A pair's second text is what windows cut; its first text stands in
-            each.
+            each. ``"windows"`` are such of ``max_length`` tokens that share none. ``Passages`` makes several entries of
+            a longer document, and refuses pairs.
         special_tokens: whether the tokenizer adds its special tokens. Documents of token ids are taken as they are.
         vocabulary: token ids that the model knows are below this; None for what the tokenizer has.
         extras: of ``spans``, ``word_ids``, ``type_ids``, what is wanted of entries beside the token ids; only fast
@@ -136,14 +169,27 @@ class DocumentEncoder:
         special_tokens = truth("special_tokens", special_tokens)
         if max_length is not None:
             max_length = whole("max_length", max_length, 1)
+        too_long = ModelWindows() if too_long == "windows" else too_long
+        if isinstance(too_long, ModelWindows):
+            if max_length is None:
+                raise RecipeError("this model takes documents of any length: windows need a max_length")
+            too_long = too_long.of(max_length)
         self.windows = windows = too_long if isinstance(too_long, Windows) else None  # by which documents are cut
-        if windows:
+        self.passages = too_long if isinstance(too_long, Passages) else None
+        if self.passages:
+            if max_length is not None and self.passages.max_length > max_length:
+                raise RecipeError(
+                    f"passages of {self.passages.max_length} tokens are longer than the {max_length} possible: give "
+                    "shorter ones"
+                )
+        elif windows:
             if max_length is not None and windows.max_length > max_length:
                 raise RecipeError(f"windows of {windows.max_length} tokens are longer than the {max_length} possible")
             max_length = windows.max_length
         elif too_long not in ("refuse", "truncate"):
             raise RecipeError(
-                f"too_long {too_long!r} is not 'refuse', 'truncate' or actcache.windows(max_length, stride)"
+                f"too_long {too_long!r} is not 'refuse', 'truncate', 'windows', actcache.windows(max_length, stride) "
+                "or actcache.passages(max_length)"
             )
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             # what transformers makes of a folder without a tokenizer's files; every word would be the unknown one
@@ -167,10 +213,19 @@ class DocumentEncoder:
                 f"max_length {max_length} leaves no room: {self._added[0]} are special tokens"
                 + (f" and {stride} are stride" if stride else "")
             )
-        if not self.tokenizer.is_fast and ({"spans", "word_ids"} & {*extras} or windows):
+        if not self.tokenizer.is_fast and ({"spans", "word_ids"} & {*extras} or windows or self.passages):
             raise RecipeError(
-                f"{type(tokenizer).__name__} is slow and knows no windows, spans or word ids: load the fast tokenizer"
+                f"{type(tokenizer).__name__} is slow and knows no windows, passages, spans or word ids: load the fast "
+                "tokenizer"
             )
+        if self.passages:
+            if {"spans", "word_ids"} & {*extras}:
+                raise RecipeError(
+                    "a passage is shared by documents in which it stands at other places, so spans and word_ids are "
+                    "not stored with it: recycler.passages(texts) tells them"
+                )
+            self._limits = self.passages.limits(self._added[0])
+            self._around = self._special_tokens_around()
 
     has_token_ids = True
     chunk = 2048  #: documents that are looked up, tokenized and sorted by length at a time
@@ -187,8 +242,79 @@ class DocumentEncoder:
     def truncating(self) -> DocumentEncoder:
         """An encoder that differs in that it truncates whatever is too long, and makes no extras."""
         other = copy.copy(self)  # with the same tokenizer: to copy that takes as long as hundreds of documents
-        other.too_long, other.windows, other.extras = "truncate", None, ()
+        other.too_long, other.windows, other.passages, other.extras = "truncate", None, None, ()
         return other
+
+    def cut(self, documents: Sequence[Document], positions: Sequence[int] | None = None) -> list[list[Passage]]:
+        """Return each document's passages, in the order of the documents; see ``actcache.format.passages``.
+
+        Passages are returned as they are.
+
+        Args:
+            positions: as of ``encode``.
+
+        Raises:
+            DocumentError: see ``encode``; or a document is a pair of texts.
+        """
+        names = range(len(documents)) if positions is None else positions
+        result: list[list[Passage]] = [[one] if isinstance(one, Passage) else [] for one in documents]
+        others = [i for i, passages in enumerate(result) if not passages]
+        whole = self._whole.encode([documents[i] for i in others], [names[i] for i in others])
+        for i, (tokens,) in zip(others, whole, strict=True):
+            normal = normal_form(documents[i])
+            if isinstance(normal, tuple):
+                raise DocumentError(
+                    f"document {names[i]} is a pair of texts, which are read together and not in passages: give "
+                    "each text as a document of its own, or cut by actcache.windows(max_length, stride)"
+                )
+            result[i] = self._cut(normal, tokens)
+        return result
+
+    def _cut(self, document: NormalDocument, tokens: Encoded) -> list[Passage]:
+        assert self.passages is not None
+        assert tokens.spans is not None
+        assert tokens.word_ids is not None
+        text, words = document if isinstance(document, str) else None, document if isinstance(document, list) else None
+        ranks = ranks_of(text, tokens.spans, tokens.word_ids, self.passages.by, words)
+        bounds = cut(tokens.token_ids, ranks, *self._limits).tolist()
+        before, after = self._around if not isinstance(document, np.ndarray) else (_NO_IDS, _NO_IDS)
+        result = []
+        for begin, end in itertools.pairwise(bounds):
+            left = max(0, begin - self.passages.context)
+            some = slice(left, end + self.passages.context)
+            ids = np.concatenate([before, tokens.token_ids[some], after])
+            spans, words_of = np.zeros((len(ids), 2), np.int32), np.full(len(ids), -1, np.int32)
+            inner = slice(len(before), len(ids) - len(after))
+            spans[inner], words_of[inner] = tokens.spans[some], tokens.word_ids[some]
+            first = len(before) + begin - left
+            result.append(Passage(ids, first, first + end - begin, begin, spans, words_of))
+        return result
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many special tokens stand before, and after, a text's own, where documents are cut into passages."""
+        before, after = self._around
+        return len(before), len(after)
+
+    @functools.cached_property
+    def _whole(self) -> DocumentEncoder:
+        """An encoder that neither cuts nor refuses what is long, and adds no special tokens."""
+        other = copy.copy(self)
+        other.too_long, other.passages, other.max_length = "refuse", None, None
+        other.special_tokens, other.extras = False, ("spans", "word_ids")
+        return other
+
+    def _special_tokens_around(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the special tokens that stand before, and after, a text's own."""
+        own, whole = (self.tokenizer("a", add_special_tokens=special) for special in (False, self.special_tokens))
+        inner, ids = own["input_ids"], whole["input_ids"]
+        for i in range(len(ids) - len(inner) + 1):
+            if ids[i : i + len(inner)] == inner and not any(whole.get("token_type_ids", ())):
+                return np.array(ids[:i], np.int32), np.array(ids[i + len(inner) :], np.int32)
+        raise RecipeError(
+            f"{type(self.tokenizer).__name__} changes a text's tokens, or their types, where it adds special tokens: "
+            "passages would be other inputs than texts. Take special_tokens=False, or windows"
+        )
 
     def encode(self, documents: Sequence[Document], positions: Sequence[int] | None = None) -> list[list[Encoded]]:
         """Return each document's windows, in the order of the documents; one, where the policy is not ``Windows``.
@@ -202,6 +328,8 @@ class DocumentEncoder:
             DocumentTooLongError: a document is too long and the policy is to refuse.
         """
         names = range(len(documents)) if positions is None else positions
+        if self.passages or any(isinstance(document, Passage) for document in documents):
+            return [[self._of_passage(one) for one in passages] for passages in self.cut(documents, names)]
         given, documents = documents, _normal_forms(documents, names)
         kinds: dict[str, list[int]] = {}
         for i, document in enumerate(documents):
@@ -292,6 +420,9 @@ class DocumentEncoder:
             result.append([self._plain(window, position) for window in windows])
         return result
 
+    def _of_passage(self, passage: Passage) -> Encoded:
+        return Encoded(passage.token_ids, np.zeros(len(passage.token_ids), np.int8))
+
     def _plain(self, ids: NDArray[np.integer], position: int) -> Encoded:
         if len(ids) and ids.max() >= self.vocabulary:  # before they are cut down to 32 bits
             raise self._outside(ids, position)
@@ -309,7 +440,7 @@ class DocumentEncoder:
         if self.max_length is not None and longest > self.max_length:
             raise DocumentTooLongError(
                 f"document {position} ({document!r:.60}...) has {longest} tokens, more than {self.max_length}: give "
-                'too_long="truncate" or too_long=actcache.windows(max_length, stride), or leave it out'
+                'too_long="truncate" or too_long="windows", or leave it out'
             )
         for window in windows:
             if window.token_ids.max() >= self.vocabulary:
@@ -333,6 +464,7 @@ class DocumentEncoder:
                 )
 
 
+_NO_IDS = np.empty(0, np.int32)
 _KINDS: dict[type[Any], str] = {str: "text", tuple: "pair", list: "words"}
 
 

@@ -30,6 +30,7 @@ from actcache.models.canary import TOLERANCE, Encoder, relative_error
 from actcache.models.documents import listed
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_encoded
 from actcache.models.partial_vocabulary import vocabulary_size
+from actcache.models.passages import check_outline_found, outline_of
 from actcache.models.processing import Features, Made
 from actcache.models.replay import reduce
 from actcache.models.tokenizing import DocumentEncoder, Encoded
@@ -294,6 +295,11 @@ def _of_texts(
         raise UsageError("no texts were given, so there is nothing to verify")
     positions = _some(len(documents), sample, rng).tolist()
     chosen = [documents[i] for i in positions]
+    if isinstance(encoder, DocumentEncoder) and encoder.passages is not None:
+        outline = outline_of(encoder, chosen)
+        check_outline_found(outline, space.contains(outline.keys))
+        passages = list({one.key(): one for cut in encoder.cut(chosen, positions) for one in cut}.values())
+        return [one.key() for one in passages], [one for (one,) in encoder.encode(passages)]
     keys = encoder.keys(chosen)
     found = find_entries(space, keys, encoder.windows)
     check_found(keys, found)

@@ -6,6 +6,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from actcache.format import codec
 from actcache.format.ragged import offsets_of, row_indices
 from actcache.io.buffers import BufferPool
 from actcache.reader.fetch import HostBatch
+
+_NARROW = 128  # tokens of a batch's longest entry: the table of its masks is 130 KB then
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Delivery(ABC):
     packed: bool  # whether rows are read without padding
     padded: bool  # whether they are delivered with it
     buffers: BufferPool  # host buffers to read into
+    id_buffers: BufferPool | None = None  # those for token ids; None: fresh memory
 
     def __init__(self) -> None:
         self._copied = self._decoded = 0.0
@@ -94,7 +98,9 @@ class HostDelivery(Delivery):
         self.decodes = self._deliver != self._kind.form
         most = depth + 3  # those that wait, the one being read, the consumer's, and the one before
         self.buffers = BufferPool(most)
-        self._numbers_in = BufferPool(most)
+        # Fresh memory costs more than what is written into it: its pages are made one by one.
+        self.id_buffers = BufferPool(most)
+        self._numbers_in, self._ids_in, self._masks_in = (BufferPool(most) for _ in range(3))
         self._torch = torch
 
     def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:
@@ -104,7 +110,10 @@ class HostDelivery(Delivery):
         return Delivered(batch)
 
     def _made(self, read: HostBatch, members: BatchMembers) -> Batch | PackedBatch:
-        ids = None if read.token_ids is None else read.token_ids.astype(np.int64)
+        ids = None
+        if read.token_ids is not None:
+            ids = self._ids_in.take(read.token_ids.shape, np.int64)
+            ids[...] = read.token_ids
         values: Any = self._numbers(read.values)
         common: dict[str, Any] = {"lengths": read.lengths, "documents": members.documents, "labels": members.labels}
         common |= {"columns": members.columns}
@@ -112,7 +121,8 @@ class HostDelivery(Delivery):
             offsets, longest = offsets_of(read.lengths).astype(np.int32), int(read.lengths.max(initial=0))
             batch: Batch | PackedBatch = PackedBatch(values, offsets, longest, ids, key_array=members.keys, **common)
         else:
-            mask = (np.arange(read.values.shape[1]) < read.lengths[:, None]).astype(np.int64)
+            mask = self._masks_in.take((len(read.lengths), read.values.shape[1]), np.int64)
+            _write_masks(read.lengths, mask)
             batch = Batch(values, mask, ids, key_array=members.keys, **common)
         if self._torch is None:
             return batch
@@ -128,6 +138,21 @@ class HostDelivery(Delivery):
         out = self._numbers_in.take(shape, codec.get(self._deliver).stored)
         codec.decode_as(self._kind, stored, self._deliver, out)
         return out
+
+
+def _write_masks(lengths: NDArray[np.int64], out: NDArray[np.int64]) -> None:
+    """Write each entry's attention mask, ``[B, L]``: 1 at its tokens, 0 behind them."""
+    width = out.shape[1]
+    if width <= _NARROW:  # rows of a table: to compare so few numbers costs NumPy a multiple of it
+        _masks(width).take(lengths, axis=0, out=out, mode="clip")
+    else:
+        np.less(np.arange(width), lengths[:, None], out=out)
+
+
+@lru_cache(16)
+def _masks(width: int) -> NDArray[np.int64]:
+    """Return the attention masks of entries of 0, 1, ... ``width`` tokens, ``[width + 1, width]``."""
+    return np.tri(width + 1, width, -1, dtype=np.int64)
 
 
 def delivered_by(dtype: str, *, numpy: bool) -> str:

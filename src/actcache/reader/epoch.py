@@ -34,6 +34,7 @@ class MissComputer:
     lengths: Callable[[NDArray[np.int64]], NDArray[np.int64]]  # positions in the keys given -> tokens
     compute: Callable[[NDArray[np.int64], Sequence[bytes]], None]  # (positions, corrupt keys): puts their entries
     flush: Callable[[], None]  # makes them durable
+    refresh: Callable[[], object] = lambda: None  # sees what other ranks have stored
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Epoch(Iterator[Any]):
 
     def _begin(self) -> Prefetch[Delivered | _Missing] | _Items:
         epoch = self._cursor.begin(self._start)
+        if self._work.miss_computer is not None:  # another rank may have computed what this one reads now
+            self._work.miss_computer.refresh()
         self._reached = epoch.reached
         read: Iterator[Read | _Missing] = _produce(self._work, self._delivery, epoch.batches)
         if (
@@ -233,12 +236,12 @@ def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> Re
         ShapeError: an entry has not as many tokens as its label.
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
     """
-    start, keys, stats = time.perf_counter(), work.keys[members], work.stats
+    start, keys, stats = time.perf_counter(), work.keys.take(members, axis=0), work.stats
     own: dict[str, NDArray[Any]] = {}
     if work.columns:
         read, own = _with_columns(work, delivery, members)
     else:
-        read = fetch(work.source, keys, delivery.buffers, packed=delivery.packed, info=work.info[members])
+        read = _fetched(work, delivery, keys, members)
     done = time.perf_counter()
     try:
         if not read.lengths.all():
@@ -273,6 +276,11 @@ def deliver(work: Work, delivery: Delivery, read: Read) -> Delivered:
     return delivered
 
 
+def _fetched(work: Work, delivery: Delivery, keys: NDArray[np.uint8], members: NDArray[np.int64]) -> HostBatch:
+    info, ids = work.info[members], delivery.id_buffers
+    return fetch(work.source, keys, delivery.buffers, packed=delivery.packed, info=info, id_buffers=ids)
+
+
 def _with_columns(
     work: Work, delivery: Delivery, members: NDArray[np.int64]
 ) -> tuple[HostBatch, dict[str, NDArray[Any]]]:
@@ -280,7 +288,7 @@ def _with_columns(
     keys, source = work.keys[members], cast(OwnSource, work.source)
     for _ in range(_TRIES):
         before = source.checksums(keys)
-        read = fetch(source, keys, delivery.buffers, packed=delivery.packed, info=work.info[members])
+        read = _fetched(work, delivery, keys, members)
         try:
             found = source.read_columns(keys)
             if (found.lengths == read.lengths).all() and (before == source.checksums(keys)).all():

@@ -79,9 +79,16 @@ class EntryInfo:
 
 
 def fetch(
-    source: Source, keys: NDArray[np.uint8], buffers: BufferPool, *, packed: bool, info: EntryInfo | None = None
+    source: Source,
+    keys: NDArray[np.uint8],
+    buffers: BufferPool,
+    *,
+    packed: bool,
+    info: EntryInfo | None = None,
+    id_buffers: BufferPool | None = None,
 ) -> HostBatch:
-    """Read the entries of ``[B, 32]`` keys; ``info`` spares a look at their lengths, as long as it is right.
+    """Read the entries of ``[B, 32]`` keys; ``info`` spares a look at their lengths, as long as it is right. Without
+    ``id_buffers``, token ids are read into fresh memory.
 
     Raises:
         CorruptEntryError, StoreError, DataError: see ``Space.read_into``.
@@ -90,7 +97,7 @@ def fetch(
     left = _TRIES - (known is None)
     while True:
         try:
-            read = _fetch(source, keys, buffers, known or EntryInfo.of(source, keys), packed=packed)
+            read = _fetch(source, keys, buffers, id_buffers, known or EntryInfo.of(source, keys), packed=packed)
         except ShapeError:  # entries were replaced by longer ones between the looks at their lengths and at their rows
             if not left:
                 raise
@@ -101,13 +108,22 @@ def fetch(
         known, left = None, left - 1
 
 
-def _fetch(source: Source, keys: NDArray[np.uint8], buffers: BufferPool, info: EntryInfo, *, packed: bool) -> HostBatch:
+def _fetch(
+    source: Source,
+    keys: NDArray[np.uint8],
+    buffers: BufferPool,
+    id_buffers: BufferPool | None,
+    info: EntryInfo,
+    *,
+    packed: bool,
+) -> HostBatch:
     recipe, lengths = source.recipe, info.lengths
     longest, total = int(lengths.max(initial=0)), int(lengths.sum())
     shape = (total,) if packed else (len(keys), longest)
     kind = codec.get(recipe.dtype)
     values = buffers.take((*shape, kind.width(recipe.hidden_size)), kind.stored)
-    ids = np.empty(shape, np.int32) if info.complete or info.has_ids.all() else None
+    make = np.empty if id_buffers is None else id_buffers.take
+    ids: NDArray[np.int32] | None = make(shape, np.int32) if info.complete or info.has_ids.all() else None
     # What was read, not what was there a moment ago: entries are deleted and replaced meanwhile.
     try:
         lengths = source.read_into(keys, values, token_ids=ids).lengths

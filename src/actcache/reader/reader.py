@@ -11,7 +11,7 @@ import numpy as np
 
 from actcache.errors import ShapeError, UsageError
 from actcache.format import codec
-from actcache.format.arguments import check_choice, nbytes_of, whole, whole_numbers
+from actcache.format.arguments import check_choice, dtype_name, nbytes_of, whole, whole_numbers
 from actcache.format.keys import Keys, key_array
 from actcache.reader.caches.local_cache import LocalCache
 from actcache.reader.caches.ram_cache import RamCache
@@ -106,6 +106,7 @@ class Reader:
         self._order = Order(batch_size, max_tokens, shuffle, bucket, seed, drop_last, equal_lengths)
         check_choice("layout", layout, ("padded", "packed"))
         if dtype is not None:
+            dtype = dtype_name(dtype)
             check_choice("dtype", dtype, codec.FLOATS)
             if dtype == "bfloat16" and device is None:
                 raise UsageError("NumPy has no bfloat16: name a device ('cpu'), or ask for float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from actcache.segments.places.place import Place
 from actcache.segments.store_driver import check_folder, check_options, open_engine, open_segmented
 
 GROUP = "actcache.backends"
+REMOTE = "s3"  # the one whose format is made at a URL of another scheme, which fsspec knows
 DEFAULT = "default"  # the entry point that serves a bare path where no store stands yet
 
 Plugin = Backend | SegmentFormat | SpaceEngine
@@ -25,6 +27,7 @@ Plugin = Backend | SegmentFormat | SpaceEngine
 #: store asks for its backend several times.
 _known: dict[tuple[str, ...], list[EntryPoint]] = {}
 
+_LOCAL = ("file", "local")  # schemes of fsspec for paths of this machine
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(.*)", re.DOTALL)
 
@@ -45,9 +48,33 @@ def parse(url: str) -> tuple[str | None, str]:
     match = _SCHEME.fullmatch(url)
     if match is None or "/" in match[1]:
         return None, url
-    rest = match[2]
+    if match[1].lower() in _LOCAL:
+        return None, _path(url)
+    rest = _path(match[2])
     # "lmdb:///abs" and "lmdb:/abs" are the same place; "s3://bucket" keeps its bucket
     return match[1].lower(), f"/{rest.lstrip('/')}" if rest.startswith("///") else rest
+
+
+def _path(location: str) -> str:
+    """Return a location without what fsspec writes before paths of this machine: ``file://``."""
+    scheme, colon, rest = location.partition(":")
+    if not colon or scheme.lower() not in _LOCAL:
+        return location
+    return f"/{rest.lstrip('/')}" if rest.startswith("///") else rest
+
+
+def _at(scheme: str) -> Plugin:
+    """Return what serves ``scheme://``: a backend of that name, or what lies by default wherever fsspec gets at.
+
+    Raises as ``load``.
+    """
+    if scheme not in backends():
+        with suppress(ImportError):
+            from actcache.segments.places.objects import protocols
+
+            if protocols.is_known(scheme):
+                return load(REMOTE)
+    return load(scheme)
 
 
 def load(name: str) -> Plugin:
@@ -104,7 +131,7 @@ def open_driver(url: str | Path, mode: str, options: Mapping[str, Any], *, creat
     create = create and mode == "a"
     scheme, location = parse(url) if isinstance(url, str) else (None, str(url))
     if scheme is not None and location.startswith("//"):  # of an object store: "s3://bucket/prefix"
-        return _open_remote(load(scheme), f"{scheme}:{location}", mode, create, options)
+        return _open_remote(_at(scheme), f"{scheme}:{location}", mode, create, options)
     if scheme is None:
         place = LocalPlace(Path(location))
         check_folder(place.root)

@@ -8,7 +8,7 @@ from actcache.backend import StoreDriver
 from actcache.errors import FormatError, FormatVersionError
 from actcache.format.recipe import Recipe
 
-SPACE_VERSION = 2  # the newest; a recipe says which one it takes
+SPACE_VERSION = 4  # the newest; a recipe says which one it takes
 
 
 def space_blob(fingerprint: str, name: str) -> str:

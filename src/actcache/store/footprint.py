@@ -46,7 +46,7 @@ def footprint_of(files: dict[str, StoredFile]) -> Footprint:
 
 
 #: Where a space keeps its entries, below its own folder: segments, or an engine's files.
-_NOT_ENTRIES = {"index", "statistics", "quarantine", "tombstones", "blobs"}
+_NOT_ENTRIES = {"index", "statistics", "quarantine", "tombstones", "blobs", "fills"}
 
 
 def segments_in(files: dict[str, StoredFile], fingerprint: str) -> dict[str, StoredFile]:
@@ -64,7 +64,8 @@ def age_of_last_write(files: dict[str, StoredFile], fingerprint: str) -> float |
     ages = [
         file.age
         for parts, file in _files_of(files, fingerprint)
-        if parts[0] not in ("index", "quarantine", "statistics") and (len(parts) > 1 or parts[0] == "recipe.json")
+        if parts[0] not in ("index", "quarantine", "statistics", "fills")
+        and (len(parts) > 1 or parts[0] == "recipe.json")
     ]
     return min(ages, default=None)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,12 @@ import actcache
 from actcache import Recyclers
 from actcache.errors import DocumentTooLongError, ErrorBudgetError, ModelError, StoreGoneError, UsageError, WorkerError
 from actcache.models import parallel
-from actcache.models.filling import CHUNK, Part
+from actcache.models.filling import CHUNK
 from actcache.models.parallel import worker
-from actcache.models.parallel.leader import Partitioner, _lead, _together
-from actcache.models.parallel.worker import Failed, Job
+from actcache.models.parallel.leader import _lead, _together
+from actcache.models.parallel.worker import Job
+from actcache.models.partition import Part, Partitioner
+from actcache.models.remote import Blueprint, Failed
 from tests.cli.running import cachectl
 from tests.cli.test_fill import TEXTS, _own_cache, corpus, loaded, same, tiny, used  # noqa: F401
 from tests.support import recipe
@@ -58,7 +61,7 @@ def test_two_processes_store_what_one_stores(tiny, corpus, loaded, tmp_path):  #
         by_one = alone.fill(TEXTS, progress=False)
         assert report["tokens"] == by_one.tokens
         for layer in (1, 3):
-            assert together[layer].recipe.fingerprint == report["spaces"][str(layer)]
+            assert together[layer].recipe.fingerprint == {one["layer"]: one["space"] for one in report["spaces"]}[layer]
             assert together[layer].space.usage().segments == 2
             same(together[layer], alone[layer])
         assert together.fill(TEXTS, progress=False).present == 200
@@ -317,7 +320,7 @@ def test_documents_come_once_in_bounded_memory():
             read += 1
             yield text
 
-    partitioner = Partitioner(texts(), 3)
+    partitioner = Partitioner(texts(), 3, CHUNK)
     got: list[list[Part]] = [[], [], []]
     while (part := partitioner.part(0)) is not None and part[1]:  # the others do nothing
         got[0].append(part)
@@ -355,7 +358,7 @@ def test_losses_of_several_processes_are_added_up():
 
 
 def test_few_documents_come_to_all():
-    partitioner = Partitioner(MANY[:100], 4)
+    partitioner = Partitioner(MANY[:100], 4, CHUNK)
     sizes = [len(partitioner.part(process)[1]) for process in range(4)]
     assert sum(sizes) == 100
     assert min(sizes) > 10
@@ -376,21 +379,25 @@ class ScriptedCrew:
         yield self.members[number], message
 
 
+def blueprint_of(model: object, folder: Path, **options: Any) -> Blueprint:
+    return Blueprint(Recyclers.from_pretrained, str(model), str(folder / "s"), {"layers": [1], **options})
+
+
 def test_nobody_stores_before_the_first_process_has_measured(tmp_path):
     with actcache.open(tmp_path / "s") as store, store.space(recipe()) as space:
         ready = worker.Ready((space.recipe.fingerprint,))
-    job = Job(str(tmp_path / "s"), "model", [1], [], 1024, None, [], 0.1, "rows")
+    job = Job(blueprint_of("model", tmp_path), 1024, None, [], 0.1, "rows")
     refused = Failed(ErrorBudgetError, "too much")
     crew = ScriptedCrew((1, ready), (1, worker.More()), (0, refused))
     with pytest.raises(ErrorBudgetError, match="too much"):
-        _lead(crew, Partitioner(MANY[:50], 2), None, job)
+        _lead(crew, Partitioner(MANY[:50], 2, CHUNK), None, job)
     assert crew.members[1].sent == []
     report = SimpleNamespace()
     crew = ScriptedCrew(
         *((1, ready), (1, worker.More()), (0, ready), (0, worker.More()), (1, worker.More()), (0, worker.More())),
         *((0, worker.Done(report)), (1, worker.Done(report))),
     )
-    assert _lead(crew, Partitioner(MANY[:50], 2), None, job) == [report] * 2
+    assert _lead(crew, Partitioner(MANY[:50], 2, CHUNK), None, job) == [report] * 2
     sent = [text for member in crew.members for part in member.sent if part for text in part[1]]
     assert sorted(sent) == sorted(MANY[:50])
     assert all(member.sent[-1] is None for member in crew.members)
@@ -399,7 +406,7 @@ def test_nobody_stores_before_the_first_process_has_measured(tmp_path):
 def test_the_first_process_measures(tiny, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     ours, theirs = multiprocessing.Pipe()
-    job = Job(str(tmp_path / "s"), str(tiny), [1], [], 1024, None, TEXTS[:5], 1e-4, "rows", {"dtype": "int8"})
+    job = Job(blueprint_of(tiny, tmp_path, dtype="int8"), 1024, None, TEXTS[:5], 1e-4, "rows")
     said = worker._result(theirs, job, "cpu", 0, torch.get_num_threads(), None, worker._Stop())
     assert (said.kind, "Nothing was stored" in said.message) == (ErrorBudgetError, True)
     ours.send(None)  # no documents for the other one, which measures nothing
@@ -413,7 +420,7 @@ def test_a_worker_reports_what_it_cannot_do(tiny, tmp_path, monkeypatch):  # noq
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     ours, theirs = multiprocessing.Pipe()
-    job = Job(str(tmp_path / "s"), str(tmp_path / "none"), [1], [], 1024, None, [], None, "rows")
+    job = Job(blueprint_of(tmp_path / "none", tmp_path), 1024, None, [], None, "rows")
     said = worker._result(theirs, job, "cpu", 0, threads, None, worker._Stop())
     assert isinstance(said, Failed)
     assert said.kind is ModelError
@@ -422,7 +429,7 @@ def test_a_worker_reports_what_it_cannot_do(tiny, tmp_path, monkeypatch):  # noq
     def broken(*given: object, **named: object) -> None:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(worker.Recyclers, "from_pretrained", broken)
+    job = replace(job, blueprint=replace(job.blueprint, make_from=broken))
     said = worker._result(theirs, job, "cuda:1", 0, threads, None, worker._Stop())
     assert said == Failed(WorkerError, "the process for cuda:1 failed: RuntimeError: CUDA out of memory")
     ours.close()

@@ -78,7 +78,10 @@ class Shards:
             if self.kind in COLUMNAR:
                 return arrow.count(file, self.kind)
             with file.open() as data:
-                return sum(piece.count(b"\n") for piece in iter(lambda: data.read(1 << 20), b"")) + 1
+                lines, last = 0, b"\n"
+                for piece in iter(lambda: data.read(1 << 20), b""):
+                    lines, last = lines + piece.count(b"\n"), piece[-1:]
+                return lines + (last != b"\n")
 
 
 @contextmanager

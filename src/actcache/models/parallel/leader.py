@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import signal
 import time
@@ -21,19 +20,19 @@ from actcache.format.arguments import nbytes_of
 from actcache.format.keys import Document
 from actcache.io.workers import available_cpus
 from actcache.models import error_budget
-from actcache.models.documents import check_texts, document_keys, streamed
+from actcache.models.documents import check_texts
 from actcache.models.filling import CHUNK, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
 from actcache.models.parallel import worker
-from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Failed, Job, More, Ready
-from actcache.models.partition import Part, share_of
+from actcache.models.parallel.worker import STOP_SECONDS, Advanced, Done, Job, More, Ready
+from actcache.models.partition import Partitioner
 from actcache.models.progress import FillProgress
+from actcache.models.recyclers import Recyclers
+from actcache.models.remote import Blueprint, Failed
 from actcache.models.sites import several
 from actcache.segments.registry import resolve
 from actcache.store.store import open_store
 
-_READ = 256  # documents that are read at a time
-_AHEAD = 4 * CHUNK  # documents that wait for one process at most: another one that has none left then waits, too
 _SAME_SECONDS = 0.5  # within which a signal to all processes comes to each
 
 
@@ -82,20 +81,11 @@ def fill(
     check_texts(texts)
     count = len(texts) if isinstance(texts, Sized) else None
     sample, texts = error_budget.peeked(texts)
-    job = Job(
-        resolve(store),
-        str(model),
-        layers if isinstance(layers, str) else list(layers),
-        list(sites),
-        token_budget,
-        limit,
-        sample,
-        max_error,
-        metric,
-        options,
-    )
+    where = {"layers": layers if isinstance(layers, str) else list(layers), "sites": list(sites)}
+    blueprint = Blueprint(Recyclers.from_pretrained, str(model), resolve(store), {**where, **options})
+    job = Job(blueprint, token_budget, limit, sample, max_error, metric)
     start = time.monotonic()
-    partitioner = Partitioner(texts, len(devices))
+    partitioner = Partitioner(texts, len(devices), CHUNK)
     with (
         FillProgress(count, show=progress) as bar,
         _Crew(job, devices) as crew,
@@ -139,36 +129,6 @@ def _lead(crew: _Crew, partitioner: Partitioner, bar: FillProgress, job: Job) ->
             else:
                 idle.append(member)
     return reports
-
-
-class Partitioner:
-    """Partitions documents by their keys: one that is given twice comes to the same process twice.
-
-    What is held is bounded, however unlike the processes' speeds are. Raises as ``streamed`` does; not thread-safe.
-    """
-
-    def __init__(self, texts: Iterable[Document], processes: int) -> None:
-        self._texts = streamed(texts)
-        self._waiting: list[list[tuple[int, Document]]] = [[] for _ in range(processes)]
-        self.taken = 0  #: documents that were read so far
-        self._ended = False
-
-    def part(self, process: int) -> Part | None:
-        """Return documents for a process, with their positions: none where it has to wait, None where no more come."""
-        mine = self._waiting[process]
-        while len(mine) < CHUNK and not self._ended and max(map(len, self._waiting)) < _AHEAD:
-            self._read()
-        some, self._waiting[process] = mine[:CHUNK], mine[CHUNK:]
-        if not some and self._ended:
-            return None
-        return [position for position, _ in some], [document for _, document in some]
-
-    def _read(self) -> None:
-        documents = list(itertools.islice(self._texts, _READ))
-        self._ended = len(documents) < _READ
-        for i, key in enumerate(document_keys(documents, self.taken)):
-            self._waiting[share_of(key, len(self._waiting))].append((self.taken + i, documents[i]))
-        self.taken += len(documents)
 
 
 @dataclass
@@ -337,7 +297,9 @@ def check_devices(devices: Sequence[str]) -> None:
 def _check_seen(job: Job, fingerprints: Sequence[str]) -> None:
     """Refuse a store that lies in one process's memory."""
     seen: set[str] = set()
-    with contextlib.suppress(StoreNotFoundError), open_store(job.store, mode="r") as opened:
+    with contextlib.suppress(StoreNotFoundError), open_store(str(job.blueprint.store), mode="r") as opened:
         seen.update(opened.fingerprints())
     if not seen.issuperset(fingerprints):
-        raise UsageError(f"what one process stores in {job.store} no other one sees: fill it from one process")
+        raise UsageError(
+            f"what one process stores in {job.blueprint.store} no other one sees: fill it from one process"
+        )

@@ -10,37 +10,31 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from actcache.errors import ActcacheError, StorageIOError, StoreError, WorkerError
 from actcache.format.keys import Document
+from actcache.models import error_budget
 from actcache.models.budget import Shared
 from actcache.models.filling import FillReport
 from actcache.models.partition import Part
-from actcache.models.recyclers import Recyclers
+from actcache.models.remote import Blueprint, Failed
 
 
 @dataclass(frozen=True)
 class Job:
     """What all the processes do."""
 
-    store: str | Path  # that means the same from everywhere
-    model: str
-    layers: list[int | str] | str
-    sites: list[str]
+    blueprint: Blueprint  # its store is a URL or path that means the same from everywhere
     token_budget: int
     max_bytes: int | None
     sample: list[Document]  # of which the first process measures what storing does, before any stores
     max_error: float | None
     metric: str
-    options: dict[str, Any] = field(default_factory=dict)  # of ``Recyclers``
 
 
 # What a process says. Only ``More`` is answered, by a ``Part`` or None.
@@ -72,21 +66,6 @@ class Done:
     """All is stored, and everything is closed."""
 
     report: FillReport
-
-
-@dataclass(frozen=True)
-class Failed:
-    """It ends with an error."""
-
-    kind: type[ActcacheError]
-    message: str
-    lost: int = 0  # see ``StoreError``
-
-    def error(self) -> ActcacheError:
-        error = self.kind(self.message)
-        if isinstance(error, StoreError):
-            error.lost = self.lost
-        return error
 
 
 STOP_SECONDS = 60.0  # for a process to store what it has computed when it is told to end
@@ -157,13 +136,12 @@ def _result(
         channel.send(Advanced(*counts))
 
     try:
-        with Recyclers.from_pretrained(
-            job.model, layers=job.layers, sites=job.sites, store=job.store, device=device, **job.options
-        ) as recyclers:
+        with contextlib.closing(job.blueprint.make(device)) as recyclers:
+            filler = recyclers.filler
             if number == 0:
-                recyclers.measured(job.sample, job.max_error, job.metric)
-            channel.send(Ready(tuple(recycler.recipe.fingerprint for recycler in recyclers.values())))
-            report = recyclers.filler.fill_parts(
+                error_budget.measured(job.sample, filler.agreements, job.max_error, job.metric)
+            channel.send(Ready(filler.fingerprints))
+            report = filler.fill_parts(
                 _parts(channel),
                 advance=advance,
                 token_budget=job.token_budget,
@@ -174,12 +152,8 @@ def _result(
         return Done(report)
     except _GONE:
         raise
-    except ActcacheError as error:
-        return Failed(type(error), str(error), error.lost if isinstance(error, StoreError) else 0)
-    except OSError as error:
-        return Failed(StorageIOError, str(error))
-    except Exception as error:  # of torch, mostly; it is raised where the fill was called
-        return Failed(WorkerError, f"the process for {device} failed: {type(error).__name__}: {error}")
+    except Exception as error:  # it is raised where the fill was called
+        return Failed.by(error, f"the process for {device}")
 
 
 def _parts(channel: Connection) -> Iterator[Part]:

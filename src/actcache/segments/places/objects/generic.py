@@ -19,21 +19,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fsspec
+from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
 from actcache.errors import (
     BackendError,
-    MissingExtraError,
     ReadOnlyError,
     StorageIOError,
     StoreError,
     StoreNotFoundError,
 )
-from actcache.segments.places.objects import client
+from actcache.segments.places.objects import client, protocols
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 _REFUSED = (401, 403)
+_SLOWEST = 1 << 18  # bytes a second of a transfer that is still waited for
+_COPY_BYTES = 1 << 30  # of a copy on the server, whose size is not looked at
 #: What fsspec's own constructors call the options that they hand up to their base.
 _PASSED_UP = ("kwargs", "storage_options")
 
@@ -43,25 +44,31 @@ class FsspecClient(client.Client):
 
     multipart = False
 
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
-        self.where = url.rstrip("/")
+    def __init__(self, url: str, options: dict[str, Any], timeout: float = 20.0) -> None:
+        self.where, self._timeout = url.rstrip("/"), timeout
         protocol, _, rest = url.partition("://")
         self._protocol, self._bucket = protocol, rest.partition("/")[0]
-        try:
-            kind = fsspec.get_filesystem_class(protocol)
-        except ImportError as error:
-            raise MissingExtraError(f"{url} needs another package: {error}") from error
-        except ValueError as error:
-            raise StorageIOError(f"cannot open {url}: {error}") from error
+        kind = protocols.file_system(url, protocol)
         _check_options(kind, protocol, options)
         try:
-            self._fs: Any = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
+            options = {**kind._get_kwargs_from_urls(url), **options}  # a host, an account
+            self._fs: Any = kind(skip_instance_cache=True, use_listings_cache=False, **options)
         except ImportError as error:
-            raise MissingExtraError(f"{url} needs another package: {error}") from error
+            raise protocols.missing(url, protocol, error) from error
         except (ValueError, TypeError, OSError) as error:
             raise StorageIOError(f"cannot open {url}: {error}; check the options") from error
+        # Looking first and writing next is not the server's check; most libraries can ask for that, by either name.
+        writes = inspect.signature(getattr(self._fs, "_pipe_file", self._fs.pipe_file)).parameters
+        self._by_overwrite = "overwrite" in writes and "mode" not in writes
         self._loop = getattr(self._fs, "loop", None)  # of those that are asynchronous inside
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
+
+    def _call(self, method: str, *args: Any, nbytes: int = 0, **options: Any) -> Any:
+        """Call a method of the file system; what is asynchronous inside waits as long as such a transfer may take."""
+        coroutine = getattr(self._fs, f"_{method}", None)
+        if self._loop is None or not inspect.iscoroutinefunction(coroutine):
+            return getattr(self._fs, method)(*args, **options)
+        return sync(self._loop, coroutine, *args, timeout=self._timeout + nbytes / _SLOWEST, **options)
 
     def check_bucket(self) -> None:
         if self._protocol == "memory":  # where a folder is there when something is in it
@@ -69,10 +76,10 @@ class FsspecClient(client.Client):
         bucket = self._fs._strip_protocol(f"{self._protocol}://{self._bucket}")
         with self._translated("look at", ""):
             try:
-                self._fs.info(bucket)
+                self._call("info", bucket)
             except FileNotFoundError:
                 try:
-                    self._fs.ls(bucket)  # who may not look at a bucket may list it nevertheless
+                    self._call("ls", bucket)  # who may not look at a bucket may list it nevertheless
                 except FileNotFoundError:
                     raise self._no_bucket(f"cannot look at {self.where}") from None
 
@@ -81,16 +88,18 @@ class FsspecClient(client.Client):
 
     def get(self, key: str, offset: int, nbytes: int) -> client.Body:
         with self._translated("read", key):
-            size = int(self._fs.info(self._path(key))["size"])
+            size = int(self._call("info", self._path(key))["size"])
             end = min(size, offset + nbytes)
-            data = bytes(self._fs.cat_file(self._path(key), start=offset, end=end)) if end > offset else b""
+            data = b""
+            if end > offset:
+                data = bytes(self._call("cat_file", self._path(key), start=offset, end=end, nbytes=end - offset))
         if len(data) != max(0, end - offset):
             raise client.TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
         return client.Body(data, size)
 
     def head(self, key: str) -> client.Head:
         with self._translated("look at", key):
-            info = self._fs.info(self._path(key))
+            info = self._call("info", self._path(key))
             if info["type"] != "file":
                 raise FileNotFoundError(key)
             return client.Head(int(info["size"]), _age(info))
@@ -103,7 +112,7 @@ class FsspecClient(client.Client):
             folder = pending.pop()
             with self._translated("list", folder):
                 try:
-                    found = self._fs.ls(self._path(folder).rstrip("/"), detail=True)
+                    found = self._call("ls", self._path(folder).rstrip("/"), detail=True)
                 except (FileNotFoundError, NotADirectoryError):
                     found = []
             for info in found:
@@ -115,39 +124,50 @@ class FsspecClient(client.Client):
         return client.Listing(files, frozenset(folders))
 
     def put(self, key: str, data: client.Data, token: str, *, create: bool) -> None:
+        self._check_whole()
         with self._translated("write", key, writing=True):
-            if create and self._fs.exists(self._path(key)):
+            if create and self._call("exists", self._path(key)):
                 raise client.ObjectExistsError(key)
             try:
-                self._fs.pipe_file(self._path(key), bytes(data), mode="create" if create else "overwrite")
+                how: dict[str, Any] = {"mode": "create" if create else "overwrite"}
+                how = {"overwrite": not create} if self._by_overwrite else how
+                self._call("pipe_file", self._path(key), bytes(data), nbytes=len(data), **how)
             except FileExistsError:
                 raise client.ObjectExistsError(key) from None
             self._check(key, len(data), lambda: hashlib.md5(data, usedforsecurity=False))
+
+    def _check_whole(self) -> None:
+        if self._protocol in protocols.FOLDERS:
+            raise ReadOnlyError(
+                f"cannot write {self.where}: at {self._protocol}:// a file appears before it is whole; mount it as a "
+                "folder and open that, or read it with mode='r'"
+            )
 
     def put_file(self, key: str, path: Path) -> None:
         def digest() -> Any:
             with open(path, "rb") as file:
                 return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
 
+        self._check_whole()
         with self._translated("write", key, writing=True):
-            self._fs.put_file(str(path), self._path(key))
+            self._call("put_file", str(path), self._path(key), nbytes=os.path.getsize(path))
             self._check(key, os.path.getsize(path), digest)
 
     def _check(self, key: str, nbytes: int, digest: Callable[[], Any]) -> None:
         """Raise ``TransientError``, and remove the object, where the store says that it holds something else."""
-        info = self._fs.info(self._path(key))
+        info = self._call("info", self._path(key))
         told = _md5(info)
         if int(info["size"]) != nbytes or (told is not None and told != digest().digest()):
-            self._fs.rm_file(self._path(key))
+            self._call("rm_file", self._path(key))
             raise client.TransientError(f"cannot write {self.where}/{key}: it is not what was sent")
 
     def copy(self, key: str, target: str) -> None:
         with self._translated("copy", key, writing=True):
-            self._fs.cp_file(self._path(key), self._path(target))
+            self._call("cp_file", self._path(key), self._path(target), nbytes=_COPY_BYTES)
 
     def remove(self, key: str) -> None:
         with self._translated("remove", key, writing=True), suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(key))
+            self._call("rm_file", self._path(key))
 
     def abandon(self) -> None:
         leave_to_parent(self._fs, self._loop)

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from actcache.errors import BackendError, MissingExtraError
+from actcache.segments.places.objects import protocols
 from actcache.segments.places.objects.client import Client
 from actcache.segments.places.objects.generic import FsspecClient
 
@@ -47,7 +48,7 @@ class Target:
         Raises ``MissingExtraError``; ``BackendError`` or ``StorageIOError`` where an option makes no sense.
         """
         if self.protocol not in _S3:
-            return FsspecClient(self.url, dict(self.options))
+            return FsspecClient(self.url, dict(self.options), self.timeout)
         options = dict(self.options)
         region, wanted = options.pop("region", None), options.pop("client", None)
         # What is given to botocore alone cannot be given to obstore.
@@ -57,7 +58,7 @@ class Target:
         try:
             from actcache.segments.places.objects import s3
         except ImportError as error:
-            raise MissingExtraError(f"{self.url} needs s3fs ({error}): pip install 'actcache[s3]'") from error
+            raise protocols.missing(self.url, "s3", error) from error
         make = s3.S3Client
         if wanted == "obstore" or (wanted is None and plain):
             try:

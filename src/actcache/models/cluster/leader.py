@@ -1,0 +1,367 @@
+"""The process that partitions the documents, and what becomes of the others when a worker dies."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+from actcache.errors import ActcacheError, StorageIOError, StoreError, UsageError, WorkerError, requires_extra
+from actcache.format.arguments import whole
+from actcache.format.keys import Document
+from actcache.io.workers import available_cpus
+from actcache.models import error_budget
+from actcache.models.cluster.worker import Job, News, Numbered, Worker
+from actcache.models.documents import check_texts
+from actcache.models.filling import CHUNK, FillReport
+from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
+from actcache.models.partition import Part, Partitioner
+from actcache.models.progress import FillProgress
+from actcache.models.remote import Blueprint
+from actcache.store.contributions import Contribution
+from actcache.store.store import Store, open_store
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 60.0  # for a worker to store what it has computed when it is told to end
+_LOOK_SECONDS = 1.0  # after which it is looked whether workers have started
+
+
+def fill(
+    texts: Iterable[Document],
+    blueprint: Blueprint,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    device: str | None = None,
+    token_budget: int = TOKEN_BUDGET,
+    progress: bool = True,
+    max_error: float | None = None,
+    metric: str = "rows",
+    deaths: int = 3,
+    start_seconds: float = 600.0,
+    finish: bool = True,
+    ray_options: Mapping[str, Any] | None = None,
+) -> FillReport:
+    """Fill a store by the workers of a Ray cluster; see ``Recycler.fill_ray``.
+
+    Args:
+        blueprint: of the recyclers, which each worker makes; this process loads no model.
+    """
+    with requires_extra("ray", "a fill by Ray's workers needs Ray"):
+        import ray
+    error_budget.check_metric(metric)
+    token_budget = check_token_budget(token_budget)
+    check_texts(texts)
+    count = len(texts) if isinstance(texts, Sized) else None
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        store = blueprint.store
+        if not isinstance(store, Store):
+            store = stack.enter_context(open_store(store))
+        store.check_writable()
+        stack.enter_context(_connected(ray, address))
+        each = _asked(ray, workers, cpus, gpus)
+        sample, texts = error_budget.peeked(texts)
+        job = Job(
+            replace(blueprint, store=store), token_budget, sample, max_error, metric, secrets.token_hex(4), each.workers
+        )
+        partitioner = Partitioner(texts, each.workers, CHUNK)
+        bar = stack.enter_context(FillProgress(count, show=progress))
+        crew = stack.enter_context(_Crew(ray, job, each, device, dict(ray_options or {}), deaths))
+        total = reduce(add, crew.lead(partitioner, bar, start_seconds))
+        crew.end()
+        contributions = [one for name in crew.fingerprints for one in _noted(store, name, job.run, finish)]
+    computed, tokens = total.computed + crew.of_the_dead[0], total.tokens + crew.of_the_dead[1]
+    return replace(
+        total,
+        documents=partitioner.taken,
+        present=partitioner.taken - computed,
+        computed=computed,
+        tokens=tokens,
+        seconds=time.monotonic() - start,
+        nbytes=sum(one.nbytes for one in contributions),
+        segments=sum(one.segments for one in contributions),
+        partition=None,
+        contributions=tuple(contributions),
+    )
+
+
+def _noted(store: Store, fingerprint: str, run: str, finish: bool) -> list[Contribution]:
+    """Finish a space, and return what the workers of this run have noted in the store."""
+    with store[fingerprint] as space:
+        if finish:
+            space.finish()
+        return [one for one in space.contributions() if one.run == run]
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, address: str | None) -> Iterator[None]:
+    """Connect to a cluster, or start one here; where the caller is connected, use that."""
+    if ray.is_initialized():
+        if address is not None:
+            raise UsageError("Ray is initialized already: leave the address out, or call ray.shutdown() first")
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    here = {"include_dashboard": False, "num_cpus": available_cpus(), "_node_ip_address": "127.0.0.1"}
+    with _own_handlers():
+        try:
+            if address == "local":
+                _start(ray, **quiet, **here)
+            else:
+                ray.init(address=address or "auto", **quiet)
+        except ConnectionError as error:
+            if address is not None or os.environ.get("RAY_ADDRESS"):
+                raise WorkerError(
+                    f"there is no Ray cluster at {address or os.environ['RAY_ADDRESS']}: {error}"
+                ) from None
+            _start(ray, **quiet, **here)
+    try:
+        yield
+    finally:
+        with _own_handlers():
+            ray.shutdown()
+
+
+def _start(ray: Any, **options: Any) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody was asked
+    ray.init(address="local", **options)
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Have Ray leave the program's signal handlers as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class _Each:
+    """How many workers there are, and what each takes of the cluster."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
+def _asked(ray: Any, workers: int | None, cpus: float | None, gpus: float | None) -> _Each:
+    there = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if gpus is None:
+        gpus = 1.0 if there.get("GPU", 0) >= 1 else 0.0
+    if workers is not None:
+        workers = whole("workers", workers, 1)
+    if cpus is None:
+        if gpus:
+            cpus = 1.0
+        elif workers is None:  # a worker a node
+            cpus = max(1.0, min(found for node in nodes if (found := node.get("CPU", 0.0)) >= 1))
+        else:
+            cpus = max(1.0, there.get("CPU", 1.0) // workers)
+    if workers is None:
+        rooms = (
+            min(node.get("CPU", 0.0) // cpus if cpus else 1e9, node.get("GPU", 0.0) // gpus if gpus else 1e9)
+            for node in nodes
+        )
+        workers = max(1, int(sum(rooms)))
+    return _Each(workers, cpus, gpus)
+
+
+@dataclass
+class _Member:
+    """A share of the documents, and the worker that fills it."""
+
+    number: int
+    actor: Any = None
+    attempt: int = 0
+    started: float = 0.0
+    answered: bool = False
+    held: dict[int, Part] = field(default_factory=dict)  # what it was given and is not known to be durable
+    given: int = 0  # parts so far
+    told: int = 0  # documents that it said are stored, of parts that are not known to be durable
+    stored: tuple[int, int] = (0, 0)  # documents that this attempt computed, and are known to be durable; tokens
+    ending: bool = False  # no more come
+    done: bool = False
+    to_give: list[Numbered | None] = field(default_factory=list)
+
+    def next_number(self) -> int:
+        self.given += 1
+        return self.given - 1
+
+
+class _Crew:
+    """The workers. A context manager: none of them outlives it."""
+
+    def __init__(
+        self, ray: Any, job: Job, each: _Each, device: str | None, options: dict[str, Any], deaths: int
+    ) -> None:
+        self._ray, self._job, self._each, self._device = ray, job, each, device
+        self._actor = ray.remote(Worker)
+        self._options = {"num_cpus": each.cpus, "num_gpus": each.gpus, **options, "max_restarts": 0}
+        self._deaths = deaths  # that may yet happen
+        self.members = [_Member(number) for number in range(each.workers)]
+        self._calls: dict[Any, _Member] = {}
+        self.of_the_dead = (0, 0)  # documents that dead workers have computed and stored, as far as is known; tokens
+        self.fingerprints: tuple[str, ...] = ()
+        self._measured = False
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def lead(self, partitioner: Partitioner, bar: FillProgress, start_seconds: float) -> list[FillReport]:
+        """Give the workers their documents until all is stored; return what each worker that lives says."""
+        reports: list[FillReport] = []
+        for member in self.members:
+            self._start(member)
+        while self._calls:
+            answered, _ = self._ray.wait(list(self._calls), timeout=_LOOK_SECONDS)
+            for call in answered:
+                member = self._calls.pop(call)
+                news = self._news(member, call, bar)
+                if news is None:
+                    continue
+                if news.failed is not None:
+                    member.done = True
+                    raise news.failed.error()
+                if news.report is not None:
+                    member.done = True
+                    reports.append(news.report)
+                    continue
+                self._deal(member, news.wants, partitioner)
+                self._calls[member.actor.news.remote(member.to_give)] = member
+                member.to_give = []
+            self._check_started(start_seconds)
+        return reports
+
+    def _start(self, member: _Member) -> None:
+        each = self._each
+        member.started, member.answered, member.told = time.monotonic(), False, 0
+        threads = max(1, int(each.cpus))
+        device = self._device or ("cuda" if each.gpus else "cpu")
+        member.actor = self._actor.options(**self._options).remote(
+            self._job, member.number, member.attempt, device, threads
+        )
+        again: list[Numbered | None] = [*member.held.items()]
+        if member.ending:
+            again.append(None)
+        self._calls[member.actor.news.remote(again)] = member
+
+    def _news(self, member: _Member, call: Any, bar: FillProgress) -> News | None:
+        """Return what a worker says; None where it has died, and another was started in its place."""
+        try:
+            news: News = self._ray.get(call)
+        except self._ray.exceptions.RayActorError as error:
+            self._died(member, error)
+            bar.advance(-member.told)  # what was not durable is looked for, and computed, again
+            self._start(member)
+            return None
+        except self._ray.exceptions.RayError as error:
+            raise WorkerError(f"worker {self._name(member)} failed: {error}") from None
+        member.answered = True
+        member.told += news.documents
+        bar.advance(news.documents, news.computed, news.tokens)
+        for part in news.durable:
+            member.told -= len(member.held.pop(part.number)[0])
+            member.stored = member.stored[0] + part.computed, member.stored[1] + part.tokens
+        if news.fingerprints:
+            self.fingerprints = self.fingerprints or news.fingerprints
+            self._measured = self._measured or member.number == 0
+        return news
+
+    def _died(self, member: _Member, error: Exception) -> None:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(member.actor)
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not self._deaths:
+            member.done = True
+            raise WorkerError(
+                f"worker {self._name(member)} died, and too many before it: {why}. It often means that memory ran out. "
+                "What was stored stays: fill again to go on"
+            )
+        self._deaths -= 1
+        member.attempt += 1
+        self.of_the_dead = self.of_the_dead[0] + member.stored[0], self.of_the_dead[1] + member.stored[1]
+        member.stored = (0, 0)
+        logger.warning("worker %s died, another one goes on: %s", self._name(member), why)
+
+    def _name(self, member: _Member) -> str:
+        return f"{member.number}/{len(self.members)}"
+
+    def _deal(self, member: _Member, wants: int, partitioner: Partitioner) -> None:
+        while self._measured and wants and not member.ending:
+            part = partitioner.part(member.number)
+            if part is None:
+                member.ending = True
+                member.to_give.append(None)
+            elif not part[1]:
+                return  # others have first to take what is theirs
+            else:
+                number = member.next_number()
+                member.held[number] = part
+                member.to_give.append((number, part))
+                wants -= 1
+
+    def _check_started(self, seconds: float) -> None:
+        now = time.monotonic()
+        late = [one for one in self.members if not one.answered and not one.done and now - one.started > seconds]
+        if late:
+            there = self._ray.cluster_resources()
+            raise WorkerError(
+                f"{len(late)} of {len(self.members)} workers did not start within {seconds:.0f} s: each asks for "
+                f"{self._each.cpus:g} CPUs and {self._each.gpus:g} GPUs, and the cluster has {there.get('CPU', 0):g} "
+                f"and {there.get('GPU', 0):g}, which others may hold. Ask for fewer workers, or for less"
+            )
+
+    def end(self) -> None:
+        """Have the workers store what they have, and end; those that do not in time are killed.
+
+        Raises:
+            StoreError: one could not store what it had; in place of what ended the others.
+        """
+        members, self.members = self.members, []
+        self._calls.clear()
+        failures: list[ActcacheError] = []
+        try:
+            stops = {one.number: one.actor.stop.remote() for one in members if one.answered and not one.done}
+            deadline = time.monotonic() + STOP_SECONDS
+            for number, stop in stops.items():
+                try:
+                    news = self._ray.get(stop, timeout=max(0.0, deadline - time.monotonic()))
+                except self._ray.exceptions.GetTimeoutError:
+                    late = f"worker {number} did not store what it had within {STOP_SECONDS:.0f} s and was killed"
+                    failures.append(StorageIOError(f"{late}: that is lost, fill again"))
+                except self._ray.exceptions.RayError as error:
+                    logger.warning("worker %d died as it was told to end: %s", number, error)
+                else:
+                    failures += [news.failed.error()] if news.failed is not None else []
+        finally:
+            for member in members:
+                if member.actor is not None:
+                    with contextlib.suppress(self._ray.exceptions.RayError):
+                        self._ray.kill(member.actor)
+        for failure in failures:
+            if isinstance(failure, StoreError):
+                raise failure

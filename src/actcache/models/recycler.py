@@ -22,7 +22,7 @@ from actcache.format.media import By
 from actcache.format.passages import Passages
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import cluster, error_budget, loading, proof, replay, verification
+from actcache.models import cluster, consumers, error_budget, loading, proof, replay, verification
 from actcache.models.after_encoder import starts_at
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
@@ -644,6 +644,51 @@ class Recycler:
         self._check_one_shape(reduced)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
+
+    def consumer(
+        self,
+        task_model: Model,
+        tokenizer: Any,
+        *,
+        how: consumers.How = "add",
+        width: int | None = None,
+        start: consumers.Start = "itself",
+    ) -> Model:
+        """Return a copy of a smaller task model that takes this space's rows beside its own input embeddings.
+
+        Cross-model recycling, appendix A.3 of the paper: an MLP of two layers with ReLU, which trains with the rest,
+        makes of each token's stored row what joins the token's embedding. It is called, trained and saved as a reduced
+        model is: ``consumer(**batch.model_inputs())`` of this recycler's readers. On texts that are not stored the
+        larger model is computed, by a reader with ``on_missing="compute"``.
+
+        Args:
+            task_model: a full task model of another size; not changed. All of it runs.
+            tokenizer: the task model's own, which must have the source's token ids for every text.
+            how: ``"add"``; ``"gate"``, where a learned gate weighs what is added; ``"concat"``, where a linear layer
+                joins both.
+            width: of the MLP's hidden layer; by default that of the embeddings.
+            start: ``"itself"``, training begins with what the task model computes alone; ``"random"``, the MLP begins
+                as torch makes it.
+
+        Raises:
+            TokenizationMismatchError: the two models have different token ids for one text.
+            LayerError: documents of this space may have more tokens than the task model takes.
+            UnsupportedModelError: one of the models takes no text, or embeds other tokens than it is given.
+            ModelError: the task model is a reduced or consumer model.
+        """
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder):
+            raise UnsupportedModelError(
+                f"a consumer model shares tokens with its source, and {self.recipe.model} has none"
+            )
+        own = processor_of(tokenizer, base_model_of(task_model))
+        return consumers.make_consumer(
+            task_model, own, self.recipe, encoder.tokenizer, how=how, width=width, start=start
+        )
+
+    def load_consumer(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Return a consumer model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_consumer``."""
+        return consumers.load_consumer(folder, self.recipe, **options)
 
     def _of_one_shape(self, task_model: PreTrainedModel) -> Family | None:
         """Return the family with the shape that the processor makes of all images or sounds; None where that varies."""

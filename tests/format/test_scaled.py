@@ -211,7 +211,8 @@ def test_scales_that_no_writer_makes(name, scale):
     assert one.stray(stored).tolist() == [9]
     which = np.array([3, 9, 0, 9, 5])
     assert one.stray_among(stored, which).tolist() == one.stray(stored[which]).tolist() == [1, 3]
-    assert not len(one.stray_among(stored, which[:0])) and not len(one.stray(stored[:0]))
+    assert not len(one.stray_among(stored, which[:0]))
+    assert not len(one.stray(stored[:0]))
 
 
 @pytest.mark.parametrize("name", SCALED)

@@ -19,6 +19,7 @@ import actcache
 from actcache.cli import (
     bench,
     compact,
+    diff,
     doctor,
     du,
     export,
@@ -50,7 +51,8 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(fill.fill, ls.ls, inspect.inspect, du.du, verify.verify, repair.repair, compact.compact, migrate.migrate),
-    *(export.export, export.import_, prune.prune, pin.pin, pin.unpin, plan.plan, bench.bench, doctor.doctor),
+    *(export.export, export.import_, prune.prune, pin.pin, pin.unpin, plan.plan, diff.diff),
+    *(bench.bench, doctor.doctor),
 )
 for _command in COMMANDS:
     name_values(_command)

@@ -156,7 +156,7 @@ class Recyclers(Mapping[int | str, Recycler]):
 
     def blueprint(self) -> Blueprint:
         """Return what makes these recyclers in another process; see ``Recycler.blueprint``."""
-        return blueprint_of(type(self).from_pretrained, self._base, self._store, self._made_by, self.filler)
+        return blueprint_of(type(self).from_pretrained, self._base, self._open(), self._made_by, self.filler)
 
     def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
         """Return the positions of the documents that any of the sites lacks; else as ``Recycler.missing``."""

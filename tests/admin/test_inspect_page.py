@@ -1,9 +1,10 @@
-"""``cachectl inspect --html``: the page is whole, says what is there, runs and fetches nothing, and looks right."""
+"""``cachectl inspect --html``: the page is whole, says what is there, fetches nothing, and looks right."""
 
 from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import html.parser
 import os
 import struct
@@ -22,6 +23,8 @@ from tests.support import key, make_store, recipe, segment_files
 from tests.support.browser import CHROMIUM, Browser
 
 HOSTILE = "<script>document.title='run'</script>\"'><img src=http://192.0.2.1/x.png onerror=alert(1)>&amp;\x1b[2J\x00"
+#: Of the store: its collection, bytes, checksums, ages; of its spaces, lengths, norms, ages where several.
+PLOTS = 4 + 3 + 2 + 3
 LONG = "an-organization-of-note/" + "a-model-with-a-name-that-goes-on-" * 3
 
 
@@ -102,7 +105,7 @@ def test_the_page_says_what_is_there(store, page):
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     assert len(ids) == len(set(ids))
     plots = [attributes for tag, attributes in elements.found if tag == "svg"]
-    assert len(plots) == 3 + 3 * 4
+    assert len(plots) == PLOTS
     for plot in plots:
         assert plot["role"] == "img"
         assert set(plot["aria-labelledby"].split()) <= set(ids)
@@ -112,7 +115,13 @@ def test_nothing_in_the_page_runs_or_is_fetched(page):
     text = page.read_text()
     elements = Elements(text)
     tags = {tag for tag, _ in elements.found}
-    assert not tags & {"script", "img", "iframe", "object", "embed", "form", "base", "video"}
+    assert [tag for tag, _ in elements.found].count("script") == 1
+    (policy,) = [one["content"] for tag, one in elements.found if one.get("http-equiv") == "Content-Security-Policy"]
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert not [word for word in ("innerHTML", "eval", "fetch", "XMLHttp", "import", "http") if word in script]
+    assert not tags & {"img", "iframe", "object", "embed", "form", "base", "video"}
     for tag, attributes in elements.found:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], (tag, attributes)
         for name in ("href", "src", "xlink:href"):
@@ -167,7 +176,7 @@ def test_a_page_where_there_are_no_links(store, tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text().endswith("</html>\n")
     assert len(list(tmp_path.iterdir())) == 1
 
-    def made_meanwhile(found):
+    def made_meanwhile(found, *_):
         (tmp_path / "other.html").write_text("mine")
         return made(found)
 
@@ -244,10 +253,10 @@ def test_in_a_browser(browser, page, width):
     resize(browser, width)
     browser.open(page.as_uri())
     found = browser.evaluate(MEASURE)
-    assert (found["scripts"], found["images"]) == (0, 0)
+    assert (found["scripts"], found["images"]) == (1, 0)
     assert found["title"].startswith("Activation cache ")
     assert found["overflow"] <= 0  # tables scroll, not the page
-    assert len(found["plots"]) == 15
+    assert len(found["plots"]) == PLOTS
     for plot in found["plots"]:
         left, top, right, bottom = plot["box"]
         assert right - left > 250
@@ -279,7 +288,7 @@ def test_readers_who_do_not_see_the_plots(browser, page):
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     images = [node for node in nodes if node.get("role", {}).get("value") in ("image", "img") and not node["ignored"]]
     named = [node["name"]["value"] for node in images]
-    assert len([name for name in named if len(name) > 20]) == 15, named  # title and description
+    assert len([name for name in named if len(name) > 20]) == PLOTS, named  # title and description
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
@@ -337,3 +346,69 @@ def pixels(png):
         found.update(bytes(line[i : i + size]) for i in range(0, len(line), size))
         above = line
     return found
+
+
+# --- what is first, and what can be asked of it -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory):
+    """A store of one model's layers, put in no order, of which one has half of the corpus, and one document is odd."""
+    url = tmp_path_factory.mktemp("layers") / "store"
+    rng = np.random.default_rng(1)
+    with actcache.open(url) as opened:
+        for layer in (10, 2, 7):
+            with opened.space(recipe(model="one", layer=layer)) as space:
+                for n in range(30 if layer != 7 else 15):
+                    rows = rng.normal(0, layer * (50 if n == 13 else 1), (4 + n, 8)).astype(np.float32)
+                    space.put([key(n)], [rows], [np.arange(4 + n, dtype=np.int32)])
+        opened.put_collection("corpus", [key(n) for n in range(30)])
+    path = url.parent / "report.html"
+    assert cachectl("inspect", url, "--html", path).code == 0
+    return path
+
+
+def test_what_matters_comes_first(layers):
+    said = Elements(layers.read_text()).texts
+    titles = [text for text in said if text.startswith("one, layer ")]
+    assert titles == ["one, layer 2, float32", "one, layer 7, float32", "one, layer 10, float32"]
+    assert "15 of 30 (50 %)" in said
+    assert said.count("30 of 30 (100 %)") == 2
+    assert "nothing to show" not in " ".join(said)
+    assert "By layer: one" in said
+    assert said.index("Unusual documents") < said.index("Recipe")
+    assert key(13).hex()[:12] in said
+    drawn = [text for text in said if text.startswith("layer 10, float32: norms")]
+    assert len(drawn) == 1
+
+
+def test_tables_are_sorted_and_spaces_compared(browser, layers):
+    browser.open(layers.as_uri())
+    column = "[...document.querySelector('table.sorted').tBodies[0].rows].map(row => row.cells[%d].textContent)"
+    click = "document.querySelectorAll('table.sorted th button')[%d].click()"
+    assert browser.evaluate(column % 1) == ["2", "7", "10"]
+    for number, wanted in ((1, ["2", "7", "10"]), (1, ["10", "7", "2"]), (4, ["15", "30", "30"])):
+        browser.evaluate(click % number)
+        assert browser.evaluate(column % number) == wanted
+    differ = (
+        "[...document.querySelectorAll('#compared tbody tr')].map(row => [...row.cells].map(one => one.textContent))"
+    )
+    assert browser.evaluate(differ) == [["layer", "2", "7"]]
+    browser.evaluate("second.value = first.value; second.dispatchEvent(new Event('change'))")
+    assert browser.evaluate(differ) == []
+
+
+def test_unusual_documents_are_found_by_the_norms_of_all():
+    """By NumPy alone: the entries whose mean norm is furthest from the median of all."""
+    from actcache.admin.report.spaces import _outliers
+
+    class Space:
+        def get(self, keys):
+            return [None for _ in keys]
+
+    norms = np.array([*np.linspace(9, 11, 41), 30.0, 2.0, np.nan])
+    found = _outliers(Space(), [key(n) for n in range(44)], [3] * 44, norms)
+    assert [one.key for one in found] == [key(41), key(42)]
+    middle = np.median(norms[:-1])
+    assert found[0].off == pytest.approx((30 - middle) / np.median(np.abs(norms[:-1] - middle)))
+    assert _outliers(Space(), [key(n) for n in range(5)], [3] * 5, norms[-5:]) == []

@@ -13,7 +13,7 @@ import actcache
 from actcache.admin import inspection
 from actcache.errors import SpaceNotFoundError, UsageError
 from actcache.store import space as maintenance
-from tests.cli.running import cachectl
+from tests.cli.running import by_space, cachectl
 from tests.support import check, ids, key, length, make_store, put, recipe, rows, segment_files
 from tests.support.backends import each
 
@@ -46,7 +46,7 @@ def flip(path):
 
 def test_ls(store):
     listed = cachectl("ls", store, "--json").json()
-    found = {row["fingerprint"]: row for row in listed["spaces"]}
+    found = {row["space"]: row for row in listed["spaces"]}
     assert set(found) == {recipe().fingerprint, recipe(layer=2, model="other/model").fingerprint}
     row = found[recipe().fingerprint]
     assert (row["entries"], row["segments"], row["model"], row["damaged"]) == (12, 3, "tests", {})
@@ -62,8 +62,8 @@ def test_ls_of_one_space_shows_its_segments_and_what_it_has_of_collections(store
     prefix = recipe().fingerprint[:6]
     (row,) = cachectl("ls", store, "--space", prefix, "--json").json()["spaces"]
     files = {path.name: path.stat().st_size for path in segment_files(folder(store))}
-    assert row["segment_bytes"] == files
-    assert row["collections"] == {"corpus": {"documents": 4, "present": 3}}
+    assert {one["name"]: one["nbytes"] for one in row["segment_list"]} == files
+    assert row["coverage"] == [{"collection": "corpus", "documents": 4, "present": 3}]
     text = cachectl("ls", store, "--space", prefix).out
     assert all(name in text for name in files)
     assert "3 of 4 documents" in text
@@ -79,10 +79,12 @@ def test_du_adds_up(kind, tmp_path):
     (tmp_path / "store" / "tmp" / "left").write_bytes(bytes(1234))
     found = cachectl("du", url, "--json").json()
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
-    assert found["total"] == sum(path.stat().st_size for path in files)
-    assert found["temporary"] == 1234
-    assert found["collections"] == sum(path.stat().st_size for path in files if path.parent.name == "collections")
-    part = found["spaces"][recipe().fingerprint]
+    assert found["nbytes"] == sum(path.stat().st_size for path in files)
+    assert found["parts"]["temporary"] == 1234
+    assert found["parts"]["collections"] == sum(
+        path.stat().st_size for path in files if path.parent.name == "collections"
+    )
+    part = by_space(found)[recipe().fingerprint]["parts"]
     assert part["segments" if kind.segmented else "lmdb"] > 0
     blobs = [path for path in (tmp_path / "store/spaces" / recipe().fingerprint).iterdir() if path.is_file()]
     assert part["blobs"] == sum(path.stat().st_size for path in blobs)
@@ -96,14 +98,18 @@ def test_verify_finds_what_is_wrong_and_repair_mends_it(store):
     result = cachectl("verify", store, "--json")
     found = json.loads(result.out)
     assert result.code == 4
-    corrupt = found["spaces"][recipe().fingerprint]["corrupt"]
+    corrupt = by_space(found)[recipe().fingerprint]["corrupt"]
     assert len(corrupt) == 1
     assert corrupt[0] in {key(n).hex() for n in range(12)}
-    assert found["spaces"][recipe(layer=2, model="other/model").fingerprint]["intact"]
+    assert by_space(found)[recipe(layer=2, model="other/model").fingerprint]["intact"]
     assert "repair" in cachectl("verify", store).out
     assert cachectl("verify", store, "--space", recipe(layer=2, model="other/model").fingerprint).code == 0
     done = cachectl("repair", store, "--json").json()
-    assert done["spaces"][recipe().fingerprint] == {"quarantined": corrupt, "set_aside": []}
+    assert by_space(done)[recipe().fingerprint] == {
+        "space": recipe().fingerprint,
+        "quarantined": corrupt,
+        "set_aside": [],
+    }
     assert cachectl("verify", store).code == 0
     (bad,) = [n for n in range(12) if key(n).hex() == corrupt[0]]
     with actcache.open(store, "r") as opened, opened.space(recipe()) as space:
@@ -113,7 +119,7 @@ def test_verify_finds_what_is_wrong_and_repair_mends_it(store):
 
 def test_verify_a_sample(store):
     found = cachectl("verify", store, "--sample", 4, "--json").json()
-    assert [one["entries"] for one in found["spaces"].values()] == [4, 4]
+    assert [one["entries"] for one in found["spaces"]] == [4, 4]
     flip(segment_files(folder(store))[1])
     codes = {cachectl("verify", store, "--sample", 6).code for _ in range(20)}  # half of the entries each time
     assert codes == {0, 4}
@@ -138,7 +144,7 @@ def test_verify_finds_damaged_spans_among_entries_of_all_kinds(kind, tmp_path):
                 path.write_bytes(data)
     result = cachectl("verify", url, "--json")
     assert result.code == 4
-    (one,) = json.loads(result.out)["spaces"].values()
+    (one,) = json.loads(result.out)["spaces"]
     assert set(one["corrupt"]) == {key(5).hex(), key(10).hex()}
 
 
@@ -168,15 +174,15 @@ def test_one_damaged_recipe_hides_nothing_else(store):
         result = cachectl(command, store, "--json")
         found = json.loads(result.out)
         assert result.code == (4 if command == "verify" else 0)
-        names = list(found["spaces"]) if command == "verify" else [row["fingerprint"] for row in found["spaces"]]
+        names = list(by_space(found))
         assert names == [good]
         assert "recipe" in found["unreadable"][bad]
         assert bad[:12] in cachectl(command, store).out
-    assert set(cachectl("du", store, "--json").json()["spaces"]) == {good, bad}
+    assert set(by_space(cachectl("du", store, "--json").json())) == {good, bad}
     for command in ("repair", "compact"):
         result = cachectl(command, store, "--json")
         assert result.code == 4
-        assert (list(json.loads(result.out)["spaces"]), list(json.loads(result.out)["unreadable"])) == ([good], [bad])
+        assert (list(by_space(json.loads(result.out))), list(json.loads(result.out)["unreadable"])) == ([good], [bad])
     with actcache.open(store, "r") as opened:
         with pytest.raises(UsageError):
             inspection.select_spaces(opened, ["ffff-none"])
@@ -198,7 +204,7 @@ def test_a_newer_space_is_named(store):
 
 
 def test_compact(store):
-    done = cachectl("compact", store, "--grace", 0, "--json").json()["spaces"][recipe().fingerprint]
+    done = by_space(cachectl("compact", store, "--grace", 0, "--json").json())[recipe().fingerprint]
     assert (done["segments_merged"], done["segments_written"]) == (3, 1)
     assert cachectl("compact", store, "--grace", 0).code == 0
     assert len(segment_files(folder(store))) == 1

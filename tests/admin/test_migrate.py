@@ -276,7 +276,7 @@ def test_the_command(sources, tmp_path):
     assert contents(tmp_path / "new") == held
     text = cachectl("migrate", url, f"lmdb:{tmp_path}/other", "--space", recipe().fingerprint[:5]).out
     assert "110 entries, 110 copied" in text
-    assert done["spaces"][[s["source"] for s in done["spaces"]].index(recipe().fingerprint)]["digest"] in text
+    assert done["spaces"][[s["space"] for s in done["spaces"]].index(recipe().fingerprint)]["digest"] in text
     assert "no store" in cachectl("migrate", tmp_path / "none", tmp_path / "made").refused(3)
     assert not (tmp_path / "made").exists()
     assert "no codec 'int3'" in cachectl("migrate", url, tmp_path / "new", "--dtype", "int3").refused(2)

@@ -17,7 +17,7 @@ from actcache.admin import retention
 from actcache.errors import StoreError, UsageError
 from actcache.format.keys import Windows
 from actcache.store.last_use import HOUR, LastUse
-from tests.cli.running import cachectl
+from tests.cli.running import by_space, cachectl
 from tests.support import HIDDEN, ROOT, check, ids, key, make_store, put, recipe, rows
 from tests.support.backends import each
 
@@ -86,7 +86,7 @@ def size(root):
 def test_spaces_are_chosen(root, options, gone):
     before = size(root)
     plan = cachectl("prune", root, *options, "--dry-run", "--json").json()["plan"]
-    assert {removal["fingerprint"] for removal in plan["removals"]} == {one.fingerprint for one in gone}
+    assert {one["space"] for one in plan["spaces"] if one["removed"]} == {one.fingerprint for one in gone}
     assert spaces(root) == {A, B, C}
     assert plan["nbytes"] == before
     removed = sum(size(folder(root, one)) for one in gone)
@@ -116,7 +116,7 @@ def test_spaces_are_told_by_their_lineage(tmp_path):
         ("via=float16", {wide, twice}),
     ):
         done = cachectl("prune", root, "--where", where, "--dry-run", "--json", "--idle", 0)
-        found = {removal["fingerprint"] for removal in done.json()["plan"]["removals"]}
+        found = {one["space"] for one in done.json()["plan"]["spaces"] if one["removed"]}
         assert (found, done.err) == ({one.fingerprint for one in gone}, ""), where
         assert "dtype" not in where or where.removeprefix("dtype=") in shown
 
@@ -173,7 +173,8 @@ def test_a_budget_that_pins_do_not_allow(root):
     assert spaces(root) == {B, C}
     assert cachectl("prune", root, "--space", B.fingerprint, "--yes").code == 0
     assert spaces(root) == {B, C}
-    assert cachectl("unpin", root, B.fingerprint, "--json").json() == {"store": str(root), "unpinned": [B.fingerprint]}
+    unpinned = cachectl("unpin", root, B.fingerprint, "--json").json()
+    assert unpinned == {"store": str(root), "spaces": [{"space": B.fingerprint, "pinned": False}]}
     put_back(root, B, 20 * DAY)
     cachectl("prune", root, "--space", B.fingerprint, "--yes")
     assert spaces(root) == {C}
@@ -257,7 +258,7 @@ def test_only_a_collection_is_kept_in_every_backend(kind, tmp_path):
     url = kind.url(tmp_path / "store")
     make_texts(tmp_path / "store", url)
     done = cachectl("prune", url, "--keep-collection", "half", "--yes", "--json").json()["done"]
-    assert done["entries"] == {A.fingerprint: 10}
+    assert [(one["space"], one["entries"]) for one in done["spaces"]] == [(A.fingerprint, 10)]
     with actcache.open(url, "r") as store, store.space(A) as space:
         check(space, dict.fromkeys(range(0, 20, 2), 0), range(25))
 
@@ -275,13 +276,13 @@ def test_only_a_corpus_is_kept(texts, tmp_path, how):
     else:
         options = ["--keep-collection", "half"]
     plan = cachectl("prune", texts, *options, "--dry-run", "--json").json()["plan"]
-    assert [(one["entries"], one["why"]) for one in plan["removals"]] == [(10, "not in the corpus")]
+    assert [(one["entries"], one["why"]) for one in plan["spaces"]] == [(10, "not in the corpus")]
     done = cachectl("prune", texts, *options, "--yes", "--json").json()["done"]
-    assert done["entries"] == {A.fingerprint: 10}
+    assert [(one["space"], one["entries"]) for one in done["spaces"]] == [(A.fingerprint, 10)]
     with actcache.open(texts, "r") as store, store.space(A) as space:
         check(space, dict.fromkeys(kept, 0), range(25))
     put_back(texts, A, DAY)
-    assert cachectl("prune", texts, *options, "--yes", "--json").json()["plan"]["removals"] == []
+    assert cachectl("prune", texts, *options, "--yes", "--json").json()["plan"]["spaces"] == []
 
 
 def test_a_corpus_that_is_another_one_deletes_nothing(texts, tmp_path):
@@ -454,7 +455,7 @@ def test_a_budget_is_kept_while_other_processes_read_and_fill(kind, tmp_path):
         written = [0, *map(int, writer.stdout.read().split())]
     assert (result.code, reader.returncode, writer.returncode) == (0, 0, 0), result.err
     done = result.json()
-    assert done["done"]["spaces"] == [old[0].fingerprint, old[2].fingerprint]
+    assert list(by_space(done["done"])) == [old[0].fingerprint, old[2].fingerprint]
     assert done["done"]["nbytes"] <= budget
     assert size(root) <= budget
     with actcache.open(url, "r") as store:

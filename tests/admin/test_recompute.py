@@ -21,7 +21,7 @@ import actcache
 from actcache import Recycler
 from actcache.models.lower_half import LowerHalf
 from actcache.models.verification import ROUNDING
-from tests.cli.running import cachectl
+from tests.cli.running import by_space, cachectl
 from tests.support import make_store
 from tests.support.tiny import HIDDEN, save_tiny
 
@@ -72,7 +72,7 @@ def recomputed(store: Path, *options: object, code: int = 0) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_was_filled_passes(filled: Any, model: tuple[Any, Any], dtype: str) -> None:
     store, fingerprint = filled(dtype=dtype)
-    found = recomputed(store)["recomputed"][fingerprint]
+    found = by_space(recomputed(store))[fingerprint]["recomputed"]
     assert (found["ok"], found["entries"], found["wrong"], found["corrupt"]) == (True, len(TEXTS), [], [])
     assert found["error"] <= found["tolerance"] == ROUNDING[dtype] + 1e-4
     worst = 0.0
@@ -108,9 +108,9 @@ def test_numbers_that_no_checksum_shows_are_wrong(filled: Any) -> None:
         rows = [entry.activations for entry in entries]
         space.put(keys, [rows[0] * np.float32(1.001), rows[1][::-1], *rows[2:]], ids, overwrite=True)
     found = recomputed(store, code=4)
-    assert found["spaces"][fingerprint]["intact"]
+    assert by_space(found)[fingerprint]["intact"]
     assert not found["intact"]
-    one = found["recomputed"][fingerprint]
+    one = by_space(found)[fingerprint]["recomputed"]
     assert (one["ok"], set(one["wrong"])) == (False, {key.hex() for key in keys})
     assert one["error"] is None  # what the model does not take has no error
     shown = cachectl("verify", store, "--recompute", 1000)
@@ -127,8 +127,8 @@ def test_a_corrupt_entry_is_damage_and_hides_no_other(filled: Any) -> None:
     data[data.index(entry.activations.tobytes())] ^= 1
     segment.write_bytes(data)
     found = recomputed(store, code=4)
-    one = found["recomputed"][fingerprint]
-    assert one["corrupt"] == found["spaces"][fingerprint]["corrupt"] == [actcache.document_key(TEXTS[4]).hex()]
+    one = by_space(found)[fingerprint]["recomputed"]
+    assert one["corrupt"] == by_space(found)[fingerprint]["corrupt"] == [actcache.document_key(TEXTS[4]).hex()]
     assert (one["entries"], one["wrong"]) == (len(TEXTS) - 1, [])
 
 
@@ -141,12 +141,15 @@ def test_another_model_is_refused(filled: Any, tiny: Path, tmp_path: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.save_pretrained(tmp_path / "other")
     found = recomputed(store, "--model", tmp_path / "other", code=5)
-    assert "other weights" in found["not_recomputed"][fingerprint]
-    assert (found["intact"], found["recomputed"]) == (True, {})
+    assert "other weights" in by_space(found)[fingerprint]["not_recomputed"]
+    assert (found["intact"], by_space(found)[fingerprint]["recomputed"]) == (True, None)
     tokenizer.add_tokens(["actcache"])
     AutoModel.from_pretrained(tiny).save_pretrained(tmp_path / "tokenizer")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    assert "tokenizer" in recomputed(store, "--model", tmp_path / "tokenizer", code=5)["not_recomputed"][fingerprint]
+    assert (
+        "tokenizer"
+        in by_space(recomputed(store, "--model", tmp_path / "tokenizer", code=5))[fingerprint]["not_recomputed"]
+    )
     assert "not computed again" in cachectl("verify", store, "--recompute", 3, "--model", tmp_path / "other").out
 
 
@@ -156,16 +159,16 @@ def test_a_model_that_lies_elsewhere(tiny: Path, tmp_path: Path) -> None:
         recycler.fill(TEXTS, progress=False)
     (tmp_path / "then").rename(tmp_path / "now")
     found = recomputed(tmp_path / "store", code=5)
-    assert "--model" in found["not_recomputed"][recycler.recipe.fingerprint]
+    assert "--model" in by_space(found)[recycler.recipe.fingerprint]["not_recomputed"]
     found = recomputed(tmp_path / "store", "--model", tmp_path / "now", "--device", "cpu")
-    assert found["recomputed"][recycler.recipe.fingerprint]["ok"]
+    assert by_space(found)[recycler.recipe.fingerprint]["recomputed"]["ok"]
 
 
 def test_weights_that_were_loaded_in_another_dtype(tiny: Path, tmp_path: Path) -> None:
     half = AutoModel.from_pretrained(tiny, dtype=torch.bfloat16).eval()
     with Recycler(half, AutoTokenizer.from_pretrained(tiny), layer=1, store=tmp_path / "store") as recycler:
         recycler.fill(TEXTS[:5], progress=False)
-    one = recomputed(tmp_path / "store")["recomputed"][recycler.recipe.fingerprint]
+    one = by_space(recomputed(tmp_path / "store"))[recycler.recipe.fingerprint]["recomputed"]
     assert (one["ok"], one["entries"]) == (True, 5)
 
 
@@ -184,19 +187,19 @@ def test_an_interrupt_while_computing(filled: Any, monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patched:
             patched.setattr(LowerHalf, "run_at", lambda *_: os.kill(os.getpid(), signal.SIGINT))
             assert "run it again" in cachectl(*command).refused(130)
-    one = cachectl(*repair).json()["spaces"][fingerprint]
+    one = by_space(cachectl(*repair).json())[fingerprint]
     assert (one["quarantined"], set(one["recomputed"])) == ([], {key.hex() for key in lost})
     assert cachectl("verify", store).code == 0
 
 
 def test_what_cannot_be_computed_again(filled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(tmp_path / "by-hand", range(4))
-    assert "without a recycler" in next(iter(recomputed(tmp_path / "by-hand", code=5)["not_recomputed"].values()))
+    assert "without a recycler" in recomputed(tmp_path / "by-hand", code=5)["spaces"][0]["not_recomputed"]
     store, fingerprint = filled([])
-    assert recomputed(store)["recomputed"][fingerprint]["entries"] == 0
+    assert by_space(recomputed(store))[fingerprint]["recomputed"]["entries"] == 0
     with actcache.open(store) as opened, space_of(opened, fingerprint) as space:
         space.put([actcache.document_key("rows alone")], [np.zeros((2, HIDDEN), np.float16)])
-    assert "without token ids" in recomputed(store, code=5)["not_recomputed"][fingerprint]
+    assert "without token ids" in by_space(recomputed(store, code=5))[fingerprint]["not_recomputed"]
     assert "--recompute" in cachectl("verify", store, "--model", "x").refused(2)
     cachectl("verify", store, "--recompute", 0).refused(2)
     monkeypatch.setitem(sys.modules, "transformers.utils", None)
@@ -214,16 +217,16 @@ def test_repair_computes_again_what_it_quarantines(filled: Any, tmp_path: Path) 
         data[data.index(entry.activations.tobytes())] ^= 1
     segment.write_bytes(data)
     result = cachectl("repair", store, "--model", tmp_path / "none", "--json")
-    one = json.loads(result.out)["spaces"][fingerprint]
+    one = by_space(json.loads(result.out))[fingerprint]
     assert result.code == 5
     assert (set(one["quarantined"]), one["recomputed"]) == ({key.hex() for key in lost}, [])
     assert "cannot be loaded" in one["not_recomputed"]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
     assert "2 still missing" in cachectl("repair", store, "--recompute").out
     options = "--corpus", tmp_path / "corpus.jsonl", "--field", "body"
-    one = cachectl("repair", store, *options, "--json").json()["spaces"][fingerprint]
+    one = by_space(cachectl("repair", store, *options, "--json").json())[fingerprint]
     assert (one["quarantined"], set(one["recomputed"]), one["missing"]) == ([], {key.hex() for key in lost}, [])
-    assert recomputed(store)["recomputed"][fingerprint]["entries"] == len(TEXTS)
+    assert by_space(recomputed(store))[fingerprint]["recomputed"]["entries"] == len(TEXTS)
     with actcache.open(store, "r") as opened, space_of(opened, fingerprint) as space:
         for before, after in zip(entries, space.get(lost), strict=True):
             np.testing.assert_allclose(after.activations, before.activations, rtol=0, atol=1e-5)
@@ -258,7 +261,7 @@ def test_columns_come_back_with_what_is_computed_again(filled: Any, tmp_path: Pa
         cachectl("repair", store)
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
     options = "--corpus", tmp_path / "corpus.jsonl", "--field", "body"
-    one = cachectl("repair", store, *options, "--json").json()["spaces"][fingerprint]
+    one = by_space(cachectl("repair", store, *options, "--json").json())[fingerprint]
     assert set(one["recomputed"]) == {lost[0].hex(), lost[2].hex()}, one
     assert one["missing"] == one["without_columns"] == [lost[1].hex()]
     assert "own columns are damaged" in cachectl("repair", store, *options).out

@@ -78,3 +78,8 @@ def cachectl(*arguments: object, text: str = "", typed: bool = False, encoding: 
             signal.signal(number, given)
         sys.unraisablehook = unraisable
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def by_space(found: Any) -> dict[str, Any]:
+    """Return what JSON says of spaces, by their fingerprints."""
+    return {one["space"]: one for one in found["spaces"]}

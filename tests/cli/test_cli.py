@@ -123,7 +123,7 @@ def test_fill_stores_every_line_once(corpus, filled):
 def test_fill_again_computes_nothing(corpus, filled, fill):
     store, report = filled
     again = json.loads(fill(store, corpus, "--json").stdout)
-    assert (again["computed"], again["present"], again["space"]) == (0, report["documents"], report["space"])
+    assert (again["computed"], again["present"], again["spaces"]) == (0, report["documents"], report["spaces"])
 
 
 def test_json_lines_and_standard_input(corpus, filled, fill):
@@ -155,8 +155,8 @@ def test_inspect(filled):
     store, report = filled
     shown = json.loads(cachectl("inspect", store, "--json").stdout)
     (space,) = shown["spaces"]
-    assert (space["fingerprint"], space["entries"], space["tokens"]) == (
-        report["space"],
+    assert (space["space"], space["entries"], space["tokens"]) == (
+        report["spaces"][0]["space"],
         report["computed"],
         report["tokens"],
     )
@@ -164,7 +164,7 @@ def test_inspect(filled):
     assert space["identity"]["layer"] == 3
     table = cachectl("inspect", store)
     assert table.returncode == 0
-    for fact in (report["space"], "layer_norm_eps=1e-12", f"{report['tokens']:,}", "transformers"):
+    for fact in (report["spaces"][0]["space"], "layer_norm_eps=1e-12", f"{report['tokens']:,}", "transformers"):
         assert fact in table.stdout
 
 

@@ -27,7 +27,7 @@ from actcache.models.pretrained import load_pretrained
 from actcache.segments.catalog import Catalog
 from actcache.store.store import Store
 from actcache.store.stored_errors import StoredErrors
-from tests.cli.running import cachectl
+from tests.cli.running import by_space, cachectl
 from tests.support.backends import each
 from tests.support.tiny import save_tiny
 
@@ -68,15 +68,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_several_layers_of_a_parquet_file_in_one_pass(tiny, corpus, loaded, tmp_path):
     options = ["--model", tiny, "--field", "body", "--dtype", "float32", "--json", "--quiet"]
     some = cachectl("fill", tmp_path / "s", corpus, *options, "--layer", 3).json()
-    assert (some["documents"], some["computed"], some["spaces"]) == (203, 200, {"3": some["space"]})
+    assert (some["documents"], some["computed"], [one["layer"] for one in some["spaces"]]) == (203, 200, [3])
     both = ["--layer", 1, "--layer", 3, "--collection", "all", "--id-field", "name"]
     ahead = cachectl("fill", tmp_path / "s", corpus, *options, *both, "--dry-run").json()
     assert (ahead["documents"], ahead["present"], ahead["tokens"]) == (200, 0, some["tokens"])
     assert ahead["nbytes"] == pytest.approx(some["tokens"] * (64 * 4 + 4), rel=0.3)  # at layer 1 alone
     done = cachectl("fill", tmp_path / "s", corpus, *options, *both).json()
     assert (done["computed"], done["left_out"], done["collection"]) == (200, 0, "all")
-    assert list(done["spaces"]) == ["1", "3"]
-    assert done["spaces"]["3"] == some["space"]
+    assert [one["layer"] for one in done["spaces"]] == [1, 3]
+    assert done["spaces"][1]["space"] == some["spaces"][0]["space"]
     with (
         actcache.open(tmp_path / "s", "r") as store,
         Recyclers(*loaded, layers=[1, 3], store=store, dtype="float32") as recyclers,
@@ -84,7 +84,7 @@ def test_several_layers_of_a_parquet_file_in_one_pass(tiny, corpus, loaded, tmp_
     ):
         again.fill(TEXTS, progress=False)
         for layer in (1, 3):
-            assert recyclers[layer].recipe.fingerprint == done["spaces"][str(layer)]
+            assert recyclers[layer].recipe.fingerprint == {one["layer"]: one["space"] for one in done["spaces"]}[layer]
             same(recyclers[layer], again[layer])
         held = store.collection("all")
         keys = [actcache.document_key(text) for text in TEXTS]
@@ -199,7 +199,7 @@ def test_the_command_says_what_is_left_out_and_keeps_no_half_collection(tiny, co
     assert "'all' was not written" in line
     assert 0 < report["computed"] < 200
     assert report["computed"] <= ahead["fits"] <= 200
-    assert sum(json.loads(cachectl("du", tmp_path / "s", "--json").out)["spaces"][report["space"]].values()) <= 700_000
+    assert by_space(cachectl("du", tmp_path / "s", "--json").json())[report["spaces"][0]["space"]]["nbytes"] <= 700_000
     with actcache.open(tmp_path / "s", "r") as store:
         assert store.collections() == []
     shown = cachectl(*options, "--dry-run", "--max-bytes", "100GB").out
@@ -297,12 +297,12 @@ def test_sites_are_filled_shown_verified_exported_and_pruned(tiny, corpus, tmp_p
     store, wide = tmp_path / "s", "encoder.layer.1.intermediate"
     where = ["--model", tiny, "--field", "body", "--layers", "0,last", "--site", wide]
     report = cachectl("fill", store, corpus, *where, "--json").json()
-    assert list(report["spaces"]) == ["0", "4", wide]
+    assert [one["site"] or one["layer"] for one in report["spaces"]] == [0, 4, wide]
     assert cachectl("fill", store, corpus, *where, "--json").json()["computed"] == 0
     spaces = {one["site"] or one["layer"]: one for one in cachectl("ls", store, "--json").json()["spaces"]}
     assert set(spaces) == {0, 4, wide}
     assert wide in cachectl("ls", store).out
     assert cachectl("verify", store, "--recompute", 20, "--model", tiny).code == 0
-    assert cachectl("export", store, tmp_path / "out.safetensors", "--space", spaces[wide]["fingerprint"]).code == 0
+    assert cachectl("export", store, tmp_path / "out.safetensors", "--space", spaces[wide]["space"]).code == 0
     plan = cachectl("prune", store, "--where", f"site={wide}", "--dry-run", "--idle", "0", "--json").json()["plan"]
-    assert [one["fingerprint"] for one in plan["removals"]] == [spaces[wide]["fingerprint"]]
+    assert [one["space"] for one in plan["spaces"]] == [spaces[wide]["space"]]

@@ -107,7 +107,7 @@ def test_what_is_gone_from_a_folder_is_pruned_from_the_store(by: str, vit: Path,
     for name in ("circles/4.png", "loose.PNG"):
         (photos / name).unlink()
     plan = cachectl("prune", store, "--keep-only", photos, "--idle", 0, "--dry-run", "--json").json()
-    assert len(plan["plan"]["removals"]) == 1
+    assert len(plan["plan"]["spaces"]) == 1
     cachectl("prune", store, "--keep-only", photos, "--idle", 0, "--yes", "--json").json()
     assert cachectl("fill", *given, "--dry-run").json()["present"] == 8
     with actcache.open(store, mode="r") as opened:
@@ -194,7 +194,7 @@ def test_corrupt_entries_of_images_are_computed_again_from_their_folder(
     assert refused.code == 5
     assert "cachectl repair --corpus FOLDER" in refused.out
     done = cachectl("repair", store, "--corpus", photos, "--model", vit, "--device", "cpu", "--json")
-    (found,) = done.json()["spaces"].values()
+    (found,) = done.json()["spaces"]
     assert len(found["recomputed"]) == 1
     assert not found["missing"]
     with actcache.open(store, mode="r") as opened:

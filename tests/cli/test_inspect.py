@@ -220,11 +220,11 @@ def test_the_tree(store):
     with actcache.open(store) as opened:
         opened.put_collection("corpus", [key(n) for n in (0, 1, 7, 50)])
     found = strict(cachectl("ls", store, "--tree", "--json"))
-    assert found["collections"] == {"corpus": 4}
-    branches = {one["fingerprint"]: one for one in found["spaces"]}
+    assert found["collection_list"] == [{"collection": "corpus", "documents": 4}]
+    branches = {one["space"]: one for one in found["spaces"]}
     assert [one["entries"] for one in branches[NAME]["segment_list"]] == [10, 10, 10]
-    assert branches[NAME]["collections"] == {"corpus": {"documents": 4, "present": 3}}
-    assert branches[recipe(layer=2).fingerprint]["collections"] == {"corpus": {"documents": 4, "present": 2}}
+    assert branches[NAME]["coverage"] == [{"collection": "corpus", "documents": 4, "present": 3}]
+    assert branches[recipe(layer=2).fingerprint]["coverage"] == [{"collection": "corpus", "documents": 4, "present": 2}]
     lines = cachectl("ls", store, "--tree").out.splitlines()
     assert lines[0] == str(store)
     for fact in (f"space {NAME[:12]}  tests layer 1 float32: 30 entries", "collection corpus: 3 of 4 documents"):
@@ -232,6 +232,6 @@ def test_the_tree(store):
     assert len([line for line in lines if "10 entries" in line]) == 3
     (store / "collections" / "corpus.safetensors").write_bytes(b"x")
     found = strict(cachectl("ls", store, "--tree", "--json"))
-    assert isinstance(found["collections"]["corpus"], str)
+    assert isinstance(found["collection_list"][0]["error"], str)
     assert cachectl("ls", store, "--tree", "--space", NAME[:5]).code == 0
     cachectl("ls", store, "--tree", "--space", "zz").refused(2)

@@ -76,7 +76,7 @@ def test_a_space_that_cannot_be_read_hides_nothing_else(wrong, store, tmp_path):
     bad = folder.name
     survey = cachectl("inspect", store, "--html", tmp_path / "page.html", "--json")
     assert survey.code == 4
-    assert [one["fingerprint"] for one in strict(survey)["spaces"]] == [NAME]
+    assert [one["space"] for one in strict(survey)["spaces"]] == [NAME]
     assert bad in strict(survey)["unreadable"]
     assert bad in (tmp_path / "page.html").read_text()
     assert cachectl("inspect", store, "--space", bad).code == 4

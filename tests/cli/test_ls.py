@@ -24,7 +24,7 @@ def test_what_tells_spaces_apart_and_what_is_pinned(tmp_path):
     assert not any("pinned" in line for line in said)
     assert cachectl("pin", tmp_path / "s", given[1].fingerprint).code == 0
     found = cachectl("ls", tmp_path / "s", "--json").json()
-    assert {one["fingerprint"]: one["pinned"] for one in found["spaces"]} == {
+    assert {one["space"]: one["pinned"] for one in found["spaces"]} == {
         one.fingerprint: one is given[1] for one in given
     }
     assert f"pinned {short[1]}" in cachectl("ls", tmp_path / "s").out.splitlines()

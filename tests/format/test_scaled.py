@@ -209,6 +209,10 @@ def test_scales_that_no_writer_makes(name, scale):
     assert not len(one.stray(np.zeros_like(stored)))  # rows of padding
     stored[9, -4:] = np.array([scale], "<f4").view(np.uint8)
     assert one.stray(stored).tolist() == [9]
+    which = np.array([3, 9, 0, 9, 5])
+    assert one.stray_among(stored, which).tolist() == one.stray(stored[which]).tolist() == [1, 3]
+    assert not len(one.stray_among(stored, which[:0]))
+    assert not len(one.stray(stored[:0]))
 
 
 @pytest.mark.parametrize("name", SCALED)

@@ -73,7 +73,7 @@ def test_a_codec_above_the_budget_is_refused_before_anything_is_stored(made, met
         assert len(recycler.space) == 0
         recycler.fill(TEXTS, progress=False, max_error=0.2, metric=metric)
         assert len(recycler.space) == len(TEXTS)
-        with pytest.raises(UsageError, match="metric is rows, hidden, logits"):
+        with pytest.raises(UsageError, match="metric is 'rows' or 'hidden'"):
             recycler.fill(TEXTS, progress=False, max_error=1, metric="taste")
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from actcache.admin.display import as_json, clean
 from actcache.cli.shell import as_shown
-from actcache.errors import requires_extra
+from actcache.errors import UsageError, requires_extra
 
 
 class ExitCode(IntEnum):
@@ -59,6 +59,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(as_json(value), indent=1))
 
 
+def by_space(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what is known of spaces, by fingerprint, as JSON has it everywhere: a list, each with its ``space``."""
+    return [{"space": fingerprint, **as_json(one)} for fingerprint, one in found.items()]
+
+
 def say_failures(failures: Mapping[str, str], what: str) -> None:
     """Print a line for each space, by fingerprint, of which something cannot be told or done, and why."""
     for fingerprint, why in failures.items():
@@ -89,6 +94,18 @@ def quieten_transformers() -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def place_of(layer: str | None, site: str | None) -> int | str | None:
+    """Return where rows are taken, of the two options; None where neither was given."""
+    if layer is None or site is not None:
+        if layer is not None:
+            raise UsageError("--layer and --site at once: give one of them")
+        return site
+    try:
+        return layer if layer == "last" else int(layer)
+    except ValueError:
+        raise UsageError(f"--layer {layer!r} is none: give one layer, a number or last; a module is a --site") from None
 
 
 def recorded_models(model: str | None, device: str | None) -> tuple[Any, Any]:

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from actcache.admin.display import binary, counted, span
+from actcache.admin.display import binary, counted, fields_as_json, span
 from actcache.admin.inspection import each_space, open_space
 from actcache.backend import GRACE_SECONDS
 from actcache.cli import options
-from actcache.cli.common import SHORT, ExitCode, print_json, say, say_failures
+from actcache.cli.common import SHORT, ExitCode, by_space, print_json, say, say_failures
 from actcache.format.arguments import nbytes_of
 from actcache.io.progress import Meter
 from actcache.store.footprint import segments_in
@@ -56,7 +56,11 @@ def compact(
             with open_space(opened, name) as one:
                 kept[name] = max(0, held - one.usage().nbytes)
     if as_json:
-        print_json({"store": store, "spaces": done, "unreadable": unreadable})
+        described = {name: fields_as_json(result) for name, result in done.items()}
+        for name, told in described.items():
+            told |= {"freed": told.pop("bytes_freed"), "replaced": kept.get(name, 0)}
+        spaces = by_space(described)
+        print_json({"store": store, "spaces": spaces, "unreadable": unreadable})
     else:
         for name, result in done.items():
             merged = f"{counted(result.segments_merged, 'segment')} merged into {result.segments_written:,}"

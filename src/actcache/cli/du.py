@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from actcache.admin.display import binary, fields_as_json
+from actcache.admin.display import binary
 from actcache.cli import options
 from actcache.cli.common import SHORT, console, print_json, table
 from actcache.store.footprint import footprint_of
@@ -25,7 +25,9 @@ def du(
     with open_store(store, mode="r") as opened:
         found = footprint_of(opened.driver.listing())
     if as_json:
-        print_json({"store": store, **fields_as_json(found, "total")})
+        rest = {"collections": found.collections, "temporary": found.temporary, "other": found.other}
+        spaces = [{"space": name, "nbytes": found.of_space(name), "parts": one} for name, one in found.spaces.items()]
+        print_json({"store": store, "nbytes": found.total, "parts": rest, "spaces": spaces})
         return
 
     def shown(nbytes: int) -> str:

@@ -71,7 +71,8 @@ def import_(
     with open_store(store, mode="a") as opened, Meter("import", "entries", show=not quiet) as meter:
         done = import_file(opened, file, progress=meter)
     if as_json:
-        print_json({"store": store, "file": str(file), **fields_as_json(done)})
+        found = fields_as_json(done)
+        print_json({"store": store, "space": found.pop("fingerprint"), "file": str(file), **found})
     else:
         there = done.entries - done.stored - len(done.corrupt)
         say(f"{entries(done.entries)}: {done.stored:,} stored in {done.fingerprint[:SHORT]}, {there:,} were there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from actcache.admin import report as reporting
 from actcache.admin.display import ago, binary, counted, entries, fields_as_json, model_name, number, spelled
 from actcache.admin.inspection import SpaceReport, StoreReport
 from actcache.cli import options
-from actcache.cli.common import SHORT, ExitCode, console, print_json, say, say_rest, table
+from actcache.cli.common import SHORT, ExitCode, console, print_json, quieten_transformers, say, say_rest, table
 from actcache.cli.shell import text_of_argument
 from actcache.errors import UsageError
 from actcache.format.recipe import Recipe
@@ -86,16 +87,26 @@ def inspect(
             return
     page: dict[str, Any] = {}
     if html is not None and isinstance(report, reporting.StoreDetail):
-        page = {"html": str(html), "html_bytes": reporting.write_page(report, html)}
+        page = {"html": str(html), "html_nbytes": reporting.write_page(report, html, _decoder())}
     if as_json:
         print_json({"store": store, **report.to_json(), **page})
     elif page:
         damage = "" if report.intact else "; something is damaged, it says what"
-        say(f"{html}: {binary(page['html_bytes'])}{damage}")
+        say(f"{html}: {binary(page['html_nbytes'])}{damage}")
     else:
         _show(report)
     if not report.intact:
         raise typer.Exit(ExitCode.DAMAGED)
+
+
+def _decoder() -> Any:
+    """Return what finds a space's tokenizer, where transformers is installed."""
+    with contextlib.suppress(ImportError):
+        from actcache.models.decoding import decoder_of
+
+        quieten_transformers()
+        return decoder_of
+    return None
 
 
 def _show_store(store: str, found: StoreReport, as_json: bool) -> None:
@@ -158,6 +169,8 @@ def _show_space(detail: reporting.SpaceDetail) -> None:
     say(f"made {ago(detail.made, _UNKNOWN)}{'' if detail.owner is None else f' by {detail.owner}'}{written}")
     say(f"{entries(usage.entries)}, {counted(usage.tokens, 'token')}")
     say(f"{binary(usage.nbytes)}{_compression(detail)}")
+    for name, held in detail.passages.items():
+        say(f"collection {name}: {held.told()}")
     if detail.errors is not None:
         say(f"storing changes {detail.errors.told()}")
     if detail.errors_damaged is not None:

@@ -11,7 +11,7 @@ from rich.tree import Tree
 from actcache.admin import inspection
 from actcache.admin.display import ago, attributes_as_json, binary, counted, entries, fields_as_json, model_name
 from actcache.admin.inspection import Coverage, SpaceReport
-from actcache.admin.report import Overview, SegmentReport, overview
+from actcache.admin.report import Overview, SegmentReport, coverage_as_json, overview
 from actcache.admin.retention import is_pinned
 from actcache.backend import StoredFile
 from actcache.cli import options
@@ -47,21 +47,23 @@ def ls(
         rows = [_row(one, files) for one in report.spaces]
         if space:
             for row in rows:
-                held = segments_in(files, row["fingerprint"])
+                held = segments_in(files, row["space"])
                 row["segment_bytes"] = {name: file.nbytes for name, file in held.items()}
-                with inspection.open_space(opened, row["fingerprint"]) as one:
+                with inspection.open_space(opened, row["space"]) as one:
                     row["collections"] = inspection.coverage(opened, one)
     if as_json:
         for row in rows:
-            held = row.get("collections", {})
-            row["collections"] = {name: one for name, one in held.items() if isinstance(one, Coverage)}
+            if space:
+                row["coverage"] = coverage_as_json(row.pop("collections"))
+                sizes = row.pop("segment_bytes")
+                row["segment_list"] = [{"name": name, "nbytes": nbytes} for name, nbytes in sizes.items()]
         print_json({"store": store, **fields_as_json(report), "spaces": rows})
         return
     listed = table(store, ("space", "model", "layer", "dtype"), ("entries", "tokens", "bytes", "written"))
     for row, of in zip(rows, report.spaces, strict=True):
         numbers = (f"{row['entries']:,}", f"{row['tokens']:,}", binary(row["nbytes"]))
         words = (
-            row["fingerprint"][:SHORT],
+            row["space"][:SHORT],
             model_name(of.recipe),
             str(row["site"] or row["layer"]),
             row["stored_as"],
@@ -72,9 +74,9 @@ def ls(
         say(f"{fingerprint[:SHORT]}: {fields}")
     for row in rows:
         if row["pinned"]:
-            say(f"pinned {row['fingerprint'][:SHORT]}")
+            say(f"pinned {row['space'][:SHORT]}")
         for segment, what in row["damaged"].items():
-            say(f"damaged {row['fingerprint'][:SHORT]}: {segment}: {what}")
+            say(f"damaged {row['space'][:SHORT]}: {segment}: {what}")
         for segment, nbytes in row.get("segment_bytes", {}).items():
             say(f"  {segment}  {binary(nbytes)}")
         for name, held in row.get("collections", {}).items():
@@ -111,12 +113,18 @@ def _segment(segment: SegmentReport) -> str:
 
 
 def _coverage(held: Coverage | str) -> str:
-    return held if isinstance(held, str) else f"{held.present:,} of {counted(held.documents, 'document')}"
+    if isinstance(held, str):
+        return held
+    if held.passages is None:
+        return f"{held.present:,} of {counted(held.documents, 'document')}"
+    missing = held.documents - held.present
+    return f"{held.passages.told()}{f'; {missing:,} are missing' if missing else ''}"
 
 
 def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:
     return {
-        **attributes_as_json(report.recipe, "fingerprint", "model", "layer", "site", "dtype", "stored_as"),
+        "space": report.recipe.fingerprint,
+        **attributes_as_json(report.recipe, "model", "layer", "site", "dtype", "stored_as"),
         **fields_as_json(report.usage),
         "damaged": report.damaged,
         "written": age_of_last_write(files, report.recipe.fingerprint),

@@ -63,7 +63,11 @@ def migrate(
             )
     if as_json:
         spaces = [fields_as_json(one, "equal") for one in done.spaces]
-        print_json({"source": source, "target": target, **fields_as_json(done, "equal"), "spaces": spaces})
+        for one in spaces:
+            one |= {"space": one.pop("source"), "target_space": one.pop("target")}
+        moved = [{"collection": name, "state": state} for name, state in done.collections.items()]
+        rest = {"unreadable": done.unreadable, "collection_list": moved, "equal": done.equal}
+        print_json({"source": source, "target": target, "spaces": spaces, **rest})
     else:
         _show(done)
     if not done.equal:

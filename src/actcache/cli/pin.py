@@ -42,7 +42,8 @@ def _change(
     with open_standing(store) as opened:
         fingerprints = change(opened, spaces)
     if as_json:
-        print_json({"store": store, what: fingerprints})
+        pinned = what == "pinned"
+        print_json({"store": store, "spaces": [{"space": one, "pinned": pinned} for one in fingerprints]})
         return
     for fingerprint in fingerprints:
         say(f"{what} {fingerprint}")

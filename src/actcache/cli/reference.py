@@ -21,9 +21,9 @@ The store from the shell. Made from the commands' own descriptions by `python -m
 test compares. `cachectl --help` and `cachectl COMMAND --help` say the same, `cachectl --install-completion` completes
 commands and options in your shell.
 
-Every command takes `-h`, and `--json`, which prints one JSON value and nothing else. What takes longer than a second
-shows its progress on stderr: a bar on a terminal, else a line every ten seconds; `--quiet` does without. A failure is
-one line on stderr that says what to do.
+Every command takes `-h`, and `--json`, which prints one JSON value and nothing else ([its shape](cli-json.md)). What
+takes longer than a second shows its progress on stderr: a bar on a terminal, else a line every ten seconds; `--quiet`
+does without. A failure is one line on stderr that says what to do.
 
 All commands can be ended at any time and run again: by Ctrl-C (SIGINT), by what batch systems and containers send
 (SIGTERM), by closing the terminal (SIGHUP). What is computed is stored first, files that are half written are removed,

@@ -9,7 +9,7 @@ import typer
 from actcache.admin import inspection
 from actcache.admin.display import attributes_as_json, binary, counted, entries, fields_as_json
 from actcache.cli import options
-from actcache.cli.common import SHORT, ExitCode, print_json, recorded_models, say, say_failures
+from actcache.cli.common import SHORT, ExitCode, by_space, print_json, recorded_models, say, say_failures
 from actcache.errors import UsageError
 from actcache.io.progress import Meter
 from actcache.store.store import open_store
@@ -56,12 +56,12 @@ def verify(
             found = inspection.verify(opened, space or (), sample=sample, progress=meter)
     intact = found.intact and (again is None or again.ok)
     if as_json:
-        spaces = {name: fields_as_json(one, "intact") for name, one in found.spaces.items()}
-        told = {"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable}
-        if again is not None:
-            told["recomputed"] = {name: _recomputed(one) for name, one in again.spaces.items()}
-            told["not_recomputed"] = again.unable
-        print_json(told)
+        spaces = by_space({name: fields_as_json(one, "intact") for name, one in found.spaces.items()})
+        for one in spaces if again is not None else ():
+            name = one["space"]
+            one["recomputed"] = _recomputed(again.spaces[name]) if name in again.spaces else None
+            one["not_recomputed"] = again.unable.get(name)
+        print_json({"store": store, "intact": intact, "spaces": spaces, "unreadable": found.unreadable})
     else:
         _show(found, store)
         if again is not None:

@@ -12,6 +12,7 @@ except ImportError as error:
         f"recording and replaying models needs {error.name}: pip install 'actcache[models]'"
     ) from error
 
+from actcache.models.consumers import load_consumer
 from actcache.models.families import Family, base_model_of, family_of, register_family
 from actcache.models.filling import FillReport
 from actcache.models.loading import load_reduced
@@ -39,6 +40,7 @@ __all__ = [
     "copy_sharing_frozen",
     "family_of",
     "load_adapters",
+    "load_consumer",
     "load_reduced",
     "lower_digest",
     "merge",

@@ -85,6 +85,6 @@ class ComputeOnMiss:
             labels=labels if of_passages else of_entries(labels, self.documents, len(self._texts)),
             documents=self.documents,
             on_missing="compute",
-            miss_computer=MissComputer(self.lengths, self.supply, self._space.flush),
+            miss_computer=MissComputer(self.lengths, self.supply, self._space.flush, self._space.refresh),
             **options,
         )

@@ -34,6 +34,7 @@ class MissComputer:
     lengths: Callable[[NDArray[np.int64]], NDArray[np.int64]]  # positions in the keys given -> tokens
     compute: Callable[[NDArray[np.int64], Sequence[bytes]], None]  # (positions, corrupt keys): puts their entries
     flush: Callable[[], None]  # makes them durable
+    refresh: Callable[[], object] = lambda: None  # sees what other ranks have stored
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Epoch(Iterator[Any]):
 
     def _begin(self) -> Prefetch[Delivered | _Missing] | _Items:
         epoch = self._cursor.begin(self._start)
+        if self._work.miss_computer is not None:  # another rank may have computed what this one reads now
+            self._work.miss_computer.refresh()
         self._reached = epoch.reached
         read: Iterator[Read | _Missing] = _produce(self._work, self._delivery, epoch.batches)
         if (

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import backend
-from actcache.backend import EXTRAS, OWN, TOKEN_IDS, VALUES, Block, Snapshot, StoreDriver
+from actcache.backend import OWN, TOKEN_IDS, VALUES, Block, Snapshot, StoreDriver
 from actcache.entries import entry
 from actcache.entries.entry import Entry, OwnColumns, PackedEntries, ReadReport
 from actcache.entries.incoming import Incoming, Lists, Packed, check_digits, check_distinct
@@ -24,7 +24,7 @@ from actcache.entries.writer import SEGMENT_BYTES, Writer, Written
 from actcache.errors import ClosedError, CorruptEntryError, FormatError, ReadOnlyError, ShapeError, UsageError
 from actcache.format import checksum, codec
 from actcache.format.arguments import check_choice, dtype_name, to_buffer, whole
-from actcache.format.columns import BLOB, Schema, as_arrays
+from actcache.format.columns import Schema, as_arrays
 from actcache.format.keys import Keys, key_array, key_list
 from actcache.format.moments import Moments
 from actcache.format.ragged import PAYLOAD, offsets_of, row_indices, runs
@@ -40,6 +40,7 @@ from actcache.store import contributions
 from actcache.store.contributions import Contribution
 from actcache.store.description import space_blob, write_recipe
 from actcache.store.last_use import LastUse
+from actcache.store.own_columns import DeclaredColumns
 from actcache.store.statistics import KeptStatistics
 
 COMPACT_BYTES = 2 << 30
@@ -112,10 +113,10 @@ class Space:
         _SPACES.add(self)
 
     def _open(self) -> None:
-        self._schema: Schema | None = None  # of the caller's own columns
         self._columns.pop(OWN, None)
         compressed = {PAYLOAD: ("|u1", ())} if self._codec.compressed else {}
         self._stored = {**self._columns, **compressed}  # which the driver looks into: a schema may come
+        self._own = DeclaredColumns(self._store, self.recipe.fingerprint, (self._columns, self._given, self._stored))
         self._driver = self._store.space(self.recipe.fingerprint, self._stored)
         self._write_lock = threading.RLock()
         self._snapshot_lock = threading.Lock()
@@ -123,7 +124,7 @@ class Space:
         if self._writable:
             self._writer = Writer(self._append, self._columns, self._seed, **self._segments)
         self._snapshot: Snapshot | None = self._driver.snapshot()
-        self._look_at_schema(self._snapshot)
+        self._own.look(self._snapshot)
         self._lookups = LookupCache()
         self._forked = False
 
@@ -131,7 +132,7 @@ class Space:
         # One after the other: the older of two would hide what the writer has published and forgotten meanwhile.
         with self._snapshot_lock:
             snapshot = self._driver.snapshot()
-            self._look_at_schema(snapshot)
+            self._own.look(snapshot)
             self._snapshot = snapshot
 
     def after_fork(self) -> None:
@@ -179,7 +180,7 @@ class Space:
         lists = Lists({VALUES: arrays} | {name: rows for name, rows in given.items() if rows is not None})
         check_digits({f"array {i}": array for i, array in enumerate(lists.lists[VALUES])}, self.recipe)
         if columns is not None:
-            lists = lists.beside(OWN, self._own_lists(key_array(keys), lists.lists[VALUES], columns))
+            lists = lists.beside(OWN, self._own.lists(key_array(keys), lists.lists[VALUES], columns))
         return self._put(keys, lists, self._put_as, overwrite=overwrite)
 
     def put_packed(
@@ -219,7 +220,7 @@ class Space:
         check_digits({VALUES: values}, self.recipe)
         packed = Packed({VALUES: values} | {name: rows for name, rows in given.items() if rows is not None}, offsets)
         if columns is not None:
-            packed = packed.beside(OWN, self._own_records(as_arrays(columns), len(packed.arrays[VALUES])))
+            packed = packed.beside(OWN, self._own.records(as_arrays(columns), len(packed.arrays[VALUES])))
         return self._put(keys, packed, self._put_as, overwrite=overwrite)
 
     def put_stored(self, keys: Keys, columns: Mapping[str, NDArray[Any]], offsets: NDArray[np.int64]) -> int:
@@ -261,69 +262,17 @@ class Space:
     @property
     def schema(self) -> Schema | None:
         """The caller's own columns; None where no entry has any."""
-        return self._schema
+        return self._own.schema
 
     @property
     def ragged(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and trailing shape of each ragged array that an entry may have."""
         return dict(self._columns)
 
-    def _look_at_schema(self, snapshot: Snapshot) -> None:
-        if self._schema is None and snapshot.may_have(OWN):
-            name = space_blob(self.recipe.fingerprint, BLOB)
-            if (data := self._store.read_blob(name)) is not None:
-                self._use(Schema.loads(data, name))
-
-    def _use(self, schema: Schema) -> Schema:
-        for forms in (self._columns, self._given, self._stored):
-            forms[OWN] = ("|u1", (schema.width,))
-        self._schema = schema
-        return schema
-
     def declare(self, schema: Schema) -> Schema:
         """Have the space's own columns be these, durably; return what they are: those of whoever came first."""
         self._writing()
-        if self._schema is None:
-            name = space_blob(self.recipe.fingerprint, BLOB)
-            self._store.write_blob(name, schema.dumps(), replace=False)
-            data = self._store.read_blob(name)
-            self._use(schema if data is None else Schema.loads(data, name))
-        assert self._schema is not None
-        return self._schema
-
-    def _own_records(self, arrays: Mapping[str, NDArray[Any]], tokens: int) -> NDArray[np.uint8]:
-        """Return the caller's own columns as records, declaring them where they are right and nobody has."""
-        if self._schema is None:
-            schema = Schema.of(arrays)
-            records = schema.pack(arrays, tokens)
-            if self.declare(schema) == schema:
-                return records
-        assert self._schema is not None
-        return self._schema.pack(arrays, tokens)
-
-    def _own_lists(
-        self, keys: NDArray[np.uint8], rows: Sequence[Any], columns: Mapping[str, Sequence[Any]]
-    ) -> list[NDArray[np.uint8]]:
-        """Return the records of each entry."""
-        if not isinstance(columns, Mapping) or not columns:
-            raise UsageError(f"columns are a mapping of names to lists of arrays, not {columns!r:.80}")
-        lists = Lists(columns).lists
-        for name, given in lists.items():
-            if len(given) != len(rows):
-                raise ShapeError(f"{len(rows)} arrays and {len(given)} of column {name}: give one a key")
-        entries = [as_arrays({name: given[i] for name, given in lists.items()}) for i in range(len(rows))]
-        tokens = [np.shape(one)[0] if np.ndim(one) else 0 for one in rows]
-        names = [f"document {key.tobytes().hex()}" for key in keys]
-        schema = self._schema
-        if schema is None and entries:
-            schema = Schema.of(entries[0])
-            for arrays, count, what in zip(entries, tokens, names, strict=False):
-                schema.pack(arrays, count, what)
-            schema = self.declare(schema)
-        return [
-            schema.pack(arrays, count, what)  # type: ignore[union-attr]
-            for arrays, count, what in zip(entries, tokens, names, strict=False)
-        ]
+        return self._own.declare(schema)
 
     @retry_on_stale_snapshot
     def read_columns(self, keys: Keys) -> OwnColumns:
@@ -332,22 +281,9 @@ class Space:
         ``CorruptEntryError`` names entries that fail the checksum of their optional arrays.
         """
         wanted = key_array(keys)
-        request = self._request(wanted)
-        if self._schema is None:
-            return OwnColumns(np.zeros(len(wanted), np.int64), {})
-        having = np.flatnonzero(request.has(OWN) & (request.lengths > 0))
-        lengths = np.zeros(len(wanted), np.int64)
-        lengths[having] = request.lengths[having]
-        some = request.part(having)
-        out = {}
-        for name in (*EXTRAS, OWN):  # one checksum is over all of them
-            if some.has(name).any():
-                dtype, trailing = self._columns[name]
-                out[name] = np.empty((int(some.lengths.sum()), *trailing), dtype)
-        if OWN not in out:
-            return OwnColumns(lengths, self._schema.unpack(np.empty((0, self._schema.width), np.uint8)))
-        self._refuse_corrupt(wanted[having], some.read(out, None, verify=True))
-        return OwnColumns(lengths, self._schema.unpack(out[OWN]))
+        found, corrupt = self._own.read(self._request(wanted), self._columns)
+        self._refuse_corrupt(wanted, corrupt.tolist())
+        return found
 
     def put_block(self, block: Block) -> None:
         """Publish entries that are in stored form already, as one segment; durable when this returns.
@@ -439,7 +375,7 @@ class Space:
         for i, (begin, end) in enumerate(itertools.pairwise(packed.offsets.tolist())):
             others = {name: packed.columns[name][begin:end] for name, there in has.items() if there[i]}
             own = others.pop(OWN, None)
-            mine = {} if own is None or self._schema is None else self._schema.unpack(own)
+            mine = {} if own is None or self.schema is None else self.schema.unpack(own)
             entries.append(Entry(rows[begin:end], others.pop(TOKEN_IDS, None), others, mine) if end > begin else None)
         return entries
 
@@ -550,7 +486,8 @@ class Space:
             raise ShapeError(f"out must be {self._codec.stored} [room, {width}], not {out.dtype} {list(out.shape)}")
         lengths = self._place(wanted, out, Scattered(targets), len(targets), token_ids)
         if self._codec.form not in codec.FLOATS:
-            self._refuse_corrupt(wanted, self._stray(lengths, out[targets], None))
+            stray = self._codec.stray_among(out, targets)
+            self._refuse_corrupt(wanted, _entries_of(stray, offsets_of(lengths)))
         return ReadReport(lengths)
 
     @retry_on_stale_snapshot
@@ -612,8 +549,7 @@ class Space:
         if rows is None:
             return []
         starts = offsets_of(lengths, width)
-        stray = self._codec.stray(rows[: starts[-1]])
-        return (np.searchsorted(starts, stray, "right") - 1).tolist() if len(stray) else []
+        return _entries_of(self._codec.stray(rows[: starts[-1]]), starts)
 
     def _read_at_once(
         self,
@@ -702,7 +638,7 @@ class Space:
     def has(self, column: str, keys: Keys) -> NDArray[np.bool_]:
         """Return which entries have a ragged array (``token_ids``, ``spans``, ``word_ids``, ``type_ids``), or a column
         of the caller's own, ``[n]``."""
-        if self._schema is not None and column in self._schema.names:
+        if self.schema is not None and column in self.schema.names:
             column = OWN
         return self._request(key_array(keys)).has(column)
 
@@ -1003,6 +939,12 @@ class Space:
             counts = ("entries", "tokens", "nbytes", "segments")
             rows = [(f"published {name}", getattr(usage, name)) for name in counts]
         return table(f"Space {recipe.fingerprint}" + " (closed)" * self._closed, [*recipe.facts(), *rows])
+
+
+def _entries_of(rows: NDArray[np.int64], starts: NDArray[np.int64]) -> list[int]:
+    """Return which entries some rows are of, in their order; ``starts``, ``[n + 1]``, are where each entry begins."""
+    entries: list[int] = np.unique(np.searchsorted(starts, rows, "right") - 1).tolist() if len(rows) else []
+    return entries
 
 
 def _check_total(lengths: NDArray[np.int64], total: int) -> None:

@@ -61,7 +61,7 @@ def test_two_processes_store_what_one_stores(tiny, corpus, loaded, tmp_path):  #
         by_one = alone.fill(TEXTS, progress=False)
         assert report["tokens"] == by_one.tokens
         for layer in (1, 3):
-            assert together[layer].recipe.fingerprint == report["spaces"][str(layer)]
+            assert together[layer].recipe.fingerprint == {one["layer"]: one["space"] for one in report["spaces"]}[layer]
             assert together[layer].space.usage().segments == 2
             same(together[layer], alone[layer])
         assert together.fill(TEXTS, progress=False).present == 200

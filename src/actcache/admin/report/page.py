@@ -1,15 +1,24 @@
-"""A store in full as one page: HTML and SVG, nothing else. It asks for nothing from anywhere and runs nothing."""
+"""A store in full as one page: HTML and SVG, and a small script of its own that sorts tables and compares recipes.
+
+It asks for nothing from anywhere, and all of it can be read without the script.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from actcache.admin.display import ago, binary, counted, entries, model_name, moment, number, spelled
-from actcache.admin.report.plots import Markup, Row, bars, element, figure, histogram, joined, legend
+from actcache.admin.inspection import Coverage
+from actcache.admin.report.plots import Markup, Point, Row, bars, by_layer, element, figure, histogram, joined, legend
 from actcache.admin.report.spaces import SegmentReport, SpaceDetail, StoreDetail
 from actcache.admin.report.statistics import Histogram, Statistics
+from actcache.format.recipe import Recipe
 from actcache.io.newfile import check_new, new_file
 
 # How the page looks: by the reader's own choice of light or dark, on any width, without a font or picture.
@@ -48,7 +57,8 @@ td { max-width: 42rem; overflow-wrap: break-word; }
 .fields td:first-child { overflow-wrap: normal; }
 .number { text-align: right; white-space: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .8rem .9rem; border-radius: 8px; background: var(--card); min-width: 0; }
+figure { align-self: start; min-width: 0; margin: 0; padding: .8rem .9rem; border-radius: 8px; }
+figure { background: var(--card); }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 figure p { margin: .4rem 0 0; color: var(--soft); font-size: .82rem; }
 svg { display: block; width: 100%; height: auto; }
@@ -64,33 +74,113 @@ svg text.soft { fill: var(--soft); }
 .unknown { fill: var(--unknown); background: var(--unknown); }
 .key { margin-right: 1rem; display: inline-block; }
 .key i { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; border-radius: 2px; }
+.two-line { stroke: var(--two); }
+.one-line { stroke: var(--one); fill: none; stroke-width: 1.6; }
+.reach { stroke: var(--two); stroke-width: 1.4; }
+.broad { grid-column: span 2; }
 details { margin-top: .8rem; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: .4rem; }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible { outline: 2px solid var(--one); }
+th button::after { content: "\N{UP DOWN ARROW}"; margin-left: .3rem; opacity: .5; }
+th[aria-sort=ascending] button::after { content: "\N{UPWARDS ARROW}"; opacity: 1; }
+th[aria-sort=descending] button::after { content: "\N{DOWNWARDS ARROW}"; opacity: 1; }
+select { font: inherit; max-width: 100%; margin: 0 1rem .6rem 0; color: inherit; background: var(--card); }
+tr.same { display: none; }
+@media (max-width: 48rem) { .broad { grid-column: auto; } .broad svg text { font-size: 18px; } }
+@media print {
+  :root { color-scheme: light; --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; }
+  main { max-width: none; padding: 0; }
+  section, figure, tr { break-inside: avoid; }
+  figure { border: 1px solid var(--line); }
+  .wide { overflow: visible; }
+  table { font-size: .68rem; }
+  th, td { padding-right: .5rem; }
+  th button::after, select, .comparing { display: none; }
+  .plots { grid-template-columns: repeat(2, 1fr); }
+}
+"""
+
+#: Sorts tables by a click on a column's name, and shows what two spaces differ in. Its digest is in the page's policy.
+SCRIPT = """
+"use strict";
+for (const table of document.querySelectorAll("table.sorted")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = head.textContent;
+    head.replaceChildren(button);
+    button.addEventListener("click", () => {
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      for (const other of heads) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+      const order = (a, b) => {
+        const [one, other] = [value(a), value(b)], apart = Number(one) - Number(other);
+        return one !== "" && other !== "" && !Number.isNaN(apart) ? apart : one.localeCompare(other);
+      };
+      const rows = [...table.tBodies[0].rows].sort(order);
+      table.tBodies[0].append(...(up ? rows : rows.reverse()));
+    });
+  });
+}
+const [first, second, compared] = ["first", "second", "compared"].map(name => document.getElementById(name));
+if (compared) {
+  const fields = name => new Map([...document.querySelectorAll(`[id="${name}"] .recipe tbody tr`)]
+    .map(row => [...row.cells].map(cell => cell.textContent)));
+  const show = () => {
+    const [one, other] = [fields(first.value), fields(second.value)];
+    compared.tBodies[0].replaceChildren(...[...new Set([...one.keys(), ...other.keys()])]
+      .filter(name => one.get(name) !== other.get(name))
+      .map(name => {
+        const row = document.createElement("tr");
+        for (const text of [name, one.get(name) ?? "", other.get(name) ?? ""]) row.insertCell().textContent = text;
+        return row;
+      }));
+  };
+  first.addEventListener("change", show);
+  second.addEventListener("change", show);
+  show();
+}
+addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
 """
 
 #: Even if something slipped through the escaping, a browser would neither run it nor fetch anything.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+_DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+_POLICY = (
+    f"default-src 'none'; script-src 'sha256-{_DIGEST}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 _SHORT = 12
 _MODEL = 16  # characters of a model's name beside a bar
+_SAID = 240  # characters of a document
 _MOST_SEGMENTS = 100  # in a table
 _TIMES = 24  # ranges of a plot over time
 _SHORTEST = 60.0  # seconds that such a plot shows
 
 
-def write_page(found: StoreDetail, path: Path) -> int:
+#: Makes texts of a space's token ids; None where its tokenizer is not at hand.
+Decoder = Callable[[Recipe], Callable[[Sequence[int]], str] | None]
+
+
+def write_page(found: StoreDetail, path: Path, decoder: Decoder | None = None) -> int:
     """Write a page to a new file, whole or not at all; return its bytes.
+
+    With a ``decoder`` it shows the texts of unusual documents, which else are token ids.
 
     Raises:
         UsageError: something stands there already.
     """
     check_new(path)
-    data = render_page(found).encode()
+    data = render_page(found, decoder).encode()
     with new_file(path) as temporary:
         temporary.write_bytes(data)
     return len(data)
 
 
-def render_page(found: StoreDetail) -> str:
+def render_page(found: StoreDetail, decoder: Decoder | None = None) -> str:
+    found = replace(found, spaces=sorted(found.spaces, key=_order))
     title = f"Activation cache {found.store}"
     metas = (
         {"charset": "utf-8"},
@@ -100,8 +190,10 @@ def render_page(found: StoreDetail) -> str:
     )
     icon, style = element("link", {"rel": "icon", "href": "data:,"}), element("style", None, Markup(STYLE))
     head = joined(*(element("meta", one) for one in metas), icon, element("title", None, title), style)
-    body = joined(_header(found), _wrong(found), _spaces(found), *(_space(one, found.time) for one in found.spaces))
-    content = joined(element("head", None, head), element("body", None, element("main", None, body)))
+    each = (_space(one, found.time, decoder) for one in found.spaces)
+    body = joined(_header(found), _wrong(found), _spaces(found), _comparison(found), *each)
+    script = element("script", None, Markup(SCRIPT))
+    content = joined(element("head", None, head), element("body", None, element("main", None, body), script))
     return f"<!DOCTYPE html>\n{element('html', {'lang': 'en'}, content)}\n"
 
 
@@ -141,31 +233,147 @@ def _wrong(found: StoreDetail) -> Markup:
 
 
 def _spaces(found: StoreDetail) -> Markup:
-    names = ("space", "model", "layer", "dtype", "entries", "tokens", "bytes", "bytes/token", "segments", "written")
-    rows = []
+    names = ("model", "layer", "dtype", "space", "entries", "tokens", "bytes", "bytes/token", "segments", "written")
+    rows: list[Sequence[str | tuple[str, float]]] = []
     for one in found.spaces:
         recipe, usage = one.recipe, one.report.usage
-        each = number(one.bytes_per_token)
+        each = (number(one.bytes_per_token), one.bytes_per_token or 0.0)
         link = element("a", {"href": f"#{recipe.fingerprint}"}, recipe.fingerprint[:_SHORT])
-        model = (model_name(recipe), recipe.site_name.removeprefix("layer "), recipe.stored_as)
-        sizes = (f"{usage.entries:,}", f"{usage.tokens:,}", binary(usage.nbytes), each, f"{usage.segments:,}")
-        rows.append((link, *model, *sizes, ago(one.written)))
-    ages = _ages([segment for one in found.spaces for segment in one.segments], found.time)
-    figures = element("div", {"class": "plots"}, _bytes_plot(found), _checksum_plot(found), ages)
-    return element("section", None, element("h2", None, "Spaces"), _table("Spaces", names, rows, left=4), figures)
+        depth = (recipe.site_name.removeprefix("layer "), float(-1 if recipe.layer is None else recipe.layer))
+        held = [(f"{amount:,}", float(amount)) for amount in (usage.entries, usage.tokens, usage.segments)]
+        size = (binary(usage.nbytes), float(usage.nbytes))
+        age = (ago(one.written), one.written or 0.0)
+        rows.append((model_name(recipe), depth, recipe.stored_as, link, *held[:2], size, each, held[2], age))
+    figures = [*_by_layer(found), *_coverage_plot(found)]
+    if found.spaces:
+        figures += [_bytes_plot(found), _checksum_plot(found)]
+    figures += _ages([segment for one in found.spaces for segment in one.segments], found.time)
+    plots = element("div", {"class": "plots"}, *figures)
+    table = _table("Spaces", names, rows, left=4, order=True)
+    return element("section", None, element("h2", None, "Spaces"), table, plots)
+
+
+def _order(one: SpaceDetail) -> tuple[Any, ...]:
+    """By model and layer; other sites after them, as people count: layers.5 before layers.10."""
+    recipe = one.recipe
+    site = [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in (recipe.site or "").split(".")]
+    return model_name(recipe), recipe.layer is None, recipe.layer or 0, site, recipe.stored_as, recipe.fingerprint
+
+
+def _by_layer(found: StoreDetail) -> list[Markup]:
+    """Return norms and numbers by layer, a figure for each model of which several layers are there."""
+    models: dict[str, list[SpaceDetail]] = {}
+    for one in found.spaces:
+        if one.recipe.layer is not None and one.sample.statistics.norm_mean is not None:
+            models.setdefault(model_name(one.recipe), []).append(one)
+    figures = []
+    for model, spaces in models.items():
+        if len({one.recipe.layer for one in spaces}) < 2:
+            continue
+        points = []
+        for one in spaces:
+            numbers, layer = one.sample.statistics, float(one.recipe.layer or 0)
+            norm = Point(layer, numbers.norm_mean or 0.0, numbers.norm_min or 0.0, numbers.norm_max or 0.0)
+            mean, spread = numbers.mean or 0.0, numbers.std or 0.0
+            told = f"layer {one.recipe.layer}, {one.recipe.stored_as}: "
+            points.append(
+                (
+                    replace(
+                        norm, told=f"{told}norms {number(norm.low)} to {number(norm.high)}, mean {number(norm.mean)}"
+                    ),
+                    Point(
+                        layer,
+                        mean,
+                        mean - spread,
+                        mean + spread,
+                        f"{told}mean {number(mean)}, deviation {number(spread)}",
+                    ),
+                )
+            )
+        described = "; ".join(f"{norm.told}; {value.told.partition(': ')[2]}" for norm, value in points)
+        panels = (
+            ("norm of a row", [one for one, _ in points]),
+            ("all numbers", [other for _, other in points]),
+        )
+        notes = ("Dots: means of a sample. Lines: smallest to largest norm; one standard deviation to each side.",)
+        figures.append(figure(f"By layer: {model}", described, by_layer(panels), *notes, kind="broad"))
+    return figures
+
+
+def _coverage_plot(found: StoreDetail) -> list[Markup]:
+    """Return how much of each corpus each space has, where corpora were kept as collections."""
+    figures, labels = [], _labels(found)
+    for name in found.collections:
+        rows = []
+        for one in found.spaces:
+            held = one.coverage.get(name)
+            if isinstance(held, Coverage):
+                share = held.present / held.documents if held.documents else 1.0
+                parts = [("good", share), ("unknown", 1 - share)]
+                rows.append(
+                    Row(
+                        labels[one.recipe.fingerprint],
+                        parts,
+                        f"{held.present:,} of {held.documents:,} ({_percent(share)})",
+                    )
+                )
+        if rows:
+            meanings = legend(("good", "stored"), ("unknown", "not stored"))
+            figures.append(_bars(f"Share of the collection {name}", rows, meanings))
+    return figures
+
+
+def _percent(share: float) -> str:
+    """Return a share that is 100 % only where it is whole."""
+    return f"{math.floor(share * 1000) / 10:,.4g} %"
+
+
+def _comparison(found: StoreDetail) -> Markup:
+    """Return what the script makes a comparison of two spaces of; nothing where there are not two."""
+    if len(found.spaces) < 2:
+        return joined()
+    labels = _labels(found)
+
+    def choice(name: str, chosen: int) -> Markup:
+        options = (
+            element(
+                "option",
+                {"value": one.recipe.fingerprint} | ({"selected": ""} if i == chosen else {}),
+                labels[one.recipe.fingerprint],
+            )
+            for i, one in enumerate(found.spaces)
+        )
+        return element("select", {"id": name, "aria-label": f"{name} space"}, *options)
+
+    head = element("tr", None, *(element("th", {"scope": "col"}, name) for name in ("field", "first", "second")))
+    table = element("table", {"id": "compared"}, element("thead", None, head), element("tbody", None))
+    scrolling = {"class": "fields", "role": "region", "aria-label": "Comparison", "tabindex": "0"}
+    return element(
+        "section",
+        {"class": "comparing"},
+        element("h2", None, "What two spaces differ in"),
+        element("p", None, choice("first", 0), choice("second", 1)),
+        element("div", scrolling, table),
+    )
 
 
 def _bytes_plot(found: StoreDetail) -> Markup:
-    rows = []
+    rows, labels = [], _labels(found)
     for one in sorted(found.spaces, key=lambda one: -sum(one.parts.values())):
         total, held = sum(one.parts.values()), one.report.usage.nbytes
-        rows.append(Row(_label(one), [("one", min(held, total)), ("two", max(0, total - held))], binary(total)))
+        rows.append(
+            Row(
+                labels[one.recipe.fingerprint],
+                [("one", min(held, total)), ("two", max(0, total - held))],
+                binary(total),
+            )
+        )
     meanings = legend(("one", "entries"), ("two", "index, canaries, replaced and quarantined segments"))
     return _bars("Bytes by space", rows, meanings)
 
 
 def _checksum_plot(found: StoreDetail) -> Markup:
-    rows = []
+    rows, labels = [], _labels(found)
     for one in found.spaces:
         sample = one.sample
         corrupt, intact, unread = len(sample.corrupt), sample.entries - len(sample.corrupt), sample.of - sample.entries
@@ -173,7 +381,9 @@ def _checksum_plot(found: StoreDetail) -> Markup:
         if one.report.damaged:
             text += f", {counted(len(one.report.damaged), 'segment')} damaged"
         parts = [("good", intact), ("bad", corrupt), ("unknown", unread)]
-        rows.append(Row(_label(one), [(kind, amount / max(1, sample.of)) for kind, amount in parts], text))
+        rows.append(
+            Row(labels[one.recipe.fingerprint], [(kind, amount / max(1, sample.of)) for kind, amount in parts], text)
+        )
     return _bars("Checksums", rows, legend(("good", "intact"), ("bad", "corrupt"), ("unknown", "not read")))
 
 
@@ -182,16 +392,22 @@ def _bars(title: str, rows: Sequence[Row], meanings: Markup) -> Markup:
     return figure(title, described, bars(rows), meanings)
 
 
-def _label(one: SpaceDetail) -> str:
-    model = model_name(one.recipe)
-    model = model if len(model) <= _MODEL else f"{model[: _MODEL - 1]}…"
-    return f"{model} {one.recipe.site_name} {one.recipe.stored_as} {one.recipe.fingerprint[:6]}"
+def _labels(found: StoreDetail) -> dict[str, str]:
+    """Return what spaces are called beside bars, by fingerprint: without the model, where there is only one."""
+    alone = len({model_name(one.recipe) for one in found.spaces}) == 1
+    labels = {}
+    for one in found.spaces:
+        recipe = one.recipe
+        model = model_name(recipe)
+        model = "" if alone else f"{model} " if len(model) <= _MODEL else f"{model[: _MODEL - 1]}… "
+        labels[recipe.fingerprint] = f"{model}{recipe.site_name} {recipe.stored_as} {recipe.fingerprint[:6]}"
+    return labels
 
 
 # --- one space --------------------------------------------------------------------------------------------------------
 
 
-def _space(one: SpaceDetail, now: float) -> Markup:
+def _space(one: SpaceDetail, now: float, decoder: Decoder | None) -> Markup:
     recipe = one.recipe
     title = f"{model_name(recipe)}, {recipe.site_name}, {recipe.stored_as}"
     lengths, sample = one.lengths, one.sample
@@ -199,9 +415,14 @@ def _space(one: SpaceDetail, now: float) -> Markup:
         f"{entries(lengths.entries)} of {lengths.shortest:,} to {lengths.longest:,} tokens: half "
         f"have up to {number(lengths.median)}, 95 % up to {lengths.p95:,}; the mean is {number(lengths.mean)}."
     )
-    plot = histogram(lengths.histogram, lambda edge: f"{edge:,.0f}", _count, "tokens of an entry")
-    norms = _norms(sample.statistics, sample.entries)
-    figures = [figure("Lengths", described, plot, described), _ages(one.segments, now), norms]
+    figures = []
+    if lengths.entries:
+        plot = histogram(lengths.histogram, lambda edge: f"{edge:,.0f}", _count, "tokens of an entry")
+        figures.append(figure("Lengths", described, plot, described))
+    if sample.statistics.norms.counts:
+        figures.append(_norms(sample.statistics, sample.entries))
+    if len(one.segments) > 1:
+        figures += _ages(one.segments, now)
     made = "" if one.made is None else f", made {moment(now - one.made)}"
     made += "" if one.owner is None else f" by {one.owner}"
     return element(
@@ -210,10 +431,40 @@ def _space(one: SpaceDetail, now: float) -> Markup:
         element("h2", None, title),
         element("p", {"class": "soft"}, element("code", None, recipe.fingerprint), made),
         *([] if one.errors is None else [element("p", None, f"Storing changes {one.errors.told()}.")]),
-        element("div", {"class": "plots"}, *figures),
-        _folded("Recipe", _fields("Recipe", recipe.identity())),
+        *(element("p", None, f"Collection {name}: {held.told()}.") for name, held in one.passages.items()),
+        *([] if one.lengths.entries else [element("p", None, "It holds no entries.")]),
+        *([element("div", {"class": "plots"}, *figures)] if figures else []),
+        _unusual(one, decoder),
+        element("h3", None, "Recipe"),
+        element("div", {"class": "recipe"}, _fields("Recipe", recipe.identity())),
         _folded("Provenance", _fields("Provenance", recipe.to_json()["provenance"])),
         _folded(counted(len(one.segments), "segment"), _segments(one.segments)),
+    )
+
+
+def _unusual(one: SpaceDetail, decoder: Decoder | None) -> Markup:
+    """Return the documents whose rows are unlike most, with their texts where the tokenizer is at hand."""
+    if not one.sample.outliers:
+        return joined()
+    decode = None if decoder is None else decoder(one.recipe)
+    rows: list[Sequence[str | tuple[str, float]]] = []
+    for entry in one.sample.outliers:
+        ids = entry.token_ids or []
+        said = decode(ids) if decode is not None and ids else " ".join(map(str, ids)) or "no token ids are stored"
+        text = said if len(said) <= _SAID else f"{said[:_SAID]}…"
+        figures = (
+            (number(entry.norm), entry.norm),
+            (f"{entry.off:,.1f}", entry.off),
+            (f"{entry.tokens:,}", entry.tokens),
+        )
+        rows.append((text, element("code", None, entry.key.hex()[:_SHORT]), *figures))
+    what = "text" if decode is not None else "token ids (the tokenizer is not at hand)"
+    names = (what, "key", "mean norm", "median distances off", "tokens")
+    note = f"Of {entries(one.sample.entries)} that were read, those whose norms are furthest from the median."
+    return joined(
+        element("h3", None, "Unusual documents"),
+        element("p", {"class": "soft"}, note),
+        _table("Unusual documents", names, rows, left=2, order=True),
     )
 
 
@@ -229,18 +480,19 @@ def _norms(found: Statistics, count: int) -> Markup:
     return figure("Norms of a sample", described, histogram(found.norms, number, _count, "norm of a row"), described)
 
 
-def _ages(segments: Sequence[SegmentReport], now: float) -> Markup:
+def _ages(segments: Sequence[SegmentReport], now: float) -> list[Markup]:
+    """Return when segments were written; nothing where there are none."""
     dated = [(now - segment.age, segment.nbytes or 0) for segment in segments if segment.age is not None]
-    described = "There are no segments."
-    if dated:
-        first, last = (moment(end(time for time, _ in dated)) for end in (min, max))
-        described = f"{counted(len(dated), 'segment')}, the oldest written {first}, the newest {last}."
+    if not dated:
+        return []
+    first, last = (moment(end(time for time, _ in dated)) for end in (min, max))
+    described = f"{counted(len(dated), 'segment')}, the oldest written {first}, the newest {last}."
 
     def minute(seconds: float) -> str:
         return moment(seconds).removesuffix(" UTC")
 
     plot = histogram(_over_time(dated), minute, binary, "when segments were written (UTC)", ticks=2)
-    return figure("Age of segments", described, plot, described)
+    return [figure("Age of segments", described, plot, described)]
 
 
 def _over_time(dated: Sequence[tuple[float, int]]) -> Histogram:
@@ -283,19 +535,33 @@ def _fields(label: str, fields: Mapping[str, object]) -> Markup:
     return _table(label, ("field", "value"), rows, left=2, kind="fields")
 
 
-def _table(label: str, names: Sequence[str], rows: Iterable[Sequence[str]], left: int, kind: str = "wide") -> Markup:
-    """Return a table whose first columns, ``left`` of them, hold texts and the others numbers; it scrolls by itself."""
+def _table(
+    label: str,
+    names: Sequence[str],
+    rows: Iterable[Sequence[str | tuple[str, float]]],
+    left: int,
+    kind: str = "wide",
+    order: bool = False,
+) -> Markup:
+    """Return a table whose first columns, ``left`` of them, hold texts and the others numbers; it scrolls by itself.
 
-    def cells(kind: str, values: Sequence[str], **given: str) -> Markup:
-        numbers = {**given, "class": "number"}
-        return element(
-            "tr", None, *(element(kind, given if i < left else numbers, one) for i, one in enumerate(values))
-        )
+    With ``order`` a click on a column's name orders it: by the number of a cell that has one beside its text.
+    """
+
+    def cells(kind: str, values: Sequence[str | tuple[str, float]], **given: str) -> Markup:
+        made = []
+        for i, one in enumerate(values):
+            attributes: dict[str, object] = {**given} if i < left else {**given, "class": "number"}
+            text, value = one if isinstance(one, tuple) else (one, None)
+            made.append(
+                element(kind, attributes if value is None else {**attributes, "data-value": f"{value:.12g}"}, text)
+            )
+        return element("tr", None, *made)
 
     head = element("thead", None, cells("th", names, scope="col"))
     body = element("tbody", None, *(cells("td", row) for row in rows))
     scrolling = {"class": kind, "role": "region", "aria-label": label, "tabindex": "0"}
-    return element("div", scrolling, element("table", None, head, body))
+    return element("div", scrolling, element("table", {"class": "sorted"} if order else None, head, body))
 
 
 def _folded(title: str, content: Markup) -> Markup:

@@ -55,17 +55,34 @@ class Row:
     text: str
 
 
-def figure(title: str, described: str, plot: Callable[[str, str], Markup], *notes: str) -> Markup:
+@dataclass(frozen=True)
+class Point:
+    """A mean, and how far what it is the mean of reaches, at one place of an axis of layers."""
+
+    layer: float
+    mean: float
+    low: float
+    high: float
+    told: str = ""
+
+
+def figure(title: str, described: str, plot: Callable[[str, str], Markup], *notes: str, kind: str = "") -> Markup:
     """Return a figure: its caption, what ``plot`` makes of title and description, and notes."""
     caption = element("figcaption", None, title)
-    return element("figure", None, caption, plot(title, described), *(element("p", None, note) for note in notes))
+    return element(
+        "figure",
+        {"class": kind} if kind else None,
+        caption,
+        plot(title, described),
+        *(element("p", None, note) for note in notes),
+    )
 
 
-def _svg(title: str, described: str, height: int, content: Markup) -> Markup:
+def _svg(title: str, described: str, height: int, content: Markup, width: int = _WIDTH) -> Markup:
     name = hashlib.blake2b(joined(title, described, content).encode(), digest_size=6).hexdigest()
     return element(
         "svg",
-        {"viewBox": f"0 0 {_WIDTH} {height}", "role": "img", "aria-labelledby": f"t{name} d{name}"},
+        {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-labelledby": f"t{name} d{name}"},
         element("title", {"id": f"t{name}"}, title),
         element("desc", {"id": f"d{name}"}, described),
         content,
@@ -108,9 +125,57 @@ def histogram(
     return lambda title, described: _svg(title, described, _HEIGHT, joined(*parts))
 
 
-def _rule(x: float, y: float, kind: str) -> Markup:
-    given = {"x1": f"{x:.1f}", "x2": f"{_WIDTH - _RIGHT:.1f}", "y1": f"{y:.1f}", "y2": f"{y:.1f}", "class": kind}
+def _rule(x: float, y: float, kind: str, width: int = _WIDTH) -> Markup:
+    return _line(x, y, width - _RIGHT, y, kind)
+
+
+def _line(x: float, y: float, to_x: float, to_y: float, kind: str) -> Markup:
+    given = {"x1": f"{x:.1f}", "x2": f"{to_x:.1f}", "y1": f"{y:.1f}", "y2": f"{to_y:.1f}", "class": kind}
     return element("line", given)
+
+
+_PANEL, _GAP = 96, 26  # of what is drawn by layer
+_BROAD = 560
+
+
+def by_layer(panels: Sequence[tuple[str, Sequence[Point]]]) -> Callable[[str, str], Markup]:
+    """Return what makes panels one above another over one axis of layers: means, a line through them, their reach."""
+    layers = sorted({point.layer for _, points in panels for point in points})
+    first, last = layers[0], layers[-1]
+    scale = (_BROAD - _LEFT - _RIGHT - 40) / max(1.0, last - first)
+    parts = []
+
+    def across(layer: float) -> float:
+        return _LEFT + 20 + (layer - first) * scale
+
+    for i, (name, points) in enumerate(panels):
+        top = _GAP + i * (_PANEL + _GAP)
+        low, high = min(point.low for point in points), max(point.high for point in points)
+        low, high = min(low, 0.0), max(high, 0.0)
+
+        def down(value: float, top: int = top, low: float = low, high: float = high) -> float:
+            return top + _PANEL * (high - value) / ((high - low) or 1.0)
+
+        parts += [_text(_LEFT, top - 9, name, "start", "soft")]
+        for value in (high, 0.0, low) if low else (high, 0.0):
+            parts += [_rule(_LEFT, down(value), "grid" if value else "axis", _BROAD)]
+            parts += [_text(_LEFT - 6, down(value) + 4, f"{value:,.3g}", "end")] if value or not low else []
+        ordered = sorted(points, key=lambda point: point.layer)
+        path = " ".join(f"{across(point.layer):.1f},{down(point.mean):.1f}" for point in ordered)
+        parts.append(element("polyline", {"points": path, "class": "one-line"}))
+        for point in ordered:
+            x = across(point.layer)
+            inside = [
+                element("title", None, point.told),
+                _line(x, down(point.high), x, down(point.low), "reach"),
+                element("circle", {"cx": f"{x:.1f}", "cy": f"{down(point.mean):.1f}", "r": "3.6", "class": "one"}),
+            ]
+            parts.append(element("g", None, *inside))
+    floor = len(panels) * (_PANEL + _GAP)
+    step = max(1, -(-len(layers) // 14))
+    parts += [_text(across(layer), floor + 18, f"{layer:g}", "middle") for layer in layers[::step]]
+    parts.append(_text(_LEFT + (_BROAD - _LEFT - _RIGHT) / 2, floor + 36, "layer", "middle", "soft"))
+    return lambda title, described: _svg(title, described, floor + 44, joined(*parts), _BROAD)
 
 
 def bars(rows: Sequence[Row]) -> Callable[[str, str], Markup]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 
 from actcache.admin import inspection
 from actcache.admin.display import as_json, attributes_as_json, fields_as_json
-from actcache.admin.inspection import Coverage, Progress, SpaceReport, StepProgress, each_space, step_of
+from actcache.admin.inspection import Coverage, Progress, Repetition, SpaceReport, StepProgress, each_space, step_of
 from actcache.admin.report.statistics import Lengths, Numbers, Statistics
 from actcache.backend import VALUES, StoredFile
 from actcache.entries.read import read_intact
 from actcache.errors import DataError, FormatError, UsageError
 from actcache.format import codec
+from actcache.format.keys import key_list
 from actcache.format.moments import Moments
 from actcache.format.ragged import runs
 from actcache.format.recipe import Recipe
@@ -31,6 +33,9 @@ from actcache.store.stored_errors import StoredErrors
 SAMPLE = 200
 
 _PART_BYTES = 4 << 20  # of rows that are read at once
+_OUTLIERS = 6  # that are named
+_FEWEST = 20  # entries among which there can be some
+_FAR = 3.0  # median distances from the median
 _NAMED = 5  # of several segments that a prefix fits
 _COMPUTED_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -39,13 +44,29 @@ _COMPUTED_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
+class Outlier:
+    """An entry whose rows are unlike most: the mean of their norms, and how far that is from the entries' median, in
+    median distances from it."""
+
+    key: bytes
+    tokens: int
+    norm: float
+    off: float
+    token_ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Entries that were read: how many, of how many, which fail their checksums, and the statistics of the others."""
+    """Entries that were read: how many, of how many, which fail their checksums, and the statistics of the others.
+
+    The outliers are those of which the norms are furthest from the median, the furthest first.
+    """
 
     entries: int
     of: int
     corrupt: list[bytes]
     statistics: Statistics
+    outliers: list[Outlier] = field(default_factory=list)
 
 
 def read_sample(
@@ -71,14 +92,49 @@ def read_sample(
     if count is not None and count < len(keys):
         chosen = keys[np.random.default_rng(seed).choice(len(keys), count, replace=False)]
     chosen = space.in_order(chosen)
-    stored, numbers, corrupt = codec.get(space.recipe.dtype), Numbers(), []
+    stored, numbers, corrupt = codec.get(space.recipe.dtype), Numbers(), list[bytes]()
+    means, read, tokens = list[float](), list[bytes](), list[int]()
     for run in runs(space.lengths(chosen) * space.recipe.row_bytes, _PART_BYTES):
-        packed, _, bad = read_intact(space.read_packed, chosen[run])
+        packed, names, bad = read_intact(space.read_packed, chosen[run])
         corrupt += bad
-        numbers.add(stored.decode(packed.columns[VALUES]))
+        rows = stored.decode(packed.columns[VALUES])
+        numbers.add(rows)
+        means += _mean_norms(rows, packed.offsets)
+        read += key_list(names)
+        tokens += np.diff(packed.offsets).tolist()
         if progress is not None:
             progress(run.stop, len(chosen))
-    return Sample(len(chosen), len(keys), corrupt, numbers.statistics())
+    outliers = _outliers(space, read, tokens, np.array(means))
+    return Sample(len(chosen), len(keys), corrupt, numbers.statistics(), outliers)
+
+
+def _mean_norms(rows: NDArray[Any], offsets: NDArray[np.int64]) -> list[float]:
+    """Return the mean norm of each entry's rows; NaN where there are none, or one holds what is no number."""
+    with np.errstate(all="ignore"):
+        norms = np.linalg.norm(rows.astype(np.float32), axis=1)
+        return [
+            float(norms[begin:end].mean()) if end > begin else math.nan for begin, end in itertools.pairwise(offsets)
+        ]
+
+
+def _outliers(space: Space, keys: list[bytes], tokens: list[int], norms: NDArray[np.float64]) -> list[Outlier]:
+    known = np.isfinite(norms)
+    if known.sum() < _FEWEST:
+        return []
+    middle = float(np.median(norms[known]))
+    apart = np.where(known, np.abs(norms - middle), -1.0)
+    usual = float(np.median(apart[known]))
+    if not usual:
+        return []
+    furthest = [int(i) for i in np.argsort(-apart, kind="stable")[:_OUTLIERS] if apart[i] > _FAR * usual]
+    entries, _, _ = read_intact(space.get, [keys[i] for i in furthest])
+    ids = [None if one is None or one.token_ids is None else one.token_ids.tolist() for one in entries]
+    if len(ids) != len(furthest):  # one was damaged meanwhile
+        return []
+    return [
+        Outlier(keys[i], tokens[i], float(norms[i]), float(apart[i]) / usual, given)
+        for i, given in zip(furthest, ids, strict=True)
+    ]
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------
@@ -231,6 +287,10 @@ class SpaceDetail:
     errors: StoredErrors | None  # what storing does to the numbers, as it was measured when the space was filled
     errors_damaged: str | None  # what is wrong with the file that says it; the space is whole without it
     rows: Moments  # statistics of the rows whose are kept
+    coverage: dict[str, Coverage | str] = field(default_factory=dict)  # of each collection, what it has of it
+    passages: dict[str, Repetition] = field(
+        default_factory=dict
+    )  # by collection of documents that are lists of this space's passages
 
     @property
     def recipe(self) -> Recipe:
@@ -264,8 +324,10 @@ class SpaceDetail:
             **self.report.to_json(),
             **attributes_as_json(self, "made", "owner", "written", *sizes),
             "statistics": self.rows.to_json(),
+            "passages": as_json(self.passages),
             "segment_list": as_json(self.segments),
             **attributes_as_json(self, "sample", "errors", "errors_damaged", "intact"),
+            "coverage": coverage_as_json(self.coverage),
         }
 
 
@@ -286,7 +348,7 @@ class StoreDetail:
 
     def to_json(self) -> dict[str, Any]:
         found = attributes_as_json(self, "store", "time", "spaces", "unreadable", "collections")
-        return {**found, "bytes": self.footprint.total, "intact": self.intact}
+        return {**found, "nbytes": self.footprint.total, "intact": self.intact}
 
 
 def _errors_of(space: Space) -> dict[str, Any]:
@@ -329,6 +391,8 @@ def store_detail(
             sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
             **_errors_of(space),
             rows=space.kept_statistics(),
+            passages=inspection.repetitions(store, space),
+            coverage=inspection.coverage(store, space),
         )
 
     spaces, unreadable = each_space(store, prefixes, detail)
@@ -347,8 +411,11 @@ class Branch:
     collections: dict[str, Coverage | str]
 
     def to_json(self) -> dict[str, Any]:
-        segments, collections = as_json(self.segments), as_json(self.collections)
-        return {**self.report.to_json(), "segment_list": segments, "collections": collections}
+        return {
+            **self.report.to_json(),
+            "segment_list": as_json(self.segments),
+            "coverage": coverage_as_json(self.collections),
+        }
 
 
 @dataclass(frozen=True)
@@ -360,6 +427,25 @@ class Overview:
     spaces: list[Branch]
     unreadable: dict[str, str]
     collections: dict[str, int | str]
+
+    def to_json(self) -> dict[str, Any]:
+        collections = [
+            {"collection": name, **({"error": held} if isinstance(held, str) else {"documents": held})}
+            for name, held in self.collections.items()
+        ]
+        found = attributes_as_json(self, "store", "spaces", "unreadable")
+        return {**found, "collections": list(self.collections), "collection_list": collections}
+
+
+def coverage_as_json(held: Mapping[str, Coverage | str]) -> list[dict[str, Any]]:
+    """Return how much a space has of each collection, as JSON values; of a damaged collection what is wrong."""
+    listed = []
+    for name, one in held.items():
+        told: dict[str, Any] = {"error": one} if isinstance(one, str) else as_json(one)
+        if told.get("passages") is None:
+            told.pop("passages", None)
+        listed.append({"collection": name, **told})
+    return listed
 
 
 def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:
@@ -378,6 +464,6 @@ def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:
 
 def _documents(store: Store, name: str) -> int | str:
     try:
-        return len(store.collection(name))
+        return store.collection(name).document_count
     except DataError as error:
         return str(error)

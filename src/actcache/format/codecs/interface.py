@@ -84,6 +84,11 @@ class Codec(ABC):
         say), as far as that is seen at a glance: their checksums may be right all the same. None there: empty."""
         return _NONE
 
+    def stray_among(self, stored: NDArray[Any], which: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what ``stray`` does of the rows ``which``, ``[m]``, as positions in ``which``. For codecs that look at
+        a part of each row: to override, so that the others are not copied."""
+        return self.stray(stored[which])
+
     def refuse(self, rows: NDArray[np.generic], finite: NDArray[np.bool_], what: str) -> NoReturn:
         """Raise what is wrong with rows, the first of whose numbers that is not finite when stored is named."""
         token, column = np.argwhere(~finite)[0].tolist()
@@ -136,6 +141,9 @@ class Wrapped(Codec):
 
     def stray(self, stored: NDArray[Any]) -> NDArray[np.int64]:
         return self.base.stray(stored)
+
+    def stray_among(self, stored: NDArray[Any], which: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.base.stray_among(stored, which)
 
 
 _NONE = np.empty(0, np.int64)

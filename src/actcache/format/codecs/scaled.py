@@ -10,6 +10,7 @@ and ratio, the row's *shape*, are the lowest byte of its scale, which has 16 dig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -103,13 +104,29 @@ class Scaled(Codec):
             return np.empty(0, np.int64)
         hidden = self.hidden(stored.shape[1])
         scales = np.ndarray(len(stored), "<f4", stored, hidden, (stored.strides[0],))  # where they are, unaligned
-        shapes, least = (stored[:, hidden], _LEAST) if self.name == "int8" else (None, _LEAST_OF_ALL)
-        if scales.min() >= least and scales.max() < np.inf and (shapes is None or IS_SHAPE[shapes].all()):
+        return self._stray(scales, stored[:, hidden], lambda bad: stored[bad])
+
+    def stray_among(self, stored: NDArray[Any], which: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not len(which):
+            return np.empty(0, np.int64)
+        tails = np.ascontiguousarray(stored[which, self.hidden(stored.shape[1]) :])
+        return self._stray(tails.view("<f4")[:, 0], tails[:, 0], lambda bad: stored[which[bad]])
+
+    def _stray(
+        self,
+        scales: NDArray[Any],
+        shapes: NDArray[Any],
+        rows: Callable[[NDArray[np.bool_]], NDArray[Any]],
+    ) -> NDArray[np.int64]:
+        """Return which rows of these scales, ``[n]``, and shapes, ``[n]``, are stray; ``rows`` brings some of them."""
+        least = _LEAST if self.name == "int8" else _LEAST_OF_ALL
+        any_shape = self.name != "int8"
+        if scales.min() >= least and scales.max() < np.inf and (any_shape or IS_SHAPE[shapes].all()):
             return np.empty(0, np.int64)  # not of NaN, with which nothing compares
         bad = ~((scales >= least) & (scales < np.inf))
-        if shapes is not None:
+        if not any_shape:
             bad |= ~IS_SHAPE[shapes]
-        bad[bad] = stored[bad].any(axis=1)  # a row of padding is all zeros
+        bad[bad] = rows(bad).any(axis=1)  # a row of padding is all zeros
         return np.flatnonzero(bad)
 
 

@@ -211,7 +211,7 @@ def _asked(ray: Any, workers: int | None, cpus: float | None, gpus: float | None
         if gpus:
             cpus = 1.0
         elif workers is None:  # a worker a node
-            cpus = max(1.0, min(found for node in nodes if (found := node.get("CPU", 0.0)) >= 1))
+            cpus = max(1.0, min((found for node in nodes if (found := node.get("CPU", 0.0)) >= 1), default=1.0))
         else:
             share = there.get("CPU", 1.0) / workers
             cpus = float(int(share)) if share >= 1 else share

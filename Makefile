@@ -51,7 +51,12 @@ sanitize: $(READY)
 golden: $(READY)
 	$(BIN)/python -m tests.golden.make
 
-test-long: $(READY)
+# Ray takes 20 s and 240 MB to install, and each of its tests ten seconds or minutes.
+$(VENV)/.ray: $(READY)
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt ray
+	touch $@
+
+test-long: $(READY) $(VENV)/.ray
 	$(BIN)/python -m pytest -m "long or hypothesis" --hypothesis-profile long --timeout 7200
 
 # Apart from the others: where torchao is installed, transformers imports it into every process.

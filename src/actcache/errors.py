@@ -173,6 +173,10 @@ class LowerHalfMismatchError(ModelError):
     """The task model's lower half is not the one whose activations are stored."""
 
 
+class TokenizationMismatchError(ModelError):
+    """A model that is to read another's stored rows has other token ids than that for one text."""
+
+
 class CanaryError(ModelError):
     """Recomputed canary documents differ from the stored ones by more than the tolerance: the numbers have changed."""
 

@@ -12,9 +12,12 @@ except ImportError as error:
         f"recording and replaying models needs {error.name}: pip install 'actcache[models]'"
     ) from error
 
+from actcache.models.consumers import load_consumer
 from actcache.models.families import Family, base_model_of, family_of, register_family
+from actcache.models.filling import FillReport
 from actcache.models.loading import load_reduced
 from actcache.models.lower_half import LowerHalf, plan_batches
+from actcache.models.remote import Blueprint
 from actcache.models.replay import reduce
 from actcache.models.saving import merge
 from actcache.models.tokenizing import DocumentEncoder, Encoded, tokenizer_digest
@@ -24,9 +27,11 @@ from actcache.models.verification import Verification
 from actcache.models.weights import lower_digest
 
 __all__ = [
+    "Blueprint",
     "DocumentEncoder",
     "Encoded",
     "Family",
+    "FillReport",
     "LowerHalf",
     "Regime",
     "Verification",
@@ -35,6 +40,7 @@ __all__ = [
     "copy_sharing_frozen",
     "family_of",
     "load_adapters",
+    "load_consumer",
     "load_reduced",
     "lower_digest",
     "merge",

@@ -60,8 +60,8 @@ def load_reduced(
         raise UsageError(f"recipes may differ in {', '.join(STORED)} at most, not in {', '.join(sorted(allow))}")
     what, theirs = _read(path)
     if recipe is not None:
-        _check_recipe(theirs, recipe, allow, path)
-    kind = task_class or _class_named(what["task_class"], path)
+        check_recipe(theirs, recipe, allow, path)
+    kind = task_class or class_named(what["task_class"], path)
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise UsageError(f"dtype {dtype!r} is neither a floating point dtype of torch nor 'auto'")
@@ -72,7 +72,7 @@ def load_reduced(
         # The lower half is about to be dropped, and the rest to be loaded; but a proof has to run it.
         initialized = no_init_weights() if is_registered(config.model_type) else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]), initialized:
-            full = kind._from_config(config, dtype=_main_dtype(state) if wanted == "auto" else wanted, **options)
+            full = kind._from_config(config, dtype=main_dtype(state) if wanted == "auto" else wanted, **options)
         full.eval().tie_weights()
         way = what.get("way")  # what was proved when it was reduced; these weights prove nothing yet
         family = None if way is None else way_of(family_of(base_model_of(full)), way)
@@ -93,7 +93,7 @@ def load_reduced(
     return reduced
 
 
-def _main_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
+def main_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
     """Return the dtype that most weights have, of those that a model can be made in."""
     makes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     counts = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in makes and tensor.numel())
@@ -134,7 +134,10 @@ def _read(path: Path) -> tuple[dict[str, Any], Recipe | None]:
         raise ModelError(f"{path / DESCRIPTION_NAME}: {error}") from None
 
 
-def _check_recipe(theirs: Recipe | None, ours: Recipe, allow: Collection[str], path: Path) -> None:
+def check_recipe(
+    theirs: Recipe | None, ours: Recipe, allow: Collection[str], path: Path, *, kind: str = "reduced model"
+) -> None:
+    """Refuse a saved model that was trained on the rows of another recipe, but for the fields in ``allow``."""
     if theirs is None:
         raise ModelError(
             f"the model in {path} was reduced without a recycler, so what it was trained on is not known: if it was "
@@ -144,13 +147,14 @@ def _check_recipe(theirs: Recipe | None, ours: Recipe, allow: Collection[str], p
     if not differ:
         return
     fields = "; ".join(f"{name}: {old!r}, here {new!r}" for name, (old, new) in differ.items())
-    message = f"the reduced model in {path} was trained on the activations of another recipe ({fields})"
+    message = f"the {kind} in {path} was trained on the activations of another recipe ({fields})"
     if set(differ) <= set(STORED):
         raise ModelError(f"{message}: if that is as you want it, pass allow={sorted(differ)}")
     raise LowerHalfMismatchError(f"{message}: use a recycler of the model, layer and tokenizer that it belongs to")
 
 
-def _class_named(name: str, path: Path) -> type[PreTrainedModel]:
+def class_named(name: str, path: Path) -> type[PreTrainedModel]:
+    """Return transformers' class of that name; raises ``ModelError`` where there is none."""
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ModelError(f"the task class of {path}, {name!r}, is not one of transformers: pass it as task_class=")

@@ -22,7 +22,7 @@ from actcache.format.media import By
 from actcache.format.passages import Passages
 from actcache.format.ragged import EXTRAS
 from actcache.format.recipe import Recipe
-from actcache.models import cluster, error_budget, loading, proof, replay, verification
+from actcache.models import cluster, consumers, error_budget, loading, proof, replay, verification
 from actcache.models.after_encoder import starts_at
 from actcache.models.agreement import Agreement
 from actcache.models.canary import Encoder
@@ -36,7 +36,15 @@ from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.partition import Partition
-from actcache.models.passages import Outline, check_outline_found, labels_of_passages, outline_of
+from actcache.models.passages import (
+    Outline,
+    Revision,
+    check_outline_found,
+    check_revised,
+    compare,
+    labels_of_passages,
+    outline_of,
+)
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
@@ -313,9 +321,10 @@ class Recycler:
             StoreGoneError: a worker does not see the store, or another one at its place (a folder of another machine).
             ActcacheError: a worker failed with this; see ``fill``.
         """
-        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        self.space.refresh()
-        return report
+        try:
+            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        finally:
+            self.space.refresh()  # also where it failed: what was computed is stored
 
     def blueprint(self) -> Blueprint:
         """Return what makes this recycler in another process: it names the model, and is small when pickled.
@@ -507,6 +516,27 @@ class Recycler:
         """
         return outline_of(self._cutting(), documents_in(texts, field))
 
+    def revision(
+        self, old: Iterable[Document], new: Iterable[Document], *, field: Field | None = None, stored: bool = True
+    ) -> Revision:
+        """Say what a revision of a corpus costs: what of the new documents the old ones have, and what is to be
+        computed. Nothing is computed. Also where documents are whole, or cut into windows.
+
+        Args:
+            stored: whether the old documents have to be in the space.
+
+        Raises:
+            MissingEntryError: old documents are not in the space: nothing of them can be used again.
+            UsageError, DocumentError: see ``fill``.
+        """
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder):
+            raise UsageError(f"revisions are of texts, and {self.recipe.model} reads none")
+        before = outline_of(encoder, documents_in(old, field))
+        if stored:
+            check_revised(before, self.space.contains(before.keys))
+        return compare(before, outline_of(encoder, documents_in(new, field)), self.recipe.row_bytes)
+
     def _cutting(self) -> DocumentEncoder:
         encoder = self.agreement.encoder
         if not isinstance(encoder, DocumentEncoder) or encoder.passages is None:
@@ -615,6 +645,51 @@ class Recycler:
         self._check_one_shape(reduced)
         reduced.__dict__["actcache_recipe"] = self.recipe
         return reduced
+
+    def consumer(
+        self,
+        task_model: Model,
+        tokenizer: Any,
+        *,
+        how: consumers.How = "add",
+        width: int | None = None,
+        start: consumers.Start = "itself",
+    ) -> Model:
+        """Return a copy of a smaller task model that takes this space's rows beside its own input embeddings.
+
+        Cross-model recycling, appendix A.3 of the paper: an MLP of two layers with ReLU, which trains with the rest,
+        makes of each token's stored row what joins the token's embedding. It is called, trained and saved as a reduced
+        model is: ``consumer(**batch.model_inputs())`` of this recycler's readers. On texts that are not stored the
+        larger model is computed, by a reader with ``on_missing="compute"``.
+
+        Args:
+            task_model: a full task model of another size; not changed. All of it runs.
+            tokenizer: the task model's own, which must have the source's token ids for every text.
+            how: ``"add"``; ``"gate"``, where a learned gate weighs what is added; ``"concat"``, where a linear layer
+                joins both.
+            width: of the MLP's hidden layer; by default that of the embeddings.
+            start: ``"itself"``, training begins with what the task model computes alone; ``"random"``, the MLP begins
+                as torch makes it.
+
+        Raises:
+            TokenizationMismatchError: the two models have different token ids for one text.
+            LayerError: documents of this space may have more tokens than the task model takes.
+            UnsupportedModelError: one of the models takes no text, or embeds other tokens than it is given.
+            ModelError: the task model is a reduced or consumer model.
+        """
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder):
+            raise UnsupportedModelError(
+                f"a consumer model shares tokens with its source, and {self.recipe.model} has none"
+            )
+        own = processor_of(tokenizer, base_model_of(task_model))
+        return consumers.make_consumer(
+            task_model, own, self.recipe, encoder.tokenizer, how=how, width=width, start=start
+        )
+
+    def load_consumer(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Return a consumer model that ``save_pretrained`` or the ``Trainer`` wrote; see ``models.load_consumer``."""
+        return consumers.load_consumer(folder, self.recipe, **options)
 
     def _of_one_shape(self, task_model: PreTrainedModel) -> Family | None:
         """Return the family with the shape that the processor makes of all images or sounds; None where that varies."""
@@ -743,7 +818,13 @@ class Recycler:
             return Prepared(self.reduce(task_model), regimes.StoredBatches(reader, type(task_model)))
         encoded: Sequence[Sequence[Made]] = encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
-        given = None if labels is None else of_entries(labels, owners, len(documents))
+        given = None
+        if labels is not None:
+            cut = self._outline(documents)
+            many = len(documents)
+            given = (
+                of_entries(labels, owners, many) if cut is None else labels_of_passages(labels, cut[0], cut[1].around)
+            )
         entries = [window for windows in encoded for window in windows]
         dataset = regimes.full_inputs(entries, given, self.agreement.lower, type(task_model))
         model = copy.deepcopy(task_model)

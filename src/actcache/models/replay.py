@@ -12,7 +12,7 @@ import inspect
 import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -53,8 +53,6 @@ _DROPPED = (
     "use_cache",
     "encoder_outputs",
 )
-#: Options of ``save_pretrained`` that change nothing here.
-_IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
 
 
 def reduce(task_model: PreTrainedModel, layer: int | str, family: Family | None = None) -> PreTrainedModel:
@@ -227,7 +225,7 @@ class ReducedModel:
         features: FeatureReplay | None = self.actcache_features
         if features is not None:
             token_ids = activations
-        _check_inputs(activations, token_ids, attention_mask, family.width_of(base_model_of(self)), features is None)
+        check_inputs(activations, token_ids, attention_mask, family.width_of(base_model_of(self)), features is None)
         _check_options(self, kwargs)
         if features is not None:
             check_lengths(activations, attention_mask, features)
@@ -279,7 +277,7 @@ class ReducedModel:
             ModelError: PEFT's modules are in the model.
             UsageError: an option asks for what this does not do.
         """
-        asked = [name for name, value in options.items() if value and name not in _IGNORED_OPTIONS]
+        asked = [name for name, value in options.items() if value and name not in saving.IGNORED_OPTIONS]
         if asked:
             raise UsageError(f"a reduced model is saved without {', '.join(asked)}: leave it out")
         saving.save(self, save_directory, state_dict=state_dict, write=is_main_process)
@@ -329,15 +327,7 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
         return self._replay(original, activations, token_ids, attention_mask, kwargs)
 
     answers = takes_answers(task_class)
-    own = inspect.signature(task_class.forward).parameters
-    first = ("activations", "token_ids", "attention_mask")
-    either, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter("self", either)]
-    parameters += [inspect.Parameter(name, either, default=None) for name in first]
-    kept = (parameter for name, parameter in own.items() if name not in ("self", *_DROPPED))
-    parameters += [one if one.kind is inspect.Parameter.VAR_KEYWORD else one.replace(kind=named) for one in kept]
-    # The Trainer drops the columns of a data set that the signature does not name.
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    forward.__signature__ = signature_from_rows(task_class, _DROPPED)  # type: ignore[attr-defined]
     forward.__doc__ = f"{task_class.__name__}'s forward, from stored activations."
     reduced = type(
         f"Reduced{task_class.__name__}",
@@ -351,6 +341,20 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
     # transformers finds what a base model can record (output_hidden_states) by its class's qualified name
     reduced.__module__, reduced.__qualname__ = task_class.__module__, task_class.__qualname__
     return reduced
+
+
+def signature_from_rows(task_class: Any, dropped: Collection[str]) -> inspect.Signature:
+    """Return the signature of a task class's forward that takes stored rows, without the ``dropped`` parameters.
+
+    It names everything: the ``Trainer`` drops the columns of a data set that the signature does not name.
+    """
+    own = inspect.signature(task_class.forward).parameters
+    either, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("self", either)]
+    parameters += [inspect.Parameter(n, either, default=None) for n in ("activations", "token_ids", "attention_mask")]
+    kept = (parameter for name, parameter in own.items() if name not in ("self", *dropped))
+    parameters += [one if one.kind is inspect.Parameter.VAR_KEYWORD else one.replace(kind=named) for one in kept]
+    return inspect.Signature(parameters)
 
 
 def _new_reduced(task_class: Any) -> PreTrainedModel:
@@ -378,12 +382,13 @@ def _check_padding(model: Any, family: Family, attention_mask: Any) -> None:
         raise ShapeError(f"padding on the left changes the numbers of a {name}: pad on the right, as readers do")
 
 
-def _check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_size: int, text: bool = True) -> None:
+def check_inputs(activations: Any, token_ids: Any, attention_mask: Any, hidden_size: int, text: bool = True) -> None:
+    """Refuse rows that are none, or of another width, and ids or a mask of other tokens."""
     if activations is None or token_ids is None:
         missing = "activations" if activations is None else "token_ids"
         raise ModelError(
-            f"a reduced model needs {missing}: call it with **batch.model_inputs() of a reader's batch (and not with "
-            "input_ids or pixel_values, which its lower half would read)"
+            f"a model of stored rows needs {missing}: call it with **batch.model_inputs() of a reader's batch (and not "
+            "with input_ids or pixel_values, which its lower half would read)"
         )
     if not isinstance(activations, torch.Tensor) or not isinstance(token_ids, torch.Tensor | None):
         raise ShapeError("activations and token_ids must be torch tensors: give the reader a device")

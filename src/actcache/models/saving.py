@@ -35,6 +35,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 WEIGHTS_NAME = "model.safetensors"  # where the Trainer looks for a checkpoint's weights
 DESCRIPTION_NAME = "reduced.json"
 VERSION = 1
+#: Options of ``save_pretrained`` that change nothing here.
+IGNORED_OPTIONS = ("safe_serialization", "max_shard_size", "token", "save_original_format")
 
 
 def save(
@@ -42,7 +44,7 @@ def save(
 ) -> None:
     """Write a reduced model to a folder; see ``ReducedModel.save_pretrained``."""
     recipe = reduced.__dict__.get("actcache_recipe")
-    _refuse_peft(reduced)
+    refuse_peft(reduced)
     spec = spec_of(reduced)
     config = json.loads(reduced.config.to_json_string(use_diff=False))
     config["dtype"] = dtype_name(reduced.dtype)  # as it is, not as it was once loaded
@@ -56,7 +58,7 @@ def save(
         "recipe": None if recipe is None else recipe.to_json(),
         "adapters": None if spec is None else asdict(spec),
         "tied": _tied(reduced),
-        "buffers": _computed_buffers(reduced),
+        "buffers": computed_buffers(reduced),
     }
     if write:
         path = Path(folder)
@@ -88,7 +90,7 @@ def merge(reduced: Any, full_model: Model) -> Model:
         ModelError: classes, layers or shapes differ, or PEFT's modules are in the reduced model. Nothing was changed.
     """
     task_class = task_class_of(reduced)
-    _refuse_peft(reduced)
+    refuse_peft(reduced)
     if type(full_model) is not task_class:
         raise ModelError(
             f"a reduced {task_class.__name__} goes into a {task_class.__name__}, not a {type(full_model).__name__}"
@@ -186,13 +188,14 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _computed_buffers(reduced: nn.Module) -> dict[str, str]:
+def computed_buffers(reduced: nn.Module) -> dict[str, str]:
     """Return the dtypes of the floating point buffers that no state dict has: ``model.to(dtype)`` rounds them, too."""
     saved = reduced.state_dict()
     return {n: dtype_name(b.dtype) for n, b in reduced.named_buffers() if n not in saved and b.is_floating_point()}
 
 
-def _refuse_peft(reduced: nn.Module) -> None:
+def refuse_peft(reduced: nn.Module) -> None:
+    """Raise ``ModelError`` where PEFT's modules are in a model that is to be saved or merged."""
     if any(type(module).__module__.partition(".")[0] == "peft" for module in reduced.modules()):
         raise ModelError(
             "PEFT has put modules into this reduced model: take peft_model.merge_and_unload(), or save what PEFT "

@@ -96,6 +96,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digests[quick]
 
 
+def token_ids_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of what decides which token ids a text has: 64 hexadecimal digits.
+
+    Unlike ``tokenizer_digest`` it leaves out where texts are cut and which type ids they get, in which the tokenizers
+    of two models (BERT's and DistilBERT's) may differ that have the same ids for every text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    settings = {"split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False))}
+    return _digest_of(_slow_state(tokenizer) if backend is None else json.loads(backend.to_str()), settings)
+
+
 def _digest_of(state: dict[str, Any], settings: dict[str, Any]) -> str:
     kept = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
     text = canonical_json({"state": kept, **settings})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from typing import Annotated
@@ -36,6 +37,7 @@ from actcache.cli import (
 from actcache.cli.common import ExitCode
 from actcache.cli.options import name_values
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
+from actcache.io.metrics import JsonFormatter
 
 EXIT_CODES = " ".join((__doc__ or "").partition("\n\n")[2].split())
 
@@ -102,10 +104,11 @@ def main() -> None:
 def _run() -> int:
     """Run the command; return the exit code."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("cachectl: %(message)s"))
+    as_json = os.environ.get("ACTCACHE_LOG", "") == "json"
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("cachectl: %(message)s"))
     logger = logging.getLogger("actcache")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG if as_json else logging.INFO)
     try:
         code = app(standalone_mode=False)
         if sys.stdout is not None:

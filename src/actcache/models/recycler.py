@@ -321,9 +321,10 @@ class Recycler:
             StoreGoneError: a worker does not see the store, or another one at its place (a folder of another machine).
             ActcacheError: a worker failed with this; see ``fill``.
         """
-        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        self.space.refresh()
-        return report
+        try:
+            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        finally:
+            self.space.refresh()  # also where it failed: what was computed is stored
 
     def blueprint(self) -> Blueprint:
         """Return what makes this recycler in another process: it names the model, and is small when pickled.

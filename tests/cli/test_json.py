@@ -106,6 +106,11 @@ def test_every_command_has_the_shape_that_the_docs_say(folder, monkeypatch):
     run("plan", "plan", *FORMULA, "--read", "2GB", "--write", "1GB")
     run("plan --nodes", "plan", *FORMULA, "--nodes", 4, "--devices", 8)
     run("plan --paper", "plan", "--paper")
+    passages = ("--model", "tiny", "--passages", 8, "--least", 2)
+    run("diff", "diff", "corpus.txt", "corpus.txt", *passages)
+    run("fill", "fill", "p", "corpus.txt", *passages, "--layer", 1, "--collection", "all")
+    held = run("ls --tree", "ls", "p", "--tree")["spaces"][0]["coverage"][0]
+    assert held["passages"]["distinct"] < held["passages"]["passages"]
     run("doctor", "doctor", "s")
     run("bench", "bench", ".", "--backend", "hdf5", "--size", "2MiB", "--rounds", 1, "--mode", "warm")
     assert asked == set(SHAPES)

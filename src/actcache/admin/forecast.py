@@ -47,6 +47,8 @@ class Forecast:
     too_long: int = 0  # of the others, those longer than ``max_length``: about, where there are very many
     first_too_long: int | None = None  # the position of the first of them, from 0, among all that were given
     max_length: int | None = None  # tokens that a document may have
+    passages: int = 0  # different ones that the documents are cut into; ``fits`` counts these
+    new_passages: int = 0  # of them, those that are not there
 
 
 @dataclass
@@ -54,6 +56,8 @@ class _Lookup:
     """What of a corpus is there, and what is missing."""
 
     documents: int = 0
+    passages: int = 0  # where documents are cut so, the others count these
+    present: int | None = None  # documents of which all passages are there
     lacking: Counter[str] = field(default_factory=Counter)  # documents by site
     deepest: Counter[int] = field(
         default_factory=Counter
@@ -117,7 +121,7 @@ def forecast(
                 with suppress(SpaceNotFoundError):
                     spaces[name] = stack.enter_context(Recycler(*loaded, site=name, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        spec, encoder, lengths, most = None, None, None, None
+        spec, encoder, lengths, most, cutter = None, None, None, None, None
         if takes_features(base):
             counted = next(iter(halves.values())).count_rows
             encoder = MediaEncoder(loaded[1], base, counted, key_by=key_by, too_long=too_long)
@@ -129,12 +133,14 @@ def forecast(
             spec, most, keys = given_as.windows, given_as.max_length, document_keys
             if spec is None and given_as.passages is None and most is not None:
                 lengths = DocumentEncoder(tokenizer, None, vocabulary=vocabulary_size(base))
-        found = _look_up(documents, depths, spaces, spec, keys, lengths, most)
+            cutter = given_as if given_as.passages is not None else None
+        found = _look_up(documents, depths, spaces, spec, keys, lengths, most, cutter)
     if not found.missing:
-        return Forecast(found.documents, found.documents, 0, 0, 0.0, None if limit is None else 0)
+        fits = None if limit is None else 0
+        return Forecast(found.documents, found.documents, 0, 0, 0.0, fits, passages=found.passages)
     last = max(found.deepest)
     deepest = next(half.site for name, half in halves.items() if depths[name] == last)
-    longest = max_length if spec is None else None
+    longest = max_length if spec is None and cutter is None else None
     if encoder is None:
         timing = measure(model, found.sample, layer=deepest, device=devices[0], max_length=longest)
     else:
@@ -148,9 +154,9 @@ def forecast(
     seconds = layers_of_tokens * timing.lower / (last or 1) / len(set(devices))
     room = None if limit is None else max(0, limit - RESERVE - used)
     fits = None if room is None else min(found.missing, room * found.missing // nbytes)
-    present = found.documents - found.missing
+    present = found.documents - found.missing if found.present is None else found.present
     longer = round(found.longer * found.missing / found.tokenized) if found.tokenized else 0
-    cut = (longer, found.first_longer, most)
+    cut = (longer, found.first_longer, most, found.passages, found.missing if found.passages else 0)
     return Forecast(found.documents, present, round(found.missing * length), nbytes, seconds, fits, *cut)
 
 
@@ -162,11 +168,19 @@ def _look_up(
     keys_of: Callable[[Sequence[Any], int], list[bytes]],
     lengths: DocumentEncoder | None = None,
     most: int | None = None,
+    cutter: DocumentEncoder | None = None,
 ) -> _Lookup:
     found = _Lookup()
     seen: set[bytes] = set()
+    lacked: set[bytes] = set()  # passages
+    documents: dict[bytes, list[bytes]] = {}  # their passages, where they are cut so
     chance = random.Random(0)
     for first, chunk in chunked(texts, _CHUNK):
+        if cutter is not None:
+            cut = cutter.cut(chunk, range(first, first + len(chunk)))
+            theirs = ([one.key() for one in passages] for passages in cut)
+            documents |= dict(zip(keys_of(chunk, first), theirs, strict=True))
+            chunk = [one for passages in cut for one in passages]
         numbered = zip(range(first, first + len(chunk)), chunk, keys_of(chunk, first), strict=True)
         new: dict[bytes, Any] = {}
         positions: dict[bytes, int] = {}
@@ -180,6 +194,7 @@ def _look_up(
             lacking = [key for key, entries in zip(new, there, strict=True) if not entries]
             found.lacking[name] += len(lacking)
             missing.update({key: max(depth, missing.get(key, 0)) for key in lacking})
+        lacked |= missing.keys() if cutter is not None else set()
         if lengths is not None and most is not None:
             found.tokenize([new[key] for key in missing], [positions[key] for key in missing], lengths, most)
         for key, depth in missing.items():
@@ -189,4 +204,7 @@ def _look_up(
             elif (place := chance.randrange(found.missing)) < _SAMPLE:  # each has the same chance to be in the sample
                 found.sample[place] = new[key]
     found.documents = len(seen)
+    if cutter is not None:
+        found.documents, found.passages = len(documents), len(seen)
+        found.present = sum(lacked.isdisjoint(keys) for keys in documents.values())
     return found

@@ -8,15 +8,16 @@ several, is a ``UsageError``. ``progress`` is told the fingerprint, and entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from actcache.admin.display import as_json
+from actcache.admin.display import as_json, fields_as_json
 from actcache.backend import Usage
 from actcache.errors import DataError, UsageError
 from actcache.format.recipe import Recipe
+from actcache.store.collection import Collection
 from actcache.store.space import IntegrityReport, Repair, Space
 from actcache.store.store import Store
 
@@ -171,10 +172,59 @@ def repair(store: Store, prefixes: Sequence[str] = (), *, progress: Progress | N
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a collection a space has."""
+    """How much of a collection a space has. Of one whose documents are lists of passages, these are counted."""
 
     documents: int
     present: int
+    passages: Repetition | None = None
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How often the passages of a collection stand there, and what that spares: of the tokens that a space has."""
+
+    documents: int
+    passages: int
+    distinct: int
+    tokens: int  # of the passages wherever they stand, special tokens and context included
+    distinct_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return fields_as_json(self, "share")
+
+    @property
+    def share(self) -> float:
+        """The share of the tokens that are not stored, for their passage is stored already."""
+        return 1 - self.distinct_tokens / self.tokens if self.tokens else 0.0
+
+    def told(self) -> str:
+        """Return it for people."""
+        return (
+            f"{self.documents:,} documents of {self.passages:,} passages, {self.distinct:,} of them different; "
+            f"{self.share:.1%} of the tokens are repeated"
+        )
+
+
+def repetition(space: Space, collection: Collection) -> Repetition | None:
+    """Return how often passages of a collection stand there; None where its documents are whole."""
+    if collection.documents is None:
+        return None
+    lengths = space.lengths(collection.keys)
+    first = collection.first
+    sizes = int(lengths.sum()), int(lengths[first].sum())
+    return Repetition(collection.document_count, len(lengths), len(first), *sizes)
+
+
+def repetitions(store: Store, space: Space) -> dict[str, Repetition]:
+    """Return how often passages of this space stand in the store's collections, by name; damaged ones are left out."""
+    found = {}
+    for name in store.collections() if space.recipe.too_long == "passages" else ():
+        with suppress(DataError):
+            collection = store.collection(name)
+            held = repetition(space, collection)
+            if held is not None and space.contains(collection.keys).any():
+                found[name] = held
+    return found
 
 
 def coverage(store: Store, space: Space) -> dict[str, Coverage | str]:
@@ -182,9 +232,10 @@ def coverage(store: Store, space: Space) -> dict[str, Coverage | str]:
     found: dict[str, Coverage | str] = {}
     for name in store.collections():
         try:
-            keys = store.collection(name).keys
+            collection = store.collection(name)
         except DataError as error:
             found[name] = str(error)
         else:
-            found[name] = Coverage(len(keys), int(space.contains(keys).sum()))
+            present = int(space.contains(collection.keys).sum())
+            found[name] = Coverage(len(collection), present, repetition(space, collection) if present else None)
     return found

@@ -56,8 +56,14 @@ class ModelCosts:
 
 @dataclass(frozen=True)
 class CorpusSize:
-    documents: int
-    tokens: int
+    documents: int  # or passages, each once
+    tokens: int  # of these
+    passed: int | None = None  # tokens of a pass, where that reads passages several times
+
+    @property
+    def of_pass(self) -> int:
+        """Tokens that a pass reads, or computes."""
+        return self.tokens if self.passed is None else self.passed
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ def estimate(
             raise UsageError(f"{name} must be positive, not {value}")
     nbytes = nbytes_of(corpus, model.hidden_size, dtype, bits)
     fill = max(corpus.tokens * model.lower / devices, nbytes / disk.write)
-    recompute = corpus.tokens * model.full / devices
-    replay = max(corpus.tokens * model.upper / devices, nbytes / disk.read)
+    recompute = corpus.of_pass * model.full / devices
+    replay = max(corpus.of_pass * model.upper / devices, nbytes * corpus.of_pass / corpus.tokens / disk.read)
     months = None
     if prices is not None:
         saved = max(recompute - replay, 0.0) * devices

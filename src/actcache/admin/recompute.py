@@ -17,12 +17,14 @@ from actcache.admin.inspection import Progress, StepProgress, StoreRepair, each_
 from actcache.admin.lost import Lost, lost_before, lost_now, of_documents, of_media, of_other_spaces, proven
 from actcache.errors import CanaryError, DataError, ModelError, UsageError
 from actcache.format.keys import Document, Windows
+from actcache.format.passages import Passages
 from actcache.format.ragged import runs
 from actcache.format.recipe import COMPUTE_DTYPES, Recipe
 from actcache.models.agreement import Agreement
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf, plan_encoded
 from actcache.models.partial_vocabulary import vocabulary_size
-from actcache.models.pretrained import load_pretrained
+from actcache.models.passages import passages_in
+from actcache.models.pretrained import load_pretrained, load_tokenizer
 from actcache.models.processing import Made, MediaEncoder, takes_features
 from actcache.models.sites import site_in, where_of
 from actcache.models.tokenizing import DocumentEncoder, Encoded, TooLong, tokenizer_digest
@@ -41,6 +43,7 @@ class RecordedModel:
     name: str
     lower: LowerHalf
     encoder: DocumentEncoder | MediaEncoder
+    cutter: DocumentEncoder | None = None  # of texts, where these are cut into passages, which the encoder takes
 
     def check_canaries(self, space: Space, *, create: bool = False) -> None:
         """Compare the space's canaries with what this model computes here; ``create`` makes them where there are none.
@@ -68,12 +71,19 @@ class RecordedModels:
         self._loaded: tuple[tuple[str, str | None, str], PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def of(
-        self, recipe: Recipe, *, stride: int = 0, extras: Sequence[str] = (), documents: bool = False
+        self,
+        recipe: Recipe,
+        *,
+        stride: int = 0,
+        passages: Passages | None = None,
+        extras: Sequence[str] = (),
+        documents: bool = False,
     ) -> RecordedModel:
         """Return the model of a recipe, which encodes documents with ``extras``, of ``spans`` and ``word_ids``.
 
         Args:
             stride: of the windows into which documents are cut, which a recipe does not say.
+            passages: how documents are cut, in spaces that have passages; which a recipe does not say, either.
             documents: whether the documents themselves are at hand, without which nothing of images and audio is.
 
         Raises:
@@ -103,7 +113,27 @@ class RecordedModels:
             too_long = Windows(recipe.max_length, stride)
         cut = recipe.max_length, too_long, recipe.special_tokens
         encoder = DocumentEncoder(tokenizer, *cut, vocabulary=vocabulary_size(model), extras=extras)
-        return RecordedModel(name, lower, encoder)
+        cutter = None
+        if recipe.too_long == "passages" and passages is not None:
+            cutter = DocumentEncoder(
+                tokenizer, recipe.max_length, passages, recipe.special_tokens, vocabulary=vocabulary_size(model)
+            )
+        return RecordedModel(name, lower, encoder, cutter)
+
+    def cutter(self, recipe: Recipe, passages: Passages) -> DocumentEncoder:
+        """Return what cuts documents into the passages of a recipe's space; only the tokenizer is loaded.
+
+        Raises:
+            ModelError: it cannot be loaded, or is another one.
+        """
+        revision = recipe.provenance.get("revision") if self._model is None else None
+        name = self._model or recipe.model
+        tokenizer = load_tokenizer(name, revision)
+        if tokenizer_digest(tokenizer) != recipe.tokenizer:
+            raise ModelError(
+                f"the tokenizer of {name} is not the one that recorded the space: say where it is (--model)"
+            )
+        return DocumentEncoder(tokenizer, recipe.max_length, passages, recipe.special_tokens)
 
     def _of_media(
         self, name: str, model: PreTrainedModel, processor: Any, recipe: Recipe, documents: bool
@@ -201,6 +231,7 @@ def repair_by_recomputing(
     *,
     texts: Callable[[], Iterable[Document]] | None = None,
     stride: int = 0,
+    passages: Passages | None = None,
     progress: Progress | None = None,
 ) -> StoreRepair[Restoration]:
     """Verify spaces, quarantine what is corrupt, and compute it again; also what earlier repairs quarantined.
@@ -213,13 +244,14 @@ def repair_by_recomputing(
     Args:
         texts: returns the corpus from its beginning; it is streamed once for each space that has lost something.
         stride: of the windows into which documents are cut, which a recipe does not say.
+        passages: how documents are cut, in spaces that have passages.
 
     Raises:
         DocumentError: a document of the corpus has no key; what was computed before stays, as after any error.
     """
 
     def repair_space(space: Space) -> Restoration:
-        return _Repair(store, space, progress).run(models, texts, stride)
+        return _Repair(store, space, progress).run(models, texts, stride, passages)
 
     return StoreRepair(*each_space(store, prefixes, repair_space))
 
@@ -228,7 +260,13 @@ class _Repair:
     def __init__(self, store: Store, space: Space, progress: Progress | None) -> None:
         self._store, self._space, self._progress = store, space, progress
 
-    def run(self, models: RecordedModels, texts: Callable[[], Iterable[Document]] | None, stride: int) -> Restoration:
+    def run(
+        self,
+        models: RecordedModels,
+        texts: Callable[[], Iterable[Document]] | None,
+        stride: int,
+        passages: Passages | None,
+    ) -> Restoration:
         found = self._space.verify(self._tell("verify"))
         lost = lost_now(self._space, found.corrupt)  # before they are out of the way
         done = self._space.repair(found) if not found.intact else Repair([], [])
@@ -239,7 +277,12 @@ class _Repair:
             return Restoration(done.quarantined, done.set_aside)
         extras = frozenset().union(*(one.extras for one in lost.values()))
         try:
-            known: dict[str, Any] = {"stride": stride, "extras": sorted(extras), "documents": texts is not None}
+            known: dict[str, Any] = {
+                "stride": stride,
+                "passages": passages,
+                "extras": sorted(extras),
+                "documents": texts is not None,
+            }
             model = models.of(self._space.recipe, **known)
             model.check_canaries(self._space, create=True)
         except (ModelError, UsageError, DataError) as error:
@@ -259,7 +302,8 @@ class _Repair:
         inputs = of_documents(self._space, model.encoder, proven(model.encoder, lost), lost)
         left = {key: one for key, one in lost.items() if key not in inputs}
         if left and texts is not None:
-            inputs |= of_documents(self._space, model.encoder, texts(), left)
+            documents = texts() if model.cutter is None else passages_in(model.cutter, texts())
+            inputs |= of_documents(self._space, model.encoder, documents, left)
             left = {key: one for key, one in lost.items() if key not in inputs}
         inputs |= of_other_spaces(self._store, self._space.recipe, model.encoder, left)
         return {key: one for key, one in inputs.items() if computable(model.lower, one)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actcache.admin.inspection import Progress, open_space, select_spaces
 from actcache.backend import StoredFile
-from actcache.errors import DataError, UsageError
+from actcache.errors import DataError, ModelError, UsageError
 from actcache.format.keys import Keys, Windows, key_array, key_list
 from actcache.format.recipe import Recipe
 from actcache.store.document_entries import stored_windows
@@ -141,6 +141,7 @@ def plan_pruning(
     max_bytes: int | None = None,
     keep_only: Keys | None = None,
     stride: int | None = None,
+    passages: Callable[[Recipe], Keys] | None = None,
     idle: float = IDLE_SECONDS,
     left_behind: float = SWEEP_SECONDS,
 ) -> PruningPlan:
@@ -158,6 +159,8 @@ def plan_pruning(
         max_bytes: what the whole store may take on its medium.
         keep_only: keys of documents; entries of others go.
         stride: of the windows by which documents were cut, in spaces that have windows; None leaves such spaces alone.
+        passages: returns the keys of the documents' passages, in spaces that have passages (``ModelError`` where it
+            cannot tell them); None where ``keep_only`` are these already, as those of a collection are.
         idle: a space that was written to fewer seconds ago, or read an hour and so many ago, is left alone; with 0
             none is.
         left_behind: seconds after which a temporary file or an unfinished upload is a killed writer's. Less than a live
@@ -193,7 +196,7 @@ def plan_pruning(
             break
         reason = why_protected(state, idle)
         if reason is None and wanted is not None:
-            removal, reason = _removal_of_others(store, state, wanted, stride)
+            removal, reason = _removal_of_others(store, state, wanted, stride, passages)
         else:
             alone = max_bytes is not None and state.nbytes > max_bytes
             budget = f"least recently used{'; it alone takes more than the budget' if alone else ''}"
@@ -235,7 +238,11 @@ def _fields(recipe: Recipe | None) -> dict[str, str]:
 
 
 def _removal_of_others(
-    store: Store, state: SpaceState, documents: NDArray[np.uint8], stride: int | None
+    store: Store,
+    state: SpaceState,
+    documents: NDArray[np.uint8],
+    stride: int | None,
+    passages: Callable[[Recipe], Keys] | None,
 ) -> tuple[Removal | None, str | None]:
     """Return the removal of what belongs to no document of a corpus; or why the space is left alone; or neither."""
     try:
@@ -246,6 +253,8 @@ def _removal_of_others(
                     return None, "holds windows of documents: say by which stride they were cut"
                 windows = stored_windows(space, key_list(documents), Windows(recipe.max_length, stride))
                 documents = key_array([window.key for window in windows])
+            if recipe.too_long == "passages" and passages is not None:
+                documents = key_array(passages(recipe))
             keys = space.key_array()
             others = keys[~_among(keys, documents)]
             if len(others) == len(keys) and len(keys):
@@ -253,7 +262,7 @@ def _removal_of_others(
             if not len(others):
                 return None, None
             share = int(space.lengths(others).sum()) / max(1, space.usage().tokens)
-    except DataError as error:
+    except (DataError, ModelError) as error:
         return None, str(error)
     return Removal(state.fingerprint, int(share * state.nbytes), "not in the corpus", others), None
 

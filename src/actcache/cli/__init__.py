@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from typing import Annotated
@@ -18,6 +19,7 @@ import actcache
 from actcache.cli import (
     bench,
     compact,
+    diff,
     doctor,
     du,
     export,
@@ -35,6 +37,7 @@ from actcache.cli import (
 from actcache.cli.common import ExitCode
 from actcache.cli.options import name_values
 from actcache.errors import ActcacheError, DataError, ModelError, StoreError, UsageError
+from actcache.io.metrics import JsonFormatter
 
 EXIT_CODES = " ".join((__doc__ or "").partition("\n\n")[2].split())
 
@@ -48,7 +51,8 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(fill.fill, ls.ls, inspect.inspect, du.du, verify.verify, repair.repair, compact.compact, migrate.migrate),
-    *(export.export, export.import_, prune.prune, pin.pin, pin.unpin, plan.plan, bench.bench, doctor.doctor),
+    *(export.export, export.import_, prune.prune, pin.pin, pin.unpin, plan.plan, diff.diff),
+    *(bench.bench, doctor.doctor),
 )
 for _command in COMMANDS:
     name_values(_command)
@@ -100,10 +104,11 @@ def main() -> None:
 def _run() -> int:
     """Run the command; return the exit code."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("cachectl: %(message)s"))
+    as_json = os.environ.get("ACTCACHE_LOG", "") == "json"
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("cachectl: %(message)s"))
     logger = logging.getLogger("actcache")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG if as_json else logging.INFO)
     try:
         code = app(standalone_mode=False)
         if sys.stdout is not None:

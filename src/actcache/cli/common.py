@@ -14,7 +14,7 @@ from rich.text import Text
 
 from actcache.admin.display import as_json, clean
 from actcache.cli.shell import as_shown
-from actcache.errors import requires_extra
+from actcache.errors import UsageError, requires_extra
 
 
 class ExitCode(IntEnum):
@@ -94,6 +94,18 @@ def quieten_transformers() -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def place_of(layer: str | None, site: str | None) -> int | str | None:
+    """Return where rows are taken, of the two options; None where neither was given."""
+    if layer is None or site is not None:
+        if layer is not None:
+            raise UsageError("--layer and --site at once: give one of them")
+        return site
+    try:
+        return layer if layer == "last" else int(layer)
+    except ValueError:
+        raise UsageError(f"--layer {layer!r} is none: give one layer, a number or last; a module is a --site") from None
 
 
 def recorded_models(model: str | None, device: str | None) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ from actcache.store.space import Space
 from actcache.store.store import Store, open_store
 
 _LABELS = 10  # that are shown
+_HELD = 128  # texts
 
 
 @dataclass(frozen=True)
@@ -67,28 +68,55 @@ class _Counted(_Streamed):
 
 
 class _Notes:
-    """The keys and ids of documents that pass through on their way to a fill; the documents are let go."""
+    """The keys and ids of documents that pass through on their way to a fill; the documents are let go.
 
-    def __init__(self) -> None:
+    Args:
+        encoder: cuts them into passages; None where they are not cut so.
+    """
+
+    def __init__(self, encoder: Any = None) -> None:
         self._keys: list[bytes] = []
         self._ids: list[str | None] = []
+        self._encoder = encoder
+        self._outlines: list[Any] = []
+        self._held: list[Any] = []  # texts that are to be cut
 
     def passing(self, documents: Iterable[_Item]) -> Iterator[_Item]:
         for document in documents:
-            self._keys.append(document.key())
             self._ids.append(document.id)
+            if self._encoder is None:
+                self._keys.append(document.key())
+            else:
+                self._held.append(document.content)
+                if len(self._held) == _HELD:
+                    self._cut()
             yield document
 
+    def _cut(self) -> None:
+        from actcache.models.passages import outline_of
+
+        self._outlines.append(outline_of(self._encoder, self._held))
+        self._held = []
+
     def put(self, store: Store, space: Space, name: str, windows: Windows | None) -> None:
-        """Store a collection of the documents' entries, each document's windows one after another.
+        """Store a collection of the documents' entries, each document's windows, or passages, one after another.
 
         Where documents have ids, each entry has its document's; a document without one has an empty id.
         """
-        found = find_entries(space, self._keys, windows)
-        check_found(self._keys, found)
-        ids = [one or "" for one, entries in zip(self._ids, found, strict=True) for _ in entries]
         has_ids = any(one is not None for one in self._ids)
-        store.put_collection(name, list(itertools.chain.from_iterable(found)), ids if has_ids else None)
+        if self._encoder is not None:
+            from actcache.models.passages import Outline
+
+            self._cut()
+            found = Outline.joined(self._outlines)
+            names = [self._ids[document] or "" for document in found.documents.tolist()]
+            more: dict[str, Any] = {"documents": found.documents, "own": found.own}
+            store.put_collection(name, found.keys, names if has_ids else None, **more)
+            return
+        entries = find_entries(space, self._keys, windows)
+        check_found(self._keys, entries)
+        ids = [one or "" for one, theirs in zip(self._ids, entries, strict=True) for _ in theirs]
+        store.put_collection(name, list(itertools.chain.from_iterable(entries)), ids if has_ids else None)
 
 
 class KeyBy(StrEnum):
@@ -158,6 +186,10 @@ def fill(
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
     too_long: Annotated[TooLong, typer.Option(help="What becomes of longer documents.")] = TooLong.refuse,
     stride: Annotated[int, typer.Option(help="With --too-long windows: tokens that neighbours share.")] = 0,
+    passages: options.Passages = None,
+    context: options.Context = None,
+    cut_by: options.CutByOption = None,
+    least: options.Least = None,
     token_budget: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 8192,
     max_bytes: Annotated[
         str | None,
@@ -223,11 +255,16 @@ def fill(
         from actcache.models.error_budget import peeked
         from actcache.models.filling import CHUNK
         from actcache.models.partition import Partition
+        from actcache.models.pretrained import load_tokenizer
         from actcache.models.recyclers import Recyclers
         from actcache.models.remote import Blueprint, folder_or_id
+        from actcache.models.tokenizing import DocumentEncoder
 
         quieten_transformers()
     cut = _windows(too_long, max_length, stride)
+    spec = options.passages_of(passages, context, cut_by, least)
+    if spec is not None and too_long is not TooLong.refuse:
+        raise UsageError(f"--passages and --too-long {too_long.value}: documents are cut in one of these ways")
     if Path(store).is_file() and (Path(source) / marker.NAME).is_file():
         raise UsageError(f"the store comes first: cachectl fill {source} {store}")
     if collection is not None:
@@ -243,7 +280,7 @@ def fill(
     where: dict[str, Any] = {"layers": _layers(layer or []), "sites": site or []}
     if not (layer or site):
         raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
-    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": cut or too_long.value}
+    settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": cut or spec or too_long.value}
     with corpus.find_media(source, format) as media:
         given: _Given
         if media is None:
@@ -259,7 +296,10 @@ def fill(
             by: By = "bytes" if key_by is KeyBy.bytes else "content"
             given = _of_media(media, by)
             settings["key_by"] = by
-        notes = None if collection is None else _Notes()
+            if spec is not None:
+                raise UsageError(f"--passages are of texts: {media.kind} are whole")
+        cutter = None if spec is None or collection is None else DocumentEncoder(load_tokenizer(model), None, spec)
+        notes = None if collection is None else _Notes(cutter)
         documents: Iterable[Any]
         streamed = (one.content for one in (given.items if notes is None else notes.passing(given.items)))
         documents = _Streamed(streamed) if given.count is None else _Counted(streamed, given.count)
@@ -369,6 +409,12 @@ def _tell(store: str, report: Any, collection: str | None, labels: dict[str, int
         print_json({"store": store, **fields_as_json(report), "spaces": filled, "collection": collection, **more})
         return
     rate = report.tokens / report.seconds if report.seconds else 0.0
+    if report.passages:
+        share = report.reused_tokens / max(1, report.reused_tokens + report.tokens)
+        say(
+            f"{report.passages:,} passages: {report.new_passages:,} computed; {share:.1%} of the tokens were there, or "
+            "stand there several times"
+        )
     say(
         f"{report.documents:,} documents: {report.computed:,} computed ({report.tokens:,} tokens, "
         f"{rate:,.0f} tokens/s), {report.present:,} were there; "
@@ -390,6 +436,9 @@ def _show_forecast(store: str, found: Any, too_long: TooLong, as_json: bool) -> 
         return
     missing = found.documents - found.present
     say(f"{found.documents:,} documents: {found.present:,} are there, {missing:,} to compute")
+    if found.passages:
+        missing = found.new_passages
+        say(f"{found.passages:,} different passages, {missing:,} of them to compute")
     say(f"about {found.tokens:,} tokens, {binary(found.nbytes)}, {span(found.seconds)} of computing")
     if found.too_long:
         many = f"{counted(found.too_long, 'document')} longer than the {found.max_length} tokens that one may have"

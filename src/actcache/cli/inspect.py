@@ -169,6 +169,8 @@ def _show_space(detail: reporting.SpaceDetail) -> None:
     say(f"made {ago(detail.made, _UNKNOWN)}{'' if detail.owner is None else f' by {detail.owner}'}{written}")
     say(f"{entries(usage.entries)}, {counted(usage.tokens, 'token')}")
     say(f"{binary(usage.nbytes)}{_compression(detail)}")
+    for name, held in detail.passages.items():
+        say(f"collection {name}: {held.told()}")
     if detail.errors is not None:
         say(f"storing changes {detail.errors.told()}")
     if detail.errors_damaged is not None:

@@ -113,7 +113,12 @@ def _segment(segment: SegmentReport) -> str:
 
 
 def _coverage(held: Coverage | str) -> str:
-    return held if isinstance(held, str) else f"{held.present:,} of {counted(held.documents, 'document')}"
+    if isinstance(held, str):
+        return held
+    if held.passages is None:
+        return f"{held.present:,} of {counted(held.documents, 'document')}"
+    missing = held.documents - held.present
+    return f"{held.passages.told()}{f'; {missing:,} are missing' if missing else ''}"
 
 
 def _row(report: SpaceReport, files: dict[str, StoredFile]) -> dict[str, Any]:

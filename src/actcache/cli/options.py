@@ -14,6 +14,9 @@ import typer
 from typer.models import OptionInfo
 
 from actcache.cli.corpus import Kind
+from actcache.errors import UsageError
+from actcache.format.passages import By
+from actcache.format.passages import Passages as Spec
 
 
 def _typed_store(ctx: typer.Context) -> str:
@@ -79,6 +82,48 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+class CutBy(enum.StrEnum):
+    paragraphs = "paragraphs"
+    sentences = "sentences"
+    tokens = "tokens"
+
+
+Passages = Annotated[
+    int | None,
+    typer.Option(
+        "--passages",
+        help="Cut documents where their content says so, into passages of at most so many tokens: what a revision "
+        "leaves unchanged, or several documents have, is computed and stored once.",
+    ),
+]
+Context = Annotated[
+    int | None, typer.Option("--context", help="With --passages: tokens of a passage's neighbours on either side.")
+]
+CutByOption = Annotated[
+    CutBy | None, typer.Option("--cut-by", help="With --passages: where to cut; default: paragraphs.")
+]
+Least = Annotated[
+    int | None, typer.Option("--least", help="With --passages: own tokens of one; default: a quarter of the most.")
+]
+
+
+def passages_of(length: int | None, context: int | None, cut_by: CutBy | None, least: int | None) -> Spec | None:
+    """Return how documents are cut into passages, None where they are not.
+
+    Raises:
+        UsageError: only how was said.
+        DocumentError: see ``Passages``.
+    """
+    if length is None:
+        given = {"--context": context, "--cut-by": cut_by, "--least": least}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"{name} is for passages: say how long they are (--passages 128)")
+        return None
+    by: By = "paragraphs" if cut_by is None else cut_by.value
+    return Spec(length, context or 0, by, least)
 
 
 def plain(kind: Any) -> Any:

@@ -12,7 +12,7 @@ from actcache.admin.display import binary, fields_as_json, span
 from actcache.admin.fleet import FleetEstimate, Nodes, ObjectStore
 from actcache.admin.planning import CorpusSize, Disk, Estimate, ModelCosts, Prices
 from actcache.cli import corpus, options
-from actcache.cli.common import console, print_json, say, table
+from actcache.cli.common import console, place_of, print_json, quieten_transformers, say, table
 from actcache.errors import UsageError, requires_extra
 from actcache.format.arguments import nbytes_of
 from actcache.store.stored_errors import StoredErrors
@@ -33,6 +33,14 @@ def plan(
     field: options.Field = None,
     format: options.Format = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
+    passages: options.Passages = None,
+    context: options.Context = None,
+    cut_by: options.CutByOption = None,
+    least: options.Least = None,
+    revision_of: Annotated[
+        str | None,
+        typer.Option(help="The corpus as it was when it was filled: what it has already is not computed again."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda:0.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Such devices that compute at the same time.")] = 1,
     dtype: Annotated[
@@ -78,14 +86,21 @@ def plan(
         return
     if (device_hour is None) != (gib_month is None):
         raise UsageError("--device-hour and --gib-month go together: the price of computing and that of storing")
+    spec = options.passages_of(passages, context, cut_by, least)
+    if source is None and (spec is not None or revision_of is not None):
+        raise UsageError("--passages and --revision-of are of a corpus: give its file")
+    revised = None
     prices = None if device_hour is None or gib_month is None else Prices(device_hour, gib_month)
     if source is not None:
-        place = _place(layer, site)
+        place = place_of(layer, site)
         if model is None or place is None:
             raise UsageError(
                 "with a corpus, say which --model and --layer or --site; without, give --documents, --tokens, ..."
             )
         load, costs, errors = _measured(source, field, format, model, place, device, max_length, dtype)
+        if spec is not None or revision_of is not None:
+            cut, revised = _cut(source, revision_of, field, format, model, place, max_length, dtype, spec)
+            load = load if cut is None else cut
     else:
         if documents is None or tokens is None or hidden is None or full_ms is None or upper_ms is None:
             raise UsageError(
@@ -120,12 +135,19 @@ def plan(
         raise UsageError("--read and --write go together")
     found = planning.estimate(load, costs, dtype, disk, bits=bits, devices=devices, prices=prices)
     codecs = planning.by_codec(load, costs, disk, dict(errors), devices=devices, prices=prices)
+    again = None if revised is None else _refilled(revised, costs, disk, devices)
     if as_json:
         inputs = {"corpus": load, "model": costs, "disk": disk, "devices": devices, "dtype": dtype}
         rows = [fields_as_json(one) for one in codecs]
-        print_json({**inputs, **fields_as_json(found, "break_even", "verdict"), "codecs": rows})
+        more = {} if revised is None else {"revision": {**fields_as_json(revised, "reused"), "seconds": again}}
+        print_json({**inputs, **fields_as_json(found, "break_even", "verdict"), "codecs": rows, **more})
         return
     _show(load, costs, disk, found)
+    if revised is not None and again is not None:
+        say(
+            f"as a revision: {revised.reused:.1%} of the tokens are used again; {revised.new_tokens:,} to compute, "
+            f"{binary(revised.new_nbytes)}; filled in {span(again)}"
+        )
     _show_codecs(codecs)
 
 
@@ -142,6 +164,8 @@ def _measured(
     with requires_extra("models", "measuring needs torch and transformers"):
         from actcache.models.error_budget import errors_by_codec
         from actcache.models.timing import measure
+
+        quieten_transformers()
     texts = [document.text for document in corpus.read(source, field, format=format)]
     if not texts:
         raise UsageError(f"{source} holds no documents")
@@ -155,20 +179,39 @@ def _measured(
     return CorpusSize(len(texts), tokens), ModelCosts(full, upper, timing.hidden_size), errors
 
 
-def _place(layer: str | None, site: str | None) -> int | str | None:
-    """Return where rows are taken, of the two options; None where neither was given."""
-    if layer is None or site is not None:
-        if layer is not None:
-            raise UsageError("--layer and --site at once: plan one after the other")
-        return site
-    try:
-        return layer if layer == "last" else int(layer)
-    except ValueError:
-        raise UsageError(f"--layer {layer!r} is none: plan one layer, a number or last; a module is a --site") from None
+def _cut(
+    source: str,
+    old: str | None,
+    field: str | None,
+    format: str | None,
+    model: str,
+    place: int | str,
+    max_length: int | None,
+    dtype: str,
+    spec: Any,
+) -> tuple[CorpusSize | None, Any]:
+    """Return the size of a corpus that is cut into passages, and what it costs as a revision of another one."""
+    from actcache.admin.revision import revision
+
+    def texts(name: str) -> Any:
+        return (one.text for one in corpus.read(name, field, format=format))
+
+    known: dict[str, Any] = {"layer": place, "dtype": dtype, "max_length": max_length, "too_long": spec}
+    load = None
+    if spec is not None:
+        alone = revision([], texts(source), model, **known)
+        load = CorpusSize(alone.new_passages, alone.new_tokens, alone.tokens)
+    return load, None if old is None else revision(texts(old), texts(source), model, **known)
+
+
+def _refilled(revised: Any, costs: ModelCosts, disk: Disk, devices: int) -> float:
+    """Return the seconds in which a revision is filled."""
+    return float(max(revised.new_tokens * costs.lower / devices, revised.new_nbytes / disk.write))
 
 
 def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:
-    say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
+    what = "documents" if load.passed is None else "different passages"
+    say(f"corpus: {load.documents:,} {what}, {load.tokens:,} tokens")
     say(f"model: {costs.full * 1e6:,.1f} us a token, {costs.upper * 1e6:,.1f} of them above the cached layer")
     say(f"disk: reads {binary(disk.read)}/s, writes {binary(disk.write)}/s")
     say(f"needs {binary(found.nbytes)}; filled in {span(found.fill)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,10 +16,13 @@ from actcache.admin.display import attributes_as_json, binary, counted, entries
 from actcache.admin.retention import IDLE_SECONDS, PINNED, Pruning, PruningPlan
 from actcache.backend import GRACE_SECONDS
 from actcache.cli import corpus, options
-from actcache.cli.common import SHORT, notice, print_json, say
+from actcache.cli.common import SHORT, notice, print_json, recorded_models, say
 from actcache.cli.shell import text_of_argument
-from actcache.errors import OutOfSpaceError, UsageError
+from actcache.errors import ModelError, OutOfSpaceError, UsageError
 from actcache.format.arguments import nbytes_of
+from actcache.format.keys import Keys
+from actcache.format.passages import Passages
+from actcache.format.recipe import Recipe
 from actcache.io.progress import Meter
 from actcache.store.store import SWEEP_SECONDS, open_standing, open_store
 
@@ -60,6 +64,11 @@ def prune(
     stride: Annotated[
         int | None, typer.Option(help="With --keep-only: the stride of spaces that hold windows of documents.")
     ] = None,
+    model: options.Model = None,
+    passages: options.Passages = None,
+    context: options.Context = None,
+    cut_by: options.CutByOption = None,
+    least: options.Least = None,
     idle: Annotated[
         str,
         typer.Option(help="Leave alone what was written to since, or read since an hour before; 0: nothing."),
@@ -89,6 +98,11 @@ def prune(
         raise UsageError("--keep-only and --keep-collection at once: prune by one after the other")
     if keep_only is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --keep-only FILE")
+    spec = options.passages_of(passages, context, cut_by, least)
+    if keep_only is None and (spec is not None or model is not None):
+        raise UsageError("--passages and --model are for --keep-only FILE: they say how its documents were cut")
+    if spec is not None and keep_only is not None and corpus.is_stream(keep_only):
+        raise UsageError("with --passages, --keep-only is read again for each space: give a file, no pipe")
     asked = _fields([text_of_argument(one) for one in where or []])
     keys = None if keep_only is None else _keys_of(keep_only, field, format)
     with open_store(store, mode="r") as opened:
@@ -103,6 +117,7 @@ def prune(
             max_bytes=None if max_bytes is None else nbytes_of("--max-bytes", max_bytes),
             keep_only=keys,
             stride=stride,
+            passages=None if keep_only is None else _passages_of(keep_only, field, format, spec, model),
             idle=_seconds("--idle", idle) or 0.0,
             left_behind=SWEEP_SECONDS if left_behind is None else _seconds("--left-behind", left_behind) or 0.0,
         )
@@ -135,6 +150,25 @@ def _keys_of(source: str, field: str | None, format: str | None) -> NDArray[np.u
         if field is not None:
             raise UsageError(f"{media.kind} have no fields: leave --field out")
         return media.keys()
+
+
+def _passages_of(
+    source: str, field: str | None, format: str | None, spec: Passages | None, model: str | None
+) -> Callable[[Recipe], Keys]:
+    """Return what tells the keys of a corpus's passages, by a space's recipe."""
+
+    def keys(recipe: Recipe) -> Keys:
+        if spec is None:
+            raise ModelError(
+                "holds passages of documents: say how they were cut (--passages 128), or keep a collection"
+            )
+        _, models = recorded_models(model, None)
+        from actcache.models.passages import outline_of
+
+        texts = (one.text for one in corpus.read(source, field, format=format))
+        return outline_of(models.cutter(recipe, spec), texts).keys
+
+    return keys
 
 
 def _why_not(plan: PruningPlan, done: Pruning | None) -> str:

@@ -32,6 +32,10 @@ def repair(
     stride: Annotated[
         int | None, typer.Option(min=0, help="Of the windows that documents were cut into.", show_default=False)
     ] = None,
+    passages: options.Passages = None,
+    context: options.Context = None,
+    cut_by: options.CutByOption = None,
+    least: options.Least = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -46,6 +50,9 @@ def repair(
 
     Example: cachectl repair ./activations --model ./bert-base-uncased --corpus corpus.txt
     """
+    spec = options.passages_of(passages, context, cut_by, least)
+    if texts is None and spec is not None:
+        raise UsageError("--passages says how documents of a --corpus FILE are cut")
     if texts is None and (field is not None or format is not None):
         raise UsageError("--field and --format are for --corpus FILE")
     if texts is not None:
@@ -59,7 +66,7 @@ def repair(
         documents = None if texts is None else lambda: _documents(texts, field, format)
         with open_standing(store) as opened, Meter("repair", "entries", show=not quiet) as meter:
             done = recomputing.repair_by_recomputing(
-                opened, models, space or (), texts=documents, stride=stride or 0, progress=meter
+                opened, models, space or (), texts=documents, stride=stride or 0, passages=spec, progress=meter
             )
     if as_json:
         spaces = by_space({name: _described(one, computed) for name, one in done.spaces.items()})
@@ -117,4 +124,4 @@ def _show(name: str, one: Any, computed: bool) -> None:
             said = "their own columns are damaged, too: put them again with these"
             say(f"  {entries(len(one.without_columns))} not computed, for {said}")
         elif one.missing:
-            say("  a fill computes them; so does --corpus here (with --stride, where documents were cut into windows)")
+            say("  a fill computes them; so does --corpus here (with --stride or --passages, where documents were cut)")

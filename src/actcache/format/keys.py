@@ -229,6 +229,12 @@ def key_list(keys: NDArray[np.uint8]) -> list[bytes]:
     return listed
 
 
+def first_of_their_like(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the positions in ``[n, 32]`` keys of those that no equal one stands before, ascending."""
+    _, first = np.unique(np.ascontiguousarray(keys).view(_OPAQUE).reshape(-1), return_index=True)
+    return np.sort(first)
+
+
 def split_keys(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
     """Return the first 8 bytes of ``[n, 32]`` keys as numbers that sort as the bytes do, ``[n]``, and the rest."""
     keys = np.ascontiguousarray(keys)

@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 
 from actcache.errors import MissingEntryError, ShapeError
 from actcache.format.arguments import to_numpy
-from actcache.format.keys import Document, key_array
+from actcache.format.keys import KEY_BYTES, Document, first_of_their_like, key_array
 from actcache.format.ragged import offsets_of
 from actcache.models.documents import chunked, streamed
 from actcache.models.partition import Part
 from actcache.models.tokenizing import DocumentEncoder, Passage
 from actcache.reader.labels import IGNORED, of_entries, out_of_column
+from actcache.store.document_entries import entry_keys
 
 _CUT = 128  # documents that are cut at a time
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,27 @@ class Outline:
     lengths: NDArray[np.int64]
     count: int
 
+    @classmethod
+    def joined(cls, parts: Sequence[Outline]) -> Outline:
+        """Return the outline of several corpora, one after another."""
+        before = offsets_of(np.array([one.count for one in parts], np.int64))
+        return cls(
+            np.concatenate([one.keys for one in parts] or [np.empty((0, 32), np.uint8)]),
+            np.concatenate(
+                [one.documents + start for one, start in zip(parts, before.tolist(), strict=False)] or [_NONE]
+            ),
+            np.concatenate([one.own for one in parts] or [np.empty((0, 2), np.int32)]),
+            np.concatenate([one.lengths for one in parts] or [_NONE]),
+            int(before[-1]),
+        )
+
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def distinct(self) -> NDArray[np.int64]:
         """Positions of the passages that stand first of their like, ascending."""
-        _, first = np.unique(self.keys.view(np.dtype((np.void, 32))).ravel(), return_index=True)
-        return np.sort(first)
+        return first_of_their_like(self.keys)
 
     def tokens(self) -> NDArray[np.int64]:
         """Return how many tokens of its own each document has, ``[count]``."""
@@ -56,22 +71,40 @@ class Outline:
 
 
 def outline_of(encoder: DocumentEncoder, texts: Iterable[Document]) -> Outline:
-    """Return the passages of documents, which are streamed.
+    """Return the passages of documents, which are streamed; where documents are not cut so, their entries.
 
     Raises:
-        UsageError, DocumentError: see ``DocumentEncoder.cut``.
+        UsageError, DocumentError: see ``DocumentEncoder.cut``, and ``encode``.
     """
-    parts: list[tuple[NDArray[np.uint8], NDArray[np.int64]]] = []
-    count = 0
-    for first, chunk in chunked(streamed(texts), _CUT):
-        cut = encoder.cut(chunk, range(first, first + len(chunk)))
-        some = [(first + i, one) for i, passages in enumerate(cut) for one in passages]
-        found = [(position, one.begin, one.end, len(one.token_ids)) for position, one in some]
-        parts.append((key_array([one.key() for _, one in some]), np.array(found, np.int64).reshape(-1, 4)))
-        count = first + len(chunk)
-    keys = np.concatenate([one for one, _ in parts] or [np.empty((0, 32), np.uint8)])
-    numbers = np.concatenate([one for _, one in parts] or [np.empty((0, 4), np.int64)])
-    return Outline(keys, numbers[:, 0].copy(), numbers[:, 1:3].astype(np.int32), numbers[:, 3].copy(), count)
+    chunks = chunked(streamed(texts), _CUT)
+    return Outline.joined([_outlined(encoder, chunk, range(first, first + len(chunk))) for first, chunk in chunks])
+
+
+def _outlined(encoder: DocumentEncoder, documents: list[Document], positions: Sequence[int]) -> Outline:
+    keys: list[bytes] = []
+    own: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    counts = []
+    if encoder.passages is not None:
+        for cut in encoder.cut(documents, positions):
+            keys += [one.key() for one in cut]
+            own += [(one.begin, one.end) for one in cut]
+            lengths += [len(one.token_ids) for one in cut]
+            counts.append(len(cut))
+    else:
+        whole = encoder.keys(documents, positions[0] if documents else 0)
+        for key, entries in zip(whole, encoder.encode(documents, positions), strict=True):
+            keys += entry_keys(key, len(entries), encoder.windows)
+            lengths += [one.length for one in entries]
+            own += [(0, one.length) for one in entries]
+            counts.append(len(entries))
+    return Outline(
+        key_array(keys),
+        np.repeat(np.arange(len(documents)), counts),
+        np.array(own, np.int32).reshape(-1, 2),
+        np.array(lengths, np.int64),
+        len(documents),
+    )
 
 
 def check_outline_found(outline: Outline, there: NDArray[np.bool_]) -> None:
@@ -86,6 +119,79 @@ def check_outline_found(outline: Outline, there: NDArray[np.bool_]) -> None:
         "skip these passages (on_missing='skip')",
         [bytes(key) for key in outline.keys[missing]],
     )
+
+
+def check_revised(outline: Outline, there: NDArray[np.bool_]) -> None:
+    """Refuse a revision of documents that are not stored, with a ``MissingEntryError`` that holds the missing keys."""
+    if there.all():
+        return
+    missing = np.flatnonzero(~there)
+    documents = np.unique(outline.documents[missing])
+    raise MissingEntryError(
+        f"{len(documents)} of the {outline.count} documents that were revised are not in the space, the first at "
+        f"position {documents[0]}: fill them first, cut in the same way, or fill the revision as it is",
+        [bytes(key) for key in outline.keys[missing]],
+    )
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What a revision of a corpus costs. Passages (of whole documents: entries) and tokens are counted as the model is
+    given them, special tokens and context included."""
+
+    documents: int  # of the revision
+    unchanged: int  # of these, whose passages all are in the old corpus
+    passages: int
+    tokens: int  # of them, wherever they stand
+    new_passages: int  # different ones that are not in the old corpus: to be computed, and stored
+    new_tokens: int
+    new_nbytes: int  # about, of their rows and token ids
+    old_passages: int  # different ones of the old corpus that are not in the revision: what pruning gives back
+    old_nbytes: int
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens that are not computed: those of passages that are in the old corpus, or stand there before."""
+        return self.tokens - self.new_tokens
+
+    @property
+    def reused(self) -> float:
+        """The share of the tokens that are not computed."""
+        return self.reused_tokens / self.tokens if self.tokens else 1.0
+
+
+_BESIDE = 4  # bytes of a token beside its row: its id
+
+
+def compare(old: Outline, new: Outline, row_bytes: float) -> Revision:
+    """Return what a revision costs, of rows of so many bytes."""
+    there = ~_lacking(new, old)
+    changed = np.zeros(new.count, bool)
+    changed[new.documents[~there]] = True
+    first = new.distinct
+    added = first[~there[first]]
+    gone = old.distinct
+    gone = gone[_lacking(old, new)[gone]]
+    row = row_bytes + _BESIDE
+    return Revision(
+        documents=new.count,
+        unchanged=new.count - int(changed.sum()),
+        passages=len(new),
+        tokens=int(new.lengths.sum()),
+        new_passages=len(added),
+        new_tokens=int(new.lengths[added].sum()),
+        new_nbytes=round(float(new.lengths[added].sum() * row)),
+        old_passages=len(gone),
+        old_nbytes=round(float(old.lengths[gone].sum() * row)),
+    )
+
+
+def _lacking(some: Outline, others: Outline) -> NDArray[np.bool_]:
+    """Return which passages are not among others, ``[n]``."""
+    kind = np.dtype((np.void, KEY_BYTES))
+    mine, theirs = (np.ascontiguousarray(one.keys).view(kind).reshape(-1) for one in (some, others))
+    lacking: NDArray[np.bool_] = ~np.isin(mine, theirs)
+    return lacking
 
 
 def labels_of_passages(given: Any, outline: Outline, around: tuple[int, int]) -> Any:
@@ -128,6 +234,12 @@ def labels_of_passages(given: Any, outline: Outline, around: tuple[int, int]) ->
     return result
 
 
+def passages_in(encoder: DocumentEncoder, texts: Iterable[Document]) -> Iterator[Document]:
+    """Yield the passages of documents, which are streamed; raises as ``outline_of``."""
+    for first, chunk in chunked(streamed(texts), _CUT):
+        yield from flattened(encoder, chunk, range(first, first + len(chunk)))[1]
+
+
 def flattened(
     encoder: DocumentEncoder, documents: Sequence[Document], positions: Sequence[int]
 ) -> tuple[list[int], list[Document]]:
@@ -146,7 +258,7 @@ class PassageParts(Iterable[Part]):
         parts: the documents.
         encoder: cuts them.
         lacking: of passages' keys, those that are missing where they are wanted.
-        advance: told of documents that were done.
+        advance: told of documents that were done, and how many of them have been computed.
     """
 
     def __init__(
@@ -154,7 +266,7 @@ class PassageParts(Iterable[Part]):
         parts: Iterable[Part],
         encoder: DocumentEncoder,
         lacking: Callable[[list[bytes]], Iterable[bytes]],
-        advance: Callable[[int], object],
+        advance: Callable[[int, int], object],
     ) -> None:
         self._parts, self._encoder, self._lacking, self._advance = parts, encoder, lacking, advance
         self._documents: list[list[Passage]] = []  # that were cut, of the part that is at work
@@ -184,10 +296,13 @@ class PassageParts(Iterable[Part]):
         before = {*self._lacking(keys)}
         yield positions, passages
         after = {*self._lacking(keys)} if before else set()
+        present = sum(before.isdisjoint(cut) for cut in documents)
+        left_out = sum(not after.isdisjoint(cut) for cut in documents)
         self.documents += len(documents)
-        self.present += sum(before.isdisjoint(cut) for cut in documents)
-        self.left_out += sum(not after.isdisjoint(cut) for cut in documents)
+        self.present += present
+        self.left_out += left_out
         self.passages += len(keys)
-        self.tokens += sum(len(one.token_ids) for cut in self._documents for one in cut)
+        known = (one for cut in self._documents for one in cut if one.key() not in after)
+        self.tokens += sum(len(one.token_ids) for one in known)
         self._documents = []
-        self._advance(len(documents))
+        self._advance(len(documents), len(documents) - present - left_out)

@@ -63,5 +63,13 @@ def load_pretrained(
     return model, tokenizer
 
 
+def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> Any:
+    """Load a tokenizer alone; raises ``ModelError``."""
+    try:
+        return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
+    except Exception as error:  # of transformers, tokenizers, the hub, ...
+        raise ModelError(f"the tokenizer of {name_or_path} cannot be loaded: {_first_line(error)}") from error
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

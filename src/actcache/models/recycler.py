@@ -36,7 +36,15 @@ from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
 from actcache.models.partition import Partition
-from actcache.models.passages import Outline, check_outline_found, labels_of_passages, outline_of
+from actcache.models.passages import (
+    Outline,
+    Revision,
+    check_outline_found,
+    check_revised,
+    compare,
+    labels_of_passages,
+    outline_of,
+)
 from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
@@ -313,9 +321,10 @@ class Recycler:
             StoreGoneError: a worker does not see the store, or another one at its place (a folder of another machine).
             ActcacheError: a worker failed with this; see ``fill``.
         """
-        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        self.space.refresh()
-        return report
+        try:
+            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        finally:
+            self.space.refresh()  # also where it failed: what was computed is stored
 
     def blueprint(self) -> Blueprint:
         """Return what makes this recycler in another process: it names the model, and is small when pickled.
@@ -506,6 +515,27 @@ class Recycler:
             UsageError, DocumentError: see ``passages``.
         """
         return outline_of(self._cutting(), documents_in(texts, field))
+
+    def revision(
+        self, old: Iterable[Document], new: Iterable[Document], *, field: Field | None = None, stored: bool = True
+    ) -> Revision:
+        """Say what a revision of a corpus costs: what of the new documents the old ones have, and what is to be
+        computed. Nothing is computed. Also where documents are whole, or cut into windows.
+
+        Args:
+            stored: whether the old documents have to be in the space.
+
+        Raises:
+            MissingEntryError: old documents are not in the space: nothing of them can be used again.
+            UsageError, DocumentError: see ``fill``.
+        """
+        encoder = self.agreement.encoder
+        if not isinstance(encoder, DocumentEncoder):
+            raise UsageError(f"revisions are of texts, and {self.recipe.model} reads none")
+        before = outline_of(encoder, documents_in(old, field))
+        if stored:
+            check_revised(before, self.space.contains(before.keys))
+        return compare(before, outline_of(encoder, documents_in(new, field)), self.recipe.row_bytes)
 
     def _cutting(self) -> DocumentEncoder:
         encoder = self.agreement.encoder
@@ -788,7 +818,13 @@ class Recycler:
             return Prepared(self.reduce(task_model), regimes.StoredBatches(reader, type(task_model)))
         encoded: Sequence[Sequence[Made]] = encoder.encode(documents)
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in encoded])
-        given = None if labels is None else of_entries(labels, owners, len(documents))
+        given = None
+        if labels is not None:
+            cut = self._outline(documents)
+            many = len(documents)
+            given = (
+                of_entries(labels, owners, many) if cut is None else labels_of_passages(labels, cut[0], cut[1].around)
+            )
         entries = [window for windows in encoded for window in windows]
         dataset = regimes.full_inputs(entries, given, self.agreement.lower, type(task_model))
         model = copy.deepcopy(task_model)

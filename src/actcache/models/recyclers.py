@@ -149,14 +149,15 @@ class Recyclers(Mapping[int | str, Recycler]):
         **options: Any,
     ) -> FillReport:
         """Fill all sites by the workers of a Ray cluster, in one pass; else as ``Recycler.fill_ray``."""
-        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        for space in self.filler.spaces:
-            space.refresh()
-        return report
+        try:
+            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        finally:
+            for space in self.filler.spaces:
+                space.refresh()
 
     def blueprint(self) -> Blueprint:
         """Return what makes these recyclers in another process; see ``Recycler.blueprint``."""
-        return blueprint_of(type(self).from_pretrained, self._base, self._store, self._made_by, self.filler)
+        return blueprint_of(type(self).from_pretrained, self._base, self._open(), self._made_by, self.filler)
 
     def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
         """Return the positions of the documents that any of the sites lacks; else as ``Recycler.missing``."""

@@ -2,53 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
+from actcache.io.metrics import Metric, prometheus_text
 from actcache.io.notebook import Shown
 
-_PREFIX = "actcache.reader."
-#: OpenTelemetry's units -> what Prometheus wants names to end in.
-_SUFFIXES = {"s": "_seconds", "By": "_bytes", "1": "_ratio"}
-
-
-class Metric(NamedTuple):
-    """One measurement as plain data, with name, kind and unit of OpenTelemetry and Prometheus."""
-
-    attribute: str  # of the object that is measured
-    short: str  # its name without the prefix
-    kind: str  # ``"counter"`` only grows, ``"gauge"`` does not
-    unit: str  # in UCUM, as OpenTelemetry writes it
-    description: str
-    value: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """The name for OpenTelemetry: ``actcache.reader.read.time``."""
-        return f"{_PREFIX}{self.short}"
-
-    @property
-    def prometheus_name(self) -> str:
-        """The name for Prometheus: ``actcache_reader_read_time_seconds_total``."""
-        total = "_total" if self.kind == "counter" else ""
-        return self.name.replace(".", "_") + _SUFFIXES.get(self.unit, "") + total
-
-
-def prometheus_text(metrics: Iterable[Metric], **labels: str) -> str:
-    """Return measurements in Prometheus' text format (0.0.4), for a textfile collector or an HTTP handler, with
-    ``labels`` (``rank="0"``) on each."""
-    tags = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-    lines = []
-    for metric in metrics:
-        name = metric.prometheus_name
-        lines += [f"# HELP {name} {metric.description}", f"# TYPE {name} {metric.kind}"]
-        lines.append(f"{name}{{{tags}}} {metric.value!r}" if tags else f"{name} {metric.value!r}")
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+__all__ = ["Metric", "ReaderStats", "prometheus_text"]
 
 
 def _counter(short: str, unit: str, description: str) -> Any:

@@ -311,6 +311,8 @@ class Catalog:
             self._unlisted.add(name)
             for table in written:
                 self._index_also(table)
+        published = {"space": self._fingerprint, "segment": name, "entries": len(block.keys)}
+        logger.debug("published a segment of %s", self.where, extra=published)
         return name
 
     def _index_also(self, table: Table) -> None:

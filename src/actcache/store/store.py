@@ -225,9 +225,18 @@ class Store:
     # --- collections -------------------------------------------------------------------------------------------------
 
     def put_collection(
-        self, name: str, keys: Sequence[bytes] | NDArray[np.uint8], ids: Sequence[str] | None = None
+        self,
+        name: str,
+        keys: Sequence[bytes] | NDArray[np.uint8],
+        ids: Sequence[str] | None = None,
+        *,
+        documents: Any = None,
+        own: Any = None,
     ) -> None:
         """Store a named, ordered list of keys, durably; one of that name is replaced.
+
+        ``documents`` and ``own`` say of keys of passages which document each is of, and which tokens are its own: see
+        ``Collection``, and ``Recycler.outline``.
 
         Raises:
             UsageError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``, begins with a dot,
@@ -235,7 +244,9 @@ class Store:
             KeyFormatError, ShapeError: see ``Collection.of``.
         """
         self.check_writable()
-        self.driver.write_blob(self.collection_blob(name), Collection.of(keys, ids).to_bytes(), replace=True)
+        self.driver.write_blob(
+            self.collection_blob(name), Collection.of(keys, ids, documents, own).to_bytes(), replace=True
+        )
 
     def collection(self, name: str) -> Collection:
         """Return a collection; ``CollectionNotFoundError`` where there is none of that name, ``FormatError`` where its

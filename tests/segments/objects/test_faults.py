@@ -24,6 +24,7 @@ from actcache.errors import (
     StoreError,
     StoreNotFoundError,
 )
+from actcache.io.metrics import process_metrics
 from actcache.segments.places.objects import ObjectPlace, s3, transfers
 from tests import support
 from tests.segments.objects.conftest import Bucket
@@ -208,6 +209,7 @@ def test_a_large_write_that_fails_leaves_nothing(bucket, proxy):
 def test_what_a_killed_uploader_left_is_swept(bucket):
     code = """
 import sys, os, signal, json
+from actcache.io.metrics import process_metrics
 from actcache.segments.places.objects import ObjectPlace, s3, transfers
 from actcache.segments.places.objects.s3 import S3Client
 part, sent = S3Client.part, []
@@ -478,3 +480,25 @@ def test_a_server_that_never_answers_is_given_up(client):
             with no_hang(), pytest.raises(StorageIOError, match="tried"):
                 call()
         place.close()
+
+
+def test_what_is_counted_is_what_the_server_has_seen(bucket, proxy):
+    """Requests, bytes and failures, by operation."""
+
+    def counted():
+        return {(m.short, m.attributes[0][1]): m.value for m in process_metrics()}
+
+    place = ObjectPlace(bucket.url, "", bucket.through(proxy))
+    before = counted()
+    proxy.rule("SlowDown", "PUT .*thing", times=2, status=503)
+    place.publish_bytes("thing", bytes(1000), replace=True)
+    assert place.read("thing") == bytes(1000)
+    place.names("")
+    more = {key: value - before.get(key, 0) for key, value in counted().items()}
+    seen = [request.split()[0] for request in proxy.requests]
+    assert more["failures", "put"] == 2
+    assert more["requests", "put"] == 1 == seen.count("PUT") - 2
+    assert more["requests", "get"] + more["requests", "listing"] == seen.count("GET")
+    assert more["sent", "put"] == more["received", "get"] == 1000
+    assert more["time", "put"] > 0
+    place.close()

@@ -146,6 +146,11 @@ def _document(store: Store, key: bytes, spaces: Sequence[str], what: str) -> Doc
 def _missing(store: Store, what: str, spaces: Sequence[str], unreadable: dict[str, str]) -> MissingEntryError:
     looked = len(select_spaces(store, spaces)) - len(unreadable)
     message = f"{store.url} has no entry for {what}: looked into {looked} space{'' if looked == 1 else 's'}"
+    recipes = [one for one in store.recipes() if one.fingerprint in select_spaces(store, spaces)]
+    if any(one.too_long == "passages" for one in recipes):
+        message += (
+            "; documents that are cut into passages have no key of their own here, recycler.passages tells theirs"
+        )
     if unreadable:
         message += f"; {len(unreadable)} cannot be read ({', '.join(sorted(unreadable))}): see cachectl verify"
     return MissingEntryError(message)

@@ -431,6 +431,7 @@ def _space(one: SpaceDetail, now: float, decoder: Decoder | None) -> Markup:
         element("h2", None, title),
         element("p", {"class": "soft"}, element("code", None, recipe.fingerprint), made),
         *([] if one.errors is None else [element("p", None, f"Storing changes {one.errors.told()}.")]),
+        *(element("p", None, f"Collection {name}: {held.told()}.") for name, held in one.passages.items()),
         *([] if one.lengths.entries else [element("p", None, "It holds no entries.")]),
         *([element("div", {"class": "plots"}, *figures)] if figures else []),
         _unusual(one, decoder),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from actcache.admin import inspection
 from actcache.admin.display import as_json, attributes_as_json, fields_as_json
-from actcache.admin.inspection import Coverage, Progress, SpaceReport, StepProgress, each_space, step_of
+from actcache.admin.inspection import Coverage, Progress, Repetition, SpaceReport, StepProgress, each_space, step_of
 from actcache.admin.report.statistics import Lengths, Numbers, Statistics
 from actcache.backend import VALUES, StoredFile
 from actcache.entries.read import read_intact
@@ -288,6 +288,9 @@ class SpaceDetail:
     errors_damaged: str | None  # what is wrong with the file that says it; the space is whole without it
     rows: Moments  # statistics of the rows whose are kept
     coverage: dict[str, Coverage | str] = field(default_factory=dict)  # of each collection, what it has of it
+    passages: dict[str, Repetition] = field(
+        default_factory=dict
+    )  # by collection of documents that are lists of this space's passages
 
     @property
     def recipe(self) -> Recipe:
@@ -321,6 +324,7 @@ class SpaceDetail:
             **self.report.to_json(),
             **attributes_as_json(self, "made", "owner", "written", *sizes),
             "statistics": self.rows.to_json(),
+            "passages": as_json(self.passages),
             "segment_list": as_json(self.segments),
             **attributes_as_json(self, "sample", "errors", "errors_damaged", "intact"),
             "coverage": coverage_as_json(self.coverage),
@@ -387,6 +391,7 @@ def store_detail(
             sample=read_sample(space, keys, sample, seed=seed, progress=step_of(progress, fingerprint)),
             **_errors_of(space),
             rows=space.kept_statistics(),
+            passages=inspection.repetitions(store, space),
             coverage=inspection.coverage(store, space),
         )
 
@@ -434,9 +439,13 @@ class Overview:
 
 def coverage_as_json(held: Mapping[str, Coverage | str]) -> list[dict[str, Any]]:
     """Return how much a space has of each collection, as JSON values; of a damaged collection what is wrong."""
-    return [
-        {"collection": name, **({"error": one} if isinstance(one, str) else as_json(one))} for name, one in held.items()
-    ]
+    listed = []
+    for name, one in held.items():
+        told: dict[str, Any] = {"error": one} if isinstance(one, str) else as_json(one)
+        if told.get("passages") is None:
+            told.pop("passages", None)
+        listed.append({"collection": name, **told})
+    return listed
 
 
 def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:
@@ -455,6 +464,6 @@ def overview(store: Store, prefixes: Sequence[str] = ()) -> Overview:
 
 def _documents(store: Store, name: str) -> int | str:
     try:
-        return len(store.collection(name))
+        return store.collection(name).document_count
     except DataError as error:
         return str(error)

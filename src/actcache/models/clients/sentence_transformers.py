@@ -209,8 +209,8 @@ def reduce(full: Any, encoder: DocumentEncoder, source: Source, reduce_model: Ca
 
 
 def _check_same_tokens(module: Any, encoder: DocumentEncoder, recipe: Recipe) -> None:
-    if encoder.windows is not None:
-        raise UsageError("a text has one embedding: record with too_long='truncate', not with windows")
+    if encoder.windows is not None or encoder.passages is not None:
+        raise UsageError("a text has one embedding: record with too_long='truncate', not with windows or passages")
     if tokenizer_digest(module.tokenizer) != recipe.tokenizer:
         raise LowerHalfMismatchError(
             "the model's tokenizer makes other tokens than the recorded one: make the recycler of model[0].model and "

@@ -7,12 +7,14 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, UsageError, WorkerError, requires_extra
@@ -33,6 +35,7 @@ from actcache.store.store import Store, open_store
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 60.0  # for a worker to store what it has computed when it is told to end
+_CONNECT_SECONDS = 10.0
 _LOOK_SECONDS = 1.0  # after which it is looked whether workers have started
 
 
@@ -71,7 +74,7 @@ def fill(
         if not isinstance(store, Store):
             store = stack.enter_context(open_store(store))
         store.check_writable()
-        stack.enter_context(_connected(ray, address))
+        stack.enter_context(connected(ray, address))
         each = _asked(ray, workers, cpus, gpus)
         sample, texts = error_budget.peeked(texts)
         job = Job(
@@ -107,7 +110,7 @@ def _noted(store: Store, fingerprint: str, run: str, finish: bool) -> list[Contr
 
 
 @contextlib.contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
+def connected(ray: Any, address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one here; where the caller is connected, use that."""
     if ray.is_initialized():
         if address is not None:
@@ -115,29 +118,62 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    here = {"include_dashboard": False, "num_cpus": available_cpus(), "_node_ip_address": "127.0.0.1"}
-    with _own_handlers():
-        try:
-            if address == "local":
-                _start(ray, **quiet, **here)
+    where = address if address not in (None, "auto") else os.environ.get("RAY_ADDRESS") or _running_here() or "local"
+    with contextlib.ExitStack() as stack:
+        with _own_handlers():
+            if where == "local":
+                stack.enter_context(_started(ray, quiet))
             else:
-                ray.init(address=address or "auto", **quiet)
-        except ConnectionError as error:
-            if address is not None or os.environ.get("RAY_ADDRESS"):
-                raise WorkerError(
-                    f"there is no Ray cluster at {address or os.environ['RAY_ADDRESS']}: {error}"
-                ) from None
-            _start(ray, **quiet, **here)
+                _check_listens(where)
+                try:
+                    ray.init(address=where, **quiet)
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    raise WorkerError(f"the Ray cluster at {where} cannot be used: {error}") from None
+        try:
+            yield
+        finally:
+            with _own_handlers():
+                ray.shutdown()
+
+
+def _running_here() -> str | None:
+    """Return the address of the cluster that ``ray start`` has made this machine a node of; None where it has not, or
+    that is gone."""
     try:
+        where = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text(encoding="utf-8")
+        _check_listens(where.strip())
+    except (OSError, WorkerError):
+        return None
+    return where.strip()
+
+
+def _check_listens(where: str) -> None:
+    """Raise ``WorkerError`` where nobody listens: Ray itself would wait for minutes, or for ever."""
+    host, _, port = where.rpartition("://")[2].strip("/").rpartition(":")
+    if not host or not port.isdecimal():
+        raise WorkerError(f"{where!r} is no address of a Ray cluster: write host:6379, ray://host:10001, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise WorkerError(f"there is no Ray cluster at {where}: {error}") from None
+
+
+@contextlib.contextmanager
+def _started(ray: Any, options: dict[str, Any]) -> Iterator[None]:
+    """Start a cluster that is for this machine alone: it listens to no other, and tells nobody of its use."""
+    given = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in given}
+    constants = ray._private.ray_constants  # where the variable is read when Ray is imported
+    enabled = constants.ENABLE_RAY_CLUSTER
+    os.environ.update({name: value for name, value in given.items() if before[name] is None})
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address="local", include_dashboard=False, num_cpus=available_cpus(), **options)
         yield
     finally:
-        with _own_handlers():
-            ray.shutdown()
-
-
-def _start(ray: Any, **options: Any) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody was asked
-    ray.init(address="local", **options)
+        constants.ENABLE_RAY_CLUSTER = enabled
+        for name in [name for name, value in before.items() if value is None]:
+            del os.environ[name]
 
 
 @contextlib.contextmanager
@@ -177,7 +213,8 @@ def _asked(ray: Any, workers: int | None, cpus: float | None, gpus: float | None
         elif workers is None:  # a worker a node
             cpus = max(1.0, min(found for node in nodes if (found := node.get("CPU", 0.0)) >= 1))
         else:
-            cpus = max(1.0, there.get("CPU", 1.0) // workers)
+            share = there.get("CPU", 1.0) / workers
+            cpus = float(int(share)) if share >= 1 else share
     if workers is None:
         rooms = (
             min(node.get("CPU", 0.0) // cpus if cpus else 1e9, node.get("GPU", 0.0) // gpus if gpus else 1e9)

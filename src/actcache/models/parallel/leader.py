@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -91,11 +91,9 @@ def fill(
         _Crew(job, devices) as crew,
     ):
         reports = _lead(crew, partitioner, bar, job)
-    computed, tokens = sum(one.computed for one in reports), sum(one.tokens for one in reports)
-    left_out = sum(one.left_out for one in reports)
-    present = partitioner.taken - computed - left_out
-    seconds = time.monotonic() - start
-    return FillReport(partitioner.taken, present, computed, tokens, seconds, left_out, reports[0].spaces)
+    total = sum(reports[1:], start=reports[0])
+    present = partitioner.taken - total.computed - total.left_out
+    return replace(total, documents=partitioner.taken, present=present, seconds=time.monotonic() - start)
 
 
 def _lead(crew: _Crew, partitioner: Partitioner, bar: FillProgress, job: Job) -> list[FillReport]:

@@ -5,6 +5,7 @@ What may succeed a moment later is repeated: exponential backoff with full jitte
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import secrets
@@ -17,7 +18,17 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from actcache.errors import ClosedError, StorageIOError
-from actcache.segments.places.objects.client import Client, Data, ObjectExistsError, ObjectNotFoundError, TransientError
+from actcache.io.metrics import OBJECTS
+from actcache.segments.places.objects.client import (
+    Body,
+    Client,
+    Data,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    TransientError,
+)
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -31,7 +42,10 @@ def _repeated(method: str) -> Callable[..., Any]:
     """Return a method that calls the wrapped client's until it succeeds."""
 
     def call(self: Retrying, *args: Any, **options: Any) -> Any:
-        return self.run(lambda: getattr(self.wrapped, method)(*args, **options))
+        answer = self.run(lambda: getattr(self.wrapped, method)(*args, **options), operation=method)
+        if isinstance(answer, Body):
+            OBJECTS.add(method, received=len(answer.data))
+        return answer
 
     return call
 
@@ -47,9 +61,20 @@ class Retrying(Client):
         self.wrapped, self._seconds = client, seconds
         self._closed = threading.Event()
 
-    def run(self, attempt: Callable[[], T], lost: Callable[[], T | None] = lambda: None) -> T:
+    def run(
+        self, attempt: Callable[[], T], lost: Callable[[], T | None] = lambda: None, *, operation: str = "other"
+    ) -> T:
         """Return what ``attempt`` returns in the end; after a failure ``lost`` tells what it has done nevertheless."""
-        begin, count = time.monotonic(), 0
+        begin = time.monotonic()
+        try:
+            answer = self._run(attempt, lost, operation, begin)
+        finally:
+            OBJECTS.add(operation, time=time.monotonic() - begin)
+        OBJECTS.add(operation, requests=1)
+        return answer
+
+    def _run(self, attempt: Callable[[], T], lost: Callable[[], T | None], operation: str, begin: float) -> T:
+        count = 0
         while True:
             if self._closed.is_set():
                 raise ClosedError(f"{self.where} was closed")
@@ -60,6 +85,10 @@ class Retrying(Client):
                 pause = random.uniform(0, min(_LONGEST_SECONDS, _FIRST_SECONDS * 2**count))
                 count += 1
                 elapsed = time.monotonic() - begin
+                OBJECTS.add(operation, failures=1)
+                logger.debug(
+                    "a request failed: %s", error, extra={"operation": operation, "attempt": count, "store": self.where}
+                )
                 if elapsed + pause > self._seconds:
                     raise StorageIOError(
                         f"{error} (tried {count} times in {elapsed:.0f} s): check the network and the store, "
@@ -68,8 +97,12 @@ class Retrying(Client):
             self._closed.wait(pause)
 
     get, head, listing, put_file, begin = map(_repeated, ("get", "head", "listing", "put_file", "begin"))
-    part, uploads, copy, remove = map(_repeated, ("part", "uploads", "copy", "remove"))
-    check_bucket = _repeated("check_bucket")
+    uploads, copy, remove, check_bucket = map(_repeated, ("uploads", "copy", "remove", "check_bucket"))
+
+    def part(self, key: str, upload: str, number: int, data: Data) -> str:
+        etag = self.run(lambda: self.wrapped.part(key, upload, number, data), operation="part")
+        OBJECTS.add("part", sent=len(data))
+        return etag
 
     def put(self, key: str, data: Data, token: str, *, create: bool) -> None:
         attempts = 0
@@ -85,7 +118,8 @@ class Retrying(Client):
                     raise
             return True
 
-        self.run(attempt, lambda: self._wrote(key, len(data), token) or None)
+        self.run(attempt, lambda: self._wrote(key, len(data), token) or None, operation="put")
+        OBJECTS.add("put", sent=len(data))
 
     def complete(self, key: str, upload: str, etags: Sequence[str], token: str, *, create: bool) -> None:
         def attempt() -> bool:
@@ -100,7 +134,7 @@ class Retrying(Client):
                     ) from None
             return True
 
-        self.run(attempt, lambda: self._wrote(key, None, token) or None)
+        self.run(attempt, lambda: self._wrote(key, None, token) or None, operation="complete")
 
     def _wrote(self, key: str, size: int | None, token: str) -> bool:
         """Return whether the object is there and is ours."""
@@ -122,7 +156,7 @@ class Retrying(Client):
 
     def abort(self, key: str, upload: str) -> None:
         with suppress(ObjectNotFoundError):
-            self.run(lambda: self.wrapped.abort(key, upload))
+            self.run(lambda: self.wrapped.abort(key, upload), operation="abort")
 
     def abandon(self) -> None:
         self.wrapped.abandon()

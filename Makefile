@@ -120,6 +120,7 @@ picture: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
+	$(BIN)/python -m bench.links build/site
 
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold

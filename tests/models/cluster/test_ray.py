@@ -333,7 +333,7 @@ def test_what_fails_in_a_worker_is_raised_here(here, tiny, tmp_path):  # noqa: F
 
 def test_workers_that_die_again_and_again(here, tmp_path, caplog):
     blueprint = Blueprint(deadly, "model", tmp_path / "s")
-    with pytest.raises(WorkerError, match="worker 0/1 died, and too many before it"):
+    with pytest.raises(WorkerError, match="worker 0/1 died, and so did those before it"):
         cluster.fill(TEXTS, blueprint, workers=1, deaths=2, progress=False)
     assert caplog.text.count("worker 0/1 died, another one goes on") == 2
     with pytest.raises(WorkerError, match="worker 0/1 failed: RuntimeError: CUDA out of memory"):

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(VENV)/.demo
 export HF_HUB_OFFLINE := 1
 # Tests start hundreds of processes: compiling the package in each of them would take a minute in all.
 export PYTHONDONTWRITEBYTECODE :=
@@ -21,7 +22,7 @@ QUICK := architecture backends entries format golden io segments store
 
 .PHONY: demo docs test test-quick test-long test-quantized test-clients test-clients-long test-object-stores fuzz sanitize golden lint picture bench clean
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/python -m bench.demo
 
 # The linters run beside the tests; what they say comes after what those say, and either's failure is a failure.
@@ -50,7 +51,12 @@ sanitize: $(READY)
 golden: $(READY)
 	$(BIN)/python -m tests.golden.make
 
-test-long: $(READY)
+# Ray takes 20 s and 240 MB to install, and each of its tests ten seconds or minutes.
+$(VENV)/.ray: $(READY)
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt ray
+	touch $@
+
+test-long: $(READY) $(VENV)/.ray
 	$(BIN)/python -m pytest -m "long or hypothesis" --hypothesis-profile long --timeout 7200
 
 # Apart from the others: where torchao is installed, transformers imports it into every process.
@@ -114,6 +120,7 @@ picture: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
+	$(BIN)/python -m bench.links build/site
 
 bench: $(READY)
 	$(BIN)/python -m bench.storage --shape paper,short --backends hdf5,zarr,lmdb,s3 --mode warm,cold
@@ -127,6 +134,16 @@ bench: $(READY)
 
 clean:
 	rm -rf $(VENV) build dist
+
+# What the demo needs and no more; an environment that has all has that, too.
+$(DEMO): pyproject.toml .ci/constraints.txt hatch_build.py src/actcache/io/loops.c
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test $(READY) -nt pyproject.toml || { \
+		echo "installing torch (its CPU build), 1 of 2" && \
+		$(BIN)/python -m pip install -q "$$(grep '^torch==' .ci/constraints.txt)" && \
+		echo "installing actcache, transformers and the model, 2 of 2" && \
+		$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[demo]'; }
+	@touch $(DEMO)
 
 # torch first and alone: see .ci/constraints.txt
 $(READY): pyproject.toml .ci/constraints.txt hatch_build.py src/actcache/io/loops.c

@@ -35,12 +35,13 @@ from actcache.admin.benchmark.rounds import Spread, take_turns
 from actcache.models.training.distillation import Distillation, TeachingBatches
 from actcache.models.training.early_exit import EarlyExit
 from actcache.models.training.sweep import evaluate, train
-from bench.demo import BATCH, LAYER, MAX_LENGTH, RATE
+from bench.demo import LAYER, RATE
 from bench.docstrings import Corpus, corpus
 from bench.report import Report
 from bench.sidebyside import quietly
 
 HELD_OUT = 0.25
+MAX_LENGTH, BATCH = 48, 16
 FULL, REDUCED = "full, no cache", "reduced"
 INT8 = ", int8"
 STUDENT, TAUGHT = "student, 1 layer", "student, taught"
@@ -48,9 +49,9 @@ STUDENT, TAUGHT = "student, 1 layer", "student, taught"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--packages", type=int, default=8)
-    parser.add_argument("--most", type=int, default=80, help="docstrings of a package")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--packages", type=int, default=6)
+    parser.add_argument("--most", type=int, default=50, help="docstrings of a package")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--student-epochs", type=int, default=6)
     parser.add_argument("--weight", type=float, default=1.0, help="of the error to the teacher's rows")

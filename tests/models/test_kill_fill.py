@@ -6,6 +6,7 @@ One driver process imports torch once and forks a child for every fill; the test
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import actcache
+from actcache.models.tokenizing import DocumentEncoder
 from actcache.segments.segment import is_name
 from tests.support.backends import Kind, each
 from tests.support.tiny import save_tiny
 
 DOCUMENTS = 150
+PASSAGE = 34  # tokens
 
 DRIVER = """
 import functools, json, os, sys
@@ -39,14 +42,17 @@ model = AutoModel.from_pretrained(sys.argv[1]).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
-    path, texts = json.loads(line)
+    path, texts, cut = json.loads(line)
     child = os.fork()
     if child == 0:
         store = actcache.open(path)
         store.space = functools.partial(store.space, segment_bytes=1 << 14)  # many segments: kills hit every phase
-        with actcache.Recycler(model, tokenizer, layer=1, store=store, dtype="float32") as recycler:
+        too_long = actcache.passages(cut, least=4) if cut else "refuse"
+        with actcache.Recycler(model, tokenizer, layer=1, store=store, dtype="float32", too_long=too_long) as recycler:
             report = recycler.fill(texts, token_budget=256, progress=False)
-        print(json.dumps([report.present, report.computed]), flush=True)
+            there = len(recycler.space)
+        new = report.new_passages if cut else report.computed
+        print(json.dumps([there - new, new]), flush=True)
         os._exit(0)
     print(child, flush=True)
     os.waitpid(child, 0)
@@ -90,18 +96,42 @@ def expected(model: Path) -> dict[bytes, np.ndarray]:
     return rows
 
 
+@pytest.fixture(scope="module")
+def passages(model: Path) -> dict[bytes, np.ndarray]:
+    """Return layer 1 of every passage of the documents in pairs, computed alone by the full model."""
+    full = AutoModel.from_pretrained(model).eval()
+    encoder = DocumentEncoder(AutoTokenizer.from_pretrained(model), 512, actcache.passages(PASSAGE, least=4))
+    rows = {}
+    with torch.no_grad():
+        for passage in (one for cut in encoder.cut(pairs()) for one in cut):
+            ids = torch.from_numpy(passage.token_ids.astype(np.int64))[None]
+            rows[passage.key()] = full(input_ids=ids, output_hidden_states=True).hidden_states[1][0].numpy()
+    return rows
+
+
+def pairs() -> list[str]:
+    """Return documents of which each has a half with the next one in common."""
+    halves = texts()
+    return ["\n\n".join(two) for two in itertools.pairwise(halves)]
+
+
 def rounds(
-    kind: Kind, driver: subprocess.Popen[str], path: Path, expected: dict[bytes, np.ndarray], count: int
+    kind: Kind,
+    driver: subprocess.Popen[str],
+    path: Path,
+    expected: dict[bytes, np.ndarray],
+    count: int,
+    order: Sequence[str],
+    cut: int = 0,
 ) -> None:
-    order = texts()
     chance = random.Random(3)
     longest = 1.0
     stored: set[bytes] = set()
     killed = 0
     for _ in range(count):
-        if len(stored) > 0.8 * DOCUMENTS:  # start over, so that there is always something left to compute
+        if len(stored) > 0.8 * len(expected):  # start over, so that there is always something left to compute
             path, stored = path.with_name(f"{path.name}+"), set()
-        driver.stdin.write(json.dumps([kind.url(path), order]) + "\n")
+        driver.stdin.write(json.dumps([kind.url(path), order, cut]) + "\n")
         driver.stdin.flush()
         child = int(driver.stdout.readline())
         time.sleep(chance.uniform(0.02, longest))
@@ -116,11 +146,11 @@ def rounds(
         assert stored <= now
         stored = now
     assert killed >= count // 2
-    driver.stdin.write(json.dumps([kind.url(path), order]) + "\n")
+    driver.stdin.write(json.dumps([kind.url(path), order, cut]) + "\n")
     driver.stdin.flush()
     driver.stdout.readline()
     present, computed = json.loads(driver.stdout.readline())
-    assert (present, computed) == (len(stored), DOCUMENTS - len(stored))
+    assert (present, computed) == (len(stored), len(expected) - len(stored))
     assert driver.stdout.readline() == "ended\n"
     assert check(kind, path, expected) == expected.keys()
 
@@ -146,11 +176,20 @@ def check(kind: Kind, path: Path, expected: dict[bytes, np.ndarray]) -> set[byte
 
 @each(everyday=("hdf5",))
 def test_killed_fills_lose_nothing_and_compute_nothing_twice(kind, driver, expected, tmp_path):
-    rounds(kind, driver, tmp_path / "store", expected, 4)
+    rounds(kind, driver, tmp_path / "store", expected, 4, texts())
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @each()
 def test_killed_fills_for_long(kind, driver, expected, tmp_path):
-    rounds(kind, driver, tmp_path / "store", expected, 200)
+    rounds(kind, driver, tmp_path / "store", expected, 200, texts())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@each()
+def test_killed_fills_of_passages(kind, driver, passages, tmp_path):
+    """The last fill computes the passages that the others had not flushed, and no others."""
+    assert len(passages) > 2 * DOCUMENTS
+    rounds(kind, driver, tmp_path / "store", passages, 12, pairs(), PASSAGE)

@@ -5,6 +5,7 @@ The oracle is the full model, run on the passages' tokens by transformers alone.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def _contents(recycler: Recycler, text: str) -> list[bytes]:
     return [one.key() for one in recycler.passages([text])[0]]
 
 
-@backends.each()
+@backends.each(everyday=("hdf5", "lmdb"))
 def test_passages_are_stored_once_and_hold_what_the_full_model_makes_of_them(
     kind: backends.Kind, model: PreTrainedModel, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -270,3 +271,51 @@ def test_a_byte_level_tokenizers_passages_are_of_the_documents_tokens(roberta_to
     assert np.concatenate([one.token_ids[one.begin : one.end] for one in cut]).tolist() == ids
     assert all(one.token_ids[[0, -1]].tolist() == [0, 2] for one in cut)
     assert all(one.spans[one.begin][0] == 0 or LONG[one.spans[one.begin][0] - 1 :][:2].strip(" \n") for one in cut)
+
+
+def test_a_tokenizer_whose_special_tokens_change_a_text_cuts_no_passages(tokenizer: Any) -> None:
+    class Odd(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, *given: Any, add_special_tokens: bool = True, **options: Any) -> Any:
+            found = super().__call__(*given, add_special_tokens=add_special_tokens, **options)
+            if add_special_tokens:
+                found["input_ids"] = [101, 7, 102]
+            return found
+
+    odd = copy.deepcopy(tokenizer)
+    odd.__class__ = Odd
+    with pytest.raises(RecipeError, match="passages would be other inputs than texts"):
+        DocumentEncoder(odd, 66, SPEC)
+    assert DocumentEncoder(odd, 66, SPEC, special_tokens=False).around == (0, 0)
+
+
+@pytest.mark.long
+def test_the_regimes_train_on_the_same_passages_with_the_same_labels(
+    make_model: Callable[..., PreTrainedModel], tokenizer: Any, store: Store
+) -> None:
+    task = make_model(AutoModelForTokenClassification, num_labels=3)
+    texts = [LONG, SHORT, OTHER]
+    labels = [np.array(tokenizer(text)["input_ids"]) % 3 for text in texts]
+    with _recycler(task, tokenizer, store, actcache.passages(46, context=6, least=8)) as recycler:
+        recycler.fill(texts, progress=False)
+        losses = []
+        for regime in ("NR", "F", "R", "SR"):
+            model, batches = recycler.regime(regime, task, texts, labels=labels, batch_size=64)
+            model.eval()
+            with torch.inference_mode():
+                losses.append([float(model(**batch).loss) for batch in batches])
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["paragraphs", "sentences", "tokens"])
+def test_real_docstrings_are_cut_alike_wherever_they_stand(by: Any, tokenizer: Any, docstrings: list[str]) -> None:
+    """A text of 3,000 tokens and more keeps its passages in another document, but for two at each end."""
+    encoder = DocumentEncoder(tokenizer, 512, actcache.passages(128, by=by))
+    for start in range(0, 400, 100):
+        text = "\n\n".join(docstrings[start : start + 80])
+        alone = [one.key() for one in encoder.cut([text])[0]]
+        around = f"{docstrings[start + 90]}\n\n{text}\n\n{docstrings[start + 91]}"
+        there = {one.key() for one in encoder.cut([around])[0]}
+        assert len(alone) > 20
+        assert all(key in there for key in alone[2:-2])

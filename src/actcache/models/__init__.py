@@ -14,8 +14,10 @@ except ImportError as error:
 
 from actcache.models.consumers import load_consumer
 from actcache.models.families import Family, base_model_of, family_of, register_family
+from actcache.models.filling import FillReport
 from actcache.models.loading import load_reduced
 from actcache.models.lower_half import LowerHalf, plan_batches
+from actcache.models.remote import Blueprint
 from actcache.models.replay import reduce
 from actcache.models.saving import merge
 from actcache.models.tokenizing import DocumentEncoder, Encoded, tokenizer_digest
@@ -25,9 +27,11 @@ from actcache.models.verification import Verification
 from actcache.models.weights import lower_digest
 
 __all__ = [
+    "Blueprint",
     "DocumentEncoder",
     "Encoded",
     "Family",
+    "FillReport",
     "LowerHalf",
     "Regime",
     "Verification",

@@ -264,10 +264,10 @@ class Filler:
         counted = None
         if isinstance(self._encoder, DocumentEncoder) and self._encoder.passages is not None:
             tell = advance
-            parts = counted = PassageParts(parts, self._encoder, self._absent, lambda done: tell(done, 0, 0))
+            parts = counted = PassageParts(parts, self._encoder, self._absent, lambda done, new: tell(done, new, 0))
 
             def advance(done: int, computed: int, tokens: int) -> None:  # documents are told of as wholes
-                tell(0, computed, tokens)
+                tell(0, 0, tokens)
 
         documents = left_out = 0
         full = compared = False

@@ -258,7 +258,7 @@ class PassageParts(Iterable[Part]):
         parts: the documents.
         encoder: cuts them.
         lacking: of passages' keys, those that are missing where they are wanted.
-        advance: told of documents that were done.
+        advance: told of documents that were done, and how many of them have been computed.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class PassageParts(Iterable[Part]):
         parts: Iterable[Part],
         encoder: DocumentEncoder,
         lacking: Callable[[list[bytes]], Iterable[bytes]],
-        advance: Callable[[int], object],
+        advance: Callable[[int, int], object],
     ) -> None:
         self._parts, self._encoder, self._lacking, self._advance = parts, encoder, lacking, advance
         self._documents: list[list[Passage]] = []  # that were cut, of the part that is at work
@@ -296,11 +296,13 @@ class PassageParts(Iterable[Part]):
         before = {*self._lacking(keys)}
         yield positions, passages
         after = {*self._lacking(keys)} if before else set()
+        present = sum(before.isdisjoint(cut) for cut in documents)
+        left_out = sum(not after.isdisjoint(cut) for cut in documents)
         self.documents += len(documents)
-        self.present += sum(before.isdisjoint(cut) for cut in documents)
-        self.left_out += sum(not after.isdisjoint(cut) for cut in documents)
+        self.present += present
+        self.left_out += left_out
         self.passages += len(keys)
         known = (one for cut in self._documents for one in cut if one.key() not in after)
         self.tokens += sum(len(one.token_ids) for one in known)
         self._documents = []
-        self._advance(len(documents))
+        self._advance(len(documents), len(documents) - present - left_out)

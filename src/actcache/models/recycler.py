@@ -306,7 +306,8 @@ class Recycler:
                 Ray is initialized already, that is used.
             options: ``workers`` (default: one a GPU; where there is none, one a node), ``cpus`` and ``gpus`` of each,
                 ``device`` in each; ``token_budget``, ``progress``, ``max_error``, ``metric`` as of ``fill``; ``deaths``
-                of workers that are borne (3); ``start_seconds`` within which they must have started (600);
+                that are borne, of workers of one share one after another, none of which stored anything (3);
+                ``start_seconds`` within which they must have started (600);
                 ``finish``: whether ``Space.finish`` is called in the end (True); ``ray_options``: of the actors, such
                 as ``{"runtime_env": {...}, "accelerator_type": "H100"}``.
 
@@ -321,9 +322,10 @@ class Recycler:
             StoreGoneError: a worker does not see the store, or another one at its place (a folder of another machine).
             ActcacheError: a worker failed with this; see ``fill``.
         """
-        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        self.space.refresh()
-        return report
+        try:
+            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        finally:
+            self.space.refresh()  # also where it failed: what was computed is stored
 
     def blueprint(self) -> Blueprint:
         """Return what makes this recycler in another process: it names the model, and is small when pickled.

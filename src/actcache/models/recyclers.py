@@ -149,10 +149,11 @@ class Recyclers(Mapping[int | str, Recycler]):
         **options: Any,
     ) -> FillReport:
         """Fill all sites by the workers of a Ray cluster, in one pass; else as ``Recycler.fill_ray``."""
-        report = cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        for space in self.filler.spaces:
-            space.refresh()
-        return report
+        try:
+            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
+        finally:
+            for space in self.filler.spaces:
+                space.refresh()
 
     def blueprint(self) -> Blueprint:
         """Return what makes these recyclers in another process; see ``Recycler.blueprint``."""

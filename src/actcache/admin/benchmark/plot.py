@@ -39,20 +39,24 @@ def save(bench: Bench, path: Path) -> None:
     figure = figures.Figure(figsize=(9, 1.0 + height * len(bench.comparisons)), layout="constrained")
     backend.FigureCanvasAgg(figure)
     panels = figure.subplots(len(bench.comparisons), 1, squeeze=False)[:, 0]
+    highest = max(row.ratios[0].high for one in bench.comparisons for row in _backends(one))
     for panel, one in zip(panels, bench.comparisons, strict=True):
-        _draw(panel, one)
+        _draw(panel, one, min(max(1.2, 1.04 * highest), _WIDEST))
+    panels[-1].set_xlabel("speed, as a share of the fastest raw read of the same documents", color=_TEXT, fontsize=9)
     facts = bench.facts
-    figure.suptitle("Shuffled reads of stored activations, as a share of what the disk itself does", color=_TEXT)
+    figure.suptitle(
+        "Shuffled batches of stored activations: how much of the machine's own speed is reached", color=_TEXT
+    )
     note = (
         f"{facts['processor']}; {facts['folder'].partition(', ')[2]}; {facts['system']}\n"
-        f"actcache {bench.versions['actcache']}, {facts['when']}; medians of paired rounds, lines: 95 % intervals"
+        f"actcache {bench.versions['actcache']}, {facts['when']}; bars: medians; lines: 95 % intervals"
     )
     figure.supxlabel(note, fontsize=7.5, color="#7f8c8d")
     with replaced_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=160, bbox_inches="tight")
 
 
-def _draw(panel: Any, one: Comparison) -> None:
+def _draw(panel: Any, one: Comparison, widest: float) -> None:
     rows = _backends(one)[::-1]
     limit = next(row for row in one.contestants if row.name == f"the limit: {one.limit}")
     beside = panel.get_yaxis_transform()  # x in parts of the panel's width
@@ -65,14 +69,15 @@ def _draw(panel: Any, one: Comparison) -> None:
             1.02, place, f"{ratio}\n{speed.median:.2f} GB/s", transform=beside, va="center", color=_TEXT, fontsize=9
         )
     panel.axvline(1, color=_LIMIT, linewidth=1.4, linestyle="--", zorder=4)
-    words = f"the limit: {one.speed(limit).median:.2f} GB/s ({one.limit})"
+    words = f"fastest raw read: {one.speed(limit).median:.2f} GB/s"
     panel.text(1, len(rows) - 0.42, words, color=_LIMIT, fontsize=8.5, ha="center")
     shape = SHAPES[one.shape]
     what = f"{shape.shortest}-{shape.longest} tokens x {shape.hidden}, float16, batches of {one.batch}"
-    panel.set_title(f"{one.mode} reads, {what}, {one.nbytes / 2**30:.2g} GiB", fontsize=10, color=_TEXT, pad=18)
+    where = {"cold": "from the disk", "warm": "from memory (the page cache)"}[one.mode]
+    panel.set_title(f"{where}: {what}, {one.nbytes / 2**30:.2g} GiB", fontsize=10, color=_TEXT, pad=18)
     panel.set_yticks(range(len(rows)), [row.name for row in rows])
-    highest = max(row.ratios[0].high for row in rows)
-    panel.set_xlim(0, min(max(1.2, 1.04 * highest), _WIDEST))
+    panel.set_xlim(0, widest)
+    panel.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     panel.set_ylim(-0.5, len(rows) - 0.5)
     panel.xaxis.grid(True, color=_FAINT, linewidth=0.6, zorder=0)
     panel.set_axisbelow(True)

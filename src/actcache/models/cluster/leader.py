@@ -7,12 +7,14 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 from actcache.errors import ActcacheError, StorageIOError, StoreError, UsageError, WorkerError, requires_extra
@@ -33,6 +35,7 @@ from actcache.store.store import Store, open_store
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 60.0  # for a worker to store what it has computed when it is told to end
+_CONNECT_SECONDS = 10.0
 _LOOK_SECONDS = 1.0  # after which it is looked whether workers have started
 
 
@@ -71,7 +74,7 @@ def fill(
         if not isinstance(store, Store):
             store = stack.enter_context(open_store(store))
         store.check_writable()
-        stack.enter_context(_connected(ray, address))
+        stack.enter_context(connected(ray, address))
         each = _asked(ray, workers, cpus, gpus)
         sample, texts = error_budget.peeked(texts)
         job = Job(
@@ -107,7 +110,7 @@ def _noted(store: Store, fingerprint: str, run: str, finish: bool) -> list[Contr
 
 
 @contextlib.contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
+def connected(ray: Any, address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one here; where the caller is connected, use that."""
     if ray.is_initialized():
         if address is not None:
@@ -115,29 +118,62 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    here = {"include_dashboard": False, "num_cpus": available_cpus(), "_node_ip_address": "127.0.0.1"}
-    with _own_handlers():
-        try:
-            if address == "local":
-                _start(ray, **quiet, **here)
+    where = address if address not in (None, "auto") else os.environ.get("RAY_ADDRESS") or _running_here() or "local"
+    with contextlib.ExitStack() as stack:
+        with _own_handlers():
+            if where == "local":
+                stack.enter_context(_started(ray, quiet))
             else:
-                ray.init(address=address or "auto", **quiet)
-        except ConnectionError as error:
-            if address is not None or os.environ.get("RAY_ADDRESS"):
-                raise WorkerError(
-                    f"there is no Ray cluster at {address or os.environ['RAY_ADDRESS']}: {error}"
-                ) from None
-            _start(ray, **quiet, **here)
+                _check_listens(where)
+                try:
+                    ray.init(address=where, **quiet)
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    raise WorkerError(f"the Ray cluster at {where} cannot be used: {error}") from None
+        try:
+            yield
+        finally:
+            with _own_handlers():
+                ray.shutdown()
+
+
+def _running_here() -> str | None:
+    """Return the address of the cluster that ``ray start`` has made this machine a node of; None where it has not, or
+    that is gone."""
     try:
+        where = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text(encoding="utf-8")
+        _check_listens(where.strip())
+    except (OSError, WorkerError):
+        return None
+    return where.strip()
+
+
+def _check_listens(where: str) -> None:
+    """Raise ``WorkerError`` where nobody listens: Ray itself would wait for minutes, or for ever."""
+    host, _, port = where.rpartition("://")[2].strip("/").rpartition(":")
+    if not host or not port.isdecimal():
+        raise WorkerError(f"{where!r} is no address of a Ray cluster: write host:6379, ray://host:10001, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise WorkerError(f"there is no Ray cluster at {where}: {error}") from None
+
+
+@contextlib.contextmanager
+def _started(ray: Any, options: dict[str, Any]) -> Iterator[None]:
+    """Start a cluster that is for this machine alone: it listens to no other, and tells nobody of its use."""
+    given = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in given}
+    constants = ray._private.ray_constants  # where the variable is read when Ray is imported
+    enabled = constants.ENABLE_RAY_CLUSTER
+    os.environ.update({name: value for name, value in given.items() if before[name] is None})
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address="local", include_dashboard=False, num_cpus=available_cpus(), **options)
         yield
     finally:
-        with _own_handlers():
-            ray.shutdown()
-
-
-def _start(ray: Any, **options: Any) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody was asked
-    ray.init(address="local", **options)
+        constants.ENABLE_RAY_CLUSTER = enabled
+        for name in [name for name, value in before.items() if value is None]:
+            del os.environ[name]
 
 
 @contextlib.contextmanager
@@ -175,9 +211,10 @@ def _asked(ray: Any, workers: int | None, cpus: float | None, gpus: float | None
         if gpus:
             cpus = 1.0
         elif workers is None:  # a worker a node
-            cpus = max(1.0, min(found for node in nodes if (found := node.get("CPU", 0.0)) >= 1))
+            cpus = max(1.0, min((found for node in nodes if (found := node.get("CPU", 0.0)) >= 1), default=1.0))
         else:
-            cpus = max(1.0, there.get("CPU", 1.0) // workers)
+            share = there.get("CPU", 1.0) / workers
+            cpus = float(int(share)) if share >= 1 else share
     if workers is None:
         rooms = (
             min(node.get("CPU", 0.0) // cpus if cpus else 1e9, node.get("GPU", 0.0) // gpus if gpus else 1e9)
@@ -194,6 +231,7 @@ class _Member:
     number: int
     actor: Any = None
     attempt: int = 0
+    deaths: int = 0  # since something was stored
     started: float = 0.0
     answered: bool = False
     held: dict[int, Part] = field(default_factory=dict)  # what it was given and is not known to be durable
@@ -209,6 +247,10 @@ class _Member:
         return self.given - 1
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class _Crew:
     """The workers. A context manager: none of them outlives it."""
 
@@ -218,7 +260,7 @@ class _Crew:
         self._ray, self._job, self._each, self._device = ray, job, each, device
         self._actor = ray.remote(Worker)
         self._options = {"num_cpus": each.cpus, "num_gpus": each.gpus, **options, "max_restarts": 0}
-        self._deaths = deaths  # that may yet happen
+        self._deaths = deaths  # of workers of one share, one after another, that have stored nothing
         self.members = [_Member(number) for number in range(each.workers)]
         self._calls: dict[Any, _Member] = {}
         self.of_the_dead = (0, 0)  # documents that dead workers have computed and stored, as far as is known; tokens
@@ -273,16 +315,18 @@ class _Crew:
         """Return what a worker says; None where it has died, and another was started in its place."""
         try:
             news: News = self._ray.get(call)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayTaskError as error:  # what a worker foresees, it says
+            raise WorkerError(f"worker {self._name(member)} failed: {error}") from None
+        except self._ray.exceptions.RayError as error:  # it, its node, or what held the answer is gone
             self._died(member, error)
             bar.advance(-member.told)  # what was not durable is looked for, and computed, again
             self._start(member)
             return None
-        except self._ray.exceptions.RayError as error:
-            raise WorkerError(f"worker {self._name(member)} failed: {error}") from None
         member.answered = True
         member.told += news.documents
         bar.advance(news.documents, news.computed, news.tokens)
+        if news.durable:
+            member.deaths = 0
         for part in news.durable:
             member.told -= len(member.held.pop(part.number)[0])
             member.stored = member.stored[0] + part.computed, member.stored[1] + part.tokens
@@ -294,14 +338,14 @@ class _Crew:
     def _died(self, member: _Member, error: Exception) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.kill(member.actor)
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if not self._deaths:
+        why = _first_line(error)
+        member.deaths += 1
+        if member.deaths > self._deaths:
             member.done = True
             raise WorkerError(
-                f"worker {self._name(member)} died, and too many before it: {why}. It often means that memory ran out. "
-                "What was stored stays: fill again to go on"
+                f"worker {self._name(member)} died, and so did those before it: {why}. It often means that memory ran "
+                "out. What was stored stays: fill again to go on"
             )
-        self._deaths -= 1
         member.attempt += 1
         self.of_the_dead = self.of_the_dead[0] + member.stored[0], self.of_the_dead[1] + member.stored[1]
         member.stored = (0, 0)
@@ -354,7 +398,7 @@ class _Crew:
                     late = f"worker {number} did not store what it had within {STOP_SECONDS:.0f} s and was killed"
                     failures.append(StorageIOError(f"{late}: that is lost, fill again"))
                 except self._ray.exceptions.RayError as error:
-                    logger.warning("worker %d died as it was told to end: %s", number, error)
+                    logger.warning("worker %d died as it was told to end: %s", number, _first_line(error))
                 else:
                     failures += [news.failed.error()] if news.failed is not None else []
         finally:

@@ -211,6 +211,7 @@ def measure(
     for process in running:
         process.communicate()
     rate = sum(answer["done"] / answer["seconds"] for answer in answers)
+    console.print(f"  {kind}: {processes} processes, {more['batch']} in flight each: {rate:.1f} a second")
     return {"rate": rate, **{name: float(np.mean([one[name] for one in answers])) for name in ("cpu", "requests")}}
 
 

@@ -22,6 +22,7 @@ def test_a_billion_documents_by_hand():
     assert found["nbytes"] == nbytes
     assert found["segments"] == segments
     assert found["index_bytes"] == 64 * 10**9 + 700 * segments
+    assert found["process_memory"] == 2400 * segments + 56 * 10**9
     assert found["device_hours"] == pytest.approx(10**9 * 20e-3 / 3600)
     assert found["fill"] == pytest.approx(10**9 * 20e-3 / 1000)
     assert found["fill_bound"] == "the lower half"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from actcache import errors
+
 ROOT = Path(__file__).parents[2]
 HOME = "https://github.com/actcache/actcache/blob/main/"
 SITE = "https://actcache.github.io/actcache/"
@@ -53,3 +55,13 @@ def test_every_page_is_in_the_site():
     named = {line for block in re.findall(r"```\{toctree\}\n(.*?)```", index, re.DOTALL) for line in block.split("\n")}
     pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in ROOT.glob("docs/**/*.md")}
     assert {page for page in pages if not re.match(r"decisions/0|index$", page)} <= named
+
+
+def test_troubleshooting_names_every_error():
+    """But those that are only bases, by which callers catch."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    bases = {"ActcacheError", "StoreError", "DataError"}
+    named = {
+        name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, errors.ActcacheError)
+    }
+    assert {name for name in named if f"| `{name}` |" not in page and not name.startswith("_")} == bases

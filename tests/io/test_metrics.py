@@ -9,8 +9,10 @@ import urllib.request
 
 import pytest
 
+import actcache
 from actcache.io.metrics import Counters, JsonFormatter, process_metrics, prometheus_text
-from tests.support import ROOT
+from tests.cli.running import cachectl
+from tests.support import ROOT, put, recipe
 
 PAGE = (ROOT / "docs/watching.md").read_text(encoding="utf-8")
 
@@ -75,3 +77,15 @@ def test_a_line_of_json(monkeypatch):
     assert found.pop("pid") > 0
     own = {"level": "WARNING", "logger": "actcache.x", "message": "5 of é", "rank": "3"}
     assert found == own | {"store": "s3://bucket", "path": str(ROOT)}
+
+
+def test_a_commands_log_as_lines_of_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTCACHE_LOG", "json")
+    with actcache.open(tmp_path / "one") as store, store.space(recipe()) as space:
+        put(space, range(3))
+    done = cachectl("migrate", tmp_path / "one", tmp_path / "two")
+    assert done.code == 0
+    lines = [json.loads(line) for line in done.err.splitlines() if line.startswith("{")]
+    published = [line for line in lines if line["message"].startswith("published a segment of")]
+    assert [line["entries"] for line in published] == [3]
+    assert published[0]["level"] == "DEBUG"

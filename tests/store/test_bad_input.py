@@ -227,7 +227,7 @@ def test_markers(folder, marker, error):
         (b'{"format_version": 1}', FormatError),
         (b'{"format_version": 1e999}', FormatError),
         (b'{"format_version": "1"}', FormatError),
-        (b'{"format_version": 3}', FormatVersionError),
+        (b'{"format_version": 5}', FormatVersionError),
         ("other", FormatError),
     ],
 )

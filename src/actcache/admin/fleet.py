@@ -16,6 +16,8 @@ SEGMENT_BYTES = 256 << 20
 PART_BYTES = 16 << 20  # of an upload in parts
 INDEX_ENTRY_BYTES = 64
 INDEX_SEGMENT_BYTES = 700
+SEGMENT_MEMORY = 2400  # bytes of what a process knows of a segment
+DOCUMENT_MEMORY = 56  # of what a reader knows of a document: its key, its length, its places in the order
 INDEX_REWRITES = 12  # times that an entry is written into index files, until ten thousand flushes are made
 IN_FLIGHT = 32  # requests of a process at a time
 FLUSH_REQUESTS = 6  # beside the parts: the marker twice, two to begin and end an upload, the index file, the space
@@ -71,6 +73,7 @@ class FleetEstimate:
     nbytes: int
     segments: int
     index_bytes: int  # of the whole space: each process fetches and maps so many with its first look-up
+    process_memory: int  # bytes of a process that reads all of it, beside the mapped index
     open_seconds: float  # until all processes of a node have fetched that
     fill: float
     fill_bound: str
@@ -156,6 +159,7 @@ def estimate(
         nbytes=nbytes,
         segments=segments,
         index_bytes=index,
+        process_memory=segments * SEGMENT_MEMORY + documents * DOCUMENT_MEMORY,
         open_seconds=index * nodes.devices / nodes.network,
         fill=fill,
         fill_bound=fill_bound,

@@ -60,6 +60,10 @@ class CorpusSize:
     tokens: int  # of these
     passed: int | None = None  # tokens of a pass, where that reads passages several times
 
+    def to_json(self) -> dict[str, int]:
+        passed = {} if self.passed is None else {"passed": self.passed}
+        return {"documents": self.documents, "tokens": self.tokens, **passed}
+
     @property
     def of_pass(self) -> int:
         """Tokens that a pass reads, or computes."""

@@ -237,6 +237,7 @@ def _show_fleet(
     say(f"{nodes.count} machines of {nodes.devices} devices, which read {binary(nodes.network)}/s each")
     say(f"needs {binary(found.nbytes)} in {found.segments:,} segments; ${found.storage_month:,.0f} a month")
     say(f"index: {binary(found.index_bytes)}, which each process fetches and maps: {span(found.open_seconds)} to begin")
+    say(f"memory of a process that reads all of it: {binary(found.process_memory)}, beside the mapped index")
     hours = f"{found.device_hours:,.0f} hours of a device"
     hours += "" if prices is None else f" (${found.device_hours * prices.device_hour:,.0f})"
     say(

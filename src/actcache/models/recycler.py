@@ -306,7 +306,8 @@ class Recycler:
                 Ray is initialized already, that is used.
             options: ``workers`` (default: one a GPU; where there is none, one a node), ``cpus`` and ``gpus`` of each,
                 ``device`` in each; ``token_budget``, ``progress``, ``max_error``, ``metric`` as of ``fill``; ``deaths``
-                of workers that are borne (3); ``start_seconds`` within which they must have started (600);
+                that are borne, of workers of one share one after another, none of which stored anything (3);
+                ``start_seconds`` within which they must have started (600);
                 ``finish``: whether ``Space.finish`` is called in the end (True); ``ray_options``: of the actors, such
                 as ``{"runtime_env": {...}, "accelerator_type": "H100"}``.
 

@@ -49,7 +49,7 @@ def broken(*given: object, **named: object) -> Any:
     raise RuntimeError("CUDA out of memory")
 
 
-OPTIONS: dict[str, Any] = {"layer": 1, "dtype": "float32", "max_length": 64, "too_long": "truncate"}
+OPTIONS: dict[str, Any] = {"layer": 1, "dtype": "float32", "max_length": 48, "too_long": "truncate"}
 OPTIONS |= {"check_canaries": False}  # which would compute some documents again
 
 

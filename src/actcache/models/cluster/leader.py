@@ -211,7 +211,7 @@ def _asked(ray: Any, workers: int | None, cpus: float | None, gpus: float | None
         if gpus:
             cpus = 1.0
         elif workers is None:  # a worker a node
-            cpus = max(1.0, min(found for node in nodes if (found := node.get("CPU", 0.0)) >= 1))
+            cpus = max(1.0, min((found for node in nodes if (found := node.get("CPU", 0.0)) >= 1), default=1.0))
         else:
             share = there.get("CPU", 1.0) / workers
             cpus = float(int(share)) if share >= 1 else share
@@ -231,6 +231,7 @@ class _Member:
     number: int
     actor: Any = None
     attempt: int = 0
+    deaths: int = 0  # since something was stored
     started: float = 0.0
     answered: bool = False
     held: dict[int, Part] = field(default_factory=dict)  # what it was given and is not known to be durable
@@ -246,6 +247,10 @@ class _Member:
         return self.given - 1
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class _Crew:
     """The workers. A context manager: none of them outlives it."""
 
@@ -255,7 +260,7 @@ class _Crew:
         self._ray, self._job, self._each, self._device = ray, job, each, device
         self._actor = ray.remote(Worker)
         self._options = {"num_cpus": each.cpus, "num_gpus": each.gpus, **options, "max_restarts": 0}
-        self._deaths = deaths  # that may yet happen
+        self._deaths = deaths  # of workers of one share, one after another, that have stored nothing
         self.members = [_Member(number) for number in range(each.workers)]
         self._calls: dict[Any, _Member] = {}
         self.of_the_dead = (0, 0)  # documents that dead workers have computed and stored, as far as is known; tokens
@@ -310,16 +315,18 @@ class _Crew:
         """Return what a worker says; None where it has died, and another was started in its place."""
         try:
             news: News = self._ray.get(call)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayTaskError as error:  # what a worker foresees, it says
+            raise WorkerError(f"worker {self._name(member)} failed: {error}") from None
+        except self._ray.exceptions.RayError as error:  # it, its node, or what held the answer is gone
             self._died(member, error)
             bar.advance(-member.told)  # what was not durable is looked for, and computed, again
             self._start(member)
             return None
-        except self._ray.exceptions.RayError as error:
-            raise WorkerError(f"worker {self._name(member)} failed: {error}") from None
         member.answered = True
         member.told += news.documents
         bar.advance(news.documents, news.computed, news.tokens)
+        if news.durable:
+            member.deaths = 0
         for part in news.durable:
             member.told -= len(member.held.pop(part.number)[0])
             member.stored = member.stored[0] + part.computed, member.stored[1] + part.tokens
@@ -331,14 +338,14 @@ class _Crew:
     def _died(self, member: _Member, error: Exception) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.kill(member.actor)
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if not self._deaths:
+        why = _first_line(error)
+        member.deaths += 1
+        if member.deaths > self._deaths:
             member.done = True
             raise WorkerError(
-                f"worker {self._name(member)} died, and too many before it: {why}. It often means that memory ran out. "
-                "What was stored stays: fill again to go on"
+                f"worker {self._name(member)} died, and so did those before it: {why}. It often means that memory ran "
+                "out. What was stored stays: fill again to go on"
             )
-        self._deaths -= 1
         member.attempt += 1
         self.of_the_dead = self.of_the_dead[0] + member.stored[0], self.of_the_dead[1] + member.stored[1]
         member.stored = (0, 0)
@@ -391,7 +398,7 @@ class _Crew:
                     late = f"worker {number} did not store what it had within {STOP_SECONDS:.0f} s and was killed"
                     failures.append(StorageIOError(f"{late}: that is lost, fill again"))
                 except self._ray.exceptions.RayError as error:
-                    logger.warning("worker %d died as it was told to end: %s", number, error)
+                    logger.warning("worker %d died as it was told to end: %s", number, _first_line(error))
                 else:
                     failures += [news.failed.error()] if news.failed is not None else []
         finally:

@@ -156,6 +156,7 @@ SHELL_WORDS = {
     "open it with mode='a' to create one": "cachectl fill makes one",
     ", or read only with mode='r'": "",
     ", or read with mode='r'": "",
+    ", or read it with mode='r'": "",
     "read with mode='r'": "give some that may, or let these",
     "free some space and flush again": "free some space and run it again",
     "space.delete(error.keys) makes": "cachectl repair makes",

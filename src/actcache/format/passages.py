@@ -7,6 +7,7 @@ documents are cut decides what is found, never what is right.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -113,12 +114,31 @@ def cut(ids: NDArray[np.integer], ranks: NDArray[np.uint8], least: int, most: in
         bounds += places[(worth[places] < smallest[places - least]) & (worth[places] <= smallest[places + 1])].tolist()
     bounds.append(count)
     result = [0]
-    for end in bounds[1:]:
-        while end - (begin := result[-1]) > most:  # where many places are equal, or by chance
-            some = worth[begin + least : min(begin + most, end - least) + 1]
-            result.append(begin + least + int(len(some) - 1 - np.argmin(some[::-1])))
-        result.append(end)
+    for begin, end in itertools.pairwise(bounds):
+        # Towards a document's own begin or end, where something may be added, so that cuts further in stay.
+        within = _forward if end == count and begin > 0 else _backward
+        result += [*within(worth, begin, end, least, most), end]
     return np.array(result, np.int64)
+
+
+def _forward(worth: NDArray[np.uint64], begin: int, end: int, least: int, most: int) -> list[int]:
+    """Cut a stretch that is too long, by chance or where many places are equal, from its begin on; return the cuts."""
+    cuts: list[int] = []
+    while end - begin > most:
+        some = worth[begin + least : min(begin + most, end - least) + 1]
+        begin += least + int(len(some) - 1 - np.argmin(some[::-1]))  # of equal ones the last
+        cuts.append(begin)
+    return cuts
+
+
+def _backward(worth: NDArray[np.uint64], begin: int, end: int, least: int, most: int) -> list[int]:
+    """The same from its end on."""
+    cuts: list[int] = []
+    while end - begin > most:
+        first = max(end - most, begin + least)
+        end = first + int(np.argmin(worth[first : end - least + 1]))  # of equal ones the first
+        cuts.append(end)
+    return cuts[::-1]
 
 
 def _worth(ids: NDArray[np.integer], ranks: NDArray[np.uint8]) -> NDArray[np.uint64]:

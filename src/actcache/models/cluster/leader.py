@@ -78,7 +78,14 @@ def fill(
         each = _asked(ray, workers, cpus, gpus)
         sample, texts = error_budget.peeked(texts)
         job = Job(
-            replace(blueprint, store=store), token_budget, sample, max_error, metric, secrets.token_hex(4), each.workers
+            replace(blueprint, store=store.address),
+            token_budget,
+            sample,
+            max_error,
+            metric,
+            secrets.token_hex(4),
+            each.workers,
+            store.__reduce__(),
         )
         partitioner = Partitioner(texts, each.workers, CHUNK)
         bar = stack.enter_context(FillProgress(count, show=progress))

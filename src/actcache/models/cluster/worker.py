@@ -7,7 +7,8 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -37,6 +38,7 @@ class Job:
     metric: str
     run: str
     workers: int
+    reopen: tuple[Any, ...] | None = None  # opens the blueprint's store there, and no other: what pickles it
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,12 @@ class Worker:
         torch.set_num_threads(self._threads)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        with contextlib.closing(job.blueprint.make(device)) as recyclers:
+        blueprint = job.blueprint
+        with contextlib.ExitStack() as stack:
+            if job.reopen is not None:  # here, where an error is told
+                store = stack.enter_context(job.reopen[0](*job.reopen[1]))
+                blueprint = replace(blueprint, store=store)
+            recyclers = stack.enter_context(contextlib.closing(blueprint.make(device)))
             filler = recyclers.filler
             if self._share.number == 0:
                 error_budget.measured(job.sample, filler.agreements, job.max_error, job.metric)

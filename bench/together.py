@@ -49,12 +49,13 @@ STUDENT, TAUGHT = "student, 1 layer", "student, taught"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--packages", type=int, default=6)
     parser.add_argument("--most", type=int, default=50, help="docstrings of a package")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--student-epochs", type=int, default=6)
-    parser.add_argument("--weight", type=float, default=1.0, help="of the error to the teacher's rows")
+    parser.add_argument("--student-epochs", type=int, default=8)
+    parser.add_argument("--student-rate", type=float, default=1e-3)
+    parser.add_argument("--weight", type=float, default=0.1, help="of the error to the teacher's rows")
     parser.add_argument("--thresholds", default="0.7,0.9", help="of early exit")
     parser.add_argument("--rounds", type=int, default=9, help="of evaluation, for the seconds")
     parser.add_argument("--json", type=Path)
@@ -105,7 +106,7 @@ class Bench:
         exiting = EarlyExit(self.recycler.reduce(self._task(seed)))
         self._train(exiting, batches, seed, options.epochs)
         student = self.recycler.reduce(self._task(seed, num_hidden_layers=LAYER + 1))
-        self._train(student, batches, seed, options.student_epochs)
+        self._train(student, batches, seed, options.student_epochs, options.student_rate)
         taught = self._taught(models[FULL], train_texts, seed)
         models |= {REDUCED + INT8: int8(reduced), STUDENT: student, TAUGHT: taught, TAUGHT + INT8: int8(taught)}
         for suffix, model in (("", exiting), (INT8, int8(exiting))):
@@ -142,9 +143,9 @@ class Bench:
         kind = AutoModelForSequenceClassification
         return kind.from_pretrained(get_model_path(), num_labels=classes, **sizes).eval()
 
-    def _train(self, model: nn.Module, batches: Any, seed: int, epochs: int) -> None:
+    def _train(self, model: nn.Module, batches: Any, seed: int, epochs: int, rate: float = RATE) -> None:
         torch.manual_seed(seed)  # the same dropout where the same layers have any
-        train(model, batches, rate=RATE, epochs=epochs)
+        train(model, batches, rate=rate, epochs=epochs)
         model.eval()
 
     def _taught(self, full: nn.Module, which: np.ndarray, seed: int) -> nn.Module:
@@ -154,10 +155,11 @@ class Bench:
         some = [self.texts.texts[i] for i in which]
         with recycler_of(teacher.base_model, "last", self._folder / f"teacher-{seed}") as recycler:
             recycler.fill(some, progress=False)
-            options = {"labels": self.texts.labels[which], "batch_size": BATCH, "shuffle": True, "bucket": True}
-            batches = TeachingBatches(self.recycler, recycler, some, seed=seed, **options)
+            given = {"labels": self.texts.labels[which], "batch_size": BATCH, "shuffle": True, "bucket": True}
+            batches = TeachingBatches(self.recycler, recycler, some, seed=seed, **given)
             distillation = Distillation(student, teacher.config.hidden_size, self._options.weight)
-            self._train(distillation, batches, seed, self._options.student_epochs)
+            options = self._options
+            self._train(distillation, batches, seed, options.student_epochs, options.student_rate)
         return student
 
     def _batches(self, which: np.ndarray, seed: int, *, shuffle: bool) -> Any:

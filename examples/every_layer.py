@@ -3,6 +3,7 @@
 #
 # Where in a model is it known which module of Python a docstring is from? One pass stores all layers; a probe
 # on each takes seconds.
+# It draws with matplotlib, which `pip install 'actcache[models,plots]'` brings.
 
 # %%
 import ast

@@ -269,6 +269,13 @@ class Filler:
             def advance(done: int, computed: int, tokens: int) -> None:  # documents are told of as wholes
                 tell(0, 0, tokens)
 
+        if contributor is not None:
+            then, noted = advance, contributor
+
+            def advance(done: int, computed: int, tokens: int) -> None:  # after each put, which are seconds apart
+                noted.note()
+                then(done, computed, tokens)
+
         documents = left_out = 0
         full = compared = False
         stored = _Stored(advance)
@@ -300,8 +307,6 @@ class Filler:
                     copies = Counter(keys)
                     left_out += sum(copies[key] for key in absent)
                     advance(len(absent), 0, 0)
-                if contributor is not None:
-                    contributor.note()
         finally:
             with ExitStack() as stack:  # all of them, also where one fails
                 if contributor is not None:

@@ -209,7 +209,11 @@ def test_a_worker_is_killed_then_the_driver_and_the_next_fill_completes_it(place
     assert [dict(one) for one in report["contributions"]] == [
         dict(vars(note)) for note in notes if note.run == report["contributions"][0]["run"]
     ]
-    assert sum(note.entries for note in notes) == COUNT
+    run = report["contributions"][0]["run"]
+    assert sum(note.entries for note in notes if note.run == run) == report["computed"]
+    # What the driver's death cut off may have been published and not noted: one segment of each worker.
+    known = sum(note.entries for note in notes if note.run != run)
+    assert len(before_rerun) // 2 < known <= len(before_rerun)
     if place.startswith("hdf5"):
         assert set(copies_in_files(place).values()) == {1}
 

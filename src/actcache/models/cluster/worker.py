@@ -89,6 +89,7 @@ class Worker:
         self._put: list[tuple[list[int], Durable]] = []  # those not known to be durable, and entries added by then
         self._durable: list[Durable] = []  # since the last news
         self._filler: Filler | None = None
+        self._contributor: Contributor | None = None
         self._report: FillReport | None = None
         self._failed: Failed | None = None
         self._thread = threading.Thread(target=self._run, name="actcache-fill", daemon=True)
@@ -102,6 +103,8 @@ class Worker:
     def news(self, parts: Sequence[Numbered | None]) -> News:
         """Take parts (None: there are no more), and tell what has become of those before: at once where that is
         something, else when something has, or in a second."""
+        if self._contributor is not None:
+            self._contributor.note()  # within a second of a segment: a worker that is killed says no more
         with self._changed:
             self._in_hand += sum(part is not None for part in parts)
             for part in parts:
@@ -155,7 +158,7 @@ class Worker:
                 filler.spaces, str(self._share), run=job.run, attempt=self._attempt, device=device
             )
             with self._changed:
-                self._filler, self._fingerprints = filler, filler.fingerprints
+                self._filler, self._fingerprints, self._contributor = filler, filler.fingerprints, contributor
                 self._changed.notify()
             try:
                 return filler.fill_parts(
@@ -168,7 +171,7 @@ class Worker:
             finally:
                 with self._changed:
                     self._look()
-                    self._filler = None
+                    self._filler = self._contributor = None
 
     def _given(self, filler: Filler) -> Iterator[Part]:
         while (numbered := self._parts.get()) is not None and not self._stopping:

@@ -65,7 +65,9 @@ class Recyclers(Mapping[int | str, Recycler]):
         places = {str(where) if isinstance(where, Site) else where: where for where in expanded(base, family, given)}
         found = {name: LowerHalf(base, family, where).site for name, where in places.items()}
         digests = lower_digests(base, family, list(found.values()))
-        self._made_by: dict[str, Any] = {"layers": layers if isinstance(layers, str) else list(layers)}
+        self._made_by: dict[str, Any] = {
+            "layers": list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
+        }
         self._made_by |= {"sites": list(sites)}
         self._made_by |= {name: value for name, value in options.items() if not name.startswith("_")}
         self._base = base

@@ -54,7 +54,7 @@ def test_what_is_no_whole_number(value, tmp_path):
         if (name, value) != ("max_length", None):
             with pytest.raises(RecipeError, match=name):
                 recipe(**{name: value})
-    for lengths in ((value,), (8, value)):
+    for lengths in ((value,), (8, value))[value is None :]:  # windows() are as long as the model takes
         with pytest.raises(DocumentError):
             actcache.windows(*lengths)
     with actcache.open(tmp_path / "store") as store:

@@ -68,7 +68,7 @@ def test_dtypes_as_people_type_them():
         made = actcache.Recipe(model="m", layer=np.int64(3), hidden_size=8, dtype=given, compute_dtype=torch.float32)
         assert (made.dtype, made.compute_dtype, made.layer) == ("float16", "float32", 3)
         assert made == actcache.Recipe(model="m", layer=3, hidden_size=8)
-    for wrong in (torch.int64, np.float64, "float"):
+    for wrong in (torch.int64, np.float64, "floating"):
         with pytest.raises(errors.RecipeError, match=r"is not one of float16, float32"):
             actcache.Recipe(model="m", layer=3, hidden_size=8, dtype=wrong)
 

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SMALL = 64 << 10  # bytes: half of what glibc maps anew for each allocation
 _LINE = 64  # bytes of a line of the processor's cache: rows that fill whole ones are written without reading them
 
 
 class BufferPool:
     """A few buffers of bytes, ``most`` of which are kept; where all are in use, more are made and left to the
-    collector. Thread-safe."""
+    collector. Arrays of fewer than ``least`` bytes are fresh ones: the allocator keeps so much at hand itself.
+    Thread-safe."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, least: int = 0) -> None:
+        self._most, self._least = most, least
         self._buffers: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
@@ -33,6 +35,8 @@ class BufferPool:
         tells; this holds for CPython with a global lock, and elsewhere a buffer is simply not used again.
         """
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if nbytes < self._least:
+            return np.empty(shape, dtype)
         with self._lock:
             buffer = self._free(nbytes)
             first = -buffer.ctypes.data % _LINE

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from actcache.entries.batch import Batch, PackedBatch
 from actcache.format import codec
 from actcache.format.ragged import offsets_of, row_indices
-from actcache.io.buffers import BufferPool
+from actcache.io.buffers import SMALL, BufferPool
 from actcache.reader.fetch import HostBatch
 
 _NARROW = 128  # tokens of a batch's longest entry: the table of its masks is 130 KB then
@@ -99,8 +99,8 @@ class HostDelivery(Delivery):
         most = depth + 3  # those that wait, the one being read, the consumer's, and the one before
         self.buffers = BufferPool(most)
         # Fresh memory costs more than what is written into it: its pages are made one by one.
-        self.id_buffers = BufferPool(most)
-        self._numbers_in, self._ids_in, self._masks_in = (BufferPool(most) for _ in range(3))
+        self.id_buffers = BufferPool(most, SMALL)
+        self._numbers_in, self._ids_in, self._masks_in = (BufferPool(most, SMALL) for _ in range(3))
         self._torch = torch
 
     def deliver(self, read: HostBatch, members: BatchMembers) -> Delivered:

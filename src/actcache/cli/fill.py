@@ -291,7 +291,7 @@ def fill(
             if field is not None or id_field is not None:
                 raise UsageError(f"{media.kind} have no fields: leave --field and --id-field out")
             if len(places) > 1 or ray is not None:
-                raise UsageError(f"several --devices, and --ray, are for texts: {media.kind} are computed by one")
+                raise UsageError(f"several --devices are for texts, and --ray is: {media.kind} are computed by one")
             media.check()
             by: By = "bytes" if key_by is KeyBy.bytes else "content"
             given = _of_media(media, by)

@@ -144,10 +144,9 @@ def _document(store: Store, key: bytes, spaces: Sequence[str], what: str) -> Doc
 
 
 def _missing(store: Store, what: str, spaces: Sequence[str], unreadable: dict[str, str]) -> MissingEntryError:
-    looked = len(select_spaces(store, spaces)) - len(unreadable)
-    message = f"{store.url} has no entry for {what}: looked into {looked} space{'' if looked == 1 else 's'}"
-    recipes = [one for one in store.recipes() if one.fingerprint in select_spaces(store, spaces)]
-    if any(one.too_long == "passages" for one in recipes):
+    looked = [name for name in select_spaces(store, spaces) if name not in unreadable]
+    message = f"{store.url} has no entry for {what}: looked into {len(looked)} space{'' if len(looked) == 1 else 's'}"
+    if any(recipe is not None and recipe.too_long == "passages" for recipe in map(store.recipe, looked)):
         message += (
             "; documents that are cut into passages have no key of their own here, recycler.passages tells theirs"
         )

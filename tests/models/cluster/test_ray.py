@@ -167,11 +167,13 @@ def test_a_worker_is_killed_then_the_driver_and_the_next_fill_completes_it(place
 
     driver = drive()
     try:
-        happens(watched.notes, driver)
+        happens(lambda: watched.notes() and len(list(log.iterdir())) == 2, driver)
         victim = pid_of(watched.notes()[0])
+        workers = {path.name for path in log.iterdir()}
         os.kill(victim, signal.SIGKILL)
         before_death = {keys[key] for key in watched.stored()}
-        happens(lambda: any(note.attempt == 1 for note in watched.notes()), driver)
+        # As soon as the successor computes: on an idle machine it is done a moment after its first segment.
+        happens(lambda: any(path.stat().st_size for path in log.iterdir() if path.name not in workers), driver)
         processes = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
     finally:
@@ -200,11 +202,11 @@ def test_a_worker_is_killed_then_the_driver_and_the_next_fill_completes_it(place
 
     # Who computed what, by the store.
     notes = watched.notes()
-    assert {(note.partition, note.attempt) for note in notes} == {
+    named = {(note.partition, note.attempt) for note in notes}
+    assert named - {(_share(notes, victim), 1)} == {
         ("0/2", 0),
         ("1/2", 0),
-        (f"{_share(notes, victim)}", 1),
-    }
+    }  # the successor may have died before its first
     assert len({note.run for note in notes}) == 2
     assert [dict(one) for one in report["contributions"]] == [
         dict(vars(note)) for note in notes if note.run == report["contributions"][0]["run"]

@@ -35,6 +35,7 @@ from actcache.models.training.regimes import Inputs
 from actcache.models.training.sweep import evaluate, train
 from actcache.models.vocabulary import count_stored, prune_vocabulary
 from bench.docstrings import Corpus, corpus
+from bench.fed import Batches, FromTokens
 from bench.report import Report
 from bench.sidebyside import quietly
 
@@ -129,7 +130,7 @@ class Bench:
                     torch.manual_seed(seed)
                     model = self._recycler.consumer(make(seed), self._tokenizer, how=how, start=start)
                 else:
-                    model = _FromTokens(model)
+                    model = FromTokens(model)
                 sizes[name] = sum(parameter.numel() for parameter in model.parameters())
                 found[name].append(self._trained(model, seed, epochs, rate))
                 print(f"seed {seed}, {name}: {found[name][-1][0]:.1f} %", flush=True)
@@ -156,32 +157,10 @@ class Bench:
         seconds = (time.perf_counter() - begin) / (epochs * len(batches))
         return 100 * evaluate(model, self._batches(held_out, seed, shuffle=False)), seconds
 
-    def _batches(self, which: np.ndarray, seed: int, *, shuffle: bool) -> _Batches:
+    def _batches(self, which: np.ndarray, seed: int, *, shuffle: bool) -> Batches:
         options = {"batch_size": BATCH, "bucket": True, "shuffle": shuffle, "seed": seed}
         labels = self._texts.labels[which]
-        return _Batches(self._recycler.reader([self._texts.texts[i] for i in which], labels=labels, **options))
-
-
-class _Batches:
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __iter__(self) -> Any:
-        return (batch.model_inputs() for batch in self._reader)
-
-
-class _FromTokens(torch.nn.Module):
-    """A full model that is called as a consumer is, and reads the tokens alone."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, activations: torch.Tensor, token_ids: torch.Tensor, **others: Any) -> Any:
-        return self.model(input_ids=token_ids, **others)
+        return Batches(self._recycler.reader([self._texts.texts[i] for i in which], labels=labels, **options))
 
 
 class _Pooled(torch.nn.Module):

@@ -37,6 +37,7 @@ from actcache.models.training.early_exit import EarlyExit
 from actcache.models.training.sweep import evaluate, train
 from bench.demo import LAYER, RATE
 from bench.docstrings import Corpus, corpus
+from bench.fed import Batches, FromTokens
 from bench.report import Report
 from bench.sidebyside import quietly
 
@@ -101,7 +102,7 @@ class Bench:
         models: dict[str, nn.Module] = {}
         reduced: Any = self.recycler.reduce(self._task(seed))
         self._train(reduced, batches, seed, options.epochs)
-        models[FULL] = _FromTokens(reduced.merge_into(self._task(seed)))
+        models[FULL] = FromTokens(reduced.merge_into(self._task(seed)))
         models[REDUCED] = reduced
         exiting = EarlyExit(self.recycler.reduce(self._task(seed)))
         self._train(exiting, batches, seed, options.epochs)
@@ -165,7 +166,7 @@ class Bench:
     def _batches(self, which: np.ndarray, seed: int, *, shuffle: bool) -> Any:
         given: dict[str, Any] = {"batch_size": BATCH, "bucket": True, "shuffle": shuffle, "seed": seed}
         some = [self.texts.texts[i] for i in which]
-        return _Batches(self.recycler.reader(some, labels=self.texts.labels[which], **given))
+        return Batches(self.recycler.reader(some, labels=self.texts.labels[which], **given))
 
 
 def int8(model: nn.Module) -> nn.Module:
@@ -177,28 +178,6 @@ def weight_bytes(model: nn.Module) -> int:
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     return buffer.tell()
-
-
-class _Batches:
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __iter__(self) -> Any:
-        return (batch.model_inputs() for batch in self._reader)
-
-
-class _FromTokens(nn.Module):
-    """A full model that is called as a reduced one is, and computes everything."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, activations: torch.Tensor, token_ids: torch.Tensor, **others: Any) -> Any:
-        return self.model(input_ids=token_ids, **others)
 
 
 class _At(nn.Module):

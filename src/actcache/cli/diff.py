@@ -34,13 +34,7 @@ def diff(
     field: options.Field = None,
     format: options.Format = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: what the model takes.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="How rows are stored: float16, int8, ...; default: the model's.",
-            autocompletion=options.complete_dtypes,
-        ),
-    ] = None,
+    dtype: options.StoredDtype = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what a revision of a corpus costs: which tokens are used again, which are computed, and their bytes.

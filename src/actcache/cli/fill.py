@@ -158,13 +158,7 @@ def fill(
             "repeated."
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="How rows are stored: float16, int8, ...; default: the model's.",
-            autocompletion=options.complete_dtypes,
-        ),
-    ] = None,
+    dtype: options.StoredDtype = None,
     max_error: Annotated[
         float | None,
         typer.Option(min=0, help="Relative error that storing may make, measured on the first documents; else refuse."),

@@ -55,6 +55,12 @@ def complete_dtypes(incomplete: str) -> list[str]:
     return [name for name in names() if name.startswith(incomplete)]
 
 
+StoredDtype = Annotated[
+    str | None,
+    typer.Option(help="How rows are stored: float16, int8, ...; default: the model's.", autocompletion=complete_dtypes),
+]
+
+
 Store = Annotated[str, typer.Argument(help="Path or URL of the store.", show_default=False)]
 NewStore = Annotated[str, typer.Argument(help="Path or URL of the store; made where it is absent.", show_default=False)]
 Spaces = Annotated[

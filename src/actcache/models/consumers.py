@@ -36,13 +36,12 @@ from actcache.errors import (
 from actcache.format.arguments import whole
 from actcache.format.recipe import Recipe
 from actcache.models import loading, saving
-from actcache.models.answers import as_positions, takes_answers
 from actcache.models.canary import TEXTS
 from actcache.models.families import base_model_of, family_of
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import kept_of, some_ids, vocabulary_size
 from actcache.models.processing import takes_features
-from actcache.models.replay import ReducedModel, check_inputs, signature_from_rows
+from actcache.models.replay import ReducedModel, check_inputs, forward_from_rows
 from actcache.models.saving import WEIGHTS_NAME
 from actcache.models.stubs import InjectedRows
 from actcache.models.tensors import dtype_name, unshared
@@ -381,17 +380,7 @@ def _first_of(output: Any) -> torch.Tensor:
 
 @functools.cache
 def _consumer_class(task_class: Any) -> Any:  # a class of models, and a subclass of it
-    def forward(
-        self: Any, activations: Any = None, token_ids: Any = None, attention_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        original = functools.partial(task_class.forward, self)
-        if answers:
-            kwargs = as_positions(kwargs, task_class)
-        return self._consume(original, activations, token_ids, attention_mask, kwargs)
-
-    answers = takes_answers(task_class)
-    forward.__signature__ = signature_from_rows(task_class, _DROPPED)  # type: ignore[attr-defined]
-    forward.__doc__ = f"{task_class.__name__}'s forward, with a source's stored rows beside its token ids."
+    forward = forward_from_rows(task_class, "_consume", _DROPPED, "with a source's stored rows beside its token ids")
     consumer = type(
         f"Consumer{task_class.__name__}",
         (ConsumerModel, task_class),

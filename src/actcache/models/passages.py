@@ -109,29 +109,30 @@ def _outlined(encoder: DocumentEncoder, documents: list[Document], positions: Se
 
 def check_outline_found(outline: Outline, there: NDArray[np.bool_]) -> None:
     """Refuse documents of which passages are missing, with a ``MissingEntryError`` that holds the passages' keys."""
-    if there.all():
-        return
-    missing = np.flatnonzero(~there)
-    documents = np.unique(outline.documents[missing])
-    raise MissingEntryError(
-        f"{len(documents)} of {outline.count} documents have passages that are not in the space "
-        f"({len(missing)} of {len(outline)}), the first at position {documents[0]}: fill them first, or have a reader "
-        "skip these passages (on_missing='skip')",
-        [bytes(key) for key in outline.keys[missing]],
-    )
+    if not there.all():
+        documents, keys = _missing(outline, there)
+        raise MissingEntryError(
+            f"{len(documents)} of {outline.count} documents have passages that are not in the space "
+            f"({len(keys)} of {len(outline)}), the first at position {documents[0]}: fill them first, or have a reader "
+            "skip these passages (on_missing='skip')",
+            keys,
+        )
 
 
 def check_revised(outline: Outline, there: NDArray[np.bool_]) -> None:
     """Refuse a revision of documents that are not stored, with a ``MissingEntryError`` that holds the missing keys."""
-    if there.all():
-        return
-    missing = np.flatnonzero(~there)
-    documents = np.unique(outline.documents[missing])
-    raise MissingEntryError(
-        f"{len(documents)} of the {outline.count} documents that were revised are not in the space, the first at "
-        f"position {documents[0]}: fill them first, cut in the same way, or fill the revision as it is",
-        [bytes(key) for key in outline.keys[missing]],
-    )
+    if not there.all():
+        documents, keys = _missing(outline, there)
+        raise MissingEntryError(
+            f"{len(documents)} of the {outline.count} documents that were revised are not in the space, the first at "
+            f"position {documents[0]}: fill them first, cut in the same way, or fill the revision as it is",
+            keys,
+        )
+
+
+def _missing(outline: Outline, there: NDArray[np.bool_]) -> tuple[NDArray[np.int64], list[bytes]]:
+    """Return the documents that lack passages, ascending, and these passages' keys."""
+    return np.unique(outline.documents[~there]), [bytes(key) for key in outline.keys[~there]]
 
 
 @dataclass(frozen=True)

@@ -318,17 +318,7 @@ class ReducedModel:
 
 @functools.cache
 def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass of it
-    def forward(
-        self: Any, activations: Any = None, token_ids: Any = None, attention_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        original = functools.partial(task_class.forward, self)
-        if answers:
-            kwargs = as_positions(kwargs, task_class)
-        return self._replay(original, activations, token_ids, attention_mask, kwargs)
-
-    answers = takes_answers(task_class)
-    forward.__signature__ = signature_from_rows(task_class, _DROPPED)  # type: ignore[attr-defined]
-    forward.__doc__ = f"{task_class.__name__}'s forward, from stored activations."
+    forward = forward_from_rows(task_class, "_replay", _DROPPED, "from stored activations")
     reduced = type(
         f"Reduced{task_class.__name__}",
         (ReducedModel, task_class),
@@ -341,6 +331,29 @@ def _reduced_class(task_class: Any) -> Any:  # a class of models, and a subclass
     # transformers finds what a base model can record (output_hidden_states) by its class's qualified name
     reduced.__module__, reduced.__qualname__ = task_class.__module__, task_class.__qualname__
     return reduced
+
+
+def forward_from_rows(task_class: Any, method: str, dropped: Collection[str], how: str) -> Any:
+    """Return a task class's forward that takes stored rows: it hands the class's own one, and its inputs, to a method.
+
+    Args:
+        method: of the model, called with the original forward, activations, token ids, attention mask and the others.
+        dropped: arguments of the original that the signature does not have.
+        how: says in the docstring where the numbers come from.
+    """
+
+    def forward(
+        self: Any, activations: Any = None, token_ids: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        original = functools.partial(task_class.forward, self)
+        if answers:
+            kwargs = as_positions(kwargs, task_class)
+        return getattr(self, method)(original, activations, token_ids, attention_mask, kwargs)
+
+    answers = takes_answers(task_class)
+    forward.__signature__ = signature_from_rows(task_class, dropped)  # type: ignore[attr-defined]
+    forward.__doc__ = f"{task_class.__name__}'s forward, {how}."
+    return forward
 
 
 def signature_from_rows(task_class: Any, dropped: Collection[str]) -> inspect.Signature:

@@ -162,10 +162,8 @@ class Mixer:
     ) -> None:
         self._documents, self._exclusion, self._wanted = documents, exclusion, wanted
         self._buffers, self._head, self._stats = buffers, head, stats
-        self._silent, self._left = (
-            0,
-            0,
-        )  # portions that are read without an announcement, and those that are left of them
+        # Portions that are read without an announcement, and those that are left of them.
+        self._silent, self._left = 0, 0
 
     def mix(self, mixes: Mixes, number: int) -> MixedRows:
         """Read and mix the rows of a mix; raises as ``RowDocuments.scatter``."""

@@ -158,7 +158,7 @@ def test_a_data_set_of_ray_data_and_windows(here, tiny, tmp_path):  # noqa: F811
     with Recycler.from_pretrained(tiny, layer=2, store=tmp_path / "s", too_long=windows) as recycler:
         with pytest.raises(UsageError, match="'body', 'n'"):
             recycler.fill_ray(dataset)
-        report = recycler.fill_ray(dataset, field="body", workers=1, progress=False)
+        report = recycler.fill_ray(dataset, field="body", address="auto", workers=1, progress=False)
         assert (report.documents, report.computed) == (len(GIVEN), len(TEXTS))
         assert recycler.missing(TEXTS) == []
         assert report.contributions[0].entries == len(recycler.space) > len(TEXTS)

@@ -79,7 +79,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("place", ["hdf5", "s3"], indirect=True)
 def test_a_worker_is_killed_then_the_driver_and_the_next_fill_completes_it(place, tmp_path):
-    model = get_model_path()
+    model = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(model)
     killed = Killed(place, different((text[:250] for text in _sources()), tokenizer, COUNT), tmp_path / "log")
     settings: dict[str, Any] = {"model": model, "address": "local", "finish": False}

@@ -32,6 +32,7 @@ class Job:
     blueprint: Blueprint  # its store is a URL or path that means the same from everywhere
     token_budget: int
     max_bytes: int | None
+    first: list[Document]  # which can be stored, or nothing is made
     sample: list[Document]  # of which the first process measures what storing does, before any stores
     max_error: float | None
     metric: str
@@ -136,7 +137,7 @@ def _result(
         channel.send(Advanced(*counts))
 
     try:
-        with contextlib.closing(job.blueprint.make(device)) as recyclers:
+        with contextlib.closing(job.blueprint.make(device, job.first)) as recyclers:
             filler = recyclers.filler
             if number == 0:
                 error_budget.measured(job.sample, filler.agreements, job.max_error, job.metric)

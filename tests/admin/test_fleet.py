@@ -57,6 +57,20 @@ def test_what_bounds_a_pass(changes, bound):
     assert more.replay == pytest.approx(found.replay / 2)
 
 
+def test_a_pass_reads_a_passage_wherever_it_stands_and_a_fill_computes_it_once():
+    once, costs, nodes = CorpusSize(1000, 1_000_000), ModelCosts(1e-4, 5e-5, 1024), Nodes(2)
+    repeated = dataclasses.replace(once, passed=3_000_000, places=4000)
+    alone, found = (fleet.estimate(load, costs, "float16", nodes) for load in (once, repeated))
+    assert (found.nbytes, found.fill, found.fill_puts) == (alone.nbytes, alone.fill, alone.fill_puts)
+    assert found.replay == pytest.approx(3_000_000 * 5e-5 / nodes.processes)
+    assert found.replay_gets == 4000
+    assert found.replay_requests == pytest.approx(4000 * 0.4e-6)
+    assert found.process_memory - alone.process_memory == 3000 * fleet.DOCUMENT_MEMORY
+    slow = dataclasses.replace(nodes, network=1e6)
+    bound = fleet.estimate(repeated, costs, "float16", slow)
+    assert bound.replay == pytest.approx(3 * alone.nbytes / (2 * 1e6))
+
+
 def test_it_asks_as_often_as_the_store_does():
     """The constants of the engine, which admin does not import with its libraries."""
     from actcache.segments.index_files import _SEGMENT_BYTES

@@ -135,6 +135,27 @@ def test_diff_and_plan_say_what_a_revision_costs(common, corpora, loaded, tmp_pa
     ).json()
     assert planned["revision"]["new_tokens"] == cut["new_tokens"]
     assert planned["corpus"]["passed"] == cut["tokens"]
+    assert planned["corpus"]["places"] == cut["passages"]
+
+
+def test_a_plan_for_machines_takes_repeats_and_revisions_into_account(common, corpora, loaded, tmp_path):
+    given = ["plan", corpora[1], *common, *CUT, "--layer", 1, "--revision-of", corpora[0], "--nodes", 2, "--devices", 4]
+    planned = cachectl(*given, "--json").json()
+    with _recycler(loaded, tmp_path / "s") as recycler:
+        outline, revision = recycler.outline(NEW), recycler.revision(OLD, NEW, stored=False)
+    distinct = outline.distinct
+    expected = {"documents": len(distinct), "tokens": int(outline.lengths[distinct].sum())}
+    expected |= {"passed": int(outline.lengths.sum()), "places": len(outline)}
+    assert planned["corpus"] == expected
+    assert planned["replay_gets"] == len(outline)
+    assert planned["revision"]["new_tokens"] == revision.new_tokens
+    lower = planned["model"]["full"] - planned["model"]["upper"]
+    assert planned["revision"]["seconds"] == pytest.approx(
+        max(revision.new_tokens * lower / 8, revision.new_nbytes / 25e9)
+    )
+    shown = cachectl(*given).out
+    assert f"corpus: {len(distinct)} different passages, {expected['tokens']:,} tokens" in shown
+    assert "as a revision: " in shown
 
 
 def test_a_revision_of_what_is_not_stored_is_refused(common, corpora, tmp_path):

@@ -323,7 +323,8 @@ def test_large_writes(tmp_path, monkeypatch, hinting, short):
     if short is not None:
         write = os.write
         monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:short]))
-    monkeypatch.setattr(actcache.io.files, "_WRITTEN_BYTES", 1 << 14)
+    monkeypatch.setattr(actcache.io.files, "_WRITE_BYTES", 1 << 13)
+    monkeypatch.setattr(actcache.io.files, "_BEGIN_BYTES", 1 << 14)
     data = os.urandom(100_001)
     with open(tmp_path / "file", "xb", buffering=0) as file:
         file.write(b"before")
@@ -334,6 +335,7 @@ def test_large_writes(tmp_path, monkeypatch, hinting, short):
     if hinting and actcache.io.files._sync_file_range is not None:
         assert [place for _, place, _, _ in hints] == np.cumsum([6, *(n for _, _, n, _ in hints)])[:-1].tolist()
         assert sum(n for _, _, n, _ in hints) == len(data)
+        assert min(n for _, _, n, _ in hints[:-1]) >= 1 << 14
 
 
 def test_a_large_write_that_fails(tmp_path, monkeypatch):

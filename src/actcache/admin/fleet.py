@@ -17,7 +17,9 @@ PART_BYTES = 16 << 20  # of an upload in parts
 INDEX_ENTRY_BYTES = 64
 INDEX_SEGMENT_BYTES = 700
 SEGMENT_MEMORY = 2400  # bytes of what a process knows of a segment
-DOCUMENT_MEMORY = 56  # of what a reader knows of a document: its key, its length, its places in the order
+DOCUMENT_MEMORY = (
+    56  # of what a reader knows of a document, or a passage where it stands: key, length, place in the order
+)
 INDEX_REWRITES = 12  # times that an entry is written into index files, until ten thousand flushes are made
 IN_FLIGHT = 32  # requests of a process at a time
 FLUSH_REQUESTS = 6  # beside the parts: the marker twice, two to begin and end an upload, the index file, the space
@@ -64,6 +66,11 @@ class Nodes:
     @property
     def processes(self) -> int:
         return self.count * self.devices
+
+    @property
+    def uplink(self) -> float:
+        """Bytes a second that all of them write."""
+        return self.count * self.network
 
 
 @dataclass(frozen=True)
@@ -143,23 +150,24 @@ def estimate(
     rewritten = index * INDEX_REWRITES
     seconds = {
         "the lower half": corpus.tokens * model.lower / nodes.processes,
-        "the network": (nbytes + rewritten) / (nodes.count * nodes.network),
+        "the network": (nbytes + rewritten) / nodes.uplink,
     }
     fill, fill_bound = max((value, name) for name, value in seconds.items())
     parts = math.ceil(min(SEGMENT_BYTES, nbytes / segments) / PART_BYTES)
     puts = segments * (parts + FLUSH_REQUESTS + LISTINGS)
 
-    rates = request_rates(nodes, max(1.0, nbytes / documents))
-    passes = {name: documents / rate for name, rate in rates.items()}
-    passes["the upper half"] = corpus.tokens * model.upper / nodes.processes
+    reads = corpus.reads_of_pass
+    rates = request_rates(nodes, max(1.0, nbytes * corpus.of_pass / corpus.tokens / reads))
+    passes = {name: reads / rate for name, rate in rates.items()}
+    passes["the upper half"] = corpus.of_pass * model.upper / nodes.processes
     replay, replay_bound = max((value, name) for name, value in passes.items())
-    gets = documents / replay
+    gets = reads / replay
 
     return FleetEstimate(
         nbytes=nbytes,
         segments=segments,
         index_bytes=index,
-        process_memory=segments * SEGMENT_MEMORY + documents * DOCUMENT_MEMORY,
+        process_memory=segments * SEGMENT_MEMORY + reads * DOCUMENT_MEMORY,
         open_seconds=index * nodes.devices / nodes.network,
         fill=fill,
         fill_bound=fill_bound,
@@ -169,12 +177,12 @@ def estimate(
         fill_index_bytes=rewritten,
         replay=replay,
         replay_bound=replay_bound,
-        replay_gets=documents,
+        replay_gets=reads,
         replay_gets_per_second=gets,
         prefixes=max(1, math.ceil(gets / store.gets)),
         storage_month=nbytes / GIB * store.gib_month,
         fill_requests=puts * store.put_price,
-        replay_requests=documents * store.get_price,
+        replay_requests=reads * store.get_price,
         compaction_bytes=2 * nbytes,
         compaction=2 * nbytes / (nodes.count * nodes.network),
     )

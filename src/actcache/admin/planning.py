@@ -59,15 +59,25 @@ class CorpusSize:
     documents: int  # or passages, each once
     tokens: int  # of these
     passed: int | None = None  # tokens of a pass, where that reads passages several times
+    places: int | None = None  # and the passages that it reads, wherever they stand
 
     def to_json(self) -> dict[str, int]:
-        passed = {} if self.passed is None else {"passed": self.passed}
-        return {"documents": self.documents, "tokens": self.tokens, **passed}
+        more = {"passed": self.passed, "places": self.places}
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            **{name: value for name, value in more.items() if value is not None},
+        }
 
     @property
     def of_pass(self) -> int:
         """Tokens that a pass reads, or computes."""
         return self.tokens if self.passed is None else self.passed
+
+    @property
+    def reads_of_pass(self) -> int:
+        """Entries that a pass reads."""
+        return self.documents if self.places is None else self.places
 
 
 @dataclass(frozen=True)

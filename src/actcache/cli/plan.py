@@ -124,6 +124,7 @@ def plan(
             store,
             fleet.estimate(load, costs, dtype, machines, store, bits=bits),
             prices,
+            None if revised is None else (revised, _refilled(revised, costs, machines.processes, machines.uplink)),
             as_json,
         )
         return
@@ -135,19 +136,16 @@ def plan(
         raise UsageError("--read and --write go together")
     found = planning.estimate(load, costs, dtype, disk, bits=bits, devices=devices, prices=prices)
     codecs = planning.by_codec(load, costs, disk, dict(errors), devices=devices, prices=prices)
-    again = None if revised is None else _refilled(revised, costs, disk, devices)
+    again = None if revised is None else _refilled(revised, costs, devices, disk.write)
     if as_json:
         inputs = {"corpus": load, "model": costs, "disk": disk, "devices": devices, "dtype": dtype}
         rows = [fields_as_json(one) for one in codecs]
-        more = {} if revised is None else {"revision": {**fields_as_json(revised, "reused"), "seconds": again}}
+        more = {} if revised is None or again is None else _revision_as_json(revised, again)
         print_json({**inputs, **fields_as_json(found, "break_even", "verdict"), "codecs": rows, **more})
         return
     _show(load, costs, disk, found)
     if revised is not None and again is not None:
-        say(
-            f"as a revision: {revised.reused:.1%} of the tokens are used again; {revised.new_tokens:,} to compute, "
-            f"{binary(revised.new_nbytes)}; filled in {span(again)}"
-        )
+        _show_revision(revised, again)
     _show_codecs(codecs)
 
 
@@ -200,23 +198,39 @@ def _cut(
     load = None
     if spec is not None:
         alone = revision([], texts(source), model, **known)
-        load = CorpusSize(alone.new_passages, alone.new_tokens, alone.tokens)
+        load = CorpusSize(alone.new_passages, alone.new_tokens, alone.tokens, alone.passages)
     return load, None if old is None else revision(texts(old), texts(source), model, **known)
 
 
-def _refilled(revised: Any, costs: ModelCosts, disk: Disk, devices: int) -> float:
-    """Return the seconds in which a revision is filled."""
-    return float(max(revised.new_tokens * costs.lower / devices, revised.new_nbytes / disk.write))
+def _refilled(revised: Any, costs: ModelCosts, devices: int, written: float) -> float:
+    """Return the seconds in which a revision is filled; ``written``: bytes a second."""
+    return float(max(revised.new_tokens * costs.lower / devices, revised.new_nbytes / written))
+
+
+def _revision_as_json(revised: Any, seconds: float) -> dict[str, Any]:
+    return {"revision": {**fields_as_json(revised, "reused"), "seconds": seconds}}
+
+
+def _show_revision(revised: Any, seconds: float) -> None:
+    say(
+        f"as a revision: {revised.reused:.1%} of the tokens are used again; {revised.new_tokens:,} to compute, "
+        f"{binary(revised.new_nbytes)}; filled in {span(seconds)}"
+    )
 
 
 def _show(load: CorpusSize, costs: ModelCosts, disk: Disk, found: Estimate) -> None:
-    what = "documents" if load.passed is None else "different passages"
-    say(f"corpus: {load.documents:,} {what}, {load.tokens:,} tokens")
+    _show_corpus(load)
     say(f"model: {costs.full * 1e6:,.1f} us a token, {costs.upper * 1e6:,.1f} of them above the cached layer")
     say(f"disk: reads {binary(disk.read)}/s, writes {binary(disk.write)}/s")
     say(f"needs {binary(found.nbytes)}; filled in {span(found.fill)}")
     say(f"one pass: {span(found.recompute)} computed, {span(found.replay)} from the cache")
     say(found.verdict)
+
+
+def _show_corpus(load: CorpusSize) -> None:
+    what = "documents" if load.passed is None else "different passages"
+    again = "" if load.passed is None else f"; a pass reads {load.reads_of_pass:,} of {load.passed:,}"
+    say(f"corpus: {load.documents:,} {what}, {load.tokens:,} tokens{again}")
 
 
 def _show_fleet(
@@ -226,14 +240,16 @@ def _show_fleet(
     store: ObjectStore,
     found: FleetEstimate,
     prices: Prices | None,
+    revised: tuple[Any, float] | None,
     as_json: bool,
 ) -> None:
     if as_json:
+        inputs = {"corpus": load, "model": costs, "nodes": nodes, "object_store": store}
         print_json(
-            {"corpus": load, "model": costs, "nodes": nodes, "object_store": store, **fields_as_json(found, "verdict")}
+            {**inputs, **fields_as_json(found, "verdict"), **({} if revised is None else _revision_as_json(*revised))}
         )
         return
-    say(f"corpus: {load.documents:,} documents, {load.tokens:,} tokens")
+    _show_corpus(load)
     say(f"{nodes.count} machines of {nodes.devices} devices, which read {binary(nodes.network)}/s each")
     say(f"needs {binary(found.nbytes)} in {found.segments:,} segments; ${found.storage_month:,.0f} a month")
     say(f"index: {binary(found.index_bytes)}, which each process fetches and maps: {span(found.open_seconds)} to begin")
@@ -249,6 +265,8 @@ def _show_fleet(
         f"a pass: {span(found.replay)}, bound by {found.replay_bound}; {found.replay_gets:,} requests, "
         f"{found.replay_gets_per_second:,.0f} a second, ${found.replay_requests:,.2f}"
     )
+    if revised is not None:
+        _show_revision(*revised)
     say(f"compaction: {binary(found.compaction_bytes)} read and written, {span(found.compaction)} at least")
     say(found.verdict)
 

@@ -20,7 +20,7 @@ from actcache.format.arguments import is_whole
 
 By = Literal["paragraphs", "sentences", "tokens"]
 
-_REACH = 8  # tokens on either side of a place that its hash is of
+_REACH = 8  # tokens on either side of a place that its hash is of, at most
 _PARAGRAPH, _SENTENCE, _WORD, _INSIDE = range(4)  # the ranks of places: the lower, the rather a cut is there
 
 _PARAGRAPHS = re.compile(r"\n[^\S\n]*\n\s*")  # blank lines, up to what follows
@@ -35,14 +35,16 @@ class Passages:
     A document that fits is one passage. Else there is a cut before a token where no place within ``least`` tokens is
     better: the begin of a paragraph is better than that of a sentence or line, this than that of a word, and of equals
     the one whose hash of the tokens around is smaller. So where a document is cut does not depend on what is further
-    away, and what was cut from unchanged text is found again in a revision, and in other documents.
+    away, and what was cut from unchanged text is found again in a revision, and in other documents. What is still
+    longer than the most is cut by its length, from its end on.
 
     Args:
         max_length: tokens of a passage as the model is given it, special tokens and context included, at most.
         context: tokens of its document that stand before, and after, a passage's own in what the model is given.
         by: ``"paragraphs"``; ``"sentences"``, for which the begin of a paragraph is as good as one of a sentence; or
             ``"tokens"``, for which all words are alike.
-        least: own tokens of a passage; on average there are about twice as many. A quarter of the most by default.
+        least: own tokens of a passage, but for what is left over where one was cut by its length; on average there are
+            about twice as many. A quarter of the most by default.
 
     Raises:
         DocumentError: these are no whole numbers, or leave no room for a passage's own tokens.
@@ -96,7 +98,8 @@ def passages(max_length: int, context: int = 0, *, by: By = "paragraphs", least:
 def cut(ids: NDArray[np.integer], ranks: NDArray[np.uint8], least: int, most: int) -> NDArray[np.int64]:
     """Return where passages begin and end, ``[passages + 1]``, from 0 to ``n``.
 
-    All but a document's only passage have at least ``least`` tokens, and none has more than ``most``.
+    None has more than ``most`` tokens. Fewer than ``least`` has only what is left over, before the cuts by length, of a
+    stretch that is too long: a document's first passage, or the first one behind a cut of its own.
 
     Args:
         ids: a document's tokens, ``[n]``.
@@ -106,8 +109,10 @@ def cut(ids: NDArray[np.integer], ranks: NDArray[np.uint8], least: int, most: in
     count = len(ids)
     if count <= most:
         return np.array([0, count], np.int64)
-    worth = _worth(ids, ranks)  # the smaller, the rather a cut is there
-    first, last = least + _REACH, count - least - _REACH  # all that decides lies within the document
+    # So that one passage holds what lies before the first cut of a document's own after an insertion before it.
+    reach = min(_REACH, most - 2 * least + 1)
+    worth = _worth(ids, ranks, reach)  # the smaller, the rather a cut is there
+    first, last = least + reach, count - least - reach  # all that decides lies within the document
     bounds = [0]
     if first <= last:
         smallest, places = _minima(worth, least), np.arange(first, last + 1)
@@ -116,37 +121,47 @@ def cut(ids: NDArray[np.integer], ranks: NDArray[np.uint8], least: int, most: in
     result = [0]
     for begin, end in itertools.pairwise(bounds):
         # Towards a document's own begin or end, where something may be added, so that cuts further in stay.
-        within = _forward if end == count and begin > 0 else _backward
-        result += [*within(worth, begin, end, least, most), end]
+        if end == count and begin > 0:
+            result += _forward(worth, begin, end, least, most, reach)
+        else:
+            result += _backward(worth, begin, end, least, most, reach)
+        result.append(end)
     return np.array(result, np.int64)
 
 
-def _forward(worth: NDArray[np.uint64], begin: int, end: int, least: int, most: int) -> list[int]:
-    """Cut a stretch that is too long, by chance or where many places are equal, from its begin on; return the cuts."""
+def _forward(worth: NDArray[np.uint64], begin: int, end: int, least: int, most: int, reach: int) -> list[int]:
+    """Cut a document's last stretch, which is too long, from its begin on; return the cuts."""
     cuts: list[int] = []
     while end - begin > most:
-        some = worth[begin + least : min(begin + most, end - least) + 1]
+        some = worth[begin + least : min(begin + most, end - max(least, reach)) + 1]
         begin += least + int(len(some) - 1 - np.argmin(some[::-1]))  # of equal ones the last
         cuts.append(begin)
     return cuts
 
 
-def _backward(worth: NDArray[np.uint64], begin: int, end: int, least: int, most: int) -> list[int]:
-    """The same from its end on."""
+def _backward(worth: NDArray[np.uint64], begin: int, end: int, least: int, most: int, reach: int) -> list[int]:
+    """Cut a stretch that is too long, by chance or where many places are equal, from its end on; return the cuts.
+
+    Where the stretch begins decides when this ends, and no cut: the cuts of a stretch that begins later are the last
+    ones of these. What is left over may therefore be short.
+    """
     cuts: list[int] = []
     while end - begin > most:
-        first = max(end - most, begin + least)
+        first = max(end - most, reach)  # before that the worth is not known: it depends on what may be added
         end = first + int(np.argmin(worth[first : end - least + 1]))  # of equal ones the first
         cuts.append(end)
     return cuts[::-1]
 
 
-def _worth(ids: NDArray[np.integer], ranks: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Return a number for the place before each token, ``[n]``: its rank, then a hash of the tokens around it."""
+def _worth(ids: NDArray[np.integer], ranks: NDArray[np.uint8], reach: int) -> NDArray[np.uint64]:
+    """Return a number for the place before each token, ``[n]``: its rank, then a hash of the tokens around.
+
+    ``reach`` of them on either side.
+    """
     mixed = _mix(ids.astype(np.uint64) + np.uint64(1))
-    padded = np.concatenate([np.zeros(_REACH, np.uint64), mixed, np.zeros(_REACH, np.uint64)])
+    padded = np.concatenate([np.zeros(reach, np.uint64), mixed, np.zeros(reach, np.uint64)])
     total = np.zeros(len(ids), np.uint64)
-    for i in range(2 * _REACH):
+    for i in range(2 * reach):
         total = total * np.uint64(0x9E3779B97F4A7C15) + padded[i : i + len(ids)]
     return (ranks.astype(np.uint64) << np.uint64(60)) | (_mix(total) >> np.uint64(4))
 

@@ -178,7 +178,10 @@ reader, optimizer = recycler.reader(texts, labels=labels_of), torch.optim.SGD(mo
         12: """
 space, other_space = recycler.space, actcache.open("./other").space(recycler.recipe)
 """,
-        13: "reduced = recycler.reduce(task)",
+        13: """
+task = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=3)
+reduced = recycler.reduce(task)
+""",
     },
 }
 BEFORE["training"][11] = BEFORE["training"][11].replace("labels_of", "[i % 3 for i in range(len(texts))]")

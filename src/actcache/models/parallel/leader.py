@@ -83,7 +83,7 @@ def fill(
     first, texts = error_budget.peeked(texts, CHUNK)
     where = {"layers": layers if isinstance(layers, str) else list(layers), "sites": list(sites)}
     blueprint = Blueprint(Recyclers.from_pretrained, str(model), resolve(store), {**where, **options})
-    job = Job(blueprint, token_budget, limit, first, first[: error_budget.SAMPLE], max_error, metric)
+    job = Job(blueprint, token_budget, limit, first[: error_budget.SAMPLE], max_error, metric, first)
     start = time.monotonic()
     partitioner = Partitioner(texts, len(devices), CHUNK)
     with (

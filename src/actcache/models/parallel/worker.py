@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -32,10 +32,10 @@ class Job:
     blueprint: Blueprint  # its store is a URL or path that means the same from everywhere
     token_budget: int
     max_bytes: int | None
-    first: list[Document]  # which can be stored, or nothing is made
     sample: list[Document]  # of which the first process measures what storing does, before any stores
     max_error: float | None
     metric: str
+    first: Sequence[Document] = ()  # which have to be such as can be stored, or else nothing is made
 
 
 # What a process says. Only ``More`` is answered, by a ``Part`` or None.

@@ -26,7 +26,7 @@ demo: $(DEMO)
 	$(BIN)/python -m bench.demo
 
 # The linters run beside the tests; what they say comes after what those say, and either's failure is a failure.
-test: $(READY)
+test: $(READY) $(VENV)/.ray
 	@$(MAKE) --no-print-directory lint >$(VENV)/lint.log 2>&1 & lint=$$!; \
 	$(EVERYDAY) -m "not long"; tested=$$?; \
 	wait $$lint; linted=$$?; echo "lint:"; cat $(VENV)/lint.log; \
@@ -51,10 +51,10 @@ sanitize: $(READY)
 golden: $(READY)
 	$(BIN)/python -m tests.golden.make
 
-# Ray takes 20 s and 240 MB to install, and each of its tests ten seconds or minutes.
+# Ray takes 20 s and 240 MB to install, and not every platform has a wheel of it: its tests are skipped there, but in CI.
 $(VENV)/.ray: $(READY)
-	$(BIN)/python -m pip install -q -c .ci/constraints.txt ray
-	touch $@
+	if $(BIN)/python -m pip install -q -c .ci/constraints.txt ray; then touch $@; \
+		else echo "Ray cannot be installed: its tests are skipped"; test -z "$$CI"; fi
 
 test-long: $(READY) $(VENV)/.ray
 	$(BIN)/python -m pytest -m "long or hypothesis" --hypothesis-profile long --timeout 7200
@@ -84,10 +84,10 @@ $(CLIENTS)/.speculators: $(CLIENTS)/speculators/bin/python
 	touch $@
 
 # gs:// and az:// over real servers (fake-gcs-server comes with a wheel, Azurite from npm), and ranks of torchrun that are
-# killed while they read from S3. Less than two minutes; all of it, zarr and codecs too, is part of `make test-long`.
+# killed while they read from S3. Two minutes or so; all of it, all of zarr and codecs too, is part of `make test-long`.
 AZURITE_VERSION := 3.35.0
 AZURITE := $(VENV)/azurite/.$(AZURITE_VERSION)
-STORES := not Zarr and not codecs and not scatter and not columns and not random and not many_kills
+STORES := (not Zarr or random) and not codecs and not scatter and not columns and not many_kills
 $(AZURITE):
 	mkdir -p $(@D)
 	if npm install --prefix $(@D) --no-audit --no-fund --silent azurite@$(AZURITE_VERSION); then touch $@; \

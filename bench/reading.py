@@ -13,7 +13,7 @@ The limit of a warm read brings the same documents, batch by batch in the same o
 layout: the fastest of the raw ways of ``actcache.admin.benchmark.limits`` by the median, a compiled gather on a thread
 a core among them, plus the fastest xxh3 pass over the documents' bytes.
 It has one buffer, while a reader needs several, for its consumer still looks at one while it fills the next; ``--ring``
-gives the limit as many as you like (the reader has ``depth + 3``). A hash pass of its own is not the least that hashing
+gives the limit as many as you like (the reader has ``depth + 4``). A hash pass of its own is not the least that hashing
 can cost: who hashes rows while they are in the processor's cache can be faster than this limit. The limit of a cold
 read is direct reads of the same extents, 8 to 32 at a time, which hash nothing and put nothing in order.
 

@@ -4,8 +4,8 @@
 
 A plain write makes files of the size of a segment: ``write``, ``fsync``, then ``fsync`` of the folder; the limit is the
 faster of writing a file at once and by 256 KiB, which differ where a virtual machine has given free memory back to its
-host. On an object store it is the bare client's multipart upload of objects of that size. Contestants take turns, each writes the whole
-corpus into an empty store; what the one before has left is removed and synced first, untimed.
+host. On an object store it is the bare client's multipart upload of objects of that size. Contestants take turns, each
+writes the whole corpus into an empty store; what the one before has left is removed and synced first, untimed.
 
 ``nothing stored`` is all that happens before a backend sees a block: checking and encoding what was put, copying it
 into the block that is being filled, checksums. The backend's own time runs beside it, on the writer's thread: ``in the

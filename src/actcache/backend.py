@@ -221,7 +221,8 @@ class Snapshot(ABC):
     def read_ahead(self, located: EntryLocations) -> bool:
         """Ask the operating system to load the rows of these entries soon; a hint, returns at once.
 
-        Return False where there seemed to be nothing to ask for: who reads on then says less of what comes.
+        Return False where there seemed to be nothing to ask for, as all is in memory: who reads on then says less of
+        what comes, and reads one batch at a time.
         """
 
     @abstractmethod

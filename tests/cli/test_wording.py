@@ -13,7 +13,9 @@ from tests.cli.running import cachectl
 from tests.support import ROOT
 
 SOURCE = ROOT / "src" / "actcache"
-PYTHON = re.compile(r"mode='|flush again|too_long=\"|\b(?:space|recycler|store|reader)\.\w+\(|\bopen_store\b")
+PYTHON = re.compile(
+    r"mode='|\bdevice='|flush again|too_long=\"|\b(?:space|recycler|store|reader)\.\w+\(|\bopen_store\b"
+)
 #: Errors that no command can come upon.
 NOT_IN_SHELL = (
     "was opened with mode='r'",  # commands write to no store that they opened so

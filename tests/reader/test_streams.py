@@ -166,7 +166,7 @@ class DoesNotWaitForBuffers(AcceleratorDelivery):
 
     def __init__(self, dtype, device, *, packed, depth):
         super().__init__(dtype, device, packed=packed, depth=depth)
-        self.buffers = BuffersThatDoNotWait(depth + 2, device.allocate)
+        self.buffers = BuffersThatDoNotWait(depth + 3, device.allocate)
 
 
 class RecordsTheCopyTooEarly(AcceleratorDelivery):
@@ -250,7 +250,7 @@ def test_the_processor_waits_only_where_no_buffer_is_free():
     device = SimulatedDevice()
     delivery = AcceleratorDelivery("float32", device, packed=True, depth=DEPTH)
     on_the_way = []
-    for number in range(DEPTH + 2):
+    for number in range(DEPTH + 3):
         lengths, rows, ids, labels = documents(number)
         values = delivery.buffers.take((100, HIDDEN), np.float32)[: len(rows)]
         values[:] = rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -250,6 +251,7 @@ def fill(
         from actcache.models.filling import CHUNK
         from actcache.models.partition import Partition
         from actcache.models.pretrained import load_tokenizer
+        from actcache.models.processing import MediaEncoder
         from actcache.models.recyclers import Recyclers
         from actcache.models.remote import Blueprint, folder_or_id
         from actcache.models.tokenizing import DocumentEncoder
@@ -275,7 +277,9 @@ def fill(
     if not (layer or site):
         raise UsageError("say which --layer (6, all, last) or --site (layers.5.mlp) to record")
     settings: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "too_long": cut or spec or too_long.value}
-    with corpus.find_media(source, format) as media:
+    # Ray's workers, which read images and audio by their paths, have other working directories.
+    whole_path = ray is not None and "://" not in source and source != "-"
+    with corpus.find_media(os.path.abspath(source) if whole_path else source, format) as media:
         given: _Given
         if media is None:
             given = _of_texts(source, field, id_field, format)  # which refuses a file that is not there
@@ -284,8 +288,8 @@ def fill(
         else:
             if field is not None or id_field is not None:
                 raise UsageError(f"{media.kind} have no fields: leave --field and --id-field out")
-            if len(places) > 1 or ray is not None:
-                raise UsageError(f"several --devices are for texts, and --ray is: {media.kind} are computed by one")
+            if len(places) > 1:
+                raise UsageError(f"several --devices are for texts: {media.kind} are computed by one, or by --ray")
             media.check()
             by: By = "bytes" if key_by is KeyBy.bytes else "content"
             given = _of_media(media, by)
@@ -306,10 +310,9 @@ def fill(
         if ray is not None:
             blueprint = Blueprint(Recyclers.from_pretrained, folder_or_id(model), store, {**where, **settings})
             del working["max_bytes"]
-            device = places[0] if places else None
-            report = cluster.fill(
-                documents, blueprint, address=None if ray == "auto" else ray, workers=workers, device=device, **working
-            )
+            address, device = None if ray == "auto" else ray, places[0] if places else None
+            working["chunk"] = CHUNK if media is None else MediaEncoder.chunk
+            report = cluster.fill(documents, blueprint, address=address, workers=workers, device=device, **working)
         elif len(places) > 1:
             report = parallel.fill(documents, model, devices=places, store=store, **where, **working, **settings)
         else:

@@ -160,6 +160,7 @@ SHELL_WORDS = {
     "read with mode='r'": "give some that may, or let these",
     "free some space and flush again": "free some space and run it again",
     "space.delete(error.keys) makes": "cachectl repair makes",
+    "compute on CPUs, by device='cpu'": "compute on CPUs, by --device cpu",
     "see store.fingerprints()": "cachectl ls lists them",
     'too_long="truncate" or too_long="windows"': "--too-long truncate or --too-long windows",
 }

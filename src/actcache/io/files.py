@@ -30,8 +30,8 @@ _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 _BEGIN_BYTES = 4 << 20  # after which the disk is told to begin
-# A larger write takes larger blocks of memory for the page cache. Those are what a virtual machine gives back to its host
-# while they are free, and to get them again costs more than the disk: zarr wrote 0.46 GB/s by 1 MiB, 1.3 by 256 KiB.
+# A larger write takes larger blocks of memory for the page cache. Those are what a virtual machine gives back to its
+# host while they are free; to get them again costs more than the disk: zarr wrote 0.5 GB/s by 1 MiB, 1.3 by 256 KiB.
 _WRITE_BYTES = 256 << 10
 _SYNCS = 16  # at a time
 _BEGIN_SECONDS = 0.003

@@ -171,13 +171,14 @@ static void share(void (*run)(void *, int64_t), void *context, int64_t parts, in
     mine.wanted = threads - 1;
     pthread_mutex_lock(&lock);
     start_helpers(threads - 1);
-    mine.following = jobs;
-    jobs = &mine;
+    job **place = &jobs; /* behind those that came before: whoever waits for one of them is to have it first */
+    while (*place != NULL) place = &(*place)->following;
+    *place = &mine;
     pthread_cond_broadcast(&arrived);
     pthread_mutex_unlock(&lock);
     work_on(&mine);
     pthread_mutex_lock(&lock);
-    job **place = &jobs;
+    place = &jobs;
     while (*place != &mine) place = &(*place)->following;
     *place = mine.following; /* nobody joins any more */
     while (mine.active > 0) pthread_cond_wait(&ended, &lock);

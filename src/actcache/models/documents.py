@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set, Sized
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,36 +158,41 @@ class Fields(Iterable[Any]):
         return len(self._rows[self.names[0]] if isinstance(self._rows, Mapping) else self._rows)
 
 
-class DocumentsWithColumns(Iterable[Any]):
-    """Documents, streamed, and what stands beside their tokens: that of a document is held until it is taken.
+class TokenColumns(Protocol):
+    """What stands beside the tokens of some documents, by the documents' positions."""
 
-    ``fields``: those of the documents, ``count`` of them, then those of the columns that are named.
-    """
-
-    def __init__(self, fields: Fields, count: int, columns: tuple[str, ...]) -> None:
-        self._fields, self._count, self.beside = fields, count, columns  # no table has such a name
-        self._held: dict[int, tuple[Any, ...]] = {}
-
-    def __iter__(self) -> Iterator[Any]:
-        self._held.clear()
-        for position, values in enumerate(self._fields.values()):
-            self._held[position] = values[self._count :]
-            yield _document(values[: self._count])
-
-    def __length_hint__(self) -> int:
-        return self._fields.__length_hint__()
+    beside: tuple[str, ...]  # the columns' names
 
     def take(self, position: int, tokens: int) -> dict[str, NDArray[Any]]:
-        """Return the columns of a document of so many tokens, ``[tokens, ...]`` each.
+        """Return the columns of a document of so many tokens, ``[tokens, ...]`` each, and drop them here.
 
         Raises:
             DocumentError: one has another length, or holds no numbers; it names the position.
         """
+
+    def forget(self, before: int) -> None:
+        """Drop what is held of documents before a position."""
+
+
+class HeldColumns:
+    """What stands beside documents' tokens, held until it is taken; see ``TokenColumns``."""
+
+    def __init__(self, beside: tuple[str, ...]) -> None:
+        self.beside = beside
+        self._held: dict[int, tuple[Any, ...]] = {}
+
+    def hold(self, position: int, values: tuple[Any, ...]) -> None:
+        self._held[position] = values
+
+    def give(self, position: int) -> tuple[Any, ...]:
+        """Return a document's columns as they came, to be held elsewhere, and drop them here."""
+        return tuple(map(_plain, self._held.pop(position)))
+
+    def take(self, position: int, tokens: int) -> dict[str, NDArray[Any]]:
         arrays = {}
-        for name, value in zip(self.beside, self._held.pop(position), strict=True):
-            plain = value.as_py() if hasattr(value, "as_py") else value
+        for name, value in zip(self.beside, self.give(position), strict=True):
             try:
-                array = to_numpy(plain) if hasattr(plain, "detach") else np.asarray(plain)
+                array = to_numpy(value) if hasattr(value, "detach") else np.asarray(value)
             except ValueError:  # lists of several lengths
                 array = np.empty(0, object)
             if array.dtype == object or array.shape[:1] != (tokens,):
@@ -200,9 +205,32 @@ class DocumentsWithColumns(Iterable[Any]):
         return arrays
 
     def forget(self, before: int) -> None:
-        """Drop what is held of documents before a position."""
         for position in [one for one in self._held if one < before]:
             del self._held[position]
+
+
+class DocumentsWithColumns(HeldColumns, Iterable[Any]):
+    """Documents, streamed, and what stands beside their tokens: that of a document is held until it is taken.
+
+    ``fields``: those of the documents, ``count`` of them, then those of the columns that are named.
+    """
+
+    def __init__(self, fields: Fields, count: int, columns: tuple[str, ...]) -> None:
+        super().__init__(columns)  # "beside": no table has such a name
+        self._fields, self._count = fields, count
+
+    def __iter__(self) -> Iterator[Any]:
+        self._held.clear()
+        for position, values in enumerate(self._fields.values()):
+            self.hold(position, values[self._count :])
+            yield _document(values[: self._count])
+
+    def __length_hint__(self) -> int:
+        return self._fields.__length_hint__()
+
+
+def _plain(value: Any) -> Any:
+    return value.as_py() if hasattr(value, "as_py") else value
 
 
 def _document(values: tuple[Any, ...]) -> Any:
@@ -210,8 +238,7 @@ def _document(values: tuple[Any, ...]) -> Any:
 
 
 def _pair(first: Any, second: Any) -> tuple[Any, Any]:
-    plain = [value.as_py() if hasattr(value, "as_py") else value for value in (first, second)]
-    return plain[0], plain[1]
+    return _plain(first), _plain(second)
 
 
 def streamed(texts: Iterable[T]) -> Iterator[T]:

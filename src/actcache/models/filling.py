@@ -21,7 +21,8 @@ from actcache.io.notebook import Shown
 from actcache.models import proof
 from actcache.models.agreement import Agreement, before_adding
 from actcache.models.budget import ByteBudget, Shared, most_bytes
-from actcache.models.documents import DocumentsWithColumns, check_texts, chunked, streamed
+from actcache.models.canary import Encoder
+from actcache.models.documents import DocumentsWithColumns, TokenColumns, check_texts, chunked, streamed
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
 from actcache.models.partition import Part, Partition
 from actcache.models.passages import PassageParts, flattened
@@ -40,6 +41,12 @@ _GROUP = 8  # batches whose rows are held before they are put
 _PUT_SECONDS = 10.0  # or fewer, where computing them takes longer: rows wait no longer than this, or one batch
 
 Advance = Callable[[int, int, int], object]
+
+#: What of a report adds up.
+_COUNTED = (
+    *("documents", "present", "computed", "tokens", "left_out", "passages", "new_passages", "reused_tokens"),
+    *("nbytes", "segments"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,12 @@ class FillReport(Shown):
         """
         if self.spaces != other.spaces:
             raise UsageError("reports of fills of other spaces do not add up: the sum would be of no space")
-        counted = (
-            *("documents", "present", "computed", "tokens", "left_out", "passages", "new_passages", "reused_tokens"),
-            *("nbytes", "segments", "contributions"),
-        )
-        counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
+        counts = {name: getattr(self, name) + getattr(other, name) for name in (*_COUNTED, "contributions")}
         return FillReport(**counts, seconds=max(self.seconds, other.seconds), spaces=self.spaces)
+
+    def since(self, before: FillReport) -> FillReport:
+        """Return what a fill has done since an earlier report of its own."""
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in _COUNTED})
 
 
 @dataclass(eq=False)
@@ -160,6 +167,11 @@ class Filler:
         self._lowers = {one.lower.site: one.lower for one in agreements}
         self._encoder = agreements[0].encoder
         self._marks: object = None  # of the lower half when it was checked
+        self.so_far: Callable[[], FillReport] | None = None  #: counts documents of the fill that runs, or ran last
+
+    @property
+    def encoder(self) -> Encoder:
+        return self._encoder
 
     @property
     def spaces(self) -> list[Space]:
@@ -185,9 +197,7 @@ class Filler:
         """
         check_texts(texts)
         if own is not None:
-            if self._encoder.passages is not None:
-                raise UsageError("columns are of whole documents, and these are cut into passages, which others share")
-            self._check_columns(own.beside)
+            self.check_columns(own.beside)
         budget = self._prepared(max_bytes)
         total = length_hint(texts, -1)
         if partition is None:
@@ -210,6 +220,7 @@ class Filler:
         number: int = 0,
         partition: Partition | None = None,
         contributor: Contributor | None = None,
+        own: TokenColumns | None = None,
     ) -> FillReport:
         """Do this process's part of a fill by several; see ``models.parallel`` and ``models.cluster``.
 
@@ -218,9 +229,12 @@ class Filler:
             advance: told of documents that are stored, and of those computed just now and their tokens.
             shared, number: see ``ByteBudget``.
             partition, contributor: whose share it is, and who notes in the store what was stored of it.
+            own: what stands beside the documents' tokens, by position.
         """
+        if own is not None:
+            self.check_columns(own.beside)
         budget = self._prepared(max_bytes, shared, number)
-        return self._fill(parts, token_budget, advance, budget, None, partition, contributor)
+        return self._fill(parts, token_budget, advance, budget, own, partition, contributor)
 
     def _prepared(
         self, max_bytes: int | str | None, shared: Shared | None = None, number: int = 0
@@ -238,8 +252,10 @@ class Filler:
     def _marked(self) -> object:
         return [lower.marks() for lower in self._lowers.values()]
 
-    def _check_columns(self, names: tuple[str, ...]) -> None:
-        """Refuse columns before anything is computed that no space of these can take."""
+    def check_columns(self, names: tuple[str, ...]) -> None:
+        """Refuse columns before anything is computed that no space of these can take, with a ``UsageError``."""
+        if self._encoder.passages is not None:
+            raise UsageError("columns are of whole documents, and these are cut into passages, which others share")
         for space in self._spaces.values():
             if space.schema is not None and set(space.schema.names) != set(names):
                 there = ", ".join(space.schema.names)
@@ -253,7 +269,7 @@ class Filler:
         token_budget: int,
         advance: Advance,
         budget: ByteBudget | None,
-        own: DocumentsWithColumns | None = None,
+        own: TokenColumns | None = None,
         partition: Partition | None = None,
         contributor: Contributor | None = None,
     ) -> FillReport:
@@ -279,6 +295,15 @@ class Filler:
         documents = left_out = 0
         full = compared = False
         stored = _Stored(advance)
+        spaces = {site.name: space.recipe.fingerprint for site, space in self._spaces.items()}
+
+        def so_far() -> FillReport:
+            present, seconds = documents - stored.documents - left_out, time.monotonic() - start
+            counts = (documents, present, stored.documents, stored.tokens)
+            report = FillReport(*counts, seconds, left_out, spaces)
+            return report if counted is None else _of_documents(report, counted)
+
+        self.so_far = so_far
         memory = {site: BufferPool(1) for site in self._spaces}
         for space in self._spaces.values():
             space.merge_tiers(budget is None)
@@ -314,23 +339,13 @@ class Filler:
                 for space in self._spaces.values():
                     stack.callback(space.merge_tiers, True)
                     stack.callback(space.flush)
-        present = documents - stored.documents - left_out
-        spaces = {site.name: space.recipe.fingerprint for site, space in self._spaces.items()}
-        seconds = time.monotonic() - start
         done = [space.written.since(then) for space, then in zip(self.spaces, before, strict=True)]
-        report = FillReport(
-            documents,
-            present,
-            stored.documents,
-            stored.tokens,
-            seconds,
-            left_out,
-            spaces,
+        return replace(
+            so_far(),
             nbytes=sum(one.nbytes for one in done),
             segments=sum(one.segments for one in done),
             partition=None if partition is None else str(partition),
         )
-        return report if counted is None else _of_documents(report, counted)
 
     def _admitted(self, work: list[_Work], budget: ByteBudget) -> Iterator[list[_Work]]:
         """Yield what there is room for, in the texts' order up to the first document that has none.
@@ -482,7 +497,7 @@ class Filler:
             raise type(error)(f"position {owners[0]} of the texts: {error}" if owners else str(error)) from error
 
 
-def _take_columns(work: list[_Work], own: DocumentsWithColumns) -> None:
+def _take_columns(work: list[_Work], own: TokenColumns) -> None:
     """Give documents their own columns; ``UsageError`` where one is cut into windows, which have other tokens."""
     for one in work:
         if len(one.entries) != 1:

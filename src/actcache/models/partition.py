@@ -76,8 +76,14 @@ class Partitioner:
     What is held is bounded, however unlike the processes' speeds are. Raises as ``streamed`` does; not thread-safe.
     """
 
-    def __init__(self, texts: Iterable[Document], processes: int, chunk: int) -> None:
-        self._texts, self._chunk = streamed(texts), chunk
+    def __init__(
+        self,
+        texts: Iterable[Document],
+        processes: int,
+        chunk: int,
+        keys_of: Callable[[Sequence[Document], int], list[bytes]] = document_keys,
+    ) -> None:
+        self._texts, self._chunk, self._keys_of = streamed(texts), chunk, keys_of
         self._waiting: list[list[tuple[int, Document]]] = [[] for _ in range(processes)]
         self.taken = 0  #: documents that were read so far
         self._ended = False
@@ -95,6 +101,6 @@ class Partitioner:
     def _read(self) -> None:
         documents = list(itertools.islice(self._texts, _READ))
         self._ended = len(documents) < _READ
-        for i, key in enumerate(document_keys(documents, self.taken)):
+        for i, key in enumerate(self._keys_of(documents, self.taken)):
             self._waiting[share_of(key, len(self._waiting))].append((self.taken + i, documents[i]))
         self.taken += len(documents)

@@ -288,8 +288,9 @@ class PassageParts(Iterable[Part]):
                 if len(passages) >= self._encoder.chunk:
                     yield from self._counted(positions, passages)
                     positions, passages = [], []
-        if passages:
-            yield from self._counted(positions, passages)
+            if passages:  # who asks for the next part may take this one as done
+                yield from self._counted(positions, passages)
+                positions, passages = [], []
 
     def _counted(self, positions: list[int], passages: list[Document]) -> Iterator[Part]:
         documents = [[one.key() for one in cut] for cut in self._documents]

@@ -288,6 +288,7 @@ class Recycler:
         texts: Iterable[Document],
         *,
         field: Field | None = None,
+        columns: ColumnFields | None = None,
         address: str | None = None,
         **options: Any,
     ) -> FillReport:
@@ -300,14 +301,15 @@ class Recycler:
         this process dies, or too many workers, what was flushed stays: call it again to go on.
 
         Args:
-            texts, field: see ``fill``; also a ``ray.data.Dataset``, whose rows come batch by batch.
+            texts, field, columns: see ``fill``; also a ``ray.data.Dataset``, whose rows come batch by batch. Images and
+                audio that are given as paths (absolute ones) are read by the workers, too, which must see them there.
             address: of the cluster, as ``ray.init`` takes it (``"auto"``, ``"host:6379"``, ``"ray://host:10001"``);
                 ``"local"`` starts one here. None for ``RAY_ADDRESS``, or one that runs here, or else a new one. Where
                 Ray is initialized already, that is used.
             options: ``workers`` (default: one a GPU; where there is none, one a node), ``cpus`` and ``gpus`` of each,
-                ``device`` in each; ``token_budget``, ``progress``, ``max_error``, ``metric`` as of ``fill``; ``deaths``
-                that are borne, of workers of one share one after another, none of which stored anything (3);
-                ``start_seconds`` within which they must have started (600);
+                ``device`` in each (``"cpu"`` also where there are GPUs); ``token_budget``, ``progress``, ``max_error``,
+                ``metric`` as of ``fill``; ``deaths`` that are borne, of workers of one share one after another, none of
+                which stored anything (3); ``start_seconds`` within which they must have started (600);
                 ``finish``: whether ``Space.finish`` is called in the end (True); ``ray_options``: of the actors, such
                 as ``{"runtime_env": {...}, "accelerator_type": "H100"}``.
 
@@ -316,16 +318,14 @@ class Recycler:
 
         Raises:
             MissingExtraError: Ray is not installed.
-            UsageError: the texts are none; see ``fill`` and ``blueprint``.
-            WorkerError: there is no cluster; workers do not start, or died too often, or failed with an error that is
-                none of this package's.
+            UsageError: the texts are none, or paths; ``max_bytes`` and ``partition``, which are of ``fill`` alone; see
+                ``fill`` and ``blueprint``.
+            WorkerError: there is no cluster; torch finds no GPU where Ray gives one; workers do not start, or died too
+                often, or failed with an error that is none of this package's.
             StoreGoneError: a worker does not see the store, or another one at its place (a folder of another machine).
             ActcacheError: a worker failed with this; see ``fill``.
         """
-        try:
-            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        finally:
-            self.space.refresh()  # also where it failed: what was computed is stored
+        return cluster.fill_spaces(self.blueprint, self.filler, texts, field, columns, address=address, **options)
 
     def blueprint(self) -> Blueprint:
         """Return what makes this recycler in another process: it names the model, and is small when pickled.

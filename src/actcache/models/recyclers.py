@@ -147,15 +147,12 @@ class Recyclers(Mapping[int | str, Recycler]):
         texts: Iterable[Document],
         *,
         field: Field | None = None,
+        columns: ColumnFields | None = None,
         address: str | None = None,
         **options: Any,
     ) -> FillReport:
         """Fill all sites by the workers of a Ray cluster, in one pass; else as ``Recycler.fill_ray``."""
-        try:
-            return cluster.fill(cluster.documents_of(texts, field), self.blueprint(), address=address, **options)
-        finally:
-            for space in self.filler.spaces:
-                space.refresh()
+        return cluster.fill_spaces(self.blueprint, self.filler, texts, field, columns, address=address, **options)
 
     def blueprint(self) -> Blueprint:
         """Return what makes these recyclers in another process; see ``Recycler.blueprint``."""

@@ -98,7 +98,7 @@ class AcceleratorDelivery(Delivery):
     ) -> None:
         super().__init__()
         self.packed, self.padded = True, not packed
-        self.buffers: PinnedBuffers = PinnedBuffers(depth + 2, device.allocate)
+        self.buffers: PinnedBuffers = PinnedBuffers(depth + 3, device.allocate)
         self._kind = codec.get(dtype)
         self._deliver = None if deliver is None else getattr(torch, deliver)
         self._device = device

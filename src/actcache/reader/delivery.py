@@ -96,7 +96,7 @@ class HostDelivery(Delivery):
         self.packed, self.padded = packed, not packed
         self._kind, self._deliver = codec.get(dtype), deliver or delivered_by(dtype, numpy=torch is None)
         self.decodes = self._deliver != self._kind.form
-        most = depth + 3  # those that wait, the one being read, the consumer's, and the one before
+        most = depth + 4  # those that wait, the two being read, the consumer's, and the one before
         self.buffers = BufferPool(most)
         # Fresh memory costs more than what is written into it: its pages are made one by one.
         self.id_buffers = BufferPool(most, SMALL)

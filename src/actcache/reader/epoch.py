@@ -1,10 +1,12 @@
-"""One iteration of a reader: its batches, read ahead by a thread and handed over one by one."""
+"""One iteration of a reader: its batches, read ahead by threads and handed over one by one."""
 
 from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -18,10 +20,11 @@ from actcache.reader.cursor import Cursor
 from actcache.reader.delivery import BatchMembers, Delivered, Delivery, padded
 from actcache.reader.fetch import EntryInfo, HostBatch, OwnSource, Source, fetch
 from actcache.reader.labels import Labels
-from actcache.reader.prefetch import Prefetch
+from actcache.reader.prefetch import Helpers, Prefetch
 from actcache.reader.stats import ReaderStats
 
 _AHEAD = 2  # batches whose rows the operating system is asked for before they are read
+_AT_ONCE = 2  # batches that are read at a time while rows come from a disk
 _MOST_SILENT = 16  # batches that are read without an announcement, at most
 _TRIES = 5  # each finds what a batch is by then
 _COUNTING = ProcessLock()  # several iterations of one reader count together
@@ -37,6 +40,19 @@ class MissComputer:
     refresh: Callable[[], object] = lambda: None  # sees what other ranks have stored
 
 
+class ReadingClock:
+    """Counts the seconds in which something was read, those in which two batches were once. Under ``_COUNTING``."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+
+    def passed(self, begin: float, end: float) -> float:
+        """Return what a read from ``begin`` to ``end`` adds, of reads told in the order of their ends."""
+        seconds = max(0.0, end - max(begin, self._until))
+        self._until = max(self._until, end)
+        return seconds
+
+
 @dataclass(frozen=True)
 class Work:
     """What all iterations of a reader share."""
@@ -50,6 +66,7 @@ class Work:
     depth: int
     miss_computer: MissComputer | None
     stats: ReaderStats = field(default_factory=ReaderStats)
+    clock: ReadingClock = field(default_factory=ReadingClock)
     columns: tuple[str, ...] = ()  # of the caller's own, that are delivered
 
 
@@ -182,26 +199,45 @@ def _delivered(work: Work, delivery: Delivery, read: Iterator[Read | _Missing]) 
 def _produce(
     work: Work, delivery: Delivery, batches: list[NDArray[np.int64]]
 ) -> Generator[Read | _Missing, None, None]:
-    """Read batches. The thread that reads ahead runs this; it knows no iteration, which can be collected meanwhile."""
+    """Read batches. The thread that reads ahead runs this; it knows no iteration, which can be collected meanwhile.
+
+    As long as rows come from a disk, the next batch is asked for while one is: or the disk has nothing to do from the
+    last answer for one batch to the first question for the next.
+    """
     asked, silent, next_asked = 0, 0, 0
-    for number, members in enumerate(batches):
-        while asked < min(number + 1 + _AHEAD, len(batches)):
-            # As long as all is in memory, fewer and fewer batches are announced.
-            if asked >= next_asked:
-                silent = 0 if work.source.read_ahead(work.keys[batches[asked]]) else min(silent + 1, _MOST_SILENT)
-                next_asked = asked + 1 + silent
-            asked += 1
-        if work.miss_computer is not None and (work.source.lengths(work.keys[members]) == 0).any():
-            yield _Missing(members, [])
-            continue
-        try:
-            item: Read | _Missing = read_batch(work, delivery, members)
-        except CorruptEntryError as error:
-            if work.miss_computer is None:
-                raise
-            item = _Missing(members, error.keys)
-        yield item
-        del item  # or it would hold a buffer for as long as the next is read
+    helpers, reading = Helpers(_AT_ONCE), deque[Future[Read | _Missing]]()
+    try:
+        for number, members in enumerate(batches):
+            while asked < min(number + 1 + _AHEAD, len(batches)):
+                # As long as all is in memory, fewer and fewer batches are announced.
+                if asked >= next_asked:
+                    silent = 0 if work.source.read_ahead(work.keys[batches[asked]]) else min(silent + 1, _MOST_SILENT)
+                    next_asked = asked + 1 + silent
+                asked += 1
+            at_once = _AT_ONCE if work.depth and not silent else 1
+            if at_once == 1 and not reading:
+                yield _read(work, delivery, members)
+                continue
+            reading.append(helpers.submit(_read, work, delivery, members))
+            while len(reading) >= at_once:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
+    finally:
+        helpers.close()
+        wait(reading)  # they use what whoever closes this may close next
+
+
+def _read(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> Read | _Missing:
+    """Read a batch, unless some of it has to be computed first."""
+    if work.miss_computer is not None and (work.source.lengths(work.keys[members]) == 0).any():
+        return _Missing(members, [])
+    try:
+        return read_batch(work, delivery, members)
+    except CorruptEntryError as error:
+        if work.miss_computer is None:
+            raise
+        return _Missing(members, error.keys)
 
 
 def read_computed(work: Work, delivery: Delivery, members: NDArray[np.int64], corrupt: Sequence[bytes]) -> Delivered:
@@ -258,7 +294,7 @@ def read_batch(work: Work, delivery: Delivery, members: NDArray[np.int64]) -> Re
         delivery.buffers.give_back(read.values, None)
         raise
     with _COUNTING:
-        stats.read_seconds += done - start
+        stats.read_seconds += work.clock.passed(start, done)
     return Read(read, BatchMembers(keys, work.documents[members], labels, columns))
 
 

@@ -1,4 +1,4 @@
-"""A thread that works ahead of its consumer, and never leaves it waiting for nothing."""
+"""Threads that work ahead of their consumer, and never leave it waiting for nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -125,6 +126,42 @@ def _run(produce: Iterator[T], channel: _Channel[T]) -> None:
         if (close := getattr(produce, "close", None)) is not None:
             close()
         channel.end(failure)
+
+
+class Helpers:
+    """Daemon threads that make calls: where a dead network file system holds one, the process can end all the same.
+
+    Threads are started as they are needed, ``most`` of them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+        self._started = 0
+
+    def submit(self, call: Callable[..., T], *given: Any) -> Future[T]:
+        """Have a call made after those before it; the future has what it returns or raises."""
+        future: Future[T] = Future()
+        self._calls.put((future, call, given))
+        if self._started < self._most:
+            threading.Thread(target=_help, args=(self._calls,), name="actcache-prefetch-read", daemon=True).start()
+            self._started += 1
+        return future
+
+    def close(self) -> None:
+        """End the threads after the calls that were submitted; does not wait."""
+        for _ in range(self._started):
+            self._calls.put(None)
+
+
+def _help(calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]) -> None:
+    while (found := calls.get()) is not None:
+        future, call, given = found
+        try:
+            future.set_result(call(*given))
+        except BaseException as error:
+            future.set_exception(error)
+        del found, future, call, given  # or they would hold a buffer while this waits
 
 
 _NOTHING = object()

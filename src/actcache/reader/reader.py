@@ -34,7 +34,7 @@ class Reader:
     A thread reads ``depth`` batches ahead. Several readers of one space, and several iterations of one reader, are
     fine; one thread at a time per iteration. An iteration that is broken off, closed or collected leaves no thread.
     Batches may be kept: their memory is used again only when nothing refers to it. The reader holds memory for
-    ``depth + 3`` batches for as long as it lives.
+    ``depth + 4`` batches for as long as it lives.
 
     Args:
         keys: of the documents, in the given order; a key may stand more than once.

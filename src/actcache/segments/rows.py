@@ -115,7 +115,8 @@ class RowSource(ABC):
 
     @abstractmethod
     def will_need(self, plan: RowPlan) -> bool:
-        """Hint that the activations of these entries are read soon; False where there is nothing to be done for it."""
+        """Hint that the activations of these entries are read soon; False where they seem to be in memory, or a hint is
+        of no use."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -369,7 +370,7 @@ class MappedRows(RowSource):
             return False
         nbytes = plan.lengths * arena.row_bytes
         if self._direct_flag(int(nbytes.sum())):
-            return False  # they are read when they are asked for
+            return True  # they are read when they are asked for
         order = np.argsort(begins)
         begins = begins[order]
         ends = begins + nbytes[order]

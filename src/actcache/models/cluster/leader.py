@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -22,8 +22,8 @@ from actcache.format.arguments import whole
 from actcache.format.keys import Document
 from actcache.io.workers import available_cpus
 from actcache.models import error_budget
-from actcache.models.cluster.worker import Job, News, Numbered, Worker
-from actcache.models.documents import check_texts
+from actcache.models.cluster.worker import Job, News, Numbered, WithColumns, Worker
+from actcache.models.documents import DocumentsWithColumns, check_texts, document_keys
 from actcache.models.filling import CHUNK, FillReport
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget
 from actcache.models.partition import Part, Partitioner
@@ -56,17 +56,22 @@ def fill(
     start_seconds: float = 600.0,
     finish: bool = True,
     ray_options: Mapping[str, Any] | None = None,
+    chunk: int = CHUNK,
+    keys_of: Callable[[Sequence[Document], int], list[bytes]] = document_keys,
 ) -> FillReport:
     """Fill a store by the workers of a Ray cluster; see ``Recycler.fill_ray``.
 
     Args:
         blueprint: of the recyclers, which each worker makes; this process loads no model.
+        chunk: documents that a worker is given at a time.
+        keys_of: their keys, by which they are dealt out; it is told the position of the first.
     """
-    with requires_extra("ray", "a fill by Ray's workers needs Ray"):
-        import ray
     error_budget.check_metric(metric)
     token_budget = check_token_budget(token_budget)
     check_texts(texts)
+    with requires_extra("ray", "a fill by Ray's workers needs Ray"):
+        import ray
+    own = texts if isinstance(texts, DocumentsWithColumns) else None
     count = len(texts) if isinstance(texts, Sized) else None
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -75,7 +80,7 @@ def fill(
             store = stack.enter_context(open_store(store))
         store.check_writable()
         stack.enter_context(connected(ray, address))
-        each = _asked(ray, workers, cpus, gpus)
+        each = _asked(ray, workers, cpus, 0.0 if gpus is None and str(device) == "cpu" else gpus)
         sample, texts = error_budget.peeked(texts)
         job = Job(
             replace(blueprint, store=store.address),
@@ -86,20 +91,16 @@ def fill(
             secrets.token_hex(4),
             each.workers,
             store.__reduce__(),
+            () if own is None else own.beside,
         )
-        partitioner = Partitioner(texts, each.workers, CHUNK)
+        dealing = _Dealing(Partitioner(texts, each.workers, chunk, keys_of), own)
         bar = stack.enter_context(FillProgress(count, show=progress))
         crew = stack.enter_context(_Crew(ray, job, each, device, dict(ray_options or {}), deaths))
-        total = reduce(add, crew.lead(partitioner, bar, start_seconds))
+        total = reduce(add, [*crew.lead(dealing, bar, start_seconds), *crew.of_the_dead])
         crew.end()
         contributions = [one for name in crew.fingerprints for one in _noted(store, name, job.run, finish)]
-    computed, tokens = total.computed + crew.of_the_dead[0], total.tokens + crew.of_the_dead[1]
     return replace(
         total,
-        documents=partitioner.taken,
-        present=partitioner.taken - computed,
-        computed=computed,
-        tokens=tokens,
         seconds=time.monotonic() - start,
         nbytes=sum(one.nbytes for one in contributions),
         segments=sum(one.segments for one in contributions),
@@ -114,6 +115,21 @@ def _noted(store: Store, fingerprint: str, run: str, finish: bool) -> list[Contr
         if finish:
             space.finish()
         return [one for one in space.contributions() if one.run == run]
+
+
+class _Dealing:
+    """Parts of the documents for each worker, with what stands beside the documents' tokens."""
+
+    def __init__(self, partitioner: Partitioner, own: DocumentsWithColumns | None) -> None:
+        self._partitioner, self._own = partitioner, own
+
+    def part(self, worker: int) -> Part | None:
+        """See ``Partitioner.part``."""
+        part = self._partitioner.part(worker)
+        if part is None or self._own is None:
+            return part
+        given = zip(*part, strict=True)
+        return part[0], [WithColumns(one, self._own.give(position)) for position, one in given]  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -134,6 +150,8 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
                 _check_listens(where)
                 try:
                     ray.init(address=where, **quiet)
+                except ImportError as error:  # what Ray's client needs beside Ray
+                    raise WorkerError(f"{where} needs Ray's client ({error}): pip install 'ray[client]'") from None
                 except (ConnectionError, RuntimeError, ValueError) as error:
                     raise WorkerError(f"the Ray cluster at {where} cannot be used: {error}") from None
         try:
@@ -244,7 +262,7 @@ class _Member:
     held: dict[int, Part] = field(default_factory=dict)  # what it was given and is not known to be durable
     given: int = 0  # parts so far
     told: int = 0  # documents that it said are stored, of parts that are not known to be durable
-    stored: tuple[int, int] = (0, 0)  # documents that this attempt computed, and are known to be durable; tokens
+    stored: list[FillReport] = field(default_factory=list)  # of this attempt's parts that are known to be durable
     ending: bool = False  # no more come
     done: bool = False
     to_give: list[Numbered | None] = field(default_factory=list)
@@ -270,7 +288,7 @@ class _Crew:
         self._deaths = deaths  # of workers of one share, one after another, that have stored nothing
         self.members = [_Member(number) for number in range(each.workers)]
         self._calls: dict[Any, _Member] = {}
-        self.of_the_dead = (0, 0)  # documents that dead workers have computed and stored, as far as is known; tokens
+        self.of_the_dead: list[FillReport] = []  # what dead workers did with the parts that are known to be durable
         self.fingerprints: tuple[str, ...] = ()
         self._measured = False
 
@@ -280,7 +298,7 @@ class _Crew:
     def __exit__(self, *error: object) -> None:
         self.end()
 
-    def lead(self, partitioner: Partitioner, bar: FillProgress, start_seconds: float) -> list[FillReport]:
+    def lead(self, dealing: _Dealing, bar: FillProgress, start_seconds: float) -> list[FillReport]:
         """Give the workers their documents until all is stored; return what each worker that lives says."""
         reports: list[FillReport] = []
         for member in self.members:
@@ -299,7 +317,7 @@ class _Crew:
                     member.done = True
                     reports.append(news.report)
                     continue
-                self._deal(member, news.wants, partitioner)
+                self._deal(member, news.wants, dealing)
                 self._calls[member.actor.news.remote(member.to_give)] = member
                 member.to_give = []
             self._check_started(start_seconds)
@@ -336,7 +354,7 @@ class _Crew:
             member.deaths = 0
         for part in news.durable:
             member.told -= len(member.held.pop(part.number)[0])
-            member.stored = member.stored[0] + part.computed, member.stored[1] + part.tokens
+            member.stored = [reduce(add, [*member.stored, part.report])]
         if news.fingerprints:
             self.fingerprints = self.fingerprints or news.fingerprints
             self._measured = self._measured or member.number == 0
@@ -354,16 +372,16 @@ class _Crew:
                 "out. What was stored stays: fill again to go on"
             )
         member.attempt += 1
-        self.of_the_dead = self.of_the_dead[0] + member.stored[0], self.of_the_dead[1] + member.stored[1]
-        member.stored = (0, 0)
+        self.of_the_dead += member.stored
+        member.stored = []
         logger.warning("worker %s died, another one goes on: %s", self._name(member), why)
 
     def _name(self, member: _Member) -> str:
         return f"{member.number}/{len(self.members)}"
 
-    def _deal(self, member: _Member, wants: int, partitioner: Partitioner) -> None:
+    def _deal(self, member: _Member, wants: int, dealing: _Dealing) -> None:
         while self._measured and wants and not member.ending:
-            part = partitioner.part(member.number)
+            part = dealing.part(member.number)
             if part is None:
                 member.ending = True
                 member.to_give.append(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from actcache.errors import WorkerError
 from actcache.format.keys import Document
 from actcache.models import error_budget
+from actcache.models.documents import HeldColumns
 from actcache.models.filling import Filler, FillReport
 from actcache.models.partition import Part, Partition
 from actcache.models.remote import Blueprint, Failed
@@ -25,6 +27,14 @@ _IN_HAND = 2  # parts: one is computed, the next one waits
 _NEWS_SECONDS = 1.0  # after which the leader gets an answer in any case
 
 Numbered = tuple[int, Part]  # parts are numbered as they are given, from 0
+
+
+@dataclass(frozen=True)
+class WithColumns:
+    """A document on its way to a worker, and what stands beside its tokens."""
+
+    document: Document
+    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Job:
     run: str
     workers: int
     reopen: tuple[Any, ...] | None = None  # opens the blueprint's store there, and no other: what pickles it
+    columns: tuple[str, ...] = ()  # the caller's own, where documents come ``WithColumns``
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,12 @@ class Durable:
     """A part of which all is stored, and survives this worker."""
 
     number: int
-    computed: int  # documents of it, by this worker
-    tokens: int
+    report: FillReport  # what this worker did with it
+
+    @property
+    def computed(self) -> int:
+        """How many documents of it this worker computed."""
+        return self.report.computed
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ class Worker:
         self._counts = (0, 0, 0)  # documents stored, computed, and their tokens, since the last news
         self._in_hand = 0
         self._fingerprints: tuple[str, ...] = ()
-        self._of_part = [0, 0]  # documents and tokens computed of the part in hand
+        self._columns = HeldColumns(job.columns) if job.columns else None
         self._put: list[tuple[list[int], Durable]] = []  # those not known to be durable, and entries added by then
         self._durable: list[Durable] = []  # since the last news
         self._filler: Filler | None = None
@@ -148,6 +163,7 @@ class Worker:
     def _fill(self) -> FillReport:
         job = self._job
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_device(device)
         os.environ["RAYON_NUM_THREADS"] = str(self._threads)  # of the tokenizer
         torch.set_num_threads(self._threads)
         logging.set_verbosity_error()
@@ -174,6 +190,7 @@ class Worker:
                     token_budget=job.token_budget,
                     partition=self._share,
                     contributor=contributor,
+                    own=self._columns,
                 )
             finally:
                 with self._changed:
@@ -181,13 +198,15 @@ class Worker:
                     self._filler = self._contributor = None
 
     def _given(self, filler: Filler) -> Iterator[Part]:
+        before: FillReport | None = None
         while (numbered := self._parts.get()) is not None and not self._stopping:
             number, part = numbered
-            yield part
+            yield part if self._columns is None else _held(part, self._columns)
             with self._changed:  # all of it was put
-                added = [space.written.added for space in filler.spaces]
-                self._put.append((added, Durable(number, *self._of_part)))
-                self._of_part = [0, 0]
+                assert filler.so_far is not None
+                added, now = [space.written.added for space in filler.spaces], filler.so_far()
+                self._put.append((added, Durable(number, now if before is None else now.since(before))))
+                before = now
                 self._in_hand -= 1
                 self._changed.notify()
         if self._stopping:
@@ -199,7 +218,6 @@ class Worker:
         with self._changed:
             before = self._counts
             self._counts = (before[0] + documents, before[1] + computed, before[2] + tokens)
-            self._of_part = [self._of_part[0] + computed, self._of_part[1] + tokens]
             self._changed.notify()
 
     def _ended(self) -> bool:
@@ -212,3 +230,22 @@ class Worker:
         published = [space.written.published for space in filler.spaces]
         while self._put and all(done >= added for done, added in zip(published, self._put[0][0], strict=True)):
             self._durable.append(self._put.pop(0)[1])
+
+
+def _held(part: Part, columns: HeldColumns) -> Part:
+    """Return documents alone; ``columns`` holds what came beside them."""
+    positions, given = part
+    documents: list[Document] = []
+    for position, one in zip(positions, given, strict=True):
+        assert isinstance(one, WithColumns)
+        columns.hold(position, one.values)
+        documents.append(one.document)
+    return positions, documents
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise WorkerError(
+            f"Ray gave this worker a GPU on {socket.gethostname()}, and torch {torch.__version__} finds none there: "
+            "install a build of torch with CUDA on the nodes, and their drivers; or compute on CPUs, by device='cpu'"
+        )

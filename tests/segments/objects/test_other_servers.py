@@ -57,7 +57,7 @@ class TestConformance(BackendConformance):
 class TestZarrConformance(BackendConformance):
     """A segment of many objects."""
 
-    steps = 20
+    steps = 100
 
     @pytest.fixture
     def url(self, other, bucket):
@@ -130,3 +130,44 @@ def test_a_server_that_falls_silent_is_told(other, bucket):
             place.read("other")
         proxy.released.set()
         place.close()
+
+
+#: What is asked at most of a server, by scheme: of gs://, looking at an object takes two requests.
+MOST = {
+    "put and flush": {"gs": 17, "az": 14},
+    "put and flush, zarr": {"gs": 28, "az": 25},
+    "open": {"gs": 13, "az": 11},
+    "open, zarr": {"gs": 13, "az": 11},
+    "read": {"gs": 18, "az": 14},
+    "read, zarr": {"gs": 46, "az": 24},
+    "compact": {"gs": 105, "az": 95},
+    "compact, zarr": {"gs": 270, "az": 255},
+}
+
+
+@pytest.mark.parametrize("format", ["", "zarr:"], ids=["safetensors", "zarr"])
+def test_what_it_costs(other, bucket, format):
+    """Requests that reach the server: a zarr segment is eleven objects, and none of them is looked at afterwards."""
+    costs: dict[str, int] = {}
+    url, suffix = f"{format}{other.scheme}://{bucket}/store", ", zarr" if format else ""
+    with Proxy(other.endpoint) as proxy:
+        options = other.at(proxy.endpoint)
+
+        def cost(what):
+            costs[f"{what}{suffix}"] = len(proxy.requests)
+            proxy.clear()
+
+        with actcache.open(url, **options) as store, store.space(recipe()) as space:
+            for first in range(0, 50, 10):
+                put(space, range(first, first + 10))
+                proxy.clear()
+                space.flush()
+            cost("put and flush")
+        proxy.clear()
+        with actcache.open(url, **options) as store, store.space(recipe()) as space:
+            cost("open")
+            check(space, dict.fromkeys(range(50), 0), range(55))
+            cost("read")
+            space.compact(waste=0.0, grace=0.0)
+            cost("compact")
+    assert {what: count for what, count in costs.items() if count > MOST[what][other.scheme]} == {}, costs

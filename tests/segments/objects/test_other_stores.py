@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 import actcache
 from actcache.errors import BackendError, StorageIOError, StoreNotFoundError
 from actcache.segments.places.objects import ObjectPlace
+from actcache.segments.places.objects.client import Body, ObjectNotFoundError, TransientError
+from actcache.segments.places.objects.generic import FsspecClient
 from tests.cli.running import cachectl
 from tests.support import check, put, recipe
 
@@ -150,3 +154,86 @@ def test_other_bytes_are_not_taken_for_written(protocol, monkeypatch):
     with pytest.raises(StorageIOError, match="not what was sent"):
         place.publish_bytes("thing", b"some bytes", replace=True)
     place.close()
+
+
+# --- what is asked of a library, each of which may be two requests or three -------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The methods of the file system that are called, one after the other."""
+    calls: list[str] = []
+    call = FsspecClient._call
+
+    def noted(self, method, *args, **options):
+        calls.append(method)
+        return call(self, method, *args, **options)
+
+    monkeypatch.setattr(FsspecClient, "_call", noted)
+    return calls
+
+
+@pytest.mark.parametrize("word", ["md5Hash", "content_md5"])
+def test_the_answer_to_an_upload_is_compared_where_there_is_one(protocol, asked, monkeypatch, word):
+    """And what it does not confirm is looked at."""
+    place = ObjectPlace(f"{protocol}://there/store", "", {"retry_seconds": 0.2})
+    pipe, holds = Buckets.pipe_file, []
+
+    def answering(self, path, value, **options):
+        pipe(self, path, value, **options)
+        digest = hashlib.md5(holds[0] if holds else value).digest()
+        return {word: base64.b64encode(digest).decode() if word == "md5Hash" else bytearray(digest)}
+
+    monkeypatch.setattr(Buckets, "pipe_file", answering)
+    assert place.publish_bytes("thing", b"some bytes", replace=True)
+    assert asked == ["pipe_file"]
+    holds.append(b"other bytes")
+    asked.clear()
+    assert place.publish_bytes("thing", b"some bytes", replace=True)
+    assert asked == ["pipe_file", "info"]
+    place.close()
+
+
+def test_a_size_that_is_known_is_not_asked_for(protocol, asked):
+    client = FsspecClient(f"{protocol}://there/store", {})
+    data = bytes(range(100))
+    client.put("thing", data, "token", create=False)
+    asked.clear()
+    assert client.get("thing", 10, 50, 100) == Body(data[10:60], 100)
+    assert client.get("thing", 90, 50, 100) == Body(data[90:], 100)
+    assert client.get("thing", 100, 50, 100) == Body(b"", 100)
+    assert asked == ["cat_file", "cat_file"]
+    # It has others by now, or somebody was wrong.
+    assert client.get("thing", 10, 200, 300) == Body(data[10:], 100)
+    client.remove("thing")
+    with pytest.raises(ObjectNotFoundError):
+        client.get("thing", 10, 50, 100)
+
+
+def test_all_below_a_folder_is_found_at_once_where_the_library_can(protocol, asked, monkeypatch):
+    find = MemoryFileSystem.find
+    monkeypatch.setattr(_registry[protocol], "find", AbstractFileSystem.find, raising=False)
+    client = FsspecClient(f"{protocol}://there/store", {})
+    names = ["one", "spaces/a/segments/b/c/d", "spaces/a/segments/b/e", "spaces/f"]
+    for name in names:
+        client.put(name, b"bytes", "token", create=False)
+    asked.clear()
+    listed = client.listing("spaces/", recursive=True)  # by what fsspec has, which passes over what it cannot list
+    assert (sorted(listed.files), listed.folders) == (names[1:], frozenset())
+    assert "find" not in asked
+    monkeypatch.setattr(_registry[protocol], "find", lambda self, *a, **o: find(self, *a, **o), raising=False)
+    client = FsspecClient(f"{protocol}://there/store", {})
+    asked.clear()
+    assert sorted(client.listing("spaces/", recursive=True).files) == names[1:]
+    assert client.listing("absent/", recursive=True).files == {}
+    assert asked == ["find", "find"]
+    # As adlfs, where there is an object of the folder's own name.
+    monkeypatch.setattr(_registry[protocol], "find", lambda self, path, **o: [path], raising=False)
+    assert sorted(client.listing("spaces/", recursive=True).files) == names[1:]
+
+    def fails(self, *args, **options):
+        raise OSError("a fault of the test")
+
+    monkeypatch.setattr(_registry[protocol], "find", fails, raising=False)
+    with pytest.raises(TransientError):
+        client.listing("spaces/", recursive=True)

@@ -80,7 +80,7 @@ class CachedBlocks:
         if nbytes <= 0:
             return b""
         if nbytes > _LARGEST:
-            return bytes(self._session.client().get(key, offset, nbytes).data)
+            return bytes(self._session.client().get(key, offset, nbytes, self._sizes.get(key)).data)
         first, last = offset // BLOCK, (offset + nbytes - 1) // BLOCK + 1
         blocks = self._peek(key, first, last)
         missing = [number for number in range(first, last) if number not in blocks]
@@ -113,7 +113,7 @@ class CachedBlocks:
 
     def _load(self, key: str, first: int, last: int) -> dict[int, bytes]:
         """Read the blocks first..last-1 with one request."""
-        body = self._session.client().get(key, first * BLOCK, (last - first) * BLOCK)
+        body = self._session.client().get(key, first * BLOCK, (last - first) * BLOCK, self._sizes.get(key))
         data = memoryview(body.data)
         found = {first + i: bytes(data[i * BLOCK : (i + 1) * BLOCK]) for i in range(-(-len(data) // BLOCK))}
         with self._lock:

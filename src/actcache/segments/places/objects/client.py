@@ -83,8 +83,12 @@ class Client(ABC):
         """Raise ``StoreNotFoundError`` where there is no such bucket."""
 
     @abstractmethod
-    def get(self, key: str, offset: int, nbytes: int) -> Body:
-        """Return a range of an object: exactly ``nbytes`` bytes, or as many as the object has from ``offset`` on."""
+    def get(self, key: str, offset: int, nbytes: int, size: int | None = None) -> Body:
+        """Return a range of an object: exactly ``nbytes`` bytes, or as many as the object has from ``offset`` on.
+
+        ``size``: the bytes of an object that never changes, where they are known; some libraries cost a request to tell
+        them. One that has others by now is looked at all the same.
+        """
 
     @abstractmethod
     def head(self, key: str) -> Head: ...

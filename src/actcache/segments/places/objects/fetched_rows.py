@@ -162,6 +162,10 @@ class FetchedRows(RowSource):
         """Have a range fetched; of a small column, what is in memory is there at once."""
         described = self._segments[segment]
         key = self._locate(described, described.extents[column].path)
+        size = self._blocks.listed_size(key)
+        if size is None and not described.extents[column].path:  # a segment that is one object
+            size = described.nbytes
+            self._blocks.learn({key: size})
         if small:
             kept = self._blocks.peek(key, begin, end - begin)
             if kept is None:
@@ -170,7 +174,14 @@ class FetchedRows(RowSource):
             future.set_result(kept)
             return future
         client = self._session.client()
-        return self._session.submit(lambda: client.get(key, begin, end - begin).data)
+
+        def get() -> Data:
+            body = client.get(key, begin, end - begin, size)
+            if size is None:
+                self._blocks.learn({key: body.size})
+            return body.data
+
+        return self._session.submit(get)
 
     def note_lost(self, segment: int) -> None:
         self._blocks.note_lost(self._locate(self._segments[segment], ""))

@@ -216,7 +216,7 @@ class ObjectPlace(Place):
         listed = self._blocks.listed_size(name)
         most = max(nbytes, whole) if listed is None or listed <= whole else nbytes
         try:
-            body = self._session.client().get(name, 0, most)
+            body = self._session.client().get(name, 0, most, listed)
         except ObjectNotFoundError:
             raise FileNotFoundError(f"{self.where}/{name}") from None
         return bytes(body.data), body.size

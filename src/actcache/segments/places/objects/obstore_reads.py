@@ -40,18 +40,18 @@ class FastClient(S3Client):
         self._store: S3Store | None = None
         self._lock = threading.Lock()
 
-    def get(self, key: str, offset: int, nbytes: int) -> Body:
+    def get(self, key: str, offset: int, nbytes: int, size: int | None = None) -> Body:
         what = f"cannot read {self.where}/{key}"
         store = self._store or self._open()
         try:
             answer = obstore.get(store, self._prefix + key, options={"range": (offset, offset + nbytes)})
-            size = answer.meta["size"]
+            whole = answer.meta["size"]
             data: Data = memoryview(answer.bytes())
         except (BaseError, FileNotFoundError) as error:
             return self._failed(error, key, offset, nbytes, what)
-        if len(data) != max(0, min(nbytes, size - offset)):
+        if len(data) != max(0, min(nbytes, whole - offset)):
             raise TransientError(f"{what}: got {len(data)} of {nbytes} bytes")
-        return Body(data, size)
+        return Body(data, whole)
 
     def _failed(self, error: Exception, key: str, offset: int, nbytes: int, what: str) -> Body:
         text = str(error)

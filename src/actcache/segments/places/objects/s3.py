@@ -91,7 +91,7 @@ class S3Client(client.Client):
 
         return self._do("connect", "", ask)
 
-    def get(self, key: str, offset: int, nbytes: int) -> client.Body:
+    def get(self, key: str, offset: int, nbytes: int, size: int | None = None) -> client.Body:
         async def ask(s3: Any) -> client.Body:
             try:
                 answer = await s3.get_object(**self._object(key), Range=f"bytes={offset}-{offset + nbytes - 1}")
@@ -102,12 +102,12 @@ class S3Client(client.Client):
                 return client.Body(b"", int(answer["ContentLength"]))
             async with answer["Body"] as stream:
                 data = await stream.read()
-            size = int(answer.get("ContentRange", "/-1").rpartition("/")[2])
-            if size < 0:  # a server that knows no ranges sends everything
-                data, size = data[offset : offset + nbytes], len(data)
-            if len(data) != max(0, min(nbytes, size - offset)):
+            whole = int(answer.get("ContentRange", "/-1").rpartition("/")[2])
+            if whole < 0:  # a server that knows no ranges sends everything
+                data, whole = data[offset : offset + nbytes], len(data)
+            if len(data) != max(0, min(nbytes, whole - offset)):
                 raise client.TransientError(f"cannot read {self.where}/{key}: got {len(data)} of {nbytes} bytes")
-            return client.Body(data, size)
+            return client.Body(data, whole)
 
         return self._do("read", key, ask, nbytes)
 

@@ -303,7 +303,7 @@ class Recycler:
                 audio that are given as paths (absolute ones) are read by the workers, too, which must see them there.
             address: of the cluster, as ``ray.init`` takes it (``"auto"``, ``"host:6379"``, ``"ray://host:10001"``);
                 ``"local"`` starts one here. None for ``RAY_ADDRESS``, or one that runs here, or else a new one. Where
-                Ray is initialized already, that is used.
+                Ray is initialized already, by a data set of its own for instance, that is used.
             options: ``workers`` (default: one a GPU; where there is none, one a node), ``cpus`` and ``gpus`` of each,
                 ``device`` in each (``"cpu"`` also where there are GPUs); ``token_budget``, ``progress``, ``max_error``,
                 ``metric`` as of ``fill``; ``deaths`` that are borne, of workers of one share one after another, none of

@@ -3,7 +3,7 @@
 import actcache
 
 project = "actcache"
-author = "The actcache authors"
+author = copyright = "The actcache authors"
 release = version = actcache.__version__
 
 extensions = [

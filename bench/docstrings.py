@@ -42,14 +42,22 @@ class Corpus:
 
 def docstrings() -> Iterator[tuple[str, str]]:
     """Yield (package or module, docstring) of every module, class and function of the standard library."""
-    root = Path(sysconfig.get_path("stdlib"))
+    yield from _docstrings(Path(sysconfig.get_path("stdlib")), _LEFT_OUT)
+
+
+def installed_docstrings() -> Iterator[tuple[str, str]]:
+    """Yield the same of the packages that are installed beside it."""
+    yield from _docstrings(Path(sysconfig.get_path("purelib")), {"test", "tests", "__pycache__"})
+
+
+def _docstrings(root: Path, left_out: set[str]) -> Iterator[tuple[str, str]]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _LEFT_OUT & set(relative.parts) or any(part.endswith("_test.py") for part in relative.parts):
+        if left_out & set(relative.parts) or any(part.endswith("_test.py") for part in relative.parts):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

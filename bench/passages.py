@@ -87,9 +87,9 @@ def train(recycler: Recycler, texts: Corpus, which: Sequence[np.ndarray], seed: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=int, default=8)
-    parser.add_argument("--most", type=int, default=30, help="docstrings of a package")
+    parser.add_argument("--most", type=int, default=24, help="docstrings of a package")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--contexts", type=int, nargs="*", default=[0, 8, 32])
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     options = parser.parse_args()

@@ -6,6 +6,8 @@ The corpus is the documentation of a package from the package index (each file o
 a document) and docstrings of the standard library, which do not change; the revision has the documentation of another
 version. Both are filled with layer 3 of all-MiniLM-L6-v2, in float32, and the revision once more into a fresh store,
 to compare the numbers. Unchanged is text in lines that stand in both versions of a file, as difflib tells them.
+Before that, a sentence is inserted at the front, in the middle and behind each document that is long enough to have a
+few passages, and the passages that are new are counted.
 """
 
 from __future__ import annotations
@@ -67,6 +69,29 @@ def unchanged(old: str, new: str) -> np.ndarray:
     return same
 
 
+ADDED = "Since this version, the default is another one."
+
+
+def inserted(recycler: actcache.Recycler, texts: list[str], most: int) -> Table:
+    """Return a table of the new passages that an inserted sentence makes, by where it is inserted."""
+    title = f"one sentence is inserted: new passages of up to {most} tokens"
+    table = Table("where", "documents", "on average", "at most", "more than two", title=title)
+    long = [text for text, cut in zip(texts, recycler.passages(texts), strict=True) if len(cut) > 4]
+    old = [{one.key() for one in cut} for cut in recycler.passages(long)]
+    middles = [text.find("\n", len(text) // 2) + 1 for text in long]
+    ways = {
+        "at the front": [f"{ADDED}\n\n{text}" for text in long],
+        "in the middle": [f"{text[:i]}{ADDED}\n{text[i:]}" for text, i in zip(long, middles, strict=True)],
+        "behind": [f"{text}\n\n{ADDED}\n" for text in long],
+    }
+    for where, revised in ways.items():
+        cuts = recycler.passages(revised)
+        new = np.array([sum(one.key() not in there for one in cut) for there, cut in zip(old, cuts, strict=True)])
+        many = f"{int((new > 2).sum())} ({(new > 2).mean():.1%})"
+        table.add_row(where, f"{len(long)}", f"{new.mean():.2f}", f"{new.max()}", many)
+    return table
+
+
 def _recycler(loaded: Any, store: Path, too_long: Any, dtype: str = "float32") -> actcache.Recycler:
     return actcache.Recycler(*loaded, layer=LAYER, store=store, dtype=dtype, too_long=too_long)
 
@@ -76,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--package", nargs=3, default=["flask", "2.3.3", "3.1.1"], metavar=("NAME", "OLD", "NEW"))
     parser.add_argument("--passages", type=int, default=128)
     parser.add_argument("--docstrings", type=int, default=600)
+    parser.add_argument("--only", default="insertions,cost,fill")
     given = parser.parse_args(arguments)
+    parts = given.only.split(",")
     logging.disable_progress_bar()
     path = get_model_path()
     loaded = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
@@ -91,18 +118,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{sum(old.get(name) == text for name, text in new.items())} are as they were; "
             f"{len(fixed)} docstrings"
         )
+        if "insertions" in parts:
+            with _recycler(loaded, folder / "none", actcache.passages(given.passages)) as recycler:
+                console.print(inserted(recycler, before, given.passages))
         ways: dict[str, Any] = {
             "windows of 512": actcache.windows(512),
             **{f"passages of {size}": actcache.passages(size) for size in (given.passages // 2, given.passages)},
             f"passages of {given.passages}, context 16": actcache.passages(given.passages, context=16),
         }
         table = Table("cut into", "tokens", "computed again", "of unchanged text kept", title="the revision")
-        for what, spec in ways.items():
+        for what, spec in ways.items() if "cost" in parts else ():
             with _recycler(loaded, folder / "none", spec) as recycler:
                 found = recycler.revision(before, after, stored=False)
                 kept = "" if isinstance(spec, actcache.Windows) else f"{_kept(recycler, old, new, before):.1%}"
                 table.add_row(what, f"{found.tokens:,}", f"{found.new_tokens:,} ({1 - found.reused:.1%})", kept)
-        console.print(table)
+        if table.row_count:
+            console.print(table)
+        if "fill" not in parts:
+            return
         spec = actcache.passages(given.passages)
         with (
             _recycler(loaded, folder / "revised", spec) as recycler,

@@ -23,7 +23,7 @@ def _ids(count: int) -> NDArray[np.int64]:
 
 
 def _cut(ids: NDArray[np.int64], ranks: NDArray[np.uint8] | None = None) -> list[int]:
-    return cut(ids, np.zeros(len(ids), np.uint8) if ranks is None else ranks, LEAST, MOST).tolist()
+    return [*map(int, cut(ids, np.zeros(len(ids), np.uint8) if ranks is None else ranks, LEAST, MOST))]
 
 
 def _contents(ids: NDArray[np.int64]) -> list[bytes]:
@@ -76,7 +76,7 @@ class _Document:
 
     @property
     def bounds(self) -> list[int]:
-        return cut(self.ids, self.ranks, self.least, self.most).tolist()
+        return [*map(int, cut(self.ids, self.ranks, self.least, self.most))]
 
     @property
     def contents(self) -> list[bytes]:

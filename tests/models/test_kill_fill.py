@@ -32,7 +32,7 @@ DOCUMENTS = 150
 PASSAGE = 34  # tokens
 
 DRIVER = """
-import functools, json, os, sys
+import functools, json, os, signal, sys
 import actcache
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -42,13 +42,22 @@ model = AutoModel.from_pretrained(sys.argv[1]).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
-    path, texts, cut = json.loads(line)
+    path, texts, cut, *more = json.loads(line)
+    puts, options = more or (0, {})
     child = os.fork()
     if child == 0:
-        store = actcache.open(path)
+        store = actcache.open(path, **options)
         store.space = functools.partial(store.space, segment_bytes=1 << 14)  # many segments: kills hit every phase
         too_long = actcache.passages(cut, least=4) if cut else "refuse"
         with actcache.Recycler(model, tokenizer, layer=1, store=store, dtype="float32", too_long=too_long) as recycler:
+            put = recycler.space.put_packed
+            def put_or_die(*given, **named):
+                global puts
+                if puts == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                puts -= 1
+                put(*given, **named)
+            recycler.space.put_packed = put_or_die
             report = recycler.fill(texts, token_budget=256, progress=False)
             there = len(recycler.space)
         new = report.new_passages if cut else report.computed
@@ -155,6 +164,38 @@ def rounds(
     assert check(kind, path, expected) == expected.keys()
 
 
+def killed_once(
+    driver: subprocess.Popen[str],
+    url: str,
+    expected: dict[bytes, np.ndarray],
+    order: Sequence[str],
+    cut: int,
+    options: dict[str, object] | None = None,
+) -> None:
+    """Kill a fill before its sixth batch is stored, and let another one end it."""
+
+    def fill(puts: int) -> list[str]:
+        driver.stdin.write(json.dumps([url, order, cut, puts, options or {}]) + "\n")
+        driver.stdin.flush()
+        driver.stdout.readline()
+        return list(iter(driver.stdout.readline, "ended\n"))
+
+    def stored() -> set[bytes]:
+        with actcache.open(url, "r", **options or {}) as store:
+            space = store.space(store.recipes()[0])
+            assert space.damaged() == {}
+            keys = list(space.keys())
+            for key, entry in zip(keys, space.get(keys), strict=True):
+                np.testing.assert_allclose(entry.activations, expected[key], atol=1e-5)
+            return set(keys)
+
+    assert fill(6) == []
+    there = stored()
+    assert 0 < len(there) < len(expected)
+    assert json.loads(*fill(0)) == [len(there), len(expected) - len(there)]
+    assert stored() == expected.keys()
+
+
 def check(kind: Kind, path: Path, expected: dict[bytes, np.ndarray]) -> set[bytes]:
     """Open the store as it was left; return its keys, after comparing all entries with the full model's rows."""
     if not (path / "actcache.json").exists():
@@ -184,6 +225,12 @@ def test_killed_fills_lose_nothing_and_compute_nothing_twice(kind, driver, expec
 @each()
 def test_killed_fills_for_long(kind, driver, expected, tmp_path):
     rounds(kind, driver, tmp_path / "store", expected, 200, texts())
+
+
+@each()
+def test_a_killed_fill_of_passages_is_ended_by_another(kind, driver, passages, tmp_path):
+    """Each passage that was flushed is there, and is computed once, though two documents have it."""
+    killed_once(driver, kind.url(tmp_path / "store"), passages, pairs(), PASSAGE)
 
 
 @pytest.mark.long

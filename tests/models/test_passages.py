@@ -104,6 +104,18 @@ def test_insertion_at_the_front_computes_at_most_two_passages(
                 np.testing.assert_allclose(mine.activations, theirs.activations, atol=1e-5)
 
 
+def test_statistics_are_of_the_passages_once_each(model: PreTrainedModel, tokenizer: Any, store: Store) -> None:
+    texts = [LONG, SHORT, LONG, OTHER]
+    with _recycler(model, tokenizer, store) as recycler:
+        recycler.fill(texts, progress=False)
+        different = {one.key(): one.token_ids for cut in recycler.passages(texts) for one in cut}
+        rows = np.concatenate([_rows(model, ids) for ids in different.values()]).astype(np.float64)
+        found = recycler.space.statistics()
+        assert found.count == len(rows) < recycler.outline(texts).lengths.sum()
+        np.testing.assert_allclose(found.mean, rows.mean(0), atol=1e-5)
+        np.testing.assert_allclose(found.variance, rows.var(0), atol=1e-4)
+
+
 def test_all_specs_share_a_space_and_a_short_document_is_what_a_whole_one_is(
     model: PreTrainedModel, tokenizer: Any, store: Store
 ) -> None:

@@ -251,6 +251,17 @@ def test_a_store_that_lists_no_uploads_is_swept_of_the_rest(bucket, proxy, caplo
     place.close()
 
 
+@pytest.mark.parametrize("status", [403, 405, 501])
+def test_a_store_that_lists_no_uploads_is_pruned(bucket, proxy, status):
+    with actcache.open(bucket.url, **bucket.through(proxy)) as store:
+        with store.space(support.recipe()) as space:
+            support.put(space, range(3))
+        rule = proxy.rule("NotImplemented", r"GET .*\?.*uploads", times=10**6, status=status)
+        prune(store, plan_pruning(store, left_behind=0.0))
+        assert rule.hits == 1
+        assert len(store) == 1
+
+
 def test_pruning_takes_uploads_of_any_age(bucket):
     with actcache.open(bucket.url, **bucket.options) as store:
         bucket.s3.create_multipart_upload(Bucket=bucket.name, Key="some/store/thing")

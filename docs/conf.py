@@ -3,7 +3,7 @@
 import actcache
 
 project = "actcache"
-author = "The actcache authors"
+author = copyright = "The actcache authors"
 release = version = actcache.__version__
 
 extensions = [
@@ -31,6 +31,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 suppress_warnings = ["myst.header"]
 
 autodoc_typehints = "signature"
+maximum_signature_line_length = 100  # a parameter a line in longer ones
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
 napoleon_google_docstring = True

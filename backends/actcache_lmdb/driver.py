@@ -69,15 +69,15 @@ class LMDBSpace(SpaceDriver):
             if self._damage:
                 raise FormatError(self._damage)
         if writable:
-            with translated(f"cannot make a space in {folder}"):
-                self._generations.create()
+            with translated(f"cannot open {folder}"):
                 self._generations.remove_old(grace)
         self._current()
 
     # --- generations -------------------------------------------------------------------------------------------------
 
-    def _current(self) -> tuple[int, Environment | None]:
-        """Return the newest generation's number and environment; 0 and None where nobody has made one yet."""
+    def _current(self, *, make: bool = False) -> tuple[int, Environment | None]:
+        """Return the newest generation's number and environment; 0 and None where nobody has made one yet, or somebody
+        has deleted the space: what is written then is a new one's, whose first generation this is to ``make``."""
         with self._lock, translated(f"cannot open {self._generations.folder}"):
             if self._closed:
                 raise ClosedError(f"{self._generations.folder} is closed; open the space again")
@@ -86,8 +86,8 @@ class LMDBSpace(SpaceDriver):
                 if self._environment is not None and self._is_newest(number, self._environment):
                     return number, self._environment
                 environment = None
-                if not number and self._writable:
-                    self._generations.create()  # somebody has deleted the space: what is written now is a new one's
+                if not number and make:
+                    self._generations.create()
                     continue
                 if number:
                     try:
@@ -110,7 +110,7 @@ class LMDBSpace(SpaceDriver):
         if not self._writable:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to write")
         while True:
-            number, environment = self._current()
+            number, environment = self._current(make=True)
             if environment is None:
                 raise StorageIOError(f"{self._generations.folder} is gone; open the store again")
             with suppress(_Retired):
@@ -125,7 +125,7 @@ class LMDBSpace(SpaceDriver):
     # --- SpaceDriver -------------------------------------------------------------------------------------------------
 
     def append(self, block: Block) -> None:
-        _, environment = self._current()
+        _, environment = self._current(make=self._writable)
         records = BlockRecords(block, self._shapes, environment.page_size if environment is not None else 4096)
 
         def work(writing: Writing) -> None:
@@ -135,6 +135,8 @@ class LMDBSpace(SpaceDriver):
         self._write(work, records.nbytes)
 
     def delete(self, keys: NDArray[np.uint8]) -> int:
+        if self._writable and self._current()[1] is None:
+            return 0
         return self._write(lambda writing: writing.delete(keys))
 
     def snapshot(self) -> Snapshot:
@@ -173,8 +175,10 @@ class LMDBSpace(SpaceDriver):
         here: a generation is one file.
         """
         number, environment = self._current()
-        if environment is None or not self._writable:
+        if not self._writable:
             raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to compact")
+        if environment is None:
+            return Compaction()
         retain(environment)
         try:
             published = self._wasted(environment) >= waste and self._rewrite(number, environment, progress)

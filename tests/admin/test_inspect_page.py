@@ -382,6 +382,14 @@ def test_what_matters_comes_first(layers):
     assert len(drawn) == 1
 
 
+def test_it_says_how_to_see_the_share_of_a_corpus(layers, tmp_path):
+    said = "no corpus is kept as a collection here"
+    assert said not in " ".join(Elements(layers.read_text()).texts).lower()
+    make_store(tmp_path / "store", range(3))
+    assert cachectl("inspect", tmp_path / "store", "--html", tmp_path / "report.html").code == 0
+    assert said in " ".join(Elements((tmp_path / "report.html").read_text()).texts).lower()
+
+
 def test_tables_are_sorted_and_spaces_compared(browser, layers):
     browser.open(layers.as_uri())
     column = "[...document.querySelector('table.sorted').tBodies[0].rows].map(row => row.cells[%d].textContent)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,26 @@ def test_troubleshooting_names_every_error():
         name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, errors.ActcacheError)
     }
     assert {name for name in named if f"| `{name}` |" not in page and not name.startswith("_")} == bases
+
+
+def test_the_package_says_whose_it_is_and_where_to_look():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"Homepage", "Documentation", "Changelog"} <= set(project["urls"])
+    assert all(url.startswith("https://") for url in project["urls"].values())
+    assert project["authors"]
+    assert len(project["keywords"]) >= 3
+    for minor in (11, 12, 13, 14):
+        assert f"Programming Language :: Python :: 3.{minor}" in project["classifiers"]
+    assert project["readme"] == "README.md"
+
+
+def test_who_wants_to_help_or_to_cite_finds_how():
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
+        assert len((ROOT / name).read_text(encoding="utf-8").split()) > 50, name
+    assert "make test-quick" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert "cff-version" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert "cachectl doctor" in (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    for said in (".ci/run", '"3.11", "3.12", "3.13", "3.14"', "macos-latest", "make docs"):
+        assert said in workflow
+    assert "sphinx -W" in (ROOT / "Makefile").read_text(encoding="utf-8")

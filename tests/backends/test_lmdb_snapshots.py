@@ -266,7 +266,7 @@ def test_rows_of_every_size(url, hidden, dtype):
 def test_an_empty_space_is_read(tmp_path, url):
     with actcache.open(url) as store:
         store.space(recipe()).close()
-    shutil.rmtree(next(tmp_path.glob("store/spaces/*/lmdb")))
+    assert not list(tmp_path.glob("store/spaces/*/lmdb"))  # which comes with the first entries
     with actcache.open(url, "r") as store, store.space(recipe()) as space:
         check(space, {}, range(3))
         assert (len(space), space.usage().entries, space.damaged()) == (0, 0, {})

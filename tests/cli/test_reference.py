@@ -43,6 +43,25 @@ def test_every_option_is_in_the_reference():
         assert option in text
 
 
+def test_help_is_no_markup():
+    """What stands in brackets is shown: the name of an extra, say."""
+    for command in COMMANDS:
+        said = " ".join(cachectl(command.__name__, "--help").out.replace("│", " ").split())
+        for name in re.findall(r"actcache\[(\w+)\]", command.__doc__ or ""):
+            assert f"actcache[{name}]" in said
+    assert "needs the extra plots" in " ".join(cachectl("bench", "--help").out.replace("│", " ").split())
+    assert "needs the extra ray" in " ".join(cachectl("fill", "--help").out.replace("│", " ").split())
+
+
+def test_recipes_are_in_the_style_of_the_other_tables(tmp_path):
+    with actcache.open(tmp_path / "s") as store, store.space(recipe()) as space:
+        space.put([key(1)], [rows(1)])
+    for options in ([], ["--space", recipe().fingerprint]):
+        said = cachectl("inspect", tmp_path / "s", *options).out
+        assert "weights" in said
+        assert not set(said) & set("┏┌│┃")
+
+
 def test_usage_errors_name_the_help():
     assert "--help" in cachectl("ls").refused(2)
     assert "--help" in cachectl("ls", "x", "--nonsense").refused(2)

@@ -165,7 +165,8 @@ def test_an_empty_space_says_what_is_near(
     store: Store, model: PreTrainedModel, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "actcache"):
-        Recycler(model, tokenizer, layer=2, store=store).close()
+        with Recycler(model, tokenizer, layer=2, store=store) as first:
+            first.fill(["a text"], progress=False)
         assert "nearest" not in caplog.text
         Recycler(model, tokenizer, layer=2, store=store, max_length=20).close()
     assert "max_length: 20 here, 66 there" in caplog.text
@@ -598,4 +599,4 @@ def test_it_closes_what_it_opened(tmp_path: Path, model: PreTrainedModel, tokeni
     recycler.close()
     with actcache.open(tmp_path / "store") as store:
         Recycler(model, tokenizer, layer=2, store=store).close()
-        assert store.recipes()  # still open
+        assert store.recipes() == []  # still open

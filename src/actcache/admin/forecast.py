@@ -40,7 +40,7 @@ class Forecast:
 
     documents: int  # given, each counted once
     present: int  # of those, stored already, at all the sites
-    tokens: int  # about, of the others; of windows, without what they share
+    tokens: int  # about, of the others; of windows, each with what it shares with the next one
     nbytes: int  # about, that the others take, at all the sites where they are missing
     seconds: float  # about, by computing some of them here; tokenizing and writing are not counted
     fits: int | None = None  # about how many of the others a bound on the bytes has room for; None without one
@@ -121,7 +121,7 @@ def forecast(
                 with suppress(SpaceNotFoundError):
                     spaces[name] = stack.enter_context(Recycler(*loaded, site=name, store=opened, **options)).space
             used = taken(opened, [space.recipe.fingerprint for space in spaces.values()])
-        spec, encoder, lengths, most, cutter = None, None, None, None, None
+        spec, encoder, lengths, most, cutter, given_as = None, None, None, None, None, None
         if takes_features(base):
             counted = next(iter(halves.values())).count_rows
             encoder = MediaEncoder(loaded[1], base, counted, key_by=key_by, too_long=too_long)
@@ -140,13 +140,17 @@ def forecast(
         return Forecast(found.documents, found.documents, 0, 0, 0.0, fits, passages=found.passages)
     last = max(found.deepest)
     deepest = next(half.site for name, half in halves.items() if depths[name] == last)
-    longest = max_length if spec is None and cutter is None else None
+    longest = None if cutter is not None else max_length if spec is None else spec.max_length
     if encoder is None:
         timing = measure(model, found.sample, layer=deepest, device=devices[0], max_length=longest)
     else:
         timing = measure_features(LowerHalf(base, family, deepest), encoder, found.sample)
-    length = sum(timing.lengths) / len(timing.lengths)
-    sizes = {name: CorpusSize(count, round(count * length)) for name, count in found.lacking.items()}
+    parts = [[length] for length in timing.lengths]  # of each document of the sample, the tokens of its entries
+    if spec is not None and given_as is not None:
+        parts = [[window.length for window in windows] for windows in given_as.encode(found.sample)]
+    each = sum(map(len, parts)) / len(parts)
+    length = sum(map(sum, parts)) / len(parts)
+    sizes = {name: CorpusSize(round(count * each), round(count * length)) for name, count in found.lacking.items()}
     kind = dtype or timing.dtype
     nbytes = sum(nbytes_of(size, halves[name].hidden_size, kind) for name, size in sizes.items())
     # Layers cost about the same each.

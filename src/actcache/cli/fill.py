@@ -237,7 +237,7 @@ def fill(
     --collection.
 
     With --ray an actor on each GPU of a cluster computes, and writes to the store, which all nodes must see; what each
-    has stored is told in the end. A worker that dies is replaced. It needs actcache[ray].
+    has stored is told in the end. A worker that dies is replaced. It needs the extra ray.
 
     A folder of images or audio is filled with a model of such: labels are the names of its sub-folders, ids (of a
     --collection) the files' paths.
@@ -249,6 +249,7 @@ def fill(
         from actcache.models import cluster, parallel
         from actcache.models.error_budget import peeked
         from actcache.models.filling import CHUNK
+        from actcache.models.late_store import LateStore
         from actcache.models.partition import Partition
         from actcache.models.pretrained import load_tokenizer
         from actcache.models.processing import MediaEncoder
@@ -317,9 +318,11 @@ def fill(
             report = parallel.fill(documents, model, devices=places, store=store, **where, **working, **settings)
         else:
             device = places[0] if places else None
-            if media is None and share is None:  # what cannot be stored is found out before a store or space is made
-                settings["_first"], documents = peeked(documents, CHUNK)
-            with Recyclers.from_pretrained(model, **where, store=store, device=device, **settings) as recyclers:
+            place: Any = store
+            if media is None:  # what cannot be stored is found out before a store or space is made
+                first, documents = peeked(documents, CHUNK)
+                place = LateStore(store, [one for one in first if share is None or share.has(document_key(one))])
+            with Recyclers.from_pretrained(model, **where, store=place, device=device, **settings) as recyclers:
                 report = recyclers.fill(documents, **working, partition=share)
         labels = {} if media is None else media.labels()
     written = None if report.left_out else collection

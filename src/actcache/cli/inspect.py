@@ -149,9 +149,9 @@ def _show(report: reporting.StoreDetail | reporting.SegmentDetail | reporting.Do
 
 def _recipe_table(recipe: Recipe, title: str, damaged: Mapping[str, str]) -> Table:
     """Return a recipe in full: what decides the numbers, then where they came from; and what is damaged."""
-    made = Table(title=title, show_header=False)
-    made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
+    made = table(title, ("what", "value"))
+    made.show_header = False
+    made.columns[1].no_wrap, made.columns[1].overflow = False, "fold"
     for name, value in recipe.identity().items():
         made.add_row(name, spelled(value))
     made.add_section()
@@ -247,7 +247,7 @@ def _compression(detail: reporting.SpaceDetail) -> str:
     if detail.bytes_per_token is None or detail.ratio is None:
         return ""
     computed = f"{binary(detail.computed_bytes)} that its rows are in {detail.recipe.compute_dtype}"
-    return f", {number(detail.bytes_per_token)} a token; {detail.ratio:.2f} of the {computed}"
+    return f", {number(detail.bytes_per_token)} bytes a token; {detail.ratio:.2f} times the {computed}"
 
 
 def _show_lengths(lengths: reporting.Lengths) -> None:

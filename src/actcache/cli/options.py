@@ -38,6 +38,18 @@ def complete_spaces(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]
     return []
 
 
+def complete_pinned(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return the spaces of that store which are pinned; none where it cannot be read."""
+    with contextlib.suppress(Exception):
+        from actcache.admin.retention import is_pinned
+        from actcache.store.store import open_store
+
+        with open_store(_typed_store(ctx), mode="r") as opened:
+            files = opened.driver.listing()
+        return [one for one in complete_spaces(ctx, incomplete) if is_pinned(files, one[0])]
+    return []
+
+
 def complete_collections(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the collections of the store that was typed before; none where it cannot be read."""
     with contextlib.suppress(Exception):

@@ -12,15 +12,12 @@ from actcache.cli import options
 from actcache.cli.common import print_json, say
 from actcache.store.store import Store, open_standing
 
-_Prefixes = Annotated[
-    list[str],
-    typer.Argument(
-        help="Fingerprints of spaces, or how they begin.", show_default=False, autocompletion=options.complete_spaces
-    ),
-]
+_HELP = "Fingerprints of spaces, or how they begin."
+_Spaces = Annotated[list[str], typer.Argument(help=_HELP, show_default=False, autocompletion=options.complete_spaces)]
+_Pinned = Annotated[list[str], typer.Argument(help=_HELP, show_default=False, autocompletion=options.complete_pinned)]
 
 
-def pin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) -> None:
+def pin(store: options.Store, spaces: _Spaces, as_json: options.Json = False) -> None:
     """Protect spaces from every prune, until they are unpinned.
 
     Example: cachectl pin ./activations 3f2a
@@ -28,7 +25,7 @@ def pin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) 
     _change(store, "pinned", retention.pin, spaces, as_json)
 
 
-def unpin(store: options.Store, spaces: _Prefixes, as_json: options.Json = False) -> None:
+def unpin(store: options.Store, spaces: _Pinned, as_json: options.Json = False) -> None:
     """Take the protection of pinned spaces away.
 
     Example: cachectl unpin ./activations 3f2a

@@ -23,6 +23,7 @@ from actcache.models.agreement import Agreement, before_adding
 from actcache.models.budget import ByteBudget, Shared, most_bytes
 from actcache.models.canary import Encoder
 from actcache.models.documents import DocumentsWithColumns, TokenColumns, check_texts, chunked, streamed
+from actcache.models.error_budget import peeked
 from actcache.models.lower_half import TOKEN_BUDGET, check_token_budget, plan_encoded
 from actcache.models.partition import Part, Partition
 from actcache.models.passages import PassageParts, flattened
@@ -208,6 +209,17 @@ class Filler:
             total = -1 if total < 0 else total // partition.of  # about: keys fall to all shares alike
         with FillProgress(None if total < 0 else total, show=progress) as bar:
             return self._fill(parts, token_budget, bar.advance, budget, own, partition)
+
+    def looked_over(self, texts: Iterable[Document], partition: Partition | None) -> Iterable[Document]:
+        """Return the texts. Where a space is yet to come, raise first what ``fill`` would of its first documents: one
+        that is refused leaves no space behind."""
+        if all(space.stands for space in self.spaces):
+            return texts
+        first, texts = peeked(texts, self._encoder.chunk)
+        keys = self._encoder.keys(first, 0)
+        mine = [i for i, key in enumerate(keys) if partition is None or partition.has(key)]
+        self._encoder.encode([first[i] for i in mine], mine)
+        return texts
 
     def fill_parts(
         self,

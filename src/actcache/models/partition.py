@@ -51,6 +51,10 @@ class Partition:
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
 
+    def has(self, key: bytes) -> bool:
+        """Whether the document of this key falls to this share."""
+        return share_of(key, self.of) == self.number
+
     def parts(
         self, texts: Iterable[Document], size: int, keys_of: Callable[[Sequence[Document], int], list[bytes]]
     ) -> Iterator[Part]:
@@ -59,7 +63,7 @@ class Partition:
         documents: list[Document] = []
         for first, chunk in chunked(texts, size):
             for i, key in enumerate(keys_of(chunk, first)):
-                if share_of(key, self.of) == self.number:
+                if self.has(key):
                     positions.append(first + i)
                     documents.append(chunk[i])
             if len(documents) >= size:

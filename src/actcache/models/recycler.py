@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -32,6 +32,7 @@ from actcache.models.documents import ColumnFields, Field, documents_in, documen
 from actcache.models.error_budget import Choice
 from actcache.models.families import Family, base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
+from actcache.models.late_store import LateStore
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import vocabulary_size
@@ -49,7 +50,7 @@ from actcache.models.pretrained import load_pretrained
 from actcache.models.processing import Made, MediaEncoder, processor_of, takes_features
 from actcache.models.provenance import origin, revision_of, setup_of
 from actcache.models.remote import Blueprint, blueprint_of
-from actcache.models.sites import Site, chosen
+from actcache.models.sites import chosen
 from actcache.models.tokenizing import DocumentEncoder, Passage, TooLong, check_max_length
 from actcache.models.training import regimes
 from actcache.models.training.regimes import Prepared, Regime
@@ -60,7 +61,7 @@ from actcache.reader.order import Order
 from actcache.reader.reader import Reader
 from actcache.reader.rows import RowReader
 from actcache.store.document_entries import check_found, find_entries
-from actcache.store.store import Store, open_store
+from actcache.store.store import Store
 from actcache.store.stored_errors import StoredErrors
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Recycler:
 
     Attributes:
         recipe: what decides the numbers.
-        space: where they are; created where it was absent.
+        space: where they are; one that is absent comes to be with the first documents that are stored.
         agreement: of the space with the tokenizer and the lower half that compute its entries.
 
     Raises:
@@ -129,10 +130,8 @@ class Recycler:
         key_by: By = "content",
         provenance: Mapping[str, str] | None = None,
         check_canaries: bool = True,
-        _digests: Mapping[Site, str] | None = None,  # of several recyclers' sites, which then open together
-        _first: Sequence[Document] = (),  # are to be such as can be stored, or else no store and no space is made
-        _open: Callable[[], Store] | None = None,  # the store of several recyclers, which comes to be as late as that
     ) -> None:
+        late = LateStore.of(store)
         base = base_model_of(model)
         family = family_of(base)
         self._made_by: dict[str, Any] = {"layer": layer, "site": site, "dtype": dtype, "compute_dtype": compute_dtype}
@@ -156,14 +155,14 @@ class Recycler:
                 vocabulary=vocabulary_size(base),
                 extras=_check_extras(extras),
             )
-        lower.family = family = proof.of_rows(lower, encoder.max_length, _digests or ())
+        lower.family = family = proof.of_rows(lower, encoder.max_length, late.digests or ())
         self.recipe = Recipe(
             model=str(base.config.name_or_path or type(base).__name__),
             layer=lower.site.layer,
             site=str(lower.site) if lower.site.layer is None else None,
             hidden_size=lower.hidden_size,
             dtype=dtype or family.dtype,
-            weights=lower_digest(base, family, lower.site) if _digests is None else _digests[lower.site],
+            weights=late.digests[lower.site] if late.digests else lower_digest(base, family, lower.site),
             config=family.numbers_of(base.config),
             compute_dtype=lower.compute_dtype,
             tokenizer=encoder.digest(),
@@ -172,16 +171,15 @@ class Recycler:
             too_long=encoder.too_long if isinstance(encoder.too_long, str) else _POLICIES[type(encoder.too_long)],
             provenance={**setup_of(lower), **revision_of(base), **origin(), **(provenance or {})},
         )
-        if _first:
-            encoder.encode(_first)
-        opened = store if _open is None else _open()
-        self._store = opened if isinstance(opened, Store) else open_store(opened)
-        self._owns_store = self._store is not opened
+        if late.first:
+            encoder.encode(late.first)
+        self._store = late.open()
+        self._owns_store = late.owned and late.digests is None
         try:
-            self.space = self._store.space(self.recipe)
+            self.space = self._store.space(self.recipe, late=True)
             self.agreement = Agreement(self.space, encoder, lower, enabled=bool(check_canaries))
             self.filler = Filler(self._store, [self.agreement])
-            if _digests is None:
+            if late.digests is None:
                 self.agreement.when_opened()
         except BaseException:
             self.close()
@@ -279,7 +277,7 @@ class Recycler:
         self._store.check_writable()
         share = None if partition is None else Partition.parse(partition)
         own = None if columns is None else documents_with_columns(texts, field, columns)
-        documents = documents_in(texts, field) if own is None else own
+        documents = self.filler.looked_over(documents_in(texts, field) if own is None else own, share)
         documents = error_budget.measured(documents, [self.agreement], max_error, metric)
         return self.filler.fill(documents, token_budget, progress, max_bytes, own, share)
 
@@ -305,7 +303,7 @@ class Recycler:
                 audio that are given as paths (absolute ones) are read by the workers, too, which must see them there.
             address: of the cluster, as ``ray.init`` takes it (``"auto"``, ``"host:6379"``, ``"ray://host:10001"``);
                 ``"local"`` starts one here. None for ``RAY_ADDRESS``, or one that runs here, or else a new one. Where
-                Ray is initialized already, that is used.
+                Ray is initialized already, by a data set of its own for instance, that is used.
             options: ``workers`` (default: one a GPU; where there is none, one a node), ``cpus`` and ``gpus`` of each,
                 ``device`` in each (``"cpu"`` also where there are GPUs); ``token_budget``, ``progress``, ``max_error``,
                 ``metric`` as of ``fill``; ``deaths`` that are borne, of workers of one share one after another, none of
@@ -864,7 +862,7 @@ class Recycler:
         if nearest:
             other, fields = nearest[0]
             differ = "; ".join(f"{name}: {mine} here, {theirs} there" for name, (mine, theirs) in fields.items())
-            nearest_is = "created an empty space; the nearest is %s (%s), which differs in %s"
+            nearest_is = "this is a new space; the nearest is %s (%s), which differs in %s"
             logger.info(nearest_is, other.fingerprint, other.model, differ)
 
 

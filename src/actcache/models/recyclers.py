@@ -18,6 +18,7 @@ from actcache.models.agreement import when_opened
 from actcache.models.documents import ColumnFields, Field, documents_in, documents_with_columns, listed
 from actcache.models.families import base_model_of, family_of
 from actcache.models.filling import Filler, FillReport
+from actcache.models.late_store import LateStore
 from actcache.models.lower_half import TOKEN_BUDGET, LowerHalf
 from actcache.models.partition import Partition
 from actcache.models.pretrained import load_pretrained
@@ -26,7 +27,7 @@ from actcache.models.remote import Blueprint, blueprint_of
 from actcache.models.sites import Site, expanded, several
 from actcache.models.weights import lower_digests
 from actcache.reader.rows import RowReader
-from actcache.store.store import Store, open_store
+from actcache.store.store import Store
 
 
 class Recyclers(Mapping[int | str, Recycler]):
@@ -56,7 +57,6 @@ class Recyclers(Mapping[int | str, Recycler]):
         layers: Sequence[int | str] | str = (),
         sites: Sequence[str] = (),
         store: Store | str | Path,
-        _first: Sequence[Document] = (),  # see ``Recycler``
         **options: Any,
     ) -> None:
         given = several(layers, sites)
@@ -69,18 +69,19 @@ class Recyclers(Mapping[int | str, Recycler]):
             "layers": list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
         }
         self._made_by |= {"sites": list(sites)}
-        self._made_by |= {name: value for name, value in options.items() if not name.startswith("_")}
+        self._made_by |= options
         self._base = base
-        self._given, self._opened = store, store if isinstance(store, Store) else None
+        self._late = LateStore.of(store)
+        self._late.digests = digests
         made: dict[Site, Recycler] = {}
         self._recyclers: dict[int | str, Recycler] = {}
         try:
             for name, site in found.items():
                 if site not in made:
                     place: dict[str, Any] = {"layer": site.layer} if site.layer is not None else {"site": str(site)}
-                    first = () if made else _first  # what can be stored at one site can be at all
-                    some: dict[str, Any] = {"_digests": digests, "_first": first, "_open": self._open}
-                    made[site] = Recycler(model, tokenizer, **place, store=store, **some, **options)
+                    shared: dict[str, Any] = {"store": self._late}
+                    made[site] = Recycler(model, tokenizer, **place, **shared, **options)
+                    self._late.first = ()  # what can be stored at one site can be at all
                 self._recyclers[name] = made[site]
             agreements = [recycler.agreement for recycler in made.values()]
             when_opened(agreements)
@@ -89,13 +90,7 @@ class Recyclers(Mapping[int | str, Recycler]):
                 recycler.close()
             self.close()
             raise
-        self.filler = Filler(self._open(), agreements)
-
-    def _open(self) -> Store:
-        """Return the store; opened when all that can be wrong with the first recycler has been found out."""
-        if self._opened is None:
-            self._opened = open_store(self._given)  # type: ignore[arg-type]  # a store is opened already
-        return self._opened
+        self.filler = Filler(self._late.open(), agreements)
 
     @classmethod
     def from_pretrained(
@@ -136,10 +131,11 @@ class Recyclers(Mapping[int | str, Recycler]):
         Else as ``Recycler.fill``; ``computed`` counts the documents that any site lacked, and ``max_bytes`` is for all
         sites together; ``max_error`` is for each of them.
         """
-        self._open().check_writable()
+        self._late.open().check_writable()
         share = None if partition is None else Partition.parse(partition)
         own = None if columns is None else documents_with_columns(texts, field, columns)
-        documents = self.measured(documents_in(texts, field) if own is None else own, max_error, metric)
+        documents = self.filler.looked_over(documents_in(texts, field) if own is None else own, share)
+        documents = self.measured(documents, max_error, metric)
         return self.filler.fill(documents, token_budget, progress, max_bytes, own, share)
 
     def fill_ray(
@@ -156,7 +152,7 @@ class Recyclers(Mapping[int | str, Recycler]):
 
     def blueprint(self) -> Blueprint:
         """Return what makes these recyclers in another process; see ``Recycler.blueprint``."""
-        return blueprint_of(type(self).from_pretrained, self._base, self._open(), self._made_by, self.filler)
+        return blueprint_of(type(self).from_pretrained, self._base, self._late.open(), self._made_by, self.filler)
 
     def missing(self, texts: Iterable[Document], *, field: Field | None = None) -> list[int]:
         """Return the positions of the documents that any of the sites lacks; else as ``Recycler.missing``."""
@@ -196,8 +192,7 @@ class Recyclers(Mapping[int | str, Recycler]):
     def close(self) -> None:
         """Close all spaces, and the store where this opened it. Does nothing the second time."""
         with ExitStack() as stack:  # all of them, also where one fails
-            if self._opened is not None and self._opened is not self._given:
-                stack.callback(self._opened.close)
+            stack.callback(self._late.close)
             for recycler in self._recyclers.values():
                 stack.callback(recycler.close)
 

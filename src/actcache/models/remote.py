@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,9 @@ from actcache.errors import (
     UsageError,
     WorkerError,
 )
+from actcache.format.keys import Document
 from actcache.models.filling import Filler
+from actcache.models.late_store import LateStore
 from actcache.store.store import Store
 
 
@@ -50,14 +52,18 @@ class Blueprint:
     options: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: tuple[str, ...] = ()
 
-    def make(self, device: str | torch.device | None = None) -> Filling:
-        """Load the model and return its recyclers; ``device`` as of ``Recycler.from_pretrained``.
+    def make(self, device: str | torch.device | None = None, first: Sequence[Document] = ()) -> Filling:
+        """Load the model and return its recyclers, whose spaces stand from then on.
+
+        Args:
+            device: as of ``Recycler.from_pretrained``.
+            first: documents that must be such as can be stored, or else neither store nor spaces are made.
 
         Raises:
             LowerHalfMismatchError: the model of that name is another one here.
             ActcacheError: see ``Recycler.from_pretrained``.
         """
-        made = self.make_from(self.model, store=self.store, device=device, **self.options)
+        made = self.make_from(self.model, store=LateStore(self.store, first), device=device, **self.options)
         found = made.filler.fingerprints
         if self.fingerprints and set(found) != set(self.fingerprints):
             made.close()
@@ -66,6 +72,8 @@ class Blueprint:
                 "are to be filled: it has other weights, another tokenizer or dtype than the recycler's model. Save "
                 "that (save_pretrained) where all workers see it, and make the recycler from there"
             )
+        for space in made.filler.spaces:
+            space.make()
         return made
 
 

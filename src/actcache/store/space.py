@@ -87,6 +87,7 @@ class Space:
         recipe: Recipe,
         *,
         created: bool,
+        stands: bool,
         writable: bool,
         segment_bytes: int,
         segment_seconds: float,
@@ -94,7 +95,8 @@ class Space:
         on_close: Callable[[Space], object],
     ) -> None:
         self.recipe = recipe  #: as stored by whoever created the space
-        self.created = created  #: whether this call created it
+        self.created = created  #: whether this call created it, or what is stored first will
+        self._stands = stands
         self._store = driver
         self._reopen, self._on_close = reopen, on_close
         if codec.get(recipe.dtype).compressed:
@@ -107,7 +109,7 @@ class Space:
         self._segments: dict[str, Any] = {"segment_bytes": segment_bytes, "segment_seconds": segment_seconds}
         self._statistics = KeptStatistics(driver, recipe, writable=writable)
         self._known: tuple[weakref.ref[Snapshot], Moments] | None = None  # statistics of a snapshot
-        self._used = LastUse(driver, recipe.fingerprint, writable=writable)
+        self._used = LastUse(driver, recipe.fingerprint, writable=writable and stands)
         self._closed = False
         self._open()
         _SPACES.add(self)
@@ -141,6 +143,18 @@ class Space:
         self._forked = True
 
     # --- writing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def stands(self) -> bool:
+        """Whether the space is there; one that was opened ``late`` is not before something is stored in it."""
+        return self._stands
+
+    def make(self) -> None:
+        """Have the space stand in the store, durably, though nothing is stored in it yet."""
+        if not self._stands:
+            write_recipe(self._store, self.recipe)
+            self._stands = True
+            self._used = LastUse(self._store, self.recipe.fingerprint, writable=self._writable)
 
     def put(
         self,
@@ -180,6 +194,7 @@ class Space:
         lists = Lists({VALUES: arrays} | {name: rows for name, rows in given.items() if rows is not None})
         check_digits({f"array {i}": array for i, array in enumerate(lists.lists[VALUES])}, self.recipe)
         if columns is not None:
+            self.make()  # the columns are declared in it
             lists = lists.beside(OWN, self._own.lists(key_array(keys), lists.lists[VALUES], columns))
         return self._put(keys, lists, self._put_as, overwrite=overwrite)
 
@@ -220,6 +235,7 @@ class Space:
         check_digits({VALUES: values}, self.recipe)
         packed = Packed({VALUES: values} | {name: rows for name, rows in given.items() if rows is not None}, offsets)
         if columns is not None:
+            self.make()
             packed = packed.beside(OWN, self._own.records(as_arrays(columns), len(packed.arrays[VALUES])))
         return self._put(keys, packed, self._put_as, overwrite=overwrite)
 
@@ -272,6 +288,7 @@ class Space:
     def declare(self, schema: Schema) -> Schema:
         """Have the space's own columns be these, durably; return what they are: those of whoever came first."""
         self._writing()
+        self.make()
         return self._own.declare(schema)
 
     @retry_on_stale_snapshot
@@ -310,6 +327,7 @@ class Space:
         return len(fresh)
 
     def _append(self, block: Block) -> None:
+        self.make()
         self._driver.append(block)
         self._statistics.note(block)
         write_recipe(self._store, self.recipe)  # it may have been deleted under us
@@ -888,6 +906,7 @@ class Space:
     def put_blob(self, name: str, data: bytes, *, replace: bool = False) -> bool:
         """Write a small named file of the space, durably; return False where it stands and ``replace`` is False."""
         self._check_open()
+        self.make()
         return self._store.write_blob(space_blob(self.recipe.fingerprint, name), data, replace=replace)
 
     def leave_no_trace(self) -> None:

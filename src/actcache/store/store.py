@@ -98,13 +98,19 @@ class Store:
     # --- spaces ------------------------------------------------------------------------------------------------------
 
     def space(
-        self, recipe: Recipe, *, segment_bytes: int = SEGMENT_BYTES, segment_seconds: float = SEGMENT_SECONDS
+        self,
+        recipe: Recipe,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        segment_seconds: float = SEGMENT_SECONDS,
+        late: bool = False,
     ) -> Space:
         """Open the space of a recipe, creating it where it is absent.
 
         Args:
             segment_bytes, segment_seconds: a writer publishes what it holds when it is so large, or so old, whether
                 more is put or not. A process that is killed loses what is younger, and what is being published then.
+            late: whether a space that is absent comes to be with the first thing that is stored in it, and not now.
 
         Raises:
             SpaceNotFoundError: it is absent and the store is read-only; the message lists the nearest ones.
@@ -118,12 +124,13 @@ class Store:
         if stored is None:
             if not self.writable:
                 raise errors.SpaceNotFoundError(self._explain(recipe))
-            created = write_recipe(self.driver, recipe)
-            stored = self.recipe(fingerprint) or recipe
+            created = late or write_recipe(self.driver, recipe)
+            stored = recipe if late else self.recipe(fingerprint) or recipe
         space = Space(
             self.driver,
             stored,
             created=created,
+            stands=not (created and late),
             writable=self.writable,
             segment_bytes=segment_bytes,
             segment_seconds=segment_seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -111,6 +112,23 @@ def test_without_ray_one_line_says_what_to_install(tiny, tmp_path, monkeypatch):
     for wrong in (["--partition", "0/2"], ["--max-bytes", "1GiB"], ["--devices", "cpu,cpu"]):
         assert wrong[0] in cachectl(*fill, *wrong).refused(2)
     assert "--ray" in cachectl(*fill[:-2], "--workers", 2).refused(2)
+
+
+def test_without_the_client_of_ray_one_line_says_what_to_install():
+    class WithoutClient:
+        def is_initialized(self) -> bool:
+            return False
+
+        def init(self, **options: object) -> None:
+            raise ImportError("No module named 'grpc'")
+
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        address = f"ray://127.0.0.1:{somebody.getsockname()[1]}"
+        with (
+            pytest.raises(WorkerError, match=r"needs Ray's client .*'grpc'.*: pip install 'ray\[client\]'"),
+            leader.connected(WithoutClient(), address),
+        ):
+            pytest.fail("there is no cluster")
 
 
 # --- a worker ---------------------------------------------------------------------------------------------------------

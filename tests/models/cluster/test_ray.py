@@ -79,7 +79,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("place", ["hdf5", "s3"], indirect=True)
 def test_a_worker_is_killed_then_the_driver_and_the_next_fill_completes_it(place, tmp_path):
-    model = get_model_path()
+    model = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(model)
     killed = Killed(place, different((text[:250] for text in _sources()), tokenizer, COUNT), tmp_path / "log")
     settings: dict[str, Any] = {"model": model, "address": "local", "finish": False}
@@ -158,7 +158,7 @@ def test_a_data_set_of_ray_data_and_windows(here, tiny, tmp_path):  # noqa: F811
     with Recycler.from_pretrained(tiny, layer=2, store=tmp_path / "s", too_long=windows) as recycler:
         with pytest.raises(UsageError, match="'body', 'n'"):
             recycler.fill_ray(dataset)
-        report = recycler.fill_ray(dataset, field="body", workers=1, progress=False)
+        report = recycler.fill_ray(dataset, field="body", address="auto", workers=1, progress=False)
         assert (report.documents, report.computed) == (len(GIVEN), len(TEXTS))
         assert recycler.missing(TEXTS) == []
         assert report.contributions[0].entries == len(recycler.space) > len(TEXTS)

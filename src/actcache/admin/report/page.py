@@ -156,6 +156,10 @@ _SHORT = 12
 _MODEL = 16  # characters of a model's name beside a bar
 _SAID = 240  # characters of a document
 _MOST_SEGMENTS = 100  # in a table
+_NO_CORPUS = (
+    "No corpus is kept as a collection here: after cachectl fill ... --collection NAME this page says what share of it "
+    "each space has."
+)
 _TIMES = 24  # ranges of a plot over time
 _SHORTEST = 60.0  # seconds that such a plot shows
 
@@ -250,7 +254,8 @@ def _spaces(found: StoreDetail) -> Markup:
     figures += _ages([segment for one in found.spaces for segment in one.segments], found.time)
     plots = element("div", {"class": "plots"}, *figures)
     table = _table("Spaces", names, rows, left=4, order=True)
-    return element("section", None, element("h2", None, "Spaces"), table, plots)
+    notes = [element("p", None, _NO_CORPUS)] if found.spaces and not found.collections else []
+    return element("section", None, element("h2", None, "Spaces"), table, *notes, plots)
 
 
 def _order(one: SpaceDetail) -> tuple[Any, ...]:

@@ -136,7 +136,7 @@ class _Dealing:
 def connected(ray: Any, address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start one here; where the caller is connected, use that."""
     if ray.is_initialized():
-        if address is not None:
+        if address not in (None, "auto"):
             raise UsageError("Ray is initialized already: leave the address out, or call ray.shutdown() first")
         yield
         return

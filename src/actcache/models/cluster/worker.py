@@ -173,7 +173,7 @@ class Worker:
             if job.reopen is not None:  # here, where an error is told
                 store = stack.enter_context(job.reopen[0](*job.reopen[1]))
                 blueprint = replace(blueprint, store=store)
-            recyclers = stack.enter_context(contextlib.closing(blueprint.make(device)))
+            recyclers = stack.enter_context(contextlib.closing(blueprint.make(device, job.sample)))
             filler = recyclers.filler
             if self._share.number == 0:
                 error_budget.measured(job.sample, filler.agreements, job.max_error, job.metric)

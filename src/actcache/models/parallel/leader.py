@@ -80,10 +80,10 @@ def fill(
     limit = None if max_bytes is None else nbytes_of("max_bytes", max_bytes)
     check_texts(texts)
     count = len(texts) if isinstance(texts, Sized) else None
-    sample, texts = error_budget.peeked(texts)
+    first, texts = error_budget.peeked(texts, CHUNK)
     where = {"layers": layers if isinstance(layers, str) else list(layers), "sites": list(sites)}
     blueprint = Blueprint(Recyclers.from_pretrained, str(model), resolve(store), {**where, **options})
-    job = Job(blueprint, token_budget, limit, sample, max_error, metric)
+    job = Job(blueprint, token_budget, limit, first[: error_budget.SAMPLE], max_error, metric, first)
     start = time.monotonic()
     partitioner = Partitioner(texts, len(devices), CHUNK)
     with (

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -35,6 +35,7 @@ class Job:
     sample: list[Document]  # of which the first process measures what storing does, before any stores
     max_error: float | None
     metric: str
+    first: Sequence[Document] = ()  # which have to be such as can be stored, or else nothing is made
 
 
 # What a process says. Only ``More`` is answered, by a ``Part`` or None.
@@ -136,7 +137,7 @@ def _result(
         channel.send(Advanced(*counts))
 
     try:
-        with contextlib.closing(job.blueprint.make(device)) as recyclers:
+        with contextlib.closing(job.blueprint.make(device, job.first)) as recyclers:
             filler = recyclers.filler
             if number == 0:
                 error_budget.measured(job.sample, filler.agreements, job.max_error, job.metric)

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from actcache.errors import FormatError, ShapeError, UsageError
 from actcache.format.arguments import to_numpy
 from actcache.format.ragged import EXTRAS, OWN, TOKEN_IDS, VALUES
+from actcache.io.cached import cached_property
 
 BLOB = "columns.json"  # of a space
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from actcache.errors import ModelError, UnsupportedModelError, UsageError
 from actcache.format import arguments
 from actcache.format.arguments import is_whole
+from actcache.io.cached import cached_property
 from actcache.models.families import Family
 from actcache.models.modes import evaluating
 from actcache.models.partial_vocabulary import some_ids, vocabulary_size
@@ -345,7 +346,7 @@ class LowerHalf:
         ids = torch.from_numpy(some_ids(self.base_model, 3))[None].repeat(2, 1)
         return {"input_ids": ids.to(self.device), "attention_mask": torch.ones_like(ids, device=self.device)}
 
-    @functools.cached_property
+    @cached_property
     def hidden_size(self) -> int:
         """The width of a row; where that may be another than the layers', the model is run once for a few tokens.
 

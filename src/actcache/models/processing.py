@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from actcache.errors import DocumentError, DocumentTooLongError, ModelError, Rec
 from actcache.format.arguments import check_choice
 from actcache.format.media import BY, Audio, By, Image, audio_of, image_of
 from actcache.format.recipe import canonical_json
+from actcache.io.cached import cached_property
 from actcache.models.discovery import encoder_path, main_input_of, small_inputs
 from actcache.models.tokenizing import Encoded
 
@@ -250,7 +250,7 @@ class MediaEncoder:
             )
         return self.processor(samples, sampling_rate=rate, return_tensors="np")
 
-    @functools.cached_property
+    @cached_property
     def _longest(self) -> int | None:
         """Samples that the feature extractor keeps; None where it has no limit."""
         if (samples := getattr(self.processor, "n_samples", None)) is not None:  # Whisper's

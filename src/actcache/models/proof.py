@@ -9,7 +9,6 @@ the full model's outputs, rows and gradients. What is not proved is refused, wit
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 import math
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 
 from actcache.errors import ActcacheError, UnsupportedModelError
 from actcache.format.recipe import canonical_json
+from actcache.io.cached import cached_property
 from actcache.models import memo
 from actcache.models.canary import TOLERANCE as CANARY_TOLERANCE
 from actcache.models.canary import relative_error
@@ -404,7 +404,7 @@ class _Replay:
             return replace(way, one_size=True)
         return way
 
-    @functools.cached_property
+    @cached_property
     def _of_the_lower_half(self) -> set[str]:
         """Names of the full model's outputs that stay what they are, bit for bit, whatever goes into layer k+1."""
         inputs = self._reference(equal=True)[0].inputs

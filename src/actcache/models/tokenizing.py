@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -20,6 +19,7 @@ from actcache.format.arguments import is_whole, truth, whole
 from actcache.format.keys import Document, ModelWindows, NormalDocument, Windows, document_key, normal_form
 from actcache.format.passages import Passages, cut, ranks_of
 from actcache.format.recipe import canonical_json
+from actcache.io.cached import cached_property
 from actcache.models.documents import document_keys
 
 TooLong = Literal["refuse", "truncate", "windows"] | Windows | ModelWindows | Passages
@@ -62,7 +62,7 @@ class Passage:
     spans: NDArray[np.int32]  # [tokens, 2] characters [start, end) within the document's text (or word)
     word_ids: NDArray[np.int32]  # [tokens] words of the document; -1 for special tokens
 
-    @functools.cached_property
+    @cached_property
     def _key(self) -> bytes:
         return document_key(self.token_ids)
 
@@ -238,7 +238,7 @@ class DocumentEncoder:
         """Return the documents' keys; a ``DocumentError`` names the position, from ``first``, of one that has none."""
         return document_keys(documents, first)
 
-    @functools.cached_property
+    @cached_property
     def truncating(self) -> DocumentEncoder:
         """An encoder that differs in that it truncates whatever is too long, and makes no extras."""
         other = copy.copy(self)  # with the same tokenizer: to copy that takes as long as hundreds of documents
@@ -296,7 +296,7 @@ class DocumentEncoder:
         before, after = self._around
         return len(before), len(after)
 
-    @functools.cached_property
+    @cached_property
     def _whole(self) -> DocumentEncoder:
         """An encoder that neither cuts nor refuses what is long, and adds no special tokens."""
         other = copy.copy(self)
@@ -379,7 +379,7 @@ class DocumentEncoder:
             result[owner].append(self._encoded(batch, i))
         return result
 
-    @functools.cached_property
+    @cached_property
     def _joined_words(self) -> tuple[str, str] | None:
         """Two words that get other tokens as words than in a text with a space between; None where none do.
 

@@ -7,7 +7,6 @@ the batches of the reader itself. Imported only where a data set is asked for: i
 
 from __future__ import annotations
 
-import functools
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map  # the way th
 
 from actcache.entries.batch import Batch, Inputs
 from actcache.errors import CorruptEntryError, ShapeError, UsageError
+from actcache.io.cached import cached_property
 from actcache.reader.delivery import Delivered, HostDelivery
 from actcache.reader.epoch import Work, read_and_deliver, read_computed
 from actcache.reader.labels import IGNORED, TokenLabels
@@ -43,7 +43,7 @@ class Item(Mapping[str, Any]):
     def __init__(self, dataset: EntryDataset, position: int) -> None:
         self._dataset, self._position = dataset, position
 
-    @functools.cached_property
+    @cached_property
     def _batch(self) -> Batch:
         return self._dataset.read([self._position])
 
@@ -196,7 +196,7 @@ class EntryDataset(Dataset[Any]):
             raise UsageError(_ONE_PROCESS)
         return read_computed(work, delivery, members, corrupt)
 
-    @functools.cached_property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document, ``[n]``."""
         work = self._work

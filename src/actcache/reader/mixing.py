@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.format.ragged import offsets_of, row_indices, runs
 from actcache.io import loops
+from actcache.io.cached import cached_property
 
 _STRETCHES = 64  # that a mix has at least, where documents are short enough
 

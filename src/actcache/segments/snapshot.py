@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from actcache.backend import VALUES, Buffers, EntryLocations, Expected, Placing, Snapshot, Usage
 from actcache.errors import FormatError, SegmentGoneError
 from actcache.format.keys import join_keys, key_order, split_keys
+from actcache.io.cached import cached_property
 from actcache.io.loops import Lookup, MappedColumn, Reading
 from actcache.io.workers import ProcessLock
 from actcache.segments.index import Table
@@ -75,14 +75,14 @@ class SegmentedSnapshot(Snapshot):
                     self.__dict__.update({name: value for name, value in state.items() if name != "_lock"})
             raise SegmentGoneError("the index is replaced again and again while it is read; refresh the space")
 
-    @functools.cached_property
+    @cached_property
     def _alive(self) -> list[NDArray[np.bool_] | None]:
         """Which entries of each table are served; None for all."""
         self._bring()
         tables = zip(self._tables, self._numbers, strict=True)
         return [_alive(table, of, self._dead) for table, of in tables]
 
-    @functools.cached_property
+    @cached_property
     def _lookup(self) -> Lookup:
         self._bring()
         origins = sorted({origin for table in self._tables for origin in table.origins})

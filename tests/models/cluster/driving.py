@@ -23,8 +23,9 @@ from actcache import Recycler
 from actcache.admin.display import fields_as_json
 from actcache.models import cluster
 from actcache.models.cluster import leader
+from actcache.models.late_store import LateStore
 from actcache.models.remote import Blueprint
-from actcache.store.store import Store, open_store
+from actcache.store.store import open_store
 from tests.support.waiting import until
 
 GO = "go"  # a file beside the log: those that were held go on
@@ -38,7 +39,7 @@ def digest(token_ids: Any) -> str:
 def logging_recycler(
     model: str,
     *,
-    store: Store,
+    store: LateStore,
     log: str,
     held: int | None = None,
     dies: int | None = None,
@@ -53,7 +54,8 @@ def logging_recycler(
         segment_bytes: of its segments; None for what they have.
     """
     if segment_bytes is not None:
-        store.space = functools.partial(store.space, segment_bytes=segment_bytes)  # type: ignore[method-assign]
+        opened = store.open()
+        opened.space = functools.partial(opened.space, segment_bytes=segment_bytes)  # type: ignore[method-assign]
     made = Recycler.from_pretrained(model, store=store, **options)
     lower, path = made.agreement.lower, Path(log) / str(os.getpid())
     compute = lower.run_encoded

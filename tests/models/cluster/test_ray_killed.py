@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from tests.segments.objects.conftest import REAL, REAL_KEYS, Bucket, Server, mot
 from tests.support import PYTHONPATH
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(1800)]
+pytestmark.append(pytest.mark.skipif(sys.platform != "linux", reason="Ray was tried on Linux alone"))
 pytestmark.append(pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"))  # of Ray's own
 
 COUNT = 480

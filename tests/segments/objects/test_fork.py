@@ -9,7 +9,7 @@ import pytest
 from tests import support
 
 CHILDREN = """
-import json, os, signal, sys, warnings
+import gc, json, os, signal, sys, time, warnings
 import actcache
 from tests.support import *
 
@@ -84,6 +84,57 @@ for _ in range(2):
             np.testing.assert_array_equal(got[: length(n)], rows(n))
 """
 
+#: Forks while four threads of the parent have requests in flight, and its connections go from one request to the next.
+IN_FLIGHT = """
+import threading
+from actcache.io.metrics import process_metrics
+
+ended, failures, asked = threading.Event(), [], 0
+
+def ask(thread):
+    global asked
+    try:
+        while not ended.is_set():
+            check(reader, held, range(thread, 25, 4))
+            reader.refresh()
+            asked += 1
+    except BaseException as error:
+        failures.append(error)
+
+def collects():
+    gc.collect()                             # what the parent had open, and nobody here refers to
+    check(reader, held, range(25))
+    gc.collect()
+
+def forks():
+    check(reader, held, range(25))
+    pid = os.fork()
+    if not pid:
+        check(reader, held, range(25))
+        sys.exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    check(reader, held, range(25))
+
+threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+for child in 2 * (leaves, closes, collects, forks):
+    pid = os.fork()
+    if not pid:
+        child()
+        sys.exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, child
+    before = asked
+    while asked < before + 2 and not failures:
+        time.sleep(0.01)
+ended.set()
+for thread in threads:
+    thread.join()
+assert not failures, failures
+# Nothing was asked twice: a request that stalled would have been given up first.
+assert not any(metric.value for metric in process_metrics() if metric.short.endswith("failures"))
+"""
+
 END = """
 other.close()
 store.close()
@@ -94,8 +145,12 @@ print("done")
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(
     ("client", "more"),
-    [("obstore", WORKERS), pytest.param("s3fs", "", marks=pytest.mark.long)],
-    ids=["obstore", "s3fs"],
+    [
+        ("obstore", WORKERS),
+        *(pytest.param("s3fs", more, marks=pytest.mark.long) for more in (WORKERS, IN_FLIGHT)),
+        pytest.param("obstore", IN_FLIGHT, marks=pytest.mark.long),
+    ],
+    ids=["obstore", "s3fs", "s3fs in flight", "obstore in flight"],
 )
 def test_children_are_silent_and_the_parent_goes_on(bucket, client, more):
     # A request that stalls, as one did in the parent of a fork, would be repeated after these seconds.

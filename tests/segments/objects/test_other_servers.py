@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -13,8 +14,10 @@ from actcache.errors import BackendError, StorageIOError, StoreNotFoundError
 from actcache.segments.places.objects import ObjectPlace
 from actcache.segments.places.objects.client import ObjectExistsError
 from actcache.testing.conformance import BackendConformance
+from tests import support
 from tests.cli.running import cachectl
 from tests.segments.objects.proxy import Proxy, Rule
+from tests.segments.objects.test_fork import CHILDREN, END, IN_FLIGHT
 from tests.support import check, put, recipe
 from tests.support.object_servers import azurite, azurite_command, fake_gcs
 from tests.support.waiting import no_hang
@@ -130,6 +133,17 @@ def test_a_server_that_falls_silent_is_told(other, bucket):
             place.read("other")
         proxy.released.set()
         place.close()
+
+
+@pytest.mark.timeout(150)
+def test_children_of_a_fork_leave_the_connections_to_the_parent(other, bucket):
+    options = {**other.options, "timeout": 600}  # a request that stalls is never given up
+    process = support.start(CHILDREN + IN_FLIGHT + END, f"{other.scheme}://{bucket}/store", json.dumps(options))
+    try:
+        out, err = process.communicate(timeout=140)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (0, "done\n", ""), err
 
 
 #: What is asked at most of a server, by scheme: of gs://, looking at an object takes two requests.

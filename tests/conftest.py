@@ -38,6 +38,9 @@ LISTED = (Path(__file__).parent / "long_run.txt").read_text(encoding="utf-8").sp
 REPEATED = re.compile("|".join(["(?!)", *(line for line in LISTED if line and not line.startswith("#"))]))
 
 
+LONGEST = "tests/models/cluster/test_ray_killed.py"
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a class that names its ``everyday`` tests, all others are for the long run; so is what long_run.txt lists."""
@@ -47,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         everyday = getattr(getattr(item, "cls", None), "everyday", None)
         if everyday is not None and item.originalname not in everyday:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.long)
+    items.sort(key=lambda item: LONGEST not in item.nodeid)  # begun last, it would be waited for alone
 
 
 def pytest_unconfigure() -> None:

@@ -17,9 +17,7 @@ PART_BYTES = 16 << 20  # of an upload in parts
 INDEX_ENTRY_BYTES = 64
 INDEX_SEGMENT_BYTES = 700
 SEGMENT_MEMORY = 2400  # bytes of what a process knows of a segment
-DOCUMENT_MEMORY = (
-    56  # of what a reader knows of a document, or a passage where it stands: key, length, place in the order
-)
+DOCUMENT_MEMORY = 56  # of what a reader knows of a document, or of a passage where it stands: key, length, order
 INDEX_REWRITES = 12  # times that an entry is written into index files, until ten thousand flushes are made
 IN_FLIGHT = 32  # requests of a process at a time
 FLUSH_REQUESTS = 6  # beside the parts: the marker twice, two to begin and end an upload, the index file, the space

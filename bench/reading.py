@@ -12,8 +12,10 @@ their own.
 The limit of a warm read brings the same documents, batch by batch in the same order, into a reused buffer of the same
 layout: the fastest of the raw ways of ``actcache.admin.benchmark.limits`` by the median, a compiled gather on a thread
 a core among them, plus the fastest xxh3 pass over the documents' bytes.
-It has one buffer, while a reader needs several, for its consumer still looks at one while it fills the next; ``--ring``
-gives the limit as many as you like (the reader has ``depth + 4``). A hash pass of its own is not the least that hashing
+The raw ways meet in heats, and the two fastest of each kind in the rounds with the package: all of them read one file,
+which a score of turns a round would keep warmer in the processor's caches than any store's. They have one buffer, while
+a reader needs several, for its consumer still looks at one while it fills the next; ``--ring`` gives them as many as
+you like (the reader has ``depth + 4``). A hash pass of its own is not the least that hashing
 can cost: who hashes rows while they are in the processor's cache can be faster than this limit. The limit of a cold
 read is direct reads of the same extents, 8 to 32 at a time, which hash nothing and put nothing in order.
 
@@ -49,6 +51,8 @@ from bench.report import Cell, Report
 from bench.threads import counts_of, sharing
 
 SEED = 3
+_HEATS = 3  # rounds in which the raw ways show which of them are the fastest
+_FINALISTS = 2  # of each kind
 COLUMNS = ("", "GB/s", "of the limit", "without hashing", "opened in, ms")
 
 
@@ -190,11 +194,16 @@ def warm(turns: Turns, report: Report) -> None:
             turns.check(reader, 0)  # touches every page through the space's mapping, too
             contestants[f"{name} {layout}"] = lambda epoch, reader=reader: epoch_seconds(reader, epoch)
     turns.raw(flat.warm()["memcpy x1"])(0)
-    seconds = rounds.take_turns(contestants, turns.options.rounds)
-    digest = fastest(flat.digests(), seconds)
-    rows = [turns.ratios(seconds, name) for name in contestants if name.rpartition(" ")[0] not in spaces]
-    for layout, raw in ways.items():
-        best = fastest((f"{name}, {layout}" for name in raw), seconds)
+    raws = [[f"{name}, {layout}" for name in raw] for layout, raw in ways.items()]
+    heats, finalists = {}, [f"{name} {layout}" for name in spaces for layout in turns.layouts]
+    for group in [*raws, list(flat.digests())]:
+        heats |= rounds.take_turns({name: contestants[name] for name in group}, _HEATS)
+        finalists += sorted(group, key=lambda name: float(np.median(heats[name])))[:_FINALISTS]
+    seconds = heats | rounds.take_turns({name: contestants[name] for name in finalists}, turns.options.rounds)
+    digest = fastest((name for name in finalists if name in flat.digests()), seconds)
+    rows = [turns.ratios(seconds, name) for name in heats]
+    for layout, group in zip(ways, raws, strict=True):
+        best = fastest((name for name in group if name in finalists), seconds)
         whole = f"the limit: {best} + {digest}"
         rows.append(turns.ratios({whole: seconds[best] + seconds[digest]}, whole))
         for name in spaces:

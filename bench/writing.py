@@ -2,10 +2,11 @@
 
     python -m bench.writing --backends hdf5,zarr,lmdb,s3
 
-A plain write makes files of the size of a segment: ``write``, ``fsync``, then ``fsync`` of the folder; the limit is the
-faster of writing a file at once and by 256 KiB, which differ where a virtual machine has given free memory back to its
-host. On an object store it is the bare client's multipart upload of objects of that size. Contestants take turns, each
-writes the whole corpus into an empty store; what the one before has left is removed and synced first, untimed.
+The limit is a plain write, which makes files of the size of a segment: ``write``, ``fsync``, then ``fsync`` of the
+folder; the faster of writing a file at once and by 256 KiB. On an object store it is the bare client's multipart upload
+of objects of that size. Contestants take turns, each writes the whole corpus into an empty store; what the one before
+has left is removed and synced first, untimed. Where a virtual machine gives that memory back to its host meanwhile,
+little else is measured (docs/decisions/0041): the first line says so.
 
 ``nothing stored`` is all that happens before a backend sees a block: checking and encoding what was put, copying it
 into the block that is being filled, checksums. The backend's own time runs beside it, on the writer's thread: ``in the
@@ -33,6 +34,7 @@ from actcache.admin.benchmark.corpus import SHAPES, Documents
 from actcache.backend import Block
 from actcache.entries.writer import SEGMENT_BYTES
 from bench.bare import Bare, Requests
+from bench.caches import memory_that_goes
 from bench.metered import Metered
 from bench.server import Bucket, bucket
 
@@ -50,6 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     names = options.backends.split(",")
     local = [name for name in names if name != "s3"]
+    if local and (why := memory_that_goes()):
+        console.print(why)
     for shape in (SHAPES[name] for name in options.shape.split(",")):
         if local:
             folder = Path(tempfile.mkdtemp(prefix="actcache-bench-", dir=options.dir))

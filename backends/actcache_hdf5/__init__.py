@@ -50,8 +50,7 @@ class HDF5Format(SegmentFormat):
                 for name, text in metadata.items():
                     file.attrs.create(name, text.encode(), dtype=h5py.string_dtype(length=max(1, len(text.encode()))))
             output.seek(offsets[first])
-            for piece in pieces(arrays[first]):
-                write_flowing(output.fileno(), piece)
+            write_flowing(output.fileno(), pieces(arrays[first]))
 
     def layout(self, files: SegmentFiles) -> Layout:
         path = files.path

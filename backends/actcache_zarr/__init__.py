@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,8 @@ class ZarrFormat(SegmentFormat):
             row_bytes = array.dtype.itemsize * math.prod(trailing)
             (path / name).mkdir(parents=True)
             with open(path / _shard(name, len(array.shape)), "xb", buffering=0) as file:
-                for piece in pieces(array):
-                    write_flowing(file.fileno(), piece)
                 end = bytes((blocks * block_rows - rows) * row_bytes) + _index(blocks, block_rows * row_bytes)
-                write_flowing(file.fileno(), memoryview(end))
+                write_flowing(file.fileno(), chain(pieces(array), [memoryview(end)]))
         for key, document in described.items():
             (path / key).write_bytes(document.to_bytes())
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import tempfile
 import threading
 import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import actcache
 import actcache.io.files
@@ -319,32 +322,51 @@ def test_large_writes(tmp_path, monkeypatch, hinting, short):
         monkeypatch.setattr(actcache.io.files, "_sync_file_range", None)
     elif actcache.io.files._sync_file_range is not None:
         real, hints = actcache.io.files._sync_file_range, []
-        monkeypatch.setattr(actcache.io.files, "_sync_file_range", lambda *given: hints.append(given) or real(*given))
+        monkeypatch.setattr(actcache.io.files, "_sync_file_range", lambda *hint: hints.append(hint) or real(*hint))
     if short is not None:
         write = os.write
         monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:short]))
     monkeypatch.setattr(actcache.io.files, "_WRITE_BYTES", 1 << 13)
-    monkeypatch.setattr(actcache.io.files, "_BEGIN_BYTES", 1 << 14)
-    data = os.urandom(100_001)
+    data = memoryview(os.urandom(100_001))
     with open(tmp_path / "file", "xb", buffering=0) as file:
         file.write(b"before")
-        write_flowing(file.fileno(), memoryview(data))
-        write_flowing(file.fileno(), memoryview(b""))
+        write_flowing(file.fileno(), [data])
+        write_flowing(file.fileno(), [])
         file.write(b"after")
     assert (tmp_path / "file").read_bytes() == b"before" + data + b"after"
     if hinting and actcache.io.files._sync_file_range is not None:
         assert [place for _, place, _, _ in hints] == np.cumsum([6, *(n for _, _, n, _ in hints)])[:-1].tolist()
         assert sum(n for _, _, n, _ in hints) == len(data)
-        assert min(n for _, _, n, _ in hints[:-1]) >= 1 << 14
+        assert all(place % (1 << 13) == 0 for _, place, _, _ in hints[1:])
+
+
+@given(
+    sizes=st.lists(st.integers(0, 300), max_size=30),
+    at=st.integers(0, 200),
+    unit=st.sampled_from([1, 7, 64, 128]),
+)
+def test_pieces_are_written_by_whole_blocks(sizes, at, unit):
+    """Whatever the pieces are, and where the file stands: the page cache gets whole huge pages by single writes."""
+    data, writes = os.urandom(sum(sizes)), []
+    ends = np.cumsum(sizes, dtype=int).tolist()
+    with tempfile.TemporaryFile(buffering=0) as file, pytest.MonkeyPatch.context() as monkeypatch:
+        file.write(bytes(at))
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda fd, block: writes.append(len(block)) or write(fd, block))
+        monkeypatch.setattr(actcache.io.files, "_WRITE_BYTES", unit)
+        write_flowing(file.fileno(), (memoryview(data)[end - n : end] for end, n in zip(ends, sizes, strict=True)))
+        assert os.pread(file.fileno(), at + len(data) + 1, 0) == bytes(at) + data
+    edges = np.cumsum([at, *writes]).tolist()
+    assert edges == sorted({at, *(p for p in range(at, at + len(data)) if p % unit == 0), at + len(data)})
 
 
 def test_a_large_write_that_fails(tmp_path, monkeypatch):
     """A hint that fails is none of ours; a write that fails is."""
     monkeypatch.setattr(actcache.io.files, "_sync_file_range", lambda *given: -1)
     with open(tmp_path / "file", "xb", buffering=0) as file:
-        write_flowing(file.fileno(), memoryview(b"data"))
+        write_flowing(file.fileno(), [memoryview(b"data")])
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
-        write_flowing(full.fileno(), memoryview(b"data"))
+        write_flowing(full.fileno(), [memoryview(b"data")])
 
 
 def test_a_file_that_others_write_to(tmp_path):

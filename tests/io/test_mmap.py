@@ -39,6 +39,38 @@ def mappings(path) -> int:
     return Path("/proc/self/maps").read_text().count(f"{path}/")
 
 
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "offset"),
+    [(384, "<f2", 4096), (768, "<f2", 0), (20, "|u1", 4096), (384, "<f2", 256), (4096, "<f4", 0), (24, "<f2", 96)],
+)
+def test_huge_pages_lie_in_the_range_as_in_the_file(tmp_path, hidden, dtype, offset):
+    """Else the kernel maps a huge page of a file as 512 small ones, which the processor has to look for."""
+    arena = Arena(dtype, (hidden,), reserve=1 << 16)  # which has to grow
+    row_bytes = np.dtype(dtype).itemsize * hidden
+    placed = []
+    for number in range(3):
+        count = 12_000_000 // row_bytes + number
+        array = write(tmp_path / str(number), offset, np.full((count, hidden), number + 1, dtype))
+        placed.append((arena.place(tmp_path / str(number), offset, count), array))
+    small = arena.place(tmp_path / "0", offset, 2)
+    for first, array in placed:
+        np.testing.assert_array_equal(arena.rows()[first : first + len(array)], array)
+        address = arena.rows().ctypes.data + first * row_bytes
+        assert (address - offset) % (2 << 20) == 0
+    end = (placed[-1][0] + len(placed[-1][1])) * row_bytes
+    assert end < 2 * 3 * 12_000_100, "no more addresses than rows"
+    assert end <= small * row_bytes < end + (row_bytes + 1) * 4096, "few rows are not worth addresses"
+
+
+def test_odd_rows_do_without_huge_pages(tmp_path):
+    """What falls on whole rows nowhere near goes to the next page."""
+    arena = Arena("<f2", (1023,))
+    for number in range(3):
+        array = write(tmp_path / str(number), 4096, np.full((2000, 1023), number + 1, "<f2"))
+        first = arena.place(tmp_path / str(number), 4096, len(array))
+        np.testing.assert_array_equal(arena.rows()[first : first + len(array)], array)
+
+
 @pytest.mark.parametrize("hidden", [1, 3, 7, 384, 1023])
 @pytest.mark.parametrize("dtype", ["<f2", "<f4"])
 def test_rows_of_odd_sizes(tmp_path, hidden, dtype):

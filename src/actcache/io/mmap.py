@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from actcache.errors import FormatError, StorageIOError
 
 _PAGE = mmap.PAGESIZE
+_HUGE = 2 << 20  # bytes of a huge page, of x86 and of ARM with small pages
 _MAP_FIXED = 0x10  # Linux and macOS
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0x40
 _PROT_NONE = 0
@@ -101,16 +102,17 @@ def _check_size(path: Path, size: int, needed: int) -> None:
 
 
 class _Range:
-    """A reserved range of addresses; given back when nothing refers to it any more."""
+    """A reserved range of addresses, from a multiple of ``_HUGE`` on; given back when nothing refers to it any more."""
 
     def __init__(self, length: int) -> None:
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        reserved = _mmap(None, length + _HUGE, _PROT_NONE, anonymous | _MAP_NORESERVE)
         self.length = length
-        self.address = _mmap(None, length, _PROT_NONE, anonymous | _MAP_NORESERVE)
+        self.address = -(-reserved // _HUGE) * _HUGE
         self.buffer = (ctypes.c_char * length).from_address(self.address)
         # Arrays made over the buffer keep it alive, and the buffer keeps the mapping.
         # Not at the interpreter's exit: threads that still read would crash it.
-        weakref.finalize(self.buffer, _libc.munmap, self.address, length).atexit = False
+        weakref.finalize(self.buffer, _libc.munmap, reserved, length + _HUGE).atexit = False
 
 
 class Arena:
@@ -167,13 +169,9 @@ class Arena:
         """
         _check_size(path, os.path.getsize(path), offset + rows * self.row_bytes)  # before a range is made for it
         with self._lock:
-            base = -(-self._end // _PAGE) * _PAGE  # where the page that holds the file's first row will go
             shift = offset % _PAGE
-            for _ in range(self.row_bytes):
-                if (base + shift) % self.row_bytes == 0:
-                    break
-                base += _PAGE
-            else:
+            base = self._base_for(offset - shift, shift, rows * self.row_bytes)
+            if base is None:
                 raise FormatError(f"{path}: rows of {self.row_bytes} bytes at offset {offset} cannot be aligned")
             first = (base + shift) // self.row_bytes
             end = base + shift + rows * self.row_bytes
@@ -184,6 +182,20 @@ class Arena:
             self._placed.append((path, offset, rows, first))
             self._told = self._told and tells(path)
             return first
+
+    def _base_for(self, offset: int, shift: int, nbytes: int) -> int | None:
+        """Return where in the range the page at ``offset`` of a file goes, ``shift`` bytes into which rows begin; None
+        where they fall on whole rows of the range nowhere.
+
+        Huge pages of the page cache are mapped as such where they lie in the range as in the file. That is worth some
+        addresses, as many as the rows take.
+        """
+        for unit, most in ((_HUGE, nbytes if nbytes >= _HUGE else 0), (_PAGE, self.row_bytes * _PAGE)):
+            base = self._end + (offset - self._end) % unit
+            for at in range(base, base + most, unit):
+                if (at + shift) % self.row_bytes == 0:
+                    return at
+        return None
 
     def _map(self, target: _Range, path: Path, offset: int, rows: int, first: int) -> None:
         nbytes = rows * self.row_bytes

@@ -77,6 +77,27 @@ def test_elsewhere_one_is_read_at_a_time(space, depth, cold, monkeypatch):
     assert disk.most == 1
 
 
+def test_the_first_batches_are_read_before_others_are_announced(space, monkeypatch):
+    """To announce them takes as long as to read them; later ones are announced two batches before they are read."""
+    read, told, order = space.read_into, space.read_ahead, []
+    first = {tuple(KEYS[n]): n // 4 for n in range(0, COUNT, 4)}
+
+    def which(keys):
+        return first[tuple(keys[0].tobytes())]
+
+    monkeypatch.setattr(space, "read_ahead", lambda keys: order.append(("told", which(keys))) or told(keys) or True)
+    monkeypatch.setattr(
+        space, "read_into", lambda keys, *a, **o: order.append(("read", which(keys))) or read(keys, *a, **o)
+    )
+    assert delivered(space.reader(KEYS, batch_size=4)) == list(range(COUNT))
+    batches = range(-(-COUNT // 4))
+    assert [n for what, n in order if what == "told"] == list(batches)
+    at = {event: place for place, event in enumerate(order)}
+    assert at["read", 0] < at["told", 2]
+    for n in batches[4:]:
+        assert at["told", n] < at["read", n - 1], "while others are read, it is on its way"
+
+
 def test_a_failure_comes_in_its_turn(space, monkeypatch):
     disk = Disk(space, monkeypatch)
     disk.failing = {2: OSError("the disk has gone")}

@@ -208,7 +208,9 @@ def _produce(
     helpers, reading = Helpers(_AT_ONCE), deque[Future[Read | _Missing]]()
     try:
         for number, members in enumerate(batches):
-            while asked < min(number + 1 + _AHEAD, len(batches)):
+            # To announce a batch can take as long as to read one: not before the first ones are there.
+            ahead = _AHEAD if number >= _AT_ONCE or not work.depth else 0
+            while asked < min(number + 1 + ahead, len(batches)):
                 # As long as all is in memory, fewer and fewer batches are announced.
                 if asked >= next_asked:
                     silent = 0 if work.source.read_ahead(work.keys[batches[asked]]) else min(silent + 1, _MOST_SILENT)

@@ -17,7 +17,8 @@ which a score of turns a round would keep warmer in the processor's caches than 
 a reader needs several, for its consumer still looks at one while it fills the next; ``--ring`` gives them as many as
 you like (the reader has ``depth + 4``). A hash pass of its own is not the least that hashing
 can cost: who hashes rows while they are in the processor's cache can be faster than this limit. The limit of a cold
-read is direct reads of the same extents, 8 to 32 at a time, which hash nothing and put nothing in order.
+read is direct reads of the same extents, 8 to 32 at a time, which hash nothing and put nothing in order. Beside them
+stand the same reads by way of the page cache, which a store takes where that can hold it: the next epoch is warm then.
 
 Warm means in the page cache and mapped. Cold means that the page cache was dropped and everything opened anew. Buffers
 were used before in both.
@@ -218,7 +219,7 @@ def warm(turns: Turns, report: Report) -> None:
 def cold(turns: Turns, report: Report) -> None:
     contestants, flat = turns.contestants, turns.flat
     raw = flat.cold()
-    for name, read in raw.items():
+    for name, read in {**raw, **flat.by_page_cache()}.items():
         contestants[name] = turns.raw(read, whole=True)
     ours = [(name, layout) for name in turns.corpus.urls for layout in turns.layouts]
     for name, layout in ours:
@@ -231,6 +232,7 @@ def cold(turns: Turns, report: Report) -> None:
     seconds = rounds.take_turns(contestants, turns.options.rounds, before=before)
     best = fastest(raw, seconds)
     rows = [turns.ratios(seconds, name) for name in raw]
+    rows += [turns.ratios(seconds, name, seconds[best]) for name in flat.by_page_cache()]
     rows.append(turns.ratios({f"the limit: {best}": seconds[best]}, f"the limit: {best}"))
     rows += [turns.ratios(seconds, f"{name} {layout}", seconds[best]) for name, layout in ours]
     report.table(turns.title("cold"), COLUMNS, rows)

@@ -244,8 +244,8 @@ class FlatFile:
             files = np.full(len(which), descriptor, np.int32)
             starts = offsets_of(lengths)[:-1] % max(1, len(self._out) - int(lengths.max()))
             column = Column(self._row_bytes, self._out, files=files, places=places)
-            places_of = np.stack([starts, starts + lengths])
-            if len(loops.gather([column], lengths, places_of, threads=depth, direct=descriptor == self._direct)):
+            bounds = np.stack([starts, starts + lengths])
+            if len(loops.gather([column], lengths, bounds, threads=depth, direct=descriptor == self._direct)):
                 raise RuntimeError("the native reads did not bring all documents")
 
         return read

@@ -240,7 +240,8 @@ class LocalEntries:
     def _give_up(self, error: Exception) -> None:
         if self._paused != np.inf:
             self._paused = np.inf
-            logger.warning("adding no more to the local cache %s: %s", self._folder.root, error)
+            # As text: who keeps a log's records would keep the error, its traceback, and by that all files here open.
+            logger.warning("adding no more to the local cache %s: %s", self._folder.root, str(error))
 
     def close(self) -> None:
         """Publish what was added and end the lease. Does nothing the second time."""
@@ -257,7 +258,7 @@ class LocalEntries:
                 room = allowed and self._folder.make_room(self._catalog.index_bytes(0), self._fingerprint)
                 self._catalog.close(index=room)
         except (StoreError, FormatError) as error:
-            logger.warning("could not write the last entries to the local cache %s: %s", self._folder.root, error)
+            logger.warning("could not write the last entries to the local cache %s: %s", self._folder.root, str(error))
             self._catalog.close(index=False)
         finally:
             self._lease.release()
